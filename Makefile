@@ -1,0 +1,35 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/stamp ## compress the embedded digits network into build/digits.safetensors
+	@mkdir -p build
+	$(BIN)/rabbet compress --output build/digits.safetensors
+
+# One thread a worker: two workers on two cores would otherwise fight over them.
+test: lint ## lint, then run all tests; pytest's summary is the last line
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: .venv/stamp ## ruff (rules and format), mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove all that make has made, .venv too
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Remade whenever the dependencies change; the stamp is written only once everything is installed.
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "rabbet needs Python 3.11 or newer; found '$(PYTHON)': $$($(PYTHON) --version 2>&1)" >&2; \
+		echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,138 @@
+"""One pass over the user's batches: the second moment of each site's inputs, and the range of each activation."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.engine import Progress, silent
+from rabbet.errors import DataError
+from rabbet.layer import ActQuant
+from rabbet.site import Site, patches
+from rabbet.survey import Survey
+from rabbet.task import Task, examples
+
+ROWS = 2**17  # most rows that one second moment is averaged over
+ENTRIES = 2**24  # rows times columns, beyond which more rows cost more than they tell
+VALUES = 2**16  # activations that a range is chosen from
+
+
+@dataclass
+class _Moment:
+    """The running mean of x x^T over patches, [groups, n, n], summed in double."""
+
+    site: Site
+    places: int
+    generator: torch.Generator
+    total: Tensor | None = None
+    rows: int = 0
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found = patches(self.site, args[0].detach().float(), self.places, self.generator)
+        if not torch.isfinite(found).all():
+            raise DataError(f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; check the batches")
+        part = (found.mT @ found).double()
+        self.total = part if self.total is None else self.total + part
+        self.rows += found.shape[1]
+
+    @property
+    def mean(self) -> Tensor:
+        assert self.total is not None
+        return (self.total / self.rows).float().cpu()
+
+
+def second_moments(
+    model: nn.Module, survey: Survey, task: Task, seed: int = 0, progress: Progress = silent
+) -> dict[str, Tensor]:
+    """Mean of patch patch^T for the inputs of every site but embeddings, [groups, n, n] on the CPU.
+
+    Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and fewer where they are
+    wide (2^24 entries, but 8 for each column), drawn evenly from all batches. Memory is one batch and the moments.
+    Raises DataError, naming the site, for inputs that are not finite.
+    """
+    batches = task.read()
+    count = sum(map(examples, batches))
+    moments: dict[str, _Moment] = {}
+    hooks = []
+    for site in survey:
+        if site.kind == "embedding":
+            continue
+        rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
+        places = max(1, -(-rows // (count * site.calls)))
+        moments[site.name] = _Moment(site, places, torch.Generator().manual_seed(seed))
+        hooks.append(model.get_submodule(site.name).register_forward_pre_hook(moments[site.name]))
+    try:
+        _pass(model, task, len(batches), progress, "measuring inputs")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: moment.mean for name, moment in moments.items() if moment.rows}
+
+
+def _pass(model: nn.Module, task: Task, count: int, progress: Progress, stage: str) -> None:
+    with torch.no_grad():
+        for k, batch in enumerate(itertools.islice(task.read(), count)):
+            task.run(model, batch)
+            progress(stage, k + 1, count)
+
+
+class _Sample:
+    """A random sample of the values that pass, and their extremes."""
+
+    def __init__(self, per_call: int, generator: torch.Generator) -> None:
+        self.per_call, self.generator = per_call, generator
+        self.low = self.high = 0.0  # zero always lies in the range: padding must be exact
+        self.kept: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        flat = x.detach().reshape(-1)
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        chosen = torch.randint(len(flat), (min(self.per_call, len(flat)),), generator=self.generator)
+        self.kept.append(flat[chosen.to(flat.device)].float().cpu())
+
+    def range(self, levels: int, steps: int = 100) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of least squared error among shrunken versions of the extremes."""
+        values = torch.cat(self.kept)
+        best, least = (torch.ones(1), torch.zeros(1)), torch.inf
+        if self.high == self.low:
+            return best
+        for k in range(steps):
+            share = 1 - k / steps * 0.9
+            scale = torch.tensor([(self.high - self.low) * share / (levels - 1)])
+            zero = (-self.low * share / scale).round().clamp(0, levels - 1)
+            error = float((((values / scale + zero).round().clamp(0, levels - 1) - zero) * scale - values).square().mean())
+            if error < least:
+                best, least = (scale, zero), error
+        return best
+
+
+def calibrate_ranges(
+    model: nn.Module,
+    task: Task,
+    seed: int = 0,
+    limit: int = 512,
+    progress: Progress = silent,
+    only: Callable[[ActQuant], bool] = lambda _: True,
+) -> None:
+    """Choose scale and zero point of every activation quantiser of a compressed network, in place.
+
+    One pass with activations in float over about `limit` examples; ranges minimise the squared error.
+    """
+    acts = [m for m in model.modules() if isinstance(m, ActQuant) and only(m)]
+    if not acts:
+        return
+    sizes = list(itertools.accumulate(map(examples, task.read())))
+    count = next((k + 1 for k, total in enumerate(sizes) if total >= limit), len(sizes))
+    generator = torch.Generator().manual_seed(seed)
+    samples = {act: _Sample(-(-VALUES // count), generator) for act in acts}
+    try:
+        for act, sample in samples.items():
+            act.observer = sample  # type: ignore[assignment]
+        _pass(model, task, count, progress, "measuring ranges")
+    finally:
+        for act in acts:
+            act.observer = None
+    for act, sample in samples.items():
+        act.set_range(*(t.to(act.scale.device) for t in sample.range(act.grid.levels)))

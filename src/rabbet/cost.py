@@ -1,0 +1,188 @@
+"""What a plan costs, and the budgets that it is held against.
+
+Bytes are those of the whole native file, header included. MACs are multiply-accumulates of the layers in the survey,
+per example. A bit operation (BOP) is a MAC times the bits of the weight times the bits of the input (Bayesian Bits,
+arXiv 2005.07093); a float counts 32 bits. Bits are the mean bits of the codes per weight, every weight counted.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rabbet.errors import BudgetError
+from rabbet.forms import FORMS
+from rabbet.layout import Rest, header, layer_lengths, lengths, line_bytes, term_lengths
+from rabbet.plan import LayerPlan, Plan, quoted
+from rabbet.site import Site
+from rabbet.survey import Survey
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a layer or a network costs, in whole numbers.
+
+    bytes: of the file. macs, bops: per example. code_bits: bits of all weight codes. weights: entries of all weights.
+    """
+
+    bytes: int = 0
+    macs: int = 0
+    bops: int = 0
+    code_bits: int = 0
+    weights: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, f) + getattr(other, f) for f in Cost.__dataclass_fields__))
+
+    @property
+    def bits(self) -> float:
+        """Mean bits of the codes per weight."""
+        return self.code_bits / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One quantity that a budget can limit.
+
+    amount: its whole-number measure in a cost. limit: the largest amount that a stated absolute value allows.
+    units: factor of each unit that may follow a number.
+    """
+
+    amount: Callable[[Cost], int]
+    limit: Callable[[float, Cost], float]
+    units: dict[str, float]
+    digits: int = 0
+
+    def show(self, amount: float, weights: int) -> str:
+        """An amount in words."""
+        return f"{amount / weights:.3f}" if self.digits else f"{amount:,.0f}"
+
+
+_DECIMAL = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+METRICS: dict[str, Metric] = {
+    "bytes": Metric(
+        lambda c: c.bytes,
+        lambda value, _: value,
+        {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
+    ),
+    "macs": Metric(lambda c: c.macs, lambda value, _: value, _DECIMAL),
+    "bops": Metric(lambda c: c.bops, lambda value, _: value, _DECIMAL),
+    "bits": Metric(lambda c: c.code_bits, lambda value, cost: value * cost.weights, {"": 1}, digits=3),
+}
+_LIMIT = re.compile(r"([a-z]+)\s*(<=|≤)\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One clause of a budget. share: the value is a share of the float32 network's."""
+
+    metric: str
+    value: float
+    share: bool
+    text: str
+
+    def amount(self, whole: Cost) -> int:
+        """The largest amount allowed, given the float32 network's cost."""
+        metric = METRICS[self.metric]
+        exact = self.value * metric.amount(whole) if self.share else metric.limit(self.value, whole)
+        return math.floor(exact + 1e-9 * max(1.0, abs(exact)) if not self.share else exact)
+
+    def broken_by(self, cost: Cost, whole: Cost) -> bool:
+        """Whether a cost is over this limit."""
+        return METRICS[self.metric].amount(cost) > self.amount(whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits that all hold at once, such as `bytes <= 10%` or `bytes <= 120 kB, bops <= 0.5%`."""
+
+    limits: tuple[Limit, ...]
+
+    @classmethod
+    def parse(cls, text: "str | Budget") -> "Budget":
+        """Read clauses `metric <= number unit`, separated by commas.
+
+        Metrics and units: bytes (B, kB, MB, GB, KiB, MiB, GiB, %), macs and bops (k, M, G, T, %), bits (mean bits per
+        weight, %). `%` is a share of the float32 network. Raises BudgetError for anything else.
+        """
+        if isinstance(text, Budget):
+            return text
+        if not isinstance(text, str):
+            raise BudgetError(f"a budget is text such as 'bytes <= 10%', found {type(text).__name__}")
+        return cls(tuple(_clause(part.strip()) for part in text.split(",")))
+
+    def __str__(self) -> str:
+        return ", ".join(limit.text for limit in self.limits)
+
+    def check(self, cost: Cost, whole: Cost) -> None:
+        """Raise BudgetError if a cost is over a limit; there is no tolerance."""
+        for limit in self.limits:
+            if limit.broken_by(cost, whole):
+                metric = METRICS[limit.metric]
+                found, allowed = metric.amount(cost), limit.amount(whole)
+                raise BudgetError(
+                    f"{limit.text!r} allows {metric.show(allowed, whole.weights)} {limit.metric}, "
+                    f"the network has {metric.show(found, whole.weights)}"
+                )
+
+
+def _clause(text: str) -> Limit:
+    m = _LIMIT.fullmatch(text)
+    if m is None:
+        raise BudgetError(f"{text!r} is not a budget; write metric <= number unit, such as 'bytes <= 120 kB'")
+    name, _, number, unit = m.groups()
+    name, unit = name.lower(), unit.lower()
+    if name not in METRICS:
+        raise BudgetError(f"unknown quantity {name!r} in {text!r}; there are {', '.join(METRICS)}")
+    value = float(number.replace("_", ""))
+    if value <= 0:
+        raise BudgetError(f"{text!r}: a budget must be larger than zero")
+    if unit == "%":
+        return Limit(name, value / 100, True, text)
+    if unit not in METRICS[name].units:
+        known = ", ".join(u for u in [*METRICS[name].units, "%"] if u)
+        raise BudgetError(f"unknown unit {unit!r} in {text!r}; {name} takes {known}")
+    return Limit(name, value * METRICS[name].units[unit], False, text)
+
+
+def layer_cost(site: Site, layer: LayerPlan) -> Cost:
+    """What one compressed layer costs: its numbers and its line of the plan, and its arithmetic."""
+    macs = bops = code_bits = 0
+    act = layer.act or FLOAT_BITS
+    for term in layer.terms:
+        parts = FORMS[term.form].macs(site, term.rank)
+        macs += sum(parts)
+        bops += sum(parts) * term.grid.bits * act
+        code_bits += 8 * term_lengths(site, term).codes
+    size = layer_lengths(site, layer).bytes + line_bytes(layer)
+    return Cost(size, macs, bops, code_bits, site.numel)
+
+
+def float_cost(survey: Survey) -> Cost:
+    """The float32 network: bytes of every stored tensor, MACs, BOPs at 32 x 32 bits."""
+    macs = sum(s.macs for s in survey)
+    return Cost(survey.float_bytes, macs, macs * FLOAT_BITS**2, survey.weights * FLOAT_BITS, survey.weights)
+
+
+def kept_cost(site: Site) -> Cost:
+    """The arithmetic of a site that stays as it is; its bytes are among the rest's."""
+    return Cost(0, site.macs, site.macs * FLOAT_BITS**2, site.numel * FLOAT_BITS, site.numel)
+
+
+def plan_cost(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> Cost:
+    """What the network costs under a plan; `bytes` is the exact length of its native file."""
+    total = Cost()
+    for site in survey:
+        layer = plan.get(site.name)
+        total += kept_cost(site) if layer is None else layer_cost(site, layer)
+    size = len(header(survey, plan, rest)) + sum(r.bytes for r in rest) + lengths(survey, plan).bytes
+    return Cost(size, total.macs, total.bops, total.code_bits, total.weights)
+
+
+def heaviest(costs: dict[str, Cost], metric: str, count: int = 3) -> str:
+    """The layers that weigh most, in words: what holds a budget up."""
+    amount = METRICS[metric].amount
+    ranked = sorted(costs.items(), key=lambda item: -amount(item[1]))[:count]
+    return ", ".join(f"{quoted(name)} {amount(cost):,}" for name, cost in ranked)

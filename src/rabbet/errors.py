@@ -1,0 +1,35 @@
+"""Every error that rabbet raises on purpose.
+
+    RabbetError
+    ├── BudgetError   a budget that cannot be read, cannot be met, or was broken
+    ├── PlanError     a plan that cannot be read, or does not fit the network
+    ├── ModelError    a network that cannot be compressed as it is
+    ├── DataError     batches that are empty, of the wrong shape, or not finite
+    └── FileError     a file that is damaged, of another format, or of another network
+
+Each message says what was asked, what was found and what to do.
+"""
+
+
+class RabbetError(Exception):
+    """The root of the tree: catch this to catch every mistake that rabbet reports."""
+
+
+class BudgetError(RabbetError):
+    """A budget that cannot be read, cannot be met, or was broken."""
+
+
+class PlanError(RabbetError):
+    """A plan that cannot be read, or that does not fit the network."""
+
+
+class ModelError(RabbetError):
+    """A network that cannot be compressed as it is."""
+
+
+class DataError(RabbetError):
+    """Batches that are empty, of the wrong shape, or not finite."""
+
+
+class FileError(RabbetError):
+    """A file that is damaged, of another format, or of another network."""

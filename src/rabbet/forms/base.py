@@ -1,0 +1,52 @@
+"""What a form is."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from rabbet.site import Site
+
+Between = Callable[[int, Tensor], Tensor]
+"""What happens to the tensor between contraction i and the next: `Compressed` quantises it there."""
+
+
+class Form(Protocol):
+    """How a weight is written as factors; knows nothing of grids and budgets.
+
+    Factors are listed in the order in which `apply` contracts the input with them.
+    """
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the form has a rank."""
+        ...
+
+    @property
+    def gaps(self) -> int:
+        """Tensors of activations between the contractions: one less than the factors."""
+        ...
+
+    def full_rank(self, site: Site) -> int:
+        """The rank from which any weight of this site is written exactly; 0 if the form does not fit the site."""
+        ...
+
+    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+        """Shape of each factor."""
+        ...
+
+    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
+        """Multiply-accumulates per example of the contraction with each factor."""
+        ...
+
+    def decompose(self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None) -> tuple[Tensor, ...]:
+        """Factors of a canonical weight, of least error in the metric of its inputs (None: plain)."""
+        ...
+
+    def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
+        """The canonical weight that factors stand for."""
+        ...
+
+    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+        """The layer, one contraction after the other, the weight never rebuilt."""
+        ...

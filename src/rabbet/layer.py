@@ -1,0 +1,237 @@
+"""The one module that stands where a layer was: its bias plus the sum of its terms, of the quantised input."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.errors import ModelError, PlanError
+from rabbet.forms import FORMS
+from rabbet.grid import Grid, Quantised
+from rabbet.layout import act_count, factor_shapes
+from rabbet.plan import LayerPlan, Plan, Term, quoted
+from rabbet.site import KINDS, Site
+from rabbet.survey import Survey, drop_norms, fold, replace_module
+
+Numbers = Mapping[str, Sequence[Sequence[Quantised]]]
+"""The factors of each term of each layer, by the layer's name."""
+
+
+class Factor(nn.Module):
+    """One small tensor on its grid. `codes` holds integers at rest, continuous codes while a method tunes them."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, numbers: Quantised) -> None:
+        super().__init__()
+        self.grid = numbers.grid
+        self.register_buffer("codes", numbers.codes.detach().float().clone())
+        self.register_buffer("scale", numbers.scale.detach().float().clone())
+
+    def forward(self) -> Tensor:
+        """The values, with straight-through gradients while the codes are tuned."""
+        codes = self.grid.round_latent(self.codes) if self.codes.requires_grad else self.codes
+        return self.grid.values(codes, self.scale)
+
+    @property
+    def numbers(self) -> Quantised:
+        """Codes and scale as one value."""
+        return Quantised(self.grid, self.codes.detach(), self.scale.detach())
+
+
+class ActQuant(nn.Module):
+    """Quantises activations to unsigned integers around a zero point: `scale * (clip(round(x / scale) + zero) - zero)`.
+
+    A scale of 0 means that no range was calibrated yet; running it then is an error. While `observer` is set, inputs
+    are shown to it and pass unchanged.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.grid = Grid(bits, "unsigned")
+        self.observer = None
+        self.register_buffer("scale", torch.zeros(1))
+        self.register_buffer("zero", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape, on its grid."""
+        if self.observer is not None:
+            self.observer(x)
+            return x
+        if not self.ready:
+            raise ModelError("an input range is not calibrated; run rabbet.calibrate_ranges(model, data) first")
+        return self.grid.fake(x, self.scale, self.zero)
+
+    @functools.cached_property
+    def _checked(self) -> bool:
+        return bool((self.scale > 0).all())
+
+    @property
+    def ready(self) -> bool:
+        """Whether a range was calibrated or loaded."""
+        if not self._checked:
+            del self.__dict__["_checked"]
+            return self._checked
+        return True
+
+    def set_range(self, scale: Tensor, zero: Tensor) -> None:
+        """Take over a calibrated range."""
+        self.scale.copy_(scale.reshape(1))
+        self.zero.copy_(zero.reshape(1))
+
+
+class Compressed(nn.Module):
+    """A layer as its plan says: `bias + sum of terms` of the input, which is quantised where the plan says so.
+
+    Input and output shapes are those of the layer that it replaces.
+    """
+
+    def __init__(self, site: Site, plan: LayerPlan, terms: Sequence[Sequence[Quantised]], bias: Tensor | None) -> None:
+        super().__init__()
+        self.site = site
+        self.forms = [FORMS[t.form] for t in plan.terms]
+        self.form_names = [t.form for t in plan.terms]
+        self.terms = nn.ModuleList(nn.ModuleList(Factor(q) for q in factors) for factors in terms)
+        self.acts = nn.ModuleList(ActQuant(plan.act) for _ in range(act_count(plan)) if plan.act)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        if self.acts:
+            x = self.acts[0](x)
+        result: Tensor | None = None
+        used = 1
+        for form, factors in zip(self.forms, self.terms, strict=True):
+            values = [f() for f in factors]  # type: ignore[union-attr]
+            between = functools.partial(self._between, used)
+            part = form.apply(self.site, x, values, between, self.bias if result is None else None)
+            result = part if result is None else result + part
+            used += form.gaps
+        assert result is not None
+        return result
+
+    def _between(self, first: int, gap: int, x: Tensor) -> Tensor:
+        return self.acts[first + gap](x) if self.acts else x
+
+    @property
+    def canonical(self) -> Tensor:
+        """The weight that the terms add up to, [out, in / groups, *kernel]."""
+        parts = [
+            form.contract(self.site, [f() for f in factors])  # type: ignore[union-attr]
+            for form, factors in zip(self.forms, self.terms, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The same in the layout of the layer that was replaced, for code that reads a layer's weight directly."""
+        return self.canonical.T if self.site.kind == "transposed linear" else self.canonical
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The decisions, read back from the tensors."""
+        terms = []
+        for name, form, factors in zip(self.form_names, self.forms, self.terms, strict=True):
+            first: Factor = factors[0]  # type: ignore[index, assignment]
+            terms.append(Term(name, first.grid, first.codes.shape[0] if form.ranked else None))
+        act: ActQuant | None = self.acts[0] if self.acts else None  # type: ignore[assignment]
+        return LayerPlan(self.site.name, tuple(terms), None if act is None else act.grid.bits)
+
+    def extra_repr(self) -> str:
+        """The layer's line of the plan."""
+        return self.plan.body
+
+
+def validate(plan: Plan, survey: Survey) -> None:
+    """Raise PlanError if a plan does not fit a network: an unknown layer, a form or rank that a layer cannot take."""
+    known = {s.name: s for s in survey}
+    if not len(plan):
+        raise PlanError("the plan is empty; it must have a line for at least one layer")
+    for layer in plan:
+        site = known.get(layer.name)
+        if site is None:
+            raise PlanError(f"the plan has a line for {quoted(layer.name)}, which is not a layer that can be compressed here")
+        if layer.act is not None and site.kind == "embedding":
+            raise PlanError(f"{layer}: the input of an embedding is an index and cannot be quantised; remove act")
+        for term in layer.terms:
+            full = FORMS[term.form].full_rank(site)
+            if full == 0:
+                raise PlanError(f"{layer}: {term.form} does not fit this {site.kind} of shape {list(site.shape)}")
+            if term.rank is not None and term.rank > full:
+                raise PlanError(f"{layer}: rank {term.rank} is more than the {full} that this layer can have")
+            for shape in factor_shapes(site, term):
+                term.grid.scale_shape(shape)
+
+
+def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Numbers | None = None) -> nn.Module:
+    """A copy of a float network with a `Compressed` at every line of the plan, its BatchNorms folded.
+
+    numbers: the factors of each layer; a layer without any is decomposed and rounded to nearest, one term on what the
+    terms before it leave. Input ranges are not calibrated yet. Raises PlanError if the plan does not fit.
+    """
+    validate(plan, survey)
+    result = fold(model, survey)
+    given = numbers or {}
+    with torch.no_grad():
+        for site in (s for s in survey if plan.get(s.name) is not None):
+            layer, line = result.get_submodule(site.name), plan[site.name]
+            terms = given.get(site.name) or nearest(site, KINDS[site.kind].weight(layer), line)
+            bias = layer.bias
+            seat = Compressed(site, line, terms, bias if isinstance(bias, Tensor) else None)
+            result = install(result, site, seat.to(KINDS[site.kind].weight(layer).device))
+    return result
+
+
+def install(model: nn.Module, site: Site, seat: Compressed) -> nn.Module:
+    """Seat a layer under all names of its site, in place."""
+    seat.eval()
+    for name in site.names:
+        model = replace_module(model, name, seat)
+    _leave_fast_path(model)
+    return model
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    # torch's fused transformer layer reads the weights of its linears and never calls them: not ours to be skipped
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+
+
+def nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list[Quantised]]:
+    """The simplest numbers of a layer: each term decomposed plainly and rounded to nearest."""
+    left, terms = weight, []
+    for term in plan.terms:
+        form = FORMS[term.form]
+        factors = [Quantised.nearest(f, term.grid) for f in form.decompose(site, left, term.rank, None)]
+        left = left - form.contract(site, [f.values for f in factors])
+        terms.append(factors)
+    return terms
+
+
+def compressed_layers(model: nn.Module) -> dict[str, Compressed]:
+    """Every compressed layer once, by the name of its site."""
+    return {m.site.name: m for m in model.modules() if isinstance(m, Compressed)}
+
+
+def plan_of(model: nn.Module, survey: Survey) -> Plan:
+    """The plan, read back from a network: it cannot disagree with what runs."""
+    found = compressed_layers(model)
+    return Plan(tuple(found[s.name].plan for s in survey if s.name in found))
+
+
+def empty(site: Site, plan: LayerPlan) -> Compressed:
+    """A layer of the right shapes without numbers, to load a file into."""
+    terms = [
+        [Quantised(t.grid, torch.zeros(shape), torch.ones(t.grid.scale_shape(shape))) for shape in factor_shapes(site, t)]
+        for t in plan.terms
+    ]
+    return Compressed(site, plan, terms, torch.zeros(site.shape[0]) if site.bias else None)
+
+
+__all__ = ["ActQuant", "Compressed", "Factor", "build", "drop_norms", "plan_of", "validate"]

@@ -1,0 +1,145 @@
+"""The central value: what becomes of every layer. A plan holds every decision and no tensor.
+
+One line a layer: its name, the terms that its weight is the sum of, and the bits of its input.
+
+    conv1     dense@4c | act@8
+    layer1.0  dense@3c + lowrank[6]@8c | act@8
+    fc        dense@tc
+
+A layer without a line stays as it is. `#` starts a comment. A name that holds spaces, or is empty (the network is one
+layer), stands in double quotes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rabbet.errors import PlanError
+from rabbet.forms import FORMS
+from rabbet.grid import Grid
+
+_TERM = re.compile(r"([a-z]+)(?:\[(\d+)\])?@(\w+)")
+_LINE = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"]\S*)\s+(.*)')
+_PLAIN = re.compile(r'[^\s"#]+')
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One part of a weight: a form, its rank (None for a form without one), and the grid of its factors."""
+
+    form: str
+    grid: Grid
+    rank: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Term":
+        """Read `dense@4c` or `lowrank[6]@8c`; raises PlanError for anything else."""
+        m = _TERM.fullmatch(text.strip())
+        if m is None:
+            raise PlanError(f"{text.strip()!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c")
+        form, rank, grid = m.groups()
+        if form not in FORMS:
+            raise PlanError(f"unknown form {form!r} in {text.strip()!r}; there are {', '.join(FORMS)}")
+        if (rank is not None) != FORMS[form].ranked or rank == "0":
+            wanted = "a rank of at least 1 in brackets" if FORMS[form].ranked else "no rank"
+            raise PlanError(f"{text.strip()!r}: {form} takes {wanted}")
+        return cls(form, Grid.parse(grid), None if rank is None else int(rank))
+
+    def __str__(self) -> str:
+        rank = "" if self.rank is None else f"[{self.rank}]"
+        return f"{self.form}{rank}@{self.grid}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What becomes of one layer: its terms, and the bits of its input (None: not quantised)."""
+
+    name: str
+    terms: tuple[Term, ...]
+    act: int | None = None
+
+    @classmethod
+    def parse(cls, line: str) -> "LayerPlan":
+        """Read one line; raises PlanError, quoting the line."""
+        m = _LINE.fullmatch(line.strip())
+        if m is None:
+            raise PlanError(f"{line.strip()!r} is not a line of a plan; write: name  form@grid | act@8")
+        name, rest = m.groups()
+        terms, bar, act = rest.partition("|")
+        try:
+            bits = _parse_act(act.strip()) if bar else None
+            plain = json.loads(name) if name.startswith('"') else name
+            return cls(plain, tuple(Term.parse(t) for t in terms.split("+")), bits)
+        except (PlanError, ValueError) as e:
+            raise PlanError(f"{line.strip()!r}: {e}") from None
+
+    def __str__(self) -> str:
+        return f"{quoted(self.name)} {self.body}"
+
+    @property
+    def body(self) -> str:
+        """The line without its name."""
+        act = "" if self.act is None else f" | act@{self.act}"
+        return " + ".join(map(str, self.terms)) + act
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Layer plans in the order in which the layers run; compared by value."""
+
+    layers: tuple[LayerPlan, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice is not None:
+            raise PlanError(f"the plan has two lines for {quoted(twice)}; keep one")
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """Read a plan; raises PlanError naming the line that cannot be read."""
+        lines = [line for raw in text.splitlines() if (line := raw.strip()) and not line.startswith("#")]
+        return cls(tuple(LayerPlan.parse(_uncommented(line)) for line in lines))
+
+    def __str__(self) -> str:
+        width = max((len(quoted(layer.name)) for layer in self.layers), default=0)
+        return "\n".join(f"{quoted(layer.name):<{width}}  {layer.body}" for layer in self.layers)
+
+    @property
+    def compact(self) -> str:
+        """The same text without alignment, as the file stores it."""
+        return "\n".join(map(str, self.layers))
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def get(self, name: str) -> LayerPlan | None:
+        """The line of a layer, or None if the layer stays as it is."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def with_layer(self, layer: LayerPlan) -> "Plan":
+        """The same plan with one line exchanged."""
+        return replace(self, layers=tuple(layer if old.name == layer.name else old for old in self.layers))
+
+
+def quoted(name: str) -> str:
+    """A layer's name as a plan writes it."""
+    return name if _PLAIN.fullmatch(name) else json.dumps(name)
+
+
+def _uncommented(line: str) -> str:
+    return re.sub(r"\s#.*$", "", line) if not line.startswith('"') else line
+
+
+def _parse_act(text: str) -> int:
+    m = re.fullmatch(r"act@([2-8])", text)
+    if m is None:
+        raise PlanError(f"{text!r} is not an input width; write act@2 to act@8")
+    return int(m[1])

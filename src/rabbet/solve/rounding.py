@@ -1,0 +1,185 @@
+"""Rounding a weight so that the layer's output, not the weight, changes least.
+
+With H the second moment of the inputs, the error of row w is `(w - q) H (w - q)^T`. Rows are independent given H, so
+all bit-widths of a layer are rounded in one pass: a `Rows` holds any number of rows, each with a grid of its own.
+Matrices come as [groups, rows, columns]; a grouped conv has an H per group.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rabbet.errors import ModelError
+from rabbet.grid import Grid, stored
+
+BLOCK = 64  # columns whose updates are gathered into one matrix product
+
+
+class Metric:
+    """A damped second moment [groups, n, n], its factors made once.
+
+    damping: added to the diagonal as a share of its mean (0.01: the default of GPTQ, arXiv 2210.17323).
+    """
+
+    def __init__(self, second: Tensor, damping: float = 0.01) -> None:
+        diagonal = second.diagonal(dim1=1, dim2=2)
+        ridge = damping * diagonal.mean(1) + 1e-12
+        self.second = second.float() + torch.diag_embed(ridge.float()[:, None].expand_as(diagonal))
+        diagonal = self.second.diagonal(dim1=1, dim2=2)
+        # The most used input first: its rounding error can still be made good by all others.
+        self.order = diagonal.argsort(dim=1, descending=True, stable=True)
+        self.sorted = _gather(_gather(self.second, self.order, 2), self.order, 1)
+        self.factor = _inverse_factor(self.sorted)
+
+    @classmethod
+    def plain(cls, groups: int, columns: int) -> "Metric":
+        """The identity: the weight's own error, where nothing is known of the inputs."""
+        return cls(torch.eye(columns).expand(groups, columns, columns), damping=0.0)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[groups, n]."""
+        return self.second.diagonal(dim1=1, dim2=2)
+
+    def error(self, delta: Tensor) -> Tensor:
+        """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
+        return ((delta @ self.second) * delta).sum(2)
+
+
+def _inverse_factor(second: Tensor) -> Tensor:
+    """Upper U with `U^T U = H^-1`, in double; more damping where rounding still makes it indefinite."""
+    wide = second.double()
+    ridge = wide.diagonal(dim1=1, dim2=2).mean(1)[:, None].expand(wide.shape[:2])
+    for extra in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
+        lower, info = torch.linalg.cholesky_ex(wide + torch.diag_embed(extra * ridge))
+        if not info.any():
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not info.any():
+                return upper.float()
+    raise ModelError("the second moment of the inputs is not positive definite; are the inputs finite?")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [groups, rows, n] with their grids: scale, low, high and shift, each [groups, rows]."""
+
+    target: Tensor
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+    shift: Tensor
+    codes: Tensor
+
+    @classmethod
+    def of(cls, target: Tensor, scale: Tensor, grid: Grid) -> "Rows":
+        """Rows of one grid, rounded to nearest."""
+        full = torch.ones_like(scale)
+        codes = (target / scale[..., None] - grid.shift).round().clamp(grid.low, grid.high)
+        return cls(target, scale, full * grid.low, full * grid.high, full * grid.shift, codes)
+
+    @classmethod
+    def stack(cls, parts: list["Rows"]) -> "Rows":
+        """All rows of several, in order."""
+        return cls(*(torch.cat([getattr(p, f) for p in parts], 1) for f in cls.__dataclass_fields__))
+
+    def split(self, rows: int) -> list["Rows"]:
+        """The inverse of `stack` for parts of equal size."""
+        columns = zip(*(getattr(self, f).split(rows, 1) for f in type(self).__dataclass_fields__), strict=True)
+        return [type(self)(*fields) for fields in columns]
+
+    @property
+    def values(self) -> Tensor:
+        """What the codes stand for."""
+        return (self.codes + self.shift[..., None]) * self.scale[..., None]
+
+    def error(self, metric: Metric) -> Tensor:
+        """[groups, rows]."""
+        return metric.error(self.values - self.target)
+
+    def better(self, other: "Rows", metric: Metric) -> "Rows":
+        """Row by row the one of less error."""
+        take = other.error(metric) < self.error(metric)
+        pick = (torch.where(take[..., None] if a.ndim == 3 else take, b, a) for a, b in zip(_fields(self), _fields(other), strict=True))
+        return type(self)(*pick)
+
+
+def _fields(rows: Rows) -> list[Tensor]:
+    return [getattr(rows, f) for f in Rows.__dataclass_fields__]
+
+
+def _gather(x: Tensor, order: Tensor, axis: int) -> Tensor:
+    """Reorder an axis of x [groups, ., .] by an order of its own per group."""
+    index = order[:, None, :] if axis == 2 else order[:, :, None]
+    return x.gather(axis, index.expand_as(x))
+
+
+def feedback(rows: Rows, metric: Metric) -> Rows:
+    """Error-feedback rounding (GPTQ, arXiv 2210.17323): column by column, each error spread over those to come."""
+    u = metric.factor
+    work = _gather(rows.target, metric.order, 2)
+    n = work.shape[2]
+    codes = torch.empty_like(work)
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        block, errors = work[:, :, start:stop].clone(), torch.empty_like(work[:, :, start:stop])
+        inner = u[:, start:stop, start:stop]
+        for j in range(stop - start):
+            column = block[:, :, j]
+            code = (column / rows.scale - rows.shift).round_().clamp_(rows.low, rows.high)
+            codes[:, :, start + j] = code
+            error = (column - (code + rows.shift) * rows.scale) / inner[:, j, j, None]
+            errors[:, :, j] = error
+            block[:, :, j + 1 :] -= error[:, :, None] * inner[:, None, j, j + 1 :]
+        work[:, :, stop:] -= errors @ u[:, start:stop, stop:]
+    return replace(rows, codes=_gather(codes, metric.order.argsort(dim=1), 2))
+
+
+def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
+    """Cyclic coordinate descent on the codes: each step is the exact minimum over one column, so none can harm."""
+    h = metric.second
+    codes, scale = rows.codes.clone(), rows.scale
+    pull = (rows.target - rows.values) @ h  # [groups, rows, n]: minus half the gradient by the values
+    for _ in range(sweeps):
+        for start in range(0, h.shape[1], BLOCK):
+            stop = min(start + BLOCK, h.shape[1])
+            inner, local = h[:, start:stop, start:stop], pull[:, :, start:stop].clone()
+            block, moved = codes[:, :, start:stop], torch.empty_like(local)
+            for j in range(stop - start):
+                ideal = block[:, :, j] + local[:, :, j] / (scale * inner[:, j, j, None])
+                code = torch.minimum(torch.maximum(ideal.round(), rows.low), rows.high)
+                step = (code - block[:, :, j]) * scale
+                block[:, :, j], moved[:, :, j] = code, step
+                local -= step[:, :, None] * inner[:, None, j, :]
+            pull -= moved @ h[:, start:stop]
+    return replace(rows, codes=codes)
+
+
+def refit(rows: Rows, metric: Metric) -> Rows:
+    """The least-squares scale of each row for its codes, in the metric."""
+    z = rows.codes + rows.shift[..., None]
+    hz = z @ metric.second
+    top, bottom = (hz * rows.target).sum(2), (hz * z).sum(2)
+    return replace(rows, scale=torch.where(bottom > 0, stored(top / bottom.clamp_min(1e-30)), rows.scale))
+
+
+def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> Rows:
+    """Rows rounded to nearest, the scale of each from a search weighted by the diagonal of the metric.
+
+    mirror: start from the mirrored grid, for grids of which one end reaches further than the other.
+    """
+    weight = metric.diagonal[:, None].expand_as(target).flatten(0, 1)
+    flat = (-target if mirror else target).flatten(0, 1)
+    scale = Grid(grid.bits, grid.kind, 0).mse(flat, weight).view(target.shape[:2])
+    return Rows.of(target, -scale if mirror else scale, grid)
+
+
+def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> Rows:
+    """Alternate error-feedback rounding, coordinate descent and the refit of the scale; each row keeps its best."""
+    best = rows
+    for _ in range(rounds):
+        trial = descend(feedback(rows, metric), metric, sweeps) if sweeps else feedback(rows, metric)
+        best = best.better(trial, metric)
+        rows = refit(best, metric)
+        best = best.better(rows, metric)
+    return best

@@ -1,0 +1,292 @@
+"""One look at a network: which layers can be compressed, what each is, what is left alone and why.
+
+Nothing is traced or compiled: hooks see every layer during one ordinary forward pass, and a function mode sees who
+uses the output of a conv, which tells whether the BatchNorm behind it may be folded into it.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
+
+from rabbet.errors import FileError, ModelError
+from rabbet.site import KINDS, Site, kind_of
+from rabbet.task import Batch, Task, examples, tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A layer or tensor that stays as it is: why, and the bytes that it takes in any file."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The sites of a network in the order in which they run, and what is left alone."""
+
+    sites: tuple[Site, ...]
+    left: tuple[Left, ...]
+    float_bytes: int
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        return next(s for s in self.sites if s.name == name)
+
+    @property
+    def weights(self) -> int:
+        """Entries of all weights that can be compressed."""
+        return sum(s.numel for s in self.sites)
+
+    def to_json(self) -> str:
+        """The facts that a file needs to be read again."""
+        facts = {"float_bytes": self.float_bytes, "sites": [s.to_json() for s in self.sites]}
+        if self.left:
+            facts["left"] = [[left.name, left.reason, left.bytes] for left in self.left]
+        return json.dumps(facts, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Survey":
+        """The inverse of `to_json`; raises FileError for text that is not a survey's."""
+        try:
+            facts = json.loads(text)
+            sites = tuple(Site.from_json(s) for s in facts["sites"])
+            left = tuple(Left(str(n), str(r), int(b)) for n, r, b in facts.get("left", ()))
+            return cls(sites, left, int(facts["float_bytes"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise FileError(f"the survey in the header cannot be read: {e}") from None
+
+
+def survey(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
+    """Run the model once on a batch and read the facts of its layers. The model is not changed.
+
+    batch: as the model takes it (tensor, tuple or mapping), or as `task.forward` takes it.
+    Raises ModelError for a scripted or device-mixed model, for non-finite weights, or if there is nothing to
+    compress; DataError if the model does not run on the batch.
+    """
+    check(model)
+    watch = _Watch(model)
+    training = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), watch:
+            result = (task or Task(())).run(model, batch)
+    finally:
+        watch.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
+
+
+def check(model: nn.Module) -> None:
+    """Raise ModelError for a model that cannot be compressed, naming the layer that stands in the way."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a scripted model hides its layers; pass the eager module that it was made from")
+    devices: dict[torch.device, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ModelError(f"{name} is not initialised yet; run the model once before compressing it")
+        devices.setdefault(tensor.device, name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} holds NaN or infinite values; a network must be finite to be compressed")
+    if len(devices) > 1:
+        found = " and ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ModelError(f"the model lies on several devices ({found}); move it to one")
+
+
+class _Watch(TorchFunctionMode):
+    """Counts the uses of every conv and linear output, and the calls and shapes of every layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # module -> (input, output) of each call
+        self.uses: dict[int, int] = {}
+        self.hooks = [m.register_forward_hook(self._seen) for m in model.modules() if _watched(m)]
+
+    def _seen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given = next(iter(tensors(args)), None)
+        if isinstance(output, Tensor) and given is not None:
+            self.calls.setdefault(module, []).append((given, output))  # held, so that ids stay unique
+            self.uses.setdefault(id(output), 0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if tensors(result):
+            for tensor in tensors([args, kwargs or {}]):
+                if id(tensor) in self.uses:
+                    self.uses[id(tensor)] += 1
+        return result
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _watched(module: nn.Module) -> bool:
+    return kind_of(module) is not None or isinstance(module, _BatchNorm)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a layer of a known kind must stay as it is."""
+    if is_parametrized(module):
+        return "its weight is parametrised; remove the parametrisation first"
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if any(hooks):
+        return "it has forward hooks of its own, which a replacement would lose"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "an embedding with max_norm rewrites its table"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+        return f"padding mode {module.padding_mode} is not known"
+    return None
+
+
+def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -> Survey:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    owners: dict[int, list[str]] = {}
+    for module in names:
+        if kind_of(module) is not None and not is_parametrized(module):
+            owners.setdefault(id(module.weight), []).append(names[module][0])
+    norms = {id(given): m for m, calls in watch.calls.items() if isinstance(m, _BatchNorm) for given, _ in calls}
+    sites: list[Site] = []
+    reasons: dict[str, str] = {}
+    for module, calls in watch.calls.items():
+        kind, name = kind_of(module), names[module][0]
+        if kind is None:
+            continue
+        sharing = [other for other in owners.get(id(module.weight), []) if other != name]
+        reason = f"its weight is shared with {', '.join(sharing)}" if sharing else _why_not(module)
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        norm = _foldable(module, calls, watch, norms, returned)
+        facts: dict[str, Any] = KINDS[kind].facts(module)
+        positions, inputs = (sum(_places(kind, call[k]) for call in calls) // batch for k in (1, 0))
+        sites.append(
+            Site(
+                name=name,
+                kind=kind,
+                shape=tuple(KINDS[kind].weight(module).shape),
+                bias=norm is not None or getattr(module, "bias", None) is not None,
+                positions=max(1, positions),
+                inputs=max(1, inputs),
+                calls=len(calls),
+                tied=tuple(names[module][1:]),
+                norm=None if norm is None else names[norm][0],
+                **facts,
+            )
+        )
+    if not sites:
+        detail = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "no conv, linear or embedding ran on the batch"
+        raise ModelError(f"nothing in this network can be compressed ({detail})")
+    return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+
+
+def _places(kind: str, value: Tensor) -> int:
+    """Examples times places of a layer's input or output (an embedding's input has no feature axis)."""
+    if kind.startswith("conv"):
+        return len(value) * math.prod(value.shape[2:])
+    return value.numel() if not value.is_floating_point() else math.prod(value.shape[:-1])
+
+
+def _foldable(
+    module: nn.Module, calls: list[tuple[Tensor, Tensor]], watch: _Watch, norms: dict[int, nn.Module], returned: set[int]
+) -> nn.Module | None:
+    """The BatchNorm that is the only one to see this layer's only output, if there is one."""
+    out = calls[0][1]
+    norm = norms.get(id(out))
+    if norm is None or len(calls) > 1 or id(out) in returned or watch.uses[id(out)] != 1:
+        return None
+    if len(watch.calls[norm]) > 1 or norm.running_mean is None or type(norm).forward is not _BatchNorm.forward:
+        return None
+    if norm._forward_hooks or norm._forward_pre_hooks or (isinstance(module, nn.Linear) and out.ndim != 2):
+        return None  # on [n, places, features] BatchNorm1d works on another axis than the linear
+    return norm
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer once, under its first name."""
+    seen: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and id(value) not in seen:
+            seen[id(value)] = name
+            found[name] = value
+    return found
+
+
+def _float_bytes(model: nn.Module) -> int:
+    return sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in stored_tensors(model).values())
+
+
+def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Iterator[Left]:
+    gone = {f"{s.name}.{part}".lstrip(".") for s in sites for part in ("weight", "bias")}
+    norms = {s.norm for s in sites if s.norm is not None}
+    modules = dict(model.named_modules())
+    bytes_of: dict[str, int] = {}
+    for name, tensor in stored_tensors(model).items():
+        owner = name.rpartition(".")[0]
+        if name not in gone and owner not in norms:
+            bytes_of[owner] = bytes_of.get(owner, 0) + tensor.numel() * tensor.element_size()
+    for owner, size in bytes_of.items():
+        module = modules[owner]
+        kind = type(module).__name__
+        unknown = f"{kind} is not a kind of layer that can be compressed"
+        yield Left(owner, reasons.get(owner, unknown if kind_of(module) is None else f"{kind} never ran on the batch"), size)
+
+
+def fold(model: nn.Module, survey: Survey) -> nn.Module:
+    """A float32 copy in eval mode, each BatchNorm that the survey names folded into the layer before it, exactly.
+
+    With `g = weight / sqrt(var + eps)` the layer becomes `g * W`, `g * (b - mean) + bias`, computed in float64.
+    """
+    folded = copy.deepcopy(model).float().eval().requires_grad_(False)
+    modules = dict(folded.named_modules())
+    for site in survey:
+        if site.norm is None:
+            continue
+        layer, norm = modules[site.name], modules[site.norm]
+        if isinstance(norm, nn.Identity):
+            continue  # folded already
+        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+        gain = (norm.running_var.double() + norm.eps).rsqrt()
+        gain = gain if norm.weight is None else gain * norm.weight.double()
+        bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+        bias = bias * gain if norm.bias is None else bias * gain + norm.bias.double()
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        weight.data = (weight.double() * gain.view(-1, *[1] * (weight.ndim - 1))).float()
+        layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return drop_norms(folded, survey)
+
+
+def drop_norms(model: nn.Module, survey: Survey) -> nn.Module:
+    """Put an Identity where a folded BatchNorm was, in place."""
+    for site in survey:
+        if site.norm is not None:
+            model = replace_module(model, site.norm, nn.Identity())
+    return model
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Seat a module under a name, in place; the root ("") is replaced by returning the new module."""
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model

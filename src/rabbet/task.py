@@ -1,0 +1,177 @@
+"""What the user brings besides the network: batches, and how the network is run and judged on them."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rabbet.errors import DataError
+
+Batch = Any
+Forward = Callable[[nn.Module, Batch], Any]
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Pass a batch as the model's arguments: a tensor, a tuple or list (positional), or a mapping (by keyword)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The user's batches and, where the defaults do not fit, how to use them.
+
+    batches: unlabelled examples as `forward` takes them; a one-shot iterable is read once.
+    forward: runs a model on a batch; the default passes the batch as arguments.
+    evaluate: model -> one number, larger is better; reports use it where it is given.
+    limit: examples used at most; the rest of a longer iterable is not read.
+    """
+
+    batches: Iterable[Batch]
+    forward: Forward = call
+    evaluate: Callable[[nn.Module], float] | None = None
+    limit: int = 2048
+    _read: list[Batch] = field(default_factory=list, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, data: "Task | Iterable[Batch]") -> "Task":
+        """A task from bare batches; a task stays what it is.
+
+        Raises DataError for what is not an iterable of batches.
+        """
+        if isinstance(data, Task):
+            return data
+        if isinstance(data, Tensor | str | bytes | Mapping) or not isinstance(data, Iterable):
+            raise DataError(
+                f"data must be an iterable of batches or a Task, found {type(data).__name__}; "
+                "for one batch write [batch]"
+            )
+        return cls(data)
+
+    def read(self) -> list[Batch]:
+        """The batches up to the limit, as a list, each checked to hold a tensor with at least one example.
+
+        Raises DataError for none, or for one that is not a tensor, tuple, list or mapping with tensors.
+        """
+        if not self._read:
+            count = 0
+            for batch in self.batches:
+                size = examples(batch)
+                self._read.append(batch if count + size <= self.limit else head(batch, self.limit - count))
+                count += size
+                if count >= self.limit:
+                    break
+            if not count:
+                raise DataError("data holds no batch; give at least one (a generator can be read only once)")
+        return self._read
+
+    def run(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's output on a batch, its tensors moved to the model's device and floating type.
+
+        Raises DataError, with the cause, if the model does not accept the batch.
+        """
+        batch = suited(batch, model)
+        try:
+            return self.forward(model, batch)
+        except (TypeError, RuntimeError, ValueError, IndexError) as e:
+            raise DataError(
+                f"the model does not run on a batch of {describe(batch)}: {e}. A batch is passed as the model's "
+                "arguments (tensor, tuple or mapping); use Task(batches, forward=...) for anything else"
+            ) from e
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor of a nested value, in order: what a batch or an output holds."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return list(itertools.chain.from_iterable(map(tensors, value)))
+    return []
+
+
+def replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same nested value with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: replaced(v, change) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)([replaced(v, change) for v in value]) if type(value) in (tuple, list) else value
+    return value
+
+
+def examples(batch: Batch) -> int:
+    """Examples in a batch: the length of its first tensor."""
+    found = tensors(batch)
+    if not found or not found[0].ndim or not len(found[0]):
+        raise DataError(f"a batch must hold a tensor with at least one example, found {describe(batch)}")
+    return len(found[0])
+
+
+def head(batch: Batch, count: int) -> Batch:
+    """The first examples of a batch: tensors as long as the first one are cut, others kept."""
+    size = examples(batch)
+    return replaced(batch, lambda t: t[:count] if t.ndim and len(t) == size else t)
+
+
+def suited(batch: Batch, model: nn.Module) -> Batch:
+    """A batch on the model's device and in its floating type."""
+    home = next((p for p in itertools.chain(model.parameters(), model.buffers()) if p.is_floating_point()), None)
+    if home is None:
+        return batch
+    return replaced(batch, lambda t: t.to(home.device, home.dtype if t.is_floating_point() else t.dtype))
+
+
+def describe(batch: Batch) -> str:
+    """A batch in words: the types and shapes of what it holds."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in batch.items()) + "}"
+    if isinstance(batch, tuple | list):
+        return "(" + ", ".join(map(describe, batch)) + ")"
+    return type(batch).__name__
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """The floating tensors of a model's output.
+
+    Raises DataError if there is none: without one, no output can be compared.
+    """
+    found = [t for t in tensors(value) if t.is_floating_point()]
+    if not found:
+        raise DataError(f"the model returned {type(value).__name__} without a floating tensor; nothing to compare")
+    return found
+
+
+def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """How far outputs are from the float network's: KL for scores [n, classes], else relative squared error."""
+    total = teacher[0].new_zeros(())
+    for s, t in zip(student, teacher, strict=True):
+        if t.ndim == 2 and t.shape[1] > 1:
+            total = total + F.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=True, reduction="batchmean")
+        else:
+            total = total + (s - t).square().sum() / t.square().sum().clamp_min(1e-12)
+    return total
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 accuracy in per cent over (inputs, labels)."""
+    right = total = 0
+    with torch.no_grad():
+        for x, y in batches:
+            x = suited(x, model)
+            right += int((outputs(model(x))[0].argmax(1).cpu() == y.cpu()).sum())
+            total += len(y)
+    if not total:
+        raise DataError("no labelled batch to measure accuracy on")
+    return 100 * right / total
