@@ -1,1 +1,45 @@
-"""rabbet"""
+"""rabbet: make a trained PyTorch network fit a hard budget, the rank and the bits of every layer chosen together."""
+
+from rabbet.compress import Result, calibrate_ranges, compress, fit, load, plan
+from rabbet.cost import Budget, Cost
+from rabbet.engine import Engine
+from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
+from rabbet.grid import Grid
+from rabbet.layer import build, plan_of
+from rabbet.methods import Joint
+from rabbet.plan import LayerPlan, Plan, Term
+from rabbet.survey import Survey, survey
+from rabbet.task import Task, accuracy
+from rabbet.train import Tuning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Cost",
+    "DataError",
+    "Engine",
+    "FileError",
+    "Grid",
+    "Joint",
+    "LayerPlan",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "RabbetError",
+    "Result",
+    "Survey",
+    "Task",
+    "Term",
+    "Tuning",
+    "accuracy",
+    "build",
+    "calibrate_ranges",
+    "compress",
+    "fit",
+    "load",
+    "plan",
+    "plan_of",
+    "survey",
+]

@@ -1,7 +1,7 @@
 """The one module that stands where a layer was: its bias plus the sum of its terms, of the quantised input."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Factor(nn.Module):
 class ActQuant(nn.Module):
     """Quantises activations to unsigned integers around a zero point: `scale * (clip(round(x / scale) + zero) - zero)`.
 
-    A scale of 0 means that no range was calibrated yet; running it then is an error. While `observer` is set, inputs
+    Running it before a range was set is an error. While `observer` is set, inputs
     are shown to it and pass unchanged.
     """
 
@@ -54,8 +54,9 @@ class ActQuant(nn.Module):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.grid = Grid(bits, "unsigned")
-        self.observer = None
-        self.register_buffer("scale", torch.zeros(1))
+        self.ready = False
+        self.observer: Callable[[Tensor], None] | None = None
+        self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,20 +68,9 @@ class ActQuant(nn.Module):
             raise ModelError("an input range is not calibrated; run rabbet.calibrate_ranges(model, data) first")
         return self.grid.fake(x, self.scale, self.zero)
 
-    @functools.cached_property
-    def _checked(self) -> bool:
-        return bool((self.scale > 0).all())
-
-    @property
-    def ready(self) -> bool:
-        """Whether a range was calibrated or loaded."""
-        if not self._checked:
-            del self.__dict__["_checked"]
-            return self._checked
-        return True
-
     def set_range(self, scale: Tensor, zero: Tensor) -> None:
         """Take over a calibrated range."""
+        self.ready = True
         self.scale.copy_(scale.reshape(1))
         self.zero.copy_(zero.reshape(1))
 

@@ -72,6 +72,19 @@ class Task:
                 raise DataError("data holds no batch; give at least one (a generator can be read only once)")
         return self._read
 
+    def gathered(self, limit: int) -> Batch:
+        """About `limit` examples as one batch: the first batches joined, as long as their shapes agree."""
+        batches = self.read()
+        joined, count = batches[0], examples(batches[0])
+        shapes = [t.shape[1:] for t in tensors(joined)]
+        parts = [joined]
+        for batch in batches[1:]:
+            if count >= limit or [t.shape[1:] for t in tensors(batch)] != shapes:
+                break
+            parts.append(batch)
+            count += examples(batch)
+        return head(join(parts), limit)
+
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """The model's output on a batch, its tensors moved to the model's device and floating type.
 
@@ -121,6 +134,15 @@ def head(batch: Batch, count: int) -> Batch:
     """The first examples of a batch: tensors as long as the first one are cut, others kept."""
     size = examples(batch)
     return replaced(batch, lambda t: t[:count] if t.ndim and len(t) == size else t)
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of several of the same structure; tensors without a batch axis are taken from the first."""
+    if len(batches) == 1:
+        return batches[0]
+    columns = zip(*map(tensors, batches), strict=True)
+    whole = iter([torch.cat(c) if c[0].ndim else c[0] for c in columns])
+    return replaced(batches[0], lambda _: next(whole))
 
 
 def suited(batch: Batch, model: nn.Module) -> Batch:

@@ -1,0 +1,121 @@
+"""The integer program: one option a layer, every limit of the budget as a row, the sum of scores as small as can be.
+
+The only place that lands a plan under its limits. The program works in floating point, so its answer is counted again
+in whole numbers; if it is over by the tolerance of the solver, the program is solved again with less room.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from rabbet.cost import METRICS, Budget, Cost, heaviest
+from rabbet.errors import BudgetError, ModelError
+from rabbet.plan import LayerPlan, quoted
+
+SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One thing that may become of a layer, and what that costs."""
+
+    plan: LayerPlan
+    cost: Cost
+
+
+Table = Sequence[Sequence[Option]]
+Exact = Callable[[Sequence[int]], Cost]
+
+
+def smallest(table: Table, metric: str) -> list[int]:
+    """The cheapest option of every layer by one metric."""
+    amount = METRICS[metric].amount
+    return [min(range(len(row)), key=lambda k: amount(row[k].cost)) for row in table]
+
+
+def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) -> None:
+    """Refuse a budget that no choice of options meets, before anything is solved.
+
+    Raises BudgetError naming the smallest reachable value and the layers that hold it up.
+    """
+    for limit in budget.limits:
+        choice = smallest(table, limit.metric)
+        cost = exact(choice)
+        if limit.broken_by(cost, whole):
+            metric = METRICS[limit.metric]
+            found, base = metric.amount(cost), metric.amount(whole)
+            costs = {row[k].plan.name: row[k].cost for row, k in zip(table, choice, strict=True)}
+            raise BudgetError(
+                f"{limit.text!r} cannot be met: the smallest reachable value is {metric.show(found, whole.weights)} "
+                f"{limit.metric} ({100 * found / max(base, 1):.4g}% of float32), {metric.show(limit.amount(whole), whole.weights)} "
+                f"were allowed. The heaviest layers at that point: {heaviest(costs, limit.metric)}"
+            )
+    if len(budget.limits) > 1:
+        zero = [[0.0] * len(row) for row in table]
+        if _solve(zero, table, budget, whole, exact, {}) is None:
+            raise BudgetError(f"each limit of '{budget}' can be met, but not all at once; loosen one of them")
+
+
+def allocate(scores: Sequence[Sequence[float]], table: Table, budget: Budget, whole: Cost, exact: Exact) -> list[int]:
+    """The option of every layer with the least total score under all limits.
+
+    scores: what each option harms, [layers][options]. exact: the true cost of a choice, which the answer must keep.
+    Raises ModelError naming a layer whose score is not a number, BudgetError if no choice keeps the budget.
+    """
+    for row, options in zip(scores, table, strict=True):
+        if not np.isfinite(row).all():
+            raise ModelError(f"the scores of {quoted(options[0].plan.name)} are not finite: {list(row)}")
+    room: dict[str, int] = {}
+    for _ in range(8):
+        choice = _solve(scores, table, budget, whole, exact, room)
+        if choice is None:
+            break
+        cost = exact(choice)
+        over = {x.metric: METRICS[x.metric].amount(cost) - x.amount(whole) for x in budget.limits}
+        if all(excess <= 0 for excess in over.values()):
+            return choice
+        for metric, excess in over.items():
+            room[metric] = room.get(metric, 0) + max(0, excess)
+    # The tightest corner: the smallest choice is known to fit a single limit.
+    for limit in budget.limits:
+        choice = smallest(table, limit.metric)
+        cost = exact(choice)
+        if not any(x.broken_by(cost, whole) for x in budget.limits):
+            return choice
+    raise BudgetError(f"no choice of options keeps '{budget}' in whole numbers; loosen it a little")
+
+
+def _solve(
+    scores: Sequence[Sequence[float]], table: Table, budget: Budget, whole: Cost, exact: Exact, room: dict[str, int]
+) -> list[int] | None:
+    layer = np.repeat(np.arange(len(table)), [len(row) for row in table])
+    flat = np.concatenate([np.asarray(row, float) for row in scores])
+    one_each = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    reference = [0] * len(table)
+    base = exact(reference)
+    for limit in budget.limits:
+        amount = METRICS[limit.metric].amount
+        column = np.array([amount(option.cost) for row in table for option in row], float)
+        # What no option changes (untouched tensors, the fixed part of the header) is what the reference adds up to not.
+        fixed = amount(base) - sum(amount(row[0].cost) for row in table)
+        allowed = limit.amount(whole) - fixed - room.get(limit.metric, 0)
+        if allowed <= 0 and column.min() > 0:
+            return None
+        scale = max(float(allowed), 1.0)
+        constraints.append(LinearConstraint(csr_array(column[None] / scale), -np.inf, allowed / scale))
+    top = flat.max()
+    result = milp(
+        flat / top * 1e3 if top > 0 else flat,
+        constraints=constraints,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
+    )
+    if result.x is None:
+        return None
+    picked: list[list[float]] = [list(part) for part in np.split(result.x, np.cumsum([len(r) for r in table])[:-1])]
+    return [int(np.argmax(part)) for part in picked]

@@ -1,0 +1,149 @@
+"""The front door: a float network and a budget in, a network that keeps it out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from rabbet.calibrate import calibrate_ranges as _calibrate_ranges
+from rabbet.cost import Budget, Cost
+from rabbet.engine import Engine
+from rabbet.errors import FileError
+from rabbet.export import EXPORTS
+from rabbet.export.base import Parcel
+from rabbet.export.native import read_native
+from rabbet.layer import plan_of
+from rabbet.methods import Joint, Method
+from rabbet.plan import Plan
+from rabbet.report.text import render
+from rabbet.survey import Survey
+from rabbet.task import Batch, Task
+from rabbet.workpiece import Workpiece
+
+Data = Task | Iterable[Batch]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed network and everything that can be said of it; `print(result)` shows it a line a layer.
+
+    cost and float_cost: of the written file and of the float32 network. notes: what the method did, in words.
+    """
+
+    model: nn.Module
+    plan: Plan
+    cost: Cost
+    float_cost: Cost
+    survey: Survey
+    budget: Budget | None
+    notes: tuple[str, ...]
+    parcel: Parcel
+
+    def save(self, path: str | Path) -> int:
+        """Write the native file, whole or not at all; returns its bytes, which are `cost.bytes`.
+
+        Raises BudgetError, and writes nothing, if the network was changed since and is over its budget; FileError if
+        the folder does not exist or cannot be written.
+        """
+        return self.export(path, "safetensors")
+
+    def export(self, path: str | Path, target: str | None = None) -> int:
+        """Write a file of the given target (default: by the path's ending); returns its bytes.
+
+        Raises FileError for an unknown target or a folder that cannot be written.
+        """
+        path = Path(path)
+        target = target or path.suffix.lstrip(".")
+        if target not in EXPORTS:
+            raise FileError(f"cannot export to {target!r}; there are {', '.join(EXPORTS)}")
+        if not path.parent.is_dir():
+            raise FileError(f"cannot write {path}: there is no folder {path.parent}")
+        try:
+            return EXPORTS[target](self.parcel, path)
+        except OSError as e:
+            raise FileError(f"cannot write {path}: {e}") from e
+
+    def __str__(self) -> str:
+        return render(self.survey, self.plan, self.cost, self.float_cost, self.budget, self.notes)
+
+
+def compress(
+    model: nn.Module,
+    budget: str | Budget,
+    data: Data,
+    method: Method | None = None,
+    seed: int = 0,
+    engine: Engine | None = None,
+) -> Result:
+    """Make a copy of a trained network fit a budget; the network itself is not touched.
+
+    budget: such as "bytes <= 10%, bops <= 0.5%" (see `Budget.parse`). data: an iterable of unlabelled batches
+    (tensor, tuple or mapping: passed as the model's arguments) or a `Task`. method: default `Joint()`. engine: where
+    work runs and what is kept; with one engine several budgets share the solved candidates, and an engine with a
+    folder makes a killed run resume. The same seed gives the same bytes.
+
+    Raises BudgetError at once for a budget that cannot be met, ModelError or DataError, by name of the layer, for a
+    network or batches that cannot be used.
+    """
+    limits = Budget.parse(budget)
+    method = method or Joint()
+    piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
+    return _finish(piece, method, method.plan(piece, limits), limits)
+
+
+def plan(
+    model: nn.Module,
+    budget: str | Budget,
+    data: Data,
+    method: Method | None = None,
+    seed: int = 0,
+    engine: Engine | None = None,
+) -> Plan:
+    """Only choose: the plan that `compress` would fit. Print it, edit it, then `fit` it. Raises as `compress` does."""
+    piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
+    return (method or Joint()).plan(piece, Budget.parse(budget))
+
+
+def fit(
+    model: nn.Module,
+    plan: Plan | str,
+    data: Data,
+    method: Method | None = None,
+    seed: int = 0,
+    engine: Engine | None = None,
+) -> Result:
+    """Find the numbers of a given plan (or its text). Raises PlanError if it does not fit the network."""
+    piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
+    return _finish(piece, method or Joint(), Plan.parse(plan) if isinstance(plan, str) else plan, None)
+
+
+def _finish(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
+    fitted = method.fit(piece, chosen)
+    return _result(fitted.model, piece, budget, fitted.notes)
+
+
+def _result(model: nn.Module, piece: Workpiece, budget: Budget | None, notes: tuple[str, ...]) -> Result:
+    """Read the plan back from the network that will be handed out, and hold that against the budget."""
+    found = plan_of(model, piece.survey)
+    cost = piece.cost(found)
+    if budget is not None:
+        budget.check(cost, piece.float_cost)
+    parcel = Parcel(model, found, piece.survey, piece.rest(found))
+    return Result(model, found, cost, piece.float_cost, piece.survey, budget, notes, parcel)
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """The network of a native file, bit-exact, seated in a copy of `model` (which only gives the code).
+
+    Raises FileError for a file that is missing, damaged, of another format, or of another network.
+    """
+    return read_native(Path(path), model)[0]
+
+
+def calibrate_ranges(model: nn.Module, data: Data, seed: int = 0) -> None:
+    """Choose the input ranges of a network from `build`, in place, from about 512 examples."""
+    _calibrate_ranges(model, Task.of(data), seed)
+
+
+__all__ = ["Result", "calibrate_ranges", "compress", "fit", "load", "plan"]

@@ -1,0 +1,37 @@
+"""What an export is, and what it is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from rabbet.layout import Rest
+from rabbet.plan import Plan
+from rabbet.survey import Survey
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A compressed network with all that a file says of it."""
+
+    model: nn.Module
+    plan: Plan
+    survey: Survey
+    rest: tuple[Rest, ...]
+
+
+Export = Callable[[Parcel, Path], int]
+
+
+def write_beside(path: Path, parts: list[bytes]) -> int:
+    """Write a whole file or nothing: beside the path first, then renamed. Returns the bytes written."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with beside.open("wb") as file:
+            for part in parts:
+                file.write(part)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path.stat().st_size

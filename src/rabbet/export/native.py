@@ -1,0 +1,177 @@
+"""The native file: safetensors with packed integers, its plan and survey in the header. docs/format.md specifies it."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rabbet.errors import FileError, RabbetError
+from rabbet.export.base import Parcel, write_beside
+from rabbet.layer import ActQuant, Compressed, Factor, compressed_layers, empty, install, validate
+from rabbet.layout import VERSION, WIDTHS, arrays, header, lengths
+from rabbet.pack import pack, packed_bytes, unpack
+from rabbet.plan import Plan
+from rabbet.survey import Survey, drop_norms, stored_tensors
+
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def write_native(parcel: Parcel, path: Path) -> int:
+    """Write the native file; returns its length, which is the plan's cost in bytes."""
+    found = stored_tensors(parcel.model)
+    values = {r.name: (r.dtype, found[r.name].detach().cpu().to(TYPES[r.dtype])) for r in parcel.rest}
+    values |= {name: (dtype, tensor) for name, dtype, tensor in _packed(parcel)}
+    order = sorted(sorted(parcel.rest, key=lambda r: r.name), key=lambda r: -WIDTHS[r.dtype])
+    names = [r.name for r in order] + [name for name, _, _ in arrays(lengths(parcel.survey, parcel.plan))]
+    names.sort(key=lambda name: -WIDTHS[values[name][0]])
+    parts = [header(parcel.survey, parcel.plan, parcel.rest), *(_raw(values[name][1]) for name in names)]
+    return write_beside(path, parts)
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _packed(parcel: Parcel) -> Iterator[tuple[str, str, Tensor]]:
+    """The arrays of all layers, in the order of the plan."""
+    layers = compressed_layers(parcel.model)
+    ordered = [layers[line.name] for line in parcel.plan]
+    factors = [f for layer in ordered for f in _factors(layer)]
+    acts = [a for layer in ordered for a in _acts(layer)]
+    biases = [layer.bias.detach().cpu() for layer in ordered if layer.bias is not None]
+    content = {
+        "rabbet.biases": biases,
+        "rabbet.act_scales": [a.scale.cpu() for a in acts],
+        "rabbet.scales": [f.scale.detach().cpu().to(torch.bfloat16) for f in factors],
+        "rabbet.act_zeros": [a.zero.cpu().to(torch.uint8) for a in acts],
+        "rabbet.codes": [pack(f.codes.detach().cpu() - f.grid.low, f.grid.levels) for f in factors],
+    }
+    for name, dtype, _ in arrays(lengths(parcel.survey, parcel.plan)):
+        yield name, dtype, torch.cat(content[name])
+
+
+def _factors(layer: Compressed) -> Iterator[Factor]:
+    return itertools.chain.from_iterable(layer.terms)  # type: ignore[arg-type]
+
+
+def _acts(layer: Compressed) -> Iterator[ActQuant]:
+    return iter(layer.acts)  # type: ignore[arg-type]
+
+
+def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan]:
+    """A compressed copy of `model` with the numbers of a file; the model gives the code, the file every number.
+
+    Raises FileError for a file that is missing, damaged, of another format, or of another network.
+    """
+    survey, plan, values = read_parts(path)
+    result = _skeleton(model, survey, plan, path)
+    streams = {name: _Stream(values.pop(name, None), name, path) for name, _, _ in arrays(lengths(survey, plan))}
+    layers = compressed_layers(result)
+    with torch.no_grad():
+        for line in plan:
+            _fill(layers[line.name], streams, path)
+        for stream in streams.values():
+            stream.close()
+        _fill_rest(result, values, path)
+    return result, survey, plan
+
+
+def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
+    """Survey, plan and raw tensors of a file, checked for damage but not against a network."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("format") != VERSION:
+                found = facts.get("format")
+                raise FileError(f"{path} is of format {found!r}, this version reads {VERSION!r}")
+            survey, plan = Survey.from_json(facts.get("survey", "")), Plan.parse(facts.get("plan", ""))
+            validate(plan, survey)
+            return survey, plan, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise FileError(f"there is no file {path}") from None
+    except FileError:
+        raise
+    except (SafetensorError, OSError, RabbetError) as e:
+        raise FileError(f"{path} is damaged or not a rabbet file: {e}") from None
+
+
+def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Module:
+    result = copy.deepcopy(model).eval().requires_grad_(False)
+    modules = dict(result.named_modules(remove_duplicate=False))
+    for site in survey:
+        for name in (*site.names, *([site.norm] if site.norm else [])):
+            if name not in modules:
+                raise FileError(f"{path} is of another network: the model has no layer {name!r}")
+        layer = modules[site.name]
+        weight = getattr(layer, "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        wanted = site.shape[::-1] if site.kind == "transposed linear" else site.shape
+        if shape != wanted:
+            raise FileError(f"{path} is of another network: {site.name!r} has shape {shape}, the file says {wanted}")
+        if site.norm is not None and plan.get(site.name) is None and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros(site.shape[0]), requires_grad=False)
+    result = drop_norms(result.float(), survey)
+    home = next(iter(stored_tensors(result).values())).device
+    for site in survey:
+        line = plan.get(site.name)
+        if line is not None:
+            result = install(result, site, empty(site, line).to(home))
+    return result
+
+
+class _Stream:
+    """Takes one of the file's arrays apart, from front to back."""
+
+    def __init__(self, values: Tensor | None, name: str, path: Path) -> None:
+        if values is None or values.ndim != 1:
+            raise FileError(f"{path} is damaged: the array {name} is missing or not flat")
+        self.values, self.name, self.path, self.at = values, name, path, 0
+
+    def take(self, count: int) -> Tensor:
+        part = self.values[self.at : self.at + count]
+        if len(part) != count:
+            raise FileError(f"{self.path} is damaged: {self.name} ends after {len(self.values)} entries")
+        self.at += count
+        return part
+
+    def close(self) -> None:
+        if self.at != len(self.values):
+            raise FileError(f"{self.path} is damaged: {self.name} has {len(self.values)} entries, the plan {self.at}")
+
+
+def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
+    for factor in _factors(layer):
+        levels, count = factor.grid.levels, factor.codes.numel()
+        codes = unpack(streams["rabbet.codes"].take(packed_bytes(count, levels)), levels, count) + factor.grid.low
+        factor.codes.copy_(codes.view(factor.codes.shape))
+        factor.scale.copy_(streams["rabbet.scales"].take(len(factor.scale)).float())
+    if layer.bias is not None:
+        layer.bias.copy_(streams["rabbet.biases"].take(len(layer.bias)))
+    for act in _acts(layer):
+        act.set_range(streams["rabbet.act_scales"].take(1), streams["rabbet.act_zeros"].take(1).float())
+        if not bool(torch.isfinite(act.scale).all() and (act.scale > 0).all()):
+            raise FileError(f"{path} is damaged: an input scale of {layer.site.name!r} is not a positive number")
+    if not all(torch.isfinite(f.scale).all() for f in _factors(layer)):
+        raise FileError(f"{path} is damaged: a scale of {layer.site.name!r} is not finite")
+
+
+def _fill_rest(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
+    own = [f"{name}." for name, m in model.named_modules() if isinstance(m, Compressed)]
+    wanted = {n: t for n, t in stored_tensors(model).items() if not any(n.startswith(o) for o in own if o != ".")}
+    if isinstance(model, Compressed):
+        wanted = {}
+    if missing := sorted(wanted.keys() ^ values.keys()):
+        raise FileError(f"{path} is of another network: {', '.join(missing[:5])} on one side only")
+    for name, tensor in wanted.items():
+        if tensor.shape != values[name].shape:
+            raise FileError(f"{path} is of another network: {name} is {list(values[name].shape)}, not {list(tensor.shape)}")
+        tensor.copy_(values[name])
+
+

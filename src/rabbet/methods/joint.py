@@ -1,0 +1,126 @@
+"""One integer program over the bits of every layer and the adapters that pay; post-training, without labels.
+
+Per layer every candidate is solved once in the metric of the layer's inputs and scored by what it does to the
+network's output; the program picks one candidate a layer under all limits at once. Then each channel's statistics are
+matched to the float network's, input ranges are chosen, and a short tuning follows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rabbet.allocate import Option, allocate, require_feasible
+from rabbet.calibrate import calibrate_ranges
+from rabbet.candidates import Numbers, Terms, canonical, read_numbers, solve_site
+from rabbet.cost import Budget, Cost, layer_cost, plan_cost
+from rabbet.engine import Job, Tensors
+from rabbet.errors import PlanError
+from rabbet.forms import FORMS
+from rabbet.grid import Grid
+from rabbet.layer import build, validate
+from rabbet.match import match_statistics
+from rabbet.methods.base import Fitted
+from rabbet.plan import LayerPlan, Plan, Term
+from rabbet.score import output_errors
+from rabbet.site import Site
+from rabbet.train import Tuning, tune
+from rabbet.workpiece import Workpiece
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The default method.
+
+    grids: what a dense weight may lie on. adapters: (grid of the weight, share of the layer's entries that a low-rank
+    adapter may have); its factors lie on `adapter_grid`. act: bits of every layer's input, None for float.
+    tuning: the loop at the end; `Tuning(steps=0)` leaves it out.
+    """
+
+    grids: tuple[str, ...] = ("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c", "8c")
+    adapters: tuple[tuple[str, float], ...] = (("2hc", 0.05), ("2hc", 0.1), ("3c", 0.05), ("3c", 0.1))
+    adapter_grid: str = "8c"
+    act: int | None = 8
+    tuning: Tuning = Tuning()
+
+    def __post_init__(self) -> None:
+        if not self.grids:
+            raise PlanError("Joint needs at least one grid to choose from")
+        for text in (*self.grids, self.adapter_grid, *(g for g, _ in self.adapters)):
+            Grid.parse(text)
+
+    def plan(self, piece: Workpiece, budget: Budget) -> Plan:
+        """Choose a candidate for every layer; see `Method.plan`."""
+        table = [[self._option(site, terms) for terms in self.menu(site)] for site in piece.survey]
+
+        def chosen(choice: Sequence[int]) -> Plan:
+            return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
+
+        rest = piece.rest(chosen([0] * len(table)))
+
+        def exact(choice: Sequence[int]) -> Cost:
+            return plan_cost(piece.survey, chosen(choice), rest)
+
+        require_feasible(table, budget, piece.float_cost, exact)
+        scores = self._scores(piece)
+        return chosen(allocate(scores, table, budget, piece.float_cost, exact))
+
+    def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
+        """Solve the plan's layers (those of `plan` are solved already), match, calibrate, tune; see `Method.fit`."""
+        validate(plan, piece.survey)
+        numbers = self._numbers(piece, plan)
+        student = build(piece.model, plan, piece.survey, numbers)
+        calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
+        match_statistics(student, piece.model, piece.survey, piece.task)
+        note = tune(student, piece.model, piece.survey, piece.task, self.tuning, piece.seed, piece.engine)
+        return Fitted(student, (note,))
+
+    def menu(self, site: Site) -> tuple[Terms, ...]:
+        """Every candidate of a layer: dense on each grid, and dense with an adapter where a rank fits."""
+        dense = [(Term("dense", Grid.parse(g)),) for g in self.grids]
+        full = FORMS["lowrank"].full_rank(site)
+        grid = Grid.parse(self.adapter_grid)
+        with_adapter = []
+        for base, share in self.adapters:
+            rank = round(share * site.numel / (site.shape[0] + site.columns))
+            if 1 <= rank < full:
+                with_adapter.append((Term("dense", Grid.parse(base)), Term("lowrank", grid, rank)))
+        return tuple(dict.fromkeys([*dense, *with_adapter]))
+
+    def _option(self, site: Site, terms: Terms) -> Option:
+        plan = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
+        return Option(plan, layer_cost(site, plan))
+
+    def _scores(self, piece: Workpiece) -> list[list[float]]:
+        results = self._solve(piece, {s.name: self.menu(s) for s in piece.survey})
+        changes: dict[str, Tensor] = {}
+        for site in piece.survey:
+            menu, weight = self.menu(site), piece.weight(site)
+            solved = [canonical(site, menu[k], read_numbers(results[site.name], menu, k)) for k in range(len(menu))]
+            changes[site.name] = torch.stack(solved) - weight
+        errors = output_errors(
+            piece.model, piece.survey, piece.task, changes, seed=piece.seed, progress=piece.engine.progress
+        )
+        return [errors[s.name].tolist() for s in piece.survey]
+
+    def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:
+        """The same numbers whether a plan was chosen here or made by hand: a line on the menu is solved with it."""
+        menus = {}
+        for layer in plan:
+            menu = self.menu(piece.survey[layer.name])
+            menus[layer.name] = menu if layer.terms in menu else (layer.terms,)
+        results = self._solve(piece, menus)
+        return {
+            layer.name: read_numbers(results[layer.name], menus[layer.name], menus[layer.name].index(layer.terms))
+            for layer in plan
+        }
+
+    def _solve(self, piece: Workpiece, menus: dict[str, tuple[Terms, ...]]) -> dict[str, Tensors]:
+        moments = piece.moments()
+        jobs: list[Job] = []
+        for name, menu in menus.items():
+            site = piece.survey[name]
+            given = {"weight": piece.weight(site)} | ({"second": moments[name]} if name in moments else {})
+            jobs.append((solve_site, given, {"site": site, "menu": menu}))
+        return dict(zip(menus, piece.engine.run("solving layers", jobs), strict=True))

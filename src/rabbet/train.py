@@ -1,0 +1,195 @@
+"""Short tuning without labels: the compressed network learns to answer as the float network does, on its grid."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.augment import Pool, split
+from rabbet.engine import Engine, content_key
+from rabbet.grid import stored
+from rabbet.layer import Compressed, Factor, compressed_layers
+from rabbet.site import KINDS
+from rabbet.survey import Survey
+from rabbet.task import Batch, Task, divergence, outputs, tensors
+
+HELD = 0.125  # share of the calibration examples that judge the tuning and take no part in it
+CHECKPOINT = 100
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of the tuning loop. Rates: codes in units of one step, the others relative to their mean magnitude."""
+
+    steps: int = 300
+    batch: int = 64
+    codes: float = 5e-3
+    scales: float = 5e-3
+    biases: float = 1e-2
+    ranges: float = 1e-2
+    features: float = 16.0
+
+
+def tune(
+    student: nn.Module, teacher: nn.Module, survey: Survey, task: Task, settings: Tuning, seed: int, engine: Engine
+) -> str:
+    """Tune a compressed network in place; keep the result only if held-back examples agree. Returns what came of it.
+
+    The loss is the divergence of the outputs plus `features` times the mean relative error of the blocks' outputs.
+    Adam, a cosine schedule; images are augmented. Checkpoints are kept in the engine, and a run that is started again
+    goes on from the last.
+    """
+    kept, held = split(task.read(), HELD)
+    if not kept or settings.steps == 0:
+        return "not tuned: " + ("no steps were asked for" if kept else "too few examples to hold one back")
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    start = judge(student, teacher, task, held)
+    loop = _Loop(student, teacher, survey, task, Pool.of(kept), settings, seed)
+    loop.run(engine)
+    end = judge(student, teacher, task, held)
+    if end < start:
+        return f"tuned {settings.steps} steps: divergence on held-back examples {start:.4g} -> {end:.4g}"
+    student.load_state_dict(before)
+    return f"tuning undone: held-back examples got worse ({start:.4g} -> {end:.4g})"
+
+
+def judge(student: nn.Module, teacher: nn.Module, task: Task, batches: Sequence[Batch]) -> float:
+    """Mean divergence of the outputs over batches."""
+    with torch.no_grad():
+        found = [divergence(outputs(task.run(student, b)), outputs(task.run(teacher, b))) for b in batches]
+    return float(torch.stack(found).mean())
+
+
+class _Loop:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, survey: Survey, task: Task, pool: Pool, settings: Tuning, seed: int
+    ) -> None:
+        self.student, self.teacher, self.task = student, teacher, task
+        self.pool, self.settings, self.seed = pool, settings, seed
+        self.layers = compressed_layers(student)
+        self.taps = block_names(survey)
+        self.groups: list[dict[str, object]] = []
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                _start_latents(layer, KINDS[layer.site.kind].weight(teacher.get_submodule(name)))
+        self._collect()
+
+    def _collect(self) -> None:
+        rates = self.settings
+        for layer in self.layers.values():
+            for factor in itertools.chain.from_iterable(layer.terms):  # type: ignore[arg-type]
+                self._add(factor.codes, rates.codes)
+                self._add(factor.scale, rates.scales * float(factor.scale.abs().mean()))
+            if layer.bias is not None:
+                self._add(layer.bias, rates.biases * max(float(layer.bias.abs().mean()), 0.05))
+            for act in layer.acts:
+                self._add(act.scale, rates.ranges * float(act.scale))  # type: ignore[arg-type]
+
+    def _add(self, tensor: Tensor, rate: float) -> None:
+        self.groups.append({"params": [tensor.requires_grad_()], "lr": rate, "base": rate})
+
+    def run(self, engine: Engine) -> None:
+        optimiser = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        state = {str(k): p.detach() for k, p in enumerate(parameters)}
+        inputs = {f"in{k}": t for k, t in enumerate(itertools.chain.from_iterable(map(tensors, self.pool.parts)))}
+        key = content_key("tune", {**state, **inputs}, {"settings": self.settings, "seed": self.seed})
+        first = _resume(engine, key, optimiser, parameters)
+        try:
+            for step in range(first, self.settings.steps):
+                self._step(optimiser, step)
+                engine.progress("tuning", step + 1, self.settings.steps)
+                if engine.folder is not None and ((step + 1) % CHECKPOINT == 0 or step + 1 == self.settings.steps):
+                    engine.keep(key, _checkpoint(optimiser, parameters, step + 1))
+        finally:
+            for p in parameters:
+                p.requires_grad_(False)
+        with torch.no_grad():
+            _settle(self.layers.values())
+
+    def _step(self, optimiser: torch.optim.Optimizer, step: int) -> None:
+        rate = max(0.5 * (1 + math.cos(math.pi * step / self.settings.steps)), 0.02) * min(1.0, (step + 1) / 10)
+        for group in optimiser.param_groups:
+            group["lr"] = group["base"] * rate
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        batch = self.pool.draw(self.settings.batch, generator)
+        with torch.no_grad(), _Tapped(self.teacher, self.taps) as theirs:
+            goal = outputs(self.task.run(self.teacher, batch))
+        with torch.enable_grad(), _Tapped(self.student, self.taps) as ours:
+            loss = divergence(outputs(self.task.run(self.student, batch)), goal)
+            loss = loss + self.settings.features * relative_error(ours.seen, theirs.seen)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+
+class _Tapped:
+    """Collects the outputs of named modules during a forward pass."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.modules = [model.get_submodule(n) for n in names]
+        self.seen: list[Tensor] = []
+
+    def __enter__(self) -> "_Tapped":
+        self.hooks = [m.register_forward_hook(lambda _, __, out: self.seen.extend(tensors(out)[:1])) for m in self.modules]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def block_names(survey: Survey) -> list[str]:
+    """The modules that directly hold a compressed layer, the network itself apart: its blocks, in order."""
+    return list(dict.fromkeys(parent for s in survey if (parent := s.name.rpartition(".")[0])))
+
+
+def relative_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+    """Mean over features of `|ours - theirs|^2 / |theirs|^2`; zero without features."""
+    parts = [(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in zip(ours, theirs, strict=True)]
+    return torch.stack(parts).mean() if parts else torch.zeros(())
+
+
+def _start_latents(layer: Compressed, weight: Tensor) -> None:
+    """Continuous codes: where the float weight lies within the cell that its code stands for."""
+    if len(layer.terms) > 1 or layer.form_names != ["dense"]:
+        return
+    factor: Factor = layer.terms[0][0]  # type: ignore[index, assignment]
+    exact = weight / factor.grid.spread(factor.scale, weight.ndim) - factor.grid.shift
+    factor.codes.add_((exact - factor.codes).clamp(-0.45, 0.45))
+
+
+def _settle(layers: "Sequence[Compressed] | object") -> None:
+    """Back to integers and to scales as the file stores them."""
+    for layer in layers:  # type: ignore[attr-defined]
+        for factor in itertools.chain.from_iterable(layer.terms):
+            factor.codes.copy_(factor.grid.round_latent(factor.codes))
+            factor.scale.copy_(stored(factor.scale))
+        for act in layer.acts:
+            act.scale.clamp_(min=1e-12)
+
+
+def _checkpoint(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+    kept = {"step": torch.tensor([step])}
+    for k, p in enumerate(parameters):
+        state = optimiser.state[p]
+        kept |= {f"{k}.value": p.detach().clone()}
+        kept |= {f"{k}.{name}": state[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in state}
+    return kept
+
+
+def _resume(engine: Engine, key: str, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> int:
+    kept = engine.kept(key) if engine.folder is not None else None
+    if kept is None:
+        return 0
+    step = kept["step"]
+    with torch.no_grad():
+        for k, p in enumerate(parameters):
+            p.copy_(kept[f"{k}.value"])
+            if f"{k}.exp_avg" in kept:
+                moments = {name: kept[f"{k}.{name}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")}
+                optimiser.state[p] = {"step": step[0].float(), **moments}
+    return int(step)

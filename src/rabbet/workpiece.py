@@ -1,0 +1,85 @@
+"""What a method works on: the user's network, folded and measured."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from rabbet.calibrate import second_moments
+from rabbet.cost import Cost, float_cost, plan_cost
+from rabbet.engine import Engine
+from rabbet.errors import DataError
+from rabbet.layout import Rest
+from rabbet.plan import Plan
+from rabbet.site import KINDS, Site
+from rabbet.survey import Survey, fold, stored_tensors
+from rabbet.survey import survey as look
+from rabbet.task import Task
+
+DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass
+class Workpiece:
+    """A float network on the bench: folded copy, survey, the user's task, the engine, the seed.
+
+    `types` are the original types of the tensors that stay as they are: a half-precision embedding that is left alone
+    is stored in half precision again.
+    """
+
+    model: nn.Module
+    survey: Survey
+    task: Task
+    engine: Engine
+    seed: int
+    types: dict[str, str]
+    _moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, task: Task, engine: Engine, seed: int = 0) -> "Workpiece":
+        """Survey and fold a copy of a model; the model itself is not touched."""
+        batches = task.read()
+        found = look(model, batches[0], task)
+        types = {name: DTYPES[str(t.dtype)] for name, t in stored_tensors(model).items() if str(t.dtype) in DTYPES}
+        return cls(fold(model, found), found, task, engine, seed, types)
+
+    def weight(self, site: Site) -> Tensor:
+        """The canonical float weight of a site, on the CPU, where solvers run."""
+        return KINDS[site.kind].weight(self.model.get_submodule(site.name)).detach().cpu()
+
+    def rest(self, plan: Plan) -> tuple[Rest, ...]:
+        """What a file holds as it is under a plan."""
+        return rest_of(self.model, self.survey, plan, self.types)
+
+    def cost(self, plan: Plan) -> Cost:
+        """The exact cost of a plan."""
+        return plan_cost(self.survey, plan, self.rest(plan))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Second moments of the inputs of every site, measured once."""
+        if not self._moments:
+            self._moments |= second_moments(self.model, self.survey, self.task, self.seed, self.engine.progress)
+        return self._moments
+
+    @property
+    def float_cost(self) -> Cost:
+        """What the float32 network costs."""
+        return float_cost(self.survey)
+
+
+def rest_of(model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str]) -> tuple[Rest, ...]:
+    """Tensors of a folded network that no line of the plan covers: layers left alone, and sites without a line."""
+    covered = {f"{layer.name}.{part}".lstrip(".") for layer in plan for part in ("weight", "bias")}
+    folded = {f"{s.name}.{part}" for s in survey if s.norm is not None for part in ("weight", "bias")}
+    rest = []
+    for name, tensor in stored_tensors(model).items():
+        if name in covered:
+            continue
+        dtype = "F32" if name in folded else types.get(name)
+        if dtype is None:
+            raise DataError(f"{name} is of type {tensor.dtype}, which a file cannot hold")
+        rest.append(Rest(name, dtype, tuple(tensor.shape)))
+    return tuple(rest)
