@@ -4,8 +4,12 @@ The only place that lands a plan under its limits. The program works in floating
 in whole numbers; if it is over by the tolerance of the solver, the program is solved again with less room.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -48,10 +52,11 @@ def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) ->
             metric = METRICS[limit.metric]
             found, base = metric.amount(cost), metric.amount(whole)
             costs = {row[k].plan.name: row[k].cost for row, k in zip(table, choice, strict=True)}
+            least, allowed = metric.show(found, whole.weights), metric.show(limit.amount(whole), whole.weights)
             raise BudgetError(
-                f"{limit.text!r} cannot be met: the smallest reachable value is {metric.show(found, whole.weights)} "
-                f"{limit.metric} ({100 * found / max(base, 1):.4g}% of float32), {metric.show(limit.amount(whole), whole.weights)} "
-                f"were allowed. The heaviest layers at that point: {heaviest(costs, limit.metric)}"
+                f"{limit.text!r} cannot be met: the smallest reachable value is {least} {limit.metric} "
+                f"({100 * found / max(base, 1):.4g}% of float32), {allowed} were allowed. "
+                f"The heaviest layers at that point: {heaviest(costs, limit.metric)}"
             )
     if len(budget.limits) > 1:
         zero = [[0.0] * len(row) for row in table]
@@ -108,14 +113,29 @@ def _solve(
         scale = max(float(allowed), 1.0)
         constraints.append(LinearConstraint(csr_array(column[None] / scale), -np.inf, allowed / scale))
     top = flat.max()
-    result = milp(
-        flat / top * 1e3 if top > 0 else flat,
-        constraints=constraints,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
-    )
+    with _quiet():
+        result = milp(
+            flat / top * 1e3 if top > 0 else flat,
+            constraints=constraints,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
+        )
     if result.x is None:
         return None
     picked: list[list[float]] = [list(part) for part in np.split(result.x, np.cumsum([len(r) for r in table])[:-1])]
     return [int(np.argmax(part)) for part in picked]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS writes lines of its own to file descriptor 1, where a caller's JSON goes; send them nowhere."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

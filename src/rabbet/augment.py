@@ -70,7 +70,9 @@ def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
     inside = ((ys >= top[:, None]) & (ys < (top + sides[:, 0])[:, None]))[:, :, None] & (
         (xs >= left[:, None]) & (xs < (left + sides[:, 1])[:, None])
     )[:, None, :]
-    weight = torch.where((kind < 0.25)[:, None, None], share[:, None, None], ((kind < 0.5)[:, None, None] & inside).float())
+    weight = torch.where(
+        (kind < 0.25)[:, None, None], share[:, None, None], ((kind < 0.5)[:, None, None] & inside).float()
+    )
     weight = weight[:, None].to(images.device, images.dtype)
     return images * (1 - weight) + other * weight
 

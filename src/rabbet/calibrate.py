@@ -32,7 +32,9 @@ class _Moment:
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         found = patches(self.site, args[0].detach().float(), self.places, self.generator)
         if not torch.isfinite(found).all():
-            raise DataError(f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; check the batches")
+            raise DataError(
+                f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; check the batches"
+            )
         part = (found.mT @ found).double()
         self.total = part if self.total is None else self.total + part
         self.rows += found.shape[1]
@@ -102,7 +104,9 @@ class _Sample:
             share = 1 - k / steps * 0.9
             scale = torch.tensor([(self.high - self.low) * share / (levels - 1)])
             zero = (-self.low * share / scale).round().clamp(0, levels - 1)
-            error = float((((values / scale + zero).round().clamp(0, levels - 1) - zero) * scale - values).square().mean())
+            error = float(
+                (((values / scale + zero).round().clamp(0, levels - 1) - zero) * scale - values).square().mean()
+            )
             if error < least:
                 best, least = (scale, zero), error
         return best
@@ -129,7 +133,7 @@ def calibrate_ranges(
     samples = {act: _Sample(-(-VALUES // count), generator) for act in acts}
     try:
         for act, sample in samples.items():
-            act.observer = sample  # type: ignore[assignment]
+            act.observer = sample
         _pass(model, task, count, progress, "measuring ranges")
     finally:
         for act in acts:

@@ -1,7 +1,7 @@
 """All candidates of one layer at once: the job that an engine spreads.
 
 Dense terms on any number of grids are rounded in one pass. A weight of several terms alternates: each term in turn is
-solved for what the others leave, and a step is kept only if the error in the metric falls.
+solved for what the others leave, and the best state is kept.
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,13 @@ def solve_site(weight: Tensor, second: Tensor | None = None, *, site: Site, menu
     table). The result is flat, for the engine: read it with `read_numbers`.
     """
     metric = Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
-    target = site.matrix(weight)
-    plain = [terms[0].grid for terms in menu if _is_dense(terms)]
-    rounded = dict(zip(plain, round_dense(target, plain, metric), strict=True))
     result: Tensors = {}
-    for k, terms in enumerate(menu):
-        numbers = [[_quantised(site, rounded[terms[0].grid], terms[0].grid)]] if _is_dense(terms) else None
-        numbers = numbers or alternate(site, weight, terms, metric)
+    for k, (terms, numbers) in enumerate(zip(menu, solve_menu(site, weight, menu, metric), strict=True)):
         for t, factors in enumerate(numbers):
             for f, factor in enumerate(factors):
                 result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
                 result[f"{k}.{t}.{f}.scale"] = factor.scale
-        delta = site.matrix(canonical(site, terms, numbers) - weight)
-        result[f"{k}.error"] = metric.error(delta).sum()
+        result[f"{k}.error"] = _error(site, weight, terms, numbers, metric)
     return result
 
 
@@ -62,50 +56,72 @@ def canonical(site: Site, terms: Terms, numbers: Sequence[Sequence[Quantised]]) 
     return torch.stack(parts).sum(0)
 
 
-def round_dense(target: Tensor, grids: Sequence[Grid], metric: Metric) -> list[Rows]:
-    """A weight [groups, rows, n] on each of several grids, the error in the metric as small as found.
+def solve_menu(site: Site, weight: Tensor, menu: Sequence[Terms], metric: Metric) -> list[Numbers]:
+    """Alternate over the terms of all entries in step, so that what can be rounded in one pass is.
 
-    One scale per row is chosen, refitted and, on short lopsided grids, mirrored row by row; one scale per tensor is
-    chosen by its squared error and stays.
+    Each term is solved for what the others leave; the best state that an entry passes through is returned.
     """
-    count = target.shape[1]
-    sliced = [(g, mirror) for g in grids if g.axis == 0 for mirror in ((False, True) if g.mirrored else (False,))]
-    parts: dict[Grid, Rows] = {}
-    if sliced:
-        stacked = Rows.stack([start(target, grid, metric, mirror) for grid, mirror in sliced])
-        for (grid, _), rows in zip(sliced, round_rows(stacked, metric).split(count), strict=True):
-            parts[grid] = parts[grid].better(rows, metric) if grid in parts else rows
-    for grid in grids:
-        if grid.axis is None:
-            scale = grid.mse(target).expand(target.shape[:2])
-            parts[grid] = descend(feedback(Rows.of(target, scale, grid), metric), metric)
-    return [parts[g] for g in grids]
+    states: list[list[list[Quantised] | None]] = [[None] * len(terms) for terms in menu]
+    best: list[tuple[float, Numbers]] = [(torch.inf, [])] * len(menu)
+    for turn in range(ALTERNATIONS):
+        for place in range(max(map(len, menu))):
+            active = [k for k, terms in enumerate(menu) if place < len(terms) and (turn == 0 or len(terms) > 1)]
+            wanted = [(menu[k][place], _left(site, weight, menu[k], states[k], place)) for k in active]
+            for k, solved in zip(active, _solve_terms(site, wanted, metric), strict=True):
+                states[k][place] = solved
+                full = [qs for qs in states[k] if qs is not None]
+                if len(full) == len(menu[k]):
+                    error = float(_error(site, weight, menu[k], full, metric))
+                    best[k] = min(best[k], (error, full), key=lambda entry: entry[0])
+    return [numbers for _, numbers in best]
 
 
-def alternate(site: Site, weight: Tensor, terms: Terms, metric: Metric) -> Numbers:
-    """Several terms, each solved in turn for what the others leave; the best state seen is returned."""
-    state: list[list[Quantised] | None] = [None] * len(terms)
-    best: Numbers | None = None
-    least = torch.inf
-    for _ in range(ALTERNATIONS if len(terms) > 1 else 1):
-        for k, term in enumerate(terms):
-            others = [(t, qs) for j, (t, qs) in enumerate(zip(terms, state, strict=True)) if j != k and qs is not None]
-            left = weight
-            if others:
-                left = weight - canonical(site, tuple(t for t, _ in others), [qs for _, qs in others])
-            state[k] = _solve_term(site, left, term, metric)
-            if all(qs is not None for qs in state):
-                full: Numbers = [qs for qs in state if qs is not None]
-                error = float(metric.error(site.matrix(canonical(site, terms, full) - weight)).sum())
-                if error < least:
-                    best, least = full, error
-    assert best is not None
-    return best
+def _left(site: Site, weight: Tensor, terms: Terms, state: Sequence[list[Quantised] | None], place: int) -> Tensor:
+    """What the other terms of an entry leave of the weight."""
+    others = [(t, qs) for j, (t, qs) in enumerate(zip(terms, state, strict=True)) if j != place and qs is not None]
+    return weight - canonical(site, tuple(t for t, _ in others), [qs for _, qs in others]) if others else weight
+
+
+def _error(site: Site, weight: Tensor, terms: Terms, numbers: Numbers, metric: Metric) -> Tensor:
+    return metric.error(site.matrix(canonical(site, terms, numbers) - weight)).sum()
+
+
+def _solve_terms(site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric) -> list[list[Quantised]]:
+    """Each term for its target: the dense ones with a scale per row together, the others one by one."""
+    dense = [(term.grid, site.matrix(left)) for term, left in wanted if _together(term)]
+    rounded = iter(round_rows_of(dense, metric))
+    return [
+        [_quantised(site, next(rounded), term.grid)] if _together(term) else _solve_term(site, left, term, metric)
+        for term, left in wanted
+    ]
+
+
+def _together(term: Term) -> bool:
+    return term.form == "dense" and term.grid.axis == 0
+
+
+def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
+    """Targets [groups, rows, n] on grids with a scale per row, each as near in the metric as found.
+
+    Scales are chosen, refitted and, on short lopsided grids, mirrored row by row.
+    """
+    if not wanted:
+        return []
+    trials = [(k, mirror) for k, (g, _) in enumerate(wanted) for mirror in ((False, True) if g.mirrored else (False,))]
+    stacked = Rows.stack([start(wanted[k][1], wanted[k][0], metric, mirror) for k, mirror in trials])
+    best: dict[int, Rows] = {}
+    for (k, _), rows in zip(trials, round_rows(stacked, metric).split(wanted[0][1].shape[1]), strict=True):
+        best[k] = best[k].better(rows, metric) if k in best else rows
+    return [best[k] for k in range(len(wanted))]
 
 
 def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric) -> list[Quantised]:
-    if term.form == "dense" and term.grid.axis in (None, 0):
-        return [_quantised(site, round_dense(site.matrix(left), [term.grid], metric)[0], term.grid)]
+    if term.form == "dense" and term.grid.axis is None:
+        # one scale for all: it is chosen by the squared error and stays, the codes follow the metric
+        target = site.matrix(left)
+        scale = term.grid.mse(target).expand(target.shape[:2])
+        rows = descend(feedback(Rows.of(target, scale, term.grid), metric), metric)
+        return [_quantised(site, rows, term.grid)]
     factors = FORMS[term.form].decompose(site, left, term.rank, metric.second)
     return [Quantised.nearest(f, term.grid) for f in factors]
 
@@ -113,7 +129,3 @@ def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric) -> list[Qu
 def _quantised(site: Site, rows: Rows, grid: Grid) -> Quantised:
     scale = rows.scale.reshape(-1)
     return Quantised(grid, rows.codes.reshape(site.shape), scale if grid.axis == 0 else scale[:1])
-
-
-def _is_dense(terms: Terms) -> bool:
-    return len(terms) == 1 and terms[0].form == "dense" and terms[0].grid.axis in (None, 0)

@@ -66,12 +66,12 @@ class Grid:
     @property
     def levels(self) -> int:
         """How many values an entry can take."""
-        return 3 if self.kind == "ternary" else 2**self.bits
+        return 3 if self.kind == "ternary" else 1 << self.bits
 
     @property
     def low(self) -> int:
         """The smallest code."""
-        return {"ternary": -1, "unsigned": 0}.get(self.kind, -(2 ** (self.bits - 1)))
+        return -1 if self.kind == "ternary" else 0 if self.kind == "unsigned" else -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
@@ -93,7 +93,9 @@ class Grid:
         if self.axis is None:
             return (1,)
         if self.axis >= len(shape):
-            raise PlanError(f"grid {self} has a scale per slice of axis {self.axis}; the tensor has shape {list(shape)}")
+            raise PlanError(
+                f"grid {self} has a scale per slice of axis {self.axis}; the tensor has shape {list(shape)}"
+            )
         return (shape[self.axis],)
 
     def spread(self, scale: Tensor, ndim: int) -> Tensor:

@@ -12,7 +12,7 @@ from rabbet.grid import Grid, Quantised
 from rabbet.layout import act_count, factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term, quoted
 from rabbet.site import KINDS, Site
-from rabbet.survey import Survey, drop_norms, fold, replace_module
+from rabbet.survey import Survey, fold, replace_module
 
 Numbers = Mapping[str, Sequence[Sequence[Quantised]]]
 """The factors of each term of each layer, by the layer's name."""
@@ -60,7 +60,7 @@ class ActQuant(nn.Module):
         self.register_buffer("zero", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape, on its grid."""
+        """X of any shape, on its grid."""
         if self.observer is not None:
             self.observer(x)
             return x
@@ -90,14 +90,24 @@ class Compressed(nn.Module):
         self.acts = nn.ModuleList(ActQuant(plan.act) for _ in range(act_count(plan)) if plan.act)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
 
+    @property
+    def factors(self) -> list[list[Factor]]:
+        """The factors of each term."""
+        return [list(term) for term in self.terms]  # type: ignore[call-overload]
+
+    @property
+    def quantisers(self) -> list[ActQuant]:
+        """The quantiser of the input, then of each tensor between two factors; empty if activations stay float."""
+        return list(self.acts)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
         if self.acts:
             x = self.acts[0](x)
         result: Tensor | None = None
         used = 1
-        for form, factors in zip(self.forms, self.terms, strict=True):
-            values = [f() for f in factors]  # type: ignore[union-attr]
+        for form, factors in zip(self.forms, self.factors, strict=True):
+            values = [f() for f in factors]
             between = functools.partial(self._between, used)
             part = form.apply(self.site, x, values, between, self.bias if result is None else None)
             result = part if result is None else result + part
@@ -111,10 +121,7 @@ class Compressed(nn.Module):
     @property
     def canonical(self) -> Tensor:
         """The weight that the terms add up to, [out, in / groups, *kernel]."""
-        parts = [
-            form.contract(self.site, [f() for f in factors])  # type: ignore[union-attr]
-            for form, factors in zip(self.forms, self.terms, strict=True)
-        ]
+        parts = [form.contract(self.site, [f() for f in qs]) for form, qs in zip(self.forms, self.factors, strict=True)]
         return torch.stack(parts).sum(0)
 
     @property
@@ -126,11 +133,10 @@ class Compressed(nn.Module):
     def plan(self) -> LayerPlan:
         """The decisions, read back from the tensors."""
         terms = []
-        for name, form, factors in zip(self.form_names, self.forms, self.terms, strict=True):
-            first: Factor = factors[0]  # type: ignore[index, assignment]
-            terms.append(Term(name, first.grid, first.codes.shape[0] if form.ranked else None))
-        act: ActQuant | None = self.acts[0] if self.acts else None  # type: ignore[assignment]
-        return LayerPlan(self.site.name, tuple(terms), None if act is None else act.grid.bits)
+        for name, form, factors in zip(self.form_names, self.forms, self.factors, strict=True):
+            terms.append(Term(name, factors[0].grid, factors[0].codes.shape[0] if form.ranked else None))
+        acts = self.quantisers
+        return LayerPlan(self.site.name, tuple(terms), acts[0].grid.bits if acts else None)
 
     def extra_repr(self) -> str:
         """The layer's line of the plan."""
@@ -145,7 +151,9 @@ def validate(plan: Plan, survey: Survey) -> None:
     for layer in plan:
         site = known.get(layer.name)
         if site is None:
-            raise PlanError(f"the plan has a line for {quoted(layer.name)}, which is not a layer that can be compressed here")
+            raise PlanError(
+                f"the plan has a line for {quoted(layer.name)}, which is not a layer that can be compressed here"
+            )
         if layer.act is not None and site.kind == "embedding":
             raise PlanError(f"{layer}: the input of an embedding is an index and cannot be quantised; remove act")
         for term in layer.terms:
@@ -218,10 +226,10 @@ def plan_of(model: nn.Module, survey: Survey) -> Plan:
 def empty(site: Site, plan: LayerPlan) -> Compressed:
     """A layer of the right shapes without numbers, to load a file into."""
     terms = [
-        [Quantised(t.grid, torch.zeros(shape), torch.ones(t.grid.scale_shape(shape))) for shape in factor_shapes(site, t)]
+        [
+            Quantised(t.grid, torch.zeros(shape), torch.ones(t.grid.scale_shape(shape)))
+            for shape in factor_shapes(site, t)
+        ]
         for t in plan.terms
     ]
     return Compressed(site, plan, terms, torch.zeros(site.shape[0]) if site.bias else None)
-
-
-__all__ = ["ActQuant", "Compressed", "Factor", "build", "drop_norms", "plan_of", "validate"]

@@ -9,21 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.grid import stored
-from rabbet.layer import Compressed, Factor, compressed_layers
-from rabbet.survey import Survey
-from rabbet.task import Task
+from rabbet.layer import Compressed, compressed_layers
+from rabbet.workpiece import Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 
 
-def match_statistics(student: nn.Module, teacher: nn.Module, survey: Survey, task: Task, limit: int = 320) -> None:
+def match_statistics(student: nn.Module, piece: Workpiece, limit: int = 320) -> None:
     """Correct every layer of a compressed network in place, in one pass over about `limit` examples.
 
     Only layers that run once and have a scale for each output channel in every term are corrected.
     """
-    batch = task.gathered(limit)
+    batch = piece.task.gathered(limit)
     layers = compressed_layers(student)
-    sites = [s for s in survey if s.name in layers and s.calls == 1 and _adjustable(layers[s.name])]
+    sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and _adjustable(layers[s.name])]
     wanted: dict[str, tuple[Tensor, Tensor]] = {}
 
     def measure(name: str, axis: int) -> object:
@@ -39,19 +38,19 @@ def match_statistics(student: nn.Module, teacher: nn.Module, survey: Survey, tas
 
         return seen
 
-    for model, make in ((teacher, measure), (student, correct)):
+    for model, make in ((piece.model, measure), (student, correct)):
         axes = [(s.name, 1 if s.stride else -1) for s in sites]
         hooks = [model.get_submodule(n).register_forward_hook(make(n, axis)) for n, axis in axes]  # type: ignore[arg-type]
         try:
             with torch.no_grad():
-                task.run(model, batch)
+                piece.task.run(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
 
 
 def _adjustable(layer: Compressed) -> bool:
-    last = [factors[-1].grid for factors in layer.terms]  # type: ignore[index]
+    last = [factors[-1].grid for factors in layer.factors]
     return layer.site.kind != "embedding" and all(grid.axis == 0 for grid in last)
 
 
@@ -64,9 +63,8 @@ def _adjust(layer: Compressed, found: tuple[Tensor, Tensor], wanted: tuple[Tenso
     """Gain into the last factor of every term (its first axis is the output), shift into the bias."""
     (mean, spread), (goal, deviation) = found, wanted
     gain = torch.where(spread > 1e-8, deviation / spread.clamp_min(1e-8), 1.0).clamp(*GAIN)
-    for factors in layer.terms:
-        last: Factor = factors[-1]  # type: ignore[index, assignment]
+    for factors in layer.factors:
+        last = factors[-1]
         last.scale.copy_(stored(last.scale * gain))
     if layer.bias is not None:
         layer.bias.data = goal - (mean - layer.bias) * gain
-

@@ -42,7 +42,9 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     Raises ValueError if the number of bytes is not the one that `count` codes take.
     """
     if packed.numel() != packed_bytes(count, levels):
-        raise ValueError(f"{count} codes of {levels} levels take {packed_bytes(count, levels)} bytes, found {packed.numel()}")
+        raise ValueError(
+            f"{count} codes of {levels} levels take {packed_bytes(count, levels)} bytes, found {packed.numel()}"
+        )
     wide = packed.reshape(-1).to(torch.int64)
     if levels == 3:
         return ((wide[:, None] // _TRITS) % 3).reshape(-1)[:count]

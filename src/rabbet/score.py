@@ -12,35 +12,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rabbet.engine import Progress, silent
 from rabbet.errors import DataError
 from rabbet.site import Site, patches
-from rabbet.survey import Survey
-from rabbet.task import Task, examples, outputs
+from rabbet.task import examples, outputs
+from rabbet.workpiece import Workpiece
 
 ENTRIES = 2**25  # gradient entries held at once
 
 
-def output_errors(
-    model: nn.Module,
-    survey: Survey,
-    task: Task,
-    changes: Mapping[str, Tensor],
-    limit: int = 256,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> dict[str, Tensor]:
+def output_errors(piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 256) -> dict[str, Tensor]:
     """Relative squared error of the outputs for each change of each site alone, {name: [candidates]}.
 
     changes: differences of canonical weights, {name: [candidates, out, in / groups, *kernel]}. About `limit` examples
     are used. Raises DataError if the outputs of the network are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(piece.seed)
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
     power, count = 0.0, 0
-    sites = [s for s in survey if s.name in changes]
-    for batch in task.read():
-        calls, result = _recorded(model, sites, task, batch)
+    sites = [s for s in piece.survey if s.name in changes]
+    for batch in piece.task.read():
+        calls, result = _recorded(piece, sites, batch)
         found = outputs(result)
         signs = [torch.randint(0, 2, t.shape, generator=generator).to(t.device, t.dtype) * 2 - 1 for t in found]
         if not all(torch.isfinite(t).all() for t in found):
@@ -53,14 +44,14 @@ def output_errors(
             total[site.name] += _projected(site, pairs, changes[site.name], examples(batch))
         power += sum(float(t.detach().double().square().sum()) for t in found)
         count += examples(batch)
-        progress("scoring", min(count, limit), limit)
+        piece.engine.progress("scoring", min(count, limit), limit)
         if count >= limit:
             break
     return {name: t / max(power, 1e-30) for name, t in total.items()}
 
 
 def _recorded(
-    model: nn.Module, sites: Sequence[Site], task: Task, batch: object
+    piece: Workpiece, sites: Sequence[Site], batch: object
 ) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], object]:
     """Inputs and outputs of every call of every site, the outputs inside the graph of the result."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
@@ -73,10 +64,10 @@ def _recorded(
 
         return seen
 
-    hooks = [model.get_submodule(s.name).register_forward_hook(hook(s.name)) for s in sites]  # type: ignore[arg-type]
+    hooks = [piece.model.get_submodule(s.name).register_forward_hook(hook(s.name)) for s in sites]  # type: ignore[arg-type]
     try:
         with torch.enable_grad():
-            return calls, task.run(model, batch)
+            return calls, piece.task.run(piece.model, batch)
     finally:
         for h in hooks:
             h.remove()
@@ -84,12 +75,12 @@ def _recorded(
 
 def _projected(site: Site, pairs: Sequence[tuple[Tensor, Tensor | None]], changes: Tensor, batch: int) -> Tensor:
     """Sum over examples of (gradient . change)^2, [candidates]."""
-    pairs = [(x, g) for x, g in pairs if g is not None]
+    used = [(x, g) for x, g in pairs if g is not None]
     step = max(1, min(batch, ENTRIES // site.numel))
     total = torch.zeros(len(changes), dtype=torch.float64)
     flat = changes.flatten(1)  # [candidates, numel]
-    for start in range(0, batch if pairs else 0, step):
-        parts = [_gradients(site, x[start : start + step], g[start : start + step]) for x, g in pairs]
+    for start in range(0, batch if used else 0, step):
+        parts = [_gradients(site, x[start : start + step], g[start : start + step]) for x, g in used]
         inner = torch.stack(parts).sum(0) @ flat.to(parts[0].device).T  # [examples, candidates]
         total += inner.double().square().sum(0).cpu()
     return total
@@ -109,5 +100,3 @@ def _gradients(site: Site, x: Tensor, slope: Tensor) -> Tensor:
     else:
         slope = slope.reshape(1, n, -1, site.shape[0]).mT
     return (slope @ rows).transpose(0, 1).reshape(n, -1)
-
-

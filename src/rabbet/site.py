@@ -6,7 +6,7 @@ only that: a linear is a kernel without positions, transformers' Conv1D is a lin
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,21 +69,25 @@ class Site:
         """The layer, with this canonical weight (its first axis may be any multiple of the groups)."""
         return KINDS[self.kind].run(self, x, weight, bias)
 
-    def to_json(self) -> dict[str, Any]:
-        """The facts that differ from their defaults."""
-        return {k: v for k, f in type(self).__dataclass_fields__.items() if (v := getattr(self, k)) != f.default}
+    def to_json(self) -> list[Any]:
+        """Name, kind, shape, positions, inputs, and the facts that are not the usual ones: it is in every file."""
+        usual = _usual(self.kind, self.shape)
+        other = {k: v for k in _FACTS if (v := getattr(self, k)) != usual[k]}
+        return [self.name, self.kind, list(self.shape), self.positions, self.inputs, other]
 
     @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> "Site":
+    def from_json(cls, facts: list[Any]) -> "Site":
         """The inverse of `to_json`; raises FileError for facts that are not a site's."""
         try:
-            site = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
-            whole = (*site.shape, site.groups, site.positions, site.inputs, site.calls)
-            if site.kind not in KINDS or not site.shape or not all(isinstance(n, int) and n > 0 for n in whole):
-                raise FileError(f"{json.dumps(facts)} does not describe a layer")
-            return site
-        except TypeError as e:
+            name, kind, shape, positions, inputs, other = facts
+            known = _usual(kind, shape) | {k: tuple(v) if isinstance(v, list) else v for k, v in other.items()}
+            site = cls(name=str(name), kind=kind, shape=tuple(shape), positions=positions, inputs=inputs, **known)
+        except (TypeError, ValueError, KeyError, AttributeError) as e:
             raise FileError(f"{json.dumps(facts)} does not describe a layer: {e}") from None
+        whole = (*site.shape, site.groups, site.positions, site.inputs, site.calls)
+        if not site.shape or not all(isinstance(n, int) and n > 0 for n in whole) or site.shape[0] % site.groups:
+            raise FileError(f"{json.dumps(facts)} does not describe a layer")
+        return site
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class LayerKind:
 def _conv_facts(m: nn.modules.conv._ConvNd) -> dict[str, Any]:
     return {
         "stride": tuple(m.stride),
-        "pads": tuple(m._reversed_padding_repeated_twice),  # resolves 'same' and 'valid' too
+        "pads": tuple(m._reversed_padding_repeated_twice),  # noqa: SLF001 (resolves 'same' and 'valid')
         "padding_mode": m.padding_mode,
         "dilation": tuple(m.dilation),
         "groups": m.groups,
@@ -154,10 +158,26 @@ KINDS: dict[str, LayerKind] = {
 }
 
 
+_FACTS = ("stride", "pads", "padding_mode", "dilation", "groups", "bias", "calls", "tied", "norm")
+
+
+def _usual(kind: str, shape: Sequence[int]) -> dict[str, Any]:
+    """What most layers of a kind are: an unpadded conv of stride 1, with a bias, that runs once."""
+    space = len(shape) - 2 if KINDS[kind].run is _run_conv else 0
+    ones = (1,) * space
+    facts = {"stride": ones, "pads": (0, 0) * space, "dilation": ones, "padding_mode": "zeros"}
+    return {**facts, "groups": 1, "bias": True, "calls": 1, "tied": (), "norm": None}
+
+
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a layer, or None. A subclass counts only while its forward is the one that it inherits."""
     forward = type(module).forward
-    for kind, base in (("conv2d", nn.Conv2d), ("conv1d", nn.Conv1d), ("linear", nn.Linear), ("embedding", nn.Embedding)):
+    for kind, base in (
+        ("conv2d", nn.Conv2d),
+        ("conv1d", nn.Conv1d),
+        ("linear", nn.Linear),
+        ("embedding", nn.Embedding),
+    ):
         if isinstance(module, base) and forward is base.forward:
             return kind
     # transformers is not a dependency: its Conv1D is known by name and by what it holds
@@ -178,7 +198,9 @@ def patches(site: Site, x: Tensor, places: int, generator: torch.Generator) -> T
         return rows[chosen][None]
     x = padded(site, x)
     kernel, space = site.shape[2:], x.shape[2:]
-    extent = [(s - d * (k - 1) - 1) // t + 1 for s, d, k, t in zip(space, site.dilation, kernel, site.stride, strict=True)]
+    extent = [
+        (s - d * (k - 1) - 1) // t + 1 for s, d, k, t in zip(space, site.dilation, kernel, site.stride, strict=True)
+    ]
     total = math.prod(extent)
     order = torch.randperm(total, generator=generator)[:places] if places < total else torch.arange(total)
     index = torch.zeros(len(order), math.prod(kernel), dtype=torch.long)  # [places, k*k] into the flattened space

@@ -7,13 +7,14 @@ uses the output of a conv, which tells whether the BatchNorm behind it may be fo
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
@@ -98,7 +99,7 @@ def check(model: nn.Module) -> None:
         raise ModelError("a scripted model hides its layers; pass the eager module that it was made from")
     devices: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, UninitializedTensorMixin):
             raise ModelError(f"{name} is not initialised yet; run the model once before compressing it")
         devices.setdefault(tensor.device, name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -140,16 +141,25 @@ def _watched(module: nn.Module) -> bool:
     return kind_of(module) is not None or isinstance(module, _BatchNorm)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a user has put hooks on a layer: torch has no public way to ask."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+
+
 def _why_not(module: nn.Module) -> str | None:
     """Why a layer of a known kind must stay as it is."""
     if is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    if any(hooks):
+    if hooked(module):
         return "it has forward hooks of its own, which a replacement would lose"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an embedding with max_norm rewrites its table"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode not in (
+        "zeros",
+        "reflect",
+        "replicate",
+        "circular",
+    ):
         return f"padding mode {module.padding_mode} is not known"
     return None
 
@@ -205,7 +215,11 @@ def _places(kind: str, value: Tensor) -> int:
 
 
 def _foldable(
-    module: nn.Module, calls: list[tuple[Tensor, Tensor]], watch: _Watch, norms: dict[int, nn.Module], returned: set[int]
+    module: nn.Module,
+    calls: list[tuple[Tensor, Tensor]],
+    watch: _Watch,
+    norms: Mapping[int, nn.Module],
+    returned: set[int],
 ) -> nn.Module | None:
     """The BatchNorm that is the only one to see this layer's only output, if there is one."""
     out = calls[0][1]
@@ -214,7 +228,7 @@ def _foldable(
         return None
     if len(watch.calls[norm]) > 1 or norm.running_mean is None or type(norm).forward is not _BatchNorm.forward:
         return None
-    if norm._forward_hooks or norm._forward_pre_hooks or (isinstance(module, nn.Linear) and out.ndim != 2):
+    if hooked(norm) or (isinstance(module, nn.Linear) and out.ndim != 2):
         return None  # on [n, places, features] BatchNorm1d works on another axis than the linear
     return norm
 
@@ -247,7 +261,9 @@ def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Itera
         module = modules[owner]
         kind = type(module).__name__
         unknown = f"{kind} is not a kind of layer that can be compressed"
-        yield Left(owner, reasons.get(owner, unknown if kind_of(module) is None else f"{kind} never ran on the batch"), size)
+        yield Left(
+            owner, reasons.get(owner, unknown if kind_of(module) is None else f"{kind} never ran on the batch"), size
+        )
 
 
 def fold(model: nn.Module, survey: Survey) -> nn.Module:
@@ -263,7 +279,9 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
         layer, norm = modules[site.name], modules[site.norm]
         if isinstance(norm, nn.Identity):
             continue  # folded already
-        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         gain = (norm.running_var.double() + norm.eps).rsqrt()
         gain = gain if norm.weight is None else gain * norm.weight.double()
         bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()

@@ -191,8 +191,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     right = total = 0
     with torch.no_grad():
         for x, y in batches:
-            x = suited(x, model)
-            right += int((outputs(model(x))[0].argmax(1).cpu() == y.cpu()).sum())
+            right += int((outputs(model(suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
             total += len(y)
     if not total:
         raise DataError("no labelled batch to measure accuracy on")

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from rabbet.augment import Pool, split
 from rabbet.engine import Engine, content_key
 from rabbet.grid import stored
-from rabbet.layer import Compressed, Factor, compressed_layers
+from rabbet.layer import Compressed, compressed_layers
 from rabbet.site import KINDS
 from rabbet.survey import Survey
-from rabbet.task import Batch, Task, divergence, outputs, tensors
+from rabbet.task import Batch, divergence, outputs, tensors
+from rabbet.workpiece import Workpiece
 
 HELD = 0.125  # share of the calibration examples that judge the tuning and take no part in it
 CHECKPOINT = 100
@@ -33,60 +34,58 @@ class Tuning:
     features: float = 16.0
 
 
-def tune(
-    student: nn.Module, teacher: nn.Module, survey: Survey, task: Task, settings: Tuning, seed: int, engine: Engine
-) -> str:
+def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     """Tune a compressed network in place; keep the result only if held-back examples agree. Returns what came of it.
 
     The loss is the divergence of the outputs plus `features` times the mean relative error of the blocks' outputs.
     Adam, a cosine schedule; images are augmented. Checkpoints are kept in the engine, and a run that is started again
     goes on from the last.
     """
-    kept, held = split(task.read(), HELD)
+    kept, held = split(piece.task.read(), HELD)
     if not kept or settings.steps == 0:
         return "not tuned: " + ("no steps were asked for" if kept else "too few examples to hold one back")
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    start = judge(student, teacher, task, held)
-    loop = _Loop(student, teacher, survey, task, Pool.of(kept), settings, seed)
-    loop.run(engine)
-    end = judge(student, teacher, task, held)
+    start = judge(student, piece, held)
+    loop = _Loop(student, piece, Pool.of(kept), settings)
+    loop.run(piece.engine)
+    end = judge(student, piece, held)
     if end < start:
         return f"tuned {settings.steps} steps: divergence on held-back examples {start:.4g} -> {end:.4g}"
     student.load_state_dict(before)
     return f"tuning undone: held-back examples got worse ({start:.4g} -> {end:.4g})"
 
 
-def judge(student: nn.Module, teacher: nn.Module, task: Task, batches: Sequence[Batch]) -> float:
+def judge(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
     """Mean divergence of the outputs over batches."""
     with torch.no_grad():
-        found = [divergence(outputs(task.run(student, b)), outputs(task.run(teacher, b))) for b in batches]
+        found = [
+            divergence(outputs(piece.task.run(student, b)), outputs(piece.task.run(piece.model, b))) for b in batches
+        ]
     return float(torch.stack(found).mean())
 
 
 class _Loop:
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, survey: Survey, task: Task, pool: Pool, settings: Tuning, seed: int
-    ) -> None:
-        self.student, self.teacher, self.task = student, teacher, task
-        self.pool, self.settings, self.seed = pool, settings, seed
+    def __init__(self, student: nn.Module, piece: Workpiece, pool: Pool, settings: Tuning) -> None:
+        self.student, self.teacher, self.task, self.seed = student, piece.model, piece.task, piece.seed
+        self.pool, self.settings = pool, settings
         self.layers = compressed_layers(student)
-        self.taps = block_names(survey)
+        self.taps = block_names(piece.survey)
         self.groups: list[dict[str, object]] = []
         with torch.no_grad():
             for name, layer in self.layers.items():
-                _start_latents(layer, KINDS[layer.site.kind].weight(teacher.get_submodule(name)))
+                _start_latents(layer, KINDS[layer.site.kind].weight(piece.model.get_submodule(name)))
         self._collect()
 
     def _collect(self) -> None:
         rates = self.settings
         for layer in self.layers.values():
-            for factor in itertools.chain.from_iterable(layer.terms):  # type: ignore[arg-type]
+            for factor in itertools.chain.from_iterable(layer.factors):
                 self._add(factor.codes, rates.codes)
                 self._add(factor.scale, rates.scales * float(factor.scale.abs().mean()))
             if layer.bias is not None:
                 self._add(layer.bias, rates.biases * max(float(layer.bias.abs().mean()), 0.05))
-            for act in layer.acts:
-                self._add(act.scale, rates.ranges * float(act.scale))  # type: ignore[arg-type]
+            for act in layer.quantisers:
+                self._add(act.scale, rates.ranges * float(act.scale))
 
     def _add(self, tensor: Tensor, rate: float) -> None:
         self.groups.append({"params": [tensor.requires_grad_()], "lr": rate, "base": rate})
@@ -122,7 +121,7 @@ class _Loop:
             loss = divergence(outputs(self.task.run(self.student, batch)), goal)
             loss = loss + self.settings.features * relative_error(ours.seen, theirs.seen)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimiser.step()
 
 
@@ -134,7 +133,9 @@ class _Tapped:
         self.seen: list[Tensor] = []
 
     def __enter__(self) -> "_Tapped":
-        self.hooks = [m.register_forward_hook(lambda _, __, out: self.seen.extend(tensors(out)[:1])) for m in self.modules]
+        self.hooks = [
+            m.register_forward_hook(lambda _, __, out: self.seen.extend(tensors(out)[:1])) for m in self.modules
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,18 +158,18 @@ def _start_latents(layer: Compressed, weight: Tensor) -> None:
     """Continuous codes: where the float weight lies within the cell that its code stands for."""
     if len(layer.terms) > 1 or layer.form_names != ["dense"]:
         return
-    factor: Factor = layer.terms[0][0]  # type: ignore[index, assignment]
+    factor = layer.factors[0][0]
     exact = weight / factor.grid.spread(factor.scale, weight.ndim) - factor.grid.shift
     factor.codes.add_((exact - factor.codes).clamp(-0.45, 0.45))
 
 
-def _settle(layers: "Sequence[Compressed] | object") -> None:
+def _settle(layers: Iterable[Compressed]) -> None:
     """Back to integers and to scales as the file stores them."""
-    for layer in layers:  # type: ignore[attr-defined]
-        for factor in itertools.chain.from_iterable(layer.terms):
+    for layer in layers:
+        for factor in itertools.chain.from_iterable(layer.factors):
             factor.codes.copy_(factor.grid.round_latent(factor.codes))
             factor.scale.copy_(stored(factor.scale))
-        for act in layer.acts:
+        for act in layer.quantisers:
             act.scale.clamp_(min=1e-12)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rabbet.errors import FileError, RabbetError
 from rabbet.export.base import Parcel, write_beside
-from rabbet.layer import ActQuant, Compressed, Factor, compressed_layers, empty, install, validate
+from rabbet.layer import Compressed, Factor, compressed_layers, empty, install, validate
 from rabbet.layout import VERSION, WIDTHS, arrays, header, lengths
 from rabbet.pack import pack, packed_bytes, unpack
 from rabbet.plan import Plan
@@ -43,8 +43,8 @@ def _packed(parcel: Parcel) -> Iterator[tuple[str, str, Tensor]]:
     """The arrays of all layers, in the order of the plan."""
     layers = compressed_layers(parcel.model)
     ordered = [layers[line.name] for line in parcel.plan]
-    factors = [f for layer in ordered for f in _factors(layer)]
-    acts = [a for layer in ordered for a in _acts(layer)]
+    factors = [f for layer in ordered for f in layer_factors(layer)]
+    acts = [a for layer in ordered for a in layer.quantisers]
     biases = [layer.bias.detach().cpu() for layer in ordered if layer.bias is not None]
     content = {
         "rabbet.biases": biases,
@@ -57,12 +57,9 @@ def _packed(parcel: Parcel) -> Iterator[tuple[str, str, Tensor]]:
         yield name, dtype, torch.cat(content[name])
 
 
-def _factors(layer: Compressed) -> Iterator[Factor]:
-    return itertools.chain.from_iterable(layer.terms)  # type: ignore[arg-type]
-
-
-def _acts(layer: Compressed) -> Iterator[ActQuant]:
-    return iter(layer.acts)  # type: ignore[arg-type]
+def layer_factors(layer: Compressed) -> list[Factor]:
+    """The factors of all terms of a layer, in order."""
+    return list(itertools.chain.from_iterable(layer.factors))
 
 
 def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan]:
@@ -88,9 +85,7 @@ def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
-            if facts.get("format") != VERSION:
-                found = facts.get("format")
-                raise FileError(f"{path} is of format {found!r}, this version reads {VERSION!r}")
+            _check_version(facts, path)
             survey, plan = Survey.from_json(facts.get("survey", "")), Plan.parse(facts.get("plan", ""))
             validate(plan, survey)
             return survey, plan, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -100,6 +95,12 @@ def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
         raise
     except (SafetensorError, OSError, RabbetError) as e:
         raise FileError(f"{path} is damaged or not a rabbet file: {e}") from None
+
+
+def _check_version(facts: dict[str, str], path: Path) -> None:
+    found = facts.get("format")
+    if found != VERSION:
+        raise FileError(f"{path} is of format {found!r}, this version reads {VERSION!r}")
 
 
 def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Module:
@@ -147,18 +148,18 @@ class _Stream:
 
 
 def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
-    for factor in _factors(layer):
+    for factor in layer_factors(layer):
         levels, count = factor.grid.levels, factor.codes.numel()
         codes = unpack(streams["rabbet.codes"].take(packed_bytes(count, levels)), levels, count) + factor.grid.low
         factor.codes.copy_(codes.view(factor.codes.shape))
         factor.scale.copy_(streams["rabbet.scales"].take(len(factor.scale)).float())
     if layer.bias is not None:
         layer.bias.copy_(streams["rabbet.biases"].take(len(layer.bias)))
-    for act in _acts(layer):
+    for act in layer.quantisers:
         act.set_range(streams["rabbet.act_scales"].take(1), streams["rabbet.act_zeros"].take(1).float())
         if not bool(torch.isfinite(act.scale).all() and (act.scale > 0).all()):
             raise FileError(f"{path} is damaged: an input scale of {layer.site.name!r} is not a positive number")
-    if not all(torch.isfinite(f.scale).all() for f in _factors(layer)):
+    if not all(torch.isfinite(f.scale).all() for f in layer_factors(layer)):
         raise FileError(f"{path} is damaged: a scale of {layer.site.name!r} is not finite")
 
 
@@ -171,7 +172,7 @@ def _fill_rest(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
         raise FileError(f"{path} is of another network: {', '.join(missing[:5])} on one side only")
     for name, tensor in wanted.items():
         if tensor.shape != values[name].shape:
-            raise FileError(f"{path} is of another network: {name} is {list(values[name].shape)}, not {list(tensor.shape)}")
+            raise FileError(
+                f"{path} is of another network: {name} is {list(values[name].shape)}, not {list(tensor.shape)}"
+            )
         tensor.copy_(values[name])
-
-

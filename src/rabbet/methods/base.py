@@ -19,8 +19,9 @@ class Fitted:
 
 
 class Method(Protocol):
-    """A frozen dataclass whose fields are its settings. Choosing and fitting are two calls, so that a plan can be
-    seen, edited by hand and then applied.
+    """A frozen dataclass whose fields are its settings.
+
+    Choosing and fitting are two calls, so that a plan can be seen, edited by hand and then applied.
     """
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:

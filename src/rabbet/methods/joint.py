@@ -42,7 +42,7 @@ class Joint:
     adapters: tuple[tuple[str, float], ...] = (("2hc", 0.05), ("2hc", 0.1), ("3c", 0.05), ("3c", 0.1))
     adapter_grid: str = "8c"
     act: int | None = 8
-    tuning: Tuning = Tuning()
+    tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if not self.grids:
@@ -72,8 +72,8 @@ class Joint:
         numbers = self._numbers(piece, plan)
         student = build(piece.model, plan, piece.survey, numbers)
         calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
-        match_statistics(student, piece.model, piece.survey, piece.task)
-        note = tune(student, piece.model, piece.survey, piece.task, self.tuning, piece.seed, piece.engine)
+        match_statistics(student, piece)
+        note = tune(student, piece, self.tuning)
         return Fitted(student, (note,))
 
     def menu(self, site: Site) -> tuple[Terms, ...]:
@@ -99,9 +99,7 @@ class Joint:
             menu, weight = self.menu(site), piece.weight(site)
             solved = [canonical(site, menu[k], read_numbers(results[site.name], menu, k)) for k in range(len(menu))]
             changes[site.name] = torch.stack(solved) - weight
-        errors = output_errors(
-            piece.model, piece.survey, piece.task, changes, seed=piece.seed, progress=piece.engine.progress
-        )
+        errors = output_errors(piece, changes)
         return [errors[s.name].tolist() for s in piece.survey]
 
     def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:

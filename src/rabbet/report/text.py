@@ -1,5 +1,7 @@
 """A plan as text: a line a layer, then cost against budget."""
 
+from collections.abc import Sequence
+
 from rabbet.cost import METRICS, Budget, Cost, layer_cost
 from rabbet.plan import Plan, quoted
 from rabbet.survey import Survey
@@ -41,7 +43,7 @@ def render(
     return "\n".join([*_aligned(table, 3), "", *_aligned(totals, 1), *left, *notes])
 
 
-def _aligned(table: list[tuple[str, ...]], left: int) -> list[str]:
+def _aligned(table: Sequence[tuple[str, ...]], left: int) -> list[str]:
     """Columns of equal width, the first `left` of them flush left."""
     widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
     pad = [str.ljust if k < left else str.rjust for k in range(len(widths))]

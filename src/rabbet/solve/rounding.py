@@ -44,7 +44,8 @@ class Metric:
 
     def error(self, delta: Tensor) -> Tensor:
         """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
-        return ((delta @ self.second) * delta).sum(2)
+        result: Tensor = ((delta @ self.second) * delta).sum(2)
+        return result
 
 
 def _inverse_factor(second: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ def _inverse_factor(second: Tensor) -> Tensor:
         if not info.any():
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not info.any():
-                return upper.float()
+                factor: Tensor = upper.float()
+                return factor
     raise ModelError("the second moment of the inputs is not positive definite; are the inputs finite?")
 
 
@@ -100,7 +102,10 @@ class Rows:
     def better(self, other: "Rows", metric: Metric) -> "Rows":
         """Row by row the one of less error."""
         take = other.error(metric) < self.error(metric)
-        pick = (torch.where(take[..., None] if a.ndim == 3 else take, b, a) for a, b in zip(_fields(self), _fields(other), strict=True))
+        pick = (
+            torch.where(take[..., None] if a.ndim == 3 else take, b, a)
+            for a, b in zip(_fields(self), _fields(other), strict=True)
+        )
         return type(self)(*pick)
 
 
