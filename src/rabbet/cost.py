@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from rabbet.errors import BudgetError
 from rabbet.forms import FORMS
@@ -51,8 +52,8 @@ class Metric:
     """
 
     amount: Callable[[Cost], int]
-    limit: Callable[[float, Cost], float]
-    units: dict[str, float]
+    limit: Callable[[Fraction, Cost], Fraction]
+    units: dict[str, int]
     digits: int = 0
 
     def show(self, amount: float, weights: int) -> str:
@@ -60,12 +61,12 @@ class Metric:
         return f"{amount / weights:.3f}" if self.digits else f"{amount:,.0f}"
 
 
-_DECIMAL = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 METRICS: dict[str, Metric] = {
     "bytes": Metric(
         lambda c: c.bytes,
         lambda value, _: value,
-        {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
+        {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     ),
     "macs": Metric(lambda c: c.macs, lambda value, _: value, _DECIMAL),
     "bops": Metric(lambda c: c.bops, lambda value, _: value, _DECIMAL),
@@ -76,18 +77,17 @@ _LIMIT = re.compile(r"([a-z]+)\s*(<=|≤)\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One clause of a budget. share: the value is a share of the float32 network's."""
+    """One clause of a budget, exactly as written. share: the value is a share of the float32 network's."""
 
     metric: str
-    value: float
+    value: Fraction
     share: bool
     text: str
 
     def amount(self, whole: Cost) -> int:
         """The largest amount allowed, given the float32 network's cost."""
         metric = METRICS[self.metric]
-        exact = self.value * metric.amount(whole) if self.share else metric.limit(self.value, whole)
-        return math.floor(exact + 1e-9 * max(1.0, abs(exact)) if not self.share else exact)
+        return math.floor(self.value * metric.amount(whole) if self.share else metric.limit(self.value, whole))
 
     def broken_by(self, cost: Cost, whole: Cost) -> bool:
         """Whether a cost is over this limit."""
@@ -136,7 +136,7 @@ def _clause(text: str) -> Limit:
     name, unit = name.lower(), unit.lower()
     if name not in METRICS:
         raise BudgetError(f"unknown quantity {name!r} in {text!r}; there are {', '.join(METRICS)}")
-    value = float(number.replace("_", ""))
+    value = Fraction(number.replace("_", ""))
     if value <= 0:
         raise BudgetError(f"{text!r}: a budget must be larger than zero")
     if unit == "%":

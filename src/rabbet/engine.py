@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -57,9 +57,9 @@ class Engine:
         if self.executor is None:
             yield from ((key, _call(job)) for key, job in jobs.items())
             return
-        futures = {self.executor.submit(_call, job): key for key, job in jobs.items()}
+        futures = {self.executor.submit(_call_packed, job[0], _packed(job[1]), job[2]): k for k, job in jobs.items()}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            yield futures[future], load(future.result())
 
     def kept(self, key: str) -> Tensors | None:
         """The result that was kept under this key, if any; a damaged file counts as none and is made again."""
@@ -110,3 +110,12 @@ def _call(job: Job) -> Tensors:
             return function(**tensors, **settings)
     finally:
         torch.set_num_threads(threads)
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    # Between processes go bytes: torch would share tensors through a file descriptor each, until none is left.
+    return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+
+
+def _call_packed(function: Callable[..., Tensors], tensors: bytes, settings: Mapping[str, Any]) -> bytes:
+    return _packed(_call((function, load(tensors), settings)))

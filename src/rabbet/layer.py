@@ -179,7 +179,7 @@ def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Numbers | None 
         for site in (s for s in survey if plan.get(s.name) is not None):
             layer, line = result.get_submodule(site.name), plan[site.name]
             terms = given.get(site.name) or nearest(site, KINDS[site.kind].weight(layer), line)
-            bias = layer.bias
+            bias = getattr(layer, "bias", None)
             seat = Compressed(site, line, terms, bias if isinstance(bias, Tensor) else None)
             result = install(result, site, seat.to(KINDS[site.kind].weight(layer).device))
     return result

@@ -21,6 +21,7 @@ from rabbet.grid import Grid
 
 _TERM = re.compile(r"([a-z]+)(?:\[(\d+)\])?@(\w+)")
 _LINE = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"]\S*)\s+(.*)')
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _PLAIN = re.compile(r'[^\s"#]+')
 
 
@@ -135,7 +136,9 @@ def quoted(name: str) -> str:
 
 
 def _uncommented(line: str) -> str:
-    return re.sub(r"\s#.*$", "", line) if not line.startswith('"') else line
+    m = _QUOTED.match(line)
+    name = m[0] if m else ""
+    return name + re.sub(r"\s#.*$", "", line[len(name) :])
 
 
 def _parse_act(text: str) -> int:

@@ -18,13 +18,15 @@ from rabbet.task import examples, outputs
 from rabbet.workpiece import Workpiece
 
 ENTRIES = 2**25  # gradient entries held at once
+EVERY = 2**40  # more places than any input has
 
 
 def output_errors(piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 256) -> dict[str, Tensor]:
     """Relative squared error of the outputs for each change of each site alone, {name: [candidates]}.
 
     changes: differences of canonical weights, {name: [candidates, out, in / groups, *kernel]}. About `limit` examples
-    are used. Raises DataError if the outputs of the network are not finite.
+    are used. A layer that no gradient reaches (it runs under `torch.no_grad`) counts with the relative error of its own
+    output. Raises DataError if the outputs of the network are not finite.
     """
     generator = torch.Generator().manual_seed(piece.seed)
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
@@ -38,11 +40,18 @@ def output_errors(piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 
             raise DataError("the network's outputs hold NaN or infinite values on the given batches")
         objective = torch.stack([(s * t).sum() for s, t in zip(signs, found, strict=True)]).sum()
         flat = [out for site in sites for _, out in calls[site.name]]
-        slopes = iter(torch.autograd.grad(objective, flat, allow_unused=True))
+        reached = (
+            torch.autograd.grad(objective, flat, allow_unused=True) if objective.requires_grad else [None] * len(flat)
+        )
+        slopes = iter(reached)
+        energy = sum(float(t.detach().double().square().sum()) for t in found)
         for site in sites:
             pairs = [(x, g) for (x, _), g in zip(calls[site.name], slopes, strict=False)]
-            total[site.name] += _projected(site, pairs, changes[site.name], examples(batch))
-        power += sum(float(t.detach().double().square().sum()) for t in found)
+            if any(g is not None for _, g in pairs):
+                total[site.name] += _projected(site, pairs, changes[site.name], examples(batch))
+            else:
+                total[site.name] += energy * _own_error(site, piece.weight(site), pairs, changes[site.name])
+        power += energy
         count += examples(batch)
         piece.engine.progress("scoring", min(count, limit), limit)
         if count >= limit:
@@ -73,30 +82,50 @@ def _recorded(
             h.remove()
 
 
+def _own_error(site: Site, weight: Tensor, pairs: Sequence[tuple[Tensor, object]], changes: Tensor) -> Tensor:
+    """Relative error of a layer's own output, [candidates]."""
+
+    def energy(w: Tensor) -> float:
+        return sum(float(site.run(x, w.to(x.device)).double().square().sum()) for x, _ in pairs)
+
+    with torch.no_grad():
+        return torch.tensor([energy(d) for d in changes], dtype=torch.float64) / max(energy(weight), 1e-30)
+
+
 def _projected(site: Site, pairs: Sequence[tuple[Tensor, Tensor | None]], changes: Tensor, batch: int) -> Tensor:
-    """Sum over examples of (gradient . change)^2, [candidates]."""
+    """Sum over examples of (gradient . change)^2, [candidates].
+
+    A first axis of several rows an example (windows, frames or tokens flattened into it) is split evenly. One that the
+    batch does not divide counts as one example: the signs of examples are independent, so the expectation is the same.
+    """
     used = [(x, g) for x, g in pairs if g is not None]
-    step = max(1, min(batch, ENTRIES // site.numel))
+    count = batch if all(g.ndim > 1 and len(x) % batch == 0 for x, g in used) else 1
+    step = max(1, min(count, ENTRIES // site.numel))
     total = torch.zeros(len(changes), dtype=torch.float64)
     flat = changes.flatten(1)  # [candidates, numel]
-    for start in range(0, batch if used else 0, step):
-        parts = [_gradients(site, x[start : start + step], g[start : start + step]) for x, g in used]
+    for start in range(0, count, step):
+        n = min(step, count - start)
+        parts = []
+        for x, g in used:
+            share = len(x) // count
+            part = slice(start * share, (start + n) * share)
+            parts.append(_gradients(site, x[part], g[part], n))
         inner = torch.stack(parts).sum(0) @ flat.to(parts[0].device).T  # [examples, candidates]
         total += inner.double().square().sum(0).cpu()
     return total
 
 
-def _gradients(site: Site, x: Tensor, slope: Tensor) -> Tensor:
-    """The gradient by the weight for each example, [examples, numel]."""
-    n = len(x)
+def _gradients(site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
+    """The gradient by the weight for each of n examples, [n, numel]; the first axis holds the same share of each."""
     if site.kind == "embedding":
         table = slope.new_zeros(n, *site.shape)
         index = x.reshape(n, -1, 1).expand(-1, -1, site.shape[1])
         return table.scatter_add_(1, index, slope.reshape(n, -1, site.shape[1])).flatten(1)
-    rows = patches(site, x, site.positions * max(1, n), torch.Generator())  # [groups, examples * places, columns]
-    rows = rows.view(site.groups, n, -1, site.columns)
+    rows = patches(site, x, EVERY, torch.Generator()).view(site.groups, n, -1, site.columns)
     if site.stride:
-        slope = slope.reshape(n, site.groups, site.shape[0] // site.groups, -1).permute(1, 0, 2, 3)
+        out = site.shape[0] // site.groups
+        slope = slope.reshape(n, -1, site.groups, out, slope[0, 0].numel()).permute(2, 0, 3, 1, 4)
+        slope = slope.reshape(site.groups, n, out, -1)
     else:
         slope = slope.reshape(1, n, -1, site.shape[0]).mT
     return (slope @ rows).transpose(0, 1).reshape(n, -1)

@@ -185,6 +185,7 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
             reasons[name] = reason
             continue
         norm = _foldable(module, calls, watch, norms, returned)
+        norm = norm if norm is not None and len(names[norm]) == 1 else None  # another name of it would stay behind
         facts: dict[str, Any] = KINDS[kind].facts(module)
         positions, inputs = (sum(_places(kind, call[k]) for call in calls) // batch for k in (1, 0))
         sites.append(
@@ -297,7 +298,7 @@ def drop_norms(model: nn.Module, survey: Survey) -> nn.Module:
     """Put an Identity where a folded BatchNorm was, in place."""
     for site in survey:
         if site.norm is not None:
-            model = replace_module(model, site.norm, nn.Identity())
+            model = replace_module(model, site.norm, nn.Identity().eval())
     return model
 
 

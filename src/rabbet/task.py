@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rabbet.errors import DataError
+from rabbet.errors import DataError, RabbetError
 
 Batch = Any
 Forward = Callable[[nn.Module, Batch], Any]
@@ -93,7 +93,9 @@ class Task:
         batch = suited(batch, model)
         try:
             return self.forward(model, batch)
-        except (TypeError, RuntimeError, ValueError, IndexError) as e:
+        except RabbetError:
+            raise
+        except Exception as e:  # the forward is the user's: it may raise anything
             raise DataError(
                 f"the model does not run on a batch of {describe(batch)}: {e}. A batch is passed as the model's "
                 "arguments (tensor, tuple or mapping); use Task(batches, forward=...) for anything else"
@@ -191,7 +193,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     right = total = 0
     with torch.no_grad():
         for x, y in batches:
-            right += int((outputs(model(suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
+            right += int((outputs(call(model, suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
             total += len(y)
     if not total:
         raise DataError("no labelled batch to measure accuracy on")

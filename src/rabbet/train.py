@@ -32,6 +32,7 @@ class Tuning:
     biases: float = 1e-2
     ranges: float = 1e-2
     features: float = 16.0
+    freeze: float = 1.0
 
 
 def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
@@ -109,10 +110,19 @@ class _Loop:
         with torch.no_grad():
             _settle(self.layers.values())
 
+    def _freeze(self) -> None:
+        """Round the codes for good, so that scales and biases settle on the network that will be stored."""
+        for layer in self.layers.values():
+            for factor in itertools.chain.from_iterable(layer.factors):
+                factor.codes.requires_grad_(False)
+                factor.codes.copy_(factor.grid.round_latent(factor.codes))
+
     def _step(self, optimiser: torch.optim.Optimizer, step: int) -> None:
         rate = max(0.5 * (1 + math.cos(math.pi * step / self.settings.steps)), 0.02) * min(1.0, (step + 1) / 10)
         for group in optimiser.param_groups:
             group["lr"] = group["base"] * rate
+        if step == round(self.settings.freeze * self.settings.steps):
+            self._freeze()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         batch = self.pool.draw(self.settings.batch, generator)
         with torch.no_grad(), _Tapped(self.teacher, self.taps) as theirs:

@@ -122,3 +122,11 @@ class Joint:
             given = {"weight": piece.weight(site)} | ({"second": moments[name]} if name in moments else {})
             jobs.append((solve_site, given, {"site": site, "menu": menu}))
         return dict(zip(menus, piece.engine.run("solving layers", jobs), strict=True))
+
+
+QUALITY: dict[str, Joint] = {
+    "fast": Joint(tuning=Tuning(steps=0)),
+    "default": Joint(),
+    "best": Joint(tuning=Tuning(steps=1500)),
+}
+"""How long to work: the same choice, tuned not at all, shortly, or long."""

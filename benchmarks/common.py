@@ -1,0 +1,47 @@
+"""What the benchmarks share: the data folder, the machine, and a table that grows a line at a time."""
+
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+DATA = Path(os.environ.get("RABBET_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def reader(name: str) -> ModuleType:
+    """`load` or `nets` of the data folder."""
+    path = DATA / f"{name}.py"
+    if not path.exists():
+        sys.exit(f"no data in {DATA}; set RABBET_DATA to the folder that holds load.py and nets.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def row(*cells: object) -> None:
+    """One line of a Markdown table, shown at once."""
+    print("| " + " | ".join(str(c) for c in cells) + " |", flush=True)
+
+
+def head(*names: str) -> None:
+    """The head of a Markdown table."""
+    row(*names)
+    row(*("---" for _ in names))

@@ -1,0 +1,101 @@
+"""Accuracy against size: what `Joint` makes of real networks at several mean bits per weight.
+
+    python benchmarks/frontier.py                                  # ResNet-20 and -56 at 4, 3, 2 and 1.5 bits
+    python benchmarks/frontier.py --nets mobilenet --bits 8 6 4
+
+Weights: every conv and linear, first and last included; the mean counts codes, scales and the rest are in the bytes.
+Inputs of every layer 8 bits. Calibration: the first 1,600 images of `train` without labels (MobileNet, for which no
+training images are at hand: see `mobilenet`). Accuracy: the written file, loaded again, on the test images; the drop
+is in points against float on the same images. Seconds: from the call to the network, candidates solved once and
+shared by the budgets (the first line of a network pays for them).
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import head, machine, reader, row
+from torch import Tensor, nn
+
+import rabbet
+
+Labelled = list[tuple[Tensor, Tensor]]
+
+
+def cifar(depth: int) -> tuple[nn.Module, list[Tensor], Labelled]:
+    """A network, its calibration batches, and the 5,000 test images."""
+    load, nets = reader("load"), reader("nets")
+    images, _ = load.cifar10("train", 1600)
+    return nets.cifar_resnet(depth), list(torch.from_numpy(images).split(100)), _labelled(*load.cifar10("test"))
+
+
+def mobilenet() -> tuple[nn.Module, list[Tensor], Labelled]:
+    """MobileNet v1 on ImageNet: there are 650 validation images and no training ones.
+
+    150 of them calibrate, without labels, and the other 500 measure, so that no image does both.
+    """
+    load, nets = reader("load"), reader("nets")
+    images, labels = load.imagenet_val()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
+    use, keep = order[:150], order[150:]
+    return nets.mobilenet_v1(), list(torch.from_numpy(images[use]).split(25)), _labelled(images[keep], labels[keep], 50)
+
+
+def _labelled(images: object, labels: object, size: int = 250) -> Labelled:
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)  # type: ignore[arg-type]
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
+    "resnet20": lambda: cifar(20),
+    "resnet56": lambda: cifar(56),
+    "mobilenet": mobilenet,
+}
+
+
+def measure(name: str, budgets: list[str], tiers: list[str], engine: rabbet.Engine, seed: int) -> None:
+    """Every budget and tier of one network, a line each."""
+    model, data, test = NETS[name]()
+    whole = rabbet.accuracy(model, test)
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    row(name, "float32", "-", "32", f"{parameters:,}", "100", "-", "-", f"{whole:.2f}", "-", "-")
+    for budget in budgets:
+        for tier in tiers:
+            start = time.perf_counter()
+            result = rabbet.compress(model, budget, data, rabbet.QUALITY[tier], seed=seed, engine=engine)
+            seconds = time.perf_counter() - start
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "small.safetensors"
+                size = result.save(path)
+                found = rabbet.accuracy(rabbet.load(path, model), test)
+            cost, base = result.cost, result.float_cost
+            shares = f"{100 * size / parameters:.2f}", f"{100 * cost.macs / base.macs:.1f}", f"{100 * cost.bops / base.bops:.3f}"
+            row(name, budget, tier, f"{cost.bits:.3f}", f"{size:,}", *shares, f"{found:.2f}", f"{whole - found:.2f}", f"{seconds:.0f}")
+            print(f"<!-- {name} {budget} {tier}: {'; '.join(result.notes)}. {_layers(result)} -->", flush=True)
+
+
+def _layers(result: rabbet.Result) -> str:
+    return " ".join(line.body.partition(" |")[0].replace("dense@", "").replace(" ", "") for line in result.plan)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet56"])
+    parser.add_argument("--bits", nargs="+", default=["4", "3", "2", "1.5"], help="mean bits per weight")
+    parser.add_argument("--budgets", nargs="+", help="budgets in full, instead of --bits")
+    parser.add_argument("--tiers", nargs="+", choices=list(rabbet.QUALITY), default=["fast", "default"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="folder that keeps finished work between runs")
+    args = parser.parse_args()
+    print(f"seed {args.seed}; {machine()}\n")
+    head("network", "budget", "tier", "bits/weight", "file bytes", "% of float32 parameters", "% MACs", "% BOPs", "accuracy", "drop", "seconds")
+    for name in args.nets:
+        measure(name, args.budgets or [f"bits <= {b}" for b in args.bits], args.tiers, rabbet.Engine(folder=args.resume), args.seed)
+
+
+if __name__ == "__main__":
+    main()

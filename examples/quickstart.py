@@ -1,0 +1,47 @@
+"""From a trained network to a small file, with the plan edited by hand on the way. Runs in seconds, needs no download.
+
+python examples/quickstart.py
+"""
+
+from pathlib import Path
+
+import torch
+
+import rabbet
+from rabbet import demo
+
+BUDGET = rabbet.Budget.parse("bytes <= 9%, bits <= 3")
+
+
+def main() -> None:
+    """Plan, edit, fit, save, load, compare."""
+    network, batches = demo.model(), demo.calibration()  # a ConvNet for 8x8 digits, and images without labels
+    method = rabbet.Joint(tuning=rabbet.Tuning(steps=0))  # choose and round, without the tuning that follows
+    engine = rabbet.Engine()  # one engine for both calls: what the plan has solved is not solved again
+
+    plan = rabbet.plan(network, BUDGET, batches, method, engine=engine)
+    print(f"chosen:\n{plan}\n")
+
+    # A plan is text. Write the largest layer as a low-rank product alone: fewer MACs, which the program was not asked for.
+    edited = plan.with_layer(rabbet.LayerPlan.parse("last.0  lowrank[16]@6c | act@8"))
+    result = rabbet.fit(network, edited, batches, method, engine=engine)
+    BUDGET.check(result.cost, result.float_cost)  # a plan made by hand is held against a budget by hand
+    print(f"fitted:\n{result}\n")
+
+    path = Path("build/quickstart.safetensors")
+    path.parent.mkdir(exist_ok=True)
+    size = result.save(path)
+    assert size == result.cost.bytes == path.stat().st_size
+
+    loaded = rabbet.load(path, network)
+    assert rabbet.plan_of(loaded, result.survey) == edited
+    images = torch.cat([images for images, _ in demo.test()])
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.model(images))
+    before, after = rabbet.accuracy(network, demo.test()), rabbet.accuracy(loaded, demo.test())
+    print(f"{path}: {size:,} bytes, the network in it answers as the fitted one does, bit for bit")
+    print(f"held-out accuracy: {before:.2f} % -> {after:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The command line: `rabbet survey`, `plan`, `compress`, `show`, `check`, `compare`.
+
+What was asked for goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a budget that is broken or cannot be
+met, 2 any other mistake, 130 stopped by hand. A mistake is one line that starts with `error:`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from rabbet.cli import making, reading
+from rabbet.cli.bench import Stopped
+from rabbet.errors import BudgetError, RabbetError
+
+# Newer versions of typer carry a click of their own: the root of its usage errors is found through what is public.
+_Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+INTERRUPTED, CLOSED = 130, 141  # as shells count SIGINT and SIGPIPE
+
+app = typer.Typer(
+    name="rabbet",
+    help="Fits a trained PyTorch network to a hard budget: bit-width and rank of every layer, chosen together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (making.survey, making.plan, making.compress, reading.show, reading.check, reading.compare):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rabbet {version('rabbet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What every command takes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: the arguments of the process); returns the exit code."""
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # the latter is typer's word for the former
+        # Whoever read our output has had enough, as `head` has; what is left in the buffer must not complain later.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except Stopped as e:
+        return _told(str(e), INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _told("stopped", INTERRUPTED)
+    except BudgetError as e:
+        return _told(f"error: {e}", 1)
+    except _Usage as e:
+        message = e.format_message()  # empty where no command was given and the help was shown
+        return _told(f"error: {message}", 2) if message else 2
+    except BrokenExecutor:
+        return _told("error: a worker process died, perhaps for want of memory; try fewer --jobs", 2)
+    except (RabbetError, OSError) as e:
+        return _told(f"error: {e}", 2)
+    if code == INTERRUPTED:  # typer's own word for a KeyboardInterrupt
+        return _told("stopped", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _told(line: str, code: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return code

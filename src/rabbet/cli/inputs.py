@@ -1,0 +1,48 @@
+"""What a command works on: a network, batches, and what judges a network."""
+
+from dataclasses import dataclass
+
+import typer
+from torch import nn
+
+from rabbet.cli.judge import Judge, open_judge
+from rabbet.cli.names import made
+from rabbet.errors import DataError
+from rabbet.task import Task
+
+DEMO_MODEL, DEMO_DATA, DEMO_TEST = "rabbet.demo:model", "rabbet.demo:calibration", "rabbet.demo:test"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The network in eval mode, the task, and what judges a network, if anything does."""
+
+    network: nn.Module
+    task: Task
+    judge: Judge | None
+
+
+def open_inputs(model: str | None, data: str | None, test: str | None = None) -> Inputs:
+    """Load what three references name; without any they are the demo's. A usage error for what cannot be used."""
+    model = model or DEMO_MODEL
+    if model == DEMO_MODEL:
+        data, test = data or DEMO_DATA, test or DEMO_TEST
+    if data is None:
+        raise typer.BadParameter(f"{model} needs batches: name a module:callable that gives them", param_hint="--data")
+    network, task = open_network(model), _task(data)
+    return Inputs(network, task, open_judge(test, task))
+
+
+def open_network(reference: str) -> nn.Module:
+    """The network that a reference names, in eval mode."""
+    found = made(reference, "MODEL")
+    if not isinstance(found, nn.Module):
+        raise typer.BadParameter(f"{reference} gives {type(found).__name__}, not a torch.nn.Module", param_hint="MODEL")
+    return found.eval()
+
+
+def _task(reference: str) -> Task:
+    try:
+        return Task.of(made(reference, "--data"))
+    except DataError as e:
+        raise typer.BadParameter(f"{reference}: {e}", param_hint="--data") from None

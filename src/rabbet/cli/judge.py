@@ -1,0 +1,64 @@
+"""What says how good a network is: labelled batches, or the user's own function."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from torch import nn
+
+from rabbet.cli.names import called, named, told
+from rabbet.task import Task, accuracy
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One number for a network, larger is better. quantity: what the number is; unit: what follows it."""
+
+    quantity: str
+    unit: str
+    run: Callable[[nn.Module], float]
+    reference: str
+
+    def __call__(self, network: nn.Module) -> float:
+        """Judge a network; a usage error if the user's batches or function fail."""
+        with told(self.reference, "--test"):
+            return float(self.run(network))
+
+    def show(self, value: float) -> str:
+        """A number of this judge in words."""
+        return f"{value:.2f}{self.unit}" if self.unit else f"{value:.6g}"
+
+
+def open_judge(reference: str | None, task: Task | None = None) -> Judge | None:
+    """What judges a network: the test that a reference names, else the task's own evaluation, else nothing."""
+    if reference is None:
+        own = None if task is None else task.evaluate
+        return None if own is None else Judge("evaluation", "", own, "the task's evaluate")
+    found = named(reference, "--test")
+    value = found if _takes_one(found) else called(found, reference, "--test")
+    if callable(value) and not isinstance(value, Iterable):
+        return Judge("evaluation", "", value, reference)
+    if not isinstance(value, Iterable):
+        raise typer.BadParameter(
+            f"{reference} gives {type(value).__name__}, not batches of (inputs, labels) or a function of a model",
+            param_hint="--test",
+        )
+    # read twice, before and after: what can be read only once is kept
+    batches = list(value) if isinstance(value, Iterator) else value
+    return Judge("accuracy", "%", lambda network: accuracy(network, batches), reference)
+
+
+def _takes_one(found: Any) -> bool:
+    """Whether something is a function of one argument: it wants the model."""
+    if not callable(found):
+        return False
+    with contextlib.suppress(TypeError, ValueError):
+        inspect.signature(found).bind(None)
+        with contextlib.suppress(TypeError):
+            inspect.signature(found).bind()
+            return False
+        return True
+    return False

@@ -1,0 +1,165 @@
+"""The commands that need a network: survey, plan, compress."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rabbet.cli import options, tables
+from rabbet.cli.bench import bench
+from rabbet.cli.inputs import Inputs, open_inputs
+from rabbet.compress import Result, fit, load
+from rabbet.compress import compress as choose_and_fit
+from rabbet.compress import plan as choose
+from rabbet.cost import Budget
+from rabbet.engine import Engine
+from rabbet.errors import FileError
+from rabbet.export import EXPORTS
+from rabbet.export.base import write_beside
+from rabbet.layer import validate
+from rabbet.methods import Joint
+from rabbet.methods.joint import QUALITY
+from rabbet.plan import Plan, quoted
+from rabbet.survey import Survey
+from rabbet.survey import survey as look
+from rabbet.workpiece import Workpiece
+
+NATIVE = "safetensors"
+
+
+def survey(model: options.Model = None, data: options.Data = None, as_json: options.Json = False) -> None:
+    """Show every layer that can be compressed, and what is left alone and why."""
+    inputs = open_inputs(model, data)
+    found = look(inputs.network, inputs.task.read()[0], inputs.task)
+    if as_json:
+        tables.print_json(_survey_facts(found))
+        return
+    out = tables.console()
+    heads = ("layer", "kind", "shape", "MACs", "positions", "float bytes")
+    lines = [
+        (quoted(s.name), s.kind, "x".join(map(str, s.shape)), f"{s.macs:,}", f"{s.positions:,}", f"{4 * s.numel:,}")
+        for s in found
+    ]
+    out.print(tables.table(heads, lines, 3))
+    out.print()
+    out.print(f"{len(found.sites)} layers hold {4 * found.weights:,} of {found.float_bytes:,} bytes in float32")
+    tables.print_left(out, found.left)
+
+
+def plan(
+    model: options.Model = None,
+    data: options.Data = None,
+    budget: options.BudgetText = options.DEFAULT_BUDGET,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the plan into this file, too.")] = None,
+    seed: options.Seed = 0,
+    resume: options.Resume = None,
+    jobs: options.Jobs = 1,
+    as_json: options.Json = False,
+) -> None:
+    """Choose only: print the plan that compress would fit, to be read, edited and given to compress --plan."""
+    limits = options.budget_of(budget)
+    inputs = open_inputs(model, data)
+    with bench(resume, jobs, as_json) as engine:
+        found = choose(inputs.network, limits, inputs.task, Joint(), seed, engine)
+        piece = Workpiece.of(inputs.network, inputs.task, engine, seed)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(out, [f"{found}\n".encode()])
+    costs = piece.cost(found), piece.float_cost
+    if as_json:
+        tables.print_json(tables.plan_facts(piece.survey, found, *costs, limits) | {"seed": seed})
+        return
+    tables.print_totals(tables.console(stderr=True), piece.survey, costs, limits)
+    print(found)
+
+
+def compress(
+    output: Annotated[Path, typer.Option(dir_okay=False, help="The file to write; its ending says what it is.")],
+    model: options.Model = None,
+    data: options.Data = None,
+    test: options.Test = None,
+    budget: options.OptionalBudget = None,
+    plan: Annotated[Path | None, typer.Option(dir_okay=False, help="Fit the plan in this file.")] = None,
+    quality: options.Quality = "default",
+    seed: options.Seed = 0,
+    resume: options.Resume = None,
+    jobs: options.Jobs = 1,
+    as_json: options.Json = False,
+) -> None:
+    """Make a network fit a budget, or fit a given plan, and write the file; accuracy is that of the file."""
+    limits = options.budget_of(budget or options.DEFAULT_BUDGET) if budget or not plan else None
+    wanted = None if plan is None else options.plan_of_file(plan)
+    target = _ready(output)
+    inputs = open_inputs(model, data, test)
+    before = None if inputs.judge is None else inputs.judge(inputs.network)
+    with bench(resume, jobs, as_json) as engine:
+        result = _made(inputs, limits, wanted, QUALITY[quality], seed, engine)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    size = result.export(output, target)
+    # only a native file is run here; another one is for the runtime that it was made for
+    after = inputs.judge(load(output, inputs.network)) if inputs.judge and target == NATIVE else None
+    if as_json:
+        facts = tables.plan_facts(result.survey, result.plan, result.cost, result.float_cost, limits)
+        written = {"output": str(output), "bytes": size, "seed": seed, "quality": quality}
+        judged = {"evaluation": _judged(inputs, before, after), "notes": list(result.notes)}
+        tables.print_json(written | facts | judged)
+        return
+    out = tables.console()
+    costs = result.cost, result.float_cost
+    tables.print_report(out, result.survey, result.plan, costs, limits, result.notes)
+    if inputs.judge is not None and before is not None:
+        end = "" if after is None else f" -> {inputs.judge.show(after)}"
+        out.print(f"{inputs.judge.quantity}: {inputs.judge.show(before)}{end}", soft_wrap=True)
+    out.print(f"{output}: {size:,} bytes", soft_wrap=True)
+
+
+def _ready(output: Path) -> str:
+    """The target of a file's ending; an unknown one, or a place that is no folder, is refused before any work."""
+    target = output.suffix.lstrip(".")
+    if target not in EXPORTS:
+        known = ", ".join(f".{name}" for name in EXPORTS)
+        raise typer.BadParameter(f"{output} must end in one of {known}", param_hint="--output")
+    there = next(parent for parent in output.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise FileError(f"cannot write {output}: {there} is not a folder")
+    return target
+
+
+def _made(
+    inputs: Inputs, limits: Budget | None, wanted: Plan | None, method: Joint, seed: int, engine: Engine
+) -> Result:
+    """Choose and fit; or fit a given plan, held against the budget before anything is solved."""
+    if wanted is None:
+        assert limits is not None
+        return choose_and_fit(inputs.network, limits, inputs.task, method, seed, engine)
+    if limits is not None:
+        piece = Workpiece.of(inputs.network, inputs.task, engine, seed)
+        validate(wanted, piece.survey)
+        limits.check(piece.cost(wanted), piece.float_cost)
+    result = fit(inputs.network, wanted, inputs.task, method, seed, engine)
+    return replace(result, budget=limits)
+
+
+def _judged(inputs: Inputs, before: float | None, after: float | None) -> dict[str, Any] | None:
+    if inputs.judge is None:
+        return None
+    return {"quantity": inputs.judge.quantity, "before": before, "after": after}
+
+
+def _survey_facts(found: Survey) -> dict[str, Any]:
+    """A survey for JSON."""
+    sites = [
+        {
+            "name": s.name,
+            "kind": s.kind,
+            "shape": list(s.shape),
+            "macs": s.macs,
+            "positions": s.positions,
+            "float_bytes": 4 * s.numel,
+            "norm": s.norm,
+            "tied": list(s.tied),
+        }
+        for s in found
+    ]
+    return {"sites": sites, "left": tables.left_facts(found), "float_bytes": found.float_bytes}

@@ -1,0 +1,207 @@
+"""The command line: what each command prints, writes and returns."""
+
+import json
+
+import pytest
+
+import rabbet
+from rabbet import demo
+from rabbet.methods import joint
+
+BUDGET = "bytes <= 10%"
+FAST = ("--quality", "fast")
+
+
+def test_the_version_is_printed(run):
+    assert run("--version") == (0, f"rabbet {rabbet.__version__}\n", "")
+
+
+def test_without_a_command_the_help_is_shown(run):
+    _, out, err = run()
+    assert "compress" in out
+    assert "error" not in err
+
+
+def test_survey_lists_every_layer(run):
+    code, out, err = run("survey")
+    assert (code, err) == (0, "")
+    for site in rabbet.survey(demo.model(), demo.calibration()[0]):
+        line = next(line.split() for line in out.splitlines() if line.startswith(f"{site.name} "))
+        assert line[1:4] == [site.kind, "x".join(map(str, site.shape)), f"{site.macs:,}"]
+
+
+def test_survey_says_what_is_left_alone_and_why(run, mine):
+    given = (f"{mine}:left", "--data", f"{mine}:nines")
+    code, out, _ = run("survey", *given)
+    assert code == 0
+    assert "left alone: 1 (72 bytes): LayerNorm is not a kind of layer" in out
+    facts = json.loads(run("survey", *given, "--json")[1])
+    assert [site["name"] for site in facts["sites"]] == ["0"]
+    assert facts["left"][0]["bytes"] == 72
+
+
+def test_plan_prints_the_plan_and_nothing_else(run, kept, tmp_path):
+    code, out, err = run("plan", "--budget", BUDGET, "--out", tmp_path / "new" / "plan.txt", "--resume", kept)
+    assert code == 0
+    assert str(rabbet.Plan.parse(out)) + "\n" == out == (tmp_path / "new" / "plan.txt").read_text()
+    assert "allowed" in err
+
+
+def test_plan_as_json_has_plan_and_cost(run, kept):
+    code, out, err = run("plan", "--budget", "bits <= 3", "--resume", kept, "--json")
+    facts = json.loads(out)
+    assert (code, err) == (0, "")
+    assert len(rabbet.Plan.parse(facts["plan"])) == len(facts["layers"])
+    assert facts["cost"]["bits"] <= 3
+    assert facts["budget"] == "bits <= 3"
+
+
+def test_compress_needs_nothing_but_a_file_to_write(run, kept, tmp_path):
+    path = tmp_path / "build" / "deep" / "digits.safetensors"
+    code, out, err = run("compress", "--output", path, "--resume", kept, *FAST)
+    assert (code, err) == (0, "")
+    assert f"{path}: {path.stat().st_size:,} bytes" in out
+    assert path.stat().st_size <= 0.1 * 302_288
+    assert "accuracy: 99.78% -> " in out
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_compress_as_json_tells_what_was_measured_on_the_file(run, kept, tmp_path):
+    path = tmp_path / "a.safetensors"
+    code, out, err = run("compress", "--output", path, "--budget", "bits <= 1.7", "--resume", kept, *FAST, "--json")
+    facts = json.loads(out)
+    assert (code, err) == (0, "")
+    assert facts["bytes"] == facts["cost"]["bytes"] == path.stat().st_size
+    assert facts["cost"]["bits"] <= 1.7
+    net = rabbet.load(path, demo.model())
+    assert facts["evaluation"]["after"] == rabbet.accuracy(net, demo.test())
+    assert facts["evaluation"]["before"] == rabbet.accuracy(demo.model(), demo.test())
+
+
+def test_a_plan_can_be_edited_and_fitted(run, kept, tmp_path):
+    text = run("plan", "--resume", kept)[1]
+    edited = rabbet.Plan.parse(text).with_layer(rabbet.LayerPlan.parse("stem.0 dense@5c | act@8"))
+    assert str(edited) + "\n" != text
+    (tmp_path / "plan.txt").write_text(f"# by hand\n{edited}\n")
+    path = tmp_path / "a.safetensors"
+    code, out, _ = run("compress", "--plan", tmp_path / "plan.txt", "--output", path, "--resume", kept, *FAST)
+    assert code == 0
+    assert "allowed" not in out
+    assert json.loads(run("show", path, "--json")[1])["plan"] == str(edited)
+
+
+def test_a_plan_over_the_budget_is_refused_before_anything_is_solved(run, kept, tmp_path, monkeypatch):
+    (tmp_path / "plan.txt").write_text("stem.0 dense@8c | act@8\n")
+    monkeypatch.setattr(joint.Joint, "fit", lambda *_: pytest.fail("solved"))
+    given = ("--plan", tmp_path / "plan.txt", "--budget", BUDGET)
+    code, out, err = run("compress", *given, "--output", tmp_path / "a.safetensors", *FAST)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: 'bytes <= 10%' allows 30,228 bytes")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_plan_within_the_budget_is_fitted(run, kept, tmp_path):
+    (tmp_path / "plan.txt").write_text(run("plan", "--resume", kept)[1])
+    given = ("--plan", tmp_path / "plan.txt", "--budget", BUDGET, "--resume", kept)
+    code, out, _ = run("compress", *given, "--output", tmp_path / "a.safetensors", *FAST, "--json")
+    assert code == 0
+    assert json.loads(out)["budget"] == BUDGET
+
+
+def test_show_needs_no_network(run, small):
+    code, out, err = run("show", small)
+    assert (code, err) == (0, "")
+    assert "dense@" in out
+    facts = json.loads(run("show", small, "--json")[1])
+    assert facts["cost"]["bytes"] == small.stat().st_size
+    result = rabbet.compress(demo.model(), BUDGET, demo.calibration(), joint.QUALITY["fast"])
+    assert facts["plan"] == str(result.plan)
+    assert facts["cost"]["bops"] == result.cost.bops
+    assert facts["float"]["bytes"] == result.float_cost.bytes
+
+
+def test_check_tells_by_exit_code_whether_a_file_is_within_a_budget(run, small):
+    size = small.stat().st_size
+    code, out, _ = run("check", small, "--budget", f"bytes <= {size + 3}")
+    assert (code, out) == (0, f"bytes <= {size + 3}: {size:,} of {size + 3:,} bytes, within, 3 to spare\n")
+    code, out, err = run("check", small, "--budget", f"bits <= 8, bytes <= {size - 1}")
+    assert (code, err) == (1, "")
+    assert "OVER by 1" in out
+    code, out, _ = run("check", small, "--budget", f"bytes <= {size - 7}", "--json")
+    facts = json.loads(out)
+    assert (code, facts["within"], facts["limits"][0]["over"]) == (1, False, 7)
+
+
+def test_check_counts_the_bytes_on_disk(run, small, tmp_path):
+    longer = tmp_path / "longer.safetensors"
+    content = small.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    # the header may end in any number of spaces: the file is whole, and longer than its plan needs
+    longer.write_bytes(
+        (length + 800).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 800 + content[8 + length :]
+    )
+    assert run("check", longer, "--budget", f"bytes <= {len(content)}")[0] == 1
+    assert run("check", longer, "--budget", f"bytes <= {len(content) + 800}")[0] == 0
+
+
+@pytest.mark.parametrize("cut", [4, 1000, -1])
+def test_a_damaged_file_is_exit_code_2(run, small, tmp_path, cut):
+    (tmp_path / "cut.safetensors").write_bytes(small.read_bytes()[:cut])
+    for command in (("show",), ("check", "--budget", BUDGET)):
+        code, out, err = run(*command, tmp_path / "cut.safetensors")
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert "damaged" in err
+
+
+def test_compare_shows_costs_accuracy_and_where_plans_differ(run, small, kept, tmp_path):
+    other = tmp_path / "other.safetensors"
+    assert run("compress", "--output", other, "--budget", "bits <= 2", "--resume", kept, *FAST)[0] == 0
+    code, out, err = run("compare", small, other, "--model", "rabbet.demo:model")
+    assert (code, err) == (0, "")
+    assert f"{small.stat().st_size:,}" in out
+    assert "accuracy" in out
+    facts = json.loads(run("compare", small, other, "--json")[1])
+    assert [f["cost"]["bytes"] for f in facts["files"]] == [p.stat().st_size for p in (small, other)]
+    plans = [rabbet.Plan.parse(json.loads(run("show", p, "--json")[1])["plan"]) for p in (small, other)]
+    differing = {a.name: [a.body, b.body] for a, b in zip(*plans, strict=True) if a != b}
+    assert {d["layer"]: d["plans"] for d in facts["differences"]} == differing != {}
+
+
+def test_compare_says_when_plans_are_the_same(run, small):
+    assert "the plans are the same" in run("compare", small, small)[1]
+
+
+def test_compare_of_different_networks_tells_a_kept_layer_from_one_that_is_not_there(run, small, mine, tmp_path):
+    (tmp_path / "plan.txt").write_text("0 dense@4c")
+    own = (f"{mine}:net", "--data", f"{mine}:batches", "--plan", tmp_path / "plan.txt", *FAST)
+    assert run("compress", *own, "--output", tmp_path / "a.safetensors")[0] == 0
+    found = json.loads(run("compare", tmp_path / "a.safetensors", small, "--json")[1])["differences"]
+    by_name = {d["layer"]: d["plans"] for d in found}
+    assert by_name["0"] == ["dense@4c", "not in this file"]
+    assert by_name["3"] == ["kept as it is", "not in this file"]
+    assert by_name["head"][0] == "not in this file"
+
+
+@pytest.mark.parametrize("test", ["labelled", "judge"])
+def test_a_network_of_the_user_is_found_as_module_and_as_file(run, mine, tmp_path, test):
+    given = ("--data", f"{mine}:batches", "--test", f"{mine}:{test}", "--budget", "bytes <= 25%", *FAST)
+    code, out, err = run("compress", f"{mine}.py:net", *given, "--output", "a.safetensors", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)["evaluation"]
+    assert facts["quantity"] == {"labelled": "accuracy", "judge": "evaluation"}[test]
+    assert isinstance(facts["before"], float)
+    assert isinstance(facts["after"], float)
+
+
+def test_a_task_brings_its_own_evaluation(run, mine):
+    given = (f"{mine}:net", "--data", f"{mine}:task", "--budget", "bytes <= 25%", *FAST)
+    code, out, _ = run("compress", *given, "--output", "a.safetensors")
+    assert code == 0
+    assert "evaluation: " in out
+
+
+def test_layers_with_odd_names_are_shown_as_they_are(run, mine):
+    code, out, _ = run("survey", f"{mine}:odd", "--data", f"{mine}:nines")
+    assert code == 0
+    assert '"[red]a b"' in out

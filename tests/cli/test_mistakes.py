@@ -1,0 +1,57 @@
+"""The command line: a mistake is one line, an exit code, and no file."""
+
+import pytest
+
+MISTAKES = {
+    "survey mine_of_user:nett --data mine_of_user:batches": "has no 'nett'; did you mean net?",
+    "survey mine_of_usr:net --data mine_of_user:batches": "no module 'mine_of_usr'",
+    "survey mine_of_usr.py:net --data mine_of_user:batches": "did you mean mine_of_user.py?",
+    "survey rabbet.dem:model --data rabbet.demo:test": "no module 'rabbet.dem' in rabbet; did you mean demo?",
+    "survey mine_of_user --data mine_of_user:batches": "module:callable",
+    "survey mine_of_user:net": "needs batches",
+    "survey mine_of_user:broken --data mine_of_user:batches": "AttributeError",
+    "survey mine_of_user:number --data mine_of_user:batches": "gives int, not a torch.nn.Module",
+    "survey mine_of_user:net --data mine_of_user:number": "found int",
+    "survey mine_of_user:net --data mine_of_user:labelled": "does not run on a batch",
+    "survey mine_of_user:net --data rabbet.demo:calibration": "does not run on a batch",
+    "survey imports_nothing:net --data mine_of_user:batches": "No module named 'not_there_at_all'",
+    "compress --output a.safetensors --test mine_of_user:number": "gives int, not batches",
+    "compress --output a.safetensors --test mine_of_user:unlabelled": "mine_of_user:unlabelled failed",
+    "compress --output a.onnxx": ".safetensors",
+    "compress --output mine_of_user.py/a.safetensors": "is not a folder",
+    "compress --output a.safetensors --quality superb": "fast, default, best",
+    "compress --output a.safetensors --plan nowhere.txt": "cannot be read",
+    "compress --output a.safetensors --plan mine_of_user.py": "mine_of_user.py: 'import torch': 'torch' is not a term",
+    "compress --output a.safetensors --jobs 0": "jobs",
+    "compress": "--output",
+    "plan --budget bytes=3": "is not a budget",
+    "check nowhere.safetensors --budget bytes<=3": "there is no file",
+    "check mine_of_user.py --budget bytes<=3": "not a rabbet file",
+    "check . --budget bytes<=3": "not a rabbet file",
+    "compare nowhere.safetensors": "at least two files",
+    "show --bogus": "--bogus",
+    "frobnicate": "frobnicate",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(run, mine, tmp_path, line):
+    (tmp_path / "imports_nothing.py").write_text("import not_there_at_all\n")
+    code, out, err = run(*line.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert MISTAKES[line] in err
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["plan", "compress --output a.safetensors", "compress --output a.safetensors --json"]
+)
+def test_a_budget_that_cannot_be_met_is_exit_code_1(run, mine, tmp_path, command):
+    code, out, err = run(*command.split(), "--budget", "bytes <= 1%")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert "smallest reachable value" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "a.safetensors").exists()

@@ -1,0 +1,100 @@
+"""The command line: runs that are stopped, fail half-way, go on, or work in several processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from rabbet.methods import joint
+
+FAST = ("--quality", "fast")
+
+
+def _starts(*arguments, **kwargs):
+    command = [sys.executable, "-m", "rabbet.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(run, kept, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    rename = type(path).replace
+
+    def full(beside, there):
+        if there == path:
+            raise OSError(28, "No space left on device")
+        return rename(beside, there)
+
+    monkeypatch.setattr(type(path), "replace", full)
+    code, out, err = run("compress", "--output", path, "--resume", kept, *FAST)
+    assert (code, out) == (2, "")
+    assert "No space left" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch):
+    folder, path = tmp_path / "work", tmp_path / "a.safetensors"
+    solve, solved = joint.solve_site, []
+
+    def stops(**given):
+        if len(solved) == 3:
+            raise KeyboardInterrupt
+        solved.append(given["site"].name)
+        return solve(**given)
+
+    stops.__module__, stops.__qualname__ = solve.__module__, solve.__qualname__
+    monkeypatch.setattr(joint, "solve_site", stops)
+    code, out, err = run("compress", "--output", path, "--resume", folder, *FAST)
+    assert (code, out) == (130, "")
+    assert err == f"stopped; finished work is kept in {folder}: run the same command again to go on\n"
+    assert not path.exists()
+    first = solved[:]
+
+    def counted(**given):
+        solved.append(given["site"].name)
+        return solve(**given)
+
+    counted.__module__, counted.__qualname__ = solve.__module__, solve.__qualname__
+    monkeypatch.setattr(joint, "solve_site", counted)
+    assert run("compress", "--output", path, "--resume", folder, *FAST)[0] == 0
+    assert len(solved) == len(set(solved)) == 6
+    assert solved[:3] == first
+    assert path.read_bytes() == small.read_bytes()
+
+
+def test_a_stop_without_a_folder_tells_of_resume(run, tmp_path, monkeypatch):
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(joint.Joint, "plan", stops)
+    code, out, err = run("compress", "--output", tmp_path / "a.safetensors", *FAST)
+    assert (code, out) == (130, "")
+    assert "--resume DIR" in err
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_real_process_with_one_line(tmp_path):
+    given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", 2)
+    with _starts("compress", *given, start_new_session=True) as process:
+        while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("stopped; ")
+    assert err.count("\n") == 1
+
+
+def test_several_processes_write_the_same_bytes(run, small, tmp_path):
+    code, _, err = run("compress", "--output", tmp_path / "a.safetensors", "--jobs", 2, *FAST)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "a.safetensors").read_bytes() == small.read_bytes()
+
+
+def test_a_reader_that_has_had_enough_is_no_error(small):
+    with _starts("show", small) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141  # what a shell gives for SIGPIPE

@@ -1,0 +1,198 @@
+"""Laws of the engine: order, memory, folders."""
+
+import concurrent.futures
+import multiprocessing
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rabbet.candidates import solve_site
+from rabbet.engine import Engine, content_key
+from rabbet.grid import Grid
+from rabbet.plan import Term
+from rabbet.site import Site
+
+RUNS: list[int] = []
+
+
+def counted(x, *, factor=1, wait=0.0):
+    """A job that leaves a trace."""
+    RUNS.append(int(x[0]))
+    time.sleep(wait)
+    return {"y": x * factor, "threads": torch.tensor([torch.get_num_threads()])}
+
+
+def grows(x):
+    """A job that would leave a gradient."""
+    return {"y": x * 2}
+
+
+def fails(x):
+    """A job that cannot be done."""
+    raise ArithmeticError(f"no {int(x[0])}")
+
+
+@pytest.fixture(autouse=True)
+def _no_runs():
+    RUNS.clear()
+
+
+def _jobs(count, **settings):
+    return [(counted, {"x": torch.tensor([float(k), 1.0])}, settings) for k in range(count)]
+
+
+def test_results_come_in_the_order_of_the_jobs():
+    found = Engine().run("s", _jobs(5, factor=3))
+    assert [r["y"].tolist() for r in found] == [[3.0 * k, 3.0] for k in range(5)]
+
+
+def test_results_come_in_the_order_of_the_jobs_whatever_ends_first():
+    jobs = [(counted, {"x": torch.tensor([float(k)])}, {"wait": 0.05 * (3 - k)}) for k in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = Engine(pool).run("s", jobs)
+    assert [r["y"].item() for r in found] == [0, 1, 2, 3]
+
+
+def _layers():
+    menu = tuple((Term("dense", Grid.parse(t)),) for t in ("2c", "3c"))
+    generator = torch.Generator().manual_seed(0)
+    for n in (8, 30, 70):
+        x = torch.randn(200, n, generator=generator)
+        given = {"weight": torch.randn(6, n, generator=generator), "second": (x.T @ x)[None]}
+        yield solve_site, given, {"site": Site("", "linear", (6, n)), "menu": menu}
+
+
+def test_every_executor_gives_the_same_numbers():
+    here = Engine().run("s", list(_layers()))
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ThreadPoolExecutor(3) as threads,
+        concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as processes,
+    ):
+        for executor in (threads, processes):
+            for a, b in zip(here, Engine(executor).run("s", list(_layers())), strict=True):
+                assert a.keys() == b.keys()
+                assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_finished_jobs_are_not_run_again(on_disk, tmp_path):
+    engine = Engine(folder=tmp_path if on_disk else None)
+    engine.run("s", _jobs(3))
+    found = engine.run("s", _jobs(5))
+    assert RUNS == [0, 1, 2, 3, 4]
+    assert [r["y"][0].item() for r in found] == [0, 1, 2, 3, 4]
+
+
+def test_a_job_that_is_given_twice_runs_once():
+    found = Engine().run("s", [*_jobs(2), *_jobs(2)])
+    assert RUNS == [0, 1]
+    assert [r["y"][0].item() for r in found] == [0, 1, 0, 1]
+
+
+def test_a_folder_outlives_the_engine(tmp_path):
+    Engine(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
+    found = Engine(folder=tmp_path / "deep" / "down").run("s", _jobs(3, factor=1))
+    assert RUNS == [0, 1, 2, 0, 1, 2]  # another setting is another job
+    found = Engine(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
+    assert RUNS == [0, 1, 2, 0, 1, 2]
+    assert [r["y"][0].item() for r in found] == [0, 1, 2]
+
+
+def test_what_was_finished_before_a_failure_is_kept(tmp_path):
+    jobs = [*_jobs(2), (fails, {"x": torch.tensor([7.0])}, {})]
+    for _ in range(2):
+        with pytest.raises(ArithmeticError, match="no 7"):
+            Engine(folder=tmp_path).run("s", jobs)
+    assert RUNS == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[8:]]
+)
+def test_a_damaged_result_is_made_again(damage, tmp_path):
+    Engine(folder=tmp_path).run("s", _jobs(2))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 2
+    whole = files[0].read_bytes()
+    files[0].write_bytes(damage(whole))
+    found = Engine(folder=tmp_path).run("s", _jobs(2))
+    assert len(RUNS) == 3
+    assert [r["y"][0].item() for r in found] == [0, 1]
+    assert files[0].read_bytes() == whole
+
+
+def test_the_folder_holds_whole_safetensors_and_nothing_else(tmp_path):
+    Engine(folder=tmp_path).run("s", _jobs(3))
+    files = sorted(tmp_path.iterdir())
+    assert [f.suffix for f in files] == [".safetensors"] * 3
+    assert all(set(load_file(f)) == {"y", "threads"} for f in files)
+
+
+def test_results_on_disk_need_not_be_contiguous(tmp_path):
+    jobs = [(grows, {"x": torch.arange(6.0).view(2, 3).T}, {})]
+    first = Engine(folder=tmp_path).run("s", jobs)[0]["y"]
+    again = Engine(folder=tmp_path).run("s", jobs)[0]["y"]
+    assert torch.equal(first, again)
+
+
+def test_a_dropped_result_is_made_again(tmp_path):
+    engine = Engine(folder=tmp_path)
+    engine.keep("k", {"y": torch.ones(2)})
+    assert engine.kept("k")["y"].tolist() == [1, 1]
+    engine.drop("k")
+    engine.drop("k")
+    assert engine.kept("k") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+X = torch.arange(6.0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("g", {"x": X}, {"a": 1}),
+        ("f", {"y": X}, {"a": 1}),
+        ("f", {"x": X + 1}, {"a": 1}),
+        ("f", {"x": -X}, {"a": 1}),
+        ("f", {"x": X.view(2, 3)}, {"a": 1}),
+        ("f", {"x": X.double()}, {"a": 1}),
+        ("f", {"x": X, "y": X}, {"a": 1}),
+        ("f", {"x": X}, {"a": 2}),
+        ("f", {"x": X}, {"a": "1"}),
+        ("f", {"x": X}, {"b": 1}),
+        ("f", {"x": X}, {}),
+    ],
+)
+def test_another_content_has_another_key(other):
+    assert content_key(*other) != content_key("f", {"x": X}, {"a": 1})
+
+
+def test_the_same_content_has_the_same_key_however_it_lies_in_memory():
+    spread = torch.arange(12.0)[::2] / 2
+    assert content_key("f", {"x": spread, "z": X}, {"a": 1, "b": 2}) == content_key(
+        "f", {"z": X, "x": X}, {"b": 2, "a": 1}
+    )
+
+
+def test_a_job_runs_on_one_thread_and_leaves_the_threads_as_they_were():
+    torch.set_num_threads(2)
+    try:
+        assert Engine().run("s", _jobs(1))[0]["threads"].item() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_jobs_leave_no_gradient():
+    weight = torch.ones(3, requires_grad=True)
+    assert not Engine().run("s", [(grows, {"x": weight}, {})])[0]["y"].requires_grad
+
+
+def test_progress_counts_up_to_all():
+    seen = []
+    Engine(progress=lambda *step: seen.append(step)).run("stage", _jobs(3))
+    assert seen == [("stage", 1, 3), ("stage", 2, 3), ("stage", 3, 3)]

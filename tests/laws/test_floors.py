@@ -1,0 +1,120 @@
+"""The shape of the house: imports go strictly down, files stay small, public names are these."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import rabbet
+
+SOURCE = Path(rabbet.__file__).parent
+
+# From the ground up. A module imports only what stands on a lower line, or a file of its own package.
+FLOORS = (
+    {"errors"},
+    {"pack", "grid", "engine", "site", "task"},
+    {"solve"},
+    {"forms"},
+    {"plan"},
+    {"survey", "augment"},
+    {"layout"},
+    {"cost"},
+    {"layer"},
+    {"candidates", "calibrate"},
+    {"workpiece"},
+    {"match", "score", "train", "allocate", "report", "export"},
+    {"methods"},
+    {"compress"},
+    {"cli", "__init__", "__main__", "demo"},
+)
+OPTIONAL = {"onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "transformers", "sklearn", "PIL", "distributed"}
+
+
+def _files():
+    return {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def _imports(path):
+    """(module, name taken from it or None, whether at the top of the file) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            yield from ((node.module, alias.name, id(node) in top) for alias in node.names)
+
+
+def _room(module):
+    """The part of a file's name that stands on a floor: its package, or itself."""
+    return module.split("/")[0]
+
+
+def _uses(name):
+    """The files of rabbet that a file imports."""
+    files = _files()
+    for module, part, _ in _imports(files[name]):
+        if module.split(".")[0] == "rabbet":
+            folder = "/".join(module.split(".")[1:])
+            yield next(
+                f for f in (f"{folder}/{part}".lstrip("/"), folder, f"{folder}/__init__".lstrip("/")) if f in files
+            )
+
+
+LEVEL = {room: k for k, floor in enumerate(FLOORS) for room in floor}
+
+
+@pytest.mark.parametrize("name", _files())
+def test_imports_go_strictly_down(name):
+    assert _room(name) in LEVEL, f"{name} stands on no floor; give it one in FLOORS"
+    for used in _uses(name):
+        if _room(used) != _room(name):
+            assert LEVEL[_room(used)] < LEVEL[_room(name)], f"{name} imports {used}, which does not stand below it"
+
+
+def test_no_import_goes_round_in_a_circle():
+    left = {name: set(_uses(name)) for name in _files()}
+    while left:
+        free = {name for name, used in left.items() if not used & left.keys()}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {name: used for name, used in left.items() if name not in free}
+
+
+@pytest.mark.parametrize("name", _files())
+def test_only_optional_dependencies_are_imported_late(name):
+    late = {module.split(".")[0] for module, _, top in _imports(_files()[name]) if not top}
+    assert late <= OPTIONAL
+
+
+@pytest.mark.parametrize("name", _files())
+def test_a_file_fits_on_a_few_screens(name):
+    lines = _files()[name].read_text().splitlines()
+    assert len(lines) <= 400
+    functions = [n for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, ast.FunctionDef)]
+    assert all(f.end_lineno - f.lineno < 60 for f in functions)
+
+
+def test_nothing_is_unpickled():
+    for name, path in _files().items():
+        modules = {module.split(".")[0] for module, _, _ in _imports(path)}
+        assert not modules & {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}, name
+        assert not re.search(r"(?<!safetensors\.)\btorch\.load\(", path.read_text()), name
+
+
+PUBLIC = {
+    "Budget", "BudgetError", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan", "ModelError",
+    "Plan", "PlanError", "RabbetError", "Result", "Survey", "Task", "Term", "Tuning", "accuracy", "build",
+    "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "survey",
+}  # fmt: skip
+
+
+def test_the_public_names_are_these():
+    assert set(rabbet.__all__) == PUBLIC
+    assert len(rabbet.__all__) == len(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(rabbet, name) is not None
+        doc = getattr(rabbet, name).__doc__
+        assert doc is not None
+        assert not doc.startswith(f"{name}("), f"{name} has no docstring of its own"

@@ -1,0 +1,234 @@
+"""Laws of the solvers: what each promises of the error that the layer's inputs see."""
+
+import itertools
+
+import pytest
+import torch
+from networks import rand
+
+from rabbet.candidates import canonical, read_numbers, solve_menu, solve_site
+from rabbet.errors import ModelError
+from rabbet.grid import Grid, Quantised
+from rabbet.plan import LayerPlan
+from rabbet.site import Site
+from rabbet.solve.rounding import Metric, Rows, descend, feedback, refit, round_rows, start
+from rabbet.solve.whiten import leading
+
+GRIDS = ("1", "t", "2", "2h", "3", "4", "8")
+every_grid = pytest.mark.parametrize("grid", [pytest.param(Grid.parse(t), id=t) for t in GRIDS])
+
+
+def _second(n, groups=1, seed=0):
+    """What correlated inputs leave: a few strong directions over weak ones."""
+    x = rand(groups, 4 * n, n, seed=seed) @ (rand(groups, n, n, seed=seed + 1) / n**0.5 + 0.3 * torch.eye(n))
+    return x.mT @ x / (4 * n)
+
+
+def _rows(grid, rows=12, n=70, groups=2, seed=0):
+    metric = Metric(_second(n, groups, seed))
+    return start(rand(groups, rows, n, seed=seed + 5), grid, metric), metric
+
+
+@every_grid
+def test_error_feedback_beats_rounding_to_nearest(grid):
+    for seed in range(3):
+        rows, metric = _rows(grid, seed=10 * seed)
+        found = feedback(rows, metric)
+        assert found.error(metric).mean() < rows.error(metric).mean()
+        assert torch.equal(found.scale, rows.scale)
+
+
+@every_grid
+def test_coordinate_descent_harms_no_row(grid):
+    for seed, sweeps in itertools.product(range(2), (1, 3)):
+        rows, metric = _rows(grid, seed=10 * seed)
+        for given in (rows, feedback(rows, metric)):
+            assert (descend(given, metric, sweeps).error(metric) <= given.error(metric) * (1 + 1e-4)).all()
+
+
+def test_coordinate_descent_ends_where_no_single_step_helps():
+    rows, metric = _rows(Grid.parse("3"), rows=4, n=20, groups=1)
+    found = descend(rows, metric, sweeps=50)
+    best = found.error(metric)
+    for column, step in itertools.product(range(20), (-1, 1)):
+        moved = found.codes.clone()
+        moved[:, :, column] = (moved[:, :, column] + step).clamp(-4, 3)
+        other = Rows(found.target, found.scale, found.low, found.high, found.shift, moved)
+        assert (other.error(metric) >= best * (1 - 1e-4)).all()
+
+
+@every_grid
+def test_refitting_scales_harms_no_row_beyond_the_rounding_of_the_scale(grid):
+    rows, metric = _rows(grid)
+    found = refit(rows, metric)
+    assert torch.equal(found.codes, rows.codes)
+    assert torch.equal(found.scale, found.scale.to(torch.bfloat16).float())
+    # the exact minimum is never worse; its bfloat16 neighbour is off by 2^-8 of the values at most
+    size = metric.error(rows.values)
+    assert (found.error(metric) <= rows.error(metric) + 2**-16 * size).all()
+    assert found.error(metric).sum() <= rows.error(metric).sum() + 2**-16 * size.sum()
+
+
+@every_grid
+def test_alternating_keeps_the_best_of_every_row(grid):
+    rows, metric = _rows(grid)
+    previous = rows.error(metric)
+    for rounds in (1, 2, 4):
+        error = round_rows(rows, metric, rounds).error(metric)
+        assert (error <= previous * (1 + 1e-4)).all()
+        previous = error
+
+
+@every_grid
+def test_codes_of_every_solver_lie_on_the_grid(grid):
+    rows, metric = _rows(grid)
+    for found in (rows, feedback(rows, metric), descend(rows, metric), round_rows(rows, metric)):
+        assert torch.equal(found.codes, found.codes.round())
+        assert grid.low <= found.codes.min()
+        assert found.codes.max() <= grid.high
+
+
+def test_rounding_all_grids_in_one_pass_is_rounding_each_alone():
+    metric = Metric(_second(40))
+    parts = [start(rand(1, 6, 40), Grid.parse(text), metric) for text in GRIDS]
+    together = round_rows(Rows.stack(parts), metric).split(6)
+    for alone, found in zip(parts, together, strict=True):
+        assert torch.equal(round_rows(alone, metric).codes, found.codes)
+        assert torch.equal(round_rows(alone, metric).scale, found.scale)
+
+
+def test_groups_do_not_see_each_other():
+    both, target = _second(20, groups=2), rand(2, 5, 20)
+    grid = Grid.parse("3")
+    whole = round_rows(start(target, grid, Metric(both)), Metric(both))
+    for g in range(2):
+        metric = Metric(both[g : g + 1])
+        alone = round_rows(start(target[g : g + 1], grid, metric), metric)
+        assert torch.equal(alone.codes, whole.codes[g : g + 1])
+
+
+def test_error_feedback_in_blocks_is_error_feedback_column_by_column():
+    rows, metric = _rows(Grid.parse("3"), rows=3, n=150, groups=1)
+    order = metric.order[0]
+    u = metric.factor[0].double()
+    work, codes = rows.target[0][:, order].double(), torch.empty(3, 150)
+    scale = rows.scale[0].double()
+    for j in range(150):
+        codes[:, j] = (work[:, j] / scale).round().clamp(-4, 3)
+        error = (work[:, j] - codes[:, j] * scale) / u[j, j]
+        work[:, j + 1 :] -= error[:, None] * u[j, j + 1 :]
+    found = feedback(rows, metric).codes[0][:, order]
+    assert (found != codes).float().mean() < 0.02  # ties may fall either way in float32
+
+
+def test_inputs_that_never_vary_still_give_a_metric():
+    second = torch.zeros(1, 8, 8)
+    second[:, 0, 0] = 4.0
+    rows = start(rand(1, 3, 8), Grid.parse("3"), Metric(second))
+    assert torch.isfinite(round_rows(rows, Metric(second)).values).all()
+    assert torch.isfinite(Metric(torch.zeros(1, 8, 8)).factor).all()
+
+
+def test_a_metric_that_is_not_finite_is_refused():
+    with pytest.raises(ModelError, match="finite"):
+        Metric(torch.full((1, 4, 4), torch.nan))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_whitened_factors_are_the_optimum_of_qera(rank):
+    second = _second(20)[0].double()
+    matrix = rand(12, 20).double()
+    left, right = leading(matrix, rank, second)
+    # theorem 1 of arXiv 2410.06040: truncate the SVD of M H^(1/2), then undo the root
+    values, vectors = torch.linalg.eigh(second)
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    u, s, vh = torch.linalg.svd(matrix @ root, full_matrices=False)
+    exact = u[:, :rank] @ s[:rank].diag() @ vh[:rank] @ torch.linalg.inv(root)
+    assert torch.allclose(left @ right, exact, atol=1e-8)
+    delta = matrix - left @ right
+    assert ((delta @ second) * delta).sum().item() == pytest.approx(s[rank:].square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_whitened_factors_beat_plain_ones_in_the_metric_and_lose_without(rank):
+    second, matrix = _second(20)[0], rand(12, 20)
+
+    def errors(given):
+        left, right = leading(matrix, rank, given)
+        delta = matrix - left @ right
+        return ((delta @ second) * delta).sum(), delta.square().sum()
+
+    (seen, own), (plain_seen, plain_own) = errors(second), errors(None)
+    assert seen < 0.99 * plain_seen
+    assert plain_own < 0.99 * own
+
+
+def test_plain_factors_are_the_truncated_svd_and_are_balanced():
+    matrix = rand(9, 14)
+    left, right = leading(matrix, 4)
+    u, s, vh = torch.linalg.svd(matrix)
+    assert torch.allclose(left @ right, u[:, :4] @ s[:4].diag() @ vh[:4], atol=1e-4)
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-4)
+
+
+MENU = tuple(
+    LayerPlan.parse(f"x {text}").terms
+    for text in ("dense@2c", "dense@3", "dense@tc", "dense@2c + lowrank[2]@8c", "dense@1c + lowrank[3]@4c + dense@2c")
+)
+
+
+def _layer(groups=1, kind="linear"):
+    shape = (12, 20) if kind == "linear" else (12, 20 // groups, 1, 1)
+    space = {} if kind == "linear" else {"stride": (1, 1), "pads": (0,) * 4, "dilation": (1, 1), "groups": groups}
+    return Site("x", kind, shape, **space), rand(*shape)
+
+
+def test_several_terms_beat_their_first_one_alone():
+    site, weight = _layer()
+    metric = Metric(_second(20))
+    menu = tuple(LayerPlan.parse(f"x {t}").terms for t in ("dense@2c", "dense@2c + lowrank[2]@8c"))
+    errors = [
+        metric.error(site.matrix(canonical(site, t, n) - weight)).sum()
+        for t, n in zip(menu, solve_menu(site, weight, menu, metric), strict=True)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_alternation_over_terms_keeps_the_best_state():
+    site, weight = _layer()
+    metric = Metric(_second(20))
+    terms = MENU[3]
+    numbers = solve_menu(site, weight, (terms,), metric)[0]
+    found = metric.error(site.matrix(canonical(site, terms, numbers) - weight)).sum()
+    first = solve_menu(site, weight, (terms[:1],), metric)[0]
+    left = weight - canonical(site, terms[:1], first)
+    a, b = (Quantised.nearest(f, terms[1].grid) for f in reversed(leading(left, 2, metric.second[0])))
+    once = metric.error(site.matrix(first[0][0].values + b.values @ a.values - weight)).sum()
+    assert found <= once * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_solved_menu_says_its_own_error_and_reads_back(groups):
+    site, weight = _layer(groups, "conv2d")
+    menu = MENU if groups == 1 else MENU[:3]
+    second = _second(20 // groups, groups)
+    result = solve_site(weight, second, site=site, menu=menu)
+    for k, terms in enumerate(menu):
+        numbers = read_numbers(result, menu, k)
+        assert [q.grid for qs in numbers for q in qs] == [
+            t.grid for t in terms for _ in range(1 if t.form == "dense" else 2)
+        ]
+        delta = site.matrix(canonical(site, terms, numbers) - weight)
+        assert result[f"{k}.error"].item() == pytest.approx(Metric(second).error(delta).sum().item(), rel=1e-3)
+        for q in itertools.chain.from_iterable(numbers):
+            assert torch.equal(q.scale, q.scale.to(torch.bfloat16).float())
+            assert q.grid.low <= q.codes.min()
+            assert q.codes.max() <= q.grid.high
+
+
+def test_more_bits_leave_less_error():
+    site, weight = _layer()
+    menu = tuple(LayerPlan.parse(f"x dense@{b}c").terms for b in range(2, 9))
+    result = solve_site(weight, _second(20), site=site, menu=menu)
+    errors = [result[f"{k}.error"].item() for k in range(len(menu))]
+    assert all(b < 0.6 * a for a, b in itertools.pairwise(errors))

@@ -1,0 +1,108 @@
+"""The score of a change is the energy of what it does to the outputs, to first order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import rand, settled
+from torch import nn
+from torch.func import functional_call, jvp
+
+from rabbet import Engine, Task
+from rabbet.score import output_errors
+from rabbet.site import KINDS
+from rabbet.workpiece import Workpiece
+
+
+class Scalar(nn.Module):
+    """One layer between smooth functions; one number an example, so that a random sign is no chance at all."""
+
+    def __init__(self, layer, shape=None):
+        super().__init__()
+        self.layer, self.shape = layer, shape
+
+    def forward(self, x):
+        y = x if not x.is_floating_point() else torch.tanh(x)
+        if self.shape == "windows":  # [n, 4, 6] -> [n * 2, 2, 6], as attention over windows does
+            y = y.reshape(-1, 2, *y.shape[2:])
+        elif self.shape == "frames":  # [n, 3, c, h, w] -> [n * 3, c, h, w]
+            y = y.flatten(0, 1)
+        elif self.shape == "time first":
+            y = y.transpose(0, 1)
+        out = torch.sin(self.layer(y))
+        if self.shape == "twice":
+            out = torch.sin(self.layer(out))
+        if self.shape == "time first":
+            out = out.transpose(0, 1)
+        return out.reshape(len(x), -1).square().sum(1, keepdim=True)
+
+
+CASES = {
+    "linear": lambda: (Scalar(nn.Linear(6, 5)), rand(4, 6)),
+    "linear over tokens": lambda: (Scalar(nn.Linear(6, 5)), rand(4, 7, 6)),
+    "linear over windows": lambda: (Scalar(nn.Linear(6, 5), "windows"), rand(5, 4, 6)),
+    "linear that runs twice": lambda: (Scalar(nn.Linear(6, 6), "twice"), rand(4, 6)),
+    "conv2d": lambda: (Scalar(nn.Conv2d(4, 6, 3, stride=2, padding=1)), rand(4, 4, 7, 6)),
+    "conv2d grouped": lambda: (Scalar(nn.Conv2d(4, 6, 3, groups=2, padding_mode="reflect", padding=1)), rand(4, 4, 6, 6)),
+    "conv2d dilated": lambda: (Scalar(nn.Conv2d(4, 6, 3, dilation=2, padding="same")), rand(4, 4, 6, 6)),
+    "conv2d over frames": lambda: (Scalar(nn.Conv2d(4, 6, 3, groups=2), "frames"), rand(4, 3, 4, 6, 5)),
+    "conv1d": lambda: (Scalar(nn.Conv1d(4, 6, 3, groups=2, stride=2)), rand(4, 4, 9)),
+    "embedding": lambda: (Scalar(nn.Embedding(9, 5)), torch.arange(20).view(4, 5) % 9),
+}  # fmt: skip
+
+
+def _true(model, x, change):
+    """The mean relative energy of the derivative along a change, one example at a time, by forward differentiation."""
+    weight = model.layer.weight
+    energy = sum(
+        jvp(lambda w: functional_call(model, {"layer.weight": w}, (one[None],)), (weight,), (change,))[1].square().sum()
+        for one in x
+    )
+    return (energy / model(x).square().sum()).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_score_is_the_energy_of_the_derivative_along_the_change(name):
+    model, x = CASES[name]()
+    model = settled(model).requires_grad_(False)
+    piece = Workpiece.of(model, Task([x[:2], x[2:]]), Engine())
+    site = piece.survey.sites[0]
+    weight = KINDS[site.kind].weight(model.layer)
+    changes = torch.stack([0.1 * rand(*weight.shape, seed=k) for k in range(3)])
+    found = output_errors(piece, {site.name: changes})[site.name]
+    exact = [_true(model, x, change) for change in changes]
+    assert found.tolist() == pytest.approx(exact, rel=1e-3)
+
+
+def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_in_the_mean():
+    model = settled(Scalar(nn.Linear(6, 5), "time first")).requires_grad_(False)
+    x = rand(3, 7, 6)  # time first: 7 rows for 3 examples
+    change = 0.1 * rand(5, 6)
+    found = []
+    for seed in range(400):
+        piece = Workpiece.of(model, Task([x]), Engine(), seed)
+        found.append(output_errors(piece, {"layer": change[None]})["layer"].item())
+    assert sum(found) / len(found) == pytest.approx(_true(model, x, change), rel=0.1)
+
+
+def test_the_score_of_several_outputs_is_right_in_the_mean():
+    model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(False)
+    x = rand(64, 6)
+    change = 0.1 * rand(8, 6)
+    exact = jvp(lambda w: functional_call(model, {"0.weight": w}, (x,)), (model[0].weight,), (change,))[1]
+    wanted = (exact.square().sum() / model(x).square().sum()).item()
+    found = []
+    for seed in range(40):
+        piece = Workpiece.of(model, Task([x]), Engine(), seed)
+        found.append(output_errors(piece, {"0": change[None]})["0"].item())
+    assert sum(found) / len(found) == pytest.approx(wanted, rel=0.1)
+
+
+def test_small_scores_foretell_small_errors():
+    model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(False)
+    x = rand(256, 6)
+    change = 0.01 * rand(8, 6)
+    piece = Workpiece.of(model, Task([x]), Engine())
+    score = output_errors(piece, {"0": change[None]})["0"].item()
+    moved = functional_call(model, {"0.weight": model[0].weight + change}, (x,))
+    real = F.mse_loss(moved, model(x)) / model(x).square().mean()
+    assert score == pytest.approx(real.item(), rel=0.25)
