@@ -9,7 +9,7 @@ from torch import nn
 from rabbet.calibrate import calibrate_ranges as _calibrate_ranges
 from rabbet.cost import Budget, Cost
 from rabbet.engine import Engine
-from rabbet.errors import FileError
+from rabbet.errors import FileError, PlanError
 from rabbet.export import EXPORTS
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
@@ -43,15 +43,15 @@ class Result:
     def save(self, path: str | Path) -> int:
         """Write the native file, whole or not at all; returns its bytes, which are `cost.bytes`.
 
-        Raises BudgetError, and writes nothing, if the network was changed since and is over its budget; FileError if
-        the folder does not exist or cannot be written.
+        Raises as `export` does.
         """
         return self.export(path, "safetensors")
 
     def export(self, path: str | Path, target: str | None = None) -> int:
         """Write a file of the given target (default: by the path's ending); returns its bytes.
 
-        Raises FileError for an unknown target or a folder that cannot be written.
+        Raises FileError for an unknown target or a folder that cannot be written; PlanError or BudgetError, and writes
+        nothing, if the network was changed since and is no longer what the plan says or what the budget allows.
         """
         path = Path(path)
         target = target or path.suffix.lstrip(".")
@@ -59,6 +59,10 @@ class Result:
             raise FileError(f"cannot export to {target!r}; there are {', '.join(EXPORTS)}")
         if not path.parent.is_dir():
             raise FileError(f"cannot write {path}: there is no folder {path.parent}")
+        if plan_of(self.model, self.survey) != self.plan:
+            raise PlanError("the network was changed and is not what its plan says; compress it again")
+        if self.budget is not None:
+            self.budget.check(self.cost, self.float_cost)
         try:
             return EXPORTS[target](self.parcel, path)
         except OSError as e:

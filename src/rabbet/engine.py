@@ -51,6 +51,8 @@ class Engine:
             self.keep(key, result)
             results[key] = result
             self.progress(stage, len(results), len(set(keys)))
+        if not missing:
+            self.progress(stage, len(results), len(results))
         return [results[k] for k in keys]
 
     def _finished(self, jobs: dict[str, Job]) -> Iterator[tuple[str, Tensors]]:

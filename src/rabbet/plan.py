@@ -119,7 +119,10 @@ class Plan:
         return len(self.layers)
 
     def __getitem__(self, name: str) -> LayerPlan:
-        return next(layer for layer in self.layers if layer.name == name)
+        found = self.get(name)
+        if found is None:
+            raise PlanError(f"the plan has no line for {quoted(name)}")
+        return found
 
     def get(self, name: str) -> LayerPlan | None:
         """The line of a layer, or None if the layer stays as it is."""

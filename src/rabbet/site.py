@@ -81,13 +81,29 @@ class Site:
         try:
             name, kind, shape, positions, inputs, other = facts
             known = _usual(kind, shape) | {k: tuple(v) if isinstance(v, list) else v for k, v in other.items()}
-            site = cls(name=str(name), kind=kind, shape=tuple(shape), positions=positions, inputs=inputs, **known)
-        except (TypeError, ValueError, KeyError, AttributeError) as e:
-            raise FileError(f"{json.dumps(facts)} does not describe a layer: {e}") from None
-        whole = (*site.shape, site.groups, site.positions, site.inputs, site.calls)
-        if not site.shape or not all(isinstance(n, int) and n > 0 for n in whole) or site.shape[0] % site.groups:
-            raise FileError(f"{json.dumps(facts)} does not describe a layer")
-        return site
+            site = cls(name=name, kind=kind, shape=tuple(shape), positions=positions, inputs=inputs, **known)
+            if site._sound():
+                return site
+        except (TypeError, ValueError, KeyError, AttributeError):
+            pass
+        raise FileError(f"{json.dumps(facts)} does not describe a layer")
+
+    def _sound(self) -> bool:
+        """Whether facts from a file are of the right types and lengths; a network may still contradict them."""
+        space = len(self.stride)
+        counts = (*self.shape, *self.stride, *self.dilation, self.groups, self.positions, self.inputs, self.calls)
+        texts = (self.name, self.padding_mode, *self.tied, "" if self.norm is None else self.norm)
+        return (
+            all(type(n) is int and n > 0 for n in counts)
+            and all(type(n) is int and n >= 0 for n in self.pads)
+            and all(type(t) is tuple for t in (self.stride, self.dilation, self.pads, self.tied))
+            and all(type(t) is str for t in texts)
+            and type(self.bias) is bool
+            and space == {"conv2d": 2, "conv1d": 1}.get(self.kind, 0)
+            and (len(self.shape), len(self.dilation), len(self.pads)) == (2 + space, space, 2 * space)
+            and self.shape[0] % self.groups == 0
+            and (space > 0 or self.groups == 1)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +187,7 @@ def _usual(kind: str, shape: Sequence[int]) -> dict[str, Any]:
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a layer, or None. A subclass counts only while its forward is the one that it inherits."""
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)  # a scripted module has none
     for kind, base in (
         ("conv2d", nn.Conv2d),
         ("conv1d", nn.Conv1d),

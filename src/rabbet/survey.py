@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from rabbet.errors import FileError, ModelError
+from rabbet.errors import FileError, ModelError, PlanError
 from rabbet.site import KINDS, Site, kind_of
 from rabbet.task import Batch, Task, examples, tensors
 
@@ -44,7 +44,10 @@ class Survey:
         return iter(self.sites)
 
     def __getitem__(self, name: str) -> Site:
-        return next(s for s in self.sites if s.name == name)
+        found = next((s for s in self.sites if s.name == name), None)
+        if found is None:
+            raise PlanError(f"{name!r} is not a layer that can be compressed here; see the survey for those that are")
+        return found
 
     @property
     def weights(self) -> int:
@@ -65,9 +68,12 @@ class Survey:
             facts = json.loads(text)
             sites = tuple(Site.from_json(s) for s in facts["sites"])
             left = tuple(Left(str(n), str(r), int(b)) for n, r, b in facts.get("left", ()))
-            return cls(sites, left, int(facts["float_bytes"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            found = cls(sites, left, int(facts["float_bytes"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise FileError(f"the survey in the header cannot be read: {e}") from None
+        if len({s.name for s in sites}) < len(sites):
+            raise FileError("the survey in the header describes a layer twice")
+        return found
 
 
 def survey(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
@@ -95,18 +101,24 @@ def check(model: nn.Module) -> None:
     """Raise ModelError for a model that cannot be compressed, naming the layer that stands in the way."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("a scripted model hides its layers; pass the eager module that it was made from")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{name or 'the model'} is scripted, which hides its layers; pass the eager module it was made from"
+            )
     devices: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, UninitializedTensorMixin):
             raise ModelError(f"{name} is not initialised yet; run the model once before compressing it")
         devices.setdefault(tensor.device, name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"{name} holds NaN or infinite values; a network must be finite to be compressed")
     if len(devices) > 1:
         found = " and ".join(f"{name} on {device}" for device, name in devices.items())
         raise ModelError(f"the model lies on several devices ({found}); move it to one")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ModelError(f"{name} lies on the meta device and holds no numbers; load the weights first")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} holds NaN or infinite values; a network must be finite to be compressed")
 
 
 class _Watch(TorchFunctionMode):
@@ -267,12 +279,20 @@ def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Itera
         )
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; raises ModelError for a model that holds what cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as e:
+        raise ModelError(f"the model cannot be copied ({e}); a compressed network is a changed copy") from e
+
+
 def fold(model: nn.Module, survey: Survey) -> nn.Module:
     """A float32 copy in eval mode, each BatchNorm that the survey names folded into the layer before it, exactly.
 
     With `g = weight / sqrt(var + eps)` the layer becomes `g * W`, `g * (b - mean) + bias`, computed in float64.
     """
-    folded = copy.deepcopy(model).float().eval().requires_grad_(False)
+    folded = copied(model).float().eval().requires_grad_(False)
     modules = dict(folded.named_modules())
     for site in survey:
         if site.norm is None:

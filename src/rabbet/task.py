@@ -148,11 +148,11 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def suited(batch: Batch, model: nn.Module) -> Batch:
-    """A batch on the model's device and in its floating type."""
+    """A copy of a batch, for a model may work in place, on the model's device and in its floating type."""
     home = next((p for p in itertools.chain(model.parameters(), model.buffers()) if p.is_floating_point()), None)
     if home is None:
         return batch
-    return replaced(batch, lambda t: t.to(home.device, home.dtype if t.is_floating_point() else t.dtype))
+    return replaced(batch, lambda t: t.to(home.device, home.dtype if t.is_floating_point() else t.dtype, copy=True))
 
 
 def describe(batch: Batch) -> str:

@@ -14,11 +14,12 @@ from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
 from rabbet.site import KINDS
 from rabbet.survey import Survey
-from rabbet.task import Batch, divergence, outputs, tensors
+from rabbet.task import Batch, divergence, examples, outputs, tensors
 from rabbet.workpiece import Workpiece
 
 HELD = 0.125  # share of the calibration examples that judge the tuning and take no part in it
 CHECKPOINT = 100
+EDGE = float(__import__("os").environ.get("EDGE", "0.45"))
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     Adam, a cosine schedule; images are augmented. Checkpoints are kept in the engine, and a run that is started again
     goes on from the last.
     """
-    kept, held = split(piece.task.read(), HELD)
+    kept, back = split(piece.task.read(), HELD)
     if not kept or settings.steps == 0:
         return "not tuned: " + ("no steps were asked for" if kept else "too few examples to hold one back")
+    held = versions(back, piece.seed)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     start = judge(student, piece, held)
     loop = _Loop(student, piece, Pool.of(kept), settings)
@@ -54,6 +56,19 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
         return f"tuned {settings.steps} steps: divergence on held-back examples {start:.4g} -> {end:.4g}"
     student.load_state_dict(before)
     return f"tuning undone: held-back examples got worse ({start:.4g} -> {end:.4g})"
+
+
+def versions(batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """Held-back examples as they are and, if they are images, augmented.
+
+    On images that it was trained with a network is too sure for small differences to show.
+    """
+    pool = Pool.of(batches)
+    if pool.image is None:
+        return list(batches)
+    generator = torch.Generator().manual_seed(seed)
+    whole = examples(pool.parts[0])
+    return [*batches, *(pool.draw(whole, generator) for _ in range(4))]
 
 
 def judge(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
@@ -131,7 +146,8 @@ class _Loop:
             loss = divergence(outputs(self.task.run(self.student, batch)), goal)
             loss = loss + self.settings.features * relative_error(ours.seen, theirs.seen)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            if loss.requires_grad:  # a forward under `torch.no_grad` cannot be tuned
+                loss.backward()
         optimiser.step()
 
 
@@ -170,7 +186,7 @@ def _start_latents(layer: Compressed, weight: Tensor) -> None:
         return
     factor = layer.factors[0][0]
     exact = weight / factor.grid.spread(factor.scale, weight.ndim) - factor.grid.shift
-    factor.codes.add_((exact - factor.codes).clamp(-0.45, 0.45))
+    factor.codes.add_((exact - factor.codes).clamp(-EDGE, EDGE))
 
 
 def _settle(layers: Iterable[Compressed]) -> None:

@@ -226,6 +226,17 @@ def test_a_parametrised_layer_is_left_alone(make, tmp_path):
     saved_and_loaded(result, model, tmp_path / "a")
 
 
+def test_an_old_weight_norm_is_left_alone(tmp_path):
+    model = settled(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[0])
+    model(rand(5, 6))  # leaves a weight behind that cannot be copied
+    result = compress(model, "bits <= 8.5", [rand(5, 6)], EXACT)
+    assert [line.name for line in result.plan] == ["2"]
+    assert error(result.model, model, rand(5, 6)) < 0.02
+    saved_and_loaded(result, model, tmp_path / "a")
+
+
 def test_a_layer_with_hooks_of_the_user_is_left_alone():
     case = network("stack")
     case.model[3].register_forward_pre_hook(lambda *_: None)
@@ -497,6 +508,7 @@ def test_a_layer_that_no_gradient_reaches_is_not_free_to_be_harmed(make, tmp_pat
     bits = [line.terms[0].grid.bits for line in result.plan]
     assert min(bits) >= 3
     saved_and_loaded(result, model, tmp_path / "a")
+    saved_and_loaded(compress(model, "bits <= 4.5", [x], QUICK), model, tmp_path / "b")  # tuning finds nothing to do
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

@@ -1,6 +1,5 @@
 """The native file: safetensors with packed integers, its plan and survey in the header. docs/format.md specifies it."""
 
-import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,14 +7,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from rabbet.errors import FileError, RabbetError
+from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, write_beside
 from rabbet.layer import Compressed, Factor, compressed_layers, empty, install, validate
 from rabbet.layout import VERSION, WIDTHS, arrays, header, lengths
 from rabbet.pack import pack, packed_bytes, unpack
 from rabbet.plan import Plan
-from rabbet.survey import Survey, drop_norms, stored_tensors
+from rabbet.site import KINDS, Site, kind_of
+from rabbet.survey import Survey, copied, drop_norms, stored_tensors
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -24,8 +25,14 @@ TYPES = {
 
 
 def write_native(parcel: Parcel, path: Path) -> int:
-    """Write the native file; returns its length, which is the plan's cost in bytes."""
+    """Write the native file; returns its length, which is the plan's cost in bytes.
+
+    Raises PlanError, and writes nothing, if a tensor that is kept as it is has gone or has another shape by now.
+    """
     found = stored_tensors(parcel.model)
+    for r in parcel.rest:
+        if r.name not in found or tuple(found[r.name].shape) != r.shape:
+            raise PlanError(f"the network was changed: {r.name} is not what was compressed; compress it again")
     values = {r.name: (r.dtype, found[r.name].detach().cpu().to(TYPES[r.dtype])) for r in parcel.rest}
     values |= {name: (dtype, tensor) for name, dtype, tensor in _packed(parcel)}
     order = sorted(sorted(parcel.rest, key=lambda r: r.name), key=lambda r: -WIDTHS[r.dtype])
@@ -69,7 +76,8 @@ def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan]:
     """
     survey, plan, values = read_parts(path)
     result = _skeleton(model, survey, plan, path)
-    streams = {name: _Stream(values.pop(name, None), name, path) for name, _, _ in arrays(lengths(survey, plan))}
+    wanted = arrays(lengths(survey, plan))
+    streams = {name: _Stream(values.pop(name, None), dtype, name, path) for name, dtype, _ in wanted}
     layers = compressed_layers(result)
     with torch.no_grad():
         for line in plan:
@@ -85,37 +93,24 @@ def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
-            _check_version(facts, path)
+            if facts.get("format") != VERSION:
+                raise FileError(f"it is of format {facts.get('format')!r}, this version reads {VERSION!r}")
             survey, plan = Survey.from_json(facts.get("survey", "")), Plan.parse(facts.get("plan", ""))
             validate(plan, survey)
             return survey, plan, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise FileError(f"there is no file {path}") from None
-    except FileError:
-        raise
     except (SafetensorError, OSError, RabbetError) as e:
         raise FileError(f"{path} is damaged or not a rabbet file: {e}") from None
 
 
-def _check_version(facts: dict[str, str], path: Path) -> None:
-    found = facts.get("format")
-    if found != VERSION:
-        raise FileError(f"{path} is of format {found!r}, this version reads {VERSION!r}")
-
-
 def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Module:
-    result = copy.deepcopy(model).eval().requires_grad_(False)
+    result = copied(model).eval().requires_grad_(False)
     modules = dict(result.named_modules(remove_duplicate=False))
     for site in survey:
-        for name in (*site.names, *([site.norm] if site.norm else [])):
-            if name not in modules:
-                raise FileError(f"{path} is of another network: the model has no layer {name!r}")
+        if found := _contradiction(site, modules):
+            raise FileError(f"{path} is of another network: {found}")
         layer = modules[site.name]
-        weight = getattr(layer, "weight", None)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        wanted = site.shape[::-1] if site.kind == "transposed linear" else site.shape
-        if shape != wanted:
-            raise FileError(f"{path} is of another network: {site.name!r} has shape {shape}, the file says {wanted}")
         if site.norm is not None and plan.get(site.name) is None and layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(site.shape[0]), requires_grad=False)
     result = drop_norms(result.float(), survey)
@@ -127,12 +122,34 @@ def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Mo
     return result
 
 
+def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
+    """What a network says against a file's facts of a layer, in words."""
+    norm = [site.norm] if site.norm is not None else []
+    for name in (*site.names, *norm):
+        if name not in modules:
+            return f"the model has no layer {name!r}"
+    layer = modules[site.name]
+    kind = kind_of(layer)
+    if kind != site.kind:
+        return f"{site.name!r} is a {type(layer).__name__}, the file says {site.kind}"
+    facts: dict[str, object] = {"shape": tuple(KINDS[kind].weight(layer).shape), **KINDS[kind].facts(layer)}
+    facts["bias"] = bool(norm) or getattr(layer, "bias", None) is not None
+    for fact, found in facts.items():
+        if getattr(site, fact) != found:
+            return f"{site.name!r} has {fact} {found}, the file says {getattr(site, fact)}"
+    if any(modules[name] is not layer for name in site.tied):
+        return f"{site.name!r} is not the same layer as {', '.join(map(repr, site.tied))}"
+    if any(not isinstance(modules[name], _BatchNorm | nn.Identity) for name in norm):
+        return f"{site.norm!r} is not a BatchNorm"
+    return None
+
+
 class _Stream:
     """Takes one of the file's arrays apart, from front to back."""
 
-    def __init__(self, values: Tensor | None, name: str, path: Path) -> None:
-        if values is None or values.ndim != 1:
-            raise FileError(f"{path} is damaged: the array {name} is missing or not flat")
+    def __init__(self, values: Tensor | None, dtype: str, name: str, path: Path) -> None:
+        if values is None or values.ndim != 1 or values.dtype != TYPES[dtype]:
+            raise FileError(f"{path} is damaged: the array {name} is missing, not flat or not of type {dtype}")
         self.values, self.name, self.path, self.at = values, name, path, 0
 
     def take(self, count: int) -> Tensor:
@@ -171,8 +188,10 @@ def _fill_rest(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
     if missing := sorted(wanted.keys() ^ values.keys()):
         raise FileError(f"{path} is of another network: {', '.join(missing[:5])} on one side only")
     for name, tensor in wanted.items():
-        if tensor.shape != values[name].shape:
+        found = values[name]
+        if tensor.shape != found.shape or tensor.is_floating_point() != found.is_floating_point():
             raise FileError(
-                f"{path} is of another network: {name} is {list(values[name].shape)}, not {list(tensor.shape)}"
+                f"{path} is of another network: {name} is {found.dtype} {list(found.shape)}, "
+                f"not {tensor.dtype} {list(tensor.shape)}"
             )
         tensor.copy_(values[name])

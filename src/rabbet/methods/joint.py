@@ -49,6 +49,8 @@ class Joint:
             raise PlanError("Joint needs at least one grid to choose from")
         for text in (*self.grids, self.adapter_grid, *(g for g, _ in self.adapters)):
             Grid.parse(text)
+        if self.act is not None:
+            Grid(self.act, "unsigned")
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""

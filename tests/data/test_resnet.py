@@ -1,0 +1,141 @@
+"""ResNet-20 on CIFAR-10, with published weights: what a user may expect of a real network."""
+
+import pytest
+import torch
+
+from rabbet import Engine, Joint, Plan, Task, Tuning, accuracy, compress, fit, load, survey
+from rabbet.calibrate import calibrate_ranges
+from rabbet.candidates import canonical, read_numbers, solve_site
+from rabbet.engine import silent
+from rabbet.forms import FORMS
+from rabbet.grid import Grid, Quantised
+from rabbet.layer import build
+from rabbet.plan import LayerPlan, Term
+from rabbet.solve.rounding import Metric
+from rabbet.survey import fold
+from rabbet.workpiece import Workpiece
+
+pytestmark = pytest.mark.data
+PLAIN = Joint(tuning=Tuning(steps=0))
+
+
+@pytest.fixture(scope="module")
+def net(real):
+    return real.nets.cifar_resnet(20)
+
+
+@pytest.fixture(scope="module")
+def calibration(real):
+    images, _ = real.load.cifar10("train", 256)
+    return list(torch.from_numpy(images).split(64))
+
+
+@pytest.fixture(scope="module")
+def test(real):
+    images, labels = real.load.cifar10("test", 1000)
+    return list(zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(net, test):
+    return accuracy(net, test)
+
+
+@pytest.fixture(scope="module")
+def piece(net, calibration):
+    return Workpiece.of(net, Task(calibration), Engine())
+
+
+def test_every_batch_norm_is_folded_and_the_network_answers_as_before(net, test, whole):
+    found = survey(net, test[0][0])
+    assert len(found.sites) == 20
+    assert sum(s.norm is not None for s in found) == 19
+    assert not found.left
+    folded = fold(net, found)
+    with torch.no_grad():
+        for x, _ in test:
+            assert torch.allclose(folded(x), net(x), rtol=1e-4, atol=1e-4)
+    assert accuracy(folded, test) == whole
+    assert found.weights == sum(s.numel for s in found) == 268_336
+    assert sum(s.macs for s in found) == 40_551_040
+
+
+def test_eight_bits_for_weights_and_inputs_lose_next_to_nothing(piece, test, whole):
+    plan = "\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey)
+    result = fit(piece.model, plan, piece.task, PLAIN, engine=piece.engine)
+    assert accuracy(result.model, test) >= whole - 0.5
+    assert result.cost.bytes < 0.28 * result.float_cost.bytes
+
+
+def test_three_bits_a_weight_lose_at_most_a_point_and_a_half_without_tuning(
+    net, piece, calibration, test, whole, tmp_path
+):
+    result = compress(net, "bits <= 3", calibration, PLAIN, engine=piece.engine)
+    found = accuracy(result.model, test)
+    assert found >= whole - 1.5
+    assert result.cost.bits <= 3
+    assert result.save(tmp_path / "f") == result.cost.bytes
+    again = load(tmp_path / "f", net)
+    with torch.no_grad():
+        assert all(torch.equal(result.model(x), again(x)) for x, _ in test)
+
+
+def test_error_feedback_rounding_beats_rounding_to_nearest_at_three_bits(piece, test):
+    moments, grid = piece.moments(), Grid.parse("3c")
+    terms = (Term("dense", grid),)
+    plan = Plan(tuple(LayerPlan(s.name, terms) for s in piece.survey))
+
+    def feedback(site):
+        result = solve_site(piece.weight(site), moments[site.name], site=site, menu=(terms,))
+        return read_numbers(result, (terms,), 0)
+
+    def nearest(site):
+        return [[Quantised.nearest(piece.weight(site), grid)]]
+
+    ours, plain = (
+        accuracy(build(piece.model, plan, piece.survey, {s.name: way(s) for s in piece.survey}), test)
+        for way in (feedback, nearest)
+    )
+    assert ours > plain + 5
+
+
+def test_whitened_adapters_beat_plain_ones(piece, test):
+    moments = piece.moments()
+    base, fine, form = Grid.parse("3c"), Grid.parse("8c"), FORMS["lowrank"]
+    ranks = {s.name: max(1, round(0.08 * s.numel / (s.shape[0] + s.columns))) for s in piece.survey}
+    plan = Plan(
+        tuple(LayerPlan(s.name, (Term("dense", base), Term("lowrank", fine, ranks[s.name]))) for s in piece.survey)
+    )
+
+    def adapted(whiten):
+        numbers, error = {}, 0.0
+        for s in piece.survey:
+            weight, metric = piece.weight(s), Metric(moments[s.name])
+            first = Quantised.nearest(weight, base)
+            parts = form.decompose(s, weight - first.values, ranks[s.name], metric.second if whiten else None)
+            numbers[s.name] = [[first], [Quantised.nearest(p, fine) for p in parts]]
+            delta = canonical(s, plan[s.name].terms, numbers[s.name]) - weight
+            error += metric.error(s.matrix(delta)).sum().item()
+        return error, accuracy(build(piece.model, plan, piece.survey, numbers), test)
+
+    (white_error, white), (plain_error, plain) = adapted(True), adapted(False)
+    assert white_error < 0.9 * plain_error
+    assert white > plain
+
+
+def test_a_plan_of_real_layers_keeps_several_limits_at_once(net, piece, calibration):
+    budget = "bytes <= 9%, bops <= 0.9%, bits <= 2.5"
+    result = compress(net, budget, calibration, PLAIN, engine=piece.engine)
+    assert result.cost.bytes <= 0.09 * result.float_cost.bytes
+    assert result.cost.bops <= 0.009 * result.float_cost.bops
+    assert result.cost.bits <= 2.5
+    assert len({line.terms for line in result.plan}) > 2  # not one width for all
+
+
+def test_ranges_hold_what_really_passes(piece, calibration):
+    plan = Plan(tuple(LayerPlan(s.name, (Term("dense", Grid.parse("8c")),), 8) for s in piece.survey))
+    student = build(piece.model, plan, piece.survey)
+    calibrate_ranges(student, Task(calibration), progress=silent)
+    with torch.no_grad():
+        out, true = student(calibration[0]), piece.model(calibration[0])
+    assert (out - true).norm() / true.norm() < 0.05

@@ -1,0 +1,126 @@
+"""The bytes of the native file, pinned: docs/format.md is a promise to files that exist."""
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+from rabbet import Plan, load, survey
+from rabbet.export.base import Parcel
+from rabbet.export.native import write_native
+from rabbet.grid import Grid, Quantised
+from rabbet.layer import build, compressed_layers
+from rabbet.survey import fold
+from rabbet.workpiece import DTYPES, rest_of
+
+
+def _ramp(*shape: int, step: float = 1 / 16) -> torch.Tensor:
+    """Numbers without chance, exact in float32."""
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count) * 7) % 31 - 15).float().view(shape) * step
+
+
+def _written(model, batch, text, numbers, ranges, path):
+    """The bytes of a file whose every number is given: no solver and no rounding takes part."""
+    found, plan = survey(model, batch), Plan.parse(text)
+    student = build(model, plan, found, numbers)
+    for layer in compressed_layers(student).values():
+        for act, (scale, zero) in zip(layer.quantisers, ranges, strict=False):
+            act.set_range(torch.tensor(scale), torch.tensor(float(zero)))
+    types = {name: DTYPES[str(t.dtype)] for name, t in model.state_dict().items()}
+    rest = rest_of(fold(model, found), found, plan, types)
+    assert write_native(Parcel(student, plan, found, rest), path) == path.stat().st_size
+    return path.read_bytes()
+
+
+def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(_ramp(2, 3))
+        model.bias.copy_(torch.tensor([1.0, -2.0]))
+    codes = torch.tensor([[-4.0, 3.0, 0.0], [1.0, -1.0, 2.0]])
+    numbers = {"": [[Quantised(Grid.parse("3c"), codes, torch.tensor([0.5, -0.25]))]]}
+    found = _written(model, torch.zeros(1, 3), '"" dense@3c | act@8', numbers, [(0.125, 7)], tmp_path / "f")
+    header = (
+        b'{"__metadata__":{"format":"rabbet/1","plan":"\\"\\" dense@3c | act@8",'
+        b'"survey":"{\\"float_bytes\\":32,\\"sites\\":[[\\"\\",\\"linear\\",[2,3],1,1,{}]]}"},'
+        b'"rabbet.biases":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"rabbet.act_scales":{"dtype":"F32","shape":[1],"data_offsets":[8,12]},'
+        b'"rabbet.scales":{"dtype":"BF16","shape":[2],"data_offsets":[12,16]},'
+        b'"rabbet.act_zeros":{"dtype":"U8","shape":[1],"data_offsets":[16,17]},'
+        b'"rabbet.codes":{"dtype":"U8","shape":[3],"data_offsets":[17,20]}}'
+    )
+    header += b" " * (-len(header) % 8)
+    # stored codes 0 7 4 | 5 3 6, three bits each, lowest first
+    stream = 0 | 7 << 3 | 4 << 6 | 5 << 9 | 3 << 12 | 6 << 15
+    values = (
+        b"\x00\x00\x80\x3f\x00\x00\x00\xc0"  # biases 1.0, -2.0
+        b"\x00\x00\x00\x3e"  # input scale 0.125
+        b"\x00\x3f\x80\xbe"  # scales 0.5, -0.25
+        b"\x07"  # zero point
+    ) + stream.to_bytes(3, "little")
+    assert found == len(header).to_bytes(8, "little") + header + values
+    again = load(tmp_path / "f", nn.Linear(3, 2))
+    assert again.canonical.tolist() == [[-2.0, 1.5, 0.0], [-0.25, 0.25, -0.5]]
+    # x = 1, 0.06, 100 on steps of 1/8 around 7, 8 bits: 1, 0, 31 = (255 - 7) / 8
+    assert again(torch.tensor([[1.0, 0.06, 100.0]])).tolist() == [[-2.0 + 1.0, -0.25 - 15.5 - 2.0]]
+
+
+class Every(nn.Module):
+    """A thing of every kind that the format knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1, groups=2, bias=False)
+        self.bn = nn.BatchNorm1d(4)
+        self.mix = nn.Conv1d(4, 6, 2, stride=2, dilation=2)
+        self.fc = nn.Linear(6, 3)
+        self.again = self.fc
+        self.norm = nn.LayerNorm(3, dtype=torch.float64)
+        self.gain = nn.Parameter(_ramp(3).to(torch.bfloat16))
+
+    def forward(self, x):
+        y = self.mix(torch.relu(self.bn(self.conv(self.table(x).mT)))).mT
+        return self.fc(y) + self.again(y + 1) * self.gain.float()
+
+
+def test_a_file_with_a_thing_of_every_kind_has_these_bytes(tmp_path):
+    model = Every().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(_ramp(*p.shape))
+        model.bn.weight.fill_(0.5)
+        model.bn.running_mean.fill_(0.25)
+        model.bn.running_var.copy_(torch.tensor([0.25, 1.0, 4.0, 0.0625]) - model.bn.eps)
+    text = "table dense@tc\nmix dense@2hc + lowrank[2]@8c | act@6\nfc lowrank[1]@5 + dense@1c1 | act@6"
+
+    def numbers(text, *shape):
+        grid = Grid.parse(text)
+        codes = (_ramp(*shape, step=1.0) % grid.levels + grid.low).clamp(grid.low, grid.high)
+        return Quantised(grid, codes, _ramp(*grid.scale_shape(shape)) + 2)
+
+    given = {
+        "table": [[numbers("tc", 5, 4)]],
+        "mix": [[numbers("2hc", 6, 4, 2)], [numbers("8c", 2, 4, 2), numbers("8c", 6, 2)]],
+        "fc": [[numbers("5", 1, 6), numbers("5", 3, 1)], [numbers("1c1", 3, 6)]],
+    }
+    found = _written(model, torch.arange(5)[None], text, given, [(0.5, 3), (0.25, 60)], tmp_path / "f")
+    size = int.from_bytes(found[:8], "little")
+    header = json.loads(found[8 : 8 + size])
+    kinds = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    assert kinds == {
+        "norm.bias": "F64", "norm.weight": "F64", "conv.bias": "F32", "conv.weight": "F32", "gain": "BF16",
+        "rabbet.biases": "F32", "rabbet.act_scales": "F32", "rabbet.scales": "BF16", "rabbet.act_zeros": "U8",
+        "rabbet.codes": "U8",
+    }  # fmt: skip
+    assert hashlib.sha256(found[8 + size :]).hexdigest() == VALUES
+    assert hashlib.sha256(found).hexdigest() == WHOLE
+    again = load(tmp_path / "f", Every())
+    assert again.fc is again.again
+
+
+# Another hash means that files which exist cannot be read any more: change the version, not this.
+VALUES = "5c36142ec691e64e17a04f40f73f8c0e764b04a15cd32805d809a39b63c4550d"
+WHOLE = "95c04b99b0e3f63a03be8d1b0c9bbc732682a7dd3b676e4231b457fe9b6ef9be"

@@ -1,0 +1,434 @@
+"""Networks, batches, plans and budgets that cannot be used: one error that says which, and nothing is touched."""
+
+import re
+import threading
+from collections import OrderedDict
+
+import pytest
+import torch
+from networks import NETWORKS, Residual, network, rand, settled
+from torch import nn
+
+from rabbet import (
+    BudgetError,
+    DataError,
+    Engine,
+    Joint,
+    ModelError,
+    PlanError,
+    RabbetError,
+    Task,
+    Tuning,
+    accuracy,
+    build,
+    compress,
+    fit,
+    plan,
+    survey,
+)
+from rabbet.cost import METRICS
+from rabbet.task import tensors
+
+QUICK = Joint(grids=("tc", "4c", "8c"), adapters=(("4c", 0.3),), tuning=Tuning(steps=0))
+
+
+class Idle(Engine):
+    """An engine that must not be asked for anything."""
+
+    def run(self, stage, jobs):
+        raise AssertionError(f"work was done: {stage}")
+
+
+def _net():
+    return settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)))
+
+
+X = rand(4, 3, 6, 6)
+
+
+def _facts(model):
+    return [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_reached(name, metric):
+    case = network(name)
+    found = survey(case.model, case.batches[0])
+    for method in (QUICK, Joint(grids=("8c",), adapters=(), act=None, tuning=Tuning(steps=0))):
+        with pytest.raises(BudgetError, match="smallest reachable value") as caught:
+            compress(case.model, f"{metric} <= 0.001", case.batches, method, engine=Idle())
+        least = re.search(r"smallest reachable value is ([\d,.]+) ", str(caught.value))[1].replace(",", "")
+        assert any(s.name in str(caught.value) for s in found)
+        slack = 0.001 if metric == "bits" else 0  # bits are shown rounded
+        result = compress(case.model, f"{metric} <= {float(least) + slack:.3f}", case.batches, method)
+        less = float(least) * 0.99 - 0.01 if metric == "bits" else int(least) - 1
+        with pytest.raises(BudgetError, match="smallest reachable value"):
+            compress(case.model, f"{metric} <= {max(less, 0.001):.3f}", case.batches, method, engine=Idle())
+        assert METRICS[metric].amount(result.cost) > 0
+
+
+def test_limits_that_can_be_met_but_not_at_once_are_refused_before_any_work():
+    # 2 bits in fewer MACs than the layer has: of the two candidates one has too many bits, the other too many MACs
+    method = Joint(grids=("8c",), adapters=(("1c", 0.1),), adapter_grid="2", act=None, tuning=Tuning(steps=0))
+    model, data = settled(nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))), [rand(4, 40)]
+    for budget in ("bits <= 2", "macs <= 100%"):
+        compress(model, budget, data, method)
+    with pytest.raises(BudgetError, match="but not all at once"):
+        compress(model, "bits <= 2, macs <= 100%", data, method, engine=Idle())
+
+
+@pytest.mark.parametrize("budget", ["size <= 10%", "bytes <= 10 kilo", "bytes", "", "bits <= four", None, 0.1])
+def test_a_budget_that_cannot_be_read_is_refused_before_the_data_is(budget):
+    def batches():
+        raise AssertionError("the data was read")
+        yield
+
+    with pytest.raises(BudgetError):
+        compress(_net(), budget, batches(), QUICK, engine=Idle())
+
+
+# Networks
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("name", "index"), [("0.weight", (0, 1, 2, 0)), ("3.bias", (2,)), ("3.weight", (0, 0))])
+def test_a_weight_that_is_not_finite_is_refused_by_name(name, index, value):
+    model = _net()
+    with torch.no_grad():
+        model.get_parameter(name)[index] = value
+    with pytest.raises(ModelError, match=re.escape(name)):
+        compress(model, "bits <= 4", [X], QUICK, engine=Idle())
+
+
+def test_a_buffer_that_is_not_finite_is_refused_by_name():
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model[1].running_var[2] = torch.nan
+    with pytest.raises(ModelError, match=r"1\.running_var"):
+        survey(model, X)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+def test_a_scripted_network_is_refused_and_so_is_a_scripted_part(make):
+    with pytest.raises(ModelError, match="the model is scripted"):
+        compress(make(_net()), "bits <= 4", [X], QUICK)
+    with pytest.raises(ModelError, match="body is scripted"):
+        compress(nn.Sequential(OrderedDict(body=make(_net()), head=nn.Linear(5, 3))), "bits <= 4", [X], QUICK)
+
+
+@pytest.mark.parametrize("other", [{"1": "meta"}, {"0": "meta", "1": "meta"}])
+def test_a_network_on_several_devices_or_on_none_is_refused_by_name(other):
+    model = nn.Sequential(*(nn.Linear(6, 6, device=other.get(str(k), "cpu")) for k in range(2)))
+    with pytest.raises(ModelError, match=r"\d\.weight"):
+        compress(model, "bits <= 4", [rand(4, 6)], QUICK)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(6), nn.Bilinear(3, 3, 2)])
+def test_a_network_with_nothing_to_compress_is_refused(model):
+    batch = (rand(4, 3), rand(4, 3)) if isinstance(model, nn.Bilinear) else rand(4, 6)
+    with pytest.raises(ModelError, match="nothing in this network can be compressed"):
+        compress(model, "bits <= 4", [batch], QUICK)
+
+
+def test_a_network_whose_layers_cannot_be_swapped_says_why_of_each():
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    tied = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ModelError, match="nothing in this network"):
+        survey(model, (rand(2, 3, 8),) * 3)
+    with pytest.raises(ModelError, match=r"0: its weight is shared with 1; 1: its weight is shared with 0"):
+        survey(tied, rand(2, 6))
+
+
+def test_a_network_that_was_never_run_is_refused():
+    with pytest.raises(ModelError, match="initialised"):
+        compress(nn.Sequential(nn.LazyLinear(4)), "bits <= 4", [rand(4, 6)], QUICK)
+
+
+@pytest.mark.parametrize("model", [nn.Linear, None, "model.pt", lambda x: x, {"weight": rand(3, 3)}])
+def test_what_is_no_network_is_refused(model):
+    with pytest.raises(ModelError, match=re.escape(type(model).__name__)):
+        compress(model, "bits <= 4", [rand(4, 6)], QUICK)
+
+
+class Answers(nn.Module):
+    """A linear, and a function that makes the answer of it."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.fc, self.answer = nn.Linear(6, 3), answer
+
+    def forward(self, x):
+        return self.answer(self.fc(x))
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, KeyError, AttributeError, AssertionError, ZeroDivisionError, NotImplementedError]
+)
+def test_a_network_whose_forward_fails_is_answered_with_its_own_words(error):
+    model = Answers(lambda _: _raise(error("out of cheese")))
+    with pytest.raises(DataError, match="out of cheese") as caught:
+        compress(model, "bits <= 4", [rand(4, 6)], QUICK)
+    assert isinstance(caught.value.__cause__, error)
+    assert "float32[4, 6]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda _: None, lambda _: "yes", lambda y: y.argmax(1), lambda y: {"n": 3, "m": [y > 0]}]
+)
+def test_a_network_without_a_floating_answer_is_refused(answer):
+    with pytest.raises(DataError, match="without a floating tensor"):
+        compress(Answers(answer), "bits <= 4", [rand(4, 6)], QUICK)
+
+
+def test_a_network_whose_answer_is_not_finite_is_refused():
+    with pytest.raises(DataError, match="outputs hold NaN"):
+        compress(Answers(lambda y: (y - 100).log()), "bits <= 4", [rand(4, 6)], QUICK)
+
+
+def test_a_network_that_cannot_be_copied_is_refused():
+    model = nn.Sequential(nn.Linear(6, 3))
+    model.lock = threading.Lock()
+    with pytest.raises(ModelError, match="cannot be copied"):
+        compress(model, "bits <= 4", [rand(4, 6)], QUICK)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused_by_the_layer_that_met_them(value):
+    bad = X.clone()
+    bad[2, 1, 3, 3] = value
+    with pytest.raises(DataError, match=r"inputs of 0 hold NaN"):
+        compress(_net(), "bits <= 4", [X, bad], QUICK)
+
+
+def test_hidden_values_that_are_not_finite_are_refused_by_the_layer_that_met_them():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x).log()).nan_to_num()
+
+    with pytest.raises(DataError, match="inputs of second hold NaN"):
+        compress(settled(Odd()), "bits <= 4", [rand(8, 6)], QUICK)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        (),
+        iter(()),
+        [torch.zeros(0, 3, 6, 6)],
+        [X, torch.zeros(0, 3, 6, 6)],
+        [torch.tensor(1.0)],
+        [None],
+        ["a"],
+        [{}],
+        [()],
+        [{"x": "y"}],
+        [5],
+        [[["deep"]]],
+    ],
+)
+def test_data_without_an_example_is_refused(data):
+    with pytest.raises(DataError):
+        compress(_net(), "bits <= 4", data, QUICK, engine=Idle())
+
+
+@pytest.mark.parametrize("data", ["batches", b"batches", X, {"x": X}, None, 5, nn.Linear(2, 2), torch.zeros])
+def test_what_is_no_iterable_of_batches_is_refused_by_its_type(data):
+    with pytest.raises(DataError, match=type(data).__name__):
+        compress(_net(), "bits <= 4", data, QUICK, engine=Idle())
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [rand(4, 3, 6, 5), rand(4, 2, 6, 6), rand(4, 3), (X, X), [X, X, X], {"y": X}, X.long(), torch.ones(4, 3, 6, 6) > 0],
+)
+def test_a_batch_that_the_network_does_not_take_is_described(batch):
+    for data in ([batch], [X, batch]):
+        with pytest.raises(DataError) as caught:
+            compress(_net(), "bits <= 4", data, QUICK)
+        assert str(list(tensors(batch)[0].shape)) in str(caught.value)
+
+
+def test_indices_outside_a_table_are_refused():
+    model = settled(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)))
+    with pytest.raises(DataError, match=r"int64\[1, 3\]"):
+        compress(model, "bits <= 4", [torch.tensor([[0, 4, 5]])], QUICK)
+
+
+def test_no_example_allowed_is_no_data():
+    with pytest.raises(DataError):
+        compress(_net(), "bits <= 4", Task([X], limit=0), QUICK)
+
+
+def test_batches_that_can_be_read_only_once_are_enough():
+    once = (rand(4, 3, 6, 6, seed=k) for k in range(3))
+    again = [rand(4, 3, 6, 6, seed=k) for k in range(3)]
+    assert compress(_net(), "bits <= 4", once, QUICK).plan == compress(_net(), "bits <= 4", again, QUICK).plan
+
+
+def test_a_generator_that_was_used_up_is_told_from_data():
+    once = iter([X])
+    compress(_net(), "bits <= 4", once, QUICK)
+    with pytest.raises(DataError, match="read only once"):
+        compress(_net(), "bits <= 4", once, QUICK)
+
+
+def test_what_a_generator_raises_is_its_own():
+    def batches():
+        yield X
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="disk is gone"):
+        compress(_net(), "bits <= 4", batches(), QUICK)
+
+
+def test_batches_that_the_network_changes_in_place_are_not_used_up():
+    class Normalising(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.fc(x.sub_(1.0).mul_(0.5))
+
+    batch = rand(16, 6)
+    before = batch.clone()
+    compress(settled(Normalising()), "bits <= 4", [batch], QUICK)
+    assert torch.equal(batch, before)
+
+
+def test_accuracy_without_labels_is_refused():
+    with pytest.raises(DataError, match="no labelled batch"):
+        accuracy(_net(), [])
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "empty"),
+        ("# nothing", "empty"),
+        ("1 dense@4c", "for 1,"),
+        ("0 dense@4c\nconv1 dense@4c", "conv1"),
+        ("0 dense@4c9", "axis 9"),
+        ("0 lowrank[9]@4c", "more than the 8"),
+        ("3 lowrank[6]@4c", "more than the 5"),
+        ("0 dense@4c\n0 dense@4c", "two lines"),
+        ("0 dense@4c | act@1", "act@1"),
+        ("0 cake@4c", "cake"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_by_its_line(text, word):
+    with pytest.raises(PlanError, match=re.escape(word)):
+        fit(_net(), text, [X], QUICK, engine=Idle())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "text", "word"),
+    [
+        (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), rand(2, 4, 5, 5), "0 lowrank[1]@4c", "lowrank does not fit"),
+        (
+            nn.Sequential(nn.Embedding(5, 4)),
+            torch.zeros(2, 3, dtype=torch.long),
+            "0 lowrank[1]@4c",
+            "lowrank does not fit",
+        ),
+        (nn.Sequential(nn.Embedding(5, 4)), torch.zeros(2, 3, dtype=torch.long), "0 dense@4c | act@8", "is an index"),
+    ],
+)
+def test_a_form_or_width_that_a_layer_cannot_take_is_refused(model, batch, text, word):
+    with pytest.raises(PlanError, match=word):
+        fit(model, text, [batch], QUICK, engine=Idle())
+
+
+def test_a_plan_of_another_network_is_refused():
+    other = plan(network("residual").model, "bits <= 4", network("residual").batches, QUICK)
+    with pytest.raises(PlanError, match="not a layer that can be compressed here"):
+        fit(_net(), other, [X], QUICK, engine=Idle())
+    with pytest.raises(PlanError):
+        build(_net(), other, survey(_net(), X))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grids": ()},
+        {"grids": ("9c",)},
+        {"grids": ("4c", "x")},
+        {"adapter_grid": "0"},
+        {"adapters": (("q", 0.1),)},
+        {"act": 1},
+        {"act": 9},
+    ],
+)
+def test_a_method_with_settings_that_cannot_be_is_refused_at_once(settings):
+    with pytest.raises(PlanError):
+        Joint(**settings)
+
+
+# Afterwards
+
+
+def test_a_network_that_was_built_but_not_calibrated_does_not_run():
+    model = _net()
+    found = survey(model, X)
+    student = build(model, plan(model, "bits <= 4", [X], QUICK), found)
+    with pytest.raises(ModelError, match="calibrate_ranges"):
+        student(X)
+
+
+def test_a_result_that_was_changed_is_not_written(tmp_path):
+    for change in (
+        lambda m: m.__setitem__(0, nn.Conv2d(3, 8, 3)),
+        lambda m: m.__setitem__(3, settled(nn.Linear(8 * 16, 5))),
+    ):
+        result = compress(_net(), "bits <= 4", [X], QUICK)
+        change(result.model)
+        with pytest.raises(RabbetError):
+            result.save(tmp_path / "f")
+    model = settled(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)))
+    result = compress(model, "bits <= 4", [rand(4, 6)], QUICK)
+    result.model[1] = nn.LayerNorm(7)
+    with pytest.raises(RabbetError):
+        result.save(tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["survey", "moments", "solve", "score"])
+def test_a_run_that_fails_leaves_the_network_as_it_was(stage, monkeypatch):
+    model = settled(nn.Sequential(Residual(3, 4), nn.Flatten(), nn.Linear(4 * 36, 5))).train()
+    before, state = _facts(model), {k: v.clone() for k, v in model.state_dict().items()}
+    bad = X.clone()
+    bad[0] = torch.nan
+    if stage == "survey":
+        batches = [rand(4, 2, 6, 6)]
+    elif stage == "moments":
+        batches = [X, bad]
+    else:
+        batches = [X]
+        target = {"solve": "rabbet.methods.joint.solve_site", "score": "rabbet.methods.joint.output_errors"}[stage]
+        monkeypatch.setattr(target, lambda *_, **__: _raise(DataError("stopped")))
+        if stage == "solve":
+            monkeypatch.setattr(Engine, "run", lambda *_: _raise(DataError("stopped")))
+    with pytest.raises(DataError):
+        compress(model, "bits <= 4", batches, QUICK)
+    assert _facts(model) == before
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())

@@ -1,0 +1,468 @@
+"""What methods are made of: allocation, calibration, matching, tuning; and what every method promises."""
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, Residual, network, rand, settled, tokens
+from torch import nn
+
+from rabbet import Budget, Cost, Engine, Joint, LayerPlan, ModelError, Plan, Task, Tuning, compress, fit, plan, survey
+from rabbet.allocate import Option, allocate, require_feasible
+from rabbet.augment import Pool, cropped, mixed, split
+from rabbet.calibrate import calibrate_ranges, second_moments
+from rabbet.errors import BudgetError
+from rabbet.layer import ActQuant, build, compressed_layers
+from rabbet.match import match_statistics
+from rabbet.methods import METHODS
+from rabbet.site import patches
+from rabbet.survey import fold
+from rabbet.task import examples, outputs, tensors
+from rabbet.train import judge, tune
+from rabbet.workpiece import Workpiece
+
+QUICK = Joint(grids=("3c", "8c"), adapters=(("2hc", 0.3),), tuning=Tuning(steps=0))
+
+
+# Every method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
+    method = METHODS[name]()
+    assert dataclasses.is_dataclass(method)
+    assert method.__dataclass_params__.frozen
+    assert METHODS[name]() == method
+    case = network("stack")
+    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    chosen = method.plan(piece, Budget.parse("bits <= 4"))
+    assert piece.cost(chosen).bits <= 4
+    fitted = method.fit(piece, chosen)
+    assert Plan(tuple(c.plan for c in compressed_layers(fitted.model).values())) == chosen
+    assert all(isinstance(note, str) and note for note in fitted.notes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_plan_can_be_chosen_edited_and_fitted(name):
+    case, method = network("stack"), METHODS[name]()
+    chosen = plan(case.model, "bits <= 4", case.batches, method)
+    first = next(iter(chosen))
+    edited = chosen.with_layer(LayerPlan.parse(f"{first.name} dense@6c | act@7"))
+    result = fit(case.model, str(edited), case.batches, method)
+    assert result.plan == edited
+    assert result.budget is None
+
+
+def test_choosing_and_fitting_are_together_what_compress_does(tmp_path):
+    case = network("residual")
+    method = Joint(grids=("3c", "8c"), adapters=(("2hc", 0.3),), tuning=Tuning(steps=2, batch=4))
+    compress(case.model, "bits <= 4", case.batches, method).save(tmp_path / "a")
+    chosen = plan(case.model, "bits <= 4", case.batches, method)
+    fit(case.model, chosen, case.batches, method).save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_result_prints_every_layer_every_quantity_and_what_was_left():
+    case = network("twice")
+    result = compress(case.model, "bytes <= 200%, bits <= 4", case.batches, QUICK)
+    text = str(result)
+    for line in result.plan:
+        assert re.search(rf"^{re.escape(line.name)} +[\dx]+ +{re.escape(line.body)} ", text, re.MULTILINE)
+    for left in result.survey.left:
+        assert f"left alone: {left.name}" in text
+        assert left.reason in text
+    for metric in ("bytes", "macs", "bops", "bits"):
+        assert re.search(rf"^{metric} ", text, re.MULTILINE)
+    assert f"{result.cost.bytes:,}" in text
+    assert all(note in text for note in result.notes)
+
+
+class Counting(Engine):
+    """An engine that counts the jobs it really runs."""
+
+    def _finished(self, jobs):
+        self.ran = getattr(self, "ran", 0) + len(jobs)
+        return super()._finished(jobs)
+
+
+def test_a_second_budget_finds_the_candidates_of_the_first():
+    case = network("residual")
+    engine = Counting()
+    compress(case.model, "bits <= 4", case.batches, QUICK, engine=engine)
+    assert engine.ran == 7
+    compress(case.model, "bits <= 3.5, bops <= 5%", case.batches, QUICK, engine=engine)
+    assert engine.ran == 7
+
+
+def test_a_killed_run_that_is_started_again_does_not_do_finished_work_twice(tmp_path):
+    case = network("residual")
+    done = []
+
+    def killer(stage, *_):
+        done.append(stage)
+        if done.count("solving layers") == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(case.model, "bits <= 4", case.batches, QUICK, engine=Engine(folder=tmp_path / "k", progress=killer))
+    engine = Counting(folder=tmp_path / "k")
+    compress(case.model, "bits <= 4", case.batches, QUICK, engine=engine).save(tmp_path / "a")
+    assert engine.ran == 7 - 4
+    compress(case.model, "bits <= 4", case.batches, QUICK).save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# Allocation
+
+
+def _table(draw):
+    rows = []
+    for layer in range(draw(st.integers(1, 4))):
+        count = draw(st.integers(1, 4))
+        line = LayerPlan.parse(f"layer{layer} dense@4c")
+        cost = st.builds(lambda b, m: Cost(bytes=b, macs=m, weights=1), st.integers(0, 60), st.integers(0, 60))
+        rows.append([Option(line, draw(cost)) for _ in range(count)])
+    scores = [[draw(st.integers(0, 1000)) / 8 for _ in row] for row in rows]
+    return rows, scores
+
+
+def _exact(rows, choice, fixed=17):
+    total = Cost(bytes=fixed)
+    for row, k in zip(rows, choice, strict=True):
+        total += row[k].cost
+    return total
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_choice_is_the_best_of_all_that_keep_the_budget(data):
+    rows, scores = _table(data.draw)
+    budget = Budget.parse(f"bytes <= {data.draw(st.integers(1, 200))}, macs <= {data.draw(st.integers(1, 200))}")
+    whole = Cost(bytes=1000, macs=1000)
+    keeping = [
+        choice
+        for choice in itertools.product(*(range(len(row)) for row in rows))
+        if not any(x.broken_by(_exact(rows, choice), whole) for x in budget.limits)
+    ]
+
+    def exact(choice):
+        return _exact(rows, choice)
+
+    if not keeping:
+        with pytest.raises(BudgetError):
+            require_feasible(rows, budget, whole, exact)
+        with pytest.raises(BudgetError):
+            allocate(scores, rows, budget, whole, exact)
+        return
+    require_feasible(rows, budget, whole, exact)
+    found = allocate(scores, rows, budget, whole, exact)
+    assert tuple(found) in keeping
+
+    def harm(choice):
+        return sum(row[k] for row, k in zip(scores, choice, strict=True))
+
+    best = min(map(harm, keeping))
+    assert harm(found) <= best * (1 + 1e-3) + 1e-9
+
+
+def test_a_cost_that_is_more_than_the_sum_of_its_layers_still_keeps_the_budget():
+    rows = [[Option(LayerPlan.parse(f"l{i} dense@4c"), Cost(bytes=b)) for b in (10, 20, 30)] for i in range(3)]
+    scores = [[2.0, 1.0, 0.0]] * 3
+
+    def exact(choice):  # a file's header is padded: the program cannot see this
+        size = sum(row[k].cost.bytes for row, k in zip(rows, choice, strict=True))
+        return Cost(bytes=size + 9 * (size % 20 == 0))
+
+    for limit in range(39, 95):
+        budget = Budget.parse(f"bytes <= {limit}")
+        assert exact(allocate(scores, rows, budget, Cost(bytes=100), exact)).bytes <= limit
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_refused_by_the_name_of_its_layer(value):
+    rows = [[Option(LayerPlan.parse(f'"the {i}" dense@4c'), Cost(bytes=1))] * 2 for i in range(3)]
+    scores = [[1.0, 2.0], [1.0, value], [1.0, 2.0]]
+    with pytest.raises(ModelError, match='"the 1"'):
+        allocate(scores, rows, Budget.parse("bytes <= 10"), Cost(bytes=10), lambda _: Cost(bytes=3))
+
+
+def test_the_solver_writes_nothing_where_the_user_reads(capfd):
+    case = network("residual")
+    compress(case.model, "bits <= 4, bops <= 5%", case.batches, QUICK)
+    assert capfd.readouterr() == ("", "")
+
+
+# Calibration
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), rand(3, 4, 7, 6)),
+        (nn.Conv2d(4, 6, (3, 2), dilation=(1, 2)), rand(3, 4, 7, 6)),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), rand(3, 4, 7, 6)),
+    ],
+)
+def test_second_moments_are_those_of_unfolded_patches(layer, x):
+    model = nn.Sequential(layer).eval()
+    found = second_moments(model, survey(model, x), Task([x, x + 1]))["0"]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    both = F.pad(torch.cat([x, x + 1]), layer._reversed_padding_repeated_twice, mode=mode)
+    rows = F.unfold(both, layer.kernel_size, layer.dilation, 0, layer.stride).mT.reshape(-1, found.shape[1])
+    assert torch.allclose(found[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+
+
+def test_second_moments_of_groups_and_of_features_are_their_own():
+    conv, fc = nn.Conv2d(4, 6, 1, groups=2), nn.Linear(5, 3)
+    x, y = rand(3, 4, 2, 2), rand(3, 7, 5)
+    model = nn.Sequential(conv).eval()
+    found = second_moments(model, survey(model, x), Task([x]))["0"]
+    for g in range(2):
+        rows = x[:, 2 * g : 2 * g + 2].movedim(1, 3).reshape(-1, 2)
+        assert torch.allclose(found[g], rows.T @ rows / len(rows), atol=1e-5)
+    model = nn.Sequential(fc).eval()
+    found = second_moments(model, survey(model, y), Task([y]))["0"]
+    assert torch.allclose(found[0], y.reshape(-1, 5).T @ y.reshape(-1, 5) / 21, atol=1e-5)
+
+
+def test_a_table_has_no_second_moment():
+    case = network("tokens")
+    found = survey(case.model, case.batches[0])
+    moments = second_moments(fold(case.model, found), found, Task(case.batches))
+    assert set(moments) == {s.name for s in found} - {"table"}
+    for moment in moments.values():
+        assert torch.allclose(moment, moment.mT, atol=1e-5)
+        assert (torch.linalg.eigvalsh(moment) > -1e-4).all()
+
+
+def test_few_places_are_drawn_evenly_and_many_are_all_taken():
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    site = survey(layer, rand(1, 2, 6, 6)).sites[0]
+    x = rand(4, 2, 6, 6)
+    every = patches(site, x, 10**6, torch.Generator())
+    assert every.shape == (1, 4 * 36, 18)
+    few = patches(site, x, 5, torch.Generator().manual_seed(1))
+    assert few.shape == (1, 4 * 5, 18)
+    known = {tuple(row.tolist()) for row in every[0]}
+    assert all(tuple(row.tolist()) in known for row in few[0])
+    assert len({tuple(row.tolist()) for row in few[0]}) == 20
+
+
+def _ranged(model, batches, bits=8):
+    found = survey(model, batches[0])
+    student = build(model, Plan(tuple(LayerPlan.parse(f"{s.name} dense@8c | act@{bits}") for s in found)), found)
+    calibrate_ranges(student, Task(batches))
+    return student, [m for m in student.modules() if isinstance(m, ActQuant)]
+
+
+@pytest.mark.parametrize("shift", [-9.0, -1.0, 0.0, 1.0, 9.0])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_range_holds_zero_exactly_and_the_inputs_nearly(shift, bits):
+    x = rand(400, 6) + shift
+    _, (act,) = _ranged(nn.Sequential(nn.Linear(6, 3)), [x], bits)
+    assert act.zero == act.zero.round()
+    assert 0 <= act.zero <= act.grid.high
+    assert act(torch.zeros(1)).item() == 0
+    # no worse than the plain range from the smallest to the largest value and zero
+    low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+    plain = ActQuant(bits)
+    scale = (high - low) / act.grid.high
+    plain.set_range(torch.tensor(scale), torch.tensor(float(round(-low / scale))))
+    assert (act(x) - x).square().mean() <= 1.05 * (plain(x) - x).square().mean()
+
+
+def test_inputs_that_are_always_zero_have_a_range():
+    student, (act,) = _ranged(nn.Sequential(nn.Linear(6, 3)), [torch.zeros(5, 6)])
+    assert torch.isfinite(act.scale)
+    assert torch.isfinite(student(torch.zeros(5, 6))).all()
+
+
+# Matching
+
+
+def test_after_matching_every_channel_has_the_mean_and_deviation_of_the_float_network():
+    model = settled(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4))
+    )
+    batches = [rand(64, 3, 6, 6)]
+    piece = Workpiece.of(model, Task(batches), Engine())
+    lines = [LayerPlan.parse(f"{s.name} dense@3c") for s in piece.survey]
+    student = build(piece.model, Plan(tuple(lines)), piece.survey)
+
+    def statistics(net):
+        seen = []
+        hooks = [net.get_submodule(s.name).register_forward_hook(lambda _, __, y: seen.append(y)) for s in piece.survey]
+        with torch.no_grad():
+            net(batches[0])
+        for hook in hooks:
+            hook.remove()
+        flat = [y.movedim(1, 0).flatten(1) for y in seen]
+        return torch.cat([y.mean(1) for y in flat]), torch.cat([y.std(1) for y in flat])
+
+    mean, spread = statistics(piece.model)
+    before = [(a - b).abs().max() for a, b in zip(statistics(student), (mean, spread), strict=True)]
+    match_statistics(student, piece)
+    after = [(a - b).abs().max() for a, b in zip(statistics(student), (mean, spread), strict=True)]
+    assert after[0] < 0.01 < before[0]
+    assert after[1] < 0.01 < before[1]  # scales are bfloat16: three digits
+    for factor in (f for layer in compressed_layers(student).values() for fs in layer.factors for f in fs):
+        assert torch.equal(factor.scale, factor.scale.to(torch.bfloat16).float())
+
+
+def test_matching_leaves_alone_what_runs_twice_or_has_one_scale_for_all():
+    case = network("twice")
+    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    student = build(piece.model, Plan.parse("stem dense@3\nbody dense@3c\nhead dense@3c"), piece.survey)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    match_statistics(student, piece)
+    changed = {k.split(".")[0] for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"head"}
+
+
+# Tuning
+
+
+def _piece(tmp_path=None, count=4, **engine):
+    model = settled(nn.Sequential(Residual(3, 8), Residual(8, 8), nn.Flatten(), nn.Linear(8 * 64, 5)))
+    batches = [rand(16, 3, 8, 8, seed=k) for k in range(count)]
+    return Workpiece.of(model, Task(batches), Engine(folder=tmp_path, **engine))
+
+
+def _student(piece, line="dense@2hc | act@8"):
+    plan = Plan(tuple(LayerPlan.parse(f"{s.name} {line}") for s in piece.survey))
+    student = build(piece.model, plan, piece.survey)
+    calibrate_ranges(student, piece.task)
+    return student
+
+
+def test_tuning_brings_the_answers_nearer_to_the_float_network():
+    piece = _piece(count=24)
+    student = _student(piece)
+    unseen = [rand(64, 3, 8, 8, seed=999)]
+    before = judge(student, piece, unseen)
+    note = tune(student, piece, Tuning(steps=100, batch=32))
+    assert note.startswith("tuned 100 steps")
+    assert judge(student, piece, unseen) < 0.9 * before
+    assert not any(t.requires_grad for t in (*student.parameters(), *student.buffers()))
+
+
+def test_tuning_that_harms_is_undone_to_the_last_bit():
+    piece = _piece()
+    student = _student(piece, "dense@8c | act@8")
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    note = tune(student, piece, Tuning(steps=5, batch=16, scales=5.0, biases=50.0, ranges=5.0))
+    assert note.startswith("tuning undone")
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+
+@pytest.mark.parametrize(("count", "steps", "word"), [(1, 5, "too few examples"), (16, 0, "no steps")])
+def test_tuning_says_why_it_did_nothing(count, steps, word):
+    piece = _piece()
+    piece.task._read[:] = [piece.task.read()[0][:count]]
+    student = _student(piece)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    note = tune(student, piece, Tuning(steps=steps))
+    assert note.startswith("not tuned")
+    assert word in note
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+
+def test_tuning_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    settings = Tuning(steps=105, batch=4)
+    steps = []
+
+    def killer(stage, done, _):
+        if stage == "tuning":
+            steps.append(done)
+            if done == 103:
+                raise KeyboardInterrupt
+
+    def tuned(folder, progress=lambda *_: None):
+        piece = _piece(folder, progress=progress)
+        student = _student(piece)
+        tune(student, piece, settings)
+        return student.state_dict()
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path, killer)
+    assert steps == list(range(1, 104))
+    steps.clear()
+    resumed = tuned(tmp_path, lambda stage, done, _: steps.append(done) if stage == "tuning" else None)
+    assert steps == [101, 102, 103, 104, 105]
+    straight = tuned(None)
+    assert all(torch.equal(resumed[k], straight[k]) for k in straight)
+
+
+# Batches for tuning
+
+
+@settings(max_examples=40)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), share=st.floats(0.01, 0.9))
+def test_splitting_batches_keeps_every_example_once_and_in_order(sizes, share):
+    numbers = iter(torch.arange(sum(sizes)).split(sizes))
+    batches = [{"x": n.float(), "scale": 2.0} for n in numbers]
+    kept, held = split(batches, share)
+    both = [x for b in (*kept, *held) for x in b["x"].tolist()]
+    assert both == list(range(sum(sizes)))
+    assert held
+    assert sum(map(examples, held)) == max(1, round(sum(sizes) * share))
+
+
+def test_drawn_images_are_as_many_and_as_large_and_depend_on_the_generator_alone():
+    pool = Pool.of([rand(8, 3, 8, 8, seed=k) for k in range(3)])
+    assert pool.image == 0
+    a, b, c = (pool.draw(10, torch.Generator().manual_seed(k)) for k in (1, 1, 2))
+    assert a.shape == (10, 3, 8, 8)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_an_image_that_is_cut_is_a_window_of_its_reflection():
+    image = rand(1, 2, 8, 8)
+    wide = F.pad(image, [1] * 4, mode="reflect")
+    windows = [wide[0, :, a : a + 8, b : b + 8] for a in range(3) for b in range(3)]
+    windows += [w.flip(2) for w in windows]
+    for seed in range(10):
+        found = cropped(image, torch.Generator().manual_seed(seed))[0]
+        assert any(torch.equal(found, w) for w in windows)
+
+
+def test_a_mixed_image_lies_between_two_images():
+    images = torch.stack([torch.full((1, 8, 8), float(k)) for k in range(6)])
+    found = mixed(images, torch.Generator().manual_seed(0))
+    assert found.shape == images.shape
+    assert found.min() >= 0
+    assert found.max() <= 5
+    assert any(torch.equal(a, b) for a, b in zip(found, images, strict=True))
+    assert not torch.equal(found, images)
+
+
+def test_tokens_and_vectors_are_drawn_as_they_are():
+    whole = {tuple(row.tolist()) for b in tokens() for row in b}
+    pool = Pool.of(tokens())
+    assert pool.image is None
+    assert all(tuple(r.tolist()) in whole for r in pool.draw(4, torch.Generator()))
+
+
+def test_batches_of_different_shapes_are_drawn_whole():
+    batches = [rand(4, 3, 8, 8), rand(2, 3, 9, 9)]
+    drawn = Pool.of(batches).draw(64, torch.Generator().manual_seed(0))
+    assert any(drawn is b for b in batches)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gathered_examples_are_the_first_ones(name):
+    case = network(name)
+    task = Task(case.batches)
+    joined = task.gathered(7)
+    assert examples(joined) == min(7, sum(map(examples, case.batches)))
+    first = tensors(case.batches[0])[0]
+    count = min(len(first), 7)
+    assert torch.equal(tensors(joined)[0][:count], first[:count])
+    with torch.no_grad():
+        assert outputs(task.run(case.model, joined))
