@@ -1,12 +1,12 @@
 """rabbet: make a trained PyTorch network fit a hard budget, the rank and the bits of every layer chosen together."""
 
-from rabbet.compress import Result, calibrate_ranges, compress, fit, load, plan
+from rabbet.compress import Result, calibrate_ranges, compress, fit, load, plan, price
 from rabbet.cost import Budget, Cost
 from rabbet.engine import Engine
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
 from rabbet.grid import Grid
 from rabbet.layer import build, plan_of
-from rabbet.methods import Joint
+from rabbet.methods import QUALITY, Joint
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.survey import Survey, survey
 from rabbet.task import Task, accuracy
@@ -15,6 +15,7 @@ from rabbet.train import Tuning
 __version__ = "0.1.0"
 
 __all__ = [
+    "QUALITY",
     "Budget",
     "BudgetError",
     "Cost",
@@ -41,5 +42,6 @@ __all__ = [
     "load",
     "plan",
     "plan_of",
+    "price",
     "survey",
 ]

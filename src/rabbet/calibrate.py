@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rabbet.engine import Progress, silent
 from rabbet.errors import DataError
+from rabbet.grid import Grid
 from rabbet.layer import ActQuant
 from rabbet.site import Site, patches
 from rabbet.survey import Survey
@@ -94,7 +95,7 @@ class _Sample:
         chosen = torch.randint(len(flat), (min(self.per_call, len(flat)),), generator=self.generator)
         self.kept.append(flat[chosen.to(flat.device)].float().cpu())
 
-    def range(self, levels: int, steps: int = 100) -> tuple[Tensor, Tensor]:
+    def range(self, grid: Grid, steps: int = 100) -> tuple[Tensor, Tensor]:
         """Scale and zero point of least squared error among shrunken versions of the extremes."""
         values = torch.cat(self.kept)
         best, least = (torch.ones(1), torch.zeros(1)), torch.inf
@@ -102,11 +103,9 @@ class _Sample:
             return best
         for k in range(steps):
             share = 1 - k / steps * 0.9
-            scale = torch.tensor([(self.high - self.low) * share / (levels - 1)])
-            zero = (-self.low * share / scale).round().clamp(0, levels - 1)
-            error = float(
-                (((values / scale + zero).round().clamp(0, levels - 1) - zero) * scale - values).square().mean()
-            )
+            scale = torch.tensor([(self.high - self.low) * share / grid.high])
+            zero = (-self.low * share / scale).round().clamp(0, grid.high)
+            error = float((grid.values(grid.codes(values, scale, zero), scale, zero) - values).square().mean())
             if error < least:
                 best, least = (scale, zero), error
         return best
@@ -139,4 +138,4 @@ def calibrate_ranges(
         for act in acts:
             act.observer = None
     for act, sample in samples.items():
-        act.set_range(*(t.to(act.scale.device) for t in sample.range(act.grid.levels)))
+        act.set_range(*(t.to(act.scale.device) for t in sample.range(act.grid)))

@@ -12,12 +12,12 @@ from torch import Tensor
 from rabbet.engine import Tensors
 from rabbet.forms import FORMS
 from rabbet.grid import Grid, Quantised
+from rabbet.layer import Numbers
 from rabbet.plan import Term
 from rabbet.site import Site
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, round_rows, start
 
 Terms = tuple[Term, ...]
-Numbers = list[list[Quantised]]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
@@ -42,7 +42,7 @@ def solve_site(weight: Tensor, second: Tensor | None = None, *, site: Site, menu
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
     """The factors of entry k of a menu, as `solve_site` returned them."""
-    numbers: Numbers = []
+    numbers: list[list[Quantised]] = []
     for t, term in enumerate(menu[k]):
         count = 1 + FORMS[term.form].gaps
         parts = [f"{k}.{t}.{f}" for f in range(count)]
@@ -50,7 +50,7 @@ def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
     return numbers
 
 
-def canonical(site: Site, terms: Terms, numbers: Sequence[Sequence[Quantised]]) -> Tensor:
+def canonical(site: Site, terms: Terms, numbers: Numbers) -> Tensor:
     """The weight that terms add up to."""
     parts = [FORMS[t.form].contract(site, [q.values for q in qs]) for t, qs in zip(terms, numbers, strict=True)]
     return torch.stack(parts).sum(0)

@@ -13,7 +13,7 @@ from rabbet.errors import FileError, PlanError
 from rabbet.export import EXPORTS
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
-from rabbet.layer import plan_of
+from rabbet.layer import plan_of, validate
 from rabbet.methods import Joint, Method
 from rabbet.plan import Plan
 from rabbet.report.text import render
@@ -122,6 +122,17 @@ def fit(
     return _finish(piece, method or Joint(), Plan.parse(plan) if isinstance(plan, str) else plan, None)
 
 
+def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
+    """What the network would cost under a plan (or its text), before anything is solved.
+
+    Raises PlanError if the plan does not fit the network.
+    """
+    piece = Workpiece.of(model, Task.of(data), Engine())
+    chosen = Plan.parse(plan) if isinstance(plan, str) else plan
+    validate(chosen, piece.survey)
+    return piece.cost(chosen)
+
+
 def _finish(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
     fitted = method.fit(piece, chosen)
     return _result(fitted.model, piece, budget, fitted.notes)
@@ -150,4 +161,4 @@ def calibrate_ranges(model: nn.Module, data: Data, seed: int = 0) -> None:
     _calibrate_ranges(model, Task.of(data), seed)
 
 
-__all__ = ["Result", "calibrate_ranges", "compress", "fit", "load", "plan"]
+__all__ = ["Result", "calibrate_ranges", "compress", "fit", "load", "plan", "price"]

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from rabbet.errors import BudgetError
 from rabbet.forms import FORMS
-from rabbet.layout import Rest, header, layer_lengths, lengths, line_bytes, term_lengths
+from rabbet.layout import Rest, file_bytes, layer_lengths, line_bytes, term_lengths
 from rabbet.plan import LayerPlan, Plan, quoted
 from rabbet.site import Site
 from rabbet.survey import Survey
@@ -44,7 +44,7 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class Quantity:
     """One quantity that a budget can limit.
 
     amount: its whole-number measure in a cost. limit: the largest amount that a stated absolute value allows.
@@ -62,15 +62,15 @@ class Metric:
 
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-METRICS: dict[str, Metric] = {
-    "bytes": Metric(
+METRICS: dict[str, Quantity] = {
+    "bytes": Quantity(
         lambda c: c.bytes,
         lambda value, _: value,
         {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     ),
-    "macs": Metric(lambda c: c.macs, lambda value, _: value, _DECIMAL),
-    "bops": Metric(lambda c: c.bops, lambda value, _: value, _DECIMAL),
-    "bits": Metric(lambda c: c.code_bits, lambda value, cost: value * cost.weights, {"": 1}, digits=3),
+    "macs": Quantity(lambda c: c.macs, lambda value, _: value, _DECIMAL),
+    "bops": Quantity(lambda c: c.bops, lambda value, _: value, _DECIMAL),
+    "bits": Quantity(lambda c: c.code_bits, lambda value, cost: value * cost.weights, {"": 1}, digits=3),
 }
 _LIMIT = re.compile(r"([a-z]+)\s*(<=|≤)\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)", re.IGNORECASE)
 
@@ -111,7 +111,12 @@ class Budget:
             return text
         if not isinstance(text, str):
             raise BudgetError(f"a budget is text such as 'bytes <= 10%', found {type(text).__name__}")
-        return cls(tuple(_clause(part.strip()) for part in text.split(",")))
+        limits = tuple(_clause(part.strip()) for part in text.split(","))
+        names = [limit.metric for limit in limits]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice is not None:
+            raise BudgetError(f"{text!r} limits {twice} twice; keep the tighter limit")
+        return cls(limits)
 
     def __str__(self) -> str:
         return ", ".join(limit.text for limit in self.limits)
@@ -177,8 +182,7 @@ def plan_cost(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> Cost:
     for site in survey:
         layer = plan.get(site.name)
         total += kept_cost(site) if layer is None else layer_cost(site, layer)
-    size = len(header(survey, plan, rest)) + sum(r.bytes for r in rest) + lengths(survey, plan).bytes
-    return Cost(size, total.macs, total.bops, total.code_bits, total.weights)
+    return Cost(file_bytes(survey, plan, rest), total.macs, total.bops, total.code_bits, total.weights)
 
 
 def heaviest(costs: dict[str, Cost], metric: str, count: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Uniform grids: the only place that rounds.
+"""Uniform grids: the only place that knows what a code stands for.
 
 A grid is a set of integers, a shift, and a rule for which entries share a scale: `value = scale * (code + shift)`.
 Its text is what stands after `@` in a plan:
@@ -105,8 +105,8 @@ class Grid:
         return scale.reshape([-1 if d == self.axis else 1 for d in range(ndim)])
 
     def codes(self, x: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
-        """The nearest codes, as floats: `clip(round(x / scale - shift + zero), low, high)`."""
-        return (x / self.spread(scale, x.ndim) - self.shift + zero).round().clamp(self.low, self.high)
+        """The nearest codes, as floats: `clip(round(x / scale - shift) + zero, low, high)`."""
+        return ((x / self.spread(scale, x.ndim) - self.shift).round() + zero).clamp(self.low, self.high)
 
     def values(self, codes: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
         """What codes stand for: `scale * (codes + shift - zero)`."""
@@ -214,20 +214,21 @@ class _Fake(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero, grid, gain):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
-        shift = grid.shift - zero
-        scaled = x / scale - shift
-        codes = scaled.round().clamp_(grid.low, grid.high)
-        ctx.save_for_backward(scaled, codes, scale)
-        ctx.grid, ctx.gain, ctx.shift = grid, gain, shift
-        return (codes + shift) * scale
+        # steps from zero rather than codes: codes are `steps + zero`, as ONNX's QuantizeLinear defines them
+        low, high = grid.low - zero, grid.high - zero
+        scaled = x / scale - grid.shift
+        steps = scaled.round().clamp_(low, high)
+        ctx.save_for_backward(scaled, steps, scale)
+        ctx.low, ctx.high, ctx.shift, ctx.gain = low, high, grid.shift, gain
+        return (steps + grid.shift) * scale
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
-        scaled, codes, scale = ctx.saved_tensors
-        inside = (scaled >= ctx.grid.low) & (scaled <= ctx.grid.high)
+        scaled, steps, scale = ctx.saved_tensors
+        inside = (scaled >= ctx.low) & (scaled <= ctx.high)
         slope = None
         if ctx.needs_input_grad[1]:
-            # inside: (code - x / scale); outside: the end of the range
-            slope = torch.where(inside, codes - scaled, codes + ctx.shift) * grad
+            # inside: (step - x / scale); outside: the end of the range
+            slope = torch.where(inside, steps - scaled, steps + ctx.shift) * grad
             slope = slope.sum_to_size(scale.shape) * ctx.gain
         return grad * inside, slope, None, None, None

@@ -14,8 +14,8 @@ from rabbet.plan import LayerPlan, Plan, Term, quoted
 from rabbet.site import KINDS, Site
 from rabbet.survey import Survey, fold, replace_module
 
-Numbers = Mapping[str, Sequence[Sequence[Quantised]]]
-"""The factors of each term of each layer, by the layer's name."""
+Numbers = Sequence[Sequence[Quantised]]
+"""The factors of each term of one layer."""
 
 
 class Factor(nn.Module):
@@ -81,7 +81,7 @@ class Compressed(nn.Module):
     Input and output shapes are those of the layer that it replaces.
     """
 
-    def __init__(self, site: Site, plan: LayerPlan, terms: Sequence[Sequence[Quantised]], bias: Tensor | None) -> None:
+    def __init__(self, site: Site, plan: LayerPlan, terms: Numbers, bias: Tensor | None) -> None:
         super().__init__()
         self.site = site
         self.forms = [FORMS[t.form] for t in plan.terms]
@@ -166,7 +166,7 @@ def validate(plan: Plan, survey: Survey) -> None:
                 term.grid.scale_shape(shape)
 
 
-def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Numbers | None = None) -> nn.Module:
+def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Mapping[str, Numbers] | None = None) -> nn.Module:
     """A copy of a float network with a `Compressed` at every line of the plan, its BatchNorms folded.
 
     numbers: the factors of each layer; a layer without any is decomposed and rounded to nearest, one term on what the

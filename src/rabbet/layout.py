@@ -15,6 +15,7 @@ from rabbet.site import Site
 from rabbet.survey import Survey
 
 VERSION = "rabbet/1"
+RESERVED = "rabbet."
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -122,6 +123,11 @@ def header(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def file_bytes(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> int:
+    """The exact length of the file."""
+    return len(header(survey, plan, rest)) + sum(r.bytes for r in rest) + lengths(survey, plan).bytes
 
 
 def line_bytes(layer: LayerPlan) -> int:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from rabbet.calibrate import second_moments
 from rabbet.cost import Cost, float_cost, plan_cost
 from rabbet.engine import Engine
-from rabbet.errors import DataError
-from rabbet.layout import Rest
+from rabbet.errors import ModelError
+from rabbet.layout import RESERVED, Rest
 from rabbet.plan import Plan
 from rabbet.site import KINDS, Site
 from rabbet.survey import Survey, fold, stored_tensors
@@ -78,8 +78,10 @@ def rest_of(model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str])
     for name, tensor in stored_tensors(model).items():
         if name in covered:
             continue
+        if name.startswith(RESERVED):
+            raise ModelError(f"the tensor {name!r} bears a name that the file keeps for itself; rename it")
         dtype = "F32" if name in folded else types.get(name)
         if dtype is None:
-            raise DataError(f"{name} is of type {tensor.dtype}, which a file cannot hold")
+            raise ModelError(f"{name} is of type {tensor.dtype}, which a file cannot hold")
         rest.append(Rest(name, dtype, tuple(tensor.shape)))
     return tuple(rest)

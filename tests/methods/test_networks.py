@@ -462,6 +462,20 @@ def test_a_plan_made_by_hand_leaves_the_other_layers_in_float(tmp_path):
     saved_and_loaded(result, case.model, tmp_path / "a")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_folded_layer_without_a_line_is_stored_in_float32_whatever_it_was(dtype, tmp_path):
+    case = network("stack")
+    model = case.model.to(dtype)
+    result = fit(model, "3 dense@4c | act@8\n10 dense@8c", case.batches, QUICK)
+    types = {r.name: r.dtype for r in result.parcel.rest}
+    assert types == {
+        "0.weight": "F32",
+        "0.bias": "F32",
+        "6.weight": {"float16": "F16", "bfloat16": "BF16"}[str(dtype)[6:]],
+    }
+    saved_and_loaded(result, model, tmp_path / "a")
+
+
 def test_more_bits_are_nearer_to_the_network():
     case = Case(settled(Tokens()), tokens())
     found = [

@@ -82,6 +82,24 @@ def test_a_result_prints_every_layer_every_quantity_and_what_was_left():
     assert all(note in text for note in result.notes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Careless:
+    """A method that chooses well and then builds something larger."""
+
+    def plan(self, piece, budget):
+        return QUICK.plan(piece, budget)
+
+    def fit(self, piece, chosen):
+        first = next(iter(chosen))
+        return QUICK.fit(piece, chosen.with_layer(LayerPlan.parse(f"{first.name} dense@8c + lowrank[1]@8c | act@8")))
+
+
+def test_a_method_that_breaks_the_budget_is_caught():
+    case = network("stack")
+    with pytest.raises(BudgetError, match="the network has"):
+        compress(case.model, "bits <= 3.5", case.batches, Careless())
+
+
 class Counting(Engine):
     """An engine that counts the jobs it really runs."""
 

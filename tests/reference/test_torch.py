@@ -98,3 +98,21 @@ def test_nearest_numbers_of_eight_bits_are_within_half_a_step():
     inside = (x / q.scale[:, None]).abs() < 127
     assert ((q.values - x).abs() <= q.scale.abs()[:, None] * (0.5 + 1e-4))[inside].all()
     assert inside.float().mean() > 0.99
+
+
+def test_every_activation_between_factors_has_a_quantiser_of_its_own():
+    layer, x = LAYERS["linear"]
+    model = nn.Sequential(layer).eval()
+    line = "0 lowrank[2]@8c + dense@2hc + lowrank[3]@8c | act@8"
+    seat = compressed_layers(build(model, Plan.parse(line), survey(model, x)))["0"]
+    ranges = [(0.05, 128.0), (0.5, 100.0), (0.25, 90.0)]  # the input, then between the factors of each lowrank
+    for act, (scale, zero) in zip(seat.quantisers, ranges, strict=True):
+        act.set_range(torch.tensor(scale), torch.tensor(zero))
+
+    def on(k, t):
+        return torch.fake_quantize_per_tensor_affine(t, ranges[k][0], int(ranges[k][1]), 0, 255)
+
+    (a, b), (dense,), (c, d) = ([f() for f in term] for term in seat.factors)
+    rounded = on(0, x)
+    by_hand = on(1, rounded @ a.T) @ b.T + rounded @ dense.T + on(2, rounded @ c.T) @ d.T + layer.bias
+    assert torch.allclose(seat(x), by_hand, atol=1e-4)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rabbet.cost import Budget, Cost
 from rabbet.plan import Plan, quoted
-from rabbet.report.text import limits, rows
+from rabbet.report.text import limits, remainder, rows
 from rabbet.survey import Left, Survey
 
 WIDE = 100_000  # columns of a file or a pipe: nothing is folded or cut
@@ -42,7 +42,8 @@ def print_report(
 ) -> None:
     """A line a layer, then cost against budget, what is left alone, and notes. costs: found, and of float32."""
     heads = ("layer", "shape", "plan", "bytes", "MACs", "BOPs")
-    out.print(table(heads, ((a, b, c, f"{d:,}", f"{e:,}", f"{f:,}") for a, b, c, d, e, f in rows(survey, plan)), 3))
+    lines = [*rows(survey, plan), remainder(survey, plan, costs[0])]
+    out.print(table(heads, ((a, b, c, f"{d:,}", f"{e:,}", f"{f:,}") for a, b, c, d, e, f in lines), 3))
     out.print()
     print_totals(out, survey, costs, budget)
     for note in notes:

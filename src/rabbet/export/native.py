@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, write_beside
 from rabbet.layer import Compressed, Factor, compressed_layers, empty, install, validate
-from rabbet.layout import VERSION, WIDTHS, arrays, header, lengths
+from rabbet.layout import VERSION, WIDTHS, arrays, file_bytes, header, lengths
 from rabbet.pack import pack, packed_bytes, unpack
 from rabbet.plan import Plan
 from rabbet.site import KINDS, Site, kind_of
@@ -39,6 +39,11 @@ def write_native(parcel: Parcel, path: Path) -> int:
     names = [r.name for r in order] + [name for name, _, _ in arrays(lengths(parcel.survey, parcel.plan))]
     names.sort(key=lambda name: -WIDTHS[values[name][0]])
     parts = [header(parcel.survey, parcel.plan, parcel.rest), *(_raw(values[name][1]) for name in names)]
+    size, expected = sum(map(len, parts)), file_bytes(parcel.survey, parcel.plan, parcel.rest)
+    if size != expected:
+        raise FileError(
+            f"the network takes {size:,} bytes and its plan {expected:,}: it was changed since; compress it again"
+        )
     return write_beside(path, parts)
 
 

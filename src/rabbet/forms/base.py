@@ -14,7 +14,9 @@ Between = Callable[[int, Tensor], Tensor]
 class Form(Protocol):
     """How a weight is written as factors; knows nothing of grids and budgets.
 
-    Factors are listed in the order in which `apply` contracts the input with them.
+    Factors are listed in the order in which `apply` contracts the input with them. The first axis of the first factor
+    is the rank, if there is one: `plan_of` reads it there. The first axis of the last factor is the layer's output:
+    `sequence` puts the gain of a channel there.
     """
 
     @property

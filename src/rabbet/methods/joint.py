@@ -1,8 +1,8 @@
 """One integer program over the bits of every layer and the adapters that pay; post-training, without labels.
 
 Per layer every candidate is solved once in the metric of the layer's inputs and scored by what it does to the
-network's output; the program picks one candidate a layer under all limits at once. Then each channel's statistics are
-matched to the float network's, input ranges are chosen, and a short tuning follows.
+network's output; the program picks one candidate a layer under all limits at once. Then input ranges are chosen, the
+layers are solved once more in their order, each for the inputs that those before it leave, and a short tuning follows.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
-from rabbet.candidates import Numbers, Terms, canonical, read_numbers, solve_site
+from rabbet.candidates import Terms, canonical, read_numbers, solve_site
 from rabbet.cost import Budget, Cost, layer_cost, plan_cost
 from rabbet.engine import Job, Tensors
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS
 from rabbet.grid import Grid
-from rabbet.layer import build, validate
-from rabbet.match import match_statistics
+from rabbet.layer import Numbers, build, validate
 from rabbet.methods.base import Fitted
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.score import output_errors
+from rabbet.sequence import solve_in_order
 from rabbet.site import Site
 from rabbet.train import Tuning, tune
 from rabbet.workpiece import Workpiece
@@ -69,12 +69,12 @@ class Joint:
         return chosen(allocate(scores, table, budget, piece.float_cost, exact))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """Solve the plan's layers (those of `plan` are solved already), match, calibrate, tune; see `Method.fit`."""
+        """Solve the plan's layers (those of `plan` are solved already), then in order, then tune; see `Method.fit`."""
         validate(plan, piece.survey)
         numbers = self._numbers(piece, plan)
         student = build(piece.model, plan, piece.survey, numbers)
         calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
-        match_statistics(student, piece)
+        solve_in_order(student, piece)
         note = tune(student, piece, self.tuning)
         return Fitted(student, (note,))
 

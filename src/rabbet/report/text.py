@@ -6,8 +6,10 @@ from rabbet.cost import METRICS, Budget, Cost, layer_cost
 from rabbet.plan import Plan, quoted
 from rabbet.survey import Survey
 
+Row = tuple[str, str, str, int, int, int]
 
-def rows(survey: Survey, plan: Plan) -> list[tuple[str, str, str, int, int, int]]:
+
+def rows(survey: Survey, plan: Plan) -> list[Row]:
     """Name, shape, decision, bytes, MACs and BOPs of every site, in order; a kept site's bytes are its float32 ones."""
     found = []
     for site in survey:
@@ -19,6 +21,12 @@ def rows(survey: Survey, plan: Plan) -> list[tuple[str, str, str, int, int, int]
             cost = layer_cost(site, line)
             found.append((quoted(site.name), shape, line.body, cost.bytes, cost.macs, cost.bops))
     return found
+
+
+def remainder(survey: Survey, plan: Plan, cost: Cost) -> Row:
+    """The row that makes the bytes add up: the file's header, and tensors that belong to no site."""
+    rest = cost.bytes - sum(row[3] for row in rows(survey, plan))
+    return ("", "", "header and all else", rest, 0, 0)
 
 
 def limits(cost: Cost, whole: Cost, budget: Budget | None) -> list[tuple[str, str, str, str]]:
@@ -37,7 +45,10 @@ def render(
 ) -> str:
     """The whole report as plain text."""
     table = [("layer", "shape", "plan", "bytes", "MACs", "BOPs")]
-    table += [(a, b, c, f"{d:,}", f"{e:,}", f"{f:,}") for a, b, c, d, e, f in rows(survey, plan)]
+    table += [
+        (a, b, c, f"{d:,}", f"{e:,}", f"{f:,}")
+        for a, b, c, d, e, f in [*rows(survey, plan), remainder(survey, plan, cost)]
+    ]
     totals = [("", "found", "of float32", "allowed"), *limits(cost, whole, budget)]
     left = [f"left alone: {quoted(x.name)} ({x.bytes:,} bytes): {x.reason}" for x in survey.left]
     return "\n".join([*_aligned(table, 3), "", *_aligned(totals, 1), *left, *notes])

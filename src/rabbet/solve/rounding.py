@@ -1,7 +1,8 @@
 """Rounding a weight so that the layer's output, not the weight, changes least.
 
 With H the second moment of the inputs, the error of row w is `(w - q) H (w - q)^T`. Rows are independent given H, so
-all bit-widths of a layer are rounded in one pass: a `Rows` holds any number of rows, each with a grid of its own.
+all bit-widths of a layer are rounded in one pass: a `Rows` holds any number of rows, each with the bounds and the shift
+of a grid of its own.
 Matrices come as [groups, rows, columns]; a grouped conv has an H per group.
 """
 
