@@ -11,6 +11,7 @@ shared by the budgets (the first line of a network pays for them).
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,12 +57,18 @@ NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
 }
 
 
+HEAD = (
+    "network", "budget", "tier", "bits/weight", "file bytes", "% of float32 parameters", "% MACs", "% BOPs", "accuracy",
+    "drop", "seconds",
+)  # fmt: skip
+
+
 def measure(name: str, budgets: list[str], tiers: list[str], engine: rabbet.Engine, seed: int) -> None:
     """Every budget and tier of one network, a line each."""
     model, data, test = NETS[name]()
     whole = rabbet.accuracy(model, test)
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    row(name, "float32", "-", "32", f"{parameters:,}", "100", "-", "-", f"{whole:.2f}", "-", "-")
+    row(name, "float32", "-", "32", f"{parameters:,}", "100", "100", "100", f"{whole:.2f}", "-", "-")
     for budget in budgets:
         for tier in tiers:
             start = time.perf_counter()
@@ -72,9 +79,10 @@ def measure(name: str, budgets: list[str], tiers: list[str], engine: rabbet.Engi
                 size = result.save(path)
                 found = rabbet.accuracy(rabbet.load(path, model), test)
             cost, base = result.cost, result.float_cost
-            shares = f"{100 * size / parameters:.2f}", f"{100 * cost.macs / base.macs:.1f}", f"{100 * cost.bops / base.bops:.3f}"
-            row(name, budget, tier, f"{cost.bits:.3f}", f"{size:,}", *shares, f"{found:.2f}", f"{whole - found:.2f}", f"{seconds:.0f}")
-            print(f"<!-- {name} {budget} {tier}: {'; '.join(result.notes)}. {_layers(result)} -->", flush=True)
+            amounts = f"{cost.bits:.3f}", f"{size:,}", f"{100 * size / parameters:.2f}"
+            work = f"{100 * cost.macs / base.macs:.1f}", f"{100 * cost.bops / base.bops:.3f}"
+            row(name, budget, tier, *amounts, *work, f"{found:.2f}", f"{whole - found:.2f}", f"{seconds:.0f}")
+            print(f"{'; '.join(result.notes)}. {_layers(result)}", file=sys.stderr, flush=True)
 
 
 def _layers(result: rabbet.Result) -> str:
@@ -92,9 +100,10 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder that keeps finished work between runs")
     args = parser.parse_args()
     print(f"seed {args.seed}; {machine()}\n")
-    head("network", "budget", "tier", "bits/weight", "file bytes", "% of float32 parameters", "% MACs", "% BOPs", "accuracy", "drop", "seconds")
+    head(*HEAD)
+    budgets = args.budgets or [f"bits <= {b}" for b in args.bits]
     for name in args.nets:
-        measure(name, args.budgets or [f"bits <= {b}" for b in args.bits], args.tiers, rabbet.Engine(folder=args.resume), args.seed)
+        measure(name, budgets, args.tiers, rabbet.Engine(folder=args.resume), args.seed)
 
 
 if __name__ == "__main__":

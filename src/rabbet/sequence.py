@@ -128,4 +128,3 @@ def _matcher(met: _Met) -> Callable[..., Tensor]:
 def _statistics(out: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     flat = out.movedim(1 if site.stride else -1, 0).flatten(1)
     return flat.mean(1), flat.std(1) if flat.shape[1] > 1 else torch.zeros_like(flat[:, 0])
-

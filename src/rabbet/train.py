@@ -19,21 +19,19 @@ from rabbet.workpiece import Workpiece
 
 HELD = 0.125  # share of the calibration examples that judge the tuning and take no part in it
 CHECKPOINT = 100
-EDGE = float(__import__("os").environ.get("EDGE", "0.45"))
 
 
 @dataclass(frozen=True)
 class Tuning:
     """Settings of the tuning loop. Rates: codes in units of one step, the others relative to their mean magnitude."""
 
-    steps: int = 300
+    steps: int = 600
     batch: int = 64
-    codes: float = 5e-3
-    scales: float = 5e-3
-    biases: float = 1e-2
-    ranges: float = 1e-2
-    features: float = 16.0
-    freeze: float = 1.0
+    codes: float = 4e-3
+    scales: float = 1e-3
+    biases: float = 1e-3
+    ranges: float = 1e-3
+    features: float = 2.0
 
 
 def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
@@ -125,19 +123,10 @@ class _Loop:
         with torch.no_grad():
             _settle(self.layers.values())
 
-    def _freeze(self) -> None:
-        """Round the codes for good, so that scales and biases settle on the network that will be stored."""
-        for layer in self.layers.values():
-            for factor in itertools.chain.from_iterable(layer.factors):
-                factor.codes.requires_grad_(False)
-                factor.codes.copy_(factor.grid.round_latent(factor.codes))
-
     def _step(self, optimiser: torch.optim.Optimizer, step: int) -> None:
         rate = max(0.5 * (1 + math.cos(math.pi * step / self.settings.steps)), 0.02) * min(1.0, (step + 1) / 10)
         for group in optimiser.param_groups:
             group["lr"] = group["base"] * rate
-        if step == round(self.settings.freeze * self.settings.steps):
-            self._freeze()
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         batch = self.pool.draw(self.settings.batch, generator)
         with torch.no_grad(), _Tapped(self.teacher, self.taps) as theirs:
@@ -181,12 +170,17 @@ def relative_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
 
 
 def _start_latents(layer: Compressed, weight: Tensor) -> None:
-    """Continuous codes: where the float weight lies within the cell that its code stands for."""
+    """Continuous codes: where the float weight lies within the cell that its code stands for.
+
+    A code that error feedback chose against the nearest one starts in the middle of its cell: at the edge, the first
+    noise would undo what makes good the errors of others.
+    """
     if len(layer.terms) > 1 or layer.form_names != ["dense"]:
         return
     factor = layer.factors[0][0]
     exact = weight / factor.grid.spread(factor.scale, weight.ndim) - factor.grid.shift
-    factor.codes.add_((exact - factor.codes).clamp(-EDGE, EDGE))
+    offset = exact - factor.codes
+    factor.codes.add_(torch.where(offset.abs() < 0.5, offset.clamp(-0.45, 0.45), 0.0))
 
 
 def _settle(layers: Iterable[Compressed]) -> None:

@@ -23,7 +23,7 @@ FLOORS = (
     {"layer"},
     {"candidates", "calibrate"},
     {"workpiece"},
-    {"match", "score", "train", "allocate", "report", "export"},
+    {"sequence", "score", "train", "allocate", "report", "export"},
     {"methods"},
     {"compress"},
     {"cli", "__init__", "__main__", "demo"},
