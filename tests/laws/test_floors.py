@@ -105,8 +105,8 @@ def test_nothing_is_unpickled():
 
 PUBLIC = {
     "Budget", "BudgetError", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan", "ModelError",
-    "Plan", "PlanError", "RabbetError", "Result", "Survey", "Task", "Term", "Tuning", "accuracy", "build",
-    "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "survey",
+    "Plan", "PlanError", "QUALITY", "RabbetError", "Result", "Survey", "Task", "Term", "Tuning", "accuracy", "build",
+    "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price", "survey",
 }  # fmt: skip
 
 

@@ -12,7 +12,23 @@ from hypothesis import strategies as st
 from networks import NETWORKS, Residual, network, rand, settled, tokens
 from torch import nn
 
-from rabbet import Budget, Cost, Engine, Joint, LayerPlan, ModelError, Plan, Task, Tuning, compress, fit, plan, survey
+from rabbet import (
+    Budget,
+    Cost,
+    Engine,
+    Joint,
+    LayerPlan,
+    ModelError,
+    Plan,
+    PlanError,
+    Task,
+    Tuning,
+    compress,
+    fit,
+    plan,
+    price,
+    survey,
+)
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.augment import Pool, cropped, mixed, split
 from rabbet.calibrate import calibrate_ranges, second_moments
@@ -65,6 +81,16 @@ def test_choosing_and_fitting_are_together_what_compress_does(tmp_path):
     chosen = plan(case.model, "bits <= 4", case.batches, method)
     fit(case.model, chosen, case.batches, method).save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["residual", "twice", "tokens", "single"])
+def test_the_price_of_a_plan_is_what_it_costs_when_it_is_fitted(name):
+    case = network(name)
+    chosen = plan(case.model, "bits <= 5", case.batches, QUICK)
+    costs = [price(case.model, text, case.batches) for text in (chosen, str(chosen))]
+    assert costs == [fit(case.model, chosen, case.batches, QUICK).cost] * 2
+    with pytest.raises(PlanError, match="nowhere"):
+        price(case.model, "nowhere dense@4c", case.batches)
 
 
 def test_a_result_prints_every_layer_every_quantity_and_what_was_left():
