@@ -6,9 +6,10 @@ import pytest
 import torch
 from networks import rand
 
+from rabbet import candidates
 from rabbet.candidates import canonical, read_numbers, solve_menu, solve_site
 from rabbet.errors import ModelError
-from rabbet.grid import Grid, Quantised
+from rabbet.grid import Grid
 from rabbet.plan import LayerPlan
 from rabbet.site import Site
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, refit, round_rows, start
@@ -194,17 +195,24 @@ def test_several_terms_beat_their_first_one_alone():
     assert errors[1] < 0.8 * errors[0]
 
 
-def test_alternation_over_terms_keeps_the_best_state():
-    site, weight = _layer()
-    metric = Metric(_second(20))
-    terms = MENU[3]
-    numbers = solve_menu(site, weight, (terms,), metric)[0]
-    found = metric.error(site.matrix(canonical(site, terms, numbers) - weight)).sum()
-    first = solve_menu(site, weight, (terms[:1],), metric)[0]
-    left = weight - canonical(site, terms[:1], first)
-    a, b = (Quantised.nearest(f, terms[1].grid) for f in reversed(leading(left, 2, metric.second[0])))
-    once = metric.error(site.matrix(first[0][0].values + b.values @ a.values - weight)).sum()
-    assert found <= once * (1 + 1e-5)
+def test_alternating_over_terms_longer_never_ends_worse(monkeypatch):
+    site, _ = _layer()
+    helped = 0
+    for seed in range(6):
+        weight, metric = rand(12, 20, seed=seed), Metric(_second(20, seed=seed))
+        previous = None
+        for turns in range(1, 6):
+            monkeypatch.setattr(candidates, "ALTERNATIONS", turns)
+            numbers = solve_menu(site, weight, MENU[3:], metric)
+            errors = [
+                metric.error(site.matrix(canonical(site, terms, n) - weight)).sum().item()
+                for terms, n in zip(MENU[3:], numbers, strict=True)
+            ]
+            if previous is not None:
+                assert all(b <= a * (1 + 1e-5) for a, b in zip(previous, errors, strict=True))
+                helped += sum(b < 0.99 * a for a, b in zip(previous, errors, strict=True))
+            previous = errors
+    assert helped > 6
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -32,6 +32,7 @@ from rabbet import (
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.augment import Pool, cropped, mixed, split
 from rabbet.calibrate import calibrate_ranges, second_moments
+from rabbet.candidates import read_numbers, solve_site
 from rabbet.errors import BudgetError
 from rabbet.layer import ActQuant, build, compressed_layers
 from rabbet.methods import METHODS
@@ -39,7 +40,7 @@ from rabbet.sequence import solve_in_order
 from rabbet.site import patches
 from rabbet.survey import fold
 from rabbet.task import examples, outputs, tensors
-from rabbet.train import judge, tune
+from rabbet.train import _Loop, judge, tune
 from rabbet.workpiece import Workpiece
 
 QUICK = Joint(grids=("3c", "8c"), adapters=(("2hc", 0.3),), tuning=Tuning(steps=0))
@@ -412,6 +413,27 @@ def test_tuning_brings_the_answers_nearer_to_the_float_network():
     assert note.startswith("tuned 100 steps")
     assert judge(student, piece, unseen) < 0.9 * before
     assert not any(t.requires_grad for t in (*student.parameters(), *student.buffers()))
+
+
+@pytest.mark.parametrize("line", ["dense@2hc", "dense@3c", "dense@8", "dense@2hc + lowrank[2]@8c"])
+def test_tuning_starts_from_the_codes_that_were_solved(line):
+    piece = _piece()
+    numbers = {
+        s.name: read_numbers(
+            solve_site(piece.weight(s), piece.moments()[s.name], site=s, menu=(LayerPlan.parse(f"x {line}").terms,)),
+            (LayerPlan.parse(f"x {line}").terms,),
+            0,
+        )
+        for s in piece.survey
+    }
+    plan = Plan(tuple(LayerPlan.parse(f"{s.name} {line}") for s in piece.survey))
+    student = build(piece.model, plan, piece.survey, numbers)
+    before = {k: v.clone() for k, v in student.state_dict().items() if "codes" in k}
+    _Loop(student, piece, Pool.of(piece.task.read()), Tuning())
+    after = {k: v for k, v in student.state_dict().items() if k in before}
+    assert all(torch.equal(after[k].detach().round(), v) for k, v in before.items())
+    moved = any(not torch.equal(after[k], v) for k, v in before.items())
+    assert moved == ("lowrank" not in line)  # a code of one term alone starts where the weight lies in its cell
 
 
 def test_tuning_that_harms_is_undone_to_the_last_bit():
