@@ -39,7 +39,7 @@ def pack(codes: Tensor, levels: int) -> Tensor:
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """The `count` codes that `pack` wrote, int64 [count].
 
-    Raises ValueError if the number of bytes is not the one that `count` codes take.
+    Raises ValueError if the number of bytes is not the one that `count` codes take, or a byte is not five digits.
     """
     if packed.numel() != packed_bytes(count, levels):
         raise ValueError(
@@ -47,6 +47,8 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
         )
     wide = packed.reshape(-1).to(torch.int64)
     if levels == 3:
+        if wide.numel() and int(wide.max()) >= 3**5:
+            raise ValueError(f"five ternary digits are a number below 243, found {int(wide.max())}")
         return ((wide[:, None] // _TRITS) % 3).reshape(-1)[:count]
     bits = _bits(levels)
     stream = ((wide[:, None] >> torch.arange(8)) & 1).reshape(-1)[: count * bits]

@@ -128,10 +128,13 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # module -> (input, output) of each call
         self.uses: dict[int, int] = {}
-        self.hooks = [m.register_forward_hook(self._seen) for m in model.modules() if _watched(m)]
+        self.by_keyword: set[nn.Module] = set()
+        self.hooks = [m.register_forward_hook(self._seen, with_kwargs=True) for m in model.modules() if _watched(m)]
 
-    def _seen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _seen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = next(iter(tensors(args)), None)
+        if given is None and tensors(kwargs):
+            self.by_keyword.add(module)
         if isinstance(output, Tensor) and given is not None:
             self.calls.setdefault(module, []).append((given, output))  # held, so that ids stay unique
             self.uses.setdefault(id(output), 0)
@@ -186,7 +189,7 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
             owners.setdefault(id(module.weight), []).append(names[module][0])
     norms = {id(given): m for m, calls in watch.calls.items() if isinstance(m, _BatchNorm) for given, _ in calls}
     sites: list[Site] = []
-    reasons: dict[str, str] = {}
+    reasons = {names[m][0]: "its input is passed by keyword; pass it by position" for m in watch.by_keyword}
     for module, calls in watch.calls.items():
         kind, name = kind_of(module), names[module][0]
         if kind is None:
@@ -292,7 +295,7 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
 
     With `g = weight / sqrt(var + eps)` the layer becomes `g * W`, `g * (b - mean) + bias`, computed in float64.
     """
-    folded = copied(model).float().eval().requires_grad_(False)
+    folded = own_biases(copied(model).float().eval().requires_grad_(False), survey)
     modules = dict(folded.named_modules())
     for site in survey:
         if site.norm is None:
@@ -312,6 +315,15 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
         weight.data = (weight.double() * gain.view(-1, *[1] * (weight.ndim - 1))).float()
         layer.bias = nn.Parameter(bias.float(), requires_grad=False)
     return drop_norms(folded, survey)
+
+
+def own_biases(model: nn.Module, survey: Survey) -> nn.Module:
+    """Give every site a bias of its own, in place: layers may share one, and a plan may cover only some of them."""
+    for site in survey:
+        layer = model.get_submodule(site.name)
+        if isinstance(layer.bias if site.kind != "embedding" else None, nn.Parameter):
+            layer.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)  # type: ignore[operator]
+    return model
 
 
 def drop_norms(model: nn.Module, survey: Survey) -> nn.Module:

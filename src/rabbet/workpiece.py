@@ -74,13 +74,14 @@ def rest_of(model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str])
     """Tensors of a folded network that no line of the plan covers: layers left alone, and sites without a line."""
     covered = {f"{layer.name}.{part}".lstrip(".") for layer in plan for part in ("weight", "bias")}
     folded = {f"{s.name}.{part}" for s in survey if s.norm is not None for part in ("weight", "bias")}
+    biases = {f"{s.name}.bias" for s in survey}  # one that was shared has no type of its own in the original
     rest = []
     for name, tensor in stored_tensors(model).items():
         if name in covered:
             continue
         if name.startswith(RESERVED):
             raise ModelError(f"the tensor {name!r} bears a name that the file keeps for itself; rename it")
-        dtype = "F32" if name in folded else types.get(name)
+        dtype = "F32" if name in folded else types.get(name, "F32" if name in biases else None)
         if dtype is None:
             raise ModelError(f"{name} is of type {tensor.dtype}, which a file cannot hold")
         rest.append(Rest(name, dtype, tuple(tensor.shape)))

@@ -72,3 +72,8 @@ def test_a_wrong_number_of_bytes_is_refused(levels):
     for wrong in (packed[:-1], torch.cat([packed, packed[:1]])):
         with pytest.raises(ValueError, match="20 codes"):
             unpack(wrong, levels, 20)
+
+
+def test_a_byte_that_is_not_five_ternary_digits_is_refused():
+    with pytest.raises(ValueError, match="243"):
+        unpack(torch.tensor([250], dtype=torch.uint8), 3, 5)

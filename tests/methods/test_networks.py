@@ -537,3 +537,36 @@ def test_a_network_on_a_cuda_device_is_compressed_there(name, tmp_path):
     for batch in case.batches:
         for a, b in zip(run(again, batch), run(here, batch), strict=True):
             assert torch.allclose(a.cpu(), b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_that_is_called_by_keyword_is_left_alone_and_the_reason_says_so():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.second(input=self.first(x))
+
+    found = survey(settled(Keyword()), rand(3, 4))
+    assert [s.name for s in found] == ["first"]
+    assert "keyword" in next(left.reason for left in found.left if left.name == "second")
+
+
+def test_layers_that_share_a_bias_get_one_each_whichever_of_them_a_plan_covers(tmp_path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.bias = self.first.bias
+
+        def forward(self, x):
+            return self.second(self.first(x).relu())
+
+    model, batch = settled(Shared()), rand(16, 4)
+    for text in ("first dense@4c", "second dense@4c", "first dense@4c\nsecond dense@4c"):
+        result = fit(model, text, [batch], Joint(tuning=Tuning(steps=0)))
+        path = tmp_path / "shared.safetensors"
+        assert result.save(path) == result.cost.bytes
+        with torch.no_grad():
+            assert torch.equal(load(path, model)(batch), result.model(batch))

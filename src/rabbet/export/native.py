@@ -16,7 +16,7 @@ from rabbet.layout import VERSION, WIDTHS, arrays, file_bytes, header, lengths
 from rabbet.pack import pack, packed_bytes, unpack
 from rabbet.plan import Plan
 from rabbet.site import KINDS, Site, kind_of
-from rabbet.survey import Survey, copied, drop_norms, stored_tensors
+from rabbet.survey import Survey, copied, drop_norms, own_biases, stored_tensors
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -118,7 +118,7 @@ def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Mo
         layer = modules[site.name]
         if site.norm is not None and plan.get(site.name) is None and layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(site.shape[0]), requires_grad=False)
-    result = drop_norms(result.float(), survey)
+    result = drop_norms(own_biases(result.float(), survey), survey)
     home = next(iter(stored_tensors(result).values())).device
     for site in survey:
         line = plan.get(site.name)
@@ -172,7 +172,10 @@ class _Stream:
 def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
     for factor in layer_factors(layer):
         levels, count = factor.grid.levels, factor.codes.numel()
-        codes = unpack(streams["rabbet.codes"].take(packed_bytes(count, levels)), levels, count) + factor.grid.low
+        try:
+            codes = unpack(streams["rabbet.codes"].take(packed_bytes(count, levels)), levels, count) + factor.grid.low
+        except ValueError as e:
+            raise FileError(f"{path} is damaged: the codes of {layer.site.name!r}: {e}") from None
         factor.codes.copy_(codes.view(factor.codes.shape))
         factor.scale.copy_(streams["rabbet.scales"].take(len(factor.scale)).float())
     if layer.bias is not None:
@@ -181,6 +184,8 @@ def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
         act.set_range(streams["rabbet.act_scales"].take(1), streams["rabbet.act_zeros"].take(1).float())
         if not bool(torch.isfinite(act.scale).all() and (act.scale > 0).all()):
             raise FileError(f"{path} is damaged: an input scale of {layer.site.name!r} is not a positive number")
+        if float(act.zero) > act.grid.high:
+            raise FileError(f"{path} is damaged: a zero point of {layer.site.name!r} is above {act.grid.high}")
     if not all(torch.isfinite(f.scale).all() for f in layer_factors(layer)):
         raise FileError(f"{path} is damaged: a scale of {layer.site.name!r} is not finite")
 
