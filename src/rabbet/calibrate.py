@@ -1,7 +1,6 @@
 """One pass over the user's batches: the second moment of each site's inputs, and the range of each activation."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,18 +111,13 @@ class _Sample:
 
 
 def calibrate_ranges(
-    model: nn.Module,
-    task: Task,
-    seed: int = 0,
-    limit: int = 512,
-    progress: Progress = silent,
-    only: Callable[[ActQuant], bool] = lambda _: True,
+    model: nn.Module, task: Task, seed: int = 0, limit: int = 512, progress: Progress = silent
 ) -> None:
     """Choose scale and zero point of every activation quantiser of a compressed network, in place.
 
     One pass with activations in float over about `limit` examples; ranges minimise the squared error.
     """
-    acts = [m for m in model.modules() if isinstance(m, ActQuant) and only(m)]
+    acts = [m for m in model.modules() if isinstance(m, ActQuant)]
     if not acts:
         return
     sizes = list(itertools.accumulate(map(examples, task.read())))

@@ -81,12 +81,6 @@ class Engine:
         save_file({k: v.contiguous() for k, v in result.items()}, beside)
         beside.replace(self.folder / f"{key}.safetensors")
 
-    def drop(self, key: str) -> None:
-        """Forget a result."""
-        self._memory.pop(key, None)
-        if self.folder is not None:
-            (self.folder / f"{key}.safetensors").unlink(missing_ok=True)
-
 
 def content_key(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
     """A hash of a name, of the bytes of tensors, and of settings (by their `repr`)."""

@@ -138,16 +138,6 @@ def test_results_on_disk_need_not_be_contiguous(tmp_path):
     assert torch.equal(first, again)
 
 
-def test_a_dropped_result_is_made_again(tmp_path):
-    engine = Engine(folder=tmp_path)
-    engine.keep("k", {"y": torch.ones(2)})
-    assert engine.kept("k")["y"].tolist() == [1, 1]
-    engine.drop("k")
-    engine.drop("k")
-    assert engine.kept("k") is None
-    assert list(tmp_path.iterdir()) == []
-
-
 X = torch.arange(6.0)
 
 
