@@ -76,7 +76,7 @@ def test_a_stop_without_a_folder_tells_of_resume(run, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_a_real_process_with_one_line(tmp_path):
-    given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", 2)
+    given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work")
     with _starts("compress", *given, start_new_session=True) as process:
         while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
             time.sleep(0.02)
