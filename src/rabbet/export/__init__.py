@@ -1,10 +1,36 @@
-"""Files: each export is `(result, path) -> bytes written`. A new one is a file here and a line in EXPORTS."""
+"""Files: each export is `(parcel, path) -> Written`. A new one is a file here and a line in EXPORTS."""
 
-from rabbet.export.base import Export
+from pathlib import Path
+
+from rabbet.errors import FileError
+from rabbet.export.base import Export, Written
 from rabbet.export.native import write_native
+from rabbet.export.onnx import write_onnx, write_openvino
+from rabbet.export.torch import write_torch
 
 EXPORTS: dict[str, Export] = {
     "safetensors": write_native,
+    "onnx": write_onnx,
+    "openvino": write_openvino,
+    "torch": write_torch,
 }
+ENDINGS = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch"}
+"""The target that a path asks for by its ending."""
 
-__all__ = ["EXPORTS", "Export"]
+
+def target_of(path: Path, target: str | None = None) -> str:
+    """The target that is asked for: by name, else by the ending of the path.
+
+    Raises FileError if there is none of that name or ending.
+    """
+    if target is None and path.suffix in ENDINGS:
+        return ENDINGS[path.suffix]
+    if target not in EXPORTS:
+        asked = f"to {target!r}" if target is not None else f"to a file that ends in {path.suffix!r}"
+        raise FileError(
+            f"cannot export {asked}; the targets are {', '.join(EXPORTS)}, the endings {', '.join(ENDINGS)}"
+        )
+    return target
+
+
+__all__ = ["ENDINGS", "EXPORTS", "Export", "Written", "target_of"]

@@ -9,6 +9,7 @@ from torch import nn
 from rabbet.layout import Rest
 from rabbet.plan import Plan
 from rabbet.survey import Survey
+from rabbet.task import Task
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,18 @@ class Parcel:
     plan: Plan
     survey: Survey
     rest: tuple[Rest, ...]
+    task: Task
 
 
-Export = Callable[[Parcel, Path], int]
+@dataclass(frozen=True)
+class Written:
+    """What an export did. bytes: of the file. notes: what its owner should know, such as layers that stay in float."""
+
+    bytes: int
+    notes: tuple[str, ...] = ()
+
+
+Export = Callable[[Parcel, Path], Written]
 
 
 def write_beside(path: Path, parts: list[bytes]) -> int:

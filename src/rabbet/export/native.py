@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rabbet.errors import FileError, PlanError, RabbetError
-from rabbet.export.base import Parcel, write_beside
+from rabbet.export.base import Parcel, Written, write_beside
 from rabbet.layer import Compressed, Factor, compressed_layers, empty, install, validate
 from rabbet.layout import VERSION, WIDTHS, arrays, file_bytes, header, lengths
 from rabbet.pack import pack, packed_bytes, unpack
@@ -24,8 +24,8 @@ TYPES = {
 }  # fmt: skip
 
 
-def write_native(parcel: Parcel, path: Path) -> int:
-    """Write the native file; returns its length, which is the plan's cost in bytes.
+def write_native(parcel: Parcel, path: Path) -> Written:
+    """Write the native file; its length is the plan's cost in bytes.
 
     Raises PlanError, and writes nothing, if a tensor that is kept as it is has gone or has another shape by now.
     """
@@ -44,7 +44,7 @@ def write_native(parcel: Parcel, path: Path) -> int:
         raise FileError(
             f"the network takes {size:,} bytes and its plan {expected:,}: it was changed since; compress it again"
         )
-    return write_beside(path, parts)
+    return Written(write_beside(path, parts))
 
 
 def _raw(tensor: Tensor) -> bytes:

@@ -1,0 +1,172 @@
+"""Weights in an ONNX file: low bits on disk, 8-bit integers once a runtime has folded its constants.
+
+A code c becomes the integer q = c (signed, unsigned and ternary grids) or q = 2c + 1 on half the scale (half-step
+grids), so that what follows is `DequantizeLinear(q)` and every runtime that has int8 kernels finds them. 8 bits are
+stored as they are, 4 signed bits in ONNX's own type, all others as the native file packs them (`rabbet.pack`), undone
+by a function that the file brings along: nothing but integer arithmetic on a constant, done once at load. For a runtime
+that reads no functions (OpenVINO), integers take 4 bits where they fit, else 8.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rabbet.export.graph import OPSET, Graph
+from rabbet.export.marks import DOMAIN
+from rabbet.grid import Grid
+from rabbet.layer import Factor
+from rabbet.pack import pack
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_INT8 = 3  # onnx.TensorProto.INT8
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The codes of one factor in the layout in which a node uses them.
+
+    axis: where its scales lie, None for one scale. scale: of the integers q, half the grid's where they are 2c + 1.
+    """
+
+    name: str
+    grid: Grid
+    codes: Tensor
+    scale: Tensor
+    axis: int | None
+
+    @classmethod
+    def of(cls, name: str, factor: Factor) -> "Weight":
+        """A factor in its own layout."""
+        scale = factor.scale.detach().cpu().float()
+        scale = scale / 2 if factor.grid.kind == "half" else scale
+        return cls(name, factor.grid, factor.codes.detach().cpu(), scale, factor.grid.axis)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Weight":
+        """The same after a transposition or another shape."""
+        codes = move(self.codes)
+        axis = self.axis
+        if axis is not None:
+            shape = [-1 if d == axis else 1 for d in range(self.codes.ndim)]
+            slices = move(torch.arange(len(self.scale)).view(shape).expand(self.codes.shape))
+            axis = next(
+                d
+                for d in range(codes.ndim)
+                if codes.shape[d] == len(self.scale)
+                and bool((slices.movedim(d, -1) == torch.arange(len(self.scale))).all())
+            )
+        return Weight(f"{self.name}.moved", self.grid, codes, self.scale, axis)
+
+    def with_room(self, bias: NDArray[Any], place: str) -> "Weight":
+        """The same with scales on which a bias, in units of the input's scale, fits into 31 bits; one is for the sum.
+
+        Only scales of channels that hardly depend on their inputs grow: 2^30 of their steps are less than the bias.
+        """
+        least = torch.from_numpy(np.abs(bias) / 2**30).float()
+        least = least if self.axis is not None else least.max().reshape(1)
+        raised = torch.where(self.scale.abs() < least, least, self.scale)
+        return self if raised.equal(self.scale) else replace(self, name=f"{self.name}.{place}", scale=raised)
+
+    @property
+    def kind(self) -> str:
+        """The type of the integers."""
+        return "uint8" if self.grid.kind == "unsigned" and self.grid.bits == 8 else "int8"
+
+    def integers(self, graph: Graph) -> "ir.Value":
+        """The integers q, as a runtime will hold them."""
+        gain, shift = (2, 1) if self.grid.kind == "half" else (1, 0)
+        found = (gain * self.codes + shift).numpy()
+        if self.kind == "uint8" or (self.grid.bits == 8 and gain == 1):
+            return graph.constant(self.name, found.astype(self.kind))
+        short = gain * self.grid.low + shift >= -8 and gain * self.grid.high + shift <= 7
+        if short and (self.grid.bits == 4 or not graph.functions_known):
+            stored = graph.constant(f"{self.name}.int4", found.astype(np.int8), "INT4")
+            return graph.call("Cast", stored, name=self.name, to=_INT8)
+        if not graph.functions_known:
+            return graph.constant(self.name, found.astype(self.kind))
+        return _unpacked(graph, self.name, self.grid, self.codes)
+
+    def scales(self, graph: Graph) -> "ir.Value":
+        """The scale as a constant, [] or [slices]."""
+        found = self.scale.numpy()
+        return graph.constant(f"{self.name}.scale", found.reshape(()) if self.axis is None else found)
+
+    def dequantised(self, graph: Graph) -> "ir.Value":
+        """The weight in float, as the output of a DequantizeLinear."""
+        q, scale = self.integers(graph), self.scales(graph)
+        shape = () if self.axis is None else tuple(self.scale.shape)
+        zero = zeros(graph, shape, self.kind)
+        extra: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
+        return graph.call("DequantizeLinear", q, scale, zero, name=f"{self.name}.float", **extra)
+
+
+def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
+    """A zero point that is zero: onnxruntime finds no kernel for a Gemm without one. Shared by all that fit."""
+    return graph.constant(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
+
+
+def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
+    mark = {"half": "h", "unsigned": "u", "ternary": "t"}.get(grid.kind, "")
+    function = f"unpack{grid.bits}{mark}"
+    graph.function(function, _unpacking(function, grid))
+    stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
+    shape = graph.constant(
+        f"shape.{'x'.join(map(str, codes.shape))}", np.array(codes.shape, np.int64)
+    )  # one for all weights of this shape
+    return graph.call(function, stored, shape, name=name, domain=DOMAIN)
+
+
+def _unpacking(name: str, grid: Grid) -> str:
+    """The function `(packed uint8 [bytes], shape) -> int8 [*shape]` of a grid, in ONNX's syntax.
+
+    A byte is split into its digits: of base 2^bits where that divides a byte evenly, of base 3 for ternary codes, else
+    into bits, of which `bits` in a row are a code again.
+    """
+    ternary, even = grid.kind == "ternary", 8 % grid.bits == 0
+    base, each = (3, 5) if ternary else (2**grid.bits, 8 // grid.bits) if even else (2, 8)
+    powers = ",".join(str(base**k) for k in range(each))
+    join = (
+        "codes = Identity(digits)"
+        if ternary or even
+        else f"""
+        width = Constant <value = int64[1] {{{grid.bits}}}> ()
+        used = Mul(count, width)
+        stream = Slice(digits, zero, used)
+        rows = Constant <value = int64[2] {{-1,{grid.bits}}}> ()
+        bits = Reshape(stream, rows)
+        weights = Constant <value = int32[{grid.bits}] {{{",".join(str(2**k) for k in range(grid.bits))}}}> ()
+        weighted = Mul(bits, weights)
+        axis = Constant <value = int64[1] {{1}}> ()
+        codes = ReduceSum <keepdims = 0> (weighted, axis)"""
+    )
+    gain, shift = (2, 2 * grid.low + 1) if grid.kind == "half" else (1, grid.low)
+    return f"""
+    <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+    {name} (packed, shape) => (integers)
+    {{
+        count = ReduceProd <keepdims = 1> (shape)
+        zero = Constant <value = int64[1] {{0}}> ()
+        column = Constant <value = int64[2] {{-1,1}}> ()
+        flat = Constant <value = int64[1] {{-1}}> ()
+        wide = Cast <to = 6> (packed)
+        tall = Reshape(wide, column)
+        powers = Constant <value = int32[{each}] {{{powers}}}> ()
+        base = Constant <value = int32[1] {{{base}}}> ()
+        shifted = Div(tall, powers)
+        cut = Mod(shifted, base)
+        digits = Reshape(cut, flat)
+        {join}
+        wanted = Slice(codes, zero, count)
+        gain = Constant <value = int32[1] {{{gain}}}> ()
+        low = Constant <value = int32[1] {{{shift}}}> ()
+        scaled = Mul(wanted, gain)
+        moved = Add(scaled, low)
+        shaped = Reshape(moved, shape)
+        integers = Cast <to = {_INT8}> (shaped)
+    }}"""

@@ -1,0 +1,93 @@
+"""Every weight of a marked graph is written as packed integers, every bias beside one as 32-bit integers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rabbet.export.graph import Graph, values
+from rabbet.export.marks import MOVING
+from rabbet.export.packed import Weight, zeros
+from rabbet.layer import Factor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]:
+    """Replace every weight mark by packed integers, and the biases beside them by 32-bit integers.
+
+    Returns the factor that each constant was made of, by the constant's name; tables apart, which nothing multiplies.
+    """
+    written: dict[str, str] = {}
+    for name, mark in list(graph.marks("weight")):
+        for weight in _write_weight(graph, Weight.of(name, factors[name]), mark.outputs[0]):
+            written[weight.name] = name
+    return written
+
+
+def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[Weight]:
+    for use in list(place.uses()):
+        node = use.node
+        move = _move(node)
+        if move is not None:
+            yield from _write_weight(graph, weight.moved(move), node.outputs[0])
+        elif node.op_type == "Gather" and use.idx == 0:
+            _write_table(graph, weight, node)
+        else:
+            unit = _unit(node) if node.op_type in ("Conv", "Gemm") and use.idx == 1 else None
+            if unit is not None and (bias := _bias(node)) is not None:
+                weight = weight.with_room(bias / float(values(unit)), str(node.name))
+                _write_bias(graph, weight, node, bias, unit)
+            node.replace_input_with(use.idx, weight.dequantised(graph))
+            yield weight
+
+
+def _move(node: "ir.Node") -> Callable[[Tensor], Tensor] | None:
+    """What a node does to a weight that it only gives another layout."""
+    if node.op_type not in MOVING:
+        return None
+    if node.op_type == "Transpose":
+        order = list(node.attributes["perm"].as_ints())
+        return lambda t: t.permute(order)
+    shape = node.outputs[0].shape
+    assert shape is not None  # a weight's shape is a constant
+    sizes = [int(n) for n in shape]  # type: ignore[arg-type]
+    return lambda t: t.reshape(sizes)
+
+
+def _unit(node: "ir.Node") -> "ir.Value | None":
+    """The scale of a node's input, if that is quantised."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return source.inputs[1] if source is not None and source.op_type == "DequantizeLinear" else None
+
+
+def _bias(node: "ir.Node") -> NDArray[Any] | None:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return None if bias is None or bias.const_value is None else values(bias)
+
+
+def _write_bias(graph: Graph, weight: Weight, node: "ir.Node", bias: NDArray[Any], unit: "ir.Value") -> None:
+    """A bias as int32, on the product of the scales of weight and input as integer kernels want it."""
+    real = weight.scale.numpy().astype(np.float64) * float(values(unit))
+    shape = () if weight.axis is None else real.shape
+    codes = np.round(bias / real)
+    axis: dict[str, Any] = {} if weight.axis is None else {"axis": 0}
+    product = graph.call("Mul", weight.scales(graph), unit, name=f"{node.name}.unit")
+    parts = graph.constant(f"{node.name}.bias", codes.astype(np.int32)), product, zeros(graph, shape, "int32")
+    node.replace_input_with(2, graph.call("DequantizeLinear", *parts, name=f"{node.name}.bias.float", **axis))
+
+
+def _write_table(graph: Graph, weight: Weight, node: "ir.Node") -> None:
+    """An embedding: rows of integers are looked up, and only those are put into float."""
+    index = node.inputs[1]
+    assert index is not None
+    rows = graph.call("Gather", weight.integers(graph), index, name=f"{node.name}.rows", axis=0)
+    scale = weight.scales(graph)
+    if weight.axis == 0:
+        found = graph.call("Gather", scale, index, name=f"{node.name}.scale", axis=0)
+        scale = graph.call("Unsqueeze", found, graph.constant("axis.last", np.array([-1])), name=f"{node.name}.scales")
+    wide = graph.call("Cast", rows, name=f"{node.name}.wide", to=1)
+    graph.swap(node.outputs[0], graph.call("Mul", wide, scale, name=f"{node.name}.values"))

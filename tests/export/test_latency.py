@@ -1,0 +1,86 @@
+"""Time as a budget: with a clock that is known, and once with the real one."""
+
+import sys
+
+import pytest
+import torch
+from exporting import CASES
+from torch import nn
+
+import rabbet
+from rabbet import BudgetError, Joint, Tuning
+from rabbet.latency import Stopwatch
+from rabbet.workpiece import Workpiece
+
+JOINT = Joint(grids=("2hc", "8c"), adapters=(("2hc", 0.4),), tuning=Tuning(steps=0))
+
+
+class Clock:
+    """A layer takes a microsecond a term, the rest ten, float a hundred."""
+
+    whole, rest = 100_000, 10_000
+
+    def __init__(self, piece):
+        self.piece = piece
+
+    def layer(self, site, layer):
+        return 0 if layer is None else 1000 * len(layer.terms)
+
+    def network(self, model):
+        return 12_345
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    monkeypatch.setattr(sys.modules["rabbet.compress"], "Stopwatch", Clock)
+    return CASES["cifar resnet"]()
+
+
+def test_a_latency_is_a_budget_like_any_other(clocked):
+    layers = len(rabbet.survey(clocked.model, clocked.batches[0]).sites)
+    for spare in range(3):
+        most = 10 + layers + spare
+        result = rabbet.compress(clocked.model, f"latency <= {most} us, bits <= 6", clocked.batches, JOINT)
+        assert sum(len(line.terms) - 1 for line in result.plan) <= spare
+        assert result.cost.time == 10_000 + 1000 * sum(len(line.terms) for line in result.plan) <= 1000 * most
+        assert result.float_cost.time == 100_000
+        assert "0.012 ms measured; float 0.100 ms" in result.notes[-1]
+        assert f"{result.cost.time / 1e6:.3f} ms predicted" in result.notes[-1]
+        assert "latency" in str(result)
+
+
+def test_an_impossible_latency_is_refused_with_the_smallest_reachable_one(clocked):
+    with pytest.raises(BudgetError, match=r"smallest reachable value is 0\.01\d ms latency"):
+        rabbet.plan(clocked.model, "latency <= 5%", clocked.batches, JOINT)
+
+
+def test_without_such_a_budget_nobody_measures_and_nothing_is_shown(clocked):
+    result = rabbet.compress(clocked.model, "bits <= 4", clocked.batches, JOINT)
+    assert result.cost.time == result.float_cost.time == 0
+    assert "latency" not in str(result)
+
+
+def test_layers_are_timed_once_a_machine_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("RABBET_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    piece = Workpiece.of(model.eval(), rabbet.Task([torch.rand(4, 3, 8, 8)]), rabbet.Engine())
+    plan = rabbet.Plan.parse("0 dense@3c + lowrank[2]@8c | act@8\n2 lowrank[4]@4c | act@8")
+
+    def times():
+        watch = Stopwatch(piece)
+        return [
+            watch.whole,
+            watch.rest,
+            *(watch.layer(s, plan[s.name]) for s in piece.survey),
+            watch.layer(piece.survey["2"], None),
+        ]
+
+    first = times()
+    assert first[0] > 0
+    assert min(first[2:]) > 0
+    kept = len(list(tmp_path.iterdir()))
+    monkeypatch.setattr("rabbet.latency.time_files", None)  # whoever measured again would fail
+    assert times() == first
+    assert len(list(tmp_path.iterdir())) == kept
+    four = rabbet.Plan.parse("2 lowrank[4]@8c | act@8")["2"]
+    assert Stopwatch(piece).layer(piece.survey["2"], four) == first[3]  # bits take no time

@@ -1,0 +1,305 @@
+"""The ONNX file: the network's answers, integer kernels, packed bytes; for every network, grid and term."""
+
+import copy
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from exporting import CASES, GRIDS, parcel
+from networks import Case, images, rand, settled
+from torch import nn
+
+import rabbet
+from rabbet.errors import DataError, FileError, ModelError
+from rabbet.export import compare
+from rabbet.export.onnx import write_float, write_onnx, write_openvino
+from rabbet.layer import compressed_layers
+from rabbet.pack import packed_bytes
+from rabbet.runtime import KERNELS, Session, kernels
+from rabbet.task import Task, examples, head, tensors
+
+TERMS = {
+    "dense": GRIDS,
+    "adapter": ("dense@3c + lowrank[2]@8c", "dense@2hc + lowrank[1]@4c"),
+    "low rank": ("lowrank[2]@4c", "lowrank[3]@8c", "lowrank[2]@3c"),
+}
+
+
+QUICK = rabbet.QUALITY["fast"]
+
+
+def _answers(model, batch):
+    with torch.no_grad():
+        return [t.detach() for t in tensors(Task([batch]).run(model, batch))]
+
+
+def _apart(a, b):
+    return float((a - b).norm() / b.norm().clamp_min(1e-6))
+
+
+def _factors(parcel):
+    return [f for layer in compressed_layers(parcel.model).values() for t in layer.factors for f in t]
+
+
+@pytest.fixture(scope="module", params=[(n, t) for n in CASES for t in TERMS], ids=lambda p: f"{p[0]}-{p[1]}")
+def written(request, tmp_path_factory):
+    """A case on a kind of terms with the file that was written of it."""
+    name, kind = request.param
+    case = CASES[name]()
+    made = parcel(case, TERMS[kind])
+    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    return case, made, write_onnx(made, path), path
+
+
+def test_the_file_answers_as_the_network_at_every_batch_size(written):
+    case, made, found, path = written
+    assert found.bytes == path.stat().st_size
+    session = Session(path)
+    for batch in case.batches:
+        for count in {1, examples(batch)}:
+            part = head(batch, count)
+            ours = session(*tensors(part))
+            ours = list(ours) if isinstance(ours, tuple) else [ours]
+            theirs = _answers(made.model, part)
+            assert [t.shape for t in ours] == [t.shape for t in theirs]
+            assert all(_apart(a, b) < 0.2 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_every_layer_runs_on_an_integer_kernel(written):
+    _, made, found, path = written
+    assert found.notes == ()
+    ran = kernels(path)
+    multiplied = [
+        f"{s.name}.{t}.{f}".lstrip(".")
+        for s in made.survey
+        if s.name in {line.name for line in made.plan} and s.kind != "embedding"
+        for t, term in enumerate(compressed_layers(made.model)[s.name].factors)
+        for f in range(len(term))
+    ]
+    for name in multiplied:
+        assert any(k in KERNELS for w, k in ran.items() if w.startswith(name)), name
+
+
+def test_the_file_is_hardly_larger_than_the_native_one(written, tmp_path):
+    _, made, found, _ = written
+    native = rabbet.export.native.write_native(made, tmp_path / "small.safetensors").bytes
+    assert found.bytes <= 1.15 * native + 100_000
+
+
+def test_weights_take_their_packed_bytes_and_no_more(written):
+    _, made, _, path = written
+    stored = onnx.load(path).graph.initializer
+    found = sum(_size(i) for i in stored if i.name.endswith((".packed", ".int4")))
+    wanted = sum(
+        packed_bytes(f.codes.numel(), f.grid.levels) for f in _factors(made) if f.grid.bits < 8 or f.grid.kind == "half"
+    )
+    assert found == wanted
+
+
+def _size(initializer):
+    return len(initializer.raw_data) or onnx.numpy_helper.to_array(initializer).nbytes
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_openvino])
+def test_the_integers_in_the_runtime_are_exactly_the_codes(write, tmp_path):
+    # 3 x 5 x 3 x 3 = 135 codes a layer: no multiple of 8, 5 or 2
+    model = nn.ModuleList()
+    for k in range(len(GRIDS)):
+        model.append(nn.Conv2d(5, 3, 3, padding=1) if k % 2 else nn.Linear(15, 9))
+
+    class All(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x, y):
+            return tuple(m(x if k % 2 else y) for k, m in enumerate(self.layers))
+
+    made = parcel(Case(settled(All()), [(rand(4, 5, 6, 6), rand(4, 3, 15))]))
+    path = tmp_path / "small.onnx"
+    write(made, path)
+    Session(path, 1, tmp_path / "optimised.onnx")
+    constants = {
+        i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / "optimised.onnx").graph.initializer
+    }
+    for name, layer in compressed_layers(made.model).items():
+        (factor,) = layer.factors[0]
+        held = next(v for k, v in constants.items() if k in {f"{name}.0.0", f"{name}.0.0.moved"})
+        half = factor.grid.kind == "half"
+        wanted = (2 * factor.codes + 1 if half else factor.codes).numpy()
+        held = held.T if held.shape != wanted.shape else held
+        assert (held == wanted).all(), (name, str(factor.grid))
+
+
+@pytest.mark.parametrize("act", ["act@4", "act@6"])
+def test_inputs_of_fewer_bits_are_cut_to_their_codes(act, tmp_path):
+    case = CASES["cifar resnet"]()
+    made = parcel(case, ("dense@8c",), act)
+    assert write_onnx(made, tmp_path / "small.onnx").notes == ()
+    found, wanted = Session(tmp_path / "small.onnx")(case.batches[0]), _answers(made.model, case.batches[0])[0]
+    assert _apart(found, wanted) < 0.1
+
+
+def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return torch.relu(self.a(x)) + self.b(x)
+
+    model, data = settled(Two()), images()
+    result = rabbet.fit(model, "a dense@8c | act@8\nb dense@8c | act@3", data, rabbet.QUALITY["fast"])
+    result.export(tmp_path / "small.onnx")
+    found = Session(tmp_path / "small.onnx")(data[0])
+    assert _apart(found, _answers(result.model, data[0])[0]) < 0.05
+
+
+def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):
+    made = parcel(CASES["cifar resnet"](), ("dense@4c",), "")
+    notes = write_onnx(made, tmp_path / "small.onnx").notes
+    assert len(notes) == len(made.plan)
+    assert all("runs in float" in n and "its plan has no act" in n for n in notes)
+
+
+def test_a_dead_channel_keeps_its_bias(tmp_path):
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].weight[2] *= 1e-13
+        model[0].bias[1:3] = torch.tensor([3.0, 2.0])
+    case = Case(model, images())
+    made = parcel(case, ("dense@8c", "dense@2hc"))
+    write_onnx(made, tmp_path / "small.onnx")
+    assert _apart(Session(tmp_path / "small.onnx")(case.batches[0]), _answers(made.model, case.batches[0])[0]) < 0.05
+
+
+def test_a_float_network_is_written_as_it_is(tmp_path):
+    case = CASES["imagenet resnet"]()
+    write_float(case.model, Task.of(case.batches), tmp_path / "float.onnx")
+    assert _apart(Session(tmp_path / "float.onnx")(case.batches[0]), _answers(case.model, case.batches[0])[0]) < 1e-4
+    assert not set(kernels(tmp_path / "float.onnx").values()) & set(KERNELS)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return rabbet.fit(TestThroughTheFrontDoor.MODEL, TestThroughTheFrontDoor.PLAN, TestThroughTheFrontDoor.DATA, QUICK)
+
+
+class TestThroughTheFrontDoor:
+    """What a user does."""
+
+    MODEL = settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)))
+    DATA = images()
+    PLAN = "0 dense@3c | act@8\n3 dense@4c | act@8"
+
+    def test_the_same_file_comes_from_the_result_and_from_its_native_file(self, result, tmp_path):
+        result.export(tmp_path / "a.onnx")
+        result.save(tmp_path / "small.safetensors")
+        again = rabbet.reopen(tmp_path / "small.safetensors", self.MODEL, self.DATA)
+        again.export(tmp_path / "b.onnx")
+        assert (again.plan, again.cost) == (result.plan, result.cost)
+        assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+    def test_an_export_touches_neither_network(self, result, tmp_path):
+        before = [copy.deepcopy(m.state_dict()) for m in (self.MODEL, result.model)]
+        result.export(tmp_path / "a.onnx")
+        for state, model in zip(before, (self.MODEL, result.model), strict=True):
+            assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+
+    def test_accuracy_takes_a_session(self, result, tmp_path):
+        result.export(tmp_path / "a.onnx")
+        test = [(x, result.model(x).argmax(1)) for x in self.DATA]
+        assert rabbet.accuracy(rabbet.Session(tmp_path / "a.onnx"), test) > 80
+
+    def test_a_torch_program_computes_the_same_without_rabbet(self, result, tmp_path):
+        result.export(tmp_path / "small.pt2")
+        program = torch.export.load(tmp_path / "small.pt2").module()
+        for x in (self.DATA[0], self.DATA[0][:1]):
+            assert torch.equal(program(x), result.model(x))
+        assert not any(type(m).__module__.startswith("rabbet") for m in program.modules())
+
+    def test_openvino_runs_its_file_on_integer_kernels(self, result, tmp_path):
+        openvino = pytest.importorskip("openvino")
+        result.export(tmp_path / "a.onnx", "openvino")
+        compiled = openvino.Core().compile_model(tmp_path / "a.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found = torch.from_numpy(next(iter(compiled({0: self.DATA[0].numpy()}).values())))
+        assert _apart(found, result.model(self.DATA[0])) < 0.1
+        facts = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+        layers = [f for f in facts if _said(f, "layerType") in {"Convolution", "FullyConnected"}]
+        assert len(layers) == 2
+        assert all("I8" in _said(f, "primitiveType") for f in layers)
+
+    def test_a_file_that_does_not_answer_alike_is_an_error_and_is_not_written(self, result, tmp_path, monkeypatch):
+        (tmp_path / "a.onnx").write_text("mine")
+        monkeypatch.setattr(compare, "NEAR", 0.0)
+        with pytest.raises(ModelError, match=r"differs from the network's by .* first at"):
+            result.export(tmp_path / "a.onnx")
+        assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+        assert (tmp_path / "a.onnx").read_text() == "mine"
+
+    def test_missing_packages_are_named(self, result, tmp_path, monkeypatch):
+        monkeypatch.setattr("rabbet.export.graph.find_spec", lambda name: None)
+        with pytest.raises(FileError, match=r"need onnx, .* install rabbet\[onnx\]"):
+            result.export(tmp_path / "a.onnx")
+
+    @pytest.mark.parametrize("target", ["onnx", "torch"])
+    def test_a_network_that_cannot_be_traced_is_one_clear_error(self, target, tmp_path):
+        class Moody(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.a(x) if x.sum() > 0 else -self.a(x)
+
+        found = rabbet.fit(settled(Moody()), "a dense@8c | act@8", [rand(4, 4)], rabbet.QUALITY["fast"])
+        with pytest.raises(ModelError, match="torch cannot export this network") as caught:
+            found.export(tmp_path / "f", target)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+    def test_an_unknown_target_is_an_error_that_names_the_known_ones(self, result, tmp_path):
+        with pytest.raises(FileError, match="safetensors, onnx, openvino, torch"):
+            result.export(tmp_path / "a.onnx", "tflite")
+        with pytest.raises(FileError, match=r"ends in '.xyz'"):
+            result.export(tmp_path / "a.xyz")
+
+    def test_a_session_says_what_it_takes(self, result, tmp_path):
+        result.export(tmp_path / "a.onnx")
+        with pytest.raises(DataError, match="the file takes input"):
+            Session(tmp_path / "a.onnx")(self.DATA[0], self.DATA[0])
+        with pytest.raises(DataError, match="does not run on"):
+            Session(tmp_path / "a.onnx")(self.DATA[0][:, :1])
+        (tmp_path / "bad.onnx").write_bytes(b"nothing")
+        for path in (tmp_path / "bad.onnx", tmp_path / "none.onnx"):
+            with pytest.raises(FileError, match="onnxruntime does not take"):
+                Session(path)
+
+
+def _said(facts, key):
+    value = facts[key]
+    return str(getattr(value, "value", value))
+
+
+def test_axes_in_which_batches_differ_are_dynamic(tmp_path):
+    made = parcel(CASES["bert"]())
+    write_onnx(made, tmp_path / "small.onnx")
+    session = Session(tmp_path / "small.onnx")
+    for count, length in ((1, 5), (4, 13)):
+        ids = torch.randint(40, (count, length))
+        assert session(input_ids=ids, attention_mask=torch.ones_like(ids))[0].shape == (count, length, 16)
+
+
+@pytest.mark.data
+def test_resnet20_keeps_its_accuracy_in_the_runtime(real, tmp_path: Path):
+    train, _ = real.load.cifar10("train", 256)
+    images, labels = real.load.cifar10("test", 500)
+    test = list(zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True))
+    made = parcel(Case(real.nets.cifar_resnet(20), list(torch.from_numpy(train).split(64))), ("dense@6c", "dense@8c"))
+    assert write_onnx(made, tmp_path / "small.onnx").notes == ()
+    assert set(kernels(tmp_path / "small.onnx").values()) == {"QLinearConv", "QGemm"}
+    apart = rabbet.accuracy(Session(tmp_path / "small.onnx"), test) - rabbet.accuracy(made.model, test)
+    assert abs(apart) <= 1.0
