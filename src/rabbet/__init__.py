@@ -1,6 +1,6 @@
 """rabbet: make a trained PyTorch network fit a hard budget, the rank and the bits of every layer chosen together."""
 
-from rabbet.compress import Result, calibrate_ranges, compress, fit, load, plan, price
+from rabbet.compress import Result, calibrate_ranges, compress, fit, load, plan, price, reopen
 from rabbet.cost import Budget, Cost
 from rabbet.engine import Engine
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
@@ -8,6 +8,7 @@ from rabbet.grid import Grid
 from rabbet.layer import build, plan_of
 from rabbet.methods import QUALITY, Joint
 from rabbet.plan import LayerPlan, Plan, Term
+from rabbet.runtime import Session
 from rabbet.survey import Survey, survey
 from rabbet.task import Task, accuracy
 from rabbet.train import Tuning
@@ -30,6 +31,7 @@ __all__ = [
     "PlanError",
     "RabbetError",
     "Result",
+    "Session",
     "Survey",
     "Task",
     "Term",
@@ -43,5 +45,6 @@ __all__ = [
     "plan",
     "plan_of",
     "price",
+    "reopen",
     "survey",
 ]

@@ -80,8 +80,8 @@ def _pass(model: nn.Module, task: Task, count: int, progress: Progress, stage: s
             progress(stage, k + 1, count)
 
 
-class _Sample:
-    """A random sample of the values that pass, and their extremes."""
+class Sample:
+    """A random sample of the values that pass, at most `per_call` of each tensor, and their extremes."""
 
     def __init__(self, per_call: int, generator: torch.Generator) -> None:
         self.per_call, self.generator = per_call, generator
@@ -89,6 +89,7 @@ class _Sample:
         self.kept: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> None:
+        """Look at a tensor of any shape."""
         flat = x.detach().reshape(-1)
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         chosen = torch.randint(len(flat), (min(self.per_call, len(flat)),), generator=self.generator)
@@ -123,7 +124,7 @@ def calibrate_ranges(
     sizes = list(itertools.accumulate(map(examples, task.read())))
     count = next((k + 1 for k, total in enumerate(sizes) if total >= limit), len(sizes))
     generator = torch.Generator().manual_seed(seed)
-    samples = {act: _Sample(-(-VALUES // count), generator) for act in acts}
+    samples = {act: Sample(-(-VALUES // count), generator) for act in acts}
     try:
         for act, sample in samples.items():
             act.observer = sample

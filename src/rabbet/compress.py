@@ -1,18 +1,19 @@
 """The front door: a float network and a budget in, a network that keeps it out."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from rabbet.calibrate import calibrate_ranges as _calibrate_ranges
-from rabbet.cost import Budget, Cost
+from rabbet.cost import METRICS, Budget, Cost
 from rabbet.engine import Engine
 from rabbet.errors import FileError, PlanError
-from rabbet.export import EXPORTS
+from rabbet.export import EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
+from rabbet.latency import Stopwatch
 from rabbet.layer import plan_of, validate
 from rabbet.methods import Joint, Method
 from rabbet.plan import Plan
@@ -45,18 +46,16 @@ class Result:
 
         Raises as `export` does.
         """
-        return self.export(path, "safetensors")
+        return self.export(path, "safetensors").bytes
 
-    def export(self, path: str | Path, target: str | None = None) -> int:
-        """Write a file of the given target (default: by the path's ending); returns its bytes.
+    def export(self, path: str | Path, target: str | None = None) -> Written:
+        """Write a file of the given target (default: by the path's ending); returns its bytes and what to know of it.
 
         Raises FileError for an unknown target or a folder that cannot be written; PlanError or BudgetError, and writes
         nothing, if the network was changed since and is no longer what the plan says or what the budget allows.
         """
         path = Path(path)
-        target = target or path.suffix.lstrip(".")
-        if target not in EXPORTS:
-            raise FileError(f"cannot export to {target!r}; there are {', '.join(EXPORTS)}")
+        target = target_of(path, target)
         if not path.parent.is_dir():
             raise FileError(f"cannot write {path}: there is no folder {path.parent}")
         if plan_of(self.model, self.survey) != self.plan:
@@ -92,7 +91,7 @@ def compress(
     """
     limits = Budget.parse(budget)
     method = method or Joint()
-    piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
+    piece = _piece(model, limits, data, seed, engine)
     return _finish(piece, method, method.plan(piece, limits), limits)
 
 
@@ -105,8 +104,8 @@ def plan(
     engine: Engine | None = None,
 ) -> Plan:
     """Only choose: the plan that `compress` would fit. Print it, edit it, then `fit` it. Raises as `compress` does."""
-    piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
-    return (method or Joint()).plan(piece, Budget.parse(budget))
+    limits = Budget.parse(budget)
+    return (method or Joint()).plan(_piece(model, limits, data, seed, engine), limits)
 
 
 def fit(
@@ -133,9 +132,26 @@ def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
     return piece.cost(chosen)
 
 
+def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, engine: Engine | None) -> Workpiece:
+    """The network on the bench, with a stopwatch beside it if the budget is about time."""
+    piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
+    if any(limit.metric == "latency" for limit in budget.limits):
+        piece.clock = Stopwatch(piece)
+    return piece
+
+
 def _finish(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
     fitted = method.fit(piece, chosen)
-    return _result(fitted.model, piece, budget, fitted.notes)
+    result = _result(fitted.model, piece, budget, fitted.notes)
+    return result if piece.clock is None else replace(result, notes=(*result.notes, _timed(piece, result)))
+
+
+def _timed(piece: Workpiece, result: Result) -> str:
+    """Predicted against measured, in words."""
+    assert piece.clock is not None
+    found = piece.clock.network(result.model)
+    shown = [METRICS["latency"].show(t, 1) for t in (result.cost.time, found, result.float_cost.time)]
+    return f"latency in onnxruntime: {shown[0]} predicted, {shown[1]} measured; float {shown[2]}"
 
 
 def _result(model: nn.Module, piece: Workpiece, budget: Budget | None, notes: tuple[str, ...]) -> Result:
@@ -144,7 +160,7 @@ def _result(model: nn.Module, piece: Workpiece, budget: Budget | None, notes: tu
     cost = piece.cost(found)
     if budget is not None:
         budget.check(cost, piece.float_cost)
-    parcel = Parcel(model, found, piece.survey, piece.rest(found))
+    parcel = Parcel(model, found, piece.survey, piece.rest(found), piece.task)
     return Result(model, found, cost, piece.float_cost, piece.survey, budget, notes, parcel)
 
 
@@ -156,9 +172,20 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     return read_native(Path(path), model)[0]
 
 
+def reopen(path: str | Path, model: nn.Module, data: Data) -> Result:
+    """The result of an earlier run, read from its native file: to be shown again, or exported for a runtime.
+
+    model gives the code, as for `load`; data what an export measures and compares on. Raises as `load` does.
+    """
+    network, survey, plan = read_native(Path(path), model)
+    piece = Workpiece.of(model, Task.of(data), Engine())
+    parcel = Parcel(network, plan, survey, piece.rest(plan), piece.task)
+    return Result(network, plan, piece.cost(plan), piece.float_cost, survey, None, (), parcel)
+
+
 def calibrate_ranges(model: nn.Module, data: Data, seed: int = 0) -> None:
     """Choose the input ranges of a network from `build`, in place, from about 512 examples."""
     _calibrate_ranges(model, Task.of(data), seed)
 
 
-__all__ = ["Result", "calibrate_ranges", "compress", "fit", "load", "plan", "price"]
+__all__ = ["Result", "calibrate_ranges", "compress", "fit", "load", "plan", "price", "reopen"]

@@ -3,6 +3,8 @@
 Bytes are those of the whole native file, header included. MACs are multiply-accumulates of the layers in the survey,
 per example. A bit operation (BOP) is a MAC times the bits of the weight times the bits of the input (Bayesian Bits,
 arXiv 2005.07093); a float counts 32 bits. Bits are the mean bits of the codes per weight, every weight counted.
+Latency is that of the exported file for a batch of one, predicted from layers that were timed on this machine
+(`rabbet.latency`); it is zero where nobody measured.
 """
 
 import math
@@ -26,6 +28,7 @@ class Cost:
     """What a layer or a network costs, in whole numbers.
 
     bytes: of the file. macs, bops: per example. code_bits: bits of all weight codes. weights: entries of all weights.
+    time: nanoseconds of one example, zero if it was not measured.
     """
 
     bytes: int = 0
@@ -33,6 +36,7 @@ class Cost:
     bops: int = 0
     code_bits: int = 0
     weights: int = 0
+    time: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, f) + getattr(other, f) for f in Cost.__dataclass_fields__))
@@ -48,17 +52,13 @@ class Quantity:
     """One quantity that a budget can limit.
 
     amount: its whole-number measure in a cost. limit: the largest amount that a stated absolute value allows.
-    units: factor of each unit that may follow a number.
+    units: factor of each unit that may follow a number. show: an amount in words, given the number of weights.
     """
 
     amount: Callable[[Cost], int]
     limit: Callable[[Fraction, Cost], Fraction]
     units: dict[str, int]
-    digits: int = 0
-
-    def show(self, amount: float, weights: int) -> str:
-        """An amount in words."""
-        return f"{amount / weights:.3f}" if self.digits else f"{amount:,.0f}"
+    show: Callable[[float, int], str] = lambda amount, _: f"{amount:,.0f}"
 
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -70,7 +70,18 @@ METRICS: dict[str, Quantity] = {
     ),
     "macs": Quantity(lambda c: c.macs, lambda value, _: value, _DECIMAL),
     "bops": Quantity(lambda c: c.bops, lambda value, _: value, _DECIMAL),
-    "bits": Quantity(lambda c: c.code_bits, lambda value, cost: value * cost.weights, {"": 1}, digits=3),
+    "bits": Quantity(
+        lambda c: c.code_bits,
+        lambda value, cost: value * cost.weights,
+        {"": 1},
+        lambda amount, weights: f"{amount / weights:.3f}",
+    ),
+    "latency": Quantity(
+        lambda c: c.time,
+        lambda value, _: value,
+        {"us": 10**3, "ms": 10**6, "s": 10**9},
+        lambda amount, _: f"{amount / 1e6:.3f} ms",
+    ),
 }
 _LIMIT = re.compile(r"([a-z]+)\s*(<=|≤)\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)", re.IGNORECASE)
 
@@ -90,7 +101,9 @@ class Limit:
         return math.floor(self.value * metric.amount(whole) if self.share else metric.limit(self.value, whole))
 
     def broken_by(self, cost: Cost, whole: Cost) -> bool:
-        """Whether a cost is over this limit."""
+        """Whether a cost is over this limit; raises BudgetError for a latency that nobody measured."""
+        if self.metric == "latency" and not whole.time:
+            raise BudgetError(f"{self.text!r} needs a latency, which is measured by `compress` and `plan` only")
         return METRICS[self.metric].amount(cost) > self.amount(whole)
 
 
@@ -105,7 +118,7 @@ class Budget:
         """Read clauses `metric <= number unit`, separated by commas.
 
         Metrics and units: bytes (B, kB, MB, GB, KiB, MiB, GiB, %), macs and bops (k, M, G, T, %), bits (mean bits per
-        weight, %). `%` is a share of the float32 network. Raises BudgetError for anything else.
+        weight, %), latency (us, ms, s, %). `%` is a share of the float32 network. Raises BudgetError for anything else.
         """
         if isinstance(text, Budget):
             return text
@@ -187,6 +200,6 @@ def plan_cost(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> Cost:
 
 def heaviest(costs: dict[str, Cost], metric: str, count: int = 3) -> str:
     """The layers that weigh most, in words: what holds a budget up."""
-    amount = METRICS[metric].amount
-    ranked = sorted(costs.items(), key=lambda item: -amount(item[1]))[:count]
-    return ", ".join(f"{quoted(name)} {amount(cost):,}" for name, cost in ranked)
+    quantity = METRICS[metric]
+    ranked = sorted(costs.items(), key=lambda item: -quantity.amount(item[1]))[:count]
+    return ", ".join(f"{quoted(name)} {quantity.show(quantity.amount(c), c.weights)}" for name, c in ranked)

@@ -1,15 +1,16 @@
 """What a method works on: the user's network, folded and measured."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from rabbet.calibrate import second_moments
-from rabbet.cost import Cost, float_cost, plan_cost
+from rabbet.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.engine import Engine
 from rabbet.errors import ModelError
 from rabbet.layout import RESERVED, Rest
-from rabbet.plan import Plan
+from rabbet.plan import LayerPlan, Plan
 from rabbet.site import KINDS, Site
 from rabbet.survey import Survey, fold, stored_tensors
 from rabbet.survey import survey as look
@@ -22,12 +23,34 @@ DTYPES = {
 }  # fmt: skip
 
 
+class Clock(Protocol):
+    """What knows how long things take on this machine, in nanoseconds for a batch of one; see `rabbet.latency`."""
+
+    @property
+    def whole(self) -> int:
+        """The float network."""
+        ...
+
+    @property
+    def rest(self) -> int:
+        """What no layer's choice changes."""
+        ...
+
+    def layer(self, site: Site, layer: LayerPlan | None) -> int:
+        """One layer as it is planned; None for one that stays float."""
+        ...
+
+    def network(self, model: nn.Module) -> int:
+        """A compressed network, exported and timed now."""
+        ...
+
+
 @dataclass
 class Workpiece:
     """A float network on the bench: folded copy, survey, the user's task, the engine, the seed.
 
     `types` are the original types of the tensors that stay as they are: a half-precision embedding that is left alone
-    is stored in half precision again.
+    is stored in half precision again. clock: times layers, if a budget is about latency.
     """
 
     model: nn.Module
@@ -36,6 +59,7 @@ class Workpiece:
     engine: Engine
     seed: int
     types: dict[str, str]
+    clock: Clock | None = None
     _moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -56,7 +80,15 @@ class Workpiece:
 
     def cost(self, plan: Plan) -> Cost:
         """The exact cost of a plan."""
-        return plan_cost(self.survey, plan, self.rest(plan))
+        cost = plan_cost(self.survey, plan, self.rest(plan))
+        if self.clock is None:
+            return cost
+        return replace(cost, time=self.clock.rest + sum(self.clock.layer(s, plan.get(s.name)) for s in self.survey))
+
+    def layer_cost(self, site: Site, layer: LayerPlan) -> Cost:
+        """What one layer costs as planned, its time included if somebody measures it."""
+        cost = layer_cost(site, layer)
+        return cost if self.clock is None else replace(cost, time=self.clock.layer(site, layer))
 
     def moments(self) -> dict[str, Tensor]:
         """Second moments of the inputs of every site, measured once."""
@@ -67,7 +99,8 @@ class Workpiece:
     @property
     def float_cost(self) -> Cost:
         """What the float32 network costs."""
-        return float_cost(self.survey)
+        cost = float_cost(self.survey)
+        return cost if self.clock is None else replace(cost, time=self.clock.whole)
 
 
 def rest_of(model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str]) -> tuple[Rest, ...]:

@@ -6,7 +6,7 @@ import json
 import torch
 from torch import nn
 
-from rabbet import Plan, load, survey
+from rabbet import Plan, Task, load, survey
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
 from rabbet.grid import Grid, Quantised
@@ -30,7 +30,8 @@ def _written(model, batch, text, numbers, ranges, path):
             act.set_range(torch.tensor(scale), torch.tensor(float(zero)))
     types = {name: DTYPES[str(t.dtype)] for name, t in model.state_dict().items()}
     rest = rest_of(fold(model, found), found, plan, types)
-    assert write_native(Parcel(student, plan, found, rest), path) == path.stat().st_size
+    parcel = Parcel(student, plan, found, rest, Task([batch]))
+    assert write_native(parcel, path).bytes == path.stat().st_size
     return path.read_bytes()
 
 

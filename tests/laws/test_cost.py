@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rabbet.cost import METRICS, Budget, Cost, float_cost, layer_cost, plan_cost
 from rabbet.engine import Engine
 from rabbet.errors import BudgetError
-from rabbet.export import EXPORTS
 from rabbet.export.base import Parcel
+from rabbet.export.native import write_native
 from rabbet.forms import FORMS
 from rabbet.grid import Grid
 from rabbet.layer import ActQuant, build, plan_of
@@ -50,21 +50,18 @@ def _plans(draw, sites):
     )
 
 
-@pytest.mark.parametrize("target", EXPORTS)
 @pytest.mark.parametrize("name", NETWORKS)
 @settings(max_examples=12)
 @given(data=st.data())
-def test_predicted_bytes_are_those_of_the_file(target, name, data, tmp_path_factory):
+def test_predicted_bytes_are_those_of_the_file(name, data, tmp_path_factory):
     piece = PIECES[name]
     plan = data.draw(_plans(piece.survey.sites))
     student = build(piece.model, plan, piece.survey)
     for act in (m for m in student.modules() if isinstance(m, ActQuant)):
         act.set_range(torch.tensor(0.5), torch.tensor(1.0))
     path = tmp_path_factory.mktemp("bytes") / "file"
-    written = EXPORTS[target](Parcel(student, plan, piece.survey, piece.rest(plan)), path)
-    assert written == path.stat().st_size
-    if target == "safetensors":
-        assert piece.cost(plan).bytes == written
+    written = write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), path).bytes
+    assert piece.cost(plan).bytes == written == path.stat().st_size
     assert plan_of(student, piece.survey) == plan
 
 
@@ -204,15 +201,24 @@ def test_a_limit_allows_exactly_what_it_says(text, metric, amount):
     assert limit.amount(WHOLE) == amount
 
 
+FIELDS = {"bits": "code_bits", "latency": "time"}
+
+
 @given(st.sampled_from(list(METRICS)), st.integers(1, 10**15))
 def test_a_budget_has_no_tolerance(metric, amount):
-    weights = 7
-    budget = Budget.parse(f"{metric} <= {amount}")
-    field = "code_bits" if metric == "bits" else metric
-    most = amount * weights if metric == "bits" else amount
-    budget.check(Cost(**{field: most}), Cost(weights=weights))
+    whole = Cost(weights=7, time=1)
+    unit, step = ("us", 1000) if metric == "latency" else ("", 1)
+    budget = Budget.parse(f"{metric} <= {amount} {unit}")
+    field = FIELDS.get(metric, metric)
+    most = amount * (whole.weights if metric == "bits" else step)
+    budget.check(Cost(**{field: most}), whole)
     with pytest.raises(BudgetError):
-        budget.check(Cost(**{field: most + 1}), Cost(weights=weights))
+        budget.check(Cost(**{field: most + 1}), whole)
+
+
+def test_a_latency_that_nobody_measured_is_no_latency_of_zero():
+    with pytest.raises(BudgetError, match="measured by `compress` and `plan` only"):
+        Budget.parse("latency <= 5 ms").check(Cost(bytes=3), WHOLE)
 
 
 @given(st.decimals(0, 200, places=3).filter(lambda d: d > 0), st.integers(1, 10**12))
@@ -253,7 +259,7 @@ def test_a_broken_budget_says_what_was_allowed_and_what_was_found():
         ("bytes <= 10 kbit", "unknown unit 'kbit'"),
         ("macs <= 10 kB", "unknown unit 'kb'"),
         ("bits <= 4 k", "unknown unit 'k'"),
-        ("latency <= 4", "unknown quantity 'latency'"),
+        ("energy <= 4", "unknown quantity 'energy'"),
         ("bytes <= 10%, ", "''"),
         ("bytes <= 10% macs <= 5%", "bytes <= 10% macs <= 5%"),
         ("10%", "10%"),

@@ -23,7 +23,9 @@ FLOORS = (
     {"layer"},
     {"candidates", "calibrate"},
     {"workpiece"},
-    {"sequence", "score", "train", "allocate", "report", "export"},
+    {"runtime"},
+    {"sequence", "score", "train", "allocate", "report", "export", "bench"},
+    {"latency"},
     {"methods"},
     {"compress"},
     {"cli", "__init__", "__main__", "demo"},
@@ -105,8 +107,8 @@ def test_nothing_is_unpickled():
 
 PUBLIC = {
     "Budget", "BudgetError", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan", "ModelError",
-    "Plan", "PlanError", "QUALITY", "RabbetError", "Result", "Survey", "Task", "Term", "Tuning", "accuracy", "build",
-    "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price", "survey",
+    "Plan", "PlanError", "QUALITY", "RabbetError", "Result", "Session", "Survey", "Task", "Term", "Tuning", "accuracy",
+    "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price", "reopen", "survey",
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ FLOAT = Joint(grids=("tc", "3c", "5", "8c"), adapters=(), act=None, tuning=Tunin
 
 
 def _table(piece, method):
-    return [[method._option(site, terms) for terms in method.menu(site)] for site in piece.survey]
+    return [[method._option(piece, site, terms) for terms in method.menu(site)] for site in piece.survey]
 
 
 def _exact(piece, table, choice):

@@ -74,7 +74,7 @@ def test_the_reader_finds_every_number_of_every_layer(name, data, reader, tmp_pa
         for k, act in enumerate(layer.quantisers):
             act.set_range(torch.tensor(0.5 + k), torch.tensor(float(k)))
     path = tmp_path_factory.mktemp("reader") / "f"
-    write_native(Parcel(student, plan, piece.survey, piece.rest(plan)), path)
+    write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), path)
     found = {name: rest for name, *rest in reader.read(path)}
     assert list(found) == [line.name for line in plan]
     for line in plan:
@@ -91,7 +91,7 @@ def test_safetensors_itself_reads_what_is_kept_as_it_is(name, tmp_path):
     piece = PIECES[name]
     plan = Plan((LayerPlan(piece.survey.sites[0].name, (Term("dense", Grid.parse("4c")),)),))
     student = build(piece.model, plan, piece.survey)
-    write_native(Parcel(student, plan, piece.survey, piece.rest(plan)), tmp_path / "f")
+    write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), tmp_path / "f")
     state = student.state_dict()
     with safetensors.safe_open(tmp_path / "f", framework="pt") as file:
         assert file.metadata()["format"] == "rabbet/1"
@@ -104,7 +104,7 @@ def test_every_value_lies_at_a_multiple_of_its_width(tmp_path):
     for name, piece in PIECES.items():
         plan = Plan((LayerPlan(piece.survey.sites[-1].name, (Term("dense", Grid.parse("3c")),)),))
         student = build(piece.model, plan, piece.survey)
-        write_native(Parcel(student, plan, piece.survey, piece.rest(plan)), tmp_path / name)
+        write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), tmp_path / name)
         data = (tmp_path / name).read_bytes()
         size = int.from_bytes(data[:8], "little")
         entries = json.loads(data[8 : 8 + size])
@@ -133,7 +133,7 @@ def test_the_example_of_the_documentation_is_true(tmp_path):
     student = build(model, plan, found)
     for act in (a for layer in compressed_layers(student).values() for a in layer.quantisers):
         act.set_range(torch.tensor(1.0), torch.tensor(0.0))
-    written = write_native(Parcel(student, plan, found, piece.rest(plan)), tmp_path / "f")
+    written = write_native(Parcel(student, plan, found, piece.rest(plan), piece.task), tmp_path / "f").bytes
     data = (tmp_path / "f").read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     assert f"{header} bytes of header and {written - header:,} of values make {written:,}." in page

@@ -1,4 +1,4 @@
-"""The command line: `rabbet survey`, `plan`, `compress`, `show`, `check`, `compare`.
+"""The command line: `rabbet survey`, `plan`, `compress`, `show`, `check`, `compare`, `export`, `eval`, `bench`.
 
 What was asked for goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a budget that is broken or cannot be
 met, 2 any other mistake, 130 stopped by hand. A mistake is one line that starts with `error:`.
@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbet.cli import making, reading
-from rabbet.cli.bench import Stopped
+from rabbet.cli import making, reading, running
+from rabbet.cli.working import Stopped
 from rabbet.errors import BudgetError, RabbetError
 
 # Newer versions of typer carry a click of their own: the root of its usage errors is found through what is public.
@@ -31,6 +31,9 @@ app = typer.Typer(
 )
 for command in (making.survey, making.plan, making.compress, reading.show, reading.check, reading.compare):
     app.command()(command)
+app.command("export")(running.export)
+app.command("eval")(running.evaluate)
+app.command("bench")(running.bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -29,7 +29,7 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
         data, test = data or DEMO_DATA, test or DEMO_TEST
     if data is None:
         raise typer.BadParameter(f"{model} needs batches: name a module:callable that gives them", param_hint="--data")
-    network, task = open_network(model), _task(data)
+    network, task = open_network(model), open_task(data)
     return Inputs(network, task, open_judge(test, task))
 
 
@@ -41,7 +41,8 @@ def open_network(reference: str) -> nn.Module:
     return found.eval()
 
 
-def _task(reference: str) -> Task:
+def open_task(reference: str) -> Task:
+    """The batches or the task that a reference names."""
     try:
         return Task.of(made(reference, "--data"))
     except DataError as e:

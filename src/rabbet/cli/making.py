@@ -7,15 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from rabbet.cli import options, tables
-from rabbet.cli.bench import bench
 from rabbet.cli.inputs import Inputs, open_inputs
-from rabbet.compress import Result, fit, load
+from rabbet.cli.stored import opened, ready
+from rabbet.cli.working import working
+from rabbet.compress import Result, fit
 from rabbet.compress import compress as choose_and_fit
 from rabbet.compress import plan as choose
 from rabbet.cost import Budget
 from rabbet.engine import Engine
-from rabbet.errors import FileError
-from rabbet.export import EXPORTS
 from rabbet.export.base import write_beside
 from rabbet.layer import validate
 from rabbet.methods import Joint
@@ -24,8 +23,6 @@ from rabbet.plan import Plan, quoted
 from rabbet.survey import Survey
 from rabbet.survey import survey as look
 from rabbet.workpiece import Workpiece
-
-NATIVE = "safetensors"
 
 
 def survey(model: options.Model = None, data: options.Data = None, as_json: options.Json = False) -> None:
@@ -60,7 +57,7 @@ def plan(
     """Choose only: print the plan that compress would fit, to be read, edited and given to compress --plan."""
     limits = options.budget_of(budget)
     inputs = open_inputs(model, data)
-    with bench(resume, jobs, as_json) as engine:
+    with working(resume, jobs, as_json) as engine:
         found = choose(inputs.network, limits, inputs.task, Joint(), seed, engine)
         piece = Workpiece.of(inputs.network, inputs.task, engine, seed)
     if out is not None:
@@ -90,40 +87,27 @@ def compress(
     """Make a network fit a budget, or fit a given plan, and write the file; accuracy is that of the file."""
     limits = options.budget_of(budget or options.DEFAULT_BUDGET) if budget or not plan else None
     wanted = None if plan is None else options.plan_of_file(plan)
-    target = _ready(output)
+    target = ready(output)
     inputs = open_inputs(model, data, test)
     before = None if inputs.judge is None else inputs.judge(inputs.network)
-    with bench(resume, jobs, as_json) as engine:
+    with working(resume, jobs, as_json) as engine:
         result = _made(inputs, limits, wanted, QUALITY[quality], seed, engine)
     output.parent.mkdir(parents=True, exist_ok=True)
-    size = result.export(output, target)
-    # only a native file is run here; another one is for the runtime that it was made for
-    after = inputs.judge(load(output, inputs.network)) if inputs.judge and target == NATIVE else None
+    written = result.export(output, target)
+    after = None if inputs.judge is None else inputs.judge(opened(output, inputs.network))
     if as_json:
         facts = tables.plan_facts(result.survey, result.plan, result.cost, result.float_cost, limits)
-        written = {"output": str(output), "bytes": size, "seed": seed, "quality": quality}
-        judged = {"evaluation": _judged(inputs, before, after), "notes": list(result.notes)}
-        tables.print_json(written | facts | judged)
+        made = {"output": str(output), "bytes": written.bytes, "seed": seed, "quality": quality}
+        notes = [*result.notes, *written.notes]
+        tables.print_json(made | facts | {"evaluation": _judged(inputs, before, after), "notes": notes})
         return
     out = tables.console()
     costs = result.cost, result.float_cost
-    tables.print_report(out, result.survey, result.plan, costs, limits, result.notes)
+    tables.print_report(out, result.survey, result.plan, costs, limits, (*result.notes, *written.notes))
     if inputs.judge is not None and before is not None:
         end = "" if after is None else f" -> {inputs.judge.show(after)}"
         out.print(f"{inputs.judge.quantity}: {inputs.judge.show(before)}{end}", soft_wrap=True)
-    out.print(f"{output}: {size:,} bytes", soft_wrap=True)
-
-
-def _ready(output: Path) -> str:
-    """The target of a file's ending; an unknown one, or a place that is no folder, is refused before any work."""
-    target = output.suffix.lstrip(".")
-    if target not in EXPORTS:
-        known = ", ".join(f".{name}" for name in EXPORTS)
-        raise typer.BadParameter(f"{output} must end in one of {known}", param_hint="--output")
-    there = next(parent for parent in output.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise FileError(f"cannot write {output}: {there} is not a folder")
-    return target
+    out.print(f"{output}: {written.bytes:,} bytes", soft_wrap=True)
 
 
 def _made(

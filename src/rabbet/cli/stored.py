@@ -1,15 +1,20 @@
-"""What a native file says of itself, without the network."""
+"""Files on disk: what a native one says of itself without the network, how any of them is run, where one can go."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
+import typer
+from torch import Tensor, nn
 
+from rabbet.compress import load
 from rabbet.cost import Cost, float_cost, plan_cost
 from rabbet.errors import FileError
+from rabbet.export import ENDINGS, target_of
 from rabbet.export.native import read_parts
 from rabbet.layout import Rest, arrays, lengths
 from rabbet.plan import Plan
+from rabbet.runtime import Session
 from rabbet.survey import Survey
 from rabbet.workpiece import DTYPES
 
@@ -41,3 +46,26 @@ def _rest(name: str, tensor: Tensor, path: Path) -> Rest:
     if dtype is None:
         raise FileError(f"{path} is not a rabbet file: {name} is of type {tensor.dtype}")
     return Rest(name, dtype, tuple(tensor.shape))
+
+
+def ready(output: Path, target: str | None = None) -> str:
+    """The target of a file to write; an unknown ending, or a place that is no folder, is refused before any work."""
+    if target is None and output.suffix not in ENDINGS:
+        raise typer.BadParameter(f"{output} must end in one of {', '.join(ENDINGS)}", param_hint="--output")
+    found = target_of(output, target)
+    there = next(parent for parent in output.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise FileError(f"cannot write {output}: {there} is not a folder")
+    return found
+
+
+def opened(path: Path, network: nn.Module) -> nn.Module:
+    """Any file as a network that runs: a native one in a copy of the network, others in their runtime."""
+    if not path.is_file():
+        raise FileError(f"there is no file {path}")
+    if path.suffix == ".onnx":
+        return Session(path)
+    if path.suffix == ".pt2":
+        module: nn.Module = torch.export.load(path).module()
+        return module
+    return load(path, network)

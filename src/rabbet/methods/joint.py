@@ -14,7 +14,7 @@ from torch import Tensor
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.candidates import Terms, canonical, read_numbers, solve_site
-from rabbet.cost import Budget, Cost, layer_cost, plan_cost
+from rabbet.cost import Budget, Cost
 from rabbet.engine import Job, Tensors
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS
@@ -54,15 +54,13 @@ class Joint:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
-        table = [[self._option(site, terms) for terms in self.menu(site)] for site in piece.survey]
+        table = [[self._option(piece, site, terms) for terms in self.menu(site)] for site in piece.survey]
 
         def chosen(choice: Sequence[int]) -> Plan:
             return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
 
-        rest = piece.rest(chosen([0] * len(table)))
-
         def exact(choice: Sequence[int]) -> Cost:
-            return plan_cost(piece.survey, chosen(choice), rest)
+            return piece.cost(chosen(choice))
 
         require_feasible(table, budget, piece.float_cost, exact)
         scores = self._scores(piece)
@@ -90,9 +88,9 @@ class Joint:
                 with_adapter.append((Term("dense", Grid.parse(base)), Term("lowrank", grid, rank)))
         return tuple(dict.fromkeys([*dense, *with_adapter]))
 
-    def _option(self, site: Site, terms: Terms) -> Option:
+    def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
         plan = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
-        return Option(plan, layer_cost(site, plan))
+        return Option(plan, piece.layer_cost(site, plan))
 
     def _scores(self, piece: Workpiece) -> list[list[float]]:
         results = self._solve(piece, {s.name: self.menu(s) for s in piece.survey})

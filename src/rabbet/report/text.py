@@ -35,6 +35,8 @@ def limits(cost: Cost, whole: Cost, budget: Budget | None) -> list[tuple[str, st
     found = []
     for name, metric in METRICS.items():
         amount, base = metric.amount(cost), metric.amount(whole)
+        if name == "latency" and not base:
+            continue  # it was not asked for, so nobody measured
         allowed = metric.show(stated[name].amount(whole), whole.weights) if name in stated else ""
         found.append((name, metric.show(amount, whole.weights), f"{100 * amount / max(base, 1):.3g}%", allowed))
     return found

@@ -19,7 +19,7 @@ class Stopped(Exception):  # noqa: N818 (no error: the user wanted it)
 
 
 @contextlib.contextmanager
-def bench(folder: Path | None, jobs: int, quiet: bool) -> Iterator[Engine]:
+def working(folder: Path | None, jobs: int, quiet: bool) -> Iterator[Engine]:
     """An engine for one command. Ctrl-C raises Stopped, and takes the worker processes along."""
     try:
         with contextlib.ExitStack() as stack:

@@ -1,0 +1,90 @@
+"""Files for runtimes on the command line: export, eval, bench."""
+
+import json
+
+import pytest
+
+import rabbet
+from rabbet import demo
+from rabbet.runtime import KERNELS, kernels
+
+
+@pytest.fixture(scope="module")
+def exported(small, tmp_path_factory):
+    """The demo network's file for onnxruntime, and the float one."""
+    from rabbet.cli import main
+
+    folder = tmp_path_factory.mktemp("exported")
+    assert main(["export", str(small), "--output", str(folder / "s.onnx"), "--float", str(folder / "float.onnx")]) == 0
+    return folder
+
+
+def test_export_writes_a_file_that_runs_on_integer_kernels_and_the_float_one(run, small, tmp_path):
+    path, whole = tmp_path / "new" / "s.onnx", tmp_path / "float.onnx"
+    code, out, err = run("export", small, "--output", path, "--float", whole)
+    assert (code, err) == (0, "")
+    for written in (path, whole):
+        assert f"{written}: {written.stat().st_size:,} bytes" in out
+    assert set(kernels(path).values()) <= set(KERNELS)
+    assert not set(kernels(whole).values()) & set(KERNELS)
+
+
+def test_export_takes_a_target_and_answers_in_json(run, small, tmp_path):
+    code, out, _ = run("export", small, "--output", tmp_path / "s.onnx", "--target", "openvino", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["target"], facts["notes"]) == ("openvino", [])
+    assert facts["files"] == {str(tmp_path / "s.onnx"): (tmp_path / "s.onnx").stat().st_size}
+
+
+def test_eval_measures_any_file_that_is_written(run, small, exported, tmp_path):
+    assert run("export", small, "--output", tmp_path / "s.pt2")[0] == 0
+    for path in (small, exported / "s.onnx", tmp_path / "s.pt2"):
+        code, out, err = run("eval", path)
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{path}: accuracy 9")
+    found = json.loads(run("eval", exported / "s.onnx", "--json")[1])["value"]
+    assert found == rabbet.accuracy(rabbet.Session(exported / "s.onnx"), demo.test())
+
+
+def test_compress_writes_for_a_runtime_and_says_how_good_that_file_is(run, kept, tmp_path):
+    arguments = ("--quality", "fast", "--resume", kept)
+    code, out, _ = run("compress", "--output", tmp_path / "s.onnx", *arguments)
+    assert code == 0
+    after = rabbet.accuracy(rabbet.Session(tmp_path / "s.onnx"), demo.test())
+    assert f"-> {after:.2f}%" in out
+
+
+def test_bench_times_files_in_turn_and_counts_kernels(run, exported):
+    code, out, err = run("bench", exported / "s.onnx", "--against", exported / "float.onnx", "--batch", 4, "--runs", 2)
+    assert (code, err) == (0, "")
+    rows = [line for line in out.splitlines() if "onnx" in line and " of " in line]
+    assert len(rows) == 6  # two files and the plain int8 one, at two sizes
+    assert "1.00x" in out
+    facts = json.loads(run("bench", exported / "s.onnx", "--runs", 2, "--json")[1])
+    (file,) = facts["files"]
+    assert file["times"]["1"]["p95"] >= file["times"]["1"]["median"] > 0
+    assert facts["float layers"] == []
+    assert {"processor", "instructions", "threads", "onnxruntime"} <= facts["machine"].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("export", "SMALL", "--output", "x.xyz"), "must end in one of .safetensors, .onnx, .pt2"),
+        (("export", "SMALL", "--output", "x.onnx", "--target", "tflite"), "the targets are safetensors, onnx"),
+        (("export", "none.safetensors", "--output", "x.onnx"), "there is no file"),
+        (("eval", "none.onnx"), "there is no file none.onnx"),
+        (("eval", "SMALL", "--model", "rabbet.demo:DigitsNet"), "say what to measure with"),
+        (("bench", "SMALL"), "is not an .onnx file"),
+        (("bench", "none.onnx"), "is not an .onnx file"),
+    ],
+)
+def test_a_mistake_is_one_line(run, small, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*(small if a == "SMALL" else a for a in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert not list(tmp_path.iterdir())
