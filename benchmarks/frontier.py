@@ -6,8 +6,8 @@
 Weights: every conv and linear, first and last included; the mean counts codes, scales and the rest are in the bytes.
 Inputs of every layer 8 bits. Calibration: the first 1,600 images of `train` without labels (MobileNet, for which no
 training images are at hand: see `mobilenet`). Accuracy: the written file, loaded again, on the test images; the drop
-is in points against float on the same images. Seconds: from the call to the network, candidates solved once and
-shared by the budgets (the first line of a network pays for them).
+is in points against float on the same images. ONNX: the exported file in onnxruntime, on the same images. Seconds:
+from the call to the network, candidates solved once and shared by the budgets (the first line of a network pays).
 """
 
 import argparse
@@ -59,7 +59,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
 
 HEAD = (
     "network", "budget", "tier", "bits/weight", "file bytes", "% of float32 parameters", "% MACs", "% BOPs", "accuracy",
-    "drop", "seconds",
+    "drop", "seconds", "ONNX bytes", "ONNX accuracy",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def measure(name: str, budgets: list[str], tiers: list[str], engine: rabbet.Engi
     model, data, test = NETS[name]()
     whole = rabbet.accuracy(model, test)
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    row(name, "float32", "-", "32", f"{parameters:,}", "100", "100", "100", f"{whole:.2f}", "-", "-")
+    row(name, "float32", "-", "32", f"{parameters:,}", "100", "100", "100", f"{whole:.2f}", "-", "-", "-", "-")
     for budget in budgets:
         for tier in tiers:
             start = time.perf_counter()
@@ -78,11 +78,24 @@ def measure(name: str, budgets: list[str], tiers: list[str], engine: rabbet.Engi
                 path = Path(folder) / "small.safetensors"
                 size = result.save(path)
                 found = rabbet.accuracy(rabbet.load(path, model), test)
+                exported = result.export(Path(folder) / "small.onnx")
+                ran = rabbet.accuracy(rabbet.Session(Path(folder) / "small.onnx"), test)
             cost, base = result.cost, result.float_cost
             amounts = f"{cost.bits:.3f}", f"{size:,}", f"{100 * size / parameters:.2f}"
             work = f"{100 * cost.macs / base.macs:.1f}", f"{100 * cost.bops / base.bops:.3f}"
-            row(name, budget, tier, *amounts, *work, f"{found:.2f}", f"{whole - found:.2f}", f"{seconds:.0f}")
-            print(f"{'; '.join(result.notes)}. {_layers(result)}", file=sys.stderr, flush=True)
+            row(
+                name,
+                budget,
+                tier,
+                *amounts,
+                *work,
+                f"{found:.2f}",
+                f"{whole - found:.2f}",
+                f"{seconds:.0f}",
+                f"{exported.bytes:,}",
+                f"{ran:.2f}",
+            )
+            print(f"{'; '.join((*result.notes, *exported.notes))}. {_layers(result)}", file=sys.stderr, flush=True)
 
 
 def _layers(result: rabbet.Result) -> str:

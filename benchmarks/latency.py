@@ -1,0 +1,295 @@
+"""How fast exported files are: onnxruntime and OpenVINO, against float and against what other tools export.
+
+    python benchmarks/latency.py                               # ResNet-20, ResNet-18, MobileNet, MiniLM
+    python benchmarks/latency.py --nets minilm --threads 1
+
+Every file of a network is timed in turn in one run, one example at a time after warm-up, on all cores unless told
+otherwise: medians, the 95th percentile beside them, and the ratio to float onnxruntime. Peers: onnxruntime's static
+quantiser (QDQ, per channel, uint8 activations, int8 weights, after its own pre-processing), its dynamic one for
+transformers, NNCF's post-training int8 through OpenVINO with the precision pinned to float32, torch compiled.
+rabbet's weights are rounded to nearest here: rounding changes accuracy, not speed.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import head, machine, reader, row
+from torch import Tensor, nn
+
+import rabbet
+from rabbet.bench import cpu, plain_int8
+from rabbet.export.base import Parcel
+from rabbet.export.onnx import write_float, write_onnx, write_openvino
+from rabbet.layer import build
+from rabbet.runtime import KERNELS, kernels
+from rabbet.task import Task, tensors
+from rabbet.task import head as first
+from rabbet.workpiece import Workpiece
+
+Run = Callable[[], Any]
+Make = Callable[[Any], Run]
+
+
+class Basic(nn.Module):
+    """Two 3x3 convs and a shortcut, projected where shapes differ (He et al. 2016, option B)."""
+
+    def __init__(self, cin: int, cout: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout)
+        self.conv2, self.bn2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout)
+        project = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+        self.short = nn.Identity() if (cin, stride) == (cout, 1) else project
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, cin, h, w] -> [b, cout, h / stride, w / stride]."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.short(x))
+
+
+class ResNet18(nn.Module):
+    """For 224 x 224 images and 1,000 classes; random weights, for speed only."""
+
+    STAGES = (
+        (64, 64, 1),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+        (128, 256, 2),
+        (256, 256, 1),
+        (256, 512, 2),
+        (512, 512, 1),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.Sequential(*(Basic(*facts) for facts in self.STAGES))
+        self.fc = nn.Linear(512, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, 3, 224, 224] -> [b, 1000]."""
+        x = self.blocks(self.pool(F.relu(self.norm(self.stem(x)))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, batches to calibrate on, and the batches of one that are timed."""
+
+    model: nn.Module
+    data: list[Any]
+    timed: dict[str, Any]
+
+
+def images(model: nn.Module, data: list[Tensor]) -> Case:
+    """One image at a time."""
+    return Case(model, data, {"1 image": data[0][:1]})
+
+
+def cifar(depth: int) -> Case:
+    """A CIFAR-10 ResNet, calibrated on training images."""
+    found, _ = reader("load").cifar10("train", 128)
+    return images(reader("nets").cifar_resnet(depth), list(torch.from_numpy(found).split(32)))
+
+
+def resnet18() -> Case:
+    """At ImageNet's size, calibrated on noise: only its speed means anything."""
+    torch.manual_seed(0)
+    return images(ResNet18().eval(), [torch.randn(4, 3, 224, 224) for _ in range(8)])
+
+
+def mobilenet() -> Case:
+    """MobileNet v1, alpha 0.75."""
+    found, _ = reader("load").imagenet_val(limit=64)
+    return images(reader("nets").mobilenet_v1(), list(torch.from_numpy(found).split(16)))
+
+
+def minilm() -> Case:
+    """A six-layer BERT encoder on random tokens."""
+    g = torch.Generator().manual_seed(0)
+
+    def batch(count: int, length: int) -> dict[str, Tensor]:
+        ids = torch.randint(1000, 30000, (count, length), generator=g)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    timed = {f"{n} tokens": batch(1, n) for n in (32, 128)}
+    return Case(reader("nets").minilm(), [batch(4, n) for n in (16, 24, 32)], timed)
+
+
+NETS: dict[str, Callable[[], Case]] = {
+    "resnet20": lambda: cifar(20),
+    "resnet56": lambda: cifar(56),
+    "resnet18": resnet18,
+    "mobilenet": mobilenet,
+    "minilm": minilm,
+}
+
+
+def export(case: Case, grid: str, folder: Path) -> dict[str, Path]:
+    """A network with every weight on one grid and every input in 8 bits, as files for both runtimes."""
+    piece = Workpiece.of(case.model, Task.of(case.data), rabbet.Engine())
+    lines = [f"{s.name} dense@{grid}{'' if s.kind == 'embedding' else ' | act@8'}" for s in piece.survey]
+    plan = rabbet.Plan.parse("\n".join(lines))
+    student = build(piece.model, plan, piece.survey)
+    rabbet.calibrate_ranges(student, piece.task)
+    parcel = Parcel(student, plan, piece.survey, piece.rest(plan), piece.task)
+    paths = {"onnx": folder / f"{grid}.onnx", "openvino": folder / f"{grid}.openvino.onnx"}
+    for note in (*write_onnx(parcel, paths["onnx"]).notes, *write_openvino(parcel, paths["openvino"]).notes):
+        print(note, file=sys.stderr)
+    return paths
+
+
+def onnxruntime_run(path: Path, batch: Any, threads: int) -> Run:
+    """The Python border is crossed once a run, with arrays that are made beforehand."""
+    session = rabbet.Session(path, threads)
+    feed = session.feed(batch)
+    return lambda: session.run(feed)
+
+
+def openvino_run(path: Path, batch: Any, threads: int) -> Run:
+    """Pinned to float32: where it is not told, OpenVINO runs "float" in bfloat16 on some processors."""
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    request = compiled.create_infer_request()
+    names = [i.get_any_name() for i in compiled.inputs]
+    feed = dict(zip(names, (t.numpy() for t in tensors(batch)), strict=True))
+    return lambda: request.infer(feed)
+
+
+def torch_run(case: Case, batch: Any) -> Run:
+    """torch.compile with its default settings."""
+    compiled, task = torch.compile(case.model), Task.of([batch])
+
+    def run() -> None:
+        with torch.no_grad():
+            task.forward(compiled, batch)
+
+    run()  # compiles
+    return run
+
+
+def nncf_file(case: Case, path: Path, folder: Path) -> Path:
+    """NNCF's post-training int8 of the float network, on the same batches."""
+    import nncf
+    import openvino
+
+    session = rabbet.Session(path, 1)
+    data = nncf.Dataset([session.feed(first(batch, 1)) for batch in case.data])
+    found = folder / "nncf.xml"
+    openvino.save_model(nncf.quantize(openvino.Core().read_model(path), data), found, compress_to_fp16=False)
+    return found
+
+
+def dynamic_int8(path: Path, folder: Path) -> Path:
+    """Onnxruntime's dynamic quantiser, which is its own advice for transformers."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    found = folder / "dynamic.onnx"
+    quantize_dynamic(path, found, weight_type=QuantType.QInt8, per_channel=True)
+    return found
+
+
+def entries(name: str, case: Case, grids: list[str], threads: int, folder: Path) -> dict[str, tuple[Path | None, Make]]:
+    """What runs: the file that it is made of, if there is one, and how a run on a batch is made."""
+    whole = folder / "float.onnx"
+    write_float(case.model, Task.of(case.data), whole)
+    older = folder / "older.onnx"  # onnxruntime's quantisers do not know the attention of opset 23
+    write_float(case.model, Task.of(case.data), older, 21)
+    runtime, vino = partial(onnxruntime_run, threads=threads), partial(openvino_run, threads=threads)
+    makers: dict[str, tuple[Callable[[], Path | None], Callable[..., Run]]] = {
+        "float onnxruntime": (lambda: whole, runtime)
+    }
+    files = {grid: export(case, grid, folder) for grid in grids}
+    for grid, paths in files.items():
+        makers[f"rabbet {grid} onnxruntime"] = (partial(paths.get, "onnx"), runtime)
+    makers["onnxruntime static int8"] = (lambda: plain_int8(older, case.data, folder), runtime)
+    if name == "minilm":
+        makers["onnxruntime dynamic int8"] = (lambda: dynamic_int8(older, folder), runtime)
+    makers["float OpenVINO"] = (lambda: whole, vino)
+    for grid, paths in files.items():
+        makers[f"rabbet {grid} OpenVINO"] = (partial(paths.get, "openvino"), vino)
+    makers["NNCF int8 OpenVINO"] = (lambda: nncf_file(case, whole, folder), vino)
+    makers["float torch.compile"] = (lambda: None, lambda _, batch: torch_run(case, batch))
+    found: dict[str, tuple[Path | None, Make]] = {}
+    for label, (file, run) in makers.items():
+        try:
+            path = file()
+            run(path, next(iter(case.timed.values())))()
+            found[label] = path, partial(run, path)
+        except Exception as e:  # another tool may raise anything; one that is missing or fails says so
+            print(f"{label}: left out: {type(e).__name__}: {' '.join(str(e).split())[:300]}", file=sys.stderr)
+    return found
+
+
+def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every run: in turn, a few at a time, the order turned by one each round."""
+    found: dict[str, list[float]] = {label: [] for label in runs}
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    labels = list(runs)
+    for k in range(rounds):
+        for label in labels[k % len(labels) :] + labels[: k % len(labels)]:
+            runs[label]()  # brings the caches back
+            for _ in range(3):
+                start = time.perf_counter()
+                runs[label]()
+                found[label].append(1e3 * (time.perf_counter() - start))
+    return found
+
+
+def measure(name: str, grids: list[str], threads: int, rounds: int) -> None:
+    """The table of one network."""
+    case = NETS[name]()
+    with tempfile.TemporaryDirectory() as folder:
+        found = entries(name, case, grids, threads, Path(folder))
+        for label, batch in case.timed.items():
+            times = timed({what: make(batch) for what, (_, make) in found.items()}, rounds)
+            report(name, label, times, {what: path for what, (path, _) in found.items()})
+
+
+def report(name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]) -> None:
+    """A line a run: median, 95th percentile, gain over float onnxruntime, bytes, and integer kernels of all."""
+    base = statistics.median(times["float onnxruntime"])
+    for what, found in times.items():
+        path, median = files[what], statistics.median(found)
+        path = path if path is not None and path.suffix == ".onnx" else None
+        ran = list(kernels(path).values()) if path else []
+        integer = f"{sum(k in KERNELS for k in ran)} of {len(ran)}" if path else "-"
+        size = f"{path.stat().st_size:,}" if path else "-"
+        tail = float(np.percentile(found, 95))
+        row(name, label, what, f"{median:.3f}", f"{tail:.3f}", f"{base / median:.2f}x", size, integer)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet18", "mobilenet", "minilm"])
+    parser.add_argument("--grids", nargs="+", default=["8c", "4c", "2hc"])
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    facts = "; ".join(f"{k}: {v}" for k, v in cpu().items())
+    print(f"{machine()}; {facts}; onnxruntime with {args.threads or 'all'} threads\n")
+    head("network", "input", "what", "median ms", "p95 ms", "against float", "file bytes", "integer kernels")
+    for name in args.nets:
+        measure(name, args.grids, args.threads, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
