@@ -91,7 +91,7 @@ def _solve_terms(site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metr
     dense = [(term.grid, site.matrix(left)) for term, left in wanted if _together(term)]
     rounded = iter(round_rows_of(dense, metric))
     return [
-        [_quantised(site, next(rounded), term.grid)] if _together(term) else _solve_term(site, left, term, metric)
+        [_quantised(next(rounded), term.grid, site.shape)] if _together(term) else _solve_term(site, left, term, metric)
         for term, left in wanted
     ]
 
@@ -116,16 +116,36 @@ def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
 
 
 def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric) -> list[Quantised]:
-    if term.form == "dense" and term.grid.axis is None:
-        # one scale for all: it is chosen by the squared error and stays, the codes follow the metric
-        target = site.matrix(left)
-        scale = term.grid.mse(target).expand(target.shape[:2])
-        rows = descend(feedback(Rows.of(target, scale, term.grid), metric), metric)
-        return [_quantised(site, rows, term.grid)]
-    factors = FORMS[term.form].decompose(site, left, term.rank, metric.second)
-    return [Quantised.nearest(f, term.grid) for f in factors]
+    """Decompose, round all factors but the last to nearest, then solve the last again for what those became."""
+    form, grid = FORMS[term.form], term.grid
+    *first, last = form.decompose(site, left, term.rank, metric.second, noise(grid))
+    small = [Quantised.nearest(f, grid) for f in first]
+    if not small:
+        return [_rounded(site.matrix(left), grid, metric, site.shape)]
+    basis = form.contract(site, [*(q.values for q in small), torch.eye(last.shape[1])]).flatten(1)
+    seen = basis @ metric.second[0]
+    inner = Metric((seen @ basis.mT)[None], damping=1e-4)
+    aim = torch.linalg.solve(inner.second[0].double(), (seen @ left.flatten(1).mT).double()).mT.float()
+    return [*small, _rounded(aim[None], grid, inner, last.shape)]
 
 
-def _quantised(site: Site, rows: Rows, grid: Grid) -> Quantised:
+def noise(grid: Grid) -> float:
+    """Relative squared error that a grid makes of an entry, as `Form.decompose` is told; measured within a factor 2."""
+    return 2.0 / grid.levels**2
+
+
+def _rounded(target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...]) -> Quantised:
+    """A target [groups, rows, n] in its metric, as a tensor of the given shape on a grid."""
+    if grid.axis == 0:
+        return _quantised(round_rows_of([(grid, target)], metric)[0], grid, shape)
+    if grid.axis is not None:
+        return Quantised.nearest(target.reshape(shape), grid)
+    # one scale for all: it is chosen by the squared error and stays, the codes follow the metric
+    scale = grid.mse(target).expand(target.shape[:2])
+    rows = descend(feedback(Rows.of(target, scale, grid), metric), metric)
+    return _quantised(rows, grid, shape)
+
+
+def _quantised(rows: Rows, grid: Grid, shape: tuple[int, ...]) -> Quantised:
     scale = rows.scale.reshape(-1)
-    return Quantised(grid, rows.codes.reshape(site.shape), scale if grid.axis == 0 else scale[:1])
+    return Quantised(grid, rows.codes.reshape(shape), scale if grid.axis == 0 else scale[:1])

@@ -155,7 +155,9 @@ def test_the_error_falls_with_the_rank(form, name, weighted):
     second = _second(site) if weighted else None
     metric = torch.eye(site.columns)[None] if second is None else second
     errors = []
-    for rank in range(1, FORMS[form].full_rank(site) + 1):
+    full = FORMS[form].full_rank(site)
+    # doubled each time: two ranks that lie side by side may change places where the solver is a local one
+    for rank in [*itertools.takewhile(lambda r: r < full, (2**k for k in itertools.count())), full]:
         found = FORMS[form].contract(site, FORMS[form].decompose(site, weight, rank, second))
         delta = site.matrix(found - weight)
         errors.append(((delta @ metric) * delta).sum().item())
@@ -168,7 +170,7 @@ def test_the_error_falls_with_the_rank(form, name, weighted):
 def test_a_metric_makes_the_error_it_sees_smaller(form, name):
     _, site, weight, _ = _case(name)
     second = _second(site)
-    rank = _ranks(form, site)[1]
+    rank = max(1, FORMS[form].full_rank(site) // 8)
 
     def error(given):
         factors = FORMS[form].decompose(site, weight, rank, given)

@@ -1,12 +1,16 @@
 """The ways to write one weight as small tensors. A new form is a file here and a line in FORMS."""
 
 from rabbet.forms.base import Form
+from rabbet.forms.cp import CP
 from rabbet.forms.dense import Dense
 from rabbet.forms.lowrank import LowRank
+from rabbet.forms.tucker import Tucker
 
 FORMS: dict[str, Form] = {
     "dense": Dense(),
     "lowrank": LowRank(),
+    "cp": CP(),
+    "tucker": Tucker(),
 }
 
 __all__ = ["FORMS", "Form"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from rabbet.site import Site
@@ -41,8 +42,14 @@ class Form(Protocol):
         """Multiply-accumulates per example of the contraction with each factor."""
         ...
 
-    def decompose(self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None) -> tuple[Tensor, ...]:
-        """Factors of a canonical weight, of least error in the metric of its inputs (None: plain)."""
+    def decompose(
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, noise: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """Factors of a canonical weight, of least error in the metric of its inputs (None: plain).
+
+        noise: relative squared error that rounding will make of a factor. Forms whose terms can cancel one another
+        keep them so small that this does not matter more than it must.
+        """
         ...
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
@@ -52,3 +59,12 @@ class Form(Protocol):
     def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
         """The layer, one contraction after the other, the weight never rebuilt."""
         ...
+
+
+def pointwise(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Mix channels: weight [out, in] at every place of x, [batch, in, *places] of a conv or [..., in]."""
+    if not site.stride:
+        return F.linear(x, weight, bias)
+    mix = F.conv1d if len(site.stride) == 1 else F.conv2d
+    result: Tensor = mix(x, weight.view(*weight.shape, *[1] * len(site.stride)), bias)
+    return result

@@ -28,7 +28,9 @@ class Dense:
         """The layer's own MACs."""
         return (site.macs,)
 
-    def decompose(self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None) -> tuple[Tensor, ...]:
+    def decompose(
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, noise: float = 0.0
+    ) -> tuple[Tensor, ...]:
         """The weight itself."""
         return (weight,)
 

@@ -7,10 +7,9 @@ B [out, rank].
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from rabbet.forms.base import Between
+from rabbet.forms.base import Between, pointwise
 from rabbet.site import Site
 from rabbet.solve.whiten import leading
 
@@ -36,7 +35,9 @@ class LowRank:
         assert rank is not None
         return (rank * site.columns * site.positions, rank * site.shape[0] * site.positions)
 
-    def decompose(self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None) -> tuple[Tensor, ...]:
+    def decompose(
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, noise: float = 0.0
+    ) -> tuple[Tensor, ...]:
         """The truncated SVD whitened by the full second moment (QERA-exact, arXiv 2410.06040, theorem 1)."""
         assert rank is not None
         left, right = leading(weight.flatten(1), rank, None if second is None else second[0])
@@ -51,8 +52,4 @@ class LowRank:
         """Two layers, as they will be exported: never the product."""
         a, b = factors
         inner = between(0, site.run(x, a))  # [batch, rank, *places] or [..., rank]
-        if not site.stride:
-            return F.linear(inner, b, bias)
-        mix = F.conv1d if len(site.stride) == 1 else F.conv2d
-        result: Tensor = mix(inner, b.view(*b.shape, *[1] * len(site.stride)), bias)
-        return result
+        return pointwise(site, inner, b, bias)

@@ -5,7 +5,8 @@ network's output; the program picks one candidate a layer under all limits at on
 layers are solved once more in their order, each for the inputs that those before it leave, and a short tuning follows.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,9 @@ class Joint:
     grids: tuple[str, ...] = ("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c", "8c")
     adapters: tuple[tuple[str, float], ...] = (("2hc", 0.05), ("2hc", 0.1), ("3c", 0.05), ("3c", 0.1))
     adapter_grid: str = "8c"
+    forms: tuple[str, ...] = ("cp", "tucker", "lowrank")
+    shares: tuple[float, ...] = (0.85, 0.7, 0.5, 0.35, 0.25)
+    factor_grids: tuple[str, ...] = ("3c", "4c", "5c", "6c")
     act: int | None = 8
     tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
 
@@ -86,7 +90,17 @@ class Joint:
             rank = round(share * site.numel / (site.shape[0] + site.columns))
             if 1 <= rank < full:
                 with_adapter.append((Term("dense", Grid.parse(base)), Term("lowrank", grid, rank)))
-        return tuple(dict.fromkeys([*dense, *with_adapter]))
+        return tuple(dict.fromkeys([*dense, *with_adapter, *self._factorised(site)]))
+
+    def _factorised(self, site: Site) -> Iterator[Terms]:
+        """Each form at the ranks that bring the layer's MACs to the shares."""
+        for name in self.forms:
+            form = FORMS[name]
+            full = form.full_rank(site)
+            for share in self.shares if full else ():
+                rank = bisect_right(range(full + 1), share * site.macs, key=lambda r: sum(form.macs(site, r))) - 1
+                if rank >= 1:
+                    yield from ((Term(name, Grid.parse(g), rank),) for g in self.factor_grids)
 
     def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
         plan = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)

@@ -1,0 +1,129 @@
+"""CP factorisation by alternating least squares: the plain problem, and what its refinements share.
+
+A tensor X [I, J, ...] is written as `sum_r a_r o b_r o ...` with factors A [I, R], B [J, R], ... in the order of its
+axes; a matrix is the case of two. Given all other factors, one factor is the solution of a least-squares problem with
+Gram matrix G [R, R] and right-hand side F [n, R] (MTTKRP): all that the solvers of this package do is to solve it in
+other ways (`epc`: with least norms at a given error; `admm` and `feedback`: on a grid).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a solver found: factors, relative error ||X - X'|| / ||X||, sweeps taken, and whether it stopped gaining.
+
+    stalled: the last sweeps changed nothing worth another; False means that the sweeps allowed ran out first.
+    history: the relative error after each sweep.
+    """
+
+    factors: Factors
+    error: float
+    steps: int
+    stalled: bool
+    history: tuple[float, ...] = ()
+
+
+class Problem:
+    """A tensor to be factorised, and the least-squares problem of each of its modes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tuple(tensor.shape)
+        self.flat = tensor.double().flatten(1)
+        self.power = float(self.flat.square().sum())
+        self._seen: Tensor | None = None
+        self._inner = self.flat
+
+    def sides(self, factors: Factors, mode: int) -> tuple[Tensor, Tensor]:
+        """Gram matrix G [R, R] and right-hand side F [n, R] of one mode, given the factors of the others."""
+        gram = torch.ones(1, 1, dtype=torch.float64)
+        for k, f in enumerate(factors):
+            gram = gram if k == mode else gram * (f.mT @ f)
+        if mode == 0:
+            return gram, self.flat @ khatri_rao(factors[1:])
+        # X_(1)^T A serves all modes but the first: they run after one another, and A does not change between them
+        if self._seen is not factors[0]:
+            self._seen, self._inner = factors[0], self.flat.mT @ factors[0]
+        inner = self._inner.view(*self.shape[1:], -1)
+        for k in reversed(range(1, len(factors))):
+            if k != mode:
+                inner = (inner * factors[k].view(-1, *[1] * (len(factors) - 1 - k), factors[k].shape[1])).sum(k - 1)
+        return gram, inner
+
+    def error(self, gram: Tensor, right: Tensor, factor: Tensor) -> float:
+        """||X - X'|| / ||X|| from the problem of any mode and that mode's factor."""
+        square = self.power + float(((factor @ gram - 2 * right) * factor).sum())
+        return (max(square, 0.0) / max(self.power, 1e-300)) ** 0.5
+
+    def relative(self, factors: Factors) -> float:
+        """||X - X'|| / ||X|| of factors."""
+        return self.error(*self.sides(factors, 0), factors[0])
+
+
+def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
+    """Column-wise Kronecker product [prod n, R] of factors [n, R], the last axis fastest."""
+    result = factors[0]
+    for f in factors[1:]:
+        result = (result[:, None] * f[None]).flatten(0, 1)
+    return result
+
+
+def solved(gram: Tensor, right: Tensor, ridge: float = 1e-12) -> Tensor:
+    """`F (G + ridge I)^-1`, the ridge relative to the mean of the diagonal and raised until G can be factorised."""
+    mean = gram.diagonal().mean().clamp_min(1e-300)
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    while True:
+        lower, info = torch.linalg.cholesky_ex(gram + ridge * mean * eye)
+        if not info:
+            return torch.cholesky_solve(right.mT, lower).mT
+        ridge = max(ridge, 1e-14) * 100
+
+
+def balanced(factors: Factors) -> Factors:
+    """The same tensor with the norm of each rank-one term shared evenly by its columns."""
+    norms = torch.stack([f.norm(dim=0).clamp_min(1e-30) for f in factors])
+    even = norms.log().mean(0).exp()
+    return tuple(f * (even / n) for f, n in zip(factors, norms, strict=True))
+
+
+def random_start(shape: Sequence[int], rank: int, seed: int = 0) -> Factors:
+    """Standard normal factors."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in shape)
+
+
+def svd_start(tensor: Tensor, rank: int, seed: int = 0) -> Factors:
+    """Leading singular vectors of each unfolding (HOSVD), normal columns where a mode has fewer than the rank."""
+    factors = []
+    for mode, noise in enumerate(random_start(tensor.shape, rank, seed)):
+        unfolded = tensor.double().movedim(mode, 0).flatten(1)
+        vectors = torch.linalg.eigh(unfolded @ unfolded.mT)[1].flip(1)
+        factors.append(torch.cat([vectors[:, :rank], noise[:, vectors.shape[1] :]], 1))
+    return tuple(factors)
+
+
+def als(tensor: Tensor, start: Factors, sweeps: int = 50, tolerance: float = 1e-5) -> Fit:
+    """Alternating least squares from given factors, until a sweep changes the relative error by less than `tolerance`.
+
+    tensor: two or more axes. Works in double precision: the Gram matrices of nearly collinear terms need it.
+    """
+    problem, factors = Problem(tensor), balanced(tuple(f.double() for f in start))
+    history: list[float] = []
+    for _ in range(sweeps):
+        for mode in range(len(factors)):
+            gram, right = problem.sides(factors, mode)
+            found = solved(gram, right)
+            if mode == len(factors) - 1:
+                history.append(problem.error(gram, right, found))
+            # norms gather in the factor that was solved last: shared out again, no column underflows
+            factors = tuple(found if k == mode else f for k, f in enumerate(factors))
+        factors = balanced(factors)
+        if len(history) > 1 and abs(history[-2] - history[-1]) < tolerance:
+            return Fit(factors, history[-1], len(history), True, tuple(history))
+    return Fit(factors, history[-1] if history else problem.relative(factors), len(history), False, tuple(history))

@@ -1,0 +1,77 @@
+"""Factors in the metric of a layer's inputs, by variable projection.
+
+A weight [out, n] is written as `A M`, where the rows of M [rank, n] are made of small factors and A [out, rank] is free.
+Given M, the best A is a least-squares solution; put in, what is left is a smooth function of the small factors alone,
+which L-BFGS brings down in some tens of steps. No rate is to be chosen, and no mode waits for the others as in
+alternating least squares.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Basis = Callable[[Sequence[Tensor]], Tensor]
+"""The rows M [rank, n] that small factors stand for."""
+
+EVALUATIONS = 60
+SMALLEST = {torch.float32: 1e-6, torch.float64: 1e-10}  # ridge: rows of M may be parallel
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Small factors, the matrix A that goes with them, and the relative squared error, the ridge's share included."""
+
+    small: tuple[Tensor, ...]
+    last: Tensor
+    loss: float
+
+
+def project(
+    basis: Basis, start: Sequence[Tensor], matrix: Tensor, second: Tensor | None, ridge: float, evaluations: int
+) -> Projected:
+    """Small factors of least error `tr(D H D^T)`, D = A M - matrix.
+
+    matrix: [out, n]; second: H [n, n], None for the plain error. ridge: weight of |A|^2, with rows of M of norm 1 in
+    H. It stands for the rounding error that A will suffer, so that terms which cancel one another do not pay.
+    """
+    problem = _Problem(basis, matrix, second, ridge)
+    small = [s.detach().clone().requires_grad_() for s in start]
+    if evaluations:
+        optimiser = torch.optim.LBFGS(
+            small, max_iter=evaluations, max_eval=evaluations, line_search_fn="strong_wolfe", tolerance_change=1e-12
+        )
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss, _ = problem(small)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        with torch.enable_grad():
+            optimiser.step(closure)  # type: ignore[no-untyped-call]
+    found = tuple(s.detach() for s in small)
+    if not all(torch.isfinite(s).all() for s in found):
+        found = tuple(s.detach().clone() for s in start)
+    exact = _Problem(basis, matrix.double(), None if second is None else second.double(), ridge)
+    loss, last = exact([s.double() for s in found])
+    return Projected(found, last.to(matrix.dtype), float(loss))
+
+
+class _Problem:
+    def __init__(self, basis: Basis, matrix: Tensor, second: Tensor | None, ridge: float) -> None:
+        self.basis, self.second, self.ridge = basis, second, max(ridge, SMALLEST[matrix.dtype])
+        self.aim = matrix.mT if second is None else second @ matrix.mT  # H W^T [n, out]
+        self.power = (matrix.mT * self.aim).sum().clamp_min(1e-30)
+
+    def __call__(self, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss, and A."""
+        rows = self.basis(small)
+        seen = rows if self.second is None else rows @ self.second
+        norm = (seen * rows).sum(1).clamp_min(1e-30).rsqrt()
+        gram = (seen @ rows.mT) * norm * norm[:, None] + self.ridge * torch.eye(len(rows), dtype=rows.dtype)
+        right = (rows @ self.aim) * norm[:, None]
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
+        loss: Tensor = 1 - (right * solution).sum() / self.power
+        return loss, (solution * norm[:, None]).mT
