@@ -1,6 +1,7 @@
 """One pass over the user's batches: the second moment of each site's inputs, and the range of each activation."""
 
 import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from rabbet.engine import Progress, silent
 from rabbet.errors import DataError
 from rabbet.grid import Grid
-from rabbet.layer import ActQuant
+from rabbet.layer import ActQuant, Compressed, compressed_layers
 from rabbet.site import Site, patches
 from rabbet.survey import Survey
 from rabbet.task import Task, examples
@@ -119,18 +120,42 @@ def calibrate_ranges(
     One pass with activations in float over about `limit` examples; ranges minimise the squared error.
     """
     acts = [m for m in model.modules() if isinstance(m, ActQuant)]
+    _calibrate(model, acts, task, seed, limit, progress)
+
+
+def calibrate_inner(model: nn.Module, task: Task, seed: int = 0, limit: int = 512) -> None:
+    """The same for the tensors between factors only, for factors that have changed; inputs stay quantised."""
+    acts = [act for layer in compressed_layers(model).values() for act in layer.quantisers[1:]]
+    _calibrate(model, acts, task, seed, limit, silent)
+
+
+def calibrate_between(layer: Compressed, x: Tensor, seed: int = 0) -> None:
+    """The tensors between the factors of one layer, for a batch of its quantised or unquantised input."""
+    samples = {act: Sample(VALUES, torch.Generator().manual_seed(seed)) for act in layer.quantisers[1:]}
+    if samples:
+        _observed(samples, lambda: layer.forward(x))
+
+
+def _calibrate(
+    model: nn.Module, acts: Sequence[ActQuant], task: Task, seed: int, limit: int, progress: Progress
+) -> None:
     if not acts:
         return
     sizes = list(itertools.accumulate(map(examples, task.read())))
     count = next((k + 1 for k, total in enumerate(sizes) if total >= limit), len(sizes))
     generator = torch.Generator().manual_seed(seed)
     samples = {act: Sample(-(-VALUES // count), generator) for act in acts}
+    _observed(samples, lambda: _pass(model, task, count, progress, "measuring ranges"))
+
+
+def _observed(samples: Mapping[ActQuant, Sample], run: Callable[[], object]) -> None:
+    """Show each quantiser's inputs to its sample while something runs, then set the ranges."""
     try:
         for act, sample in samples.items():
             act.observer = sample
-        _pass(model, task, count, progress, "measuring ranges")
+        run()
     finally:
-        for act in acts:
+        for act in samples:
             act.observer = None
     for act, sample in samples.items():
         act.set_range(*(t.to(act.scale.device) for t in sample.range(act.grid)))

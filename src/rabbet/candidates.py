@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rabbet.engine import Tensors
-from rabbet.forms import FORMS
+from rabbet.forms import FORMS, Aim
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Numbers
 from rabbet.plan import Term
@@ -56,18 +56,23 @@ def canonical(site: Site, terms: Terms, numbers: Numbers) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def solve_menu(site: Site, weight: Tensor, menu: Sequence[Terms], metric: Metric) -> list[Numbers]:
+def solve_menu(
+    site: Site, weight: Tensor, menu: Sequence[Terms], metric: Metric, held: Sequence[Numbers] = ()
+) -> list[Numbers]:
     """Alternate over the terms of all entries in step, so that what can be rounded in one pass is.
 
-    Each term is solved for what the others leave; the best state that an entry passes through is returned.
+    Each term is solved for what the others leave; the best state that an entry passes through is returned. held: what
+    the entries hold by now, for solvers that can go on from there.
     """
+    known = {menu[k][t]: [q.values for q in qs] for k, numbers in enumerate(held) for t, qs in enumerate(numbers)}
+    starts = {(t.form, t.rank): tuple(values) for t, values in known.items()}
     states: list[list[list[Quantised] | None]] = [[None] * len(terms) for terms in menu]
     best: list[tuple[float, Numbers]] = [(torch.inf, [])] * len(menu)
     for turn in range(ALTERNATIONS):
         for place in range(max(map(len, menu))):
             active = [k for k, terms in enumerate(menu) if place < len(terms) and (turn == 0 or len(terms) > 1)]
             wanted = [(menu[k][place], _left(site, weight, menu[k], states[k], place)) for k in active]
-            for k, solved in zip(active, _solve_terms(site, wanted, metric), strict=True):
+            for k, solved in zip(active, _solve_terms(site, wanted, metric, starts), strict=True):
                 states[k][place] = solved
                 full = [qs for qs in states[k] if qs is not None]
                 if len(full) == len(menu[k]):
@@ -86,12 +91,18 @@ def _error(site: Site, weight: Tensor, terms: Terms, numbers: Numbers, metric: M
     return metric.error(site.matrix(canonical(site, terms, numbers) - weight)).sum()
 
 
-def _solve_terms(site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric) -> list[list[Quantised]]:
+Starts = dict[tuple[str, int | None], tuple[Tensor, ...]]
+"""Factors of an earlier problem alike, by form and rank."""
+
+
+def _solve_terms(
+    site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric, starts: Starts
+) -> list[list[Quantised]]:
     """Each term for its target: the dense ones with a scale per row together, the others one by one."""
     dense = [(term.grid, site.matrix(left)) for term, left in wanted if _together(term)]
     rounded = iter(round_rows_of(dense, metric))
     return [
-        [_quantised(next(rounded), term.grid, site.shape)] if _together(term) else _solve_term(site, left, term, metric)
+        [_quantised(next(rounded), term.grid, site.shape)] if _together(term) else _solve_term(site, left, term, metric, starts)
         for term, left in wanted
     ]
 
@@ -115,10 +126,13 @@ def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
     return [best[k] for k in range(len(wanted))]
 
 
-def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric) -> list[Quantised]:
+def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts) -> list[Quantised]:
     """Decompose, round all factors but the last to nearest, then solve the last again for what those became."""
     form, grid = FORMS[term.form], term.grid
-    *first, last = form.decompose(site, left, term.rank, metric.second, noise(grid))
+    key = term.form, term.rank
+    factors = form.decompose(site, left, term.rank, metric.second, Aim(noise(grid), starts.get(key)))
+    starts[key] = factors  # for the other grids of the same rank
+    *first, last = factors
     small = [Quantised.nearest(f, grid) for f in first]
     if not small:
         return [_rounded(site.matrix(left), grid, metric, site.shape)]

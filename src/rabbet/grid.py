@@ -121,9 +121,13 @@ class Grid:
 
         The scale gets the gradient of LSQ (Esser et al. 2020, eq. 3), scaled by 1 / sqrt(entries per scale * high).
         """
+        wide = self.spread(scale, x.ndim)
+        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+            steps = x / wide - self.shift if self.shift else x / wide
+            steps = steps.round_().clamp_(self.low - zero, self.high - zero)
+            return (steps.add_(self.shift) if self.shift else steps).mul_(wide)
         share = x.numel() / scale.numel()
         gain = 1 / math.sqrt(share * max(self.high, 1))
-        wide = self.spread(scale, x.ndim)
         result: Tensor = _Fake.apply(x, wide, zero, self, gain)  # type: ignore[no-untyped-call]
         return result
 

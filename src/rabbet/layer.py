@@ -78,7 +78,8 @@ class ActQuant(nn.Module):
 class Compressed(nn.Module):
     """A layer as its plan says: `bias + sum of terms` of the input, which is quantised where the plan says so.
 
-    Input and output shapes are those of the layer that it replaces.
+    Input and output shapes are those of the layer that it replaces. While `whole` is set, the weight is put together
+    and runs as one layer, tensors between factors not quantised: that trains several times as fast as a chain of convs.
     """
 
     def __init__(self, site: Site, plan: LayerPlan, terms: Numbers, bias: Tensor | None) -> None:
@@ -89,6 +90,7 @@ class Compressed(nn.Module):
         self.terms = nn.ModuleList(nn.ModuleList(Factor(q) for q in factors) for factors in terms)
         self.acts = nn.ModuleList(ActQuant(plan.act) for _ in range(act_count(plan)) if plan.act)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+        self.whole = False
 
     @property
     def factors(self) -> list[list[Factor]]:
@@ -104,6 +106,8 @@ class Compressed(nn.Module):
         """The layer's output."""
         if self.acts:
             x = self.acts[0](x)
+        if self.whole:
+            return self.site.run(x, self.canonical, self.bias)
         result: Tensor | None = None
         used = 1
         for form, factors in zip(self.forms, self.factors, strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rabbet.calibrate import calibrate_between
 from rabbet.candidates import DAMPING, solve_menu
 from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
@@ -25,6 +26,7 @@ from rabbet.workpiece import Workpiece
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 ENTRIES = 2**29  # floats that the float network's inputs may take
 PATCHES = 2**24  # entries of the patches of one layer
+BETWEEN = 128  # examples that choose the ranges between the factors of a layer
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,13 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
         # W' = W E[x x'^T] (E[x' x'^T] + damping)^-1, written as a step from W so that damping pulls towards W
         step = torch.linalg.solve(metric.second.double(), (target @ (cross - second)).double().mT).mT.float()
         aim = (target + step).reshape(site.shape)
-        numbers = solve_menu(site, aim, [layer.plan.terms], metric)[0]
+        held = [[f.numbers for f in factors] for factors in layer.factors]
+        numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held])[0]
         for factors, solved in zip(layer.factors, numbers, strict=True):
             for factor, q in zip(factors, solved, strict=True):
                 factor.codes.copy_(q.codes)
                 factor.scale.copy_(q.scale)
+        calibrate_between(layer, args[0][:BETWEEN], piece.seed)
 
     return hook
 
@@ -116,11 +120,18 @@ def _matcher(met: _Met) -> Callable[..., Tensor]:
     def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         mean, spread = _statistics(out, layer.site)
         gain = torch.where(spread > 1e-8, met.spread / spread.clamp_min(1e-8), 1.0).clamp(*GAIN)
+        old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
+        first = layer.factors[0][-1].scale.clone()
         for factors in layer.factors:
             factors[-1].scale.copy_(stored(factors[-1].scale * gain))
+        new = old if layer.bias is None else met.mean - (mean - old) * gain
         if layer.bias is not None:
-            layer.bias.data = met.mean - (mean - layer.bias) * gain
-        return layer.forward(args[0])
+            layer.bias.data = new
+        if len(layer.factors) > 1:  # each term's scales were rounded for themselves
+            return layer.forward(args[0])
+        ratio = layer.factors[0][-1].scale / first
+        channel = [-1 if d == (1 if layer.site.stride else out.ndim - 1) else 1 for d in range(out.ndim)]
+        return (out - old.view(channel)) * ratio.view(channel) + new.view(channel)
 
     return hook
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.augment import Pool, split
+from rabbet.calibrate import calibrate_inner
 from rabbet.engine import Engine, content_key
 from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
@@ -111,17 +112,23 @@ class _Loop:
         inputs = {f"in{k}": t for k, t in enumerate(itertools.chain.from_iterable(map(tensors, self.pool.parts)))}
         key = content_key("tune", {**state, **inputs}, {"settings": self.settings, "seed": self.seed})
         first = _resume(engine, key, optimiser, parameters)
+        chains = [layer for layer in self.layers.values() if layer.site.stride and any(f.gaps for f in layer.forms)]
         try:
+            for layer in chains:
+                layer.whole = True
             for step in range(first, self.settings.steps):
                 self._step(optimiser, step)
                 engine.progress("tuning", step + 1, self.settings.steps)
                 if engine.folder is not None and ((step + 1) % CHECKPOINT == 0 or step + 1 == self.settings.steps):
                     engine.keep(key, _checkpoint(optimiser, parameters, step + 1))
         finally:
+            for layer in chains:
+                layer.whole = False
             for p in parameters:
                 p.requires_grad_(False)
         with torch.no_grad():
             _settle(self.layers.values())
+            calibrate_inner(self.student, self.task, self.seed)
 
     def _step(self, optimiser: torch.optim.Optimizer, step: int) -> None:
         rate = max(0.5 * (1 + math.cos(math.pi * step / self.settings.steps)), 0.02) * min(1.0, (step + 1) / 10)

@@ -1,6 +1,6 @@
 """The ways to write one weight as small tensors. A new form is a file here and a line in FORMS."""
 
-from rabbet.forms.base import Form
+from rabbet.forms.base import Aim, Form
 from rabbet.forms.cp import CP
 from rabbet.forms.dense import Dense
 from rabbet.forms.lowrank import LowRank
@@ -13,4 +13,4 @@ FORMS: dict[str, Form] = {
     "tucker": Tucker(),
 }
 
-__all__ = ["FORMS", "Form"]
+__all__ = ["FORMS", "Aim", "Form"]

@@ -1,6 +1,7 @@
 """What a form is."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -10,6 +11,18 @@ from rabbet.site import Site
 
 Between = Callable[[int, Tensor], Tensor]
 """What happens to the tensor between contraction i and the next: `Compressed` quantises it there."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What else a decomposition may know; forms that are solved in closed form need neither.
+
+    noise: relative squared error that rounding will make of a factor: terms that cancel one another are kept so small
+    that it does not matter more than it must. start: factors of a problem alike, to go on from.
+    """
+
+    noise: float = 0.0
+    start: tuple[Tensor, ...] | None = None
 
 
 class Form(Protocol):
@@ -43,13 +56,9 @@ class Form(Protocol):
         ...
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, noise: float = 0.0
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
     ) -> tuple[Tensor, ...]:
-        """Factors of a canonical weight, of least error in the metric of its inputs (None: plain).
-
-        noise: relative squared error that rounding will make of a factor. Forms whose terms can cancel one another
-        keep them so small that this does not matter more than it must.
-        """
+        """Factors of a canonical weight, of least error in the metric of its inputs (None: plain)."""
         ...
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:

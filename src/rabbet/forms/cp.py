@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rabbet.forms.base import Between, pointwise
+from rabbet.forms.base import Aim, Between, pointwise
 from rabbet.site import Site
-from rabbet.solve.varpro import EVALUATIONS, project
+from rabbet.solve.varpro import EVALUATIONS, WARM, project
 from rabbet.solve.whiten import principal
 
 
@@ -48,18 +48,20 @@ class CP:
         )
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, noise: float = 0.0
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
     ) -> tuple[Tensor, ...]:
         """Variable projection in the metric, from the rank-one terms of the weight's leading right singular vectors."""
         assert rank is not None
         channels, places = site.shape[1], math.prod(site.shape[2:])
         matrix, metric = weight.flatten(1), None if second is None else second[0]
-        if rank >= channels * places:  # every entry of an input patch has a term of its own
-            small = (torch.eye(channels).repeat_interleave(places, 0), torch.eye(places).repeat(channels, 1))
+        if aim.start is not None:
+            small, steps = (aim.start[0], aim.start[1].flatten(1)), WARM
+        elif rank >= channels * places:  # every entry of an input patch has a term of its own
+            small, steps = (torch.eye(channels).repeat_interleave(places, 0), torch.eye(places).repeat(channels, 1)), 0
         else:
             small = _start(matrix, metric, channels, rank)
-        exact = rank == self.full_rank(site)
-        found = project(_rows, small, matrix, metric, noise, 0 if exact else EVALUATIONS)
+            steps = 0 if rank == self.full_rank(site) else EVALUATIONS
+        found = project(_rows, small, matrix, metric, aim.noise, steps)
         return _evened(site, found.small, found.last, metric)
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rabbet.forms.base import Between
+from rabbet.forms.base import Aim, Between
 from rabbet.site import Site
 
 
@@ -29,7 +29,7 @@ class Dense:
         return (site.macs,)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, noise: float = 0.0
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
     ) -> tuple[Tensor, ...]:
         """The weight itself."""
         return (weight,)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rabbet.forms.base import Between, pointwise
+from rabbet.forms.base import Aim, Between, pointwise
 from rabbet.site import Site
-from rabbet.solve.varpro import EVALUATIONS, project
+from rabbet.solve.varpro import EVALUATIONS, WARM, project
 from rabbet.solve.whiten import principal
 
 
@@ -42,18 +42,21 @@ class Tucker:
         return (u * site.inputs, core * site.positions, v * site.positions)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, noise: float = 0.0
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
     ) -> tuple[Tensor, ...]:
         """Variable projection in the metric, from the leading singular vectors of both modes (HOSVD)."""
         u, core, _ = self.shapes(site, rank)
         metric = None if second is None else second[0]
         matrix = weight.flatten(1)
-        left = principal(matrix, metric)[:, : core[0]]
-        inner = (left.mT @ matrix).view(core[0], site.shape[1], -1)
-        mix = principal(inner.transpose(0, 1).flatten(1))[:, : u[0]].mT
-        small = (mix.contiguous(), mix @ inner)
-        exact = rank == self.full_rank(site)
-        found = project(_rows, small, matrix, metric, noise, 0 if exact else EVALUATIONS)
+        if aim.start is not None:
+            small, steps = (aim.start[0], aim.start[1].flatten(2)), WARM
+        else:
+            left = principal(matrix, metric)[:, : core[0]]
+            inner = (left.mT @ matrix).view(core[0], site.shape[1], -1)
+            mix = principal(inner.transpose(0, 1).flatten(1))[:, : u[0]].mT
+            small = (mix.contiguous(), mix @ inner)
+            steps = 0 if rank == self.full_rank(site) else EVALUATIONS
+        found = project(_rows, small, matrix, metric, aim.noise, steps)
         # columns of V to one norm: rounding the tensor before it then weighs the same in each channel
         norm = found.last.square().mean(0).clamp_min(1e-20).sqrt()
         return found.small[0], (found.small[1] * norm[:, None, None]).view(core), found.last / norm
