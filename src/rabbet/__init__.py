@@ -6,7 +6,7 @@ from rabbet.engine import Engine
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
 from rabbet.grid import Grid
 from rabbet.layer import build, plan_of
-from rabbet.methods import QUALITY, Joint
+from rabbet.methods import ADMM, QUALITY, Joint
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.runtime import Session
 from rabbet.survey import Survey, survey
@@ -16,6 +16,7 @@ from rabbet.train import Tuning
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMM",
     "QUALITY",
     "Budget",
     "BudgetError",

@@ -4,16 +4,19 @@ Dense terms on any number of grids are rounded in one pass. A weight of several 
 solved for what the others leave, and the best state is kept.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rabbet.cost import layer_cost
 from rabbet.engine import Tensors
 from rabbet.forms import FORMS, Aim
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Numbers
-from rabbet.plan import Term
+from rabbet.layout import factor_shapes
+from rabbet.plan import LayerPlan, Term
 from rabbet.site import Site
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, round_rows, start
 
@@ -23,21 +26,58 @@ DAMPING = 0.01
 ALTERNATIONS = 3
 
 
-def solve_site(weight: Tensor, second: Tensor | None = None, *, site: Site, menu: Sequence[Terms]) -> Tensors:
-    """Numbers of every entry of a menu for one layer, and its error in the metric.
+def solve_site(
+    weight: Tensor, second: Tensor | None = None, *, site: Site, menu: Sequence[Terms], prune: bool = False
+) -> Tensors:
+    """Numbers of the entries of a menu for one layer, and their errors in the metric.
 
     weight: canonical [out, in / groups, *kernel]; second: [groups, n, n] of its inputs, None where there is none (a
-    table). The result is flat, for the engine: read it with `read_numbers`.
+    table). prune: leave out entries that provably serve no budget of bytes, MACs or BOPs: see `_hopeless`. The result
+    is flat, for the engine: read it with `read_numbers`; an entry left out has no error there.
     """
     metric = Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
+    tail = _tail(site, weight, metric) if prune else None
+    solved: dict[int, float] = {}
     result: Tensors = {}
-    for k, (terms, numbers) in enumerate(zip(menu, solve_menu(site, weight, menu, metric), strict=True)):
-        for t, factors in enumerate(numbers):
-            for f, factor in enumerate(factors):
-                result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
-                result[f"{k}.{t}.{f}.scale"] = factor.scale
-        result[f"{k}.error"] = _error(site, weight, terms, numbers, metric)
+    # one form after the other, so that what is solved already can rule out what is to come
+    for _, group in itertools.groupby(range(len(menu)), key=lambda k: menu[k][0].form):
+        wanted = [k for k in group if tail is None or not _hopeless(site, menu, k, tail, solved)]
+        entries = [menu[k] for k in wanted]
+        for k, terms, numbers in zip(wanted, entries, solve_menu(site, weight, entries, metric), strict=True):
+            for t, factors in enumerate(numbers):
+                for f, factor in enumerate(factors):
+                    result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
+                    result[f"{k}.{t}.{f}.scale"] = factor.scale
+            result[f"{k}.error"] = _error(site, weight, terms, numbers, metric)
+            solved[k] = float(result[f"{k}.error"])
     return result
+
+
+def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
+    """The least error that any weight of rank r, as a matrix [out, in * k], has in the metric, at place r."""
+    if site.groups > 1:
+        return None
+    matrix = site.matrix(weight)[0].double()
+    values = torch.linalg.eigvalsh(matrix @ metric.second[0].double() @ matrix.mT).clamp_min(0)
+    return torch.cat([values.flip(0), values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+
+
+def _hopeless(site: Site, menu: Sequence[Terms], k: int, tail: Tensor, solved: dict[int, float]) -> bool:
+    """Whether a solved entry costs no more by any count and errs less than entry k ever can (Eckart-Young)."""
+    if len(menu[k]) > 1 or not FORMS[menu[k][0].form].ranked:
+        return False
+    inner = factor_shapes(site, menu[k][0])[-1][1]
+    least = float(tail[min(inner, len(tail) - 1)])
+    cost = _counts(site, menu[k])
+    return any(
+        error <= least and all(a <= b for a, b in zip(_counts(site, menu[j]), cost, strict=True))
+        for j, error in solved.items()
+    )
+
+
+def _counts(site: Site, terms: Terms) -> tuple[int, int, int]:
+    cost = layer_cost(site, LayerPlan(site.name, terms))
+    return cost.bytes, cost.macs, cost.bops
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
@@ -102,7 +142,9 @@ def _solve_terms(
     dense = [(term.grid, site.matrix(left)) for term, left in wanted if _together(term)]
     rounded = iter(round_rows_of(dense, metric))
     return [
-        [_quantised(next(rounded), term.grid, site.shape)] if _together(term) else _solve_term(site, left, term, metric, starts)
+        [_quantised(next(rounded), term.grid, site.shape)]
+        if _together(term)
+        else _solve_term(site, left, term, metric, starts)
         for term, left in wanted
     ]
 

@@ -124,7 +124,8 @@ class Grid:
         wide = self.spread(scale, x.ndim)
         if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
             steps = x / wide - self.shift if self.shift else x / wide
-            steps = steps.round_().clamp_(self.low - zero, self.high - zero)
+            low, high = torch.as_tensor(self.low - zero), torch.as_tensor(self.high - zero)
+            steps = steps.round_().clamp_(low, high)
             return (steps.add_(self.shift) if self.shift else steps).mul_(wide)
         share = x.numel() / scale.numel()
         gain = 1 / math.sqrt(share * max(self.high, 1))

@@ -8,6 +8,7 @@ Then each channel's mean and deviation are made those of the float network: the 
 into the bias, nothing is added. Unlike re-estimated batch-norm statistics this harms no network that is healthy.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,24 @@ def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> N
         weight = piece.weight(site)
         hooks.append(layer.register_forward_pre_hook(_solver(piece, site, weight, met[site.name].given)))
         if all(factors[-1].grid.axis == 0 for factors in layer.factors):
-            hooks.append(layer.register_forward_hook(_matcher(met[site.name])))
+            hooks.append(layer.register_forward_hook(_matcher(met[site.name].mean, met[site.name].spread, GAIN)))
+    _run(student, piece, batch, hooks)
+
+
+def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
+    """Re-estimate the statistics of folded BatchNorms on the compressed network's own activations, in place.
+
+    What arXiv 2308.04595 does after factorising: each output gets the mean and deviation that its BatchNorm was trained
+    to give, layer by layer in one pass. It saves broken networks and harms healthy ones (docs/architecture.md).
+    """
+    layers = compressed_layers(student)
+    sites = [s for s in piece.survey if s.name in layers and s.name in piece.norms and s.calls == 1]
+    batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
+    hooks: list[Any] = []
+    for site in sites:
+        layer, norm = layers[site.name], piece.norms[site.name]
+        if all(factors[-1].grid.axis == 0 for factors in layer.factors):
+            hooks.append(layer.register_forward_hook(_matcher(norm.mean, norm.spread, (0.0, math.inf))))
     _run(student, piece, batch, hooks)
 
 
@@ -116,15 +134,19 @@ def _moments(site: Site, found: Tensor, wanted: Tensor, seed: int) -> tuple[Tens
     return (ours.mT @ ours).cpu() / count, (theirs.mT @ ours).cpu() / count
 
 
-def _matcher(met: _Met) -> Callable[..., Tensor]:
+def _matcher(
+    wanted_mean: Tensor, wanted_spread: Tensor, limits: tuple[float, float]
+) -> Callable[[Compressed, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that gives a layer's channels a mean and a deviation, the gain between limits; returns the new output."""
+
     def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         mean, spread = _statistics(out, layer.site)
-        gain = torch.where(spread > 1e-8, met.spread / spread.clamp_min(1e-8), 1.0).clamp(*GAIN)
+        gain = torch.where(spread > 1e-8, wanted_spread / spread.clamp_min(1e-8), 1.0).clamp(*limits)
         old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
         first = layer.factors[0][-1].scale.clone()
         for factors in layer.factors:
             factors[-1].scale.copy_(stored(factors[-1].scale * gain))
-        new = old if layer.bias is None else met.mean - (mean - old) * gain
+        new = old if layer.bias is None else wanted_mean - (mean - old) * gain
         if layer.bias is not None:
             layer.bias.data = new
         if len(layer.factors) > 1:  # each term's scales were rounded for themselves

@@ -305,9 +305,7 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
             continue  # folded already
         assert isinstance(norm, _BatchNorm)
         assert norm.running_mean is not None
-        assert norm.running_var is not None
-        gain = (norm.running_var.double() + norm.eps).rsqrt()
-        gain = gain if norm.weight is None else gain * norm.weight.double()
+        gain = norm_gain(norm)
         bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
         bias = bias * gain if norm.bias is None else bias * gain + norm.bias.double()
         weight = layer.weight
@@ -315,6 +313,13 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
         weight.data = (weight.double() * gain.view(-1, *[1] * (weight.ndim - 1))).float()
         layer.bias = nn.Parameter(bias.float(), requires_grad=False)
     return drop_norms(folded, survey)
+
+
+def norm_gain(norm: _BatchNorm) -> Tensor:
+    """What a BatchNorm multiplies each channel with, [out], in float64."""
+    assert norm.running_var is not None
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    return gain if norm.weight is None else gain * norm.weight.double()
 
 
 def own_biases(model: nn.Module, survey: Survey) -> nn.Module:

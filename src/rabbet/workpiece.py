@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rabbet.calibrate import second_moments
 from rabbet.cost import Cost, float_cost, layer_cost, plan_cost
@@ -12,7 +14,7 @@ from rabbet.errors import ModelError
 from rabbet.layout import RESERVED, Rest
 from rabbet.plan import LayerPlan, Plan
 from rabbet.site import KINDS, Site
-from rabbet.survey import Survey, fold, stored_tensors
+from rabbet.survey import Survey, fold, norm_gain, stored_tensors
 from rabbet.survey import survey as look
 from rabbet.task import Task
 
@@ -45,12 +47,31 @@ class Clock(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A BatchNorm that was folded, [out] each: its gain, and the mean and deviation that it gave its outputs."""
+
+    gain: Tensor
+    mean: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> "Norm":
+        """Read from the module; one without weights gives mean 0 and deviation 1."""
+        assert isinstance(norm, _BatchNorm)
+        gain = norm_gain(norm).float()
+        ones = torch.ones_like(gain)
+        mean = ones * 0 if norm.bias is None else norm.bias.detach().float()
+        return cls(gain, mean, ones if norm.weight is None else norm.weight.detach().float().abs())
+
+
 @dataclass
 class Workpiece:
     """A float network on the bench: folded copy, survey, the user's task, the engine, the seed.
 
     `types` are the original types of the tensors that stay as they are: a half-precision embedding that is left alone
-    is stored in half precision again. clock: times layers, if a budget is about latency.
+    is stored in half precision again. norms: by site, the BatchNorms that were folded. clock: times layers, if a budget
+    is about latency.
     """
 
     model: nn.Module
@@ -59,6 +80,7 @@ class Workpiece:
     engine: Engine
     seed: int
     types: dict[str, str]
+    norms: dict[str, Norm] = field(default_factory=dict)
     clock: Clock | None = None
     _moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -68,7 +90,9 @@ class Workpiece:
         batches = task.read()
         found = look(model, batches[0], task)
         types = {name: DTYPES[str(t.dtype)] for name, t in stored_tensors(model).items() if str(t.dtype) in DTYPES}
-        return cls(fold(model, found), found, task, engine, seed, types)
+        modules = dict(model.named_modules())
+        norms = {s.name: Norm.of(m) for s in found if s.norm and isinstance(m := modules[s.norm], _BatchNorm)}
+        return cls(fold(model, found), found, task, engine, seed, types, norms)
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""

@@ -25,6 +25,9 @@ class Aim:
     start: tuple[Tensor, ...] | None = None
 
 
+PLAIN = Aim()
+
+
 class Form(Protocol):
     """How a weight is written as factors; knows nothing of grids and budgets.
 
@@ -56,7 +59,7 @@ class Form(Protocol):
         ...
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """Factors of a canonical weight, of least error in the metric of its inputs (None: plain)."""
         ...

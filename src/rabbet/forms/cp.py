@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rabbet.forms.base import Aim, Between, pointwise
+from rabbet.forms.base import PLAIN, Aim, Between, pointwise
 from rabbet.site import Site
+from rabbet.solve.cp import rows, start
 from rabbet.solve.varpro import EVALUATIONS, WARM, project
-from rabbet.solve.whiten import principal
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CP:
         )
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """Variable projection in the metric, from the rank-one terms of the weight's leading right singular vectors."""
         assert rank is not None
@@ -59,15 +59,15 @@ class CP:
         elif rank >= channels * places:  # every entry of an input patch has a term of its own
             small, steps = (torch.eye(channels).repeat_interleave(places, 0), torch.eye(places).repeat(channels, 1)), 0
         else:
-            small = _start(matrix, metric, channels, rank)
+            small = start(matrix, metric, channels, rank)
             steps = 0 if rank == self.full_rank(site) else EVALUATIONS
-        found = project(_rows, small, matrix, metric, aim.noise, steps)
+        found = project(rows, small, matrix, metric, aim.noise, steps)
         return _evened(site, found.small, found.last, metric)
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """A (B khatri-rao C), in the shape of the weight."""
         b, c, a = factors
-        return (a @ _rows((b, c.flatten(1)))).view(a.shape[0], b.shape[1], *c.shape[1:])
+        return (a @ rows((b, c.flatten(1)))).view(a.shape[0], b.shape[1], *c.shape[1:])
 
     def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
         """Three layers, as they will be exported."""
@@ -79,21 +79,6 @@ class CP:
 
 def _depthwise(site: Site, rank: int) -> Site:
     return replace(site, shape=(rank, 1, *site.shape[2:]), groups=rank)
-
-
-def _rows(small: Sequence[Tensor]) -> Tensor:
-    """The Khatri-Rao product of B [rank, in] and C [rank, k] as rows [rank, in * k]."""
-    b, c = small
-    return (b[:, :, None] * c[:, None]).flatten(1)
-
-
-def _start(matrix: Tensor, metric: Tensor | None, channels: int, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest rank-one terms of the singular vectors of [out, in * k], each reshaped to [in, k]; norms 1."""
-    right = principal(matrix, metric).mT @ matrix
-    u, s, v = torch.linalg.svd(right.view(len(right), channels, -1), full_matrices=False)
-    chosen = s.flatten().argsort(descending=True, stable=True)[:rank]
-    vector, term = chosen // s.shape[1], chosen % s.shape[1]
-    return u[vector, :, term].contiguous(), v[vector, term].contiguous()
 
 
 def _evened(site: Site, small: Sequence[Tensor], last: Tensor, metric: Tensor | None) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rabbet.forms.base import Aim, Between
+from rabbet.forms.base import PLAIN, Aim, Between
 from rabbet.site import Site
 
 
@@ -29,7 +29,7 @@ class Dense:
         return (site.macs,)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """The weight itself."""
         return (weight,)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rabbet.forms.base import Aim, Between, pointwise
+from rabbet.forms.base import PLAIN, Aim, Between, pointwise
 from rabbet.site import Site
 from rabbet.solve.whiten import leading
 
@@ -36,7 +36,7 @@ class LowRank:
         return (rank * site.columns * site.positions, rank * site.shape[0] * site.positions)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """The truncated SVD whitened by the full second moment (QERA-exact, arXiv 2410.06040, theorem 1)."""
         assert rank is not None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rabbet.forms.base import Aim, Between, pointwise
+from rabbet.forms.base import PLAIN, Aim, Between, pointwise
 from rabbet.site import Site
 from rabbet.solve.varpro import EVALUATIONS, WARM, project
 from rabbet.solve.whiten import principal
@@ -42,7 +42,7 @@ class Tucker:
         return (u * site.inputs, core * site.positions, v * site.positions)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = Aim()
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """Variable projection in the metric, from the leading singular vectors of both modes (HOSVD)."""
         u, core, _ = self.shapes(site, rank)

@@ -1,10 +1,12 @@
 """Methods: each chooses a plan, then finds the numbers. A new method is a file here and a line in METHODS."""
 
+from rabbet.methods.admm import ADMM
 from rabbet.methods.base import Fitted, Method
 from rabbet.methods.joint import QUALITY, Joint
 
 METHODS: dict[str, type[Method]] = {
     "joint": Joint,
+    "admm": ADMM,
 }
 
-__all__ = ["METHODS", "QUALITY", "Fitted", "Joint", "Method"]
+__all__ = ["ADMM", "METHODS", "QUALITY", "Fitted", "Joint", "Method"]

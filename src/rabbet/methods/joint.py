@@ -43,8 +43,8 @@ class Joint:
     adapters: tuple[tuple[str, float], ...] = (("2hc", 0.05), ("2hc", 0.1), ("3c", 0.05), ("3c", 0.1))
     adapter_grid: str = "8c"
     forms: tuple[str, ...] = ("cp", "tucker", "lowrank")
-    shares: tuple[float, ...] = (0.85, 0.7, 0.5, 0.35, 0.25)
-    factor_grids: tuple[str, ...] = ("3c", "4c", "5c", "6c")
+    shares: tuple[float, ...] = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
+    factor_grids: tuple[str, ...] = ("3c", "4c", "5c", "6c", "8c")
     act: int | None = 8
     tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
 
@@ -67,11 +67,12 @@ class Joint:
             return piece.cost(chosen(choice))
 
         require_feasible(table, budget, piece.float_cost, exact)
-        scores = self._scores(piece)
+        scores, kept = self._scores(piece)
+        table = [[row[k] for k in ks] for row, ks in zip(table, kept, strict=True)]
         return chosen(allocate(scores, table, budget, piece.float_cost, exact))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """Solve the plan's layers (those of `plan` are solved already), then in order, then tune; see `Method.fit`."""
+        """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""
         validate(plan, piece.survey)
         numbers = self._numbers(piece, plan)
         student = build(piece.model, plan, piece.survey, numbers)
@@ -106,35 +107,33 @@ class Joint:
         plan = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
         return Option(plan, piece.layer_cost(site, plan))
 
-    def _scores(self, piece: Workpiece) -> list[list[float]]:
-        results = self._solve(piece, {s.name: self.menu(s) for s in piece.survey})
+    def _scores(self, piece: Workpiece) -> tuple[list[list[float]], list[list[int]]]:
+        """For each layer the entries of its menu that were solved, and what each does to the network's output."""
+        # what is no cheaper by any count may still be faster
+        prune = piece.clock is None
+        results = self._solve(piece, {s.name: self.menu(s) for s in piece.survey}, prune)
         changes: dict[str, Tensor] = {}
+        kept: list[list[int]] = []
         for site in piece.survey:
-            menu, weight = self.menu(site), piece.weight(site)
-            solved = [canonical(site, menu[k], read_numbers(results[site.name], menu, k)) for k in range(len(menu))]
+            menu, weight, result = self.menu(site), piece.weight(site), results[site.name]
+            kept.append([k for k in range(len(menu)) if f"{k}.error" in result])
+            solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in kept[-1]]
             changes[site.name] = torch.stack(solved) - weight
         errors = output_errors(piece, changes)
-        return [errors[s.name].tolist() for s in piece.survey]
+        return [errors[s.name].tolist() for s in piece.survey], kept
 
     def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:
-        """The same numbers whether a plan was chosen here or made by hand: a line on the menu is solved with it."""
-        menus = {}
-        for layer in plan:
-            menu = self.menu(piece.survey[layer.name])
-            menus[layer.name] = menu if layer.terms in menu else (layer.terms,)
-        results = self._solve(piece, menus)
-        return {
-            layer.name: read_numbers(results[layer.name], menus[layer.name], menus[layer.name].index(layer.terms))
-            for layer in plan
-        }
+        """Each line is solved for itself: the same plan gives the same numbers, chosen here or made by hand."""
+        results = self._solve(piece, {layer.name: (layer.terms,) for layer in plan})
+        return {layer.name: read_numbers(results[layer.name], (layer.terms,), 0) for layer in plan}
 
-    def _solve(self, piece: Workpiece, menus: dict[str, tuple[Terms, ...]]) -> dict[str, Tensors]:
+    def _solve(self, piece: Workpiece, menus: dict[str, tuple[Terms, ...]], prune: bool = False) -> dict[str, Tensors]:
         moments = piece.moments()
         jobs: list[Job] = []
         for name, menu in menus.items():
             site = piece.survey[name]
             given = {"weight": piece.weight(site)} | ({"second": moments[name]} if name in moments else {})
-            jobs.append((solve_site, given, {"site": site, "menu": menu}))
+            jobs.append((solve_site, given, {"site": site, "menu": menu, "prune": prune}))
         return dict(zip(menus, piece.engine.run("solving layers", jobs), strict=True))
 
 

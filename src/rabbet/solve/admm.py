@@ -1,7 +1,7 @@
 """Factors on a grid by ADMM, one factor at a time (arXiv 2308.04595, after AO-ADMM).
 
-For one factor with Gram matrix G and right-hand side F, an auxiliary least-squares copy and an on-grid copy H are driven
-together by a scaled dual U:
+For one factor with Gram matrix G and right-hand side F, a least-squares copy and an on-grid copy H are driven together
+by a scaled dual U:
 
     X = (F + rho (H + U)) (G + rho I)^-1,   H = grid(X - U),   U = U + H - X,   rho = tr(G) / R
 
@@ -10,41 +10,24 @@ The grid is not convex: at this rho the residuals settle without vanishing and a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rabbet.grid import Grid, Quantised
 from rabbet.solve.als import Factors, Problem
+from rabbet.solve.feedback import Rounded
 
 SMALL = 1e-8  # of both residuals: the rule of the paper, met only on fine grids
 
 
-@dataclass(frozen=True)
-class Split:
-    """What ADMM found: factors on their grids and relative error; see `als.Fit` for the other fields.
-
-    primal, dual: both residuals after the last inner step of each factor and sweep.
-    """
-
-    factors: tuple[Quantised, ...]
-    error: float
-    steps: int
-    stalled: bool
-    history: tuple[float, ...]
-    primal: tuple[float, ...]
-    dual: tuple[float, ...]
-
-
 def admm(
-    tensor: Tensor, start: Factors, grids: Sequence[Grid], sweeps: int = 100, inner: int = 100, tolerance: float = 1e-5
-) -> Split:
+    problem: Problem, start: Factors, grids: Sequence[Grid], sweeps: int = 20, inner: int = 20, tolerance: float = 1e-5
+) -> Rounded:
     """Alternate over the factors, each by ADMM with the scale chosen anew (MSE) at every projection.
 
     Stops when a sweep changes the error by less than `tolerance`, or when it has grown by 1e-3 in five sweeps.
     """
-    problem = Problem(tensor)
     held = [Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True)]
     values = tuple(q.values.double() for q in held)
     duals = [torch.zeros_like(v) for v in values]
@@ -64,7 +47,7 @@ def admm(
         stalled = abs(history[-2] - history[-1]) < tolerance
         if stalled or (len(history) > 5 and history[-1] > history[-6] * (1 + 1e-3)):
             break
-    return Split(tuple(best), least, len(history) - 1, stalled, tuple(history), tuple(primal), tuple(dual))
+    return Rounded(tuple(best), least, len(history) - 1, stalled, tuple(history), tuple(primal), tuple(dual))
 
 
 def _inner(

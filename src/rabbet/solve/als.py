@@ -1,11 +1,12 @@
-"""CP factorisation by alternating least squares: the plain problem, and what its refinements share.
+"""Alternating least squares, and the problems that it and its refinements solve.
 
 A tensor X [I, J, ...] is written as `sum_r a_r o b_r o ...` with factors A [I, R], B [J, R], ... in the order of its
-axes; a matrix is the case of two. Given all other factors, one factor is the solution of a least-squares problem with
-Gram matrix G [R, R] and right-hand side F [n, R] (MTTKRP): all that the solvers of this package do is to solve it in
-other ways (`epc`: with least norms at a given error; `admm` and `feedback`: on a grid).
+axes (CP; a matrix is the case of two), or as a Tucker-2 chain. Given all other factors, one factor [n, R] solves a
+least-squares problem with Gram matrix G [R, R] and right-hand side F [n, R]: all that the other solvers do is to solve
+that differently (`epc`: with least norms at a given error; `admm` and `feedback`: on a grid).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,17 +32,37 @@ class Fit:
 
 
 class Problem:
-    """A tensor to be factorised, and the least-squares problem of each of its modes."""
+    """A tensor to be factorised, and the least-squares problem of each of its factors."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tuple(tensor.shape)
         self.flat = tensor.double().flatten(1)
         self.power = float(self.flat.square().sum())
+
+    def sides(self, factors: Factors, mode: int) -> tuple[Tensor, Tensor]:
+        """Gram matrix G [R, R] and right-hand side F [n, R] of one factor, given the others."""
+        raise NotImplementedError
+
+    def error(self, gram: Tensor, right: Tensor, factor: Tensor) -> float:
+        """||X - X'|| / ||X|| from the problem of any factor and that factor."""
+        square = self.power + float(((factor @ gram - 2 * right) * factor).sum())
+        return math.sqrt(max(square, 0.0) / max(self.power, 1e-300))
+
+    def relative(self, factors: Factors) -> float:
+        """||X - X'|| / ||X|| of factors."""
+        return self.error(*self.sides(factors, 0), factors[0])
+
+
+class CPProblem(Problem):
+    """Factors [n, R], one for each axis of a tensor of two or more axes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
         self._seen: Tensor | None = None
         self._inner = self.flat
 
     def sides(self, factors: Factors, mode: int) -> tuple[Tensor, Tensor]:
-        """Gram matrix G [R, R] and right-hand side F [n, R] of one mode, given the factors of the others."""
+        """G is the Hadamard product of the others' Gram matrices, F the tensor times their Khatri-Rao product."""
         gram = torch.ones(1, 1, dtype=torch.float64)
         for k, f in enumerate(factors):
             gram = gram if k == mode else gram * (f.mT @ f)
@@ -56,14 +77,23 @@ class Problem:
                 inner = (inner * factors[k].view(-1, *[1] * (len(factors) - 1 - k), factors[k].shape[1])).sum(k - 1)
         return gram, inner
 
-    def error(self, gram: Tensor, right: Tensor, factor: Tensor) -> float:
-        """||X - X'|| / ||X|| from the problem of any mode and that mode's factor."""
-        square = self.power + float(((factor @ gram - 2 * right) * factor).sum())
-        return (max(square, 0.0) / max(self.power, 1e-300)) ** 0.5
 
-    def relative(self, factors: Factors) -> float:
-        """||X - X'|| / ||X|| of factors."""
-        return self.error(*self.sides(factors, 0), factors[0])
+class Tucker2Problem(Problem):
+    """Factors V [I, q], U [J, p] and the core [K, q * p] of a tensor [I, J, K]: X_ijk = sum V_iq core_kqp U_jp."""
+
+    def sides(self, factors: Factors, mode: int) -> tuple[Tensor, Tensor]:
+        """Of the core the Gram matrix is a Kronecker product, [q p, q p]: ranks of some tens are meant."""
+        v, u, flat = factors
+        x = self.flat.view(self.shape)
+        core = flat.view(-1, v.shape[1], u.shape[1])
+        if mode == 0:
+            basis = torch.einsum("kqp,jp->qjk", core, u).flatten(1)
+            return basis @ basis.mT, self.flat @ basis.mT
+        if mode == 1:
+            basis = torch.einsum("kqp,iq->pik", core, v).flatten(1)
+            return basis @ basis.mT, x.transpose(0, 1).flatten(1) @ basis.mT
+        inner = torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1)
+        return torch.kron(v.mT @ v, u.mT @ u), inner
 
 
 def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
@@ -108,12 +138,12 @@ def svd_start(tensor: Tensor, rank: int, seed: int = 0) -> Factors:
     return tuple(factors)
 
 
-def als(tensor: Tensor, start: Factors, sweeps: int = 50, tolerance: float = 1e-5) -> Fit:
+def als(problem: CPProblem, start: Factors, sweeps: int = 50, tolerance: float = 1e-5) -> Fit:
     """Alternating least squares from given factors, until a sweep changes the relative error by less than `tolerance`.
 
-    tensor: two or more axes. Works in double precision: the Gram matrices of nearly collinear terms need it.
+    Works in double precision: the Gram matrices of nearly collinear terms need it.
     """
-    problem, factors = Problem(tensor), balanced(tuple(f.double() for f in start))
+    factors = balanced(tuple(f.double() for f in start))
     history: list[float] = []
     for _ in range(sweeps):
         for mode in range(len(factors)):

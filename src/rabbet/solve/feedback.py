@@ -6,15 +6,32 @@ solves that nearly as well as ADMM from a good start, far better from a bad one,
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rabbet.grid import Grid, Quantised
-from rabbet.solve.als import Factors, Fit, Problem, solved
+from rabbet.solve.als import Factors, Problem, solved
 from rabbet.solve.rounding import Metric, Rows, descend, feedback
 
 DAMPING = 1e-3
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Factors on their grids, the relative error of what they stand for, and how it was found; see `als.Fit`.
+
+    primal, dual: of ADMM, both residuals after the last inner step of each factor and sweep.
+    """
+
+    factors: tuple[Quantised, ...]
+    error: float
+    steps: int
+    stalled: bool
+    history: tuple[float, ...] = ()
+    primal: tuple[float, ...] = ()
+    dual: tuple[float, ...] = ()
 
 
 def rounded_factor(target: Tensor, scale: Tensor, grid: Grid, gram: Tensor, sweeps: int = 2) -> Quantised:
@@ -31,13 +48,14 @@ def rounded_factor(target: Tensor, scale: Tensor, grid: Grid, gram: Tensor, swee
     return Quantised(grid, rows.codes[0], scale)
 
 
-def alternate(tensor: Tensor, start: Factors, grids: Sequence[Grid], sweeps: int = 10, tolerance: float = 1e-3) -> Fit:
+def alternate(
+    problem: Problem, start: Factors, grids: Sequence[Grid], sweeps: int = 10, tolerance: float = 1e-3
+) -> Rounded:
     """Round each factor in turn for what the others are by now; the best state is returned.
 
     Two scales are tried for each factor, the one it has and the best for its least-squares solution. Errors are those
     of the rounded factors.
     """
-    problem = Problem(tensor)
     state = [Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True)]
     best = list(state)
     values = tuple(q.values.double() for q in state)
@@ -56,5 +74,5 @@ def alternate(tensor: Tensor, start: Factors, grids: Sequence[Grid], sweeps: int
                 least, best = error, list(state)
         history.append(least)
         if least > (1 - tolerance) * before:
-            return Fit(tuple(q.values for q in best), least, len(history), True, tuple(history))
-    return Fit(tuple(q.values for q in best), least, len(history), False, tuple(history))
+            return Rounded(tuple(best), least, len(history), True, tuple(history))
+    return Rounded(tuple(best), least, len(history), False, tuple(history))

@@ -1,6 +1,6 @@
 """Factors in the metric of a layer's inputs, by variable projection.
 
-A weight [out, n] is written as `A M`, where the rows of M [rank, n] are made of small factors and A [out, rank] is free.
+A weight [out, n] is written as `A M`: the rows of M [rank, n] are made of small factors, and A [out, rank] is free.
 Given M, the best A is a least-squares solution; put in, what is left is a smooth function of the small factors alone,
 which L-BFGS brings down in some tens of steps. No rate is to be chosen, and no mode waits for the others as in
 alternating least squares.
@@ -46,11 +46,11 @@ def project(
         def closure() -> Tensor:
             optimiser.zero_grad()
             loss, _ = problem(small)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         with torch.enable_grad():
-            optimiser.step(closure)  # type: ignore[no-untyped-call]
+            optimiser.step(closure)
     found = tuple(s.detach() for s in small)
     if not all(torch.isfinite(s).all() for s in found):
         found = tuple(s.detach().clone() for s in start)
