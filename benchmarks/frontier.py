@@ -11,10 +11,14 @@ from the call to the network, candidates solved once and shared by the budgets (
 """
 
 import argparse
+import itertools
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,45 +61,44 @@ NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
 }
 
 
+TABLE = ("bits <= 4", "bits <= 3", "bits <= 2", "bits <= 1.5", "bpw <= 2", "macs <= 70%, bytes <= 13%",
+         "macs <= 50%, bytes <= 13%", "macs <= 35%, bytes <= 9%")  # fmt: skip
 HEAD = (
-    "network", "budget", "tier", "bits/weight", "file bytes", "% of float32 parameters", "% MACs", "% BOPs", "accuracy",
-    "drop", "seconds", "ONNX bytes", "ONNX accuracy",
+    "network", "budget", "tier", "rank", "bits/weight", "with scales", "file bytes", "% of float32 parameters",
+    "% MACs", "% BOPs", "accuracy", "drop", "seconds", "ONNX bytes", "ONNX accuracy",
 )  # fmt: skip
 
 
-def measure(name: str, budgets: list[str], tiers: list[str], engine: rabbet.Engine, seed: int) -> None:
-    """Every budget and tier of one network, a line each."""
+def measure(
+    name: str, budgets: list[str], tiers: list[str], ranks: list[str], engine: rabbet.Engine, seed: int
+) -> None:
+    """The rows of one network."""
     model, data, test = NETS[name]()
     whole = rabbet.accuracy(model, test)
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    row(name, "float32", "-", "32", f"{parameters:,}", "100", "100", "100", f"{whole:.2f}", "-", "-", "-", "-")
-    for budget in budgets:
-        for tier in tiers:
-            start = time.perf_counter()
-            result = rabbet.compress(model, budget, data, rabbet.QUALITY[tier], seed=seed, engine=engine)
-            seconds = time.perf_counter() - start
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "small.safetensors"
-                size = result.save(path)
-                found = rabbet.accuracy(rabbet.load(path, model), test)
-                exported = result.export(Path(folder) / "small.onnx")
-                ran = rabbet.accuracy(rabbet.Session(Path(folder) / "small.onnx"), test)
-            cost, base = result.cost, result.float_cost
-            amounts = f"{cost.bits:.3f}", f"{size:,}", f"{100 * size / parameters:.2f}"
-            work = f"{100 * cost.macs / base.macs:.1f}", f"{100 * cost.bops / base.bops:.3f}"
-            row(
-                name,
-                budget,
-                tier,
-                *amounts,
-                *work,
-                f"{found:.2f}",
-                f"{whole - found:.2f}",
-                f"{seconds:.0f}",
-                f"{exported.bytes:,}",
-                f"{ran:.2f}",
-            )
-            print(f"{'; '.join((*result.notes, *exported.notes))}. {_layers(result)}", file=sys.stderr, flush=True)
+    row(name, "float32", "-", "-", "32", "32", f"{parameters:,}", "100", "100", "100", f"{whole:.2f}", *"-----")
+    for budget, tier, rank in itertools.product(budgets, tiers, ranks):
+        start = time.perf_counter()
+        method = rabbet.QUALITY[tier]
+        chosen = method if rank == "on" else replace(method, forms=())
+        result = rabbet.compress(model, budget, data, chosen, seed=seed, engine=engine)
+        seconds = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "small.safetensors"
+            size = result.save(path)
+            found = rabbet.accuracy(rabbet.load(path, model), test)
+            exported = result.export(Path(folder) / "small.onnx")
+            ran = rabbet.accuracy(rabbet.Session(Path(folder) / "small.onnx"), test)
+        cost, base = result.cost, result.float_cost
+        bits = f"{cost.bits:.3f}", f"{(cost.code_bits + cost.scale_bits) / cost.weights:.3f}"
+        work = (
+            f"{100 * size / parameters:.2f}",
+            f"{100 * cost.macs / base.macs:.1f}",
+            f"{100 * cost.bops / base.bops:.3f}",
+        )
+        quality = f"{found:.2f}", f"{whole - found:.2f}", f"{seconds:.0f}", f"{exported.bytes:,}", f"{ran:.2f}"
+        row(name, budget, tier, rank, *bits, f"{size:,}", *work, *quality)
+        print(f"{'; '.join((*result.notes, *exported.notes))}. {_layers(result)}", file=sys.stderr, flush=True)
 
 
 def _layers(result: rabbet.Result) -> str:
@@ -106,17 +109,19 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet56"])
-    parser.add_argument("--bits", nargs="+", default=["4", "3", "2", "1.5"], help="mean bits per weight")
-    parser.add_argument("--budgets", nargs="+", help="budgets in full, instead of --bits")
-    parser.add_argument("--tiers", nargs="+", choices=list(rabbet.QUALITY), default=["fast", "default"])
+    parser.add_argument("--budgets", nargs="+", default=TABLE)
+    parser.add_argument("--tiers", nargs="+", choices=list(rabbet.QUALITY), default=["default"])
+    parser.add_argument("--ranks", nargs="+", choices=["on", "off"], default=["on"], help="off: dense candidates only")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that solve layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="folder that keeps finished work between runs")
     args = parser.parse_args()
     print(f"seed {args.seed}; {machine()}\n")
     head(*HEAD)
-    budgets = args.budgets or [f"bits <= {b}" for b in args.bits]
-    for name in args.nets:
-        measure(name, budgets, args.tiers, rabbet.Engine(folder=args.resume), args.seed)
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as executor:
+        for name in args.nets:
+            engine = rabbet.Engine(executor, folder=args.resume)
+            measure(name, args.budgets, args.tiers, args.ranks, engine, args.seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Latency is that of the exported file for a batch of one, predicted from layers t
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rabbet.errors import BudgetError
@@ -21,14 +21,15 @@ from rabbet.site import Site
 from rabbet.survey import Survey
 
 FLOAT_BITS = 32
+SCALE_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a layer or a network costs, in whole numbers.
 
-    bytes: of the file. macs, bops: per example. code_bits: bits of all weight codes. weights: entries of all weights.
-    time: nanoseconds of one example, zero if it was not measured.
+    bytes: of the file. macs, bops: per example. code_bits, scale_bits: of all weight codes, and of their scales.
+    weights: entries of all weights. time: nanoseconds of one example, zero if it was not measured.
     """
 
     bytes: int = 0
@@ -37,6 +38,7 @@ class Cost:
     code_bits: int = 0
     weights: int = 0
     time: int = 0
+    scale_bits: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, f) + getattr(other, f) for f in Cost.__dataclass_fields__))
@@ -72,6 +74,12 @@ METRICS: dict[str, Quantity] = {
     "bops": Quantity(lambda c: c.bops, lambda value, _: value, _DECIMAL),
     "bits": Quantity(
         lambda c: c.code_bits,
+        lambda value, cost: value * cost.weights,
+        {"": 1},
+        lambda amount, weights: f"{amount / weights:.3f}",
+    ),
+    "bpw": Quantity(
+        lambda c: c.code_bits + c.scale_bits,
         lambda value, cost: value * cost.weights,
         {"": 1},
         lambda amount, weights: f"{amount / weights:.3f}",
@@ -117,8 +125,9 @@ class Budget:
     def parse(cls, text: "str | Budget") -> "Budget":
         """Read clauses `metric <= number unit`, separated by commas.
 
-        Metrics and units: bytes (B, kB, MB, GB, KiB, MiB, GiB, %), macs and bops (k, M, G, T, %), bits (mean bits per
-        weight, %), latency (us, ms, s, %). `%` is a share of the float32 network. Raises BudgetError for anything else.
+        Metrics and units: bytes (B, kB, MB, GB, KiB, MiB, GiB, %), macs and bops (k, M, G, T, %), bits (mean bits of
+        the codes per weight, %), bpw (the same, scales included, %), latency (us, ms, s, %). `%` is a share of the
+        float32 network. Raises BudgetError for anything else.
         """
         if isinstance(text, Budget):
             return text
@@ -167,15 +176,17 @@ def _clause(text: str) -> Limit:
 
 def layer_cost(site: Site, layer: LayerPlan) -> Cost:
     """What one compressed layer costs: its numbers and its line of the plan, and its arithmetic."""
-    macs = bops = code_bits = 0
+    macs = bops = code_bits = scale_bits = 0
     act = layer.act or FLOAT_BITS
     for term in layer.terms:
         parts = FORMS[term.form].macs(site, term.rank)
         macs += sum(parts)
         bops += sum(parts) * term.grid.bits * act
-        code_bits += 8 * term_lengths(site, term).codes
+        lengths = term_lengths(site, term)
+        code_bits += 8 * lengths.codes
+        scale_bits += SCALE_BITS * lengths.scales
     size = layer_lengths(site, layer).bytes + line_bytes(layer)
-    return Cost(size, macs, bops, code_bits, site.numel)
+    return Cost(size, macs, bops, code_bits, site.numel, scale_bits=scale_bits)
 
 
 def float_cost(survey: Survey) -> Cost:
@@ -195,7 +206,7 @@ def plan_cost(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> Cost:
     for site in survey:
         layer = plan.get(site.name)
         total += kept_cost(site) if layer is None else layer_cost(site, layer)
-    return Cost(file_bytes(survey, plan, rest), total.macs, total.bops, total.code_bits, total.weights)
+    return replace(total, bytes=file_bytes(survey, plan, rest))
 
 
 def heaviest(costs: dict[str, Cost], metric: str, count: int = 3) -> str:

@@ -11,8 +11,9 @@ from transformers import BertConfig, BertModel
 
 import rabbet
 from rabbet.export.base import Parcel
+from rabbet.forms import FORMS
 from rabbet.layer import build
-from rabbet.plan import quoted
+from rabbet.plan import Term, quoted
 from rabbet.task import Task
 from rabbet.workpiece import Workpiece
 
@@ -114,7 +115,8 @@ def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Pa
     piece = Workpiece.of(case.model, Task.of(case.batches), rabbet.Engine())
     lines = []
     for site, text in zip(piece.survey, itertools.cycle(terms), strict=False):
-        fits = "lowrank" not in text or (site.groups == 1 and site.kind != "embedding" and min(site.shape[:2]) > 2)
+        asked = [Term.parse(t) for t in text.split(" + ")]
+        fits = all((t.rank or 1) <= FORMS[t.form].full_rank(site) for t in asked)
         tail = "" if site.kind == "embedding" or not act else f" | {act}"
         lines.append(f"{quoted(site.name)} {text if fits else 'dense@8c'}{tail}")
     plan = rabbet.Plan.parse("\n".join(lines))

@@ -23,6 +23,7 @@ TERMS = {
     "dense": GRIDS,
     "adapter": ("dense@3c + lowrank[2]@8c", "dense@2hc + lowrank[1]@4c"),
     "low rank": ("lowrank[2]@4c", "lowrank[3]@8c", "lowrank[2]@3c"),
+    "chains": ("cp[6]@4c", "tucker[3]@8c", "cp[9]@6c", "tucker[2]@3c", "cp[4]@4"),
 }
 
 

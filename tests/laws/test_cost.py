@@ -201,7 +201,7 @@ def test_a_limit_allows_exactly_what_it_says(text, metric, amount):
     assert limit.amount(WHOLE) == amount
 
 
-FIELDS = {"bits": "code_bits", "latency": "time"}
+FIELDS = {"bits": "code_bits", "bpw": "code_bits", "latency": "time"}
 
 
 @given(st.sampled_from(list(METRICS)), st.integers(1, 10**15))
@@ -210,7 +210,7 @@ def test_a_budget_has_no_tolerance(metric, amount):
     unit, step = ("us", 1000) if metric == "latency" else ("", 1)
     budget = Budget.parse(f"{metric} <= {amount} {unit}")
     field = FIELDS.get(metric, metric)
-    most = amount * (whole.weights if metric == "bits" else step)
+    most = amount * (whole.weights if metric in ("bits", "bpw") else step)
     budget.check(Cost(**{field: most}), whole)
     with pytest.raises(BudgetError):
         budget.check(Cost(**{field: most + 1}), whole)

@@ -106,9 +106,10 @@ def test_nothing_is_unpickled():
 
 
 PUBLIC = {
-    "Budget", "BudgetError", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan", "ModelError",
-    "Plan", "PlanError", "QUALITY", "RabbetError", "Result", "Session", "Survey", "Task", "Term", "Tuning", "accuracy",
-    "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price", "reopen", "survey",
+    "ADMM", "Budget", "BudgetError", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan",
+    "ModelError", "Plan", "PlanError", "QUALITY", "RabbetError", "Result", "Session", "Survey", "Task", "Term",
+    "Tuning", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price",
+    "reopen", "survey",
 }  # fmt: skip
 
 

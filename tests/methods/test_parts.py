@@ -48,6 +48,8 @@ QUICK = Joint(grids=("3c", "8c"), adapters=(("2hc", 0.3),), tuning=Tuning(steps=
 
 # Every method
 
+WITHIN = {"joint": "bits <= 4", "admm": "bits <= 8"}  # what each reaches on a network without factorisable kernels
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
@@ -57,8 +59,9 @@ def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
     assert METHODS[name]() == method
     case = network("stack")
     piece = Workpiece.of(case.model, Task(case.batches), Engine())
-    chosen = method.plan(piece, Budget.parse("bits <= 4"))
-    assert piece.cost(chosen).bits <= 4
+    budget = Budget.parse(WITHIN[name])
+    chosen = method.plan(piece, budget)
+    budget.check(piece.cost(chosen), piece.float_cost)
     fitted = method.fit(piece, chosen)
     assert Plan(tuple(c.plan for c in compressed_layers(fitted.model).values())) == chosen
     assert all(isinstance(note, str) and note for note in fitted.notes)
@@ -67,7 +70,7 @@ def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_plan_can_be_chosen_edited_and_fitted(name):
     case, method = network("stack"), METHODS[name]()
-    chosen = plan(case.model, "bits <= 4", case.batches, method)
+    chosen = plan(case.model, WITHIN[name], case.batches, method)
     first = next(iter(chosen))
     edited = chosen.with_layer(LayerPlan.parse(f"{first.name} dense@6c | act@7"))
     result = fit(case.model, str(edited), case.batches, method)
@@ -128,10 +131,14 @@ def test_a_method_that_breaks_the_budget_is_caught():
 
 
 class Counting(Engine):
-    """An engine that counts the jobs it really runs."""
+    """An engine that counts the layers whose candidates it really solves."""
+
+    def run(self, stage, jobs):
+        self.stage = stage
+        return super().run(stage, jobs)
 
     def _finished(self, jobs):
-        self.ran = getattr(self, "ran", 0) + len(jobs)
+        self.ran = getattr(self, "ran", 0) + (len(jobs) if self.stage == "solving layers" else 0)
         return super()._finished(jobs)
 
 

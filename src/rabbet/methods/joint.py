@@ -111,7 +111,7 @@ class Joint:
         """For each layer the entries of its menu that were solved, and what each does to the network's output."""
         # what is no cheaper by any count may still be faster
         prune = piece.clock is None
-        results = self._solve(piece, {s.name: self.menu(s) for s in piece.survey}, prune)
+        results = _solve(piece, "solving layers", {s.name: self.menu(s) for s in piece.survey}, prune)
         changes: dict[str, Tensor] = {}
         kept: list[list[int]] = []
         for site in piece.survey:
@@ -124,17 +124,21 @@ class Joint:
 
     def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:
         """Each line is solved for itself: the same plan gives the same numbers, chosen here or made by hand."""
-        results = self._solve(piece, {layer.name: (layer.terms,) for layer in plan})
+        results = _solve(piece, "solving the plan", {layer.name: (layer.terms,) for layer in plan})
         return {layer.name: read_numbers(results[layer.name], (layer.terms,), 0) for layer in plan}
 
-    def _solve(self, piece: Workpiece, menus: dict[str, tuple[Terms, ...]], prune: bool = False) -> dict[str, Tensors]:
-        moments = piece.moments()
-        jobs: list[Job] = []
-        for name, menu in menus.items():
-            site = piece.survey[name]
-            given = {"weight": piece.weight(site)} | ({"second": moments[name]} if name in moments else {})
-            jobs.append((solve_site, given, {"site": site, "menu": menu, "prune": prune}))
-        return dict(zip(menus, piece.engine.run("solving layers", jobs), strict=True))
+
+def _solve(
+    piece: Workpiece, stage: str, menus: dict[str, tuple[Terms, ...]], prune: bool = False
+) -> dict[str, Tensors]:
+    """Every entry of the menus, a job a layer."""
+    moments = piece.moments()
+    jobs: list[Job] = []
+    for name, menu in menus.items():
+        site = piece.survey[name]
+        given = {"weight": piece.weight(site)} | ({"second": moments[name]} if name in moments else {})
+        jobs.append((solve_site, given, {"site": site, "menu": menu, "prune": prune}))
+    return dict(zip(menus, piece.engine.run(stage, jobs), strict=True))
 
 
 QUALITY: dict[str, Joint] = {
