@@ -73,8 +73,8 @@ class CPProblem(Problem):
             self._seen, self._inner = factors[0], self.flat.mT @ factors[0]
         inner = self._inner.view(*self.shape[1:], -1)
         for k in reversed(range(1, len(factors))):
-            if k != mode:
-                inner = (inner * factors[k].view(-1, *[1] * (len(factors) - 1 - k), factors[k].shape[1])).sum(k - 1)
+            if k != mode:  # behind axis k are the mode's own, if it comes later, and the rank
+                inner = (inner * factors[k].view(-1, *[1] * (mode > k), factors[k].shape[1])).sum(k - 1)
         return gram, inner
 
 

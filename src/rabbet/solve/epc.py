@@ -25,14 +25,10 @@ TRIES = 6  # values of mu looked at per mode and sweep; the bracket carries over
 NEAR = 1e-3  # how near below the bound is near enough, relative
 
 
-def sensitivity(factors: Factors, noise: Sequence[float] | None = None) -> float:
-    """The error's square that noise on the factors makes; `noise`: variance for each factor (default 1)."""
+def sensitivity(factors: Factors) -> float:
+    """The squared error that noise of variance 1 on every entry of every factor makes, to first order."""
     norms = [f.square().sum(0) for f in factors]
-    total = 0.0
-    for mode, f in enumerate(factors):
-        variance = 1.0 if noise is None else noise[mode]
-        total += variance * len(f) * float(_others(norms, mode).sum())
-    return total
+    return float(sum(len(f) * _others(norms, mode).sum() for mode, f in enumerate(factors)))
 
 
 def _others(norms: Sequence[Tensor], mode: int) -> Tensor:
@@ -43,13 +39,17 @@ def _others(norms: Sequence[Tensor], mode: int) -> Tensor:
 
 
 def predicted(problem: Problem, fit: Fit, grids: Sequence[Grid]) -> float:
-    """The relative error that factors will have once they lie on grids (MSE scales), without rounding them together.
+    """The relative error that factors will have once each is rounded to nearest on its grid (MSE scales).
 
-    `E^2 = error^2 + sensitivity weighted by each factor's own squared rounding error`: within a few per cent, and so
-    the cheap model by which a slack, a rank or a bit-width is chosen.
+    `E^2 = error^2 + sum_r (prod (|f_r|^2 + n_f m_f) - prod |f_r|^2)` with m_f the squared rounding error of factor f:
+    the sensitivity weighted by m_f, and what errors of two factors make together. Within a few per cent, and so the
+    cheap model by which a slack, a rank or a bit-width is chosen.
     """
-    noise = [float((g.project(f, g.mse(f)) - f).square().mean()) for f, g in zip(fit.factors, grids, strict=True)]
-    return float((fit.error**2 + sensitivity(fit.factors, noise) / problem.power) ** 0.5)
+    clean = noisy = torch.ones(())
+    for f, grid in zip(fit.factors, grids, strict=True):
+        power = f.square().sum(0)
+        clean, noisy = clean * power, noisy * (power + (grid.project(f, grid.mse(f)) - f).square().sum(0))
+    return math.sqrt(fit.error**2 + float((noisy - clean).sum()) / problem.power)
 
 
 def loosened(problem: CPProblem, start: Fit, grids: Sequence[Grid], slacks: Sequence[float] = SLACKS) -> Fit:

@@ -1,0 +1,270 @@
+"""Laws of the solvers that factorise: errors are true, bounds hold, nothing gets worse by going on."""
+
+import itertools
+
+import pytest
+import torch
+from networks import rand
+
+from rabbet.candidates import solve_site
+from rabbet.cost import layer_cost
+from rabbet.errors import PlanError
+from rabbet.forms import FORMS
+from rabbet.grid import Grid, Quantised
+from rabbet.layout import factor_shapes
+from rabbet.plan import LayerPlan, Term
+from rabbet.site import Site
+from rabbet.solve import quantised_cp
+from rabbet.solve.admm import admm
+from rabbet.solve.als import CPProblem, Tucker2Problem, als, balanced, khatri_rao, random_start, svd_start
+from rabbet.solve.epc import epc, loosened, predicted, sensitivity
+from rabbet.solve.feedback import alternate
+from rabbet.solve.varpro import project
+
+SHAPES = [(12, 10, 9), (16, 6, 3), (10, 14)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+RANK = 6
+
+
+def smooth(shape, noise=0.3, rank=4):
+    """A tensor near a low rank, as trained kernels are."""
+    factors = [rand(n, rank, seed=k).double() for k, n in enumerate(shape)]
+    return full(factors) + noise * rand(*shape, seed=9).double()
+
+
+def full(factors):
+    return (factors[0] @ khatri_rao(factors[1:]).mT).view([len(f) for f in factors])
+
+
+def apart(tensor, factors):
+    return float((full(factors) - tensor).norm() / tensor.norm())
+
+
+def on_grid(factors, text="4"):
+    return [Quantised.nearest(f.float(), Grid.parse(text)).values.double() for f in factors]
+
+
+# Float factors
+
+
+@every_shape
+def test_the_error_of_every_mode_is_the_true_one(shape):
+    tensor, factors = smooth(shape), random_start(shape, RANK)
+    problem = CPProblem(tensor)
+    for mode in range(len(shape)):
+        gram, right = problem.sides(factors, mode)
+        assert problem.error(gram, right, factors[mode]) == pytest.approx(apart(tensor, factors), rel=1e-6)
+
+
+def test_the_error_of_a_tucker_chain_is_the_true_one():
+    tensor = smooth((8, 6, 9))
+    v, u, core = rand(8, 3).double(), rand(6, 2, seed=1).double(), rand(9, 6, seed=2).double()
+    wanted = torch.einsum("iq,jp,kqp->ijk", v, u, core.view(9, 3, 2))
+    problem = Tucker2Problem(tensor)
+    for mode, factor in enumerate((v, u, core)):
+        error = problem.error(*problem.sides((v, u, core), mode), factor)
+        assert error == pytest.approx(float((wanted - tensor).norm() / tensor.norm()), rel=1e-6)
+
+
+@every_shape
+@pytest.mark.parametrize("start", [random_start, svd_start])
+def test_each_sweep_of_least_squares_lowers_the_error(shape, start):
+    tensor = smooth(shape)
+    first = start(shape, RANK) if start is random_start else start(tensor, RANK)
+    found = als(CPProblem(tensor), first, 20, 0.0)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(found.history))
+    assert found.error == pytest.approx(apart(tensor, found.factors), abs=1e-6)
+
+
+def test_least_squares_says_that_it_stalled():
+    assert als(CPProblem(smooth((8, 6, 4), 0.0)), svd_start(smooth((8, 6, 4), 0.0), 6), 200).stalled
+
+
+@every_shape
+def test_balancing_changes_no_product_and_evens_the_norms(shape):
+    factors = tuple(f * 10.0**k for k, f in enumerate(random_start(shape, RANK)))
+    even = balanced(factors)
+    assert torch.allclose(full(even), full(factors))
+    norms = torch.stack([f.norm(dim=0) for f in even])
+    assert torch.allclose(norms, norms[:1].expand_as(norms))
+
+
+# EPC
+
+
+@every_shape
+def test_correction_keeps_the_bound_and_lowers_the_sensitivity(shape):
+    problem = CPProblem(smooth(shape))
+    start = als(problem, random_start(shape, RANK), 60)
+    for slack in (1.02, 1.1, 1.5):
+        found = epc(problem, start.factors, slack * start.error)
+        assert found.error <= slack * start.error * (1 + 1e-9)
+        assert sensitivity(found.factors) < sensitivity(balanced(start.factors))
+
+
+def test_a_looser_bound_makes_less_sensitive_factors():
+    problem = CPProblem(smooth((12, 10, 9)))
+    start = als(problem, random_start((12, 10, 9), RANK), 60)
+    found = [sensitivity(epc(problem, start.factors, s * start.error).factors) for s in (1.01, 1.1, 1.3)]
+    assert found[0] > found[1] > found[2]
+
+
+def test_sensitivity_is_the_error_that_noise_makes():
+    factors = random_start((12, 10, 9), RANK)
+    noise = 1e-3
+    g = torch.Generator().manual_seed(1)
+    noisy = [[f + noise * torch.randn(f.shape, generator=g, dtype=f.dtype) for f in factors] for _ in range(300)]
+    squares = [(full(fs) - full(factors)).square().sum() for fs in noisy]
+    assert float(torch.stack(squares).mean()) == pytest.approx(noise**2 * sensitivity(factors), rel=0.05)
+
+
+@pytest.mark.parametrize("text", ["4", "6", "8"])
+def test_the_predicted_error_is_the_one_of_rounding(text):
+    tensor = smooth((24, 20, 9))
+    problem, grids = CPProblem(tensor), [Grid.parse(text)] * 3
+    fit = loosened(problem, als(problem, svd_start(tensor, 12), 80), grids)
+    assert predicted(problem, fit, grids) == pytest.approx(apart(tensor, on_grid(fit.factors, text)), rel=0.1)
+
+
+def test_fewer_bits_are_given_a_looser_bound():
+    tensor = smooth((24, 20, 9))
+    problem = CPProblem(tensor)
+    start = als(problem, svd_start(tensor, 12), 200, 1e-7)
+    errors = [loosened(problem, start, [Grid.parse(b)] * 3).error for b in ("8", "3")]
+    assert errors[0] < errors[1]
+
+
+# On a grid
+
+
+@every_shape
+@pytest.mark.parametrize("solve", [admm, alternate])
+@pytest.mark.parametrize("text", ["3", "4", "4c", "4c1", "8"])
+def test_a_solver_ends_on_its_grids_and_no_worse_than_it_began(shape, solve, text):
+    tensor = smooth(shape)
+    problem, grids = CPProblem(tensor), [Grid.parse(text)] * len(shape)
+    start = als(problem, svd_start(tensor, RANK), 40).factors
+    found = solve(problem, start, grids, 4)
+    values = [q.values.double() for q in found.factors]
+    assert found.error == pytest.approx(apart(tensor, values), rel=1e-4)
+    assert found.error <= apart(tensor, on_grid(start, text)) * (1 + 1e-6)
+    for q, grid in zip(found.factors, grids, strict=True):
+        assert q.grid == grid
+        assert torch.equal(q.codes, q.codes.round())
+        assert grid.low <= q.codes.min()
+        assert q.codes.max() <= grid.high
+
+
+def test_admm_shows_both_residuals_of_every_factor_and_sweep():
+    tensor = smooth((12, 10, 9))
+    found = admm(CPProblem(tensor), svd_start(tensor, RANK), [Grid.parse("4")] * 3, 3)
+    assert len(found.primal) == len(found.dual) == 3 * found.steps
+    assert all(0 <= r < 1 for r in found.primal)
+    assert len(found.history) == found.steps + 1
+
+
+def test_the_ladder_of_the_paper_holds_on_a_trained_like_kernel():
+    # arXiv 2308.04595: EPC helps rounding, ADMM helps more, and a random start is worse than EPC
+    tensor = smooth((24, 20, 9), 0.5)
+    problem, grids = CPProblem(tensor), [Grid.parse("4")] * 3
+    plain = als(problem, svd_start(tensor, 30), 100)
+    corrected = epc(problem, plain.factors, 1.03 * plain.error)
+    ladder = [
+        apart(tensor, on_grid(plain.factors)),
+        apart(tensor, on_grid(corrected.factors)),
+        admm(problem, corrected.factors, grids, 10).error,
+    ]
+    assert ladder[0] > ladder[1] > ladder[2]
+    assert admm(problem, random_start(tensor.shape, 30), grids, 10).error > ladder[2]
+    assert quantised_cp(tensor.float().view(24, 20, 3, 3), 30, 4).error < ladder[2]
+
+
+@pytest.mark.parametrize("scales", ["tensor", "column"])
+def test_quantised_cp_says_its_error_and_is_deterministic(scales):
+    weight = smooth((16, 12, 9)).float().view(16, 12, 3, 3)
+    found, again = (quantised_cp(weight, 10, 4, scales) for _ in range(2))
+    values = [q.values.double() for q in found.factors]
+    assert [list(v.shape) for v in values] == [[16, 10], [12, 10], [9, 10]]
+    assert found.error == pytest.approx(apart(weight.flatten(2).double(), values), rel=1e-4)
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(found.factors, again.factors, strict=True))
+
+
+REFUSED = [((8, 6, 1, 1), 3, "one place"), ((8, 6), 3, "one place"), ((8, 6, 3, 3), 0, "rank 0"),
+           ((8, 6, 3, 3), 999, "rank 999")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "rank", "words"), REFUSED)
+def test_quantised_cp_refuses_what_it_cannot_write(shape, rank, words):
+    with pytest.raises(PlanError, match=words):
+        quantised_cp(rand(*shape), rank, 4)
+
+
+# Variable projection
+
+
+def test_projection_gives_the_best_last_factor_and_lowers_the_loss():
+    matrix, second = rand(8, 20), rand(20, 20, seed=3)
+    second = second @ second.mT
+    start = [rand(5, 20, seed=4)]
+    before, after = (project(lambda s: s[0], start, matrix, second, 0.0, n) for n in (0, 40))
+    assert after.loss < before.loss
+    for found in (before, after):
+        delta = found.last @ found.small[0] - matrix
+        assert torch.allclose(delta @ second @ found.small[0].mT, torch.zeros(8, 5), atol=0.05)
+
+
+def test_a_ridge_keeps_the_factors_small():
+    matrix = smooth((12, 90), 0.5).float()
+    found = [project(lambda s: s[0], [rand(6, 90, seed=4)], matrix, None, r, 40).last.norm() for r in (0.0, 0.3)]
+    assert found[1] < found[0]
+
+
+# Candidates
+
+
+def _conv():
+    site = Site("x", "conv2d", (12, 10, 3, 3), stride=(1, 1), pads=(1,) * 4, dilation=(1, 1), positions=36, inputs=36)
+    root = rand(90, 90, seed=2) + torch.eye(90)
+    return site, smooth((12, 10, 9)).float().view(site.shape), (root @ root.mT / 90)[None]
+
+
+def _menu(site):
+    forms = [Term(f, Grid.parse(g), r) for f in ("cp", "tucker", "lowrank") for r in (2, 4, 6) for g in ("3c", "6c")]
+    return tuple([LayerPlan.parse(f"x dense@{g}").terms for g in ("tc", "3c", "4c", "6c")] + [(t,) for t in forms])
+
+
+def test_what_is_pruned_is_worse_and_no_cheaper_than_something_that_stays():
+    site, weight, second = _conv()
+    menu = _menu(site)
+    every = solve_site(weight, second, site=site, menu=menu)
+    some = solve_site(weight, second, site=site, menu=menu, prune=True)
+    kept = [k for k in range(len(menu)) if f"{k}.error" in some]
+    assert 4 < len(kept) < len(menu)
+    costs = [layer_cost(site, LayerPlan("x", terms)) for terms in menu]
+    for k in set(range(len(menu))) - set(kept):
+        assert any(
+            all(getattr(costs[j], m) <= getattr(costs[k], m) for m in ("bytes", "macs", "bops"))
+            and some[f"{j}.error"] <= every[f"{k}.error"]
+            for j in kept
+        )
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if FORMS[f].ranked])
+def test_more_bits_leave_less_error_of_a_factorised_weight(form):
+    site, weight, second = _conv()
+    menu = tuple((Term(form, Grid.parse(f"{b}c"), 6),) for b in (2, 3, 4, 6, 8))
+    result = solve_site(weight, second, site=site, menu=menu)
+    errors = [float(result[f"{k}.error"]) for k in range(len(menu))]
+    assert all(b < a for a, b in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if FORMS[f].ranked])
+def test_the_last_factor_makes_good_what_rounding_the_others_broke(form):
+    site, weight, second = _conv()
+    term = Term(form, Grid.parse("3c"), 6)
+    result = solve_site(weight, second, site=site, menu=((term,),))
+    factors = FORMS[form].decompose(site, weight, 6, second)
+    assert tuple(tuple(f.shape) for f in factors) == factor_shapes(site, term)
+    plain = FORMS[form].contract(site, [Quantised.nearest(f, term.grid).values for f in factors])
+    delta = (plain - weight).flatten(1)
+    assert float(result["0.error"]) < 0.9 * float(((delta @ second[0]) * delta).sum())
