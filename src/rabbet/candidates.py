@@ -24,6 +24,7 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
+COLD, WARM = 60, 20  # evaluations of the error of a candidate: from a closed form, and from another grid's factors
 
 
 def solve_site(
@@ -97,12 +98,12 @@ def canonical(site: Site, terms: Terms, numbers: Numbers) -> Tensor:
 
 
 def solve_menu(
-    site: Site, weight: Tensor, menu: Sequence[Terms], metric: Metric, held: Sequence[Numbers] = ()
+    site: Site, weight: Tensor, menu: Sequence[Terms], metric: Metric, held: Sequence[Numbers] = (), steps: int = WARM
 ) -> list[Numbers]:
     """Alternate over the terms of all entries in step, so that what can be rounded in one pass is.
 
     Each term is solved for what the others leave; the best state that an entry passes through is returned. held: what
-    the entries hold by now, for solvers that can go on from there.
+    the entries hold by now, for solvers that can go on from there, in so many `steps`.
     """
     known = {menu[k][t]: [q.values for q in qs] for k, numbers in enumerate(held) for t, qs in enumerate(numbers)}
     starts = {(t.form, t.rank): tuple(values) for t, values in known.items()}
@@ -112,7 +113,7 @@ def solve_menu(
         for place in range(max(map(len, menu))):
             active = [k for k, terms in enumerate(menu) if place < len(terms) and (turn == 0 or len(terms) > 1)]
             wanted = [(menu[k][place], _left(site, weight, menu[k], states[k], place)) for k in active]
-            for k, solved in zip(active, _solve_terms(site, wanted, metric, starts), strict=True):
+            for k, solved in zip(active, _solve_terms(site, wanted, metric, starts, steps), strict=True):
                 states[k][place] = solved
                 full = [qs for qs in states[k] if qs is not None]
                 if len(full) == len(menu[k]):
@@ -136,7 +137,7 @@ Starts = dict[tuple[str, int | None], tuple[Tensor, ...]]
 
 
 def _solve_terms(
-    site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric, starts: Starts
+    site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric, starts: Starts, steps: int
 ) -> list[list[Quantised]]:
     """Each term for its target: the dense ones with a scale per row together, the others one by one."""
     dense = [(term.grid, site.matrix(left)) for term, left in wanted if _together(term)]
@@ -144,7 +145,7 @@ def _solve_terms(
     return [
         [_quantised(next(rounded), term.grid, site.shape)]
         if _together(term)
-        else _solve_term(site, left, term, metric, starts)
+        else _solve_term(site, left, term, metric, starts, steps)
         for term, left in wanted
     ]
 
@@ -168,11 +169,12 @@ def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
     return [best[k] for k in range(len(wanted))]
 
 
-def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts) -> list[Quantised]:
+def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts, steps: int) -> list[Quantised]:
     """Decompose, round all factors but the last to nearest, then solve the last again for what those became."""
     form, grid = FORMS[term.form], term.grid
     key = term.form, term.rank
-    factors = form.decompose(site, left, term.rank, metric.second, Aim(noise(grid), starts.get(key)))
+    aim = Aim(noise(grid), starts.get(key), steps if key in starts else COLD)
+    factors = form.decompose(site, left, term.rank, metric.second, aim)
     starts[key] = factors  # for the other grids of the same rank
     *first, last = factors
     small = [Quantised.nearest(f, grid) for f in first]

@@ -27,6 +27,7 @@ from rabbet.workpiece import Workpiece
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 ENTRIES = 2**29  # floats that the float network's inputs may take
 PATCHES = 2**24  # entries of the patches of one layer
+STEPS = 120  # evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
 BETWEEN = 128  # examples that choose the ranges between the factors of a layer
 
 
@@ -115,7 +116,7 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
         step = torch.linalg.solve(metric.second.double(), (target @ (cross - second)).double().mT).mT.float()
         aim = (target + step).reshape(site.shape)
         held = [[f.numbers for f in factors] for factors in layer.factors]
-        numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held])[0]
+        numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], STEPS)[0]
         for factors, solved in zip(layer.factors, numbers, strict=True):
             for factor, q in zip(factors, solved, strict=True):
                 factor.codes.copy_(q.codes)

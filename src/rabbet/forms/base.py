@@ -15,14 +15,16 @@ Between = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Aim:
-    """What else a decomposition may know; forms that are solved in closed form need neither.
+    """What else a decomposition may know; forms that are solved in closed form need none of it.
 
     noise: relative squared error that rounding will make of a factor: terms that cancel one another are kept so small
-    that it does not matter more than it must. start: factors of a problem alike, to go on from.
+    that it does not matter more than it must. start: factors of a problem alike, to go on from. steps: how often the
+    error may be evaluated.
     """
 
     noise: float = 0.0
     start: tuple[Tensor, ...] | None = None
+    steps: int = 60
 
 
 PLAIN = Aim()

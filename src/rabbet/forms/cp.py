@@ -15,7 +15,7 @@ from torch import Tensor
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
 from rabbet.site import Site
 from rabbet.solve.cp import rows, start
-from rabbet.solve.varpro import EVALUATIONS, WARM, project
+from rabbet.solve.varpro import project
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class CP:
         channels, places = site.shape[1], math.prod(site.shape[2:])
         matrix, metric = weight.flatten(1), None if second is None else second[0]
         if aim.start is not None:
-            small, steps = (aim.start[0], aim.start[1].flatten(1)), WARM
+            small, steps = (aim.start[0], aim.start[1].flatten(1)), aim.steps
         elif rank >= channels * places:  # every entry of an input patch has a term of its own
             small, steps = (torch.eye(channels).repeat_interleave(places, 0), torch.eye(places).repeat(channels, 1)), 0
         else:
             small = start(matrix, metric, channels, rank)
-            steps = 0 if rank == self.full_rank(site) else EVALUATIONS
+            steps = 0 if rank == self.full_rank(site) else aim.steps
         found = project(rows, small, matrix, metric, aim.noise, steps)
         return _evened(site, found.small, found.last, metric)
 

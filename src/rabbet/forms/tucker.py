@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
 from rabbet.site import Site
-from rabbet.solve.varpro import EVALUATIONS, WARM, project
+from rabbet.solve.varpro import project
 from rabbet.solve.whiten import principal
 
 
@@ -49,13 +49,13 @@ class Tucker:
         metric = None if second is None else second[0]
         matrix = weight.flatten(1)
         if aim.start is not None:
-            small, steps = (aim.start[0], aim.start[1].flatten(2)), WARM
+            small, steps = (aim.start[0], aim.start[1].flatten(2)), aim.steps
         else:
             left = principal(matrix, metric)[:, : core[0]]
             inner = (left.mT @ matrix).view(core[0], site.shape[1], -1)
             mix = principal(inner.transpose(0, 1).flatten(1))[:, : u[0]].mT
             small = (mix.contiguous(), mix @ inner)
-            steps = 0 if rank == self.full_rank(site) else EVALUATIONS
+            steps = 0 if rank == self.full_rank(site) else aim.steps
         found = project(_rows, small, matrix, metric, aim.noise, steps)
         # columns of V to one norm: rounding the tensor before it then weighs the same in each channel
         norm = found.last.square().mean(0).clamp_min(1e-20).sqrt()

@@ -15,7 +15,6 @@ from torch import Tensor
 Basis = Callable[[Sequence[Tensor]], Tensor]
 """The rows M [rank, n] that small factors stand for."""
 
-EVALUATIONS, WARM = 60, 20  # of the loss: from a closed form, and from factors of a problem alike
 SMALLEST = {torch.float32: 1e-6, torch.float64: 1e-10}  # ridge: rows of M may be parallel
 
 
