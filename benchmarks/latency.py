@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py                               # ResNet-20, ResNet-18, MobileNet, MiniLM
     python benchmarks/latency.py --nets minilm --threads 1
+    python benchmarks/latency.py --nets resnet18 --grids 8c tucker@45 lowrank@45 cp@45 tucker@25
 
 Every file of a network is timed in turn in one run, one example at a time after warm-up, on all cores unless told
 otherwise: medians, the 95th percentile beside them, and the ratio to float onnxruntime. Peers: onnxruntime's static
@@ -11,6 +12,7 @@ rabbet's weights are rounded to nearest here: rounding changes accuracy, not spe
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -31,8 +33,11 @@ import rabbet
 from rabbet.bench import cpu, plain_int8
 from rabbet.export.base import Parcel
 from rabbet.export.onnx import write_float, write_onnx, write_openvino
+from rabbet.grid import Quantised
 from rabbet.layer import build
+from rabbet.layout import factor_shapes
 from rabbet.runtime import KERNELS, kernels
+from rabbet.site import Site
 from rabbet.task import Task, tensors
 from rabbet.task import head as first
 from rabbet.workpiece import Workpiece
@@ -137,18 +142,46 @@ NETS: dict[str, Callable[[], Case]] = {
 }
 
 
-def export(case: Case, grid: str, folder: Path) -> dict[str, Path]:
-    """A network with every weight on one grid and every input in 8 bits, as files for both runtimes."""
+def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
+    """A network with every weight on one grid, or in one form, and every input in 8 bits: files for both runtimes."""
     piece = Workpiece.of(case.model, Task.of(case.data), rabbet.Engine())
-    lines = [f"{s.name} dense@{grid}{'' if s.kind == 'embedding' else ' | act@8'}" for s in piece.survey]
-    plan = rabbet.Plan.parse("\n".join(lines))
-    student = build(piece.model, plan, piece.survey)
+    lines = (rabbet.LayerPlan(s.name, (term(s, kind),), None if s.kind == "embedding" else 8) for s in piece.survey)
+    plan = rabbet.Plan(tuple(lines))
+    student = build(piece.model, plan, piece.survey, numbers(piece, plan) if "@" in kind else None)
     rabbet.calibrate_ranges(student, piece.task)
     parcel = Parcel(student, plan, piece.survey, piece.rest(plan), piece.task)
-    paths = {"onnx": folder / f"{grid}.onnx", "openvino": folder / f"{grid}.openvino.onnx"}
+    paths = {"onnx": folder / f"{kind}.onnx", "openvino": folder / f"{kind}.openvino.onnx"}
     for note in (*write_onnx(parcel, paths["onnx"]).notes, *write_openvino(parcel, paths["openvino"]).notes):
         print(note, file=sys.stderr)
+    share = piece.cost(plan).macs / piece.float_cost.macs
+    print(f"{kind}: {100 * share:.1f} % of the MACs", file=sys.stderr)
     return paths
+
+
+def term(site: Site, kind: str) -> rabbet.Term:
+    """`8c`: dense on that grid. `cp@45`: kernels as `Joint` would offer them at 45 % of their MACs, in 8 bits.
+
+    The first layer and those of one place stay dense.
+    """
+    form, _, share = kind.partition("@")
+    if share and math.prod(site.shape[2:]) > 1 and site.shape[1] > 3:
+        offered = rabbet.Joint(grids=("8c",), adapters=(), forms=(form,), shares=(float(share) / 100,)).menu(site)
+        return offered[-1][0]
+    return rabbet.Term("dense", rabbet.Grid.parse("8c" if share else kind))
+
+
+def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantised]]]:
+    """Factors of normal entries that keep the scale of what passes: speed does not depend on them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(shape: tuple[int, ...], grid: rabbet.Grid) -> Quantised:
+        gain = math.sqrt(2 / max(1, math.prod(shape[1:])))
+        return Quantised.nearest(gain * torch.randn(shape, generator=generator), grid)
+
+    return {
+        line.name: [[drawn(s, t.grid) for s in factor_shapes(piece.survey[line.name], t)] for t in line.terms]
+        for line in plan
+    }
 
 
 def onnxruntime_run(path: Path, batch: Any, threads: int) -> Run:
@@ -266,6 +299,7 @@ def measure(name: str, grids: list[str], threads: int, rounds: int) -> None:
 def report(name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]) -> None:
     """A line a run: median, 95th percentile, gain over float onnxruntime, bytes, and integer kernels of all."""
     base = statistics.median(times["float onnxruntime"])
+    dense = {r: statistics.median(t) for r in ("onnxruntime", "OpenVINO") if (t := times.get(f"rabbet 8c {r}"))}
     for what, found in times.items():
         path, median = files[what], statistics.median(found)
         path = path if path is not None and path.suffix == ".onnx" else None
@@ -273,20 +307,25 @@ def report(name: str, label: str, times: dict[str, list[float]], files: dict[str
         integer = f"{sum(k in KERNELS for k in ran)} of {len(ran)}" if path else "-"
         size = f"{path.stat().st_size:,}" if path else "-"
         tail = float(np.percentile(found, 95))
-        row(name, label, what, f"{median:.3f}", f"{tail:.3f}", f"{base / median:.2f}x", size, integer)
+        own = dense.get(what.rpartition(" ")[2])
+        gain = f"{own / median:.2f}x" if own and what.startswith("rabbet") else "-"
+        row(name, label, what, f"{median:.3f}", f"{tail:.3f}", f"{base / median:.2f}x", gain, size, integer)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet18", "mobilenet", "minilm"])
-    parser.add_argument("--grids", nargs="+", default=["8c", "4c", "2hc"])
+    parser.add_argument(
+        "--grids", nargs="+", default=["8c", "4c", "2hc"], help="grids of dense weights, or form@share of the MACs"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
     facts = "; ".join(f"{k}: {v}" for k, v in cpu().items())
     print(f"{machine()}; {facts}; onnxruntime with {args.threads or 'all'} threads\n")
-    head("network", "input", "what", "median ms", "p95 ms", "against float", "file bytes", "integer kernels")
+    head("network", "input", "what", "median ms", "p95 ms", "against float", "against dense int8",
+         "file bytes", "integer kernels")  # fmt: skip
     for name in args.nets:
         measure(name, args.grids, args.threads, args.rounds)
 

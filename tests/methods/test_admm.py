@@ -1,0 +1,154 @@
+"""The paper's method: which layers it factorises and how far, its ablations, the statistics it mends."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+from networks import network
+
+from rabbet import ADMM, Budget, Engine, compress, fit, load, plan
+from rabbet.errors import BudgetError, PlanError
+from rabbet.layer import build, compressed_layers
+from rabbet.layout import factor_shapes
+from rabbet.sequence import recalibrate_norms
+from rabbet.task import Task
+from rabbet.workpiece import Workpiece
+
+SHORT = {"sweeps": 2, "inner": 4}
+ANY = "bytes <= 1000%"
+
+
+def _run(method, name="residual", **given):
+    case = network(name)
+    return compress(case.model, ANY, case.batches, method, **given)
+
+
+def test_every_kernel_but_the_first_is_factorised_at_the_rate_and_the_rest_has_8_bits():
+    result = _run(ADMM(bits=4, rate=2.0, **SHORT))
+    lines = list(result.plan)
+    assert str(lines[0].terms[0]) == "dense@8c"
+    kinds = {line.terms[0].form for line in lines[1:]}
+    assert kinds == {"cp", "dense"}
+    for line in lines:
+        site, term = result.survey[line.name], line.terms[0]
+        assert line.act == 8
+        if term.form == "cp":
+            # arXiv 2308.04595: floor(numel / (I + J + K) / rate)
+            i, j, k = site.shape[0], site.shape[1], site.shape[2] * site.shape[3]
+            assert term.rank == max(1, i * j * k // (i + j + k) // 2)
+            assert term.grid.bits == 4
+        else:
+            assert str(term) == "dense@8c"
+
+
+@pytest.mark.parametrize("rate", [1.5, 3.0])
+def test_a_higher_rate_leaves_fewer_parameters(rate):
+    result = _run(ADMM(rate=rate, **SHORT))
+    for line in result.plan:
+        site, term = result.survey[line.name], line.terms[0]
+        if term.form == "cp":
+            assert sum(torch.Size(s).numel() for s in factor_shapes(site, term)) <= site.numel / rate
+
+
+def test_a_rank_of_a_layer_overrides_the_rate():
+    name = next(line.name for line in _run(ADMM(**SHORT)).plan if line.terms[0].form == "cp")
+    result = _run(ADMM(ranks=((name, 3),), **SHORT))
+    assert result.plan[name].terms[0].rank == 3
+
+
+SETTINGS = [
+    *({"start": s} for s in ("random", "svd", "als", "epc")),
+    *({"solver": s} for s in ("feedback", "nearest")),
+    {"slack": None},
+    {"scales": "channel"},
+    {"form": "tucker", "start": "svd"},
+    {"bits": 8, "act": None},
+    {"rest": 4},
+]
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+def test_every_setting_gives_a_network_that_its_file_gives_back(given, tmp_path):
+    result = _run(ADMM(**SHORT, **given))
+    assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
+    case = network("residual")
+    again = load(tmp_path / "a.safetensors", case.model)
+    with torch.no_grad():
+        assert torch.equal(again(case.batches[0]), result.model(case.batches[0]))
+
+
+def _error(method):
+    return float(_run(method).notes[0].rpartition(" ")[2])
+
+
+def test_the_ablations_change_the_error_as_the_paper_says():
+    paper, nearest = _error(ADMM(sweeps=10)), _error(ADMM(solver="nearest"))
+    assert paper < nearest
+    assert paper < _error(ADMM(start="random", sweeps=10))
+    assert _error(ADMM(scales="channel", sweeps=10)) < paper
+    assert _error(ADMM(bits=8, sweeps=10)) < paper < _error(ADMM(bits=3, sweeps=10))
+    assert paper < _error(ADMM(rate=3.0, sweeps=10))
+
+
+def test_several_processes_give_the_same_bytes(tmp_path):
+    _run(ADMM(**SHORT)).save(tmp_path / "a")
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        _run(ADMM(**SHORT), engine=Engine(pool)).save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_budget_is_held_and_the_model_is_not_touched():
+    case = network("residual")
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    with pytest.raises(BudgetError, match="the network has"):
+        compress(case.model, "bits <= 1", case.batches, ADMM(**SHORT))
+    compress(case.model, ANY, case.batches, ADMM(**SHORT))
+    assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
+
+
+REFUSED = [({"rate": 0}, "rate"), ({"bits": 9}, "bits"), ({"ranks": (("no", 1),)}, "'no'"),
+           ({"form": "tucker"}, "start='svd'")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED)
+def test_settings_that_cannot_be_are_refused(given, words):
+    with pytest.raises(PlanError, match=words):
+        _run(ADMM(**given))
+
+
+def test_a_weight_of_several_terms_is_refused():
+    case = network("residual")
+    name = next(iter(plan(case.model, ANY, case.batches, ADMM(**SHORT)))).name
+    with pytest.raises(PlanError, match="sum of terms"):
+        fit(case.model, f"{name} dense@3c + lowrank[1]@8c | act@8", case.batches, ADMM(**SHORT))
+
+
+def test_a_linear_layer_is_factorised_by_a_plan_made_by_hand():
+    case = network("single")
+    site = Workpiece.of(case.model, Task.of(case.batches), Engine()).survey.sites[0]
+    result = fit(case.model, f'"{site.name}" lowrank[2]@4c | act@8', case.batches, ADMM(**SHORT))
+    assert result.plan[site.name].terms[0].rank == 2
+
+
+def test_norms_are_given_the_statistics_that_they_were_trained_to_give():
+    case = network("residual")
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    chosen = ADMM(act=None, **SHORT).plan(piece, Budget.parse(ANY))
+    student = build(piece.model, chosen, piece.survey)
+    recalibrate_norms(student, piece, limit=10**6)
+    seen = {}
+    layers = compressed_layers(student)
+    watched = {n: m for n, m in layers.items() if n in piece.norms}
+    hooks = [m.register_forward_hook(lambda _, __, out, n=n: seen.update({n: out.clone()})) for n, m in watched.items()]
+    with torch.no_grad():
+        piece.task.run(student, piece.task.gathered(10**6))
+    for hook in hooks:
+        hook.remove()
+    assert seen
+    for name, out in seen.items():
+        flat = out.movedim(1, 0).flatten(1)
+        assert torch.allclose(flat.mean(1), piece.norms[name].mean, atol=2e-2), name
+        wanted = piece.norms[name].spread
+        assert torch.allclose(flat.std(1)[wanted > 1e-3], wanted[wanted > 1e-3], rtol=2e-2), name
+    assert seen.keys() == piece.norms.keys()
