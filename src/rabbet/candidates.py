@@ -24,7 +24,7 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
-COLD, WARM = 60, 20  # evaluations of the error of a candidate: from a closed form, and from another grid's factors
+COLD, WARM = 40, 10  # evaluations of the error of a candidate: from a closed form, and from another grid's factors
 
 
 def solve_site(
@@ -110,7 +110,7 @@ def solve_menu(
     states: list[list[list[Quantised] | None]] = [[None] * len(terms) for terms in menu]
     best: list[tuple[float, Numbers]] = [(torch.inf, [])] * len(menu)
     for turn in range(ALTERNATIONS):
-        for place in range(max(map(len, menu))):
+        for place in range(max(map(len, menu), default=0)):
             active = [k for k, terms in enumerate(menu) if place < len(terms) and (turn == 0 or len(terms) > 1)]
             wanted = [(menu[k][place], _left(site, weight, menu[k], states[k], place)) for k in active]
             for k, solved in zip(active, _solve_terms(site, wanted, metric, starts, steps), strict=True):

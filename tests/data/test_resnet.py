@@ -16,7 +16,14 @@ from rabbet.survey import fold
 from rabbet.workpiece import Workpiece
 
 pytestmark = pytest.mark.data
-PLAIN = Joint(grids=("2hc", "3c", "4c", "5c", "8c"), adapters=(("2hc", 0.1),), tuning=Tuning(steps=0))
+PLAIN = Joint(
+    grids=("2hc", "3c", "4c", "5c", "8c"),
+    adapters=(("2hc", 0.1),),
+    forms=("cp",),
+    shares=(0.5,),
+    factor_grids=("4c",),
+    tuning=Tuning(steps=0),
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from rabbet import BudgetError, Joint, Tuning
 from rabbet.latency import Stopwatch
 from rabbet.workpiece import Workpiece
 
-JOINT = Joint(grids=("2hc", "8c"), adapters=(("2hc", 0.4),), tuning=Tuning(steps=0))
+JOINT = Joint(grids=("2hc", "8c"), adapters=(("2hc", 0.4),), forms=("cp",), shares=(0.5,), tuning=Tuning(steps=0))
 
 
 class Clock:

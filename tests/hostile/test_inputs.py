@@ -29,7 +29,14 @@ from rabbet import (
 from rabbet.cost import METRICS
 from rabbet.task import tensors
 
-QUICK = Joint(grids=("tc", "4c", "8c"), adapters=(("4c", 0.3),), tuning=Tuning(steps=0))
+QUICK = Joint(
+    grids=("tc", "4c", "8c"),
+    adapters=(("4c", 0.3),),
+    forms=("cp",),
+    shares=(0.5,),
+    factor_grids=("4c",),
+    tuning=Tuning(steps=0),
+)
 
 
 class Idle(Engine):

@@ -13,8 +13,15 @@ from rabbet.layer import Compressed, compressed_layers
 from rabbet.survey import fold
 from rabbet.task import outputs
 
-QUICK = Joint(grids=("3c", "8c"), adapters=(("2hc", 0.3),), tuning=Tuning(steps=2, batch=4))
-EXACT = Joint(grids=("8c",), adapters=(), act=None, tuning=Tuning(steps=0))
+QUICK = Joint(
+    grids=("3c", "8c"),
+    adapters=(("2hc", 0.3),),
+    forms=("cp",),
+    shares=(0.5,),
+    factor_grids=("4c",),
+    tuning=Tuning(steps=2, batch=4),
+)
+EXACT = Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
 
 
 def run(model, batch):

@@ -43,7 +43,14 @@ from rabbet.task import examples, outputs, tensors
 from rabbet.train import _Loop, judge, tune
 from rabbet.workpiece import Workpiece
 
-QUICK = Joint(grids=("3c", "8c"), adapters=(("2hc", 0.3),), tuning=Tuning(steps=0))
+QUICK = Joint(
+    grids=("3c", "8c"),
+    adapters=(("2hc", 0.3),),
+    forms=("cp",),
+    shares=(0.5,),
+    factor_grids=("4c",),
+    tuning=Tuning(steps=0),
+)
 
 
 # Every method
@@ -80,7 +87,14 @@ def test_a_plan_can_be_chosen_edited_and_fitted(name):
 
 def test_choosing_and_fitting_are_together_what_compress_does(tmp_path):
     case = network("residual")
-    method = Joint(grids=("3c", "8c"), adapters=(("2hc", 0.3),), tuning=Tuning(steps=2, batch=4))
+    method = Joint(
+        grids=("3c", "8c"),
+        adapters=(("2hc", 0.3),),
+        forms=("cp",),
+        shares=(0.5,),
+        factor_grids=("4c",),
+        tuning=Tuning(steps=2, batch=4),
+    )
     compress(case.model, "bits <= 4", case.batches, method).save(tmp_path / "a")
     chosen = plan(case.model, "bits <= 4", case.batches, method)
     fit(case.model, chosen, case.batches, method).save(tmp_path / "b")

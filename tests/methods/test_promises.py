@@ -22,10 +22,21 @@ from rabbet.workpiece import Workpiece
 FAST = Joint(
     grids=("1c", "tc", "3c", "8c"),
     adapters=(("2hc", 0.3),),
+    forms=("cp", "lowrank"),
+    shares=(0.5,),
+    factor_grids=("4c",),
     tuning=Tuning(steps=0),
 )
-TUNED = Joint(grids=("2hc", "4c", "8c"), adapters=(("2hc", 0.3),), act=6, tuning=Tuning(steps=3, batch=4))
-FLOAT = Joint(grids=("tc", "3c", "5", "8c"), adapters=(), act=None, tuning=Tuning(steps=0))
+TUNED = Joint(
+    grids=("2hc", "4c", "8c"),
+    adapters=(("2hc", 0.3),),
+    forms=("cp",),
+    shares=(0.5,),
+    factor_grids=("4c",),
+    act=6,
+    tuning=Tuning(steps=3, batch=4),
+)
+FLOAT = Joint(grids=("tc", "3c", "5", "8c"), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
 
 
 def _table(piece, method):
@@ -223,7 +234,7 @@ def test_the_hooks_of_the_user_stay_and_see_nothing_afterwards():
 def test_input_ranges_of_every_width_are_set():
     case = network("residual")
     for act in (2, 4, 8):
-        method = Joint(grids=("4c",), adapters=(("4c", 0.3),), act=act, tuning=Tuning(steps=0))
+        method = Joint(grids=("4c",), adapters=(("4c", 0.3),), forms=(), act=act, tuning=Tuning(steps=0))
         result = compress(case.model, "bits <= 32", case.batches, method)
         acts = [m for m in result.model.modules() if isinstance(m, ActQuant)]
         assert acts

@@ -43,8 +43,8 @@ class Joint:
     adapters: tuple[tuple[str, float], ...] = (("2hc", 0.05), ("2hc", 0.1), ("3c", 0.05), ("3c", 0.1))
     adapter_grid: str = "8c"
     forms: tuple[str, ...] = ("cp", "tucker", "lowrank")
-    shares: tuple[float, ...] = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
-    factor_grids: tuple[str, ...] = ("3c", "4c", "5c", "6c", "8c")
+    shares: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25)
+    factor_grids: tuple[str, ...] = ("4c", "5c", "6c", "8c")
     act: int | None = 8
     tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
 
