@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import dataclasses
 import itertools
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ from networks import NETWORKS, flat_networks, image_networks, network, token_net
 from rabbet import Budget, Engine, Grid, Joint, Plan, Task, Tuning, build, compress, load, plan_of
 from rabbet.allocate import smallest
 from rabbet.cost import METRICS, plan_cost
+from rabbet.errors import BudgetError
 from rabbet.layer import ActQuant, compressed_layers
 from rabbet.task import outputs, tensors
 from rabbet.workpiece import Workpiece
@@ -194,19 +196,32 @@ def test_the_seed_is_all_that_chance_depends_on(tmp_path):
     assert a != c
 
 
+def _harm(piece, method, budget):
+    """What the method expects the plan that it chooses to harm: the objective of its program."""
+    scores, kept = method._scores(piece)
+    table = [[row[k] for k in ks] for row, ks in zip(_table(piece, method), kept, strict=True)]
+    plan = method.plan(piece, Budget.parse(budget))
+    names = [[option.plan for option in row] for row in table]
+    return sum(row[n.index(line)] for row, n, line in zip(scores, names, plan, strict=True))
+
+
 def test_more_budget_never_scores_worse():
     case = network("residual")
-    engine = Engine()
-    piece = Workpiece.of(case.model, Task(case.batches), engine)
-    scores = FAST._scores(piece)
-    table = _table(piece, FAST)
-    names = [[option.plan for option in row] for row in table]
-    harm = []
-    for bits in (1.5, 2, 3, 4, 6, 8):
-        plan = FAST.plan(piece, Budget.parse(f"bits <= {bits}"))
-        harm.append(sum(row[n.index(line)] for row, n, line in zip(scores, names, plan, strict=True)))
+    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    harm = [_harm(piece, FAST, f"bits <= {bits}") for bits in (1.5, 2, 3, 4, 6, 8)]
     assert all(b <= a * 1.001 for a, b in itertools.pairwise(harm))
     assert harm[-1] < 0.01 * harm[0]
+
+
+def test_rank_in_the_menu_is_never_worse_and_reaches_what_bits_alone_do_not():
+    case = network("residual")
+    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    alone = dataclasses.replace(FAST, forms=(), adapters=())
+    for budget in ("bits <= 2", "bits <= 4", "bytes <= 20%", "bops <= 2%"):
+        assert _harm(piece, FAST, budget) <= _harm(piece, alone, budget) * 1.001
+    FAST.plan(piece, Budget.parse("macs <= 80%"))
+    with pytest.raises(BudgetError):
+        alone.plan(piece, Budget.parse("macs <= 80%"))
 
 
 def test_a_network_in_training_mode_comes_back_in_training_mode_and_its_copy_in_eval_mode():
