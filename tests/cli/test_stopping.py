@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from rabbet.methods import joint
 
 FAST = ("--quality", "fast")
@@ -77,8 +79,9 @@ def test_a_stop_without_a_folder_tells_of_resume(run, tmp_path, monkeypatch):
     assert err.count("\n") == 1
 
 
-def test_ctrl_c_ends_a_real_process_with_one_line(tmp_path):
-    given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_ends_a_real_process_with_one_line(jobs, tmp_path):
+    given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", jobs)
     with _starts("compress", *given, start_new_session=True) as process:
         while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
             time.sleep(0.02)

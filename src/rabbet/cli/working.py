@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -56,7 +57,13 @@ def bars() -> Iterator[Report]:
 @contextlib.contextmanager
 def workers(jobs: int) -> Iterator[Executor]:
     """Processes that start afresh: a fork of a process in which torch has started threads may hang."""
-    executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_deaf)
+    executor = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    # Ctrl-C reaches the whole process group. The parent ends the workers, which would only print tracebacks: they are
+    # born deaf, since a signal may come while they are still importing. A submission each starts them all.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(jobs):
+        executor.submit(os.getpid)
+    signal.signal(signal.SIGINT, before)
     try:
         yield executor
     except BaseException:
@@ -65,8 +72,3 @@ def workers(jobs: int) -> Iterator[Executor]:
             process.terminate()
         raise
     executor.shutdown()
-
-
-def _deaf() -> None:
-    # Ctrl-C reaches the whole process group; the parent ends the workers, which would only print tracebacks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
