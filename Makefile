@@ -8,9 +8,11 @@ BIN := .venv/bin
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/stamp ## compress the embedded digits network into build/digits.safetensors
+demo: .venv/stamp ## compress the embedded digits network into build/, export it, and judge the exported file
 	@mkdir -p build
 	$(BIN)/rabbet compress --output build/digits.safetensors
+	$(BIN)/rabbet export build/digits.safetensors --output build/digits.onnx
+	$(BIN)/rabbet eval build/digits.onnx --test rabbet.demo:test
 
 # One thread a worker: two workers on two cores would otherwise fight over them.
 test: lint ## lint, then run all tests; pytest's summary is the last line
