@@ -22,7 +22,7 @@ def main() -> None:
     plan = rabbet.plan(network, BUDGET, batches, method, engine=engine)
     print(f"chosen:\n{plan}\n")
 
-    # A plan is text. As a low-rank product alone the largest layer has fewer MACs; the method does not offer that.
+    # A plan is text. Here the largest layer becomes a low-rank product, whatever the method chose for it.
     edited = plan.with_layer(rabbet.LayerPlan.parse("last.0  lowrank[16]@6c | act@8"))
     result = rabbet.fit(network, edited, batches, method, engine=engine)
     BUDGET.check(result.cost, result.float_cost)  # a plan made by hand is held against a budget by hand
