@@ -6,9 +6,10 @@ from rabbet.engine import Engine
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
 from rabbet.grid import Grid
 from rabbet.layer import build, plan_of
-from rabbet.methods import ADMM, QUALITY, Joint
+from rabbet.methods import ADMM, QUALITY, CoRa, Joint
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.runtime import Session
+from rabbet.search import Ranking
 from rabbet.survey import Survey, survey
 from rabbet.task import Task, accuracy
 from rabbet.train import Tuning
@@ -20,6 +21,7 @@ __all__ = [
     "QUALITY",
     "Budget",
     "BudgetError",
+    "CoRa",
     "Cost",
     "DataError",
     "Engine",
@@ -31,6 +33,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RabbetError",
+    "Ranking",
     "Result",
     "Session",
     "Survey",

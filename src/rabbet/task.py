@@ -31,6 +31,7 @@ class Task:
     batches: unlabelled examples as `forward` takes them; a one-shot iterable is read once.
     forward: runs a model on a batch; the default passes the batch as arguments.
     evaluate: model -> one number, larger is better; reports use it where it is given.
+    loss: (outputs, batch) -> a scalar to be made small, for methods that train on labels; the batch then holds them.
     limit: examples used at most; the rest of a longer iterable is not read.
     """
 
@@ -38,6 +39,7 @@ class Task:
     forward: Forward = call
     evaluate: Callable[[nn.Module], float] | None = None
     limit: int = 2048
+    loss: Callable[[Any, Batch], Tensor] | None = None
     _read: list[Batch] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod

@@ -59,7 +59,7 @@ class Norm:
     def of(cls, norm: nn.Module) -> "Norm":
         """Read from the module; one without weights gives mean 0 and deviation 1."""
         assert isinstance(norm, _BatchNorm)
-        gain = norm_gain(norm).float()
+        gain = norm_gain(norm).detach().float()
         ones = torch.ones_like(gain)
         mean = ones * 0 if norm.bias is None else norm.bias.detach().float()
         return cls(gain, mean, ones if norm.weight is None else norm.weight.detach().float().abs())

@@ -24,7 +24,7 @@ FLOORS = (
     {"candidates", "calibrate"},
     {"workpiece"},
     {"runtime"},
-    {"sequence", "score", "train", "allocate", "report", "export", "bench"},
+    {"sequence", "score", "search", "train", "allocate", "report", "export", "bench"},
     {"latency"},
     {"methods"},
     {"compress"},
@@ -106,9 +106,9 @@ def test_nothing_is_unpickled():
 
 
 PUBLIC = {
-    "ADMM", "Budget", "BudgetError", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan",
-    "ModelError", "Plan", "PlanError", "QUALITY", "RabbetError", "Result", "Session", "Survey", "Task", "Term",
-    "Tuning", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price",
+    "ADMM", "Budget", "BudgetError", "CoRa", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan",
+    "ModelError", "Plan", "PlanError", "QUALITY", "RabbetError", "Ranking", "Result", "Session", "Survey", "Task",
+    "Term", "Tuning", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price",
     "reopen", "survey",
 }  # fmt: skip
 

@@ -2,11 +2,13 @@
 
 from rabbet.methods.admm import ADMM
 from rabbet.methods.base import Fitted, Method
+from rabbet.methods.cora import CoRa
 from rabbet.methods.joint import QUALITY, Joint
 
 METHODS: dict[str, type[Method]] = {
     "joint": Joint,
     "admm": ADMM,
+    "cora": CoRa,
 }
 
-__all__ = ["ADMM", "METHODS", "QUALITY", "Fitted", "Joint", "Method"]
+__all__ = ["ADMM", "METHODS", "QUALITY", "CoRa", "Fitted", "Joint", "Method"]

@@ -17,10 +17,11 @@ from rabbet.cost import Budget
 from rabbet.engine import Job, Tensors
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS
-from rabbet.grid import Grid, Quantised, stored
+from rabbet.grid import Grid, Quantised
 from rabbet.layer import Numbers, build, validate
 from rabbet.layout import factor_shapes
 from rabbet.methods.base import Fitted
+from rabbet.methods.unfolded import folded, nearest, unfolded
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.sequence import recalibrate_norms
 from rabbet.site import Site
@@ -28,7 +29,7 @@ from rabbet.solve.admm import admm
 from rabbet.solve.als import CPProblem, Factors, Problem, Tucker2Problem, als, random_start, svd_start
 from rabbet.solve.epc import epc, loosened
 from rabbet.solve.feedback import Rounded, alternate
-from rabbet.workpiece import Norm, Workpiece
+from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
 Solver = Literal["admm", "feedback", "nearest"]
@@ -93,9 +94,9 @@ class ADMM:
         for layer in plan:
             site, term = piece.survey[layer.name], layer.terms[0]
             if layer.name in found:
-                numbers[layer.name] = [_read(site, term, found[layer.name], piece.norms.get(site.name))]
+                numbers[layer.name] = [_read(piece, site, term, found[layer.name])]
             else:
-                numbers[layer.name] = [[_nearest(site, term.grid, piece.weight(site), piece.norms.get(site.name))]]
+                numbers[layer.name] = [[nearest(piece, site, term.grid)]]
         student = build(piece.model, plan, piece.survey, numbers)
         calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
         recalibrate_norms(student, piece)
@@ -122,10 +123,9 @@ class ADMM:
     def _solved(self, piece: Workpiece, chains: list[LayerPlan]) -> list[Tensors]:
         jobs: list[Job] = []
         for layer in chains:
-            weight, gain = piece.weight(piece.survey[layer.name]), _gain(layer.terms[0].grid, piece.norms, layer.name)
-            unfolded = weight if gain is None else weight / gain.view(-1, *[1] * (weight.ndim - 1))
+            weight = unfolded(piece, piece.survey[layer.name], layer.terms[0].grid)
             settings = {"term": layer.terms[0], "method": self, "seed": piece.seed}
-            jobs.append((solve_kernel, {"weight": unfolded}, settings))
+            jobs.append((solve_kernel, {"weight": weight}, settings))
         return piece.engine.run("factorising layers", jobs)
 
 
@@ -193,35 +193,17 @@ def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1), v
 
 
-def _gain(grid: Grid, norms: dict[str, Norm], name: str) -> Tensor | None:
-    """What the layer's BatchNorm multiplies each output with, where the scales of a grid can take it."""
-    norm = norms.get(name)
-    usable = norm is not None and grid.axis == 0 and bool((norm.gain.abs() > 1e-12).all())
-    return norm.gain if usable and norm is not None else None
-
-
-def _read(site: Site, term: Term, found: Tensors, norm: Norm | None) -> list[Quantised]:
+def _read(piece: Workpiece, site: Site, term: Term, found: Tensors) -> list[Quantised]:
     """The factors as the form orders them, the BatchNorm's gain back in the scales of the last."""
+    grid, shapes = term.grid, factor_shapes(site, term)
     parts = [(found[f"{k}.codes"].float(), found[f"{k}.scale"]) for k in range(1 + FORMS[term.form].gaps)]
-    (last, *small), shapes = parts, factor_shapes(site, term)
+    (last, *small) = parts
     if term.form == "tucker":
         (u, us), (core, cs) = small
         small = [(u.mT, us), (core.mT.reshape(shapes[1]), cs)]
     else:
         small = [(codes.mT.reshape(shape), scale) for (codes, scale), shape in zip(small, shapes, strict=False)]
-    gain = None if norm is None else _gain(term.grid, {site.name: norm}, site.name)
-    wide = [
-        scale.expand(term.grid.scale_shape(shape)) for (_, scale), shape in zip([*small, last], shapes, strict=True)
+    first = [
+        Quantised(grid, codes, scale.expand(grid.scale_shape(tuple(codes.shape))).clone()) for codes, scale in small
     ]
-    wide[-1] = wide[-1] if gain is None else stored(wide[-1] * gain)
-    return [Quantised(term.grid, codes, s.clone()) for (codes, _), s in zip([*small, last], wide, strict=True)]
-
-
-def _nearest(site: Site, grid: Grid, weight: Tensor, norm: Norm | None) -> Quantised:
-    """A dense weight as the paper rounds it: one scale for the tensor, before the BatchNorm was folded in."""
-    gain = None if norm is None else _gain(grid, {site.name: norm}, site.name)
-    if gain is None:
-        return Quantised.nearest(weight, grid)
-    wide = gain.view(-1, *[1] * (weight.ndim - 1))
-    plain = Quantised.nearest(weight / wide, Grid(grid.bits, grid.kind))
-    return Quantised(grid, plain.codes, stored(plain.scale * gain))
+    return [*first, folded(piece, site, grid, *last)]

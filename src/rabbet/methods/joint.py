@@ -1,4 +1,4 @@
-"""One integer program over the bits of every layer and the adapters that pay; post-training, without labels.
+"""One integer program over the rank and the bits of every layer; post-training, without labels.
 
 Per layer every candidate is solved once in the metric of the layer's inputs and scored by what it does to the
 network's output; the program picks one candidate a layer under all limits at once. Then input ranges are chosen, the
@@ -35,7 +35,8 @@ class Joint:
     """The default method.
 
     grids: what a dense weight may lie on. adapters: (grid of the weight, share of the layer's entries that a low-rank
-    adapter may have); its factors lie on `adapter_grid`. act: bits of every layer's input, None for float.
+    adapter may have); its factors lie on `adapter_grid`. forms: what may take the place of a weight, at ranks that
+    bring the layer's MACs to the `shares`, on `factor_grids`. act: bits of every layer's input, None for float.
     tuning: the loop at the end; `Tuning(steps=0)` leaves it out.
     """
 
@@ -112,7 +113,7 @@ class Joint:
         """For each layer the entries of its menu that were solved, and what each does to the network's output."""
         # what is no cheaper by any count may still be faster
         prune = piece.clock is None
-        results = _solve(piece, "solving layers", {s.name: self.menu(s) for s in piece.survey}, prune)
+        results = solve_menus(piece, "solving layers", {s.name: self.menu(s) for s in piece.survey}, prune)
         changes: dict[str, Tensor] = {}
         kept: list[list[int]] = []
         for site in piece.survey:
@@ -125,11 +126,11 @@ class Joint:
 
     def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:
         """Each line is solved for itself: the same plan gives the same numbers, chosen here or made by hand."""
-        results = _solve(piece, "solving the plan", {layer.name: (layer.terms,) for layer in plan})
+        results = solve_menus(piece, "solving the plan", {layer.name: (layer.terms,) for layer in plan})
         return {layer.name: read_numbers(results[layer.name], (layer.terms,), 0) for layer in plan}
 
 
-def _solve(
+def solve_menus(
     piece: Workpiece, stage: str, menus: dict[str, tuple[Terms, ...]], prune: bool = False
 ) -> dict[str, Tensors]:
     """Every entry of the menus, a job a layer."""
