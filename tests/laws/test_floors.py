@@ -24,13 +24,24 @@ FLOORS = (
     {"candidates", "calibrate"},
     {"workpiece"},
     {"runtime"},
-    {"sequence", "score", "search", "train", "allocate", "report", "export", "bench"},
-    {"latency"},
+    {"sequence", "score", "search", "train", "allocate", "export", "bench"},
+    {"latency", "report"},
     {"methods"},
     {"compress"},
     {"cli", "__init__", "__main__", "demo"},
 )
-OPTIONAL = {"onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "transformers", "sklearn", "PIL", "distributed"}
+OPTIONAL = {
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "openvino",
+    "transformers",
+    "sklearn",
+    "PIL",
+    "distributed",
+    "matplotlib",
+}
 
 
 def _files():

@@ -17,8 +17,7 @@ from rabbet.cost import Budget
 from rabbet.engine import Engine
 from rabbet.export.base import write_beside
 from rabbet.layer import validate
-from rabbet.methods import Joint
-from rabbet.methods.joint import QUALITY
+from rabbet.methods import Method
 from rabbet.plan import Plan, quoted
 from rabbet.survey import Survey
 from rabbet.survey import survey as look
@@ -49,16 +48,17 @@ def plan(
     data: options.Data = None,
     budget: options.BudgetText = options.DEFAULT_BUDGET,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the plan into this file, too.")] = None,
+    method: options.MethodText = None,
     seed: options.Seed = 0,
     resume: options.Resume = None,
     jobs: options.Jobs = 1,
     as_json: options.Json = False,
 ) -> None:
     """Choose only: print the plan that compress would fit, to be read, edited and given to compress --plan."""
-    limits = options.budget_of(budget)
+    limits, chooser = options.budget_of(budget), options.method_of(method)
     inputs = open_inputs(model, data)
     with working(resume, jobs, as_json) as engine:
-        found = choose(inputs.network, limits, inputs.task, Joint(), seed, engine)
+        found = choose(inputs.network, limits, inputs.task, chooser, seed, engine)
         piece = Workpiece.of(inputs.network, inputs.task, engine, seed)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,7 @@ def compress(
     budget: options.OptionalBudget = None,
     plan: Annotated[Path | None, typer.Option(dir_okay=False, help="Fit the plan in this file.")] = None,
     quality: options.Quality = "default",
+    method: options.MethodText = None,
     seed: options.Seed = 0,
     resume: options.Resume = None,
     jobs: options.Jobs = 1,
@@ -86,18 +87,19 @@ def compress(
 ) -> None:
     """Make a network fit a budget, or fit a given plan, and write the file; accuracy is that of the file."""
     limits = options.budget_of(budget or options.DEFAULT_BUDGET) if budget or not plan else None
+    worker = options.method_of(method, quality)
     wanted = None if plan is None else options.plan_of_file(plan)
     target = ready(output)
     inputs = open_inputs(model, data, test)
     before = None if inputs.judge is None else inputs.judge(inputs.network)
     with working(resume, jobs, as_json) as engine:
-        result = _made(inputs, limits, wanted, QUALITY[quality], seed, engine)
+        result = _made(inputs, limits, wanted, worker, seed, engine)
     output.parent.mkdir(parents=True, exist_ok=True)
     written = result.export(output, target)
     after = None if inputs.judge is None else inputs.judge(opened(output, inputs.network))
     if as_json:
         facts = tables.plan_facts(result.survey, result.plan, result.cost, result.float_cost, limits)
-        made = {"output": str(output), "bytes": written.bytes, "seed": seed, "quality": quality}
+        made = {"output": str(output), "bytes": written.bytes, "seed": seed, "quality": quality, "method": method}
         notes = [*result.notes, *written.notes]
         tables.print_json(made | facts | {"evaluation": _judged(inputs, before, after), "notes": notes})
         return
@@ -111,7 +113,7 @@ def compress(
 
 
 def _made(
-    inputs: Inputs, limits: Budget | None, wanted: Plan | None, method: Joint, seed: int, engine: Engine
+    inputs: Inputs, limits: Budget | None, wanted: Plan | None, method: Method, seed: int, engine: Engine
 ) -> Result:
     """Choose and fit; or fit a given plan, held against the budget before anything is solved."""
     if wanted is None:

@@ -1,13 +1,15 @@
 """The options that commands share, and how their text is read."""
 
+import ast
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rabbet.cost import Budget
 from rabbet.errors import BudgetError, FileError, PlanError
-from rabbet.methods.joint import QUALITY
+from rabbet.methods import METHODS, QUALITY, Method
 from rabbet.plan import Plan
 
 DEFAULT_BUDGET = "bytes <= 10%"
@@ -38,6 +40,14 @@ OptionalBudget = Annotated[
 Quality = Annotated[
     str, typer.Option(callback=known_quality, metavar="|".join(QUALITY), help="How long to tune after the choice.")
 ]
+MethodText = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME [SETTING=VALUE ...]",
+        help=f"One of {', '.join(METHODS)}, with settings: 'cora bits=3 tuning.steps=0'. Default: joint.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")]
 Resume = Annotated[
     Path | None, typer.Option(metavar="DIR", file_okay=False, help="Keep finished work here and go on from it.")
@@ -52,6 +62,48 @@ def budget_of(text: str) -> Budget:
         return Budget.parse(text)
     except BudgetError as e:
         raise typer.BadParameter(str(e), param_hint="--budget") from None
+
+
+def method_of(text: str | None, quality: str = "default") -> Method:
+    """A method from its text, such as `cora bits=3 ranking.steps=50`; without any, `Joint` of a quality.
+
+    A usage error for a name or a setting that is not there, or a value that the setting does not take.
+    """
+    if text is None:
+        return QUALITY[quality]
+    if quality != "default":
+        raise typer.BadParameter("it is a setting of the default method; leave it out", param_hint="--quality")
+    name, *settings = text.split()
+    if name not in METHODS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(METHODS)}", param_hint="--method")
+    try:
+        method: Any = METHODS[name]()
+        for setting in settings:
+            method = _with(method, *setting.partition("=")[::2], setting)
+    except PlanError as e:
+        raise typer.BadParameter(str(e), param_hint="--method") from None
+    found: Method = method
+    return found
+
+
+def _with(settings: Any, name: str, value: str, text: str) -> Any:
+    """Settings with one changed; `a.b` is setting b of setting a."""
+    name, _, inner = name.partition(".")
+    known = [f.name for f in fields(settings)]
+    if name not in known:
+        raise typer.BadParameter(f"{text!r} is no setting; there are {', '.join(known)}", param_hint="--method")
+    old = getattr(settings, name)
+    if inner and is_dataclass(old):
+        return replace(settings, **{name: _with(old, inner, value, text)})
+    try:
+        new = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        new = value  # a word
+    kinds = {bool: (bool,), int: (int, type(None)), float: (int, float, type(None)), str: (str,), tuple: (tuple,)}
+    if inner or type(new) not in kinds.get(type(old), (int, float, type(None))):
+        wanted = " or ".join(sorted(k.__name__ for k in kinds.get(type(old), (int, float))))
+        raise typer.BadParameter(f"{text!r}: the value must be of type {wanted}", param_hint="--method")
+    return replace(settings, **{name: new})
 
 
 def plan_of_file(path: Path) -> Plan:

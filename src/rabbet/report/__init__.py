@@ -1,1 +1,5 @@
-"""What a user reads of a plan and a result."""
+"""What a user reads of a plan and a result, and pictures of how a method came by it."""
+
+from rabbet.report.picture import draw_search
+
+__all__ = ["draw_search"]
