@@ -10,6 +10,8 @@
 Each message says what was asked, what was found and what to do.
 """
 
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
 
 class RabbetError(Exception):
     """The root of the tree: catch this to catch every mistake that rabbet reports."""
@@ -33,3 +35,11 @@ class DataError(RabbetError):
 
 class FileError(RabbetError):
     """A file that is damaged, of another format, or of another network."""
+
+
+def check_choices(settings: Any) -> None:
+    """Raise PlanError for a field of a dataclass that holds none of the values that its `Literal` type lists."""
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal and getattr(settings, name) not in get_args(kind):
+            known = ", ".join(map(repr, get_args(kind)))
+            raise PlanError(f"{name} is one of {known}; found {getattr(settings, name)!r}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rabbet.augment import Pool
 from rabbet.engine import content_key
-from rabbet.errors import DataError, PlanError
+from rabbet.errors import DataError, PlanError, check_choices
 from rabbet.layer import compressed_layers
 from rabbet.site import Site
 from rabbet.survey import replace_module
@@ -53,6 +53,7 @@ class Ranking:
     norm: Literal["frozen", "batch"] = "frozen"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("steps", "batch", "order"):
             if getattr(self, name) < 1:
                 raise PlanError(f"a rank search needs {name} of at least 1; found {getattr(self, name)}")

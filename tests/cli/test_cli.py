@@ -47,6 +47,15 @@ def test_plan_prints_the_plan_and_nothing_else(run, kept, tmp_path):
     assert "allowed" in err
 
 
+def test_a_method_is_named_with_its_settings(run, kept):
+    method = "cora bits=3 ranking.steps=3"
+    code, out, _ = run("plan", "--budget", "bits <= 3.5", "--method", method, "--resume", kept)
+    assert code == 0
+    found = rabbet.Plan.parse(out)
+    assert {str(line.terms[0]) for line in found} == {"dense@3c"}
+    assert any(len(line.terms) > 1 for line in found)
+
+
 def test_plan_as_json_has_plan_and_cost(run, kept):
     code, out, err = run("plan", "--budget", "bits <= 3", "--resume", kept, "--json")
     facts = json.loads(out)

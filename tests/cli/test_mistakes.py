@@ -1,5 +1,7 @@
 """The command line: a mistake is one line, an exit code, and no file."""
 
+import shlex
+
 import pytest
 
 MISTAKES = {
@@ -23,6 +25,15 @@ MISTAKES = {
     "compress --output a.safetensors --plan nowhere.txt": "cannot be read",
     "compress --output a.safetensors --plan mine_of_user.py": "mine_of_user.py: 'import torch': 'torch' is not a term",
     "compress --output a.safetensors --jobs 0": "jobs",
+    "compress --output a.safetensors --method cora --quality fast": "setting of the default method",
+    "plan --method cola": "one of joint, admm, cora",
+    "plan --method 'cora bit=3'": "'bit=3' is no setting; there are bits",
+    "plan --method 'joint forms=cp'": "must be of type tuple",
+    "plan --method 'cora act=high'": "must be of type int or none",
+    "plan --method 'cora bits=three'": "must be of type int",
+    "plan --method 'cora bits.of=3'": "must be of type int",
+    "plan --method 'cora base=soft'": "one of 'feedback', 'clipped'; found 'soft'",
+    "plan --method 'cora ranking.steps=0'": "at least 1",
     "compress": "--output",
     "plan --budget bytes=3": "is not a budget",
     "check nowhere.safetensors --budget bytes<=3": "there is no file",
@@ -37,7 +48,7 @@ MISTAKES = {
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(run, mine, tmp_path, line):
     (tmp_path / "imports_nothing.py").write_text("import not_there_at_all\n")
-    code, out, err = run(*line.split())
+    code, out, err = run(*shlex.split(line))
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1

@@ -3,7 +3,8 @@
 import ast
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -95,13 +96,16 @@ def _with(settings: Any, name: str, value: str, text: str) -> Any:
     old = getattr(settings, name)
     if inner and is_dataclass(old):
         return replace(settings, **{name: _with(old, inner, value, text)})
+    kind = get_type_hints(type(settings))[name]
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = [k for k in (get_origin(one) or one for one in options) if isinstance(k, type)]
     try:
         new = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         new = value  # a word
-    kinds = {bool: (bool,), int: (int, type(None)), float: (int, float, type(None)), str: (str,), tuple: (tuple,)}
-    if inner or type(new) not in kinds.get(type(old), (int, float, type(None))):
-        wanted = " or ".join(sorted(k.__name__ for k in kinds.get(type(old), (int, float))))
+    whole = isinstance(new, int) and not isinstance(new, bool) and float in kinds
+    if inner or (kinds and type(new) not in kinds and not whole):
+        wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
         raise typer.BadParameter(f"{text!r}: the value must be of type {wanted}", param_hint="--method")
     return replace(settings, **{name: new})
 

@@ -1,0 +1,218 @@
+"""CoRa on CIFAR-10 ResNets: do searched ranks beat even ones, and adapters bits; what a step costs; and latency.
+
+    python benchmarks/cora.py [--nets resnet20 resnet56] [--parts ranks figures step reconstruction latency]
+
+1,600 training images, labels only where the paper's search takes them; accuracy of the written file on 5,000 test
+images, the drop in points against float on the same. Budgets are mean bits of the codes: 5 % of the parameters as
+8-bit adapters are 0.4 bits. `paper`: the settings of the paper and its released code. `ours`: the defaults of
+`rabbet.CoRa`. Iterations: of the search and of the tuning, batches of 64 (paper: 32).
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import head, machine, reader, row
+from frontier import cifar
+from reconstruction import reconstruct
+
+import rabbet
+from rabbet import CoRa, Joint, Ranking, Task, Tuning
+from rabbet.bench import time_files
+from rabbet.task import divergence, outputs
+
+PAPER = CoRa(
+    base="clipped",
+    svd="plain",
+    linears=False,
+    ranking=Ranking(250, 32, 4, 0.0, 0.9, "hinge", 0.01, 1.0, "labels", "batch"),
+)
+OURS = CoRa()
+UNTUNED = CoRa(tuning=Tuning(steps=0))
+PARTS = ("ranks", "figures", "step", "reconstruction", "latency")
+
+
+class Bench:
+    """One network with its data, and how a method is measured on it."""
+
+    def __init__(self, name: str, engine: rabbet.Engine) -> None:
+        self.name, self.engine = name, engine
+        self.model, self.data, self.test = cifar(int(name.removeprefix("resnet")))
+        _, labels = reader("load").cifar10("train", 1600)
+        batches = list(zip(self.data, torch.from_numpy(labels).split(100), strict=True))
+        self.task = Task(batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1]))
+        self.whole = rabbet.accuracy(self.model, self.test)
+
+    def drop(self, method: rabbet.methods.Method, budget: str, seed: int = 0) -> tuple[float, rabbet.Result, float]:
+        """Points lost by the written file, the result, and seconds."""
+        start = time.perf_counter()
+        result = rabbet.compress(self.model, budget, self.task, method, seed=seed, engine=self.engine)
+        seconds = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as folder:
+            result.save(Path(folder) / "small.safetensors")
+            found = rabbet.accuracy(rabbet.load(Path(folder) / "small.safetensors", self.model), self.test)
+        return self.whole - found, result, seconds
+
+
+def ranks(bench: Bench, seeds: int) -> None:
+    """Searched against even ranks at the same budget."""
+    for label, method in (("ours", UNTUNED), ("paper", PAPER)):
+        for bits in (3, 4):
+            for share in (0.02, 0.05, 0.1):
+                budget = f"bits <= {bits + 8 * share:.2f}"
+                cells = []
+                for kind in ("gradient", "heuristic"):
+                    chosen = replace(method, bits=bits, ranks=kind)
+                    drops = [bench.drop(chosen, budget, seed)[0] for seed in range(seeds)]
+                    spread = statistics.stdev(drops) if seeds > 1 else 0.0
+                    cells += [f"{statistics.mean(drops):.2f}", f"{spread:.2f}"]
+                row(bench.name, label, bits, f"{100 * share:.0f} %", *cells)
+
+
+def figures(bench: Bench) -> None:
+    """Accuracy at 3 bits with adapters, and at low bits of weights and inputs; the same bytes spent otherwise."""
+    cases = (("3/8", 3, 8, None, 0.05), ("4/4", 4, 4, 8, 0.05), ("3/3", 3, 3, 8, 0.05))
+    for label, bits, act, ends, share in cases:
+        ours = replace(OURS, bits=bits, act=act, ends=ends)
+        bare = _bare_bits(bench, ours)
+        drop, result, seconds = bench.drop(ours, f"bits <= {bare + 8 * share:.3f}")
+        size = result.cost.bytes
+        _figure(bench, label, "CoRa, ours", drop, result, seconds)
+        paper = replace(PAPER, bits=bits, act=act, ends=ends)
+        _figure(bench, label, "CoRa, paper", *bench.drop(paper, f"bits <= {bare + 8 * share:.3f}"))
+        same = f"bytes <= {size}"
+        tuning = replace(ours.tuning, steps=ours.tuning.steps + ours.ranking.steps)
+        _figure(bench, label, "Joint, same bytes", *bench.drop(Joint(act=act, tuning=tuning), same))
+        only = Joint(adapters=(), forms=(), act=act, tuning=tuning)
+        _figure(bench, label, "bits only, same bytes", *bench.drop(only, same))
+
+
+def _bare_bits(bench: Bench, method: CoRa) -> float:
+    """Mean bits without any adapter."""
+    plan = rabbet.plan(bench.model, "bits <= 32", bench.task, replace(method, ranks="heuristic"))
+    bare = (rabbet.LayerPlan(x.name, x.terms[:1], x.act) for x in plan)
+    return rabbet.price(bench.model, rabbet.Plan(tuple(bare)), bench.data).bits
+
+
+def _figure(bench: Bench, label: str, method: str, drop: float, result: rabbet.Result, seconds: float) -> None:
+    cost, base = result.cost, result.float_cost
+    bops = f"{100 * cost.bops / base.bops:.3f}"
+    row(bench.name, label, method, f"{cost.bits:.3f}", f"{cost.bytes:,}", bops, f"{drop:.2f}", f"{seconds:.0f}")
+
+
+def step(bench: Bench) -> None:
+    """What an iteration of the search costs, against a forward and backward pass of the float network."""
+    x = bench.data[0][:64]
+    for p in bench.model.parameters():
+        p.requires_grad_(True)
+    with torch.no_grad():
+        goal = outputs(bench.model(x))
+    times: dict[str, list[float]] = {"plain": [], "search": []}
+    marks: list[float] = []
+
+    def seen(stage: str, done: int, total: int) -> None:
+        if stage == "searching ranks":
+            marks.append(time.perf_counter())
+
+    for _ in range(3):
+        for _ in range(8):
+            start = time.perf_counter()
+            divergence(outputs(bench.model(x)), goal).backward()
+            times["plain"].append(time.perf_counter() - start)
+        marks.clear()
+        rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3, ranking=Ranking(steps=9)),
+                    engine=rabbet.Engine(progress=seen))  # fmt: skip
+        times["search"] += [b - a for a, b in itertools.pairwise(marks)]
+    plain, search = (1e3 * statistics.median(times[k]) for k in ("plain", "search"))
+    row(bench.name, f"{plain:.0f}", f"{search:.0f}", f"{search / plain:.2f}")
+
+
+def reconstruction(bench: Bench, iterations: list[int]) -> None:
+    """Learned rounding of blocks, at the bits that the adapters' bytes would buy or below."""
+    for bits in (3, 4):
+        for count in iterations:
+            start = time.perf_counter()
+            found, total = reconstruct(bench.model, bench.data, bits, 8, count)
+            seconds = time.perf_counter() - start
+            drop = bench.whole - rabbet.accuracy(found, bench.test)
+            row(bench.name, bits, f"reconstruction, {count:,} a block", f"{total:,}", f"{drop:.2f}", f"{seconds:.0f}")
+        for label, method in (("CoRa, 5 %, untuned", UNTUNED), ("CoRa, 5 %", OURS)):
+            drop, _, seconds = bench.drop(replace(method, bits=bits), f"bits <= {bits + 0.4}")
+            total = method.ranking.steps + method.tuning.steps
+            row(bench.name, bits, label, total, f"{drop:.2f}", f"{seconds:.0f}")
+
+
+def latency(bench: Bench) -> None:
+    """The exported network with its adapters against the same without."""
+    plan = rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3), engine=bench.engine)
+    bare = rabbet.Plan(tuple(rabbet.LayerPlan(x.name, x.terms[:1], x.act) for x in plan))
+    method = Joint(tuning=Tuning(steps=0))
+    with tempfile.TemporaryDirectory() as folder:
+        files, notes = {}, ()
+        for name, chosen in (("with", plan), ("without", bare)):
+            files[name] = Path(folder) / f"{name}.onnx"
+            written = rabbet.fit(bench.model, chosen, bench.data, method, engine=bench.engine).export(files[name])
+            notes = (*notes, *written.notes)
+        found = time_files(files, bench.data[0][:1], runs=300)
+    slow, fast = found["with"].median, found["without"].median
+    count = sum(len(x.terms) > 1 for x in plan)
+    row(bench.name, f"{count} of {len(plan)}", f"{slow:.3f}", f"{fast:.3f}", f"{slow / fast:.2f}", "; ".join(notes))
+
+
+HEADS: dict[str, tuple[str, ...]] = {
+    "ranks": ("network", "settings", "bits", "adapters", "drop, searched", "spread", "drop, even", "spread"),
+    "figures": ("network", "bits, weights/inputs", "method", "mean bits", "file bytes", "% BOPs", "drop", "seconds"),
+    "step": ("network", "ms forward and backward", "ms an iteration of the search", "ratio"),
+    "reconstruction": ("network", "bits", "method", "iterations", "drop", "seconds"),
+    "latency": ("network", "layers with adapters", "ms with", "ms without", "ratio", "not on integer kernels"),
+}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", choices=("resnet20", "resnet56"), default=["resnet20", "resnet56"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction")
+    parser.add_argument("--picture", type=Path, help="where to draw a search at 3 bits and 5 %%")
+    args = parser.parse_args()
+    print(f"{machine()}")
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+        benches = [Bench(name, rabbet.Engine(executor)) for name in args.nets]
+        for part in args.parts:
+            print(f"\n{part}\n")
+            head(*HEADS[part])
+            for bench in benches:
+                _run(part, bench, args.seeds, args.iterations)
+        if args.picture:
+            _draw(benches[0], args.picture)
+
+
+def _run(part: str, bench: Bench, seeds: int, iterations: list[int]) -> None:
+    if part == "ranks":
+        ranks(bench, seeds)
+    elif part == "reconstruction":
+        reconstruction(bench, iterations)
+    else:
+        {"figures": figures, "step": step, "latency": latency}[part](bench)
+
+
+def _draw(bench: Bench, path: Path) -> None:
+    from rabbet.report import draw_search
+    from rabbet.workpiece import Workpiece
+
+    piece = Workpiece.of(bench.model, bench.task, bench.engine)
+    draw_search(CoRa(bits=3).search(piece, rabbet.Budget.parse("bits <= 3.4")), path)
+
+
+if __name__ == "__main__":
+    main()
