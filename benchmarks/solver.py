@@ -11,21 +11,30 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorly
 import torch
 from common import head, machine, reader, row
+from frontier import NETS
 from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
 
+from rabbet import Engine, Task
+from rabbet.candidates import solve_menu
+from rabbet.forms import FORMS, Aim
 from rabbet.grid import Grid, Quantised
+from rabbet.plan import Term
 from rabbet.solve import quantised_cp
 from rabbet.solve.admm import admm
-from rabbet.solve.als import CPProblem, Fit, als, random_start, svd_start
-from rabbet.solve.epc import epc, loosened, predicted, sensitivity
-from rabbet.solve.feedback import alternate
+from rabbet.solve.als import CPProblem, Fit, als, random_start, sensitivity, solved, svd_start
+from rabbet.solve.cp import start
+from rabbet.solve.epc import epc, loosened, predicted
+from rabbet.solve.feedback import Rounded, alternate
+from rabbet.solve.metric import MetricCP, joined
+from rabbet.solve.rounding import Metric
+from rabbet.workpiece import Workpiece
 
 LAYERS = ("resnet20:layer3.1.conv1:134", "resnet20:layer2.1.conv1:63", "resnet56:layer3.1.conv1:134", "shape:512:1141")
 
@@ -82,6 +91,50 @@ def nearest(problem: CPProblem, fit: Fit, grids: list[Grid]) -> float:
     return problem.relative(tuple(held))
 
 
+def in_metric(text: str, bits: int) -> None:
+    """The same solvers in the metric of the layer's inputs (1,600 training images, BatchNorm folded in)."""
+    net, name, rank_text = text.split(":")
+    rank = int(rank_text)
+    model, data, _ = NETS[net]()
+    piece = Workpiece.of(model, Task.of(data), Engine())
+    site, second = piece.survey[name], piece.moments()[name]
+    weight = piece.weight(site)
+    problem = MetricCP(weight.flatten(2), second[0])
+    grids = MetricCP.grids(rank, bits)
+    form, term = FORMS["cp"], Term("cp", Grid(bits, axis=0), rank)
+
+    def relative(factors: Sequence[Tensor]) -> float:
+        delta = (form.contract(site, factors) - weight).flatten(1).double()
+        return float(((delta @ problem.second) * delta).sum() / problem.power) ** 0.5
+
+    def chained(held: Rounded) -> float:
+        a, b, c = joined(held.factors)
+        return relative((b.values, c.values.view(-1, *site.shape[2:]), a.values))
+
+    small = start(weight.flatten(1), second[0], site.shape[1], rank)
+    first, seconds = timed(lambda: als(problem, MetricCP.split(*_filled(problem, small)), 50))
+    row(text, bits, f"float ALS, {first.steps} sweeps", f"{first.error:.4f}", f"{seconds:.2f}")
+    fit, seconds = timed(lambda: form.decompose(site, weight, rank, second, Aim(0.0, None, 120)))
+    row(text, bits, "float variable projection", f"{relative(fit):.4f}", f"{seconds:.2f}")
+    kept, seconds = timed(lambda: epc(problem, first.factors, 1.05 * first.error, 20))
+    row(text, bits, "float EPC, bound 1.05", f"{kept.error:.4f}", f"{seconds:.2f}")
+    for label, run in {
+        "EPC, ADMM, 3 sweeps": lambda: admm(problem, kept.factors, grids, 3),
+        "EPC, rounded in turn": lambda: alternate(problem, kept.factors, grids, 5),
+    }.items():
+        held, seconds = timed(run)
+        row(text, bits, label, f"{chained(held):.4f}", f"{seconds:.2f}")
+    numbers, seconds = timed(lambda: solve_menu(site, weight, [(term,)], Metric(second), steps=120)[0])
+    row(text, bits, "as Joint does", f"{relative([q.values for q in numbers[0]]):.4f}", f"{seconds:.2f}")
+
+
+def _filled(problem: MetricCP, small: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and C from rows B [R, in] and C [R, k]: A the best for them."""
+    b, c = (s.double().mT for s in small)
+    gram, right, _ = problem.sides(MetricCP.split(torch.zeros(problem.shape[0], len(small[0])).double(), b, c), 0)
+    return solved(gram, right), b, c
+
+
 def correction(bits: int) -> None:
     """EPC on the 3x3 layers of ResNet-56 at rate 2: the bound, the sensitivity, and the predictor against the truth."""
     model = reader("nets").cifar_resnet(56)
@@ -103,8 +156,9 @@ def correction(bits: int) -> None:
         f"{100 * statistics.median(off):.1f} %, {100 * max(off):.1f} %")  # fmt: skip
 
 
-def against_tensorly(text: str, sweeps: int = 30, rounds: int = 5) -> None:
-    """Seconds a sweep from the same random start, in turn, and the errors that both end at."""
+def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5) -> None:
+    """Seconds a sweep from the same random start, in turn, and the errors that both end at; jobs run on one thread."""
+    torch.set_num_threads(threads)
     weight, rank = kernel(text)
     tensor = weight.double().flatten(2)
     start = random_start(tensor.shape, rank)
@@ -120,7 +174,7 @@ def against_tensorly(text: str, sweeps: int = 30, rounds: int = 5) -> None:
     assert isinstance(ours, Fit)
     theirs_error = float((tensorly.cp_to_tensor(theirs) - tensor).norm() / tensor.norm())
     mine, other = (statistics.median(spent[k]) for k in ("ours", "tensorly"))
-    row(text, sweeps, f"{ours.error:.5f}", f"{theirs_error:.5f}", f"{1e3 * mine:.2f}", f"{1e3 * other:.2f}",
+    row(text, threads, sweeps, f"{ours.error:.5f}", f"{theirs_error:.5f}", f"{1e3 * mine:.2f}", f"{1e3 * other:.2f}",
         f"{other / mine:.1f}x")  # fmt: skip
 
 
@@ -128,22 +182,30 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", default=LAYERS)
+    parser.add_argument("--metric", nargs="*", default=["resnet20:layer3.1.conv1:128"], help="layers of networks")
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
     args = parser.parse_args()
+    many = torch.get_num_threads()
     print(f"seed 0; {machine()}\n")
     head("layer", "bits", "solver", "relative error", "seconds")
     for text in args.layers:
         for bits in args.bits:
             solvers(text, bits)
     print()
+    head("layer, in the metric of its inputs", "bits", "solver", "relative error", "seconds")
+    for text in args.metric:
+        for bits in args.bits:
+            in_metric(text, bits)
+    print()
     head("kernels", "bits", "EPC error / bound, largest", "sensitivity lowered, median and least",
          "predicted against true error, median and worst")  # fmt: skip
     for bits in args.bits:
         correction(bits)
     print()
-    head("layer", "sweeps", "our error", "tensorly's", "our ms a sweep", "tensorly's", "ratio")
+    head("layer", "threads", "sweeps", "our error", "tensorly's", "our ms a sweep", "tensorly's", "ratio")
     for text in args.layers:
-        against_tensorly(text, 5 if text.startswith("shape") else 30)
+        for threads in (1, many):
+            against_tensorly(text, threads, 5 if text.startswith("shape") else 30)
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

@@ -16,9 +16,20 @@ from rabbet.plan import LayerPlan, Term
 from rabbet.site import Site
 from rabbet.solve import quantised_cp
 from rabbet.solve.admm import admm
-from rabbet.solve.als import CPProblem, Tucker2Problem, als, balanced, khatri_rao, random_start, svd_start
-from rabbet.solve.epc import epc, loosened, predicted, sensitivity
+from rabbet.solve.als import (
+    CPProblem,
+    Tucker2Problem,
+    als,
+    balanced,
+    khatri_rao,
+    random_start,
+    sensitivity,
+    solved,
+    svd_start,
+)
+from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import alternate
+from rabbet.solve.metric import MetricCP, joined
 from rabbet.solve.varpro import project
 
 SHAPES = [(12, 10, 9), (16, 6, 3), (10, 14)]
@@ -52,8 +63,8 @@ def test_the_error_of_every_mode_is_the_true_one(shape):
     tensor, factors = smooth(shape), random_start(shape, RANK)
     problem = CPProblem(tensor)
     for mode in range(len(shape)):
-        gram, right = problem.sides(factors, mode)
-        assert problem.error(gram, right, factors[mode]) == pytest.approx(apart(tensor, factors), rel=1e-6)
+        gram, right, rest = problem.sides(factors, mode)
+        assert problem.error(gram, right, rest, factors[mode]) == pytest.approx(apart(tensor, factors), rel=1e-6)
 
 
 def test_the_error_of_a_tucker_chain_is_the_true_one():
@@ -268,3 +279,75 @@ def test_the_last_factor_makes_good_what_rounding_the_others_broke(form):
     plain = FORMS[form].contract(site, [Quantised.nearest(f, term.grid).values for f in factors])
     delta = (plain - weight).flatten(1)
     assert float(result["0.error"]) < 0.9 * float(((delta @ second[0]) * delta).sum())
+
+
+# In the metric of the inputs
+
+
+def in_metric():
+    """A kernel [8, 6, 9], a metric that couples all its inputs, and its problem."""
+    tensor = smooth((8, 6, 9))
+    mix = rand(54, 54, seed=3).double()
+    second = mix @ mix.mT / 54 + 4 * torch.ones(54, 54, dtype=torch.float64)
+    return tensor, second, MetricCP(tensor, second)
+
+
+def apart_in(second, tensor, factors):
+    a, b, c = MetricCP.joined(factors)
+    delta = (full((a, b, c)) - tensor).flatten(1)
+    whole = tensor.flatten(1)
+    return float((((delta @ second) * delta).sum() / ((whole @ second) * whole).sum()).sqrt())
+
+
+def test_the_error_in_the_metric_is_the_true_one_for_every_column():
+    tensor, second, problem = in_metric()
+    factors = MetricCP.split(*random_start(tensor.shape, RANK))
+    for mode in [0, 3, 9, 4, 12, 0]:
+        # one factor changed since the last: what the problem keeps must follow
+        factors = tuple(f * 1.1 if k == mode else f for k, f in enumerate(factors))
+        found = problem.error(*problem.sides(factors, mode), factors[mode])
+        assert found == pytest.approx(apart_in(second, tensor, factors), rel=1e-9)
+
+
+def test_a_column_that_is_solved_cannot_be_bettered():
+    tensor, _, problem = in_metric()
+    factors = MetricCP.split(*random_start(tensor.shape, RANK))
+    for mode in (0, 2, 10):
+        gram, right, rest = problem.sides(factors, mode)
+        best = solved(gram, right)
+        for seed in range(5):
+            other = best + 1e-3 * rand(*best.shape, seed=seed).double()
+            assert problem.error(gram, right, rest, best) < problem.error(gram, right, rest, other)
+
+
+def test_least_squares_in_the_metric_beats_plain_least_squares_there():
+    tensor, second, problem = in_metric()
+    start = random_start(tensor.shape, 12)
+    found = als(problem, MetricCP.split(*start), 60, 0.0)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(found.history))
+    assert found.error == pytest.approx(apart_in(second, tensor, found.factors), rel=1e-6)
+    plain = als(CPProblem(tensor), start, 200, 0.0)
+    assert found.error < apart_in(second, tensor, MetricCP.split(*plain.factors))
+
+
+def test_correction_in_the_metric_keeps_its_bound():
+    tensor, second, problem = in_metric()
+    start = als(problem, MetricCP.split(*random_start(tensor.shape, 12)), 30)
+    found = epc(problem, start.factors, 1.1 * start.error, 30)
+    assert apart_in(second, tensor, found.factors) <= 1.1 * start.error * (1 + 1e-6)
+    assert problem.sensitivity(found.factors) < problem.sensitivity(problem.balanced(start.factors))
+
+
+@pytest.mark.parametrize("solve", [admm, alternate])
+def test_rounding_in_the_metric_beats_rounding_to_nearest_there(solve):
+    tensor, second, problem = in_metric()
+    start = als(problem, MetricCP.split(*random_start(tensor.shape, 12)), 30).factors
+    grids = MetricCP.grids(12, 4)
+    found = solve(problem, start, grids, 3)
+    held = tuple(q.values.double() for q in found.factors)
+    assert found.error == pytest.approx(apart_in(second, tensor, held), rel=1e-6)
+    nearest = tuple(Quantised.nearest(f.float(), g).values.double() for f, g in zip(start, grids, strict=True))
+    assert found.error < 0.8 * apart_in(second, tensor, nearest)
+    a, b, c = joined(found.factors)
+    whole = full((a.values.double(), b.values.mT.double(), c.values.mT.double()))
+    assert torch.equal(whole, full(MetricCP.joined(held)))

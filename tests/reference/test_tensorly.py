@@ -24,7 +24,7 @@ def test_mttkrp_is_tensorlys(shape):
     factors = random_start(shape, 4)
     problem = CPProblem(tensor)
     for mode in range(len(shape)):
-        _, right = problem.sides(factors, mode)
+        _, right, _ = problem.sides(factors, mode)
         wanted = tensorly.tenalg.unfolding_dot_khatri_rao(tensor, (torch.ones(4).double(), list(factors)), mode)
         assert torch.allclose(right, wanted)
 

@@ -36,7 +36,7 @@ def admm(
     stalled = False
     for _ in range(sweeps):
         for mode, grid in enumerate(grids):
-            gram, right = problem.sides(values, mode)
+            gram, right, _ = problem.sides(values, mode)
             held[mode], duals[mode], r, s = _inner(gram, right, held[mode], duals[mode], grid, inner)
             values = tuple(held[mode].values.double() if k == mode else v for k, v in enumerate(values))
             primal.append(r)

@@ -31,6 +31,10 @@ class Fit:
     history: tuple[float, ...] = ()
 
 
+Sides = tuple[Tensor, Tensor, float]
+"""G [R, R], F [n, R] and the rest c: the squared error of a factor A is `tr(A G A^T) - 2 tr(F A^T) + c`."""
+
+
 class Problem:
     """A tensor to be factorised, and the least-squares problem of each of its factors."""
 
@@ -39,18 +43,30 @@ class Problem:
         self.flat = tensor.double().flatten(1)
         self.power = float(self.flat.square().sum())
 
-    def sides(self, factors: Factors, mode: int) -> tuple[Tensor, Tensor]:
-        """Gram matrix G [R, R] and right-hand side F [n, R] of one factor, given the others."""
+    def sides(self, factors: Factors, mode: int) -> Sides:
+        """The problem of one factor, given the others."""
         raise NotImplementedError
 
-    def error(self, gram: Tensor, right: Tensor, factor: Tensor) -> float:
+    def error(self, gram: Tensor, right: Tensor, rest: float, factor: Tensor) -> float:
         """||X - X'|| / ||X|| from the problem of any factor and that factor."""
-        square = self.power + float(((factor @ gram - 2 * right) * factor).sum())
+        square = rest + float(((factor @ gram - 2 * right) * factor).sum())
         return math.sqrt(max(square, 0.0) / max(self.power, 1e-300))
 
     def relative(self, factors: Factors) -> float:
         """||X - X'|| / ||X|| of factors."""
         return self.error(*self.sides(factors, 0), factors[0])
+
+    def balanced(self, factors: Factors) -> Factors:
+        """The same tensor from factors that share their norms evenly; see `balanced`."""
+        return balanced(factors)
+
+    def sensitivity(self, factors: Factors) -> float:
+        """See `sensitivity`."""
+        return sensitivity(factors)
+
+    def weights(self, factors: Factors, mode: int) -> Tensor:
+        """What the square of each column of a factor is multiplied with in the sensitivity, [R]."""
+        return weights(factors, mode)
 
 
 class CPProblem(Problem):
@@ -61,13 +77,13 @@ class CPProblem(Problem):
         self._seen: Tensor | None = None
         self._inner = self.flat
 
-    def sides(self, factors: Factors, mode: int) -> tuple[Tensor, Tensor]:
+    def sides(self, factors: Factors, mode: int) -> Sides:
         """G is the Hadamard product of the others' Gram matrices, F the tensor times their Khatri-Rao product."""
         gram = torch.ones(1, 1, dtype=torch.float64)
         for k, f in enumerate(factors):
             gram = gram if k == mode else gram * (f.mT @ f)
         if mode == 0:
-            return gram, self.flat @ khatri_rao(factors[1:])
+            return gram, self.flat @ khatri_rao(factors[1:]), self.power
         # X_(1)^T A serves all modes but the first: they run after one another, and A does not change between them
         if self._seen is not factors[0]:
             self._seen, self._inner = factors[0], self.flat.mT @ factors[0]
@@ -75,25 +91,25 @@ class CPProblem(Problem):
         for k in reversed(range(1, len(factors))):
             if k != mode:  # behind axis k are the mode's own, if it comes later, and the rank
                 inner = (inner * factors[k].view(-1, *[1] * (mode > k), factors[k].shape[1])).sum(k - 1)
-        return gram, inner
+        return gram, inner, self.power
 
 
 class Tucker2Problem(Problem):
     """Factors V [I, q], U [J, p] and the core [K, q * p] of a tensor [I, J, K]: X_ijk = sum V_iq core_kqp U_jp."""
 
-    def sides(self, factors: Factors, mode: int) -> tuple[Tensor, Tensor]:
+    def sides(self, factors: Factors, mode: int) -> Sides:
         """Of the core the Gram matrix is a Kronecker product, [q p, q p]: ranks of some tens are meant."""
         v, u, flat = factors
         x = self.flat.view(self.shape)
         core = flat.view(-1, v.shape[1], u.shape[1])
         if mode == 0:
             basis = torch.einsum("kqp,jp->qjk", core, u).flatten(1)
-            return basis @ basis.mT, self.flat @ basis.mT
+            return basis @ basis.mT, self.flat @ basis.mT, self.power
         if mode == 1:
             basis = torch.einsum("kqp,iq->pik", core, v).flatten(1)
-            return basis @ basis.mT, x.transpose(0, 1).flatten(1) @ basis.mT
+            return basis @ basis.mT, x.transpose(0, 1).flatten(1) @ basis.mT, self.power
         inner = torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1)
-        return torch.kron(v.mT @ v, u.mT @ u), inner
+        return torch.kron(v.mT @ v, u.mT @ u), inner, self.power
 
 
 def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
@@ -122,6 +138,25 @@ def balanced(factors: Factors) -> Factors:
     return tuple(f * (even / n) for f, n in zip(factors, norms, strict=True))
 
 
+def sensitivity(factors: Factors) -> float:
+    """The squared error that noise of variance 1 on every entry of every factor makes, to first order."""
+    norms = [f.square().sum(0) for f in factors]
+    return float(sum(len(f) * _others(norms, mode).sum() for mode, f in enumerate(factors)))
+
+
+def weights(factors: Factors, mode: int) -> Tensor:
+    """What |a_r|^2 is multiplied with in the sensitivity: for three modes K |b_r|^2 + J |c_r|^2."""
+    norms = [torch.ones_like(f[0]) if k == mode else f.square().sum(0) for k, f in enumerate(factors)]
+    return torch.stack([len(f) * _others(norms, k) for k, f in enumerate(factors) if k != mode]).sum(0)
+
+
+def _others(norms: Sequence[Tensor], mode: int) -> Tensor:
+    result = torch.ones_like(norms[0])
+    for k, n in enumerate(norms):
+        result = result if k == mode else result * n
+    return result
+
+
 def random_start(shape: Sequence[int], rank: int, seed: int = 0) -> Factors:
     """Standard normal factors."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,22 +173,22 @@ def svd_start(tensor: Tensor, rank: int, seed: int = 0) -> Factors:
     return tuple(factors)
 
 
-def als(problem: CPProblem, start: Factors, sweeps: int = 50, tolerance: float = 1e-5) -> Fit:
+def als(problem: Problem, start: Factors, sweeps: int = 50, tolerance: float = 1e-5) -> Fit:
     """Alternating least squares from given factors, until a sweep changes the relative error by less than `tolerance`.
 
     Works in double precision: the Gram matrices of nearly collinear terms need it.
     """
-    factors = balanced(tuple(f.double() for f in start))
+    factors = problem.balanced(tuple(f.double() for f in start))
     history: list[float] = []
     for _ in range(sweeps):
         for mode in range(len(factors)):
-            gram, right = problem.sides(factors, mode)
+            gram, right, rest = problem.sides(factors, mode)
             found = solved(gram, right)
             if mode == len(factors) - 1:
-                history.append(problem.error(gram, right, found))
+                history.append(problem.error(gram, right, rest, found))
             # norms gather in the factor that was solved last: shared out again, no column underflows
             factors = tuple(found if k == mode else f for k, f in enumerate(factors))
-        factors = balanced(factors)
+        factors = problem.balanced(factors)
         if len(history) > 1 and abs(history[-2] - history[-1]) < tolerance:
             return Fit(factors, history[-1], len(history), True, tuple(history))
     return Fit(factors, history[-1] if history else problem.relative(factors), len(history), False, tuple(history))

@@ -17,25 +17,12 @@ import torch
 from torch import Tensor
 
 from rabbet.grid import Grid
-from rabbet.solve.als import CPProblem, Factors, Fit, Problem, balanced, solved
+from rabbet.solve.als import CPProblem, Factors, Fit, Problem, Sides, solved
 
 SLACKS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5)
 
 TRIES = 6  # values of mu looked at per mode and sweep; the bracket carries over from sweep to sweep
 NEAR = 1e-3  # how near below the bound is near enough, relative
-
-
-def sensitivity(factors: Factors) -> float:
-    """The squared error that noise of variance 1 on every entry of every factor makes, to first order."""
-    norms = [f.square().sum(0) for f in factors]
-    return float(sum(len(f) * _others(norms, mode).sum() for mode, f in enumerate(factors)))
-
-
-def _others(norms: Sequence[Tensor], mode: int) -> Tensor:
-    result = torch.ones_like(norms[0])
-    for k, n in enumerate(norms):
-        result = result if k == mode else result * n
-    return result
 
 
 def predicted(problem: Problem, fit: Fit, grids: Sequence[Grid]) -> float:
@@ -69,49 +56,42 @@ def loosened(problem: CPProblem, start: Fit, grids: Sequence[Grid], slacks: Sequ
     return best
 
 
-def epc(problem: CPProblem, start: Factors, bound: float, sweeps: int = 150, tolerance: float = 1e-4) -> Fit:
+def epc(problem: Problem, start: Factors, bound: float, sweeps: int = 150, tolerance: float = 1e-4) -> Fit:
     """Factors of relative error at most `bound` and of low sensitivity, from a start within the bound.
 
     Stops when a sweep lowers the sensitivity by less than `tolerance`. A mode whose best error is above the bound (the
     start was) only lowers its error. `Fit.history` holds the sensitivity after each sweep.
     """
-    factors = balanced(tuple(f.double() for f in start))
+    factors = problem.balanced(tuple(f.double() for f in start))
     ridges = [1e-6] * len(factors)
     history: list[float] = []
     stalled = False
     while len(history) < sweeps and not stalled:
         for mode in range(len(factors)):
-            gram, right = problem.sides(factors, mode)
-            found, ridges[mode] = _corrected(problem, gram, right, _weights(factors, mode), bound, ridges[mode])
+            sides, weights = problem.sides(factors, mode), problem.weights(factors, mode)
+            found, ridges[mode] = _corrected(problem, sides, weights, bound, ridges[mode])
             factors = tuple(found if k == mode else f for k, f in enumerate(factors))
-        factors = balanced(factors)
-        history.append(sensitivity(factors))
+        factors = problem.balanced(factors)
+        history.append(problem.sensitivity(factors))
         stalled = len(history) > 1 and history[-1] > (1 - tolerance) * history[-2]
     return Fit(factors, problem.relative(factors), len(history), stalled, tuple(history))
 
 
-def _weights(factors: Factors, mode: int) -> Tensor:
-    """What |a_r|^2 is multiplied with in the sensitivity: for three modes K |b_r|^2 + J |c_r|^2."""
-    norms = [torch.ones_like(f[0]) if k == mode else f.square().sum(0) for k, f in enumerate(factors)]
-    return torch.stack([len(f) * _others(norms, k) for k, f in enumerate(factors) if k != mode]).sum(0)
-
-
-def _corrected(
-    problem: Problem, gram: Tensor, right: Tensor, weights: Tensor, bound: float, ridge: float
-) -> tuple[Tensor, float]:
+def _corrected(problem: Problem, sides: Sides, weights: Tensor, bound: float, ridge: float) -> tuple[Tensor, float]:
     """One mode's ridge regression whose error is just within the bound, and the ridge that does it.
 
     The error grows with the ridge: bracketed, then halved in the logarithm, from where the last sweep ended.
     """
+    gram, right, rest = sides
     root = weights.clamp_min(1e-30 * float(weights.max())).rsqrt()
     hat, aim = gram * root * root[:, None], right * root
     low, high, mu = 0.0, math.inf, ridge
     best = solved(hat, aim, 0.0) * root
-    if problem.error(gram, right, best) >= bound:
+    if problem.error(gram, right, rest, best) >= bound:
         return best, ridge
     for _ in range(TRIES):
         found = solved(hat, aim, mu) * root
-        error = problem.error(gram, right, found)
+        error = problem.error(gram, right, rest, found)
         if error <= bound:
             best, low = found, mu
             if error >= (1 - NEAR) * bound:

@@ -64,10 +64,10 @@ def alternate(
     for _ in range(sweeps):
         before = least
         for mode, grid in enumerate(grids):
-            gram, right = problem.sides(values, mode)
+            gram, right, rest = problem.sides(values, mode)
             ideal = solved(gram, right, DAMPING).float()
             trials = [rounded_factor(ideal, scale, grid, gram) for scale in (state[mode].scale, grid.mse(ideal))]
-            errors = [problem.error(gram, right, q.values.double()) for q in trials]
+            errors = [problem.error(gram, right, rest, q.values.double()) for q in trials]
             error, state[mode] = min(zip(errors, trials, strict=True), key=lambda pair: pair[0])
             values = tuple(state[mode].values.double() if k == mode else v for k, v in enumerate(values))
             if error < least:
