@@ -1,7 +1,6 @@
 """Short tuning without labels: the compressed network learns to answer as the float network does, on its grid."""
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from rabbet.calibrate import calibrate_inner
 from rabbet.engine import Engine, content_key
 from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
+from rabbet.loop import Course, Group, run, shared
 from rabbet.site import KINDS
 from rabbet.survey import Survey
 from rabbet.task import Batch, divergence, examples, outputs, tensors
@@ -49,7 +49,7 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     before = {k: v.clone() for k, v in student.state_dict().items()}
     start = judge(student, piece, held)
     loop = _Loop(student, piece, Pool.of(kept), settings)
-    loop.run(piece.engine)
+    loop.train(piece.engine)
     end = judge(student, piece, held)
     if end < start:
         return f"tuned {settings.steps} steps: divergence on held-back examples {start:.4g} -> {end:.4g}"
@@ -79,13 +79,14 @@ def judge(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> flo
     return float(torch.stack(found).mean())
 
 
-class _Loop:
+class _Loop(Course):
     def __init__(self, student: nn.Module, piece: Workpiece, pool: Pool, settings: Tuning) -> None:
         self.student, self.teacher, self.task, self.seed = student, piece.model, piece.task, piece.seed
         self.pool, self.settings = pool, settings
         self.layers = compressed_layers(student)
         self.taps = block_names(piece.survey)
-        self.groups: list[dict[str, object]] = []
+        self.steps = settings.steps
+        self.groups: list[Group] = []
         with torch.no_grad():
             for name, layer in self.layers.items():
                 _start_latents(layer, KINDS[layer.site.kind].weight(piece.model.get_submodule(name)))
@@ -103,48 +104,33 @@ class _Loop:
                 self._add(act.scale, rates.ranges * float(act.scale))
 
     def _add(self, tensor: Tensor, rate: float) -> None:
-        self.groups.append({"params": [tensor.requires_grad_()], "lr": rate, "base": rate})
+        self.groups.append({"params": [tensor], "base": rate})
 
-    def run(self, engine: Engine) -> None:
-        optimiser = torch.optim.Adam(self.groups, betas=(0.9, 0.99))
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    def train(self, engine: Engine) -> None:
+        parameters = [p for group in self.groups for p in group["params"]]
         state = {str(k): p.detach() for k, p in enumerate(parameters)}
         inputs = {f"in{k}": t for k, t in enumerate(itertools.chain.from_iterable(map(tensors, self.pool.parts)))}
         key = content_key("tune", {**state, **inputs}, {"settings": self.settings, "seed": self.seed})
-        first = _resume(engine, key, optimiser, parameters)
         chains = [layer for layer in self.layers.values() if layer.site.stride and any(f.gaps for f in layer.forms)]
         try:
             for layer in chains:
                 layer.whole = True
-            for step in range(first, self.settings.steps):
-                self._step(optimiser, step)
-                engine.progress("tuning", step + 1, self.settings.steps)
-                if engine.folder is not None and ((step + 1) % CHECKPOINT == 0 or step + 1 == self.settings.steps):
-                    engine.keep(key, _checkpoint(optimiser, parameters, step + 1))
+            run(self, engine, key, "tuning", CHECKPOINT)
         finally:
             for layer in chains:
                 layer.whole = False
-            for p in parameters:
-                p.requires_grad_(False)
         with torch.no_grad():
             _settle(self.layers.values())
             calibrate_inner(self.student, self.task, self.seed)
 
-    def _step(self, optimiser: torch.optim.Optimizer, step: int) -> None:
-        rate = max(0.5 * (1 + math.cos(math.pi * step / self.settings.steps)), 0.02) * min(1.0, (step + 1) / 10)
-        for group in optimiser.param_groups:
-            group["lr"] = group["base"] * rate
+    def loss(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        batch = self.pool.draw(self.settings.batch, generator)
+        batch = shared(self.pool.draw(self.settings.batch, generator))
         with torch.no_grad(), _Tapped(self.teacher, self.taps) as theirs:
             goal = outputs(self.task.run(self.teacher, batch))
-        with torch.enable_grad(), _Tapped(self.student, self.taps) as ours:
+        with _Tapped(self.student, self.taps) as ours:
             loss = divergence(outputs(self.task.run(self.student, batch)), goal)
-            loss = loss + self.settings.features * relative_error(ours.seen, theirs.seen)
-            optimiser.zero_grad(set_to_none=True)
-            if loss.requires_grad:  # a forward under `torch.no_grad` cannot be tuned
-                loss.backward()
-        optimiser.step()
+        return loss + self.settings.features * relative_error(ours.seen, theirs.seen)
 
 
 class _Tapped:
@@ -198,26 +184,3 @@ def _settle(layers: Iterable[Compressed]) -> None:
             factor.scale.copy_(stored(factor.scale))
         for act in layer.quantisers:
             act.scale.clamp_(min=1e-12)
-
-
-def _checkpoint(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], step: int) -> dict[str, Tensor]:
-    kept = {"step": torch.tensor([step])}
-    for k, p in enumerate(parameters):
-        state = optimiser.state[p]
-        kept |= {f"{k}.value": p.detach().clone()}
-        kept |= {f"{k}.{name}": state[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in state}
-    return kept
-
-
-def _resume(engine: Engine, key: str, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> int:
-    kept = engine.kept(key) if engine.folder is not None else None
-    if kept is None:
-        return 0
-    step = kept["step"]
-    with torch.no_grad():
-        for k, p in enumerate(parameters):
-            p.copy_(kept[f"{k}.value"])
-            if f"{k}.exp_avg" in kept:
-                moments = {name: kept[f"{k}.{name}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")}
-                optimiser.state[p] = {"step": step[0].float(), **moments}
-    return int(step)

@@ -23,7 +23,7 @@ FLOORS = (
     {"layer"},
     {"candidates", "calibrate"},
     {"workpiece"},
-    {"runtime"},
+    {"runtime", "loop"},
     {"sequence", "score", "search", "train", "allocate", "export", "bench"},
     {"latency", "report"},
     {"methods"},

@@ -1,0 +1,145 @@
+"""The one training loop: steps of Adam that go on from the last checkpoint, on one process or several.
+
+What is trained, on which batches and by which loss is a `Course`; the loop knows neither bits nor ranks. With
+`torch.distributed` initialised (`torchrun`), every process takes its share of each batch and gradients are averaged:
+all hold the same numbers after every step.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rabbet.engine import Engine
+from rabbet.errors import DataError
+from rabbet.task import Batch, examples, replaced
+
+BETAS = (0.9, 0.99)
+Group = dict[str, Any]
+"""Parameters of Adam that share a rate: `params`, and `base`, the rate before the schedule."""
+
+
+class Course:
+    """What a loop runs: its numbers, its loss, and what is done between steps.
+
+    steps: in all. groups: what Adam moves.
+    """
+
+    steps: int
+    groups: Sequence[Group]
+
+    def rate(self, step: int) -> float:
+        """What the base rates are multiplied with: a cosine down to a fiftieth, after ten steps of warming up."""
+        return max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 0.02) * min(1.0, (step + 1) / 10)
+
+    def loss(self, step: int) -> Tensor:
+        """The loss of a step's batch, a scalar; on several processes that of this one's share (`shared`)."""
+        raise NotImplementedError
+
+    def stepped(self, step: int) -> None:
+        """After Adam has moved; gradients are still there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides the parameters and Adam's own state."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+
+
+def run(
+    course: Course, engine: Engine, key: str, stage: str, every: int = 100, betas: Sequence[float] = (0.9, 0.99)
+) -> None:
+    """Train to the end, in place; an engine with a folder keeps a checkpoint every so many steps and goes on from it.
+
+    Raises DataError if the loss is not finite.
+    """
+    groups = [dict(group, lr=group["base"]) for group in course.groups]
+    optimiser = torch.optim.Adam(groups, betas=BETAS)
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    for p in parameters:
+        p.requires_grad_()
+    first = _resume(course, engine, key, optimiser, parameters)
+    try:
+        for step in range(first, course.steps):
+            rate = course.rate(step)
+            for group in optimiser.param_groups:
+                group["lr"] = group["base"] * rate
+            with torch.enable_grad():
+                loss = course.loss(step)
+                if not torch.isfinite(loss):
+                    raise DataError(
+                        f"the loss of step {step + 1} of {stage} is not finite; check the batches and the loss"
+                    )
+                optimiser.zero_grad(set_to_none=True)
+                if loss.requires_grad:  # a forward under `torch.no_grad` cannot be trained
+                    loss.backward()
+            average([p.grad for p in parameters if p.grad is not None])
+            optimiser.step()
+            course.stepped(step)
+            engine.progress(stage, step + 1, course.steps)
+            if engine.folder is not None and first_process() and ((step + 1) % every == 0 or step + 1 == course.steps):
+                engine.keep(key, _checkpoint(course, optimiser, parameters, step + 1))
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
+
+
+def first_process() -> bool:
+    """Whether this process writes: the only one, or the first of several."""
+    return not _several() or dist.get_rank() == 0
+
+
+def shared(batch: Batch) -> Batch:
+    """This process's part of a batch: every so-manieth example."""
+    if not _several():
+        return batch
+    size, count = examples(batch), dist.get_world_size()
+    if size < count:
+        raise DataError(f"a batch of {size} cannot be shared by {count} processes; make batches larger")
+    whole = size - size % count  # equal parts, so that the mean of means is the mean
+    return replaced(batch, lambda t: t[dist.get_rank() : whole : count] if t.ndim and len(t) == size else t)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Make tensors the mean over all processes, in place."""
+    if not _several():
+        return
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+        tensor.div_(dist.get_world_size())
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _checkpoint(
+    course: Course, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], step: int
+) -> dict[str, Tensor]:
+    kept = {"step": torch.tensor([step])}
+    for k, p in enumerate(parameters):
+        state = optimiser.state[p]
+        kept |= {f"{k}.value": p.detach().clone()}
+        kept |= {f"{k}.{name}": state[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in state}
+    return kept | {f"course.{name}": tensor.clone() for name, tensor in course.state().items()}
+
+
+def _resume(
+    course: Course, engine: Engine, key: str, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]
+) -> int:
+    kept = engine.kept(key) if engine.folder is not None else None
+    if kept is None:
+        return 0
+    step = kept["step"]
+    with torch.no_grad():
+        for k, p in enumerate(parameters):
+            p.copy_(kept[f"{k}.value"])
+            if f"{k}.exp_avg" in kept:
+                moments = {name: kept[f"{k}.{name}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")}
+                optimiser.state[p] = {"step": step[0].float(), **moments}
+    course.restore({k.removeprefix("course."): v for k, v in kept.items() if k.startswith("course.")})
+    return int(step)
