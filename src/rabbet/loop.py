@@ -18,6 +18,7 @@ from rabbet.errors import DataError
 from rabbet.task import Batch, examples, replaced
 
 BETAS = (0.9, 0.99)
+ADAM = ("step", "exp_avg", "exp_avg_sq")
 Group = dict[str, Any]
 """Parameters of Adam that share a rate: `params`, and `base`, the rate before the schedule."""
 
@@ -124,7 +125,8 @@ def _checkpoint(
     for k, p in enumerate(parameters):
         state = optimiser.state[p]
         kept |= {f"{k}.value": p.detach().clone()}
-        kept |= {f"{k}.{name}": state[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in state}
+        # a parameter that got no gradient at first counts its own steps
+        kept |= {f"{k}.{name}": state[name].clone() for name in ADAM if name in state}
     return kept | {f"course.{name}": tensor.clone() for name, tensor in course.state().items()}
 
 
@@ -139,7 +141,7 @@ def _resume(
         for k, p in enumerate(parameters):
             p.copy_(kept[f"{k}.value"])
             if f"{k}.exp_avg" in kept:
-                moments = {name: kept[f"{k}.{name}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")}
-                optimiser.state[p] = {"step": step[0].float(), **moments}
+                # Adam counts steps on the CPU, wherever the parameter lies
+                optimiser.state[p] = {n: kept[f"{k}.{n}"].to("cpu" if n == "step" else p.device) for n in ADAM}
     course.restore({k.removeprefix("course."): v for k, v in kept.items() if k.startswith("course.")})
     return int(step)

@@ -21,7 +21,7 @@ FLOORS = (
     {"layout"},
     {"cost"},
     {"layer"},
-    {"candidates", "calibrate"},
+    {"candidates", "calibrate", "gates"},
     {"workpiece"},
     {"runtime", "loop"},
     {"sequence", "score", "search", "train", "allocate", "export", "bench"},
@@ -117,9 +117,10 @@ def test_nothing_is_unpickled():
 
 
 PUBLIC = {
-    "ADMM", "Budget", "BudgetError", "CoRa", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint", "LayerPlan",
-    "ModelError", "Plan", "PlanError", "QUALITY", "RabbetError", "Ranking", "Result", "Session", "Survey", "Task",
-    "Term", "Tuning", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of", "price",
+    "ADMM", "Budget", "BudgetError", "CGMQ", "CoRa", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint",
+    "LayerPlan", "ModelError", "Plan", "PlanError", "QUALITY", "RabbetError", "Ranking", "Result", "Session", "Survey",
+    "Task", "Term", "Tuning", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of",
+    "price",
     "reopen", "survey",
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from rabbet.methods.admm import ADMM
 from rabbet.methods.base import Fitted, Method
+from rabbet.methods.cgmq import CGMQ
 from rabbet.methods.cora import CoRa
 from rabbet.methods.joint import QUALITY, Joint
 
@@ -9,6 +10,7 @@ METHODS: dict[str, type[Method]] = {
     "joint": Joint,
     "admm": ADMM,
     "cora": CoRa,
+    "cgmq": CGMQ,
 }
 
-__all__ = ["ADMM", "METHODS", "QUALITY", "CoRa", "Fitted", "Joint", "Method"]
+__all__ = ["ADMM", "CGMQ", "METHODS", "QUALITY", "CoRa", "Fitted", "Joint", "Method"]

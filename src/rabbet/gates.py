@@ -1,0 +1,281 @@
+"""Layers whose bit-widths are decided by gates while they train (CGMQ, arXiv 2409.20138).
+
+A gate is a number; the width of its tensor is a step function of it. Gates get no gradient: they move down while the
+network costs more than its budget and up while it costs less, each as fast as its tensor can afford. What is handed on
+is always a state whose cost was counted.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.cost import METRICS, Budget, Cost, layer_cost
+from rabbet.grid import Grid, Quantised, stored
+from rabbet.layer import Compressed, Numbers, compressed_layers
+from rabbet.plan import LayerPlan, Term
+from rabbet.survey import replace_module
+
+WIDEST = 8  # what a file holds; wider gates run in float, and are priced and handed out at 8 bits
+MARGIN = 0.05  # by which a gate must pass a step before its width follows: hysteresis
+TURNS = 4  # a gate that went back and forth so often stays where it is
+LEAST, MOST = 0.1, 10.0  # ends of a direction whose mean is 1: every gate moves, none jumps
+
+
+class Seat(nn.Module):
+    """A layer that trains on its grids: weight, bias and both ranges are parameters, the widths are not.
+
+    reach: the largest weight that its grid covers, [1] or [out]. low, high: ends of the input's range, [1] each; None
+    where inputs are not quantised.
+    """
+
+    def __init__(self, layer: Compressed, weight: Tensor, low: Tensor | None, high: Tensor | None) -> None:
+        super().__init__()
+        self.site = layer.site
+        grid = layer.plan.terms[0].grid
+        self.axis, self.two = grid.axis, "half" if grid.kind == "half" else "ternary"
+        self.weight: Tensor = nn.Parameter(weight.detach().float().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.reach: Tensor = nn.Parameter(_covering(self.weight.detach(), grid.axis))
+        self.low = None if low is None else nn.Parameter(low.clone())
+        self.high = None if high is None else nn.Parameter(high.clone())
+        self.bits, self.act = 32, 32
+        self.fixed: int | None = None
+        self.slope: Tensor | None = None  # the gradient by the quantised input, where it is watched
+        self.watched = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer on its grids."""
+        if self.high is not None and self.act <= WIDEST:
+            scale, zero = self.act_range(self.act)
+            x = Grid(self.act, "unsigned").fake(x, scale, zero)
+        if self.watched and x.requires_grad:
+            x.register_hook(self._watch)
+        weight = self.weight
+        if self.bits <= WIDEST:
+            weight = self.grid(self.bits).fake(weight, self.scale(self.bits))
+        return self.site.run(x, weight, self.bias)
+
+    def _watch(self, slope: Tensor) -> None:
+        self.slope = slope.detach()
+
+    def grid(self, bits: int) -> Grid:
+        """The grid of a width: signed; at 2 bits ternary (the paper's) or the half-step one."""
+        return Grid(bits, self.two if bits == 2 else "signed", self.axis)  # type: ignore[arg-type]
+
+    def scale(self, bits: int) -> Tensor:
+        """The scale that makes a grid as wide as the reach."""
+        return 2 * self.reach.abs().clamp_min(1e-8) / (self.grid(bits).levels - 1)
+
+    def act_range(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Scale, with its gradient, and zero point of the input at a width."""
+        assert self.high is not None
+        assert self.low is not None
+        low, high = self.low.clamp(max=0), self.high.clamp_min(1e-8)  # zero is on every grid: padding is exact
+        scale = (high - low) / (2**bits - 1)
+        return scale, (-low / scale).detach().round()
+
+    def numbers(self) -> Numbers:
+        """The weight on its grid, as a file holds it; at 8 bits if the gate is wider."""
+        bits = min(self.bits, WIDEST)
+        grid, scale = self.grid(bits), stored(self.scale(bits).detach())
+        return [[Quantised(grid, grid.codes(self.weight.detach(), scale), scale)]]
+
+    def line(self, bits: int | None = None, act: int | None = None) -> LayerPlan:
+        """The layer's line of a plan at these widths, or at its own."""
+        bits = min(self.bits if bits is None else bits, WIDEST)
+        act = min(self.act if act is None else act, WIDEST)
+        return LayerPlan(self.site.name, (Term("dense", self.grid(bits)),), act if self.high is not None else None)
+
+
+def _covering(weight: Tensor, axis: int | None) -> Tensor:
+    rows = weight.reshape(1, -1) if axis is None else weight.flatten(1)
+    return rows.abs().amax(1).clamp_min(1e-8)
+
+
+def seated(student: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Seat]]:
+    """A network from `build`, its ranges calibrated, with a `Seat` at every layer; weights: canonical, by site."""
+    seats: dict[str, Seat] = {}
+    for name, layer in compressed_layers(student).items():
+        low = high = None
+        if layer.quantisers:
+            act = layer.quantisers[0]
+            low, high = -act.zero * act.scale, (act.grid.high - act.zero) * act.scale
+        seats[name] = Seat(layer, weights[name], low, high).to(next(layer.buffers()).device)
+        for place in layer.site.names:
+            student = replace_module(student, place, seats[name])
+    return student, seats
+
+
+@dataclass
+class Gates:
+    """The gates of all weights, then of all inputs that have one, and what decides how fast each moves.
+
+    values: between 0.5 and the number of widths + 0.5; the k-th width lies between k and k + 1, counted from zero.
+    """
+
+    seats: Sequence[Seat]
+    widths: tuple[int, ...]
+    budget: Budget
+    whole: Cost
+    fixed: Cost
+
+    def __post_init__(self) -> None:
+        self.tensors = [(s, False) for s in self.seats] + [(s, True) for s in self.seats if self._moves(s)]
+        self.values = torch.full((len(self.tensors),), len(self.widths) + 0.5, dtype=torch.float64)
+        self.slopes = torch.zeros_like(self.values)  # mean |gradient| of each tensor, a running mean
+        self.sizes = torch.ones_like(self.values)  # mean |value| by the range
+        self.rises = self.values.new_zeros(len(self.values), len(self.widths))  # of the loss, at another level alone
+        self.last = torch.zeros_like(self.values)  # the way that each went last: -1, 0, 1
+        self.turns = torch.zeros_like(self.values)  # how often it went back
+        self._prices: dict[tuple[str, int, int], Cost] = {}
+
+    @staticmethod
+    def _moves(seat: Seat) -> bool:
+        return seat.high is not None and seat.fixed is None
+
+    @property
+    def levels(self) -> list[int]:
+        """The place of each tensor's width among the widths."""
+        return [self.widths.index(s.act if inner else s.bits) for s, inner in self.tensors]
+
+    def set_levels(self, levels: Sequence[int]) -> None:
+        """Give every tensor a width, its gate left as it is."""
+        for (seat, inner), level in zip(self.tensors, levels, strict=True):
+            if inner:
+                seat.act = self.widths[level]
+            else:
+                seat.bits = self.widths[level]
+
+    def follow(self) -> None:
+        """Widths as the gates say, where a gate has passed a step by the margin; counts those that go back."""
+        levels = self.levels
+        for k, (value, level) in enumerate(zip(self.values.tolist(), levels, strict=True)):
+            if level - MARGIN <= value < level + 1 + MARGIN:
+                continue
+            levels[k] = min(len(self.widths) - 1, max(0, int(value)))
+            way = float((levels[k] > level) - (levels[k] < level))
+            self.turns[k] += way * float(self.last[k]) < 0
+            self.last[k] = way or float(self.last[k])
+        self.set_levels(levels)
+
+    def cost(self, levels: Sequence[int] | None = None) -> Cost:
+        """What the network costs at these levels, in whole numbers; the bytes without what no layer holds."""
+        chosen = self.levels if levels is None else levels
+        widths = {(id(s), inner): self.widths[k] for (s, inner), k in zip(self.tensors, chosen, strict=True)}
+        total = self.fixed
+        for seat in self.seats:
+            total = total + self._price(seat, widths[id(seat), False], widths.get((id(seat), True), seat.act))
+        return total
+
+    def excess(self, levels: Sequence[int] | None = None) -> float:
+        """By how much the tightest limit is broken, as a share of it; negative within."""
+        cost = self.cost(levels)
+        shares = []
+        for limit in self.budget.limits:
+            allowed = limit.amount(self.whole)
+            shares.append((METRICS[limit.metric].amount(cost) - allowed) / max(allowed, 1))
+        return max(shares)
+
+    def _price(self, seat: Seat, bits: int, act: int) -> Cost:
+        key = (seat.site.name, min(bits, WIDEST), min(act, WIDEST))
+        if key not in self._prices:
+            self._prices[key] = layer_cost(seat.site, seat.line(*key[1:]))
+        return self._prices[key]
+
+    def measured(self) -> None:
+        """Take the gradients of the last step, and the sizes of the tensors, into the running means."""
+        for k, (seat, inner) in enumerate(self.tensors):
+            grad = seat.slope if inner else seat.weight.grad
+            if grad is not None:
+                self.slopes[k] = 0.9 * self.slopes[k] + 0.1 * float(grad.abs().mean())
+            if not inner:
+                self.sizes[k] = float((seat.weight.detach().abs() / _wide(seat.reach, seat.weight)).mean())
+
+    def directions(self, kind: int) -> Tensor:
+        """How fast each gate moves down while the budget is broken, and up (the inverse) while it is kept; mean 1.
+
+        1: by the gradient; 2: by gradient and size; 3: by the rise of the loss for what a level less would save.
+        """
+        worth = self._worth(kind, self.levels)
+        if kind == 3:
+            worth = worth / self._savings(self.levels)
+        return (worth / worth.mean().clamp_min(1e-30)).clamp(1 / MOST, 1 / LEAST)
+
+    def _worth(self, kind: int, levels: Sequence[int]) -> Tensor:
+        """What the lowest level that each tensor holds is worth, in units of their mean."""
+        if kind == 3:
+            lower = torch.tensor(levels)[:, None]
+            worth = (self.rises.gather(1, (lower - 1).clamp_min(0)) - self.rises.gather(1, lower))[:, 0].clamp_min(0)
+        else:
+            worth = self.slopes / self.slopes.mean().clamp_min(1e-30)
+            worth = worth + self.sizes / self.sizes.mean() if kind == 2 else worth
+            # the error of a grid grows fourfold a bit; the scale of the loss does not matter
+            worth = worth * torch.tensor([4.0 ** -min(self.widths[max(x - 1, 0)], WIDEST) for x in levels])
+        return worth / worth.mean().clamp_min(1e-30) + 1e-6
+
+    def move(self, kind: int, rate: float, over: bool) -> None:
+        """Move every gate that is free; over: whether the budget was broken when the epoch began."""
+        worth = self.directions(kind)
+        speed = -1 / worth if over else worth
+        free = (self.turns < TURNS).double()
+        top = len(self.widths) + 0.5
+        self.values = (self.values + free * rate * speed / speed.abs().mean()).clamp(0.5, top)
+
+    def land(self, kind: int) -> None:
+        """Lower widths until the budget is kept, what costs least for what it saves first; gates go along.
+
+        Then what still fits is raised, the dearest first. The budget was found feasible at the smallest widths, so this
+        ends.
+        """
+        levels = self.levels
+        while self.excess(levels) > 0:
+            dear = self._worth(kind, levels) / self._savings(levels)
+            k = min((k for k, level in enumerate(levels) if level > 0), key=lambda k: float(dear[k]))
+            levels[k] -= 1
+        for k in self._worth(kind, levels).argsort(descending=True).tolist():
+            higher = [level + (j == k) for j, level in enumerate(levels)]
+            if higher[k] < len(self.widths) and self.excess(higher) <= 0:
+                levels = higher
+        for k, (old, new) in enumerate(zip(self.levels, levels, strict=True)):
+            if new != old:
+                self.values[k] = new + 0.5
+        self.set_levels(levels)
+
+    def _savings(self, levels: Sequence[int]) -> Tensor:
+        """What a level less of each tensor saves, as a share of the tightest limit; next to nothing if it has none."""
+        now = self.excess(levels)
+        lower = [[level - (j == k and level > 0) for j, level in enumerate(levels)] for k in range(len(levels))]
+        return torch.tensor([now - self.excess(x) for x in lower], dtype=torch.float64).clamp_min(1e-9)
+
+    def probe(self, loss: Callable[[], float]) -> None:
+        """Measure the loss with every tensor at every other level, each alone."""
+        levels = self.levels
+        for k, level in enumerate(levels):
+            known: dict[int, float] = {}
+            for j, width in enumerate(self.widths):
+                self.set_levels([j if i == k else x for i, x in enumerate(levels)])
+                run = min(width, WIDEST + 1)  # wider ones run in float, all alike
+                known[run] = known[run] if run in known else loss()
+                self.rises[k, j] = known[run]
+            self.rises[k] -= self.rises[k, level].clone()
+        self.set_levels(levels)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the gates."""
+        kept = {n: getattr(self, n) for n in STATE}
+        return kept | {"levels": torch.tensor(self.levels)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name in STATE:
+            setattr(self, name, state[name].clone())
+        self.set_levels(state["levels"].tolist())
+
+
+STATE = ("values", "slopes", "sizes", "rises", "last", "turns")
+
+
+def _wide(reach: Tensor, weight: Tensor) -> Tensor:
+    return reach.detach().view(-1, *[1] * (weight.ndim - 1)) if len(reach) > 1 else reach.detach()

@@ -1,0 +1,340 @@
+"""CGMQ: bit-widths of weights and inputs that train themselves under a constraint (arXiv 2409.20138).
+
+Epochs in which gates move alternate with epochs in which they rest; weights, biases and ranges train in both. A state
+is handed on only after its cost was counted in whole numbers, so the budget holds whatever the training does.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.allocate import Option, require_feasible
+from rabbet.augment import Pool, split
+from rabbet.calibrate import calibrate_ranges
+from rabbet.cost import Budget, Cost
+from rabbet.engine import content_key
+from rabbet.errors import DataError, PlanError, check_choices
+from rabbet.gates import WIDEST, Gates, seated
+from rabbet.grid import Grid
+from rabbet.layer import build, compressed_layers, validate
+from rabbet.loop import Course, average, run, shared
+from rabbet.methods.base import Fitted
+from rabbet.plan import LayerPlan, Plan, Term
+from rabbet.site import Site
+from rabbet.task import Batch, divergence, outputs, tensors
+from rabbet.workpiece import Workpiece
+
+HELD = 0.1  # share of the examples that choose between epochs and are not trained on
+PROBE = 128  # held-back examples that tell how much a level is worth
+
+
+@dataclass(frozen=True)
+class CGMQ:
+    """Gates under a budget, usually `bops`.
+
+    direction: how fast a gate moves, by 1 the gradient of its tensor, 2 gradient and size, 3 the measured rise of the
+    loss for what is saved. widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. image: bits
+    of the first layer's input, "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output
+    channel. two: the grid at 2 bits, "half" or the paper's "ternary". epochs: pairs of an epoch with moving gates and
+    one without; updates "continuous" moves them in both. finish: epochs after the choice, widths fixed. steps: of an
+    epoch, None for all examples. rate: Adam's, relative to the mean magnitude of what it moves. gates: how far a gate
+    of mean speed moves in an epoch, in widths. Trains on the task's loss if it has one, else on the float network's
+    outputs, images augmented if `augment`.
+    """
+
+    direction: Literal[1, 2, 3] = 3
+    widths: tuple[int, ...] = (2, 4, 8, 16, 32)
+    image: int | Literal["gate"] | None = "gate"
+    scales: Literal["tensor", "channel"] = "channel"
+    two: Literal["half", "ternary"] = "half"
+    updates: Literal["alternating", "continuous"] = "alternating"
+    epochs: int = 6
+    finish: int = 6
+    steps: int | None = None
+    batch: int = 128
+    rate: float = 1e-2
+    gates: float = 1.0
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not self.widths or sorted(set(self.widths)) != list(self.widths):
+            raise PlanError(f"widths are different numbers of bits in rising order; found {self.widths}")
+        for bits in self.widths:
+            if bits not in (16, 32):
+                Grid(bits)
+        if self.widths[0] > WIDEST:
+            raise PlanError(f"the smallest width must be one that a file holds, 2 to 8 bits; found {self.widths[0]}")
+        if isinstance(self.image, int):
+            Grid(self.image, "unsigned")
+        elif self.image not in ("gate", None):
+            raise PlanError(f"image is a number of bits, 'gate' or None; found {self.image!r}")
+
+    def plan(self, piece: Workpiece, budget: Budget) -> Plan:
+        """Train with gates; the plan of the best state met that keeps the budget. See `Method.plan`."""
+        lines = [self._line(k, site) for k, site in enumerate(piece.survey)]
+        self._require(piece, budget, lines)
+        course = _Gated(self, piece, lines, budget)
+        found = course.train(piece)
+        piece.engine.keep(_key(piece, self, found.compact), course.weights())
+        return found
+
+    def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
+        """Train at the plan's widths, from where the search left off if it ended with this plan; see `Method.fit`."""
+        validate(plan, piece.survey)
+        other = next((x for x in plan if [t.form for t in x.terms] != ["dense"]), None)
+        if other is not None:
+            raise PlanError(f"CGMQ trains dense weights; {other} is not one")
+        course = _Course(self, piece, list(plan), self.finish)
+        kept = piece.engine.kept(_key(piece, self, plan.compact))
+        if kept is not None:
+            course.take(kept)
+        before, after = course.train_fixed(piece)
+        return Fitted(course.network(piece, plan), (f"trained {course.steps} steps at these widths: held-back loss "
+                                                    f"{before:.4g} -> {after:.4g}",))  # fmt: skip
+
+    def _line(self, place: int, site: Site) -> LayerPlan:
+        """A layer at the widest that a file holds: what a gate starts with."""
+        act: int | None = WIDEST
+        if site.kind == "embedding" or (place == 0 and self.image is None):
+            act = None
+        elif place == 0 and isinstance(self.image, int):
+            act = self.image
+        return LayerPlan(site.name, (Term("dense", self._grid(WIDEST)),), act)
+
+    def _grid(self, bits: int) -> Grid:
+        kind = self.two if bits == 2 else "signed"
+        return Grid(bits, kind, 0 if self.scales == "channel" else None)
+
+    def _require(self, piece: Workpiece, budget: Budget, lines: list[LayerPlan]) -> None:
+        """Refuse a budget below the smallest widths at once."""
+        stored = [b for b in self.widths if b <= WIDEST]
+        table = []
+        for k, line in enumerate(lines):
+            acts = stored if line.act is not None and (k > 0 or self.image == "gate") else [line.act]
+            plans = [
+                LayerPlan(line.name, (Term("dense", self._grid(b)),), a) for b, a in itertools.product(stored, acts)
+            ]
+            table.append([Option(p, piece.layer_cost(piece.survey[line.name], p)) for p in plans])
+
+        def exact(choice: object) -> Cost:
+            picked = zip(table, choice, strict=True)  # type: ignore[call-overload]
+            return piece.cost(Plan(tuple(row[k].plan for row, k in picked)))
+
+        require_feasible(table, budget, piece.float_cost, exact)
+
+
+def _key(piece: Workpiece, method: CGMQ, plan: str) -> str:
+    weights = {s.name: piece.weight(s) for s in piece.survey}
+    return content_key("cgmq", weights, {"method": method, "seed": piece.seed, "plan": plan})
+
+
+class _Course(Course):
+    """Training at widths that stay: the seats, the batches, the loss, and the best state by held-back examples."""
+
+    def __init__(self, method: CGMQ, piece: Workpiece, lines: list[LayerPlan], epochs: int) -> None:
+        self.method, self.piece = method, piece
+        kept, held = split(piece.task.read(), HELD)
+        if not kept:
+            raise DataError("training needs at least two examples, one of them to be held back")
+        self.pool, self.held = Pool.of(kept), held
+        count = sum(len(tensors(part)[0]) for part in self.pool.parts)
+        self.epoch = method.steps or max(1, count // method.batch)
+        self.steps = epochs * self.epoch
+        student = build(piece.model, Plan(tuple(_at_eight(line) for line in lines)), piece.survey)
+        calibrate_ranges(student, piece.task, piece.seed)
+        weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
+        self.student, self.seats = seated(student, weights)
+        for line in lines:
+            seat = self.seats[line.name]
+            seat.bits = line.terms[0].grid.bits
+            seat.axis, kind = line.terms[0].grid.axis, line.terms[0].grid.kind
+            seat.two = kind if kind in ("half", "ternary") else method.two
+            seat.act = line.act or 32
+        self.groups = []
+        for seat in self.seats.values():
+            ranges = [p for p in (seat.reach, seat.low, seat.high) if p is not None]
+            self.groups.append({"params": [seat.weight], "base": method.rate * _size(seat.weight)})
+            self.groups += [{"params": [p], "base": method.rate * max(_size(p), 1e-6)} for p in ranges]
+            if seat.bias is not None:
+                self.groups.append({"params": [seat.bias], "base": method.rate * max(_size(seat.bias), 0.05)})
+        self.best: dict[str, Tensor] = {}
+        self.least = torch.tensor(math.inf)
+
+    def loss(self, step: int) -> Tensor:
+        task = self.piece.task
+        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
+        batch = shared(self.pool.draw(self.method.batch, generator, augment=self.method.augment and task.loss is None))
+        found = self.on(batch)
+        if not torch.isfinite(found):
+            raise DataError(f"the loss of step {step + 1} is not finite; a smaller rate may help, or check the batches")
+        return found
+
+    def on(self, batch: Batch) -> Tensor:
+        """The loss of a batch."""
+        task = self.piece.task
+        found = task.run(self.student, batch)
+        if task.loss is not None:
+            return task.loss(found, batch)
+        with torch.no_grad():
+            goal = outputs(task.run(self.piece.model, batch))
+        return divergence(outputs(found), goal)
+
+    def judged(self, limit: int | None = None) -> float:
+        """Mean loss of held-back batches, the first of them up to a limit."""
+        total, seen = [], 0
+        with torch.no_grad():
+            for batch in self.held:
+                total.append(self.on(batch))
+                seen += len(tensors(batch)[0])
+                if limit is not None and seen >= limit:
+                    break
+        return float(torch.stack(total).mean())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The numbers of all seats."""
+        return {f"{n}/{k}": p.detach().clone() for n, s in self.seats.items() for k, p in s.named_parameters()}
+
+    def take(self, kept: dict[str, Tensor]) -> None:
+        """The inverse of `weights`."""
+        with torch.no_grad():
+            for name, seat in self.seats.items():
+                for part, p in seat.named_parameters():
+                    p.copy_(kept[f"{name}/{part}"])
+
+    def remember(self) -> None:
+        """Keep the state if it is the best so far."""
+        found = self.judged()
+        if found < float(self.least):
+            self.least, self.best = torch.tensor(found), self.weights()
+
+    def train_fixed(self, piece: Workpiece) -> tuple[float, float]:
+        """Train to the end and go back to the best epoch; the held-back losses before and after."""
+        self.remember()
+        before = float(self.least)
+        if self.steps:
+            key = content_key("cgmq train", self.weights(), {"method": self.method, "seed": piece.seed,
+                              "widths": [(s.bits, s.act) for s in self.seats.values()]})  # fmt: skip
+            run(self, piece.engine, key, "training", self.epoch)
+        self.take(self.best)
+        return before, float(self.least)
+
+    def stepped(self, step: int) -> None:
+        if (step + 1) % self.epoch == 0:
+            self.remember()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"least": self.least} | {f"best.{k}": v for k, v in self.best.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.least = state["least"]
+        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+
+    def network(self, piece: Workpiece, plan: Plan) -> nn.Module:
+        """The network as it is handed out."""
+        numbers = {name: seat.numbers() for name, seat in self.seats.items()}
+        found = build(piece.model, plan, piece.survey, numbers)
+        for name, layer in compressed_layers(found).items():
+            seat = self.seats[name]
+            if layer.bias is not None and seat.bias is not None:
+                layer.bias.data = seat.bias.detach().clone()
+            if layer.quantisers:
+                layer.quantisers[0].set_range(*(t.detach() for t in seat.act_range(layer.plan.act or WIDEST)))
+        return found
+
+
+class _Gated(_Course):
+    """The same with gates that move."""
+
+    def __init__(self, method: CGMQ, piece: Workpiece, lines: list[LayerPlan], budget: Budget) -> None:
+        super().__init__(method, piece, lines, 2 * method.epochs)
+        for k, seat in enumerate(self.seats.values()):
+            seat.bits = method.widths[-1]
+            if seat.high is not None and not (k == 0 and isinstance(method.image, int)):
+                seat.act = method.widths[-1]
+            else:
+                seat.fixed = seat.act
+            seat.watched = method.direction < 3
+        whole = piece.float_cost
+        rest = piece.cost(Plan(tuple(lines)))
+        own = sum(piece.layer_cost(piece.survey[x.name], x).bytes for x in lines)
+        fixed = replace(Cost(), bytes=rest.bytes - own)
+        self.gates = Gates(list(self.seats.values()), method.widths, budget, whole, fixed)
+        self.budget = budget
+        self.over = True
+        self.levels: list[int] = []
+
+    def rate(self, step: int) -> float:
+        return min(1.0, (step + 1) / 10)
+
+    @property
+    def plan(self) -> Plan:
+        """The widths as a plan."""
+        return Plan(tuple(seat.line() for seat in self.seats.values()))
+
+    def train(self, piece: Workpiece) -> Plan:
+        """Train to the end; the plan of the best state that kept the budget."""
+        key = content_key("cgmq gates", self.weights(), {"method": self.method, "seed": piece.seed,
+                          "budget": str(self.budget)})  # fmt: skip
+        run(self, piece.engine, key, "training with gates", self.epoch)
+        if not self.best:  # no epoch ended: the start, landed
+            self.land()
+            self.remember()
+        self.take(self.best)
+        self.gates.set_levels(self.levels)
+        return self.plan
+
+    def stepped(self, step: int) -> None:
+        epoch, place = divmod(step, self.epoch)
+        moving = epoch % 2 == 0 or self.method.updates == "continuous"
+        if moving:
+            if place == 0:
+                self.over = self.gates.excess() > 0
+                if self.method.direction == 3:
+                    self.gates.probe(lambda: self.judged(PROBE))
+            self.gates.measured()
+            average([self.gates.slopes])
+            self.gates.move(self.method.direction, self.method.gates / self.epoch, self.over)
+            self.gates.follow()
+        if place + 1 < self.epoch:
+            return
+        if moving:
+            self.land()
+        self.remember()
+
+    def land(self) -> None:
+        """Bring the widths under the budget, counted on the whole file."""
+        self.gates.land(self.method.direction)
+        whole = self.piece.float_cost
+        while any(limit.broken_by(self.piece.cost(self.plan), whole) for limit in self.budget.limits):
+            self.gates.fixed = replace(self.gates.fixed, bytes=self.gates.fixed.bytes + 64)  # the header is padded
+            self.gates.land(self.method.direction)
+
+    def remember(self) -> None:
+        least = float(self.least)
+        super().remember()
+        if float(self.least) < least:
+            self.levels = self.gates.levels
+
+    def state(self) -> dict[str, Tensor]:
+        kept = super().state() | {f"gates.{k}": v for k, v in self.gates.state().items()}
+        return kept | {"over": torch.tensor(self.over), "levels": torch.tensor(self.levels, dtype=torch.long)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.gates.restore({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
+        self.over, self.levels = bool(state["over"]), state["levels"].tolist()
+
+
+def _at_eight(line: LayerPlan) -> LayerPlan:
+    """The line at 8 bits: what ranges are calibrated for."""
+    grid = replace(line.terms[0].grid, bits=WIDEST, kind="signed")
+    return LayerPlan(line.name, (Term("dense", grid),), None if line.act is None else WIDEST)
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().mean())

@@ -1,0 +1,273 @@
+"""CGMQ: a budget that is never broken, gates that move as their directions say, runs that resume and are shared."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import flat_networks, image_networks, network, token_networks
+
+from rabbet import CGMQ, Budget, Engine, Plan, Task, accuracy, compress, demo, fit, load, plan
+from rabbet.calibrate import calibrate_ranges
+from rabbet.cost import Cost
+from rabbet.errors import BudgetError, DataError, PlanError
+from rabbet.gates import Gates, seated
+from rabbet.layer import build, compressed_layers
+from rabbet.loop import shared
+from rabbet.task import outputs
+from rabbet.workpiece import Workpiece
+
+SHORT = CGMQ(epochs=2, finish=1, steps=3, batch=6)
+BUDGET = "bops <= 1%"
+
+
+def _run(method=SHORT, budget=BUDGET, name="residual", **given):
+    case = network(name)
+    return compress(case.model, budget, case.batches, method, **given)
+
+
+def _widths(found):
+    return [(line.terms[0].grid.bits, line.act) for line in found]
+
+
+# The guarantee
+
+
+@st.composite
+def methods(draw):
+    widths = draw(st.sets(st.sampled_from([2, 3, 4, 5, 6, 8, 16, 32]), min_size=1, max_size=5))
+    return CGMQ(
+        direction=draw(st.sampled_from([1, 2, 3])),
+        widths=tuple(sorted(widths | {draw(st.sampled_from([2, 3, 4]))})),
+        image=draw(st.sampled_from(["gate", 8, None])),
+        scales=draw(st.sampled_from(["tensor", "channel"])),
+        updates=draw(st.sampled_from(["alternating", "continuous"])),
+        two=draw(st.sampled_from(["half", "ternary"])),
+        epochs=1,
+        finish=draw(st.integers(0, 1)),
+        steps=2,
+        batch=4,
+        gates=draw(st.sampled_from([0.3, 3.0])),
+    )
+
+
+LIMITS = ["bops <= 0.39%", "bops <= 0.5%", "bops <= 1.3%", "bops <= 5%", "bytes <= 40%, bops <= 2%", "bits <= 3",
+          "bpw <= 8, bops <= 3%"]  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(
+    case=st.one_of(image_networks(), flat_networks(), token_networks()),
+    method=methods(),
+    budget=st.sampled_from(LIMITS),
+)
+def test_a_budget_is_kept_or_refused_at_once(case, method, budget):
+    steps = []
+    engine = Engine(progress=lambda stage, *_: steps.append(stage))
+    try:
+        result = compress(case.model, budget, case.batches, method, engine=engine)
+    except BudgetError:
+        assert not steps
+        return
+    assert not any(limit.broken_by(result.cost, result.float_cost) for limit in Budget.parse(budget).limits)
+    allowed = {min(w, 8) for w in method.widths}
+    assert {bits for bits, _ in _widths(result.plan)} <= allowed
+
+
+def test_the_floor_is_named_with_its_value():
+    with pytest.raises(BudgetError, match=r"smallest reachable value is .* \(0\.3906% of float32\)"):
+        _run(budget="bops <= 0.39%")
+
+
+# What is trained
+
+
+def test_training_brings_the_network_nearer_to_float():
+    method = CGMQ(epochs=2, finish=4, steps=10)
+    result = compress(demo.model(), "bops <= 0.5%", demo.calibration(), method)
+    before, after = (float(x) for x in result.notes[0].rpartition("loss ")[2].split(" -> "))
+    assert after < 0.7 * before
+    assert accuracy(result.model, demo.test()) > 95
+
+
+def test_labels_are_used_where_the_task_has_a_loss():
+    case = network("residual")
+    seen = []
+
+    def loss(out, batch):
+        seen.append(batch)
+        return F.cross_entropy(out, batch[1])
+
+    batches = [(x, torch.zeros(len(x), dtype=torch.long)) for x in case.batches]
+    task = Task(batches, forward=lambda m, b: m(b[0]), loss=loss)
+    result = compress(case.model, BUDGET, task, CGMQ(epochs=1, finish=4, steps=20, batch=6, rate=0.05))
+    out = outputs(result.model(torch.cat(case.batches)))[0]
+    assert seen
+    assert (out.argmax(1) == 0).float().mean() > 0.8
+
+
+def test_a_plan_made_by_hand_is_trained_too():
+    case = network("residual")
+    chosen = plan(case.model, BUDGET, case.batches, SHORT)
+    by_hand = Plan.parse(str(chosen).replace("2hc", "3c"))
+    assert fit(case.model, by_hand, case.batches, SHORT).plan == by_hand
+    first = next(iter(chosen))
+    factorised = chosen.with_layer(type(first).parse(f"{first.name} lowrank[2]@4c | act@8"))
+    with pytest.raises(PlanError, match="dense weights"):
+        fit(case.model, factorised, case.batches, SHORT)
+
+
+@pytest.mark.parametrize("image", [8, None])
+def test_the_image_can_be_kept_out_of_the_choice(image):
+    result = _run(CGMQ(image=image, epochs=1, finish=0, steps=2, batch=6), "bops <= 10%")
+    assert next(iter(result.plan)).act == image
+
+
+def test_the_file_answers_as_the_network_does(tmp_path):
+    case, result = network("residual"), _run()
+    assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
+    again = load(tmp_path / "a.safetensors", case.model)
+    assert torch.equal(again(case.batches[0]), result.model(case.batches[0]))
+
+
+# Gates
+
+
+def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%"):
+    case = network("residual")
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    lines = Plan.parse("\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey))
+    student = build(piece.model, lines, piece.survey)
+    calibrate_ranges(student, piece.task)
+    _, seats = seated(student, {s.name: piece.weight(s) for s in piece.survey})
+    for seat in seats.values():
+        seat.bits = seat.act = widths[-1]
+    return Gates(list(seats.values()), widths, Budget.parse(budget), piece.float_cost, Cost()), piece
+
+
+def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan():
+    gates, piece = _gates()
+    assert set(gates.levels) == {4}
+    gates.set_levels([k % 3 for k in range(len(gates.tensors))])
+    lines = Plan(tuple(seat.line() for seat in gates.seats))
+    assert (gates.cost().macs, gates.cost().bops) == (piece.cost(lines).macs, piece.cost(lines).bops)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_over_budget_every_gate_falls_and_within_every_gate_rises(kind):
+    gates, _ = _gates()
+    gates.slopes = torch.rand(len(gates.values)).double() + 0.1
+    gates.rises = torch.rand(gates.rises.shape).double().sort(1, descending=True).values
+    for over in (True, False):
+        gates.values = torch.full_like(gates.values, 2.5)
+        before = gates.values.clone()
+        gates.move(kind, 0.1, over)
+        assert ((gates.values < before) if over else (gates.values > before)).all()
+
+
+def test_the_tensor_with_the_steepest_gradient_falls_last():
+    gates, _ = _gates()
+    gates.slopes = torch.linspace(0.2, 2, len(gates.values)).double()
+    gates.move(1, 0.1, over=True)
+    assert (gates.values.diff() > 0).all()
+
+
+def test_a_width_follows_its_gate_only_past_a_margin():
+    gates, _ = _gates()
+    gates.set_levels([2] * len(gates.tensors))
+    for value, level in ((2.99, 2), (3.02, 2), (3.2, 3), (2.98, 3), (2.9, 2)):
+        gates.values[:] = value
+        gates.follow()
+        assert set(gates.levels) == {level}
+    assert (gates.turns == 1).all()
+
+
+def test_a_gate_that_goes_back_and_forth_comes_to_rest():
+    gates, _ = _gates()
+    for k in range(12):
+        gates.values[:] = 2.5 + k % 2
+        gates.follow()
+    before = gates.values.clone()
+    gates.slopes[:] = 1
+    gates.move(1, 0.5, over=True)
+    assert torch.equal(gates.values, before)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind):
+    gates, _ = _gates()
+    gates.slopes = torch.rand(len(gates.values)).double() + 0.1
+    gates.rises = torch.rand(gates.rises.shape).double().sort(1, descending=True).values
+    gates.land(kind)
+    assert gates.excess() <= 0
+    levels = gates.levels
+    for k, level in enumerate(levels):
+        if level < len(gates.widths) - 1:
+            higher = [x + (j == k) for j, x in enumerate(levels)]
+            assert gates.excess(higher) > 0 or gates.widths[level] >= 8
+
+
+# Long runs
+
+
+def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
+    method = CGMQ(epochs=2, finish=2, steps=4, batch=6)
+
+    def killer(at):
+        def progress(stage, done, _):
+            if stage.startswith("training") and (stage == "training") == (at[0] == "training") and done == at[1]:
+                raise KeyboardInterrupt
+
+        return progress
+
+    whole = _run(method)
+    for k, at in enumerate([("gates", 9), ("gates", 14), ("training", 6)]):
+        folder = tmp_path / str(k)
+        with pytest.raises(KeyboardInterrupt):
+            _run(method, engine=Engine(folder=folder, progress=killer(at)))
+        again = _run(method, engine=Engine(folder=folder))
+        assert again.plan == whole.plan
+        state = again.model.state_dict()
+        assert all(torch.equal(state[n], t) for n, t in whole.model.state_dict().items())
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    assert len(shared(torch.zeros(7, 2))) == 3
+    with pytest.raises(DataError, match="cannot be shared"):
+        shared(torch.zeros(1, 2))
+    _run().save(Path(folder) / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    case, whole = network("residual"), _run()
+    mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    files = [(tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(2)]
+    assert files[0] == files[1]
+    again = load(tmp_path / "0.safetensors", case.model)
+    assert Plan(tuple(layer.plan for layer in compressed_layers(again).values())) == whole.plan
+    x = torch.cat(case.batches)
+    gap = (again(x) - whole.model(x)).norm() / whole.model(x).norm()
+    assert float(gap) < 0.05
+
+
+def test_mistakes_are_named():
+    for fields, word in (
+        ({"widths": ()}, "rising order"),
+        ({"widths": (4, 2)}, "rising order"),
+        ({"widths": (16, 32)}, "smallest width"),
+        ({"widths": (2, 9)}, "9 bits"),
+        ({"direction": 4}, "direction is one of 1, 2, 3"),
+        ({"image": "float"}, "image"),
+    ):
+        with pytest.raises(PlanError, match=word):
+            CGMQ(**fields)
+    case = network("residual")
+    with pytest.raises(DataError, match="held back"):
+        compress(case.model, BUDGET, [case.batches[0][:1]], SHORT)
