@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """The progress that shows nothing: stage, steps done, steps in all."""
+    """The progress that shows nothing: stage, steps done, steps in all. A stage may be followed by `: ` and details."""
 
 
 @dataclass
@@ -83,8 +84,10 @@ class Engine:
 
 
 def content_key(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """A hash of a name, of the bytes of tensors, and of settings (by their `repr`)."""
-    digest = hashlib.sha256(json.dumps([name, {k: repr(v) for k, v in sorted(settings.items())}]).encode())
+    """A hash of a name, of the bytes of tensors, of settings (by their `repr`), and of the version that works on them."""
+    digest = hashlib.sha256(
+        json.dumps([name, version("rabbet"), {k: repr(v) for k, v in sorted(settings.items())}]).encode()
+    )
     for label, tensor in sorted(tensors.items()):
         digest.update(f"{label} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

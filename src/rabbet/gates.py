@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rabbet.cost import METRICS, Budget, Cost, layer_cost
 from rabbet.grid import Grid, Quantised, stored
 from rabbet.layer import Compressed, Numbers, compressed_layers
-from rabbet.plan import LayerPlan, Term
+from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.survey import replace_module
 
 WIDEST = 8  # what a file holds; wider gates run in float, and are priced and handed out at 8 bits
@@ -108,6 +108,22 @@ def seated(student: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module
     return student, seats
 
 
+@dataclass(frozen=True)
+class Gating:
+    """What a search by gates saw at the end of every epoch, and the plan that it ended with.
+
+    names: of the tensors, weights first. gates, widths: [epochs, tensors], widths in bits. shares: of the tightest
+    limit of the budget that was used. losses: of held-back examples.
+    """
+
+    plan: Plan
+    names: tuple[str, ...]
+    gates: Tensor
+    widths: Tensor
+    shares: Tensor
+    losses: Tensor
+
+
 @dataclass
 class Gates:
     """The gates of all weights, then of all inputs that have one, and what decides how fast each moves.
@@ -139,6 +155,11 @@ class Gates:
     def levels(self) -> list[int]:
         """The place of each tensor's width among the widths."""
         return [self.widths.index(s.act if inner else s.bits) for s, inner in self.tensors]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors: the layer's name, and `input` for what it is given."""
+        return tuple(f"{s.site.name} input" if inner else s.site.name for s, inner in self.tensors)
 
     def set_levels(self, levels: Sequence[int]) -> None:
         """Give every tensor a width, its gate left as it is."""

@@ -43,6 +43,11 @@ class Course:
     def stepped(self, step: int) -> None:
         """After Adam has moved; gradients are still there."""
 
+    @property
+    def detail(self) -> str:
+        """How things stand, in words, for whoever watches; empty for nothing to tell."""
+        return ""
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds besides the parameters and Adam's own state."""
         return {}
@@ -81,7 +86,7 @@ def run(
             average([p.grad for p in parameters if p.grad is not None])
             optimiser.step()
             course.stepped(step)
-            engine.progress(stage, step + 1, course.steps)
+            engine.progress(f"{stage}: {course.detail}" if course.detail else stage, step + 1, course.steps)
             if engine.folder is not None and first_process() and ((step + 1) % every == 0 or step + 1 == course.steps):
                 engine.keep(key, _checkpoint(course, optimiser, parameters, step + 1))
     finally:

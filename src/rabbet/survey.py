@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from rabbet.errors import FileError, ModelError, PlanError
+from rabbet.errors import DataError, FileError, ModelError, PlanError
 from rabbet.site import KINDS, Site, kind_of
 from rabbet.task import Batch, Task, examples, tensors
 
@@ -199,6 +199,13 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         if reason is not None:
             reasons[name] = reason
             continue
+        axes = KINDS[kind].weight(module).ndim
+        bare = next((given for given, _ in calls if kind.startswith("conv") and given.ndim < axes), None)
+        if bare is not None:
+            raise DataError(
+                f"{name or 'the network'} is given {list(bare.shape)}, which has no batch axis; "
+                f"batches for it have the shape [n, {', '.join(map(str, bare.shape))}]"
+            )
         norm = _foldable(module, calls, watch, norms, returned)
         norm = norm if norm is not None and len(names[norm]) == 1 else None  # another name of it would stay behind
         facts: dict[str, Any] = KINDS[kind].facts(module)

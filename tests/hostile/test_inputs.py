@@ -57,6 +57,12 @@ def _facts(model):
     return [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
 
 
+def test_images_without_a_batch_axis_are_named():
+    model = settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    with pytest.raises(DataError, match=r"0 is given \[3, 8, 8\], which has no batch axis"):
+        compress(model, "bits <= 4", [rand(3, 8, 8)], QUICK)
+
+
 # Budgets
 
 

@@ -18,6 +18,7 @@ from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.gates import Gates, seated
 from rabbet.layer import build, compressed_layers
 from rabbet.loop import shared
+from rabbet.report import draw_gates
 from rabbet.task import outputs
 from rabbet.workpiece import Workpiece
 
@@ -211,6 +212,32 @@ def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind):
             assert gates.excess(higher) > 0 or gates.widths[level] >= 8
 
 
+# What can be watched
+
+
+def test_every_epoch_ends_within_the_budget_and_is_told():
+    case, told = network("residual"), []
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine(progress=lambda stage, *_: told.append(stage)))
+    found = SHORT.search(piece, Budget.parse(BUDGET))
+    assert found.widths.shape == found.gates.shape == (4, len(found.names))
+    assert (found.shares <= 1).all()
+    assert torch.isfinite(found.losses).all()
+    best = int(found.losses.argmin())
+    bits = {line.name: line.terms[0].grid.bits for line in found.plan}
+    assert all(min(found.widths[best, found.names.index(n)], 8) == b for n, b in bits.items())
+    last = told[-1]
+    assert last.startswith("training with gates: loss ")
+    assert "% of the budget, weights" in last
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_gates_are_drawn(tmp_path, suffix):
+    case = network("residual")
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    draw_gates(SHORT.search(piece, Budget.parse(BUDGET)), tmp_path / f"gates{suffix}")
+    assert (tmp_path / f"gates{suffix}").stat().st_size > 1000
+
+
 # Long runs
 
 
@@ -219,13 +246,13 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
 
     def killer(at):
         def progress(stage, done, _):
-            if stage.startswith("training") and (stage == "training") == (at[0] == "training") and done == at[1]:
+            if stage.partition(": ")[0] == at[0] and done == at[1]:
                 raise KeyboardInterrupt
 
         return progress
 
     whole = _run(method)
-    for k, at in enumerate([("gates", 9), ("gates", 14), ("training", 6)]):
+    for k, at in enumerate([("training with gates", 9), ("training with gates", 14), ("training", 6)]):
         folder = tmp_path / str(k)
         with pytest.raises(KeyboardInterrupt):
             _run(method, engine=Engine(folder=folder, progress=killer(at)))

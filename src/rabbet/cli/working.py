@@ -47,9 +47,10 @@ def bars() -> Iterator[Report]:
         stages: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = shown.add_task(stage, total=total)
-            shown.update(stages[stage], completed=done, total=total)
+            name = stage.partition(": ")[0]
+            if name not in stages:
+                stages[name] = shown.add_task(stage, total=total)
+            shown.update(stages[name], completed=done, total=total, description=stage)
 
         yield report
 

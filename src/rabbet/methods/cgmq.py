@@ -18,7 +18,7 @@ from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget, Cost
 from rabbet.engine import content_key
 from rabbet.errors import DataError, PlanError, check_choices
-from rabbet.gates import WIDEST, Gates, seated
+from rabbet.gates import WIDEST, Gates, Gating, seated
 from rabbet.grid import Grid
 from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
@@ -76,11 +76,15 @@ class CGMQ:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Train with gates; the plan of the best state met that keeps the budget. See `Method.plan`."""
+        return self.search(piece, budget).plan
+
+    def search(self, piece: Workpiece, budget: Budget) -> Gating:
+        """The same, with what was seen on the way; `rabbet.report.draw_gates` draws it."""
         lines = [self._line(k, site) for k, site in enumerate(piece.survey)]
         self._require(piece, budget, lines)
         course = _Gated(self, piece, lines, budget)
         found = course.train(piece)
-        piece.engine.keep(_key(piece, self, found.compact), course.weights())
+        piece.engine.keep(_key(piece, self, found.plan.compact), course.weights())
         return found
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
@@ -164,6 +168,7 @@ class _Course(Course):
                 self.groups.append({"params": [seat.bias], "base": method.rate * max(_size(seat.bias), 0.05)})
         self.best: dict[str, Tensor] = {}
         self.least = torch.tensor(math.inf)
+        self.now = math.nan
 
     def loss(self, step: int) -> Tensor:
         task = self.piece.task
@@ -172,6 +177,7 @@ class _Course(Course):
         found = self.on(batch)
         if not torch.isfinite(found):
             raise DataError(f"the loss of step {step + 1} is not finite; a smaller rate may help, or check the batches")
+        self.now = float(found.detach())
         return found
 
     def on(self, batch: Batch) -> Tensor:
@@ -206,11 +212,12 @@ class _Course(Course):
                 for part, p in seat.named_parameters():
                     p.copy_(kept[f"{name}/{part}"])
 
-    def remember(self) -> None:
-        """Keep the state if it is the best so far."""
+    def remember(self) -> float:
+        """Keep the state if it is the best so far; its held-back loss."""
         found = self.judged()
         if found < float(self.least):
             self.least, self.best = torch.tensor(found), self.weights()
+        return found
 
     def train_fixed(self, piece: Workpiece) -> tuple[float, float]:
         """Train to the end and go back to the best epoch; the held-back losses before and after."""
@@ -267,6 +274,7 @@ class _Gated(_Course):
         self.budget = budget
         self.over = True
         self.levels: list[int] = []
+        self.seen: list[Tensor] = []  # after each epoch: gates, widths, share of the budget, held-back loss
 
     def rate(self, step: int) -> float:
         return min(1.0, (step + 1) / 10)
@@ -276,17 +284,29 @@ class _Gated(_Course):
         """The widths as a plan."""
         return Plan(tuple(seat.line() for seat in self.seats.values()))
 
-    def train(self, piece: Workpiece) -> Plan:
-        """Train to the end; the plan of the best state that kept the budget."""
+    def train(self, piece: Workpiece) -> Gating:
+        """Train to the end, and go back to the best state that kept the budget."""
         key = content_key("cgmq gates", self.weights(), {"method": self.method, "seed": piece.seed,
                           "budget": str(self.budget)})  # fmt: skip
         run(self, piece.engine, key, "training with gates", self.epoch)
-        if not self.best:  # no epoch ended: the start, landed
+        if not self.seen:  # no epoch: the start, landed
             self.land()
             self.remember()
         self.take(self.best)
         self.gates.set_levels(self.levels)
-        return self.plan
+        count = len(self.gates.tensors)
+        seen = torch.stack(self.seen)
+        return Gating(self.plan, self.gates.names, seen[:, :count], seen[:, count:-2], seen[:, -2], seen[:, -1])
+
+    @property
+    def detail(self) -> str:
+        gates = self.gates
+        bits = [str(gates.widths[k]) for k in gates.levels]
+        weights, inputs = bits[: len(gates.seats)], bits[len(gates.seats) :]
+        share = 100 * (1 + gates.excess())
+        return (
+            f"loss {self.now:.3g}, {share:.0f} % of the budget, weights {' '.join(weights)}, inputs {' '.join(inputs)}"
+        )
 
     def stepped(self, step: int) -> None:
         epoch, place = divmod(step, self.epoch)
@@ -314,20 +334,26 @@ class _Gated(_Course):
             self.gates.fixed = replace(self.gates.fixed, bytes=self.gates.fixed.bytes + 64)  # the header is padded
             self.gates.land(self.method.direction)
 
-    def remember(self) -> None:
+    def remember(self) -> float:
         least = float(self.least)
-        super().remember()
+        found = super().remember()
         if float(self.least) < least:
             self.levels = self.gates.levels
+        gates = self.gates
+        bits = [float(gates.widths[k]) for k in gates.levels]
+        self.seen.append(torch.tensor([*gates.values.tolist(), *bits, 1 + gates.excess(), found], dtype=torch.float64))
+        return found
 
     def state(self) -> dict[str, Tensor]:
         kept = super().state() | {f"gates.{k}": v for k, v in self.gates.state().items()}
+        kept |= {"seen": torch.stack(self.seen)} if self.seen else {}
         return kept | {"over": torch.tensor(self.over), "levels": torch.tensor(self.levels, dtype=torch.long)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
         self.gates.restore({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         self.over, self.levels = bool(state["over"]), state["levels"].tolist()
+        self.seen = list(state["seen"]) if "seen" in state else []
 
 
 def _at_eight(line: LayerPlan) -> LayerPlan:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from rabbet.errors import FileError, PlanError
+from rabbet.gates import WIDEST, Gating
 from rabbet.search import Search, butterworth
 
 
@@ -24,6 +25,33 @@ def draw_search(found: Search, path: str | Path, layer: str | None = None) -> No
     above, below = figure.subplots(2, 1)
     _draw_iterations(above, found)
     _draw_threshold(below, found, name)
+    _save(figure, path)
+
+
+def draw_gates(found: Gating, path: str | Path) -> None:
+    """Write a picture of a search by gates, a column an epoch; the ending of the path says which kind.
+
+    Above: the bits of every tensor, and its gate. Below: how much of the budget was used, and the loss of held-back
+    examples. Raises ImportError without matplotlib, FileError for a path that cannot be written.
+    """
+    figure = _figure()
+    above, below = figure.subplots(2, 1, height_ratios=(2, 1))
+    shown = above.imshow(found.widths.T.clamp(max=WIDEST).numpy(), aspect="auto", interpolation="nearest")
+    figure.colorbar(shown, ax=above, label="bits")
+    above.set_yticks(range(len(found.names)), found.names, fontsize=5)
+    for k, gates in enumerate(found.gates.T.tolist()):
+        # each gate in its own row, its whole way as high as the row
+        above.plot([k + 0.5 - g / float(found.gates.max() + 0.5) for g in gates], color="white", linewidth=0.6)
+    above.set(xlabel="epoch")
+    below.plot((100 * found.shares).numpy(), color="grey")
+    below.set(xlabel="epoch", ylabel="% of the budget")
+    loss = below.twinx()
+    loss.plot(found.losses.numpy(), color="black", linestyle=":")
+    loss.set(ylabel="held-back loss (dotted)")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as e:
