@@ -84,10 +84,9 @@ class Engine:
 
 
 def content_key(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """A hash of a name, of the bytes of tensors, of settings (by their `repr`), and of the version that works on them."""
-    digest = hashlib.sha256(
-        json.dumps([name, version("rabbet"), {k: repr(v) for k, v in sorted(settings.items())}]).encode()
-    )
+    """A hash of a name, of the bytes of tensors, of settings (by their `repr`), and of rabbet's version."""
+    facts = [name, version("rabbet"), {k: repr(v) for k, v in sorted(settings.items())}]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for label, tensor in sorted(tensors.items()):
         digest.update(f"{label} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
