@@ -41,19 +41,16 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
         terms, _, act = line[end + 1 :].partition(" | act@")
         weight, gaps = np.zeros(shape, np.float32), 0
         for form, rank, grid in re.findall(r"([a-z]+)(?:\[(\d+)\])?@(\w+)", terms):
-            if form == "dense":
-                weight = weight + factor(shape, grid, take)
-            elif form == "lowrank":
-                a = factor((int(rank), *shape[1:]), grid, take)
-                b = factor((shape[0], int(rank)), grid, take)
-                weight, gaps = weight + (b @ a.reshape(int(rank), -1)).reshape(shape), gaps + 1
-            else:  # cp and tucker: 1x1, the kernel, 1x1
-                b = factor((int(rank), shape[1]), grid, take)
-                q = -(-int(rank) * shape[0] // shape[1])
-                c = factor((int(rank) if form == "cp" else q, *((int(rank),) * (form != "cp")), *shape[2:]), grid, take)
-                a = factor((shape[0], len(c)), grid, take)
-                rule = "or,ri,r...->oi..." if form == "cp" else "oq,ri,qr...->oi..."
-                weight, gaps = weight + np.einsum(rule, a, b, c), gaps + 2
+            r = int(rank or 0)
+            q = -(-r * shape[0] // shape[1])
+            rule, sizes = {
+                "dense": ("...->...", [shape]),
+                "lowrank": ("r...,or->o...", [(r, *shape[1:]), (shape[0], r)]),
+                "cp": ("ri,r...,or->oi...", [(r, shape[1]), (r, *shape[2:]), (shape[0], r)]),
+                "tucker": ("ri,qr...,oq->oi...", [(r, shape[1]), (q, r, *shape[2:]), (shape[0], q)]),
+            }[form]
+            weight = weight + np.einsum(rule, *(factor(size, grid, take) for size in sizes))
+            gaps += len(sizes) - 1
         bias = take("rabbet.biases", shape[0]) if other.get("bias", True) else np.zeros(0, np.float32)
         count = 1 + gaps if act else 0
         scales, zeros = (take(f"rabbet.act_{part}", count) if act else [] for part in ("scales", "zeros"))

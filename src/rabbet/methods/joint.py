@@ -59,7 +59,11 @@ class Joint:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
-        table = [[self._option(piece, site, terms) for terms in self.menu(site)] for site in piece.survey]
+        table: list[list[Option]] = []
+        for site in piece.survey:
+            table.append([self._option(piece, site, terms) for terms in self.menu(site)])
+            if piece.clock is not None:  # then every option is exported and timed
+                piece.engine.progress("timing layers", len(table), len(piece.survey.sites))
 
         def chosen(choice: Sequence[int]) -> Plan:
             return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
