@@ -49,8 +49,7 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
                 "cp": ("ri,r...,or->oi...", [(r, shape[1]), (r, *shape[2:]), (shape[0], r)]),
                 "tucker": ("ri,qr...,oq->oi...", [(r, shape[1]), (q, r, *shape[2:]), (shape[0], q)]),
             }[form]
-            grids = [grid[:-1] if form == "cp" and grid.endswith("c") else grid, grid, grid]
-            weight = weight + np.einsum(rule, *(factor(*pair, take) for pair in zip(sizes, grids, strict=False)))
+            weight = weight + np.einsum(rule, *(factor(size, grid, take) for size in sizes))
             gaps += len(sizes) - 1
         bias = take("rabbet.biases", shape[0]) if other.get("bias", True) else np.zeros(0, np.float32)
         count = 1 + gaps if act else 0

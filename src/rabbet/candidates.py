@@ -14,8 +14,8 @@ from rabbet.cost import layer_cost
 from rabbet.engine import Tensors
 from rabbet.forms import FORMS, Aim
 from rabbet.grid import Grid, Quantised
-from rabbet.layer import Numbers, nearest_factors
-from rabbet.layout import factor_grids, factor_shapes
+from rabbet.layer import Numbers
+from rabbet.layout import factor_shapes
 from rabbet.plan import LayerPlan, Term
 from rabbet.site import Site
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, round_rows, start
@@ -85,8 +85,9 @@ def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
     """The factors of entry k of a menu, as `solve_site` returned them."""
     numbers: list[list[Quantised]] = []
     for t, term in enumerate(menu[k]):
-        parts = [(f"{k}.{t}.{f}", grid) for f, grid in enumerate(factor_grids(term))]
-        numbers.append([Quantised(g, result[f"{p}.codes"].float(), result[f"{p}.scale"]) for p, g in parts])
+        count = 1 + FORMS[term.form].gaps
+        parts = [f"{k}.{t}.{f}" for f in range(count)]
+        numbers.append([Quantised(term.grid, result[f"{p}.codes"].float(), result[f"{p}.scale"]) for p in parts])
     return numbers
 
 
@@ -175,8 +176,8 @@ def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric, starts: St
     aim = Aim(noise(grid), starts.get(key), steps if key in starts else COLD)
     factors = form.decompose(site, left, term.rank, metric.second, aim)
     starts[key] = factors  # for the other grids of the same rank
-    last = factors[-1]
-    small = nearest_factors(term, factors)[:-1]
+    *first, last = factors
+    small = [Quantised.nearest(f, grid) for f in first]
     if not small:
         return [_rounded(site.matrix(left), grid, metric, site.shape)]
     basis = form.contract(site, [*(q.values for q in small), torch.eye(last.shape[1])]).flatten(1)

@@ -23,7 +23,7 @@ from rabbet.export.graph import require_onnx
 from rabbet.export.onnx import assemble, assemble_alone, float_content
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Compressed, build
-from rabbet.layout import factor_grids, factor_shapes
+from rabbet.layout import factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.runtime import Session
 from rabbet.site import Site
@@ -137,11 +137,7 @@ def _like(site: Site, terms: tuple[Term, ...], act: int | None) -> LayerPlan:
 def _random(site: Site, line: LayerPlan) -> Compressed:
     """A layer with any numbers."""
     terms = [
-        [
-            Quantised.nearest(torch.rand(shape) - 0.5, grid)
-            for shape, grid in zip(factor_shapes(site, t), factor_grids(t), strict=True)
-        ]
-        for t in line.terms
+        [Quantised.nearest(torch.rand(shape) - 0.5, t.grid) for shape in factor_shapes(site, t)] for t in line.terms
     ]
     made = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)
     for act in made.quantisers:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rabbet.errors import ModelError, PlanError
 from rabbet.forms import FORMS
 from rabbet.grid import Grid, Quantised
-from rabbet.layout import act_count, factor_grids, factor_shapes
+from rabbet.layout import act_count, factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term, quoted
 from rabbet.site import KINDS, Site
 from rabbet.survey import Survey, fold, replace_module
@@ -138,7 +138,7 @@ class Compressed(nn.Module):
         """The decisions, read back from the tensors."""
         terms = []
         for name, form, factors in zip(self.form_names, self.forms, self.factors, strict=True):
-            terms.append(Term(name, factors[-1].grid, factors[0].codes.shape[0] if form.ranked else None))
+            terms.append(Term(name, factors[0].grid, factors[0].codes.shape[0] if form.ranked else None))
         acts = self.quantisers
         return LayerPlan(self.site.name, tuple(terms), acts[0].grid.bits if acts else None)
 
@@ -166,8 +166,8 @@ def validate(plan: Plan, survey: Survey) -> None:
                 raise PlanError(f"{layer}: {term.form} does not fit this {site.kind} of shape {list(site.shape)}")
             if term.rank is not None and term.rank > full:
                 raise PlanError(f"{layer}: rank {term.rank} is more than the {full} that this layer can have")
-            for shape, grid in zip(factor_shapes(site, term), factor_grids(term), strict=True):
-                grid.scale_shape(shape)
+            for shape in factor_shapes(site, term):
+                term.grid.scale_shape(shape)
 
 
 def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Mapping[str, Numbers] | None = None) -> nn.Module:
@@ -210,28 +210,10 @@ def nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list[Quantised]
     left, terms = weight, []
     for term in plan.terms:
         form = FORMS[term.form]
-        factors = nearest_factors(term, form.decompose(site, left, term.rank, None))
+        factors = [Quantised.nearest(f, term.grid) for f in form.decompose(site, left, term.rank, None)]
         left = left - form.contract(site, [f.values for f in factors])
         terms.append(factors)
     return terms
-
-
-def nearest_factors(term: Term, factors: Sequence[Tensor]) -> list[Quantised]:
-    """Factors of a term, rounded to nearest; where one has a single scale, its rows are first brought to the same one.
-
-    What they are divided by goes into the next factor, whose first axis is the same.
-    """
-    left, found = list(factors), []
-    for k, grid in enumerate(factor_grids(term)):
-        if grid != term.grid:
-            rows = term.grid.mse(left[k])
-            left[k] = left[k] / term.grid.spread(rows, left[k].ndim)
-            left[k + 1] = left[k + 1] * term.grid.spread(rows, left[k + 1].ndim)
-            one = torch.ones(1)
-            found.append(Quantised(grid, grid.codes(left[k], one), one))
-        else:
-            found.append(Quantised.nearest(left[k], grid))
-    return found
 
 
 def compressed_layers(model: nn.Module) -> dict[str, Compressed]:
@@ -249,8 +231,8 @@ def empty(site: Site, plan: LayerPlan) -> Compressed:
     """A layer of the right shapes without numbers, to load a file into."""
     terms = [
         [
-            Quantised(grid, torch.zeros(shape), torch.ones(grid.scale_shape(shape)))
-            for shape, grid in zip(factor_shapes(site, t), factor_grids(t), strict=True)
+            Quantised(t.grid, torch.zeros(shape), torch.ones(t.grid.scale_shape(shape)))
+            for shape in factor_shapes(site, t)
         ]
         for t in plan.terms
     ]

@@ -5,12 +5,10 @@ specification; the numbers of all layers lie in four arrays, because a header en
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rabbet.forms import FORMS
-from rabbet.grid import Grid
 from rabbet.pack import packed_bytes
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.site import Site
@@ -63,16 +61,14 @@ def factor_shapes(site: Site, term: Term) -> tuple[tuple[int, ...], ...]:
     return FORMS[term.form].shapes(site, term.rank)
 
 
-def factor_grids(term: Term) -> tuple[Grid, ...]:
-    """The grid of each factor of a term."""
-    return FORMS[term.form].grids(term.grid)
-
-
 def term_lengths(site: Site, term: Term) -> Lengths:
     """Codes (packed, each factor in whole bytes) and scales of a term."""
     total = Lengths()
-    for shape, grid in zip(factor_shapes(site, term), factor_grids(term), strict=True):
-        total += Lengths(packed_bytes(math.prod(shape), grid.levels), grid.scale_shape(shape)[0])
+    for shape in factor_shapes(site, term):
+        count = 1
+        for n in shape:
+            count *= n
+        total += Lengths(packed_bytes(count, term.grid.levels), term.grid.scale_shape(shape)[0])
     return total
 
 

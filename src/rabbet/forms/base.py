@@ -7,7 +7,6 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from rabbet.grid import Grid
 from rabbet.site import Site
 
 Between = Callable[[int, Tensor], Tensor]
@@ -55,10 +54,6 @@ class Form(Protocol):
 
     def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
         """Shape of each factor."""
-        ...
-
-    def grids(self, grid: Grid) -> tuple[Grid, ...]:
-        """The grid of each factor, given the term's: the last is the term's, others may do with fewer scales."""
         ...
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:

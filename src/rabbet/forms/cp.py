@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.grid import Grid
 from rabbet.site import Site
 from rabbet.solve.cp import rows, start
 from rabbet.solve.varpro import project
@@ -37,10 +36,6 @@ class CP:
         """B, C, A."""
         assert rank is not None
         return ((rank, site.shape[1]), (rank, *site.shape[2:]), (site.shape[0], rank))
-
-    def grids(self, grid: Grid) -> tuple[Grid, ...]:
-        """One scale is enough for B where C has one for each term: what B's rows differ in, C takes."""
-        return (replace(grid, axis=None) if grid.axis == 0 else grid, grid, grid)
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
         """B runs where the input lies: a strided layer saves less."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between
-from rabbet.grid import Grid
 from rabbet.site import Site
 
 
@@ -24,10 +23,6 @@ class Dense:
     def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
         """The weight's own shape."""
         return (site.shape,)
-
-    def grids(self, grid: Grid) -> tuple[Grid, ...]:
-        """The term's own for it."""
-        return (grid,)
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
         """The layer's own MACs."""

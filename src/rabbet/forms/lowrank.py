@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.grid import Grid
 from rabbet.site import Site
 from rabbet.solve.whiten import leading
 
@@ -30,10 +29,6 @@ class LowRank:
         """A, then B."""
         assert rank is not None
         return ((rank, *site.shape[1:]), (site.shape[0], rank))
-
-    def grids(self, grid: Grid) -> tuple[Grid, ...]:
-        """The term's own for each."""
-        return (grid,) * 2
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
         """Both run at the output's places: the stride sits in A."""

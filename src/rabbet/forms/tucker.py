@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.grid import Grid
 from rabbet.site import Site
 from rabbet.solve.varpro import project
 from rabbet.solve.whiten import principal
@@ -36,10 +35,6 @@ class Tucker:
         out, channels = site.shape[:2]
         inner = -(-rank * out // channels)
         return ((rank, channels), (inner, rank, *site.shape[2:]), (out, inner))
-
-    def grids(self, grid: Grid) -> tuple[Grid, ...]:
-        """The term's own for each."""
-        return (grid,) * 3
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
         """U runs where the input lies, the other two where the output does."""

@@ -17,9 +17,9 @@ from rabbet.cost import Budget
 from rabbet.engine import Job, Tensors
 from rabbet.errors import PlanError, check_choices
 from rabbet.forms import FORMS
-from rabbet.grid import Grid, Quantised, stored
+from rabbet.grid import Grid, Quantised
 from rabbet.layer import Numbers, build, validate
-from rabbet.layout import factor_grids, factor_shapes
+from rabbet.layout import factor_shapes
 from rabbet.methods.base import Fitted
 from rabbet.methods.unfolded import folded, nearest, unfolded
 from rabbet.plan import LayerPlan, Plan, Term
@@ -196,17 +196,15 @@ def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _read(piece: Workpiece, site: Site, term: Term, found: Tensors) -> list[Quantised]:
     """The factors as the form orders them, the BatchNorm's gain back in the scales of the last."""
-    shapes = factor_shapes(site, term)
-    (last, *small) = [(found[f"{k}.codes"].float(), found[f"{k}.scale"]) for k in range(len(shapes))]
+    grid, shapes = term.grid, factor_shapes(site, term)
+    parts = [(found[f"{k}.codes"].float(), found[f"{k}.scale"]) for k in range(1 + FORMS[term.form].gaps)]
+    (last, *small) = parts
     if term.form == "tucker":
         (u, us), (core, cs) = small
         small = [(u.mT, us), (core.mT.reshape(shapes[1]), cs)]
     else:
         small = [(codes.mT.reshape(shape), scale) for (codes, scale), shape in zip(small, shapes, strict=False)]
-    if term.form == "cp" and len(small[0][1]) > 1:  # C takes what columns of B differ in
-        (b, bs), (c, cs) = small
-        small = [(b, torch.ones(1)), (c, stored(cs * bs))]
-    factors = []
-    for (codes, scale), grid in zip(small, factor_grids(term), strict=False):
-        factors.append(Quantised(grid, codes, scale.expand(grid.scale_shape(tuple(codes.shape))).clone()))
-    return [*factors, folded(piece, site, term.grid, *last)]
+    first = [
+        Quantised(grid, codes, scale.expand(grid.scale_shape(tuple(codes.shape))).clone()) for codes, scale in small
+    ]
+    return [*first, folded(piece, site, grid, *last)]
