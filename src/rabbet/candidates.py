@@ -6,13 +6,14 @@ solved for what the others leave, and the best state is kept.
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rabbet.cost import layer_cost
 from rabbet.engine import Tensors
-from rabbet.forms import FORMS, Aim
+from rabbet.forms import Aim, Contracted
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Numbers
 from rabbet.layout import factor_shapes
@@ -65,7 +66,7 @@ def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
 
 def _hopeless(site: Site, menu: Sequence[Terms], k: int, tail: Tensor, solved: dict[int, float]) -> bool:
     """Whether a solved entry costs no more by any count and errs less than entry k ever can (Eckart-Young)."""
-    if len(menu[k]) > 1 or not FORMS[menu[k][0].form].ranked:
+    if len(menu[k]) > 1 or not menu[k][0].how.ranked:
         return False
     inner = factor_shapes(site, menu[k][0])[-1][1]
     least = float(tail[min(inner, len(tail) - 1)])
@@ -85,7 +86,7 @@ def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
     """The factors of entry k of a menu, as `solve_site` returned them."""
     numbers: list[list[Quantised]] = []
     for t, term in enumerate(menu[k]):
-        count = 1 + FORMS[term.form].gaps
+        count = sum(key.startswith(f"{k}.{t}.") for key in result) // 2
         parts = [f"{k}.{t}.{f}" for f in range(count)]
         numbers.append([Quantised(term.grid, result[f"{p}.codes"].float(), result[f"{p}.scale"]) for p in parts])
     return numbers
@@ -93,7 +94,7 @@ def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
 
 def canonical(site: Site, terms: Terms, numbers: Numbers) -> Tensor:
     """The weight that terms add up to."""
-    parts = [FORMS[t.form].contract(site, [q.values for q in qs]) for t, qs in zip(terms, numbers, strict=True)]
+    parts = [t.how.contract(site, [q.values for q in qs]) for t, qs in zip(terms, numbers, strict=True)]
     return torch.stack(parts).sum(0)
 
 
@@ -106,7 +107,7 @@ def solve_menu(
     the entries hold by now, for solvers that can go on from there, in so many `steps`.
     """
     known = {menu[k][t]: [q.values for q in qs] for k, numbers in enumerate(held) for t, qs in enumerate(numbers)}
-    starts = {(t.form, t.rank): tuple(values) for t, values in known.items()}
+    starts = {replace(t, grid=Grid(8)): tuple(values) for t, values in known.items()}
     states: list[list[list[Quantised] | None]] = [[None] * len(terms) for terms in menu]
     best: list[tuple[float, Numbers]] = [(torch.inf, [])] * len(menu)
     for turn in range(ALTERNATIONS):
@@ -132,8 +133,8 @@ def _error(site: Site, weight: Tensor, terms: Terms, numbers: Numbers, metric: M
     return metric.error(site.matrix(canonical(site, terms, numbers) - weight)).sum()
 
 
-Starts = dict[tuple[str, int | None], tuple[Tensor, ...]]
-"""Factors of an earlier problem alike, by form and rank."""
+Starts = dict[Term, tuple[Tensor, ...]]
+"""Factors of an earlier problem alike, by the term on no matter which grid."""
 
 
 def _solve_terms(
@@ -171,11 +172,13 @@ def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
 
 def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts, steps: int) -> list[Quantised]:
     """Decompose, round all factors but the last to nearest, then solve the last again for what those became."""
-    form, grid = FORMS[term.form], term.grid
-    key = term.form, term.rank
+    form, grid = term.how, term.grid
+    key = replace(term, grid=Grid(8))
     aim = Aim(noise(grid), starts.get(key), steps if key in starts else COLD)
     factors = form.decompose(site, left, term.rank, metric.second, aim)
     starts[key] = factors  # for the other grids of the same rank
+    if isinstance(form, Contracted):
+        return [Quantised.nearest(f, grid) for f in factors]
     *first, last = factors
     small = [Quantised.nearest(f, grid) for f in first]
     if not small:

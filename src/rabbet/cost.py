@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rabbet.errors import BudgetError
-from rabbet.forms import FORMS
+from rabbet.forms import Contracted
 from rabbet.layout import Rest, file_bytes, layer_lengths, line_bytes, term_lengths
 from rabbet.plan import LayerPlan, Plan, quoted
 from rabbet.site import Site
@@ -22,6 +22,7 @@ from rabbet.survey import Survey
 
 FLOAT_BITS = 32
 SCALE_BITS = 16
+FINISHED = 8  # bits of what a runtime is given in place of cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +180,10 @@ def layer_cost(site: Site, layer: LayerPlan) -> Cost:
     macs = bops = code_bits = scale_bits = 0
     act = layer.act or FLOAT_BITS
     for term in layer.terms:
-        parts = FORMS[term.form].macs(site, term.rank)
+        parts = term.how.macs(site, term.rank)
         macs += sum(parts)
-        bops += sum(parts) * term.grid.bits * act
+        # cores are put together once, and what they make runs on 8 bits
+        bops += sum(parts) * (FINISHED if isinstance(term.how, Contracted) else term.grid.bits) * act
         lengths = term_lengths(site, term)
         code_bits += 8 * lengths.codes
         scale_bits += SCALE_BITS * lengths.scales

@@ -129,9 +129,7 @@ def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
 
 def _like(site: Site, terms: tuple[Term, ...], act: int | None) -> LayerPlan:
     """A line of the same form and ranks, in 8 bits: what layers that take the same time have in common."""
-    return LayerPlan(
-        site.name, tuple(Term(t.form, GRID, t.rank) for t in terms), None if site.kind == "embedding" else act
-    )
+    return LayerPlan(site.name, tuple(replace(t, grid=GRID) for t in terms), None if site.kind == "embedding" else act)
 
 
 def _random(site: Site, line: LayerPlan) -> Compressed:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.errors import ModelError, PlanError
-from rabbet.forms import FORMS
+from rabbet.forms import Contracted
 from rabbet.grid import Grid, Quantised
 from rabbet.layout import act_count, factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term, quoted
@@ -85,7 +85,7 @@ class Compressed(nn.Module):
     def __init__(self, site: Site, plan: LayerPlan, terms: Numbers, bias: Tensor | None) -> None:
         super().__init__()
         self.site = site
-        self.forms = [FORMS[t.form] for t in plan.terms]
+        self.forms = [t.how for t in plan.terms]
         self.form_names = [t.form for t in plan.terms]
         self.terms = nn.ModuleList(nn.ModuleList(Factor(q) for q in factors) for factors in terms)
         self.acts = nn.ModuleList(ActQuant(plan.act) for _ in range(act_count(plan)) if plan.act)
@@ -138,7 +138,9 @@ class Compressed(nn.Module):
         """The decisions, read back from the tensors."""
         terms = []
         for name, form, factors in zip(self.form_names, self.forms, self.factors, strict=True):
-            terms.append(Term(name, factors[0].grid, factors[0].codes.shape[0] if form.ranked else None))
+            rank = factors[0].codes.shape[0] if form.ranked else None
+            modes = form.modes if isinstance(form, Contracted) else None
+            terms.append(Term(name, factors[0].grid, rank, modes))
         acts = self.quantisers
         return LayerPlan(self.site.name, tuple(terms), acts[0].grid.bits if acts else None)
 
@@ -161,13 +163,20 @@ def validate(plan: Plan, survey: Survey) -> None:
         if layer.act is not None and site.kind == "embedding":
             raise PlanError(f"{layer}: the input of an embedding is an index and cannot be quantised; remove act")
         for term in layer.terms:
-            full = FORMS[term.form].full_rank(site)
+            full = _full_rank(layer, term, site)
             if full == 0:
                 raise PlanError(f"{layer}: {term.form} does not fit this {site.kind} of shape {list(site.shape)}")
             if term.rank is not None and term.rank > full:
                 raise PlanError(f"{layer}: rank {term.rank} is more than the {full} that this layer can have")
             for shape in factor_shapes(site, term):
                 term.grid.scale_shape(shape)
+
+
+def _full_rank(layer: LayerPlan, term: Term, site: Site) -> int:
+    try:
+        return term.how.full_rank(site)
+    except PlanError as e:
+        raise PlanError(f"{layer}: {e}") from None
 
 
 def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Mapping[str, Numbers] | None = None) -> nn.Module:
@@ -209,7 +218,7 @@ def nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list[Quantised]
     """The simplest numbers of a layer: each term decomposed plainly and rounded to nearest."""
     left, terms = weight, []
     for term in plan.terms:
-        form = FORMS[term.form]
+        form = term.how
         factors = [Quantised.nearest(f, term.grid) for f in form.decompose(site, left, term.rank, None)]
         left = left - form.contract(site, [f.values for f in factors])
         terms.append(factors)

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rabbet.forms import FORMS
 from rabbet.pack import packed_bytes
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.site import Site
@@ -58,7 +57,7 @@ class Lengths:
 
 def factor_shapes(site: Site, term: Term) -> tuple[tuple[int, ...], ...]:
     """Shapes of the factors of a term on a site."""
-    return FORMS[term.form].shapes(site, term.rank)
+    return term.how.shapes(site, term.rank)
 
 
 def term_lengths(site: Site, term: Term) -> Lengths:
@@ -76,7 +75,7 @@ def act_count(layer: LayerPlan) -> int:
     """Quantised tensors of activations: the input, and one between two factors of a term."""
     if layer.act is None:
         return 0
-    return 1 + sum(FORMS[t.form].gaps for t in layer.terms)
+    return 1 + sum(t.how.gaps for t in layer.terms)
 
 
 def layer_lengths(site: Site, layer: LayerPlan) -> Lengths:

@@ -4,7 +4,11 @@ One line a layer: its name, the terms that its weight is the sum of, and the bit
 
     conv1     dense@4c | act@8
     layer1.0  dense@3c + lowrank[6]@8c | act@8
+    query     tt[20]@4                 | act@8
+    value     tt[20:24x32:32x24]@4     | act@8
     fc        dense@tc
+
+Behind the rank of a tensor train may stand how inputs and outputs are read as digits, if not in the usual way.
 
 A layer without a line stays as it is. `#` starts a comment. A name that holds spaces, or is empty (the network is one
 layer), stands in double quotes.
@@ -16,10 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rabbet.errors import PlanError
-from rabbet.forms import FORMS
+from rabbet.forms import FORMS, Contracted, Form, Modes
 from rabbet.grid import Grid
 
-_TERM = re.compile(r"([a-z]+)(?:\[(\d+)\])?@(\w+)")
+_TERM = re.compile(r"([a-z]+)(?:\[(\d+)(?::(\d+(?:x\d+)*):(\d+(?:x\d+)*))?\])?@(\w+)")
 _LINE = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"]\S*)\s+(.*)')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _PLAIN = re.compile(r'[^\s"#]+')
@@ -27,11 +31,15 @@ _PLAIN = re.compile(r'[^\s"#]+')
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One part of a weight: a form, its rank (None for a form without one), and the grid of its factors."""
+    """One part of a weight: a form, its rank (None for a form without one), and the grid of its factors.
+
+    modes: of a tensor train, digits of inputs and outputs that are not the ones chosen from the shape.
+    """
 
     form: str
     grid: Grid
     rank: int | None = None
+    modes: Modes | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Term":
@@ -39,16 +47,26 @@ class Term:
         m = _TERM.fullmatch(text.strip())
         if m is None:
             raise PlanError(f"{text.strip()!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c")
-        form, rank, grid = m.groups()
+        form, rank, ins, outs, grid = m.groups()
         if form not in FORMS:
             raise PlanError(f"unknown form {form!r} in {text.strip()!r}; there are {', '.join(FORMS)}")
         if (rank is not None) != FORMS[form].ranked or rank == "0":
             wanted = "a rank of at least 1 in brackets" if FORMS[form].ranked else "no rank"
             raise PlanError(f"{text.strip()!r}: {form} takes {wanted}")
-        return cls(form, Grid.parse(grid), None if rank is None else int(rank))
+        if ins is not None and not isinstance(FORMS[form], Contracted):
+            raise PlanError(f"{text.strip()!r}: {form} takes no modes, only a rank in brackets")
+        modes = None if ins is None else (_digits(ins), _digits(outs))
+        return cls(form, Grid.parse(grid), None if rank is None else int(rank), modes)
+
+    @property
+    def how(self) -> Form:
+        """The row of FORMS, with the modes of this term."""
+        form = FORMS[self.form]
+        return form if self.modes is None else replace(form, modes=self.modes)  # type: ignore[type-var]
 
     def __str__(self) -> str:
-        rank = "" if self.rank is None else f"[{self.rank}]"
+        modes = "" if self.modes is None else ":" + ":".join("x".join(map(str, part)) for part in self.modes)
+        rank = "" if self.rank is None else f"[{self.rank}{modes}]"
         return f"{self.form}{rank}@{self.grid}"
 
 
@@ -142,6 +160,13 @@ def _uncommented(line: str) -> str:
     m = _QUOTED.match(line)
     name = m[0] if m else ""
     return name + re.sub(r"\s#.*$", "", line[len(name) :])
+
+
+def _digits(text: str) -> tuple[int, ...]:
+    found = tuple(map(int, text.split("x")))
+    if not all(found):
+        raise PlanError(f"{text!r}: a mode is at least 1")
+    return found
 
 
 def _parse_act(text: str) -> int:

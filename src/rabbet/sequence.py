@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rabbet.calibrate import calibrate_between
 from rabbet.candidates import DAMPING, solve_menu
+from rabbet.forms import Contracted
 from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
 from rabbet.site import Site, patches
@@ -55,7 +56,7 @@ def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> N
         layer = layers[site.name]
         weight = piece.weight(site)
         hooks.append(layer.register_forward_pre_hook(_solver(piece, site, weight, met[site.name].given)))
-        if all(factors[-1].grid.axis == 0 for factors in layer.factors):
+        if _gained(layer):
             hooks.append(layer.register_forward_hook(_matcher(met[site.name].mean, met[site.name].spread, GAIN)))
     _run(student, piece, batch, hooks)
 
@@ -72,9 +73,15 @@ def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -
     hooks: list[Any] = []
     for site in sites:
         layer, norm = layers[site.name], piece.norms[site.name]
-        if all(factors[-1].grid.axis == 0 for factors in layer.factors):
+        if _gained(layer):
             hooks.append(layer.register_forward_hook(_matcher(norm.mean, norm.spread, (0.0, math.inf))))
     _run(student, piece, batch, hooks)
+
+
+def _gained(layer: Compressed) -> bool:
+    """Whether every term has a scale for each output channel, which can take a gain."""
+    ends = zip(layer.forms, layer.factors, strict=True)
+    return all(factors[-1].grid.axis == 0 and not isinstance(form, Contracted) for form, factors in ends)
 
 
 def _affordable(piece: Workpiece, sites: list[Site]) -> int:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from rabbet.calibrate import Sample
 from rabbet.export.base import Parcel, Written, write_beside
 from rabbet.export.compare import compare, compare_plain
+from rabbet.export.finish import finished
 from rabbet.export.graph import OPSET, Graph, require_onnx
 from rabbet.export.pairs import Pairs, Range
 from rabbet.export.trace import trace
@@ -56,6 +57,7 @@ def float_content(model: nn.Module, task: Task, opset: int = OPSET) -> bytes:
 
 def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
     require_onnx()
+    parcel = replace(parcel, model=finished(parcel.model))
     made = assemble(parcel.model, parcel.task, functions)
     compare_plain(made.plain, parcel.model, parcel.task)
     compare(made.content, made.plain, parcel.model, parcel.task)
@@ -73,7 +75,7 @@ class Assembled:
 
 def assemble(model: nn.Module, task: Task, functions: bool = True) -> Assembled:
     """Trace, measure, quantise; nothing is compared yet."""
-    graph, factors, acts = trace(model, task)
+    graph, factors, acts = trace(finished(model), task)
     graph.functions_known = functions
     plain = _plain(graph, factors)
     pairs = Pairs(graph, {name: Range.of(act) for name, act in acts.items()})
@@ -84,7 +86,7 @@ def assemble(model: nn.Module, task: Task, functions: bool = True) -> Assembled:
 
 def assemble_alone(layer: nn.Module, task: Task) -> bytes:
     """One layer as it runs amid others: where it is quantised, integers go in, and out of a conv."""
-    graph, factors, acts = trace(layer, task)
+    graph, factors, acts = trace(finished(layer), task)
     pairs = Pairs(graph, {name: Range.of(act) for name, act in acts.items()})
     pairs.insert({str(v.name): Range(0.05, 128) for v in pairs.open})
     write_weights(graph, factors)

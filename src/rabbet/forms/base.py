@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from rabbet.forms.modes import Modes
 from rabbet.site import Site
 
 Between = Callable[[int, Tensor], Tensor]
@@ -34,8 +35,8 @@ class Form(Protocol):
     """How a weight is written as factors; knows nothing of grids and budgets.
 
     Factors are listed in the order in which `apply` contracts the input with them. The first axis of the first factor
-    is the rank, if there is one: `plan_of` reads it there. The first axis of the last factor is the layer's output:
-    `sequence` puts the gain of a channel there.
+    is the rank, if there is one: `plan_of` reads it there. Unless the form is `Contracted`, the last factor is
+    [out, rank]: solvers solve it for what the others became, and `sequence` puts the gain of a channel there.
     """
 
     @property
@@ -45,7 +46,7 @@ class Form(Protocol):
 
     @property
     def gaps(self) -> int:
-        """Tensors of activations between the contractions: one less than the factors."""
+        """Tensors of activations between the contractions: one less than those."""
         ...
 
     def full_rank(self, site: Site) -> int:
@@ -57,7 +58,7 @@ class Form(Protocol):
         ...
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
-        """Multiply-accumulates per example of the contraction with each factor."""
+        """Multiply-accumulates per example of each contraction with the input."""
         ...
 
     def decompose(
@@ -72,6 +73,20 @@ class Form(Protocol):
 
     def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
         """The layer, one contraction after the other, the weight never rebuilt."""
+        ...
+
+
+@runtime_checkable
+class Contracted(Form, Protocol):
+    """A form whose factors are put together, input or not, before they meet the input: a chain of small cores."""
+
+    @property
+    def modes(self) -> Modes | None:
+        """How the axes of the weight are read as digits; None: chosen from the shape."""
+        ...
+
+    def finished(self, site: Site, factors: Sequence[Tensor]) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
+        """What a runtime is given in place of the cores: the name of a form, its modes, and its factors."""
         ...
 
 

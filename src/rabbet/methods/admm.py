@@ -197,7 +197,7 @@ def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _read(piece: Workpiece, site: Site, term: Term, found: Tensors) -> list[Quantised]:
     """The factors as the form orders them, the BatchNorm's gain back in the scales of the last."""
     grid, shapes = term.grid, factor_shapes(site, term)
-    parts = [(found[f"{k}.codes"].float(), found[f"{k}.scale"]) for k in range(1 + FORMS[term.form].gaps)]
+    parts = [(found[f"{k}.codes"].float(), found[f"{k}.scale"]) for k in range(len(shapes))]
     (last, *small) = parts
     if term.form == "tucker":
         (u, us), (core, cs) = small

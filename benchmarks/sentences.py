@@ -1,0 +1,258 @@
+"""ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training in float, and its measures.
+
+    python benchmarks/sentences.py --keep FOLDER [--seeds 0 1 2]     # only trains the dense models
+
+A tenth of the training sentences is held back and chooses the epoch; dev and test together are the measure.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import head, machine, reader, row
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+PAD, UNKNOWN, FIRST = 0, 1, 2
+IGNORED = -100
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Token ids [n, length], mask of real tokens, slot labels [n, length] (-100: none), intents [n]."""
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Encoded sentences of a split: ids, slot labels, intent; labels that training never saw are -1."""
+
+    items: list[tuple[list[int], list[int], int]]
+    tags: list[str] = field(repr=False)
+
+    def batches(self, size: int, order: random.Random | None = None) -> list[Batch]:
+        """Sentences of like length together; with `order`, drawn anew."""
+        index = list(range(len(self.items)))
+        if order is not None:
+            order.shuffle(index)
+        groups = [index[k : k + 16 * size] for k in range(0, len(index), 16 * size)] if order else [index]
+        chunks = []
+        for group in groups:
+            group.sort(key=lambda j: len(self.items[j][0]))
+            chunks += [group[k : k + size] for k in range(0, len(group), size)]
+        if order is not None:
+            order.shuffle(chunks)
+        return [self._batch(chunk) for chunk in chunks]
+
+    def _batch(self, chunk: Sequence[int]) -> Batch:
+        longest = max(len(self.items[j][0]) for j in chunk)
+        ids = torch.full((len(chunk), longest), PAD)
+        slots = torch.full((len(chunk), longest), IGNORED)
+        for k, j in enumerate(chunk):
+            words, labels, _ = self.items[j]
+            ids[k, : len(words)] = torch.tensor(words)
+            slots[k, : len(labels)] = torch.tensor(labels)
+        return ids, (ids != PAD).long(), slots, torch.tensor([self.items[j][2] for j in chunk])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Train, the tenth of it that is held back, dev and test, with the sizes of the model's ends."""
+
+    train: Sentences
+    held: Sentences
+    dev: Sentences
+    test: Sentences
+    words: int
+    intents: int
+    slots: int
+
+
+def corpus() -> Corpus:
+    """ATIS, words as they are; the vocabulary is that of the training sentences."""
+    load = reader("load")
+    raw = {split: load.atis(split) for split in ("train", "dev", "test")}
+    words = {w: k + 3 for k, w in enumerate(sorted({w for s, _, _ in raw["train"] for w in s}))}
+    tags = sorted({t for _, s, _ in raw["train"] for t in s})
+    intents = sorted({y for _, _, y in raw["train"]})
+    tag_of, intent_of = {t: k for k, t in enumerate(tags)}, {y: k for k, y in enumerate(intents)}
+    found = {
+        split: [
+            ([FIRST, *(words.get(w, UNKNOWN) for w in s)], [IGNORED, *(tag_of.get(t, -1) for t in ts)],
+             intent_of.get(y, -1))
+            for s, ts, y in raw[split]
+        ]
+        for split in raw
+    }  # fmt: skip
+    order = list(range(len(found["train"])))
+    random.Random(0).shuffle(order)
+    held = set(order[: len(order) // 10])
+    parts = [[s for k, s in enumerate(found["train"]) if (k in held) == back] for back in (False, True)]
+    kept, back, dev, test = (Sentences(x, tags) for x in (*parts, found["dev"], found["test"]))
+    return Corpus(kept, back, dev, test, len(words) + 3, len(intents), len(tags))
+
+
+class Tagger(nn.Module):
+    """A BERT encoder with two heads: intent from the first token, a slot from each."""
+
+    def __init__(self, data: Corpus, width: int = 768, inner: int = 3072, heads: int = 12, blocks: int = 2,
+                 dropout: float = 0.1) -> None:  # fmt: skip
+        super().__init__()
+        config = BertConfig(
+            vocab_size=data.words, hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
+            intermediate_size=inner, max_position_embeddings=64, type_vocab_size=1, hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout, initializer_range=0.7 / math.sqrt(width),
+        )  # fmt: skip
+        self.encoder = BertModel(config)
+        self.dropout = nn.Dropout(dropout)
+        self.intent = nn.Linear(width, data.intents)
+        self.slots = nn.Linear(width, data.slots)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of intents [n, intents] and of slots [n, length, slots]."""
+        found = self.encoder(ids, attention_mask=mask)
+        return self.intent(self.dropout(found.pooler_output)), self.slots(self.dropout(found.last_hidden_state))
+
+
+def loss(found: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) -> Tensor:
+    """Cross entropies of intent and slots, smoothed as in the paper's code."""
+    intent, slots = found
+    return F.cross_entropy(intent, batch[3], label_smoothing=smoothing) + F.cross_entropy(
+        slots.flatten(0, 1), batch[2].flatten(), ignore_index=IGNORED, label_smoothing=smoothing
+    )
+
+
+@dataclass(frozen=True)
+class Score:
+    """Per cent: sentences with the right intent, and F1 of slots as whole spans."""
+
+    intent: float
+    slots: float
+
+    @property
+    def mean(self) -> float:
+        """What chooses between epochs."""
+        return (self.intent + self.slots) / 2
+
+
+def score(model: nn.Module, *parts: Sentences) -> Score:
+    """Both measures over some splits, pooled."""
+    right = total = hits = found_spans = true_spans = 0
+    model.eval()
+    for part in parts:
+        # labels that training never saw stay in the measure, as misses
+        with torch.no_grad():
+            for ids, mask, slots, intents in part.batches(64):
+                intent, scores = model(ids, mask)[:2]
+                right += int((intent.argmax(1) == intents).sum())
+                total += len(ids)
+                for row_found, row_true in zip(scores.argmax(2).tolist(), slots.tolist(), strict=True):
+                    places = [k for k, label in enumerate(row_true) if label != IGNORED]
+                    a = spans([part.tags[row_found[k]] for k in places])
+                    b = spans([part.tags[row_true[k]] if row_true[k] >= 0 else f"B-unseen{k}" for k in places])
+                    hits, found_spans, true_spans = hits + len(a & b), found_spans + len(a), true_spans + len(b)
+    return Score(100 * right / total, 200 * hits / max(found_spans + true_spans, 1))
+
+
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Kind, first and last place of every span of B- and I- tags, as conlleval counts them."""
+    found, kind, first = set(), "", 0
+    for k, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        if kind and (mark != "I" or name != kind):
+            found.add((kind, first, k - 1))
+            kind = ""
+        if mark != "O" and not kind:
+            kind, first = name, k
+    return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine; words are dropped at random."""
+
+    epochs: int = 20
+    batch: int = 32
+    rate: float = 2e-4
+    decay: float = 0.01
+    words: float = 0.1
+    dropout: float = 0.1
+
+
+def train(data: Corpus, recipe: Recipe, seed: int, report: bool = False, **shape: int) -> tuple[Tagger, float]:
+    """A dense model at its best epoch by the held-back sentences, and seconds an epoch."""
+    torch.manual_seed(seed)
+    order = random.Random(seed)
+    model = Tagger(data, dropout=recipe.dropout, **shape)
+    adam = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay, betas=(0.9, 0.98))
+    total = recipe.epochs * math.ceil(len(data.train.items) / recipe.batch)
+    best, kept, start, step = -1.0, {}, time.perf_counter(), 0
+    for epoch in range(recipe.epochs):
+        model.train()
+        for batch in data.train.batches(recipe.batch, order):
+            ids, mask = batch[:2]
+            lost = (torch.rand(ids.shape) < recipe.words) & (ids > FIRST)
+            warm = min(1.0, (step + 1) / (0.05 * total))
+            for group in adam.param_groups:
+                group["lr"] = recipe.rate * warm * 0.5 * (1 + math.cos(math.pi * step / total))
+            adam.zero_grad()
+            loss(model(ids.masked_fill(lost, UNKNOWN), mask), batch).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            step += 1
+        found = score(model, data.held)
+        if found.mean > best:
+            best, kept = found.mean, {k: v.clone() for k, v in model.state_dict().items()}
+        if report:
+            row(epoch + 1, f"{found.intent:.2f}", f"{found.slots:.2f}", f"{time.perf_counter() - start:.0f}")
+    seconds = (time.perf_counter() - start) / recipe.epochs
+    model.load_state_dict(kept)
+    return model.eval(), seconds
+
+
+def dense(
+    data: Corpus, seed: int, folder: Path | None, recipe: Recipe = Recipe(), **shape: int
+) -> tuple[Tagger, float]:
+    """A trained dense model, from the folder if it lies there; and seconds an epoch, 0 if it was not trained now."""
+    name = "-".join([f"seed{seed}", *(f"{k}{v}" for k, v in shape.items())])
+    path = None if folder is None else folder / f"atis-{name}.pt"
+    if path is not None and path.exists():
+        model = Tagger(data, dropout=recipe.dropout, **shape)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval(), 0.0
+    model, seconds = train(data, recipe, seed, **shape)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+    return model, seconds
+
+
+def main() -> None:
+    """Train and print each epoch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--keep", type=Path)
+    for name, value in vars(Recipe()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--width", type=int, default=768)
+    args = parser.parse_args()
+    recipe = Recipe(**{name: getattr(args, name) for name in vars(Recipe())})
+    shape = {} if args.width == 768 else {"width": args.width, "inner": 4 * args.width, "heads": args.width // 20}
+    data = corpus()
+    print(f"{machine()}\n")
+    for seed in args.seeds:
+        head("epoch", "held-back intent", "slots", "seconds")
+        model, _ = train(data, recipe, seed, True, **shape)
+        both, alone = score(model, data.dev, data.test), score(model, data.test)
+        print(f"\nseed {seed}: dev and test {both.intent:.2f} / {both.slots:.2f}, "
+              f"test {alone.intent:.2f} / {alone.slots:.2f}\n", flush=True)  # fmt: skip
+        if args.keep:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            name = "-".join([f"seed{seed}", *(f"{k}{v}" for k, v in shape.items())])
+            torch.save(model.state_dict(), args.keep / f"atis-{name}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Tensor-train matrix: a table whose rows are read as digits and looked up core by core (arXiv 2306.01076).
+
+Entry (v, d) of the table is a product of cores, one for each digit of v and d together. The cores of the more and of
+the less significant half of the digits are contracted first; a row is then the product of one row of each.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rabbet.errors import DataError, PlanError
+from rabbet.forms.base import PLAIN, Aim, Between
+from rabbet.forms.modes import Modes, check, covering, exactly
+from rabbet.site import Site
+from rabbet.solve.tensor_train import bonds, half, halves, refine
+
+DIGITS = 4  # of a row: four cores, as in the paper
+
+
+@dataclass(frozen=True)
+class TTM:
+    """Cores [bond, rows, columns, bond], from the middle outwards: of the more significant digits, then of the less.
+
+    modes: digits of rows (their product may be more than there are) and as many of columns, the most significant
+    first; None: four, chosen from the shape.
+    """
+
+    modes: Modes | None = None
+    ranked: bool = True
+    gaps: int = 0
+
+    def full_rank(self, site: Site) -> int:
+        """What the two halves of a table can have; 0 for all but tables. Raises PlanError for unfit modes."""
+        if site.kind != "embedding":
+            return 0
+        if self.modes is not None:
+            check(self.modes, site.shape, ("rows", "columns"), covers=True)
+            if len(self.modes[0]) != len(self.modes[1]) or len(self.modes[0]) < 2:
+                raise PlanError("a table needs at least two digits, and as many of rows as of columns")
+        a, b = (math.prod(r * c for r, c in part) for part in self.sizes(site))
+        return min(a, b)
+
+    def _digits(self, site: Site) -> list[tuple[int, int]]:
+        rows, columns = self.modes or (covering(site.shape[0], DIGITS), exactly(site.shape[1], DIGITS)[::-1])
+        return list(zip(rows, columns, strict=True))
+
+    def sizes(self, site: Site) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Digits (of rows, of columns) of both halves, from the middle outwards."""
+        digits = self._digits(site)
+        middle = len(digits) // 2
+        return digits[:middle][::-1], digits[middle:]
+
+    def _bonds(self, site: Site, rank: int) -> list[list[int]]:
+        most = None if rank == self.full_rank(site) else rank
+        return [bonds([r * c for r, c in part], rank, most) for part in self.sizes(site)]
+
+    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+        """Cores of the more significant half from the middle outwards, then of the other."""
+        assert rank is not None
+        found: list[tuple[int, ...]] = []
+        for digits, ranks in zip(self.sizes(site), self._bonds(site, rank), strict=True):
+            found += [(b, r, c, e) for b, (r, c), e in zip(ranks[:-1], digits, ranks[1:], strict=True)]
+        return tuple(found)
+
+    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
+        """One product of two rows for each look-up."""
+        assert rank is not None
+        return (rank * site.shape[1] * site.positions,)
+
+    def decompose(
+        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
+    ) -> tuple[Tensor, ...]:
+        """TT-SVD of the table, then all cores at once by L-BFGS over the rows that there are."""
+        assert rank is not None
+        upper, lower = self.sizes(site)
+        ranks = self._bonds(site, rank)
+        full = math.prod(r for r, _ in (*upper, *lower))
+        padded = torch.cat([weight, weight.new_zeros(full - len(weight), weight.shape[1])])
+        # [rows, columns] -> [digits of the upper half outwards, digits of the lower half outwards]
+        count = len(upper) + len(lower)
+        digits = self._digits(site)
+        order = [*range(len(upper) - 1, -1, -1), *range(len(upper), count)]
+        axes = [axis for k in order for axis in (k, count + k)]
+        turned = padded.view(*[r for r, _ in digits], *[c for _, c in digits]).permute(axes)
+        matrix = turned.reshape(math.prod(r * c for r, c in upper), -1)
+        sizes = tuple([r * c for r, c in part] for part in (upper, lower))
+        a, b = halves(matrix, (sizes[0], sizes[1]), (ranks[0], ranks[1]))
+        shapes = self.shapes(site, rank)
+        start = [c.reshape(shape) for c, shape in zip([*a, *b], shapes, strict=True)]
+        power = _energy(weight, second).clamp_min(1e-30)
+
+        def loss(cores: Sequence[Tensor]) -> Tensor:
+            return _energy(self.contract(site, cores) - weight, second) / power
+
+        return tuple(refine(start, loss, 0 if rank == self.full_rank(site) else aim.steps))
+
+    def tables(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the halves stand for: [upper rows, upper columns, rank] and [lower rows, rank, lower columns]."""
+        upper, lower = self.sizes(site)
+        a, b = (
+            half([c.flatten(1, 2) for c in part]).view(len(part[0]), *[n for pair in digits for n in pair])
+            for part, digits in ((factors[: len(upper)], upper), (factors[len(upper) :], lower))
+        )
+        # upper: the innermost digit is the least significant
+        n, m = len(upper), len(lower)
+        a = a.permute(*range(2 * n - 1, 0, -2), *range(2 * n, 0, -2), 0)
+        b = b.permute(*range(1, 2 * m, 2), 0, *range(2, 2 * m + 1, 2))
+        rows, columns = (math.prod(p[k] for p in upper) for k in (0, 1))
+        return a.reshape(rows, columns, -1), b.reshape(math.prod(p[0] for p in lower), len(factors[0]), -1)
+
+    def finished(self, site: Site, factors: Sequence[Tensor]) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
+        """What a runtime is given: two cores."""
+        a, b = self.tables(site, factors)
+        modes = (len(a), len(b)), (a.shape[1], b.shape[2])
+        return "ttm", modes, (a.permute(2, 0, 1)[..., None], b.transpose(0, 1)[..., None])
+
+    def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
+        """The table."""
+        a, b = self.tables(site, factors)
+        found = torch.einsum("uar,lrb->ulab", a, b)
+        return found.reshape(len(a) * len(b), -1)[: site.shape[0]]
+
+    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+        """Rows of the table for indices of any shape; raises DataError for one that it does not have."""
+        if not torch.compiler.is_compiling():
+            _inside(x, site.shape[0])
+        a, b = self.tables(site, factors)
+        upper = torch.div(x, len(b), rounding_mode="floor")
+        # rows of flat tables are looked up as any embedding's are, by every runtime
+        rows = F.embedding(upper, a.flatten(1)).unflatten(-1, a.shape[1:])
+        found = rows @ F.embedding(x - upper * len(b), b.flatten(1)).unflatten(-1, b.shape[1:])
+        return found.flatten(-2)
+
+
+def _energy(rows: Tensor, second: Tensor | None) -> Tensor:
+    """Sum of squares of rows [n, columns], in the metric [1, columns, columns] if there is one."""
+    found: Tensor = ((rows if second is None else rows @ second[0]) * rows).sum()
+    return found
+
+
+def _inside(x: Tensor, rows: int) -> None:
+    if x.numel() and (int(x.min()) < 0 or int(x.max()) >= rows):
+        raise DataError(f"an index of {int(x.max())} is asked of a table of {rows} rows; indices are 0 to {rows - 1}")

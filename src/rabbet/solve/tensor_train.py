@@ -1,0 +1,100 @@
+"""Chains of small cores for a matrix whose two axes are read as several digits each (tensor trains).
+
+A matrix [m, n] of rank r is a product of two halves, [m, r] and [r, n]; each half is a chain of cores that starts at
+the middle. Core j of a half is [b, a, c]: a is the size of its digit, b the bond towards the middle and c the outward
+one; the outermost has c = 1. Digits are listed from the middle outwards, the innermost varying slowest.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rabbet.solve.whiten import principal
+
+
+def bonds(sizes: Sequence[int], rank: int, most: int | None) -> list[int]:
+    """Bonds of a half, from the middle (its rank) outwards (1); none is larger than `most`, nor than it can be."""
+    found = [rank]
+    for k in range(1, len(sizes)):
+        whole = min(found[-1] * sizes[k - 1], math.prod(sizes[k:]))
+        found.append(whole if most is None else min(most, whole))
+    return [*found, 1]
+
+
+def half(cores: Sequence[Tensor]) -> Tensor:
+    """What a chain stands for, [r, a_1 * ... * a_d]: contracted from the middle outwards."""
+    found = cores[0]
+    for core in cores[1:]:
+        found = found.reshape(-1, core.shape[0]) @ core.reshape(len(core), -1)
+    return found.reshape(len(cores[0]), -1)
+
+
+def split(matrix: Tensor, sizes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
+    """The cores of a half [r, n] by truncated SVDs from the outside inwards (TT-SVD, Oseledets 2011, algorithm 1)."""
+    cores: list[Tensor] = []
+    rest = matrix
+    for size, inner, outer in zip(sizes[:0:-1], ranks[-2:0:-1], ranks[:1:-1], strict=True):
+        u, s, v = torch.linalg.svd(rest.reshape(-1, size * outer).double(), full_matrices=False)
+        cores.append(v[:inner].view(inner, size, outer).to(matrix.dtype))
+        rest = (u[:, :inner] * s[:inner]).to(matrix.dtype)
+    cores.append(rest.reshape(ranks[0], sizes[0], ranks[1]))
+    return cores[::-1]
+
+
+def halves(
+    matrix: Tensor,
+    sizes: tuple[Sequence[int], Sequence[int]],
+    ranks: tuple[Sequence[int], Sequence[int]],
+    second: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Cores of the left [r, m] and the right half [r, n] of a matrix [m, n], near in `tr(D H D^T)`, H = second [n, n].
+
+    The middle is split by the SVD whitened by H; the right half becomes a chain, the left one the least-squares
+    solution for what that became, in whose own metric it becomes a chain in turn.
+    """
+    rank = ranks[0][0]
+    exact = matrix.double()
+    metric = None if second is None else second.double()
+    right = split(principal(exact, metric)[:, :rank].mT @ exact, sizes[1], ranks[1])
+    rows = half(right)
+    seen = rows if metric is None else rows @ metric
+    gram = seen @ rows.mT
+    gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(rank, dtype=gram.dtype)
+    root = torch.linalg.cholesky(gram)  # gram = C C^T: an error E of the left half weighs |C^T E|
+    best = torch.linalg.solve_triangular(root, seen @ exact.mT, upper=False)  # C^T times the solution [r, m]
+    left = split(best, sizes[0], ranks[0])
+    inner = torch.linalg.solve_triangular(root.mT, left[0].flatten(1), upper=True)
+    left[0] = inner.view_as(left[0])
+    return [c.to(matrix.dtype) for c in left], [c.to(matrix.dtype) for c in right]
+
+
+def refine(cores: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], evaluations: int) -> list[Tensor]:
+    """All cores at once, brought down by L-BFGS, then scaled to one deviation of their entries."""
+    moving = evened(cores)
+    if evaluations:
+        moving = [c.detach().contiguous().clone().requires_grad_() for c in moving]
+        optimiser = torch.optim.LBFGS(
+            moving, max_iter=evaluations, max_eval=evaluations, line_search_fn="strong_wolfe", tolerance_change=1e-12
+        )
+
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            found = loss(moving)
+            found.backward()
+            return found
+
+        with torch.enable_grad():
+            optimiser.step(closure)
+        moving = evened([c.detach() for c in moving])
+        if not all(torch.isfinite(c).all() for c in moving):
+            return evened(cores)
+    return moving
+
+
+def evened(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same product with cores of one deviation: they then learn, and are rounded, alike."""
+    sizes = [c.square().mean().clamp_min(1e-30).sqrt() for c in cores]
+    mean = torch.stack(sizes).log().mean().exp()
+    return [c * (mean / size) for c, size in zip(cores, sizes, strict=True)]
