@@ -6,7 +6,7 @@ from rabbet.engine import Engine
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
 from rabbet.grid import Grid
 from rabbet.layer import build, plan_of
-from rabbet.methods import ADMM, CGMQ, QUALITY, CoRa, Joint
+from rabbet.methods import ADMM, CGMQ, QUALITY, TTQAT, CoRa, Joint
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.runtime import Session
 from rabbet.search import Ranking
@@ -20,6 +20,7 @@ __all__ = [
     "ADMM",
     "CGMQ",
     "QUALITY",
+    "TTQAT",
     "Budget",
     "BudgetError",
     "CoRa",

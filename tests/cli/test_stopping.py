@@ -82,7 +82,12 @@ def test_a_stop_without_a_folder_tells_of_resume(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_ends_a_real_process_with_one_line(jobs, tmp_path):
     given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", jobs)
-    with _starts("compress", *given, start_new_session=True) as process:
+    # one that was started in the background may have been told to ignore the signal
+    listens = {
+        "start_new_session": True,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    with _starts("compress", *given, **listens) as process:
         while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)

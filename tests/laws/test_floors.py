@@ -24,7 +24,7 @@ FLOORS = (
     {"candidates", "calibrate", "gates"},
     {"workpiece"},
     {"runtime", "loop"},
-    {"sequence", "score", "search", "train", "allocate", "export", "bench"},
+    {"sequence", "score", "search", "distil", "train", "allocate", "export", "bench"},
     {"latency", "report"},
     {"methods"},
     {"compress"},
@@ -119,9 +119,8 @@ def test_nothing_is_unpickled():
 PUBLIC = {
     "ADMM", "Budget", "BudgetError", "CGMQ", "CoRa", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint",
     "LayerPlan", "ModelError", "Plan", "PlanError", "QUALITY", "RabbetError", "Ranking", "Result", "Session", "Survey",
-    "Task", "Term", "Tuning", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load", "plan", "plan_of",
-    "price",
-    "reopen", "survey",
+    "TTQAT", "Task", "Term", "Tuning", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load", "plan",
+    "plan_of", "price", "reopen", "survey",
 }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class TTM:
         upper = torch.div(x, len(b), rounding_mode="floor")
         # rows of flat tables are looked up as any embedding's are, by every runtime
         rows = F.embedding(upper, a.flatten(1)).unflatten(-1, a.shape[1:])
-        found = rows @ F.embedding(x - upper * len(b), b.flatten(1)).unflatten(-1, b.shape[1:])
+        found: Tensor = rows @ F.embedding(x - upper * len(b), b.flatten(1)).unflatten(-1, b.shape[1:])
         return found.flatten(-2)
 
 

@@ -5,12 +5,14 @@ from rabbet.methods.base import Fitted, Method
 from rabbet.methods.cgmq import CGMQ
 from rabbet.methods.cora import CoRa
 from rabbet.methods.joint import QUALITY, Joint
+from rabbet.methods.ttqat import TTQAT
 
 METHODS: dict[str, type[Method]] = {
     "joint": Joint,
     "admm": ADMM,
     "cora": CoRa,
     "cgmq": CGMQ,
+    "ttqat": TTQAT,
 }
 
-__all__ = ["ADMM", "CGMQ", "METHODS", "QUALITY", "CoRa", "Fitted", "Joint", "Method"]
+__all__ = ["ADMM", "CGMQ", "METHODS", "QUALITY", "TTQAT", "CoRa", "Fitted", "Joint", "Method"]

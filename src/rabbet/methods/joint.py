@@ -72,7 +72,9 @@ class Joint:
             return piece.cost(chosen(choice))
 
         require_feasible(table, budget, piece.float_cost, exact)
-        scores, kept = self._scores(piece)
+        # what is no cheaper by any count may still be faster
+        menus = {s.name: self.menu(s) for s in piece.survey}
+        scores, kept = scored(piece, menus, prune=piece.clock is None)
         table = [[row[k] for k in ks] for row, ks in zip(table, kept, strict=True)]
         return chosen(allocate(scores, table, budget, piece.float_cost, exact))
 
@@ -113,25 +115,26 @@ class Joint:
         plan = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
         return Option(plan, piece.layer_cost(site, plan))
 
-    def _scores(self, piece: Workpiece) -> tuple[list[list[float]], list[list[int]]]:
-        """For each layer the entries of its menu that were solved, and what each does to the network's output."""
-        # what is no cheaper by any count may still be faster
-        prune = piece.clock is None
-        results = solve_menus(piece, "solving layers", {s.name: self.menu(s) for s in piece.survey}, prune)
-        changes: dict[str, Tensor] = {}
-        kept: list[list[int]] = []
-        for site in piece.survey:
-            menu, weight, result = self.menu(site), piece.weight(site), results[site.name]
-            kept.append([k for k in range(len(menu)) if f"{k}.error" in result])
-            solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in kept[-1]]
-            changes[site.name] = torch.stack(solved) - weight
-        errors = output_errors(piece, changes)
-        return [errors[s.name].tolist() for s in piece.survey], kept
-
     def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:
         """Each line is solved for itself: the same plan gives the same numbers, chosen here or made by hand."""
         results = solve_menus(piece, "solving the plan", {layer.name: (layer.terms,) for layer in plan})
         return {layer.name: read_numbers(results[layer.name], (layer.terms,), 0) for layer in plan}
+
+
+def scored(
+    piece: Workpiece, menus: dict[str, tuple[Terms, ...]], prune: bool = False
+) -> tuple[list[list[float]], list[list[int]]]:
+    """For each layer what each entry of its menu that was solved does to the network's output, and which those are."""
+    results = solve_menus(piece, "solving layers", menus, prune)
+    changes: dict[str, Tensor] = {}
+    kept: list[list[int]] = []
+    for site in piece.survey:
+        menu, weight, result = menus[site.name], piece.weight(site), results[site.name]
+        kept.append([k for k in range(len(menu)) if f"{k}.error" in result])
+        solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in kept[-1]]
+        changes[site.name] = torch.stack(solved) - weight
+    errors = output_errors(piece, changes)
+    return [errors[s.name].tolist() for s in piece.survey], kept
 
 
 def solve_menus(

@@ -1,0 +1,218 @@
+"""What a float transformer shows a compressed one besides its outputs: hidden states and attention probabilities.
+
+Any stack of blocks is looked into from outside: hidden states are what goes into the first block and comes out of
+each, attention is seen where torch computes it, in a fused call or as a softmax over [batch, heads, query, key].
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rabbet.errors import ModelError
+from rabbet.survey import Survey
+from rabbet.task import Batch, outputs, tensors
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One pass: hidden states [batch, places, width] before the first block and after each; attention; outputs."""
+
+    hidden: Sequence[Tensor]
+    attention: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+
+def block_names(model: nn.Module, survey: Survey) -> list[str]:
+    """The blocks of a network: the list or chain of modules that holds the most layers of the survey.
+
+    Raises ModelError if there is none of at least two blocks.
+    """
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and name:
+            counts[name] = sum(s.name.startswith(f"{name}.") for s in survey)
+    best = max(counts, key=lambda n: counts[n], default="")
+    if not counts or not counts[best]:
+        raise ModelError("no stack of blocks is found to teach one by one; name them: blocks=('layer.0', 'layer.1')")
+    return [f"{best}.{name}" for name, _ in model.get_submodule(best).named_children()]
+
+
+class Look:
+    """Runs a network and keeps what its blocks show."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        named = dict(model.named_modules())
+        missing = next((b for b in blocks if b not in named), None)
+        if missing is not None:
+            raise ModelError(f"there is no block {missing!r} in this network")
+        self.blocks = [named[b] for b in blocks]
+
+    def __call__(self, run: Any) -> Shown:
+        """What `run()` shows; it returns the network's output."""
+        hidden: dict[int, Tensor] = {}
+        hooks: list[Any] = []
+        for k, block in enumerate(self.blocks):
+            if k == 0:
+                hooks.append(block.register_forward_pre_hook(_first(hidden), with_kwargs=True))
+            hooks.append(block.register_forward_hook(_after(hidden, k + 1)))
+        try:
+            with _Attention() as seen:
+                found = outputs(run())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Shown([hidden[k] for k in sorted(hidden)], seen.found, found)
+
+
+def _first(hidden: dict[int, Tensor]) -> Any:
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden[0] = next(t for t in tensors([args, kwargs]) if t.is_floating_point())
+
+    return hook
+
+
+def _after(hidden: dict[int, Tensor], place: int) -> Any:
+    def hook(_: nn.Module, __: Any, out: Any) -> None:
+        hidden[place] = next(t for t in tensors(out) if t.is_floating_point())
+
+    return hook
+
+
+class _Attention(TorchFunctionMode):
+    """Collects attention probabilities, [batch, heads, query, key], in the order in which they are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self.found.append(_probabilities(dict(zip(ARGUMENTS, args, strict=False)) | kwargs))
+        elif func in (F.softmax, torch.softmax, Tensor.softmax) and result.ndim == 4:
+            self.found.append(result)
+        return result
+
+
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def _probabilities(given: dict[str, Any]) -> Tensor:
+    """What a fused attention call keeps to itself; given: its arguments by name."""
+    query, key, mask = given["query"], given["key"], given.get("attn_mask")
+    if given.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scale = given.get("scale")
+    scores: Tensor = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if given.get("is_causal"):
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(~ones.tril(), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What of a network is compared, and how much each counts.
+
+    depth: hidden states of so many blocks, from the bottom or, if `top`, from the top; None: all. answers: whether
+    the outputs count. scores: outputs are scores of classes over their last axis; else they are compared as numbers.
+    """
+
+    depth: int | None = None
+    top: bool = False
+    answers: bool = True
+    scores: bool = True
+    hidden: float = 1.0
+    attention: float = 1.0
+    weight: float = 1.0
+
+    def loss(self, ours: Shown, theirs: Shown, mask: Tensor | None) -> Tensor:
+        """The distance of two passes over the same batch, a scalar; mask: [batch, places], 1 for real places.
+
+        Hidden states: mean squared error plus 1 - cosine; attention and scores: divergence of the distributions.
+        """
+        total = ours.outputs[0].new_zeros(())
+        pairs = self._chosen(list(zip(ours.hidden, theirs.hidden, strict=True)))
+        if self.hidden and pairs:
+            apart = [_apart(a, b, mask) for a, b in pairs]
+            total = total + self.hidden * torch.stack(apart).mean()
+        looks = self._chosen(list(zip(ours.attention, theirs.attention, strict=True)))
+        if self.attention and looks:
+            total = total + self.attention * torch.stack([_diverged(a, b, mask) for a, b in looks]).mean()
+        if self.answers:
+            for a, b in zip(ours.outputs, theirs.outputs, strict=True):
+                total = total + self.weight * (_kl(a, b, mask) if self.scores else _error(a, b, mask))
+        return total
+
+    def _chosen(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        if self.depth is None:
+            return pairs
+        return pairs[-self.depth :] if self.top else pairs[: self.depth]
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """The `attention_mask` of a batch that is a mapping, [batch, places]; None if it has none."""
+    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return found if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
+def _real(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows [n, width] of the places that count; a tensor without places has only its batch."""
+    if mask is None or x.shape[:2] != mask.shape:
+        return x.flatten(0, -2)
+    return x[mask.bool()]
+
+
+def _apart(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    a, b = _real(ours, mask), _real(theirs, mask)
+    return F.mse_loss(a, b) + (1 - F.cosine_similarity(a, b, -1)).mean()
+
+
+def _error(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    a, b = _real(ours, mask), _real(theirs, mask)
+    return (a - b).square().mean() / b.square().mean().clamp_min(1e-12)
+
+
+def _kl(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    a, b = _real(ours, mask), _real(theirs, mask)
+    return F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def _diverged(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean divergence of attention [batch, heads, query, key] over the queries that count."""
+    each = (theirs * ((theirs + 1e-8).log() - (ours + 1e-8).log())).sum(-1).mean(1)  # [batch, query]
+    return each.mean() if mask is None or each.shape != mask.shape else each[mask.bool()].mean()
+
+
+@dataclass
+class Teacher:
+    """What a float network shows of each of a list of batches, computed once as far as memory allows.
+
+    most: bytes that may be kept; what does not fit is computed each time.
+    """
+
+    look: Look
+    most: int = 2**31
+    kept: dict[int, Shown] = field(default_factory=dict)
+    used: int = 0
+
+    def show(self, place: int, run: Any) -> Shown:
+        """Batch number `place`, which `run()` runs."""
+        if place in self.kept:
+            return self.kept[place]
+        with torch.no_grad():
+            found = self.look(run)
+        size = sum(t.numel() * t.element_size() for t in (*found.hidden, *found.attention, *found.outputs))
+        if self.used + size <= self.most:
+            self.kept[place] = found
+            self.used += size
+        return found

@@ -1,0 +1,391 @@
+"""TTQAT: transformers as tensor trains, trained on their grid, taught by the float network (arXiv 2306.01076).
+
+Linears become chains of cores, the table of words a tensor-train matrix. They start where the float weights, in the
+metric of their inputs, lie nearest; learn in float what the float network's blocks show; then on their grids, with
+scales that are learnt as well (LSQ).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.allocate import Option, allocate, require_feasible
+from rabbet.calibrate import calibrate_ranges
+from rabbet.cost import Budget, Cost
+from rabbet.distil import Lesson, Look, Teacher, block_names, mask_of
+from rabbet.engine import Job, Tensors, content_key
+from rabbet.errors import DataError, PlanError, check_choices
+from rabbet.forms import FORMS, Aim, Contracted
+from rabbet.grid import Grid, Quantised, stored
+from rabbet.layer import ActQuant, Compressed, Factor, build, compressed_layers, validate
+from rabbet.loop import Course, run, shared
+from rabbet.methods.base import Fitted
+from rabbet.methods.joint import scored
+from rabbet.plan import LayerPlan, Plan, Term
+from rabbet.site import Site
+from rabbet.task import Batch, examples, suited, tensors
+from rabbet.workpiece import Workpiece
+
+HELD = 0.1  # share of the batches that choose between epochs and are not trained on
+FLOAT = 32
+STEPS = 60  # evaluations of the error of one decomposition
+
+
+@dataclass(frozen=True)
+class TTQAT:
+    """Tensor trains of a uniform rank, or of ranks and bits chosen under the budget.
+
+    rank, table: of linears and of tables of words; None: chosen from `ranks`. bits: of the cores; several: chosen.
+    rest: bits of what is smaller as it is, and of what is no chain. act: bits of the inputs and of the tensor between
+    the halves; None: float (the paper's mode 1). start: cores from the float weights, in the metric of the inputs or
+    plainly, or random ones (the paper's). epochs: in float; finish: epochs on the grid. order: hidden states are
+    matched all at once, or block by block from the bottom or the top, outputs only in the second half of the epochs.
+    rate: Adam's, relative to the deviation of what it moves. hidden, attention, answers: weights of what is taught;
+    labels: of the task's own loss, if it has one. scores: whether outputs are scores of classes. whole: names of layers
+    that stay as they are, on `rest` bits. blocks: names of the modules to match, if they are not to be found. memory:
+    bytes that the float network's answers may take. Batches are taken as they are; the best epoch on the grid is chosen
+    by `Task.evaluate`, which then should not see what is trained on, or else by batches that are held back.
+    """
+
+    bits: int | tuple[int, ...] = 4
+    rank: int | None = 20
+    table: int | None = 20
+    ranks: tuple[int, ...] = (6, 10, 14, 20, 28, 40)
+    rest: int = 8
+    act: int | None = None
+    start: Literal["metric", "plain", "random"] = "metric"
+    epochs: int = 16
+    finish: int = 8
+    order: Literal["all", "bottom", "top"] = "all"
+    rate: float = 1e-2
+    hidden: float = 1.0
+    attention: float = 1.0
+    answers: float = 1.0
+    labels: float = 1.0
+    scores: bool = True
+    whole: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    memory: int = 2**31
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for bits in self.widths:
+            Grid(bits)
+        Grid(self.rest)
+        if self.act is not None:
+            Grid(self.act, "unsigned")
+        for name in ("rank", "table"):
+            if (found := getattr(self, name)) is not None and found < 1:
+                raise PlanError(f"{name} is at least 1, or None to be chosen; found {found}")
+        if not self.ranks or min(self.ranks) < 1:
+            raise PlanError(f"ranks are numbers of at least 1; found {self.ranks}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that cores may have."""
+        return (self.bits,) if isinstance(self.bits, int) else self.bits
+
+    def plan(self, piece: Workpiece, budget: Budget) -> Plan:
+        """Chains at the given rank, or at those that harm least under the budget; see `Method.plan`."""
+        menus = {site.name: self.menu(site) for site in piece.survey}
+        table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
+
+        def exact(choice: object) -> Cost:
+            return piece.cost(Plan(tuple(r[k].plan for r, k in zip(table, choice, strict=True))))  # type: ignore[call-overload]
+
+        require_feasible(table, budget, piece.float_cost, exact)
+        if all(len(row) == 1 for row in table):
+            return Plan(tuple(row[0].plan for row in table))
+        scores, _ = scored(piece, menus)
+        choice = allocate(scores, table, budget, piece.float_cost, exact)
+        return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
+
+    def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
+        """What may become of a layer: chains that are smaller than the layer itself on `rest` bits, else that."""
+        plain = Term("dense", Grid(self.rest, axis=0))
+        name, given = ("ttm", self.table) if site.kind == "embedding" else ("tt", self.rank)
+        full = 0 if site.stride else FORMS[name].full_rank(site)
+        found = []
+        for rank in () if site.name in self.whole else self.ranks if given is None else (given,):
+            for bits in self.widths:
+                term = Term(name, Grid(bits, "half" if bits == 2 else "signed"), min(rank, full))
+                if full and _size(site, term) < _size(site, plain):
+                    found.append((term,))
+        free = given is None or not found
+        return tuple(dict.fromkeys([*found, *([(plain,)] if free else [])]))
+
+    def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
+        line = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
+        return Option(line, piece.layer_cost(site, line))
+
+    def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
+        """Start, teach in float, teach on the grid, and go back to the best epoch on the grid; see `Method.fit`."""
+        validate(plan, piece.survey)
+        other = next((x for x in plan if len(x.terms) > 1), None)
+        if other is not None:
+            raise PlanError(f"TTQAT trains layers of one term; {other} has {len(other.terms)}")
+        course = _Taught(self, piece, plan)
+        before, after = course.train()
+        made = course.network()
+        return Fitted(made, (f"taught {course.steps} steps; held-back {course.measure} {before:.4g} -> {after:.4g}",))
+
+
+def _size(site: Site, term: Term) -> int:
+    return sum(math.prod(s) for s in term.how.shapes(site, term.rank)) * term.grid.bits
+
+
+def start_cores(
+    weight: Tensor, second: Tensor | None = None, *, site: Site, term: Term, start: str, seed: int
+) -> Tensors:
+    """Float factors that a layer starts from, by their place: a job for an engine.
+
+    Random ones are normal, the variance of the weight that they make 1 / (inputs + outputs), of a table 1 / columns.
+    """
+    form = term.how
+    if start == "random" and isinstance(form, Contracted):
+        shapes = form.shapes(site, term.rank)
+        # each bond is summed over once, and is an end of two cores
+        paths = math.sqrt(math.prod(s[0] * s[-1] for s in shapes))
+        variance = 1 / (site.shape[1] if site.kind == "embedding" else site.columns + site.shape[0])
+        deviation = (variance / paths) ** (0.5 / len(shapes))
+        generator = torch.Generator().manual_seed(seed)
+        return {str(k): deviation * torch.randn(s, generator=generator) for k, s in enumerate(shapes)}
+    metric = second if start == "metric" else None
+    return {str(k): f for k, f in enumerate(form.decompose(site, weight, term.rank, metric, Aim(steps=STEPS)))}
+
+
+class Latent(Factor):
+    """A factor that trains: a float tensor and, once it is on its grid, the scale."""
+
+    def __init__(self, value: Tensor, grid: Grid) -> None:
+        scale = torch.ones(grid.scale_shape(tuple(value.shape)))
+        super().__init__(Quantised(grid, torch.zeros_like(value), scale))
+        self.value = nn.Parameter(value.detach().float().clone(), requires_grad=False)
+        self.on = False
+
+    def forward(self) -> Tensor:
+        """The values."""
+        return self.grid.fake(self.value, self.scale) if self.on else self.value
+
+    def settle(self) -> None:
+        """Put on the grid, with the scale of least squared error."""
+        self.scale.copy_(self.grid.mse(self.value.detach()))
+        self.on = True
+
+    @property
+    def numbers(self) -> Quantised:
+        """As a file holds them."""
+        scale = stored(self.scale.detach())
+        return Quantised(self.grid, self.grid.codes(self.value.detach(), scale), scale)
+
+
+class _Taught(Course):
+    """A student of latents, its teacher, and the best state on the grid."""
+
+    def __init__(self, method: TTQAT, piece: Workpiece, plan: Plan) -> None:
+        self.method, self.piece, self.plan = method, piece, plan
+        batches = piece.task.read()
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(piece.seed)).tolist()
+        count = 0 if piece.task.evaluate is not None else max(1, round(HELD * len(batches)))
+        if len(batches) <= count:
+            raise DataError("teaching needs at least two batches, one of them to be held back; make them smaller")
+        self.held = [batches[k] for k in order[:count]]
+        self.batches = [batches[k] for k in order[count:]]
+        self.turn = method.epochs * len(self.batches)
+        self.steps = self.turn + method.finish * len(self.batches)
+        self.student = build(piece.model, plan, piece.survey)
+        self.layers = compressed_layers(self.student)
+        self._seat()
+        names = list(method.blocks) or block_names(piece.model, piece.survey)
+        self.depth = len(names) + 1
+        self.whole = Lesson(
+            scores=method.scores, hidden=method.hidden, attention=method.attention, weight=method.answers
+        )
+        self.look = Look(self.student, names)
+        self.teacher = Teacher(Look(piece.model, names), method.memory)
+        for latent in self._latents():  # scales have their size, and so their rate, before they are used
+            latent.settle()
+            latent.on = False
+        if self._acts:
+            calibrate_ranges(self.student, piece.task, piece.seed)
+        self.groups = [{"params": [p], "base": method.rate * _reach(p)} for p in self._learning()]
+        self.best: dict[str, Tensor] = {}
+        self.most = torch.tensor(-math.inf, dtype=torch.float64)
+        self.now = math.nan
+
+    @property
+    def measure(self) -> str:
+        """What chooses between epochs, in words."""
+        return "loss" if self.piece.task.evaluate is None else "score"
+
+    def _seat(self) -> None:
+        """Latents in place of all factors, at their start."""
+        piece, moments = self.piece, self.piece.moments() if self.method.start == "metric" else {}
+        jobs: list[Job] = []
+        for line in self.plan:
+            site = piece.survey[line.name]
+            given = {"weight": piece.weight(site)} | ({"second": moments[site.name]} if site.name in moments else {})
+            term = line.terms[0]
+            settings = {"site": site, "term": term, "start": self.method.start, "seed": piece.seed}
+            jobs.append((start_cores, given, settings))
+        for line, found in zip(self.plan, piece.engine.run("decomposing layers", jobs), strict=True):
+            layer = self.layers[line.name]
+            parts = cast(nn.ModuleList, layer.terms[0])
+            for k, factor in enumerate(layer.factors[0]):
+                parts[k] = Latent(found[str(k)], factor.grid).to(factor.codes.device)
+
+    def _latents(self) -> list[Latent]:
+        return [cast(Latent, f) for layer in self.layers.values() for f in layer.factors[0]]
+
+    @property
+    def _acts(self) -> list[ActQuant]:
+        return [act for layer in self.layers.values() for act in layer.quantisers]
+
+    def _learning(self) -> list[Tensor]:
+        """Everything that moves: values, scales, ranges, biases, and what no line of the plan covers."""
+        found: list[Tensor] = []
+        for layer in self.layers.values():
+            for latent in layer.factors[0]:
+                found += [cast(Latent, latent).value, latent.scale]
+            found += [] if layer.bias is None else [layer.bias]
+        inside = {id(p) for m in self.student.modules() if isinstance(m, Compressed) for p in m.parameters()}
+        found += [act.scale for act in self._acts]
+        return found + [p for p in self.student.parameters() if id(p) not in inside]
+
+    def rate(self, step: int) -> float:
+        """A cosine over the epochs in float, and half as high a one over those on the grid."""
+        first = step < self.turn
+        place, whole = (step, self.turn) if first else (step - self.turn, self.steps - self.turn)
+        height = 1.0 if first else 0.5
+        return height * max(0.5 * (1 + math.cos(math.pi * place / whole)), 0.01) * min(1.0, (place + 1) / 50)
+
+    def loss(self, step: int) -> Tensor:
+        if step == self.turn:
+            self._settle()
+        epoch, place = divmod(step, len(self.batches))
+        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
+        k = int(torch.randperm(len(self.batches), generator=generator)[place])
+        found = self.on(self.batches[k], k, self._lesson(step))
+        self.now = float(found.detach())
+        return found
+
+    def _lesson(self, step: int) -> Lesson:
+        if self.method.order == "all":
+            return self.whole
+        each = max(1, self.steps // (2 * (self.depth - 1)))  # half the steps walk the blocks
+        depth = min(1 + step // each, self.depth)
+        top = self.method.order == "top"
+        return replace(self.whole, depth=depth, top=top, answers=depth == self.depth)
+
+    def on(self, batch: Batch, place: int, lesson: Lesson) -> Tensor:
+        """The loss of a batch; `place` tells the teacher which it is."""
+        task = self.piece.task
+        batch = shared(batch)
+        theirs = self.teacher.show(place, lambda: task.run(self.piece.model, batch))
+        held: list[object] = []
+
+        def ours() -> object:
+            held.append(task.run(self.student, batch))
+            return held[0]
+
+        shown = self.look(ours)
+        mask = mask_of(batch)
+        found = lesson.loss(shown, theirs, None if mask is None else mask.to(shown.outputs[0].device))
+        if task.loss is not None and lesson.answers and self.method.labels:
+            found = found + self.method.labels * task.loss(held[0], suited(batch, self.student))
+        return found
+
+    def _settle(self) -> None:
+        """From float onto the grids."""
+        with torch.no_grad():
+            for latent in self._latents():
+                latent.settle()
+            if self._acts:
+                calibrate_ranges(self.student, self.piece.task, self.piece.seed)
+
+    def judged(self) -> float:
+        """The user's own score of the student, or the negative loss of held-back batches; larger is better."""
+        task = self.piece.task
+        if task.evaluate is not None:
+            return float(task.evaluate(self.student))
+        with torch.no_grad():
+            found = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
+        weights = torch.tensor([float(examples(b)) for b in self.held])
+        return -float((torch.stack(found).cpu() * weights).sum() / weights.sum())
+
+    def stepped(self, step: int) -> None:
+        if step >= self.turn and (step + 1) % len(self.batches) == 0:
+            self.remember()
+
+    def remember(self) -> None:
+        """Keep the state if it is the best so far."""
+        found = self.judged()
+        if found > float(self.most):
+            self.most = torch.tensor(found, dtype=torch.float64)
+            self.best = {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
+
+    def train(self) -> tuple[float, float]:
+        """Train to the end and go back to the best epoch; how the start and the end are judged."""
+        piece = self.piece
+        for act in self._acts:
+            act.observer = _unseen
+        before = self.judged()
+        given = {f"in{k}": t for k, t in enumerate(t for b in piece.task.read() for t in tensors(b))}
+        start = {str(k): p.detach() for k, p in enumerate(self._learning())}
+        facts = {"method": self.method, "seed": piece.seed, "plan": self.plan.compact}
+        key = content_key("ttqat", start | given, facts)
+        if self.steps:
+            run(self, piece.engine, key, "teaching", max(len(self.batches), 1))
+        if not self.best:  # no epoch on the grid
+            self._settle()
+            self.remember()
+        self._take(self.best)
+        sign = 1 if piece.task.evaluate is not None else -1
+        return sign * before, sign * float(self.most)
+
+    def _take(self, kept: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for k, p in enumerate(self._learning()):
+                p.copy_(kept[str(k)])
+
+    @property
+    def detail(self) -> str:
+        return f"loss {self.now:.3g}"
+
+    def state(self) -> dict[str, Tensor]:
+        """The best state, and whether the latents are on their grids."""
+        kept = {"most": self.most, "on": torch.tensor(any(x.on for x in self._latents()))}
+        kept |= {f"zero.{k}": z for k, z in enumerate(act.zero for act in self._acts)}
+        return kept | {f"best.{k}": v for k, v in self.best.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.most = state["most"]
+        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+        for k, act in enumerate(self._acts):
+            act.zero.copy_(state[f"zero.{k}"])
+            if state["on"]:
+                act.observer, act.ready = None, True
+        for latent in self._latents():
+            latent.on = bool(state["on"])
+
+    def network(self) -> nn.Module:
+        """The student with integers in place of the latents."""
+        for layer in self.layers.values():
+            parts = cast(nn.ModuleList, layer.terms[0])
+            for k, latent in enumerate(layer.factors[0]):
+                parts[k] = Factor(latent.numbers).to(latent.codes.device)
+            for act in layer.quantisers:
+                act.scale.clamp_(min=1e-12)
+        return self.student.requires_grad_(False)
+
+
+def _unseen(_: Tensor) -> None:
+    """Lets activations pass while a network learns in float."""
+
+
+def _reach(p: Tensor) -> float:
+    """The deviation that a rate refers to: neither that of a bias that starts at zero nor that of a norm's gain."""
+    return float(p.detach().square().mean().sqrt().clamp(0.02, 0.2)) if p.numel() > 1 else float(p.detach().abs())
