@@ -61,10 +61,13 @@ class Look:
             if k == 0:
                 hooks.append(block.register_forward_pre_hook(_first(hidden), with_kwargs=True))
             hooks.append(block.register_forward_hook(_after(hidden, k + 1)))
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one fused call hides what is looked for
         try:
             with _Attention() as seen:
                 found = outputs(run())
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
         return Shown([hidden[k] for k in sorted(hidden)], seen.found, found)
@@ -93,12 +96,25 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._from_module(args, kwargs)
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.found.append(_probabilities(dict(zip(ARGUMENTS, args, strict=False)) | kwargs))
         elif func in (F.softmax, torch.softmax, Tensor.softmax) and result.ndim == 4:
             self.found.append(result)
         return result
+
+    def _from_module(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What `nn.MultiheadAttention` computes, asked for its weights head by head."""
+        out, each = F.multi_head_attention_forward(
+            *args, **(kwargs | {"need_weights": True, "average_attn_weights": False})
+        )
+        assert each is not None
+        self.found.append(each)
+        if not kwargs.get("need_weights", True):
+            return out, None
+        return out, each.mean(1) if kwargs.get("average_attn_weights", True) else each
 
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

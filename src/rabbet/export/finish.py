@@ -38,6 +38,10 @@ def _finished(layer: Compressed) -> Compressed:
             numbers.append([f.numbers for f in factors])
             continue
         name, modes, made = form.finished(layer.site, [f() for f in factors])
+        if [m.shape for m in made] == [f.codes.shape for f in factors]:  # finished already
+            terms.append(term)
+            numbers.append([f.numbers for f in factors])
+            continue
         grid = Grid(BITS, axis=0 if name == "lowrank" else None)
         terms.append(Term(name, grid, len(made[0]), modes))
         numbers.append([Quantised.nearest(m, grid) for m in made])

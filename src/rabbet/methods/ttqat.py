@@ -163,7 +163,8 @@ class Latent(Factor):
     def __init__(self, value: Tensor, grid: Grid) -> None:
         scale = torch.ones(grid.scale_shape(tuple(value.shape)))
         super().__init__(Quantised(grid, torch.zeros_like(value), scale))
-        self.value = nn.Parameter(value.detach().float().clone(), requires_grad=False)
+        # one layout, whether computed now or read from a folder: sums in another order would be other bytes
+        self.value = nn.Parameter(value.detach().float().contiguous().clone(), requires_grad=False)
         self.on = False
 
     def forward(self) -> Tensor:

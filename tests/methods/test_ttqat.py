@@ -1,0 +1,351 @@
+"""TTQAT on small transformers: plans, teaching, what is handed out, and what is refused."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import rand
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import rabbet
+from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError, Task
+from rabbet.distil import Lesson, Look, Shown, Teacher, block_names
+from rabbet.engine import silent
+from rabbet.methods.ttqat import start_cores
+from rabbet.plan import Term
+from rabbet.runtime import Session
+from rabbet.site import Site
+
+SHORT = {"rank": 6, "table": 6, "epochs": 3, "finish": 2, "scores": False}
+
+
+def bert(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=90, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=96, max_position_embeddings=16, **kwargs)  # fmt: skip
+    return BertModel(config).eval()
+
+
+def sentences(count=6, size=4):
+    found = []
+    for k in range(count):
+        generator = torch.Generator().manual_seed(k)
+        ids = torch.randint(1, 90, (size, 10), generator=generator)
+        mask = torch.ones(size, 10, dtype=torch.long)
+        mask[0, 6:] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def forms(plan):
+    return {line.name: line.terms[0].form for line in plan}
+
+
+@pytest.fixture(scope="module")
+def made():
+    model, data = bert(), sentences()
+    return model, data, rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT))
+
+
+def test_linears_become_tensor_trains_and_the_words_a_tensor_train_matrix(made):
+    model, _, result = made
+    found = forms(result.plan)
+    assert found["embeddings.word_embeddings"] == "ttm"
+    assert {found[n] for n in found if n.startswith("encoder.")} == {"tt"}
+    assert all(line.terms[0].grid.bits == 4 for line in result.plan if "encoder" in line.name)
+    assert result.cost.bytes <= 0.2 * result.float_cost.bytes
+    assert next(model.parameters()).requires_grad
+
+
+def test_the_file_is_the_network(made, tmp_path):
+    _, data, result = made
+    path = tmp_path / "small.safetensors"
+    assert result.save(path) == result.cost.bytes == path.stat().st_size
+    again = rabbet.load(path, bert(seed=5))
+    for batch in data:
+        assert torch.equal(again(**batch)[0], result.model(**batch)[0])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_the_model_is_not_touched(made, tmp_path):
+    _, data, result = made
+    model = bert()
+    before = copy.deepcopy(model.state_dict())
+    again = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    result.save(tmp_path / "a")
+    again.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def apart(result, model, data):
+    with torch.no_grad():
+        pairs = [(result.model(**b)[0], model(**b)[0]) for b in data]
+    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
+
+
+def test_teaching_brings_the_student_nearer():
+    model, data = bert(), sentences()
+    errors = []
+    for epochs, finish in ((0, 0), (15, 10)):
+        method = TTQAT(**SHORT | {"epochs": epochs, "finish": finish, "rate": 0.03})
+        errors.append(apart(rabbet.compress(model, "bytes <= 20%", data, method), model, data))
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("act", [8, 4])
+def test_inputs_are_quantised_where_asked(act, tmp_path):
+    model, data = bert(), sentences()
+    result = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT | {"act": act}))
+    assert {line.act for line in result.plan if "embeddings" not in line.name} == {act}
+    if act == 8:
+        written = result.export(tmp_path / "small.onnx")
+        assert written.notes == ()
+        session = Session((tmp_path / "small.onnx").read_bytes())
+        found = session.run(session.feed(list(data[1].values())))[0]
+        assert torch.allclose(torch.from_numpy(found), result.model(**data[1])[0], atol=0.3)
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path):
+    model, data = bert(), sentences()
+    method = TTQAT(**SHORT | {"act": 8})
+    whole = rabbet.compress(model, "bytes <= 20%", data, method)
+
+    def stops(stage, done, _):
+        if stage.startswith("teaching") and done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rabbet.compress(model, "bytes <= 20%", data, method, engine=Engine(folder=tmp_path, progress=stops))
+    steps = []
+
+    def counted(stage, done, _):
+        if stage.startswith("teaching"):
+            steps.append(done)
+
+    again = rabbet.compress(model, "bytes <= 20%", data, method, engine=Engine(folder=tmp_path, progress=counted))
+    assert steps[0] == 16  # batches are 6, one held back: a checkpoint every 5 steps
+    whole.save(tmp_path / "a")
+    again.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("order", ["all", "bottom", "top"])
+@pytest.mark.parametrize("start", ["metric", "plain", "random"])
+def test_every_order_and_start_runs(order, start):
+    model, data = bert(), sentences(3)
+    result = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT | {"order": order, "start": start}))
+    assert torch.isfinite(result.model(**data[0])[0]).all()
+
+
+def test_ranks_and_bits_are_chosen_under_the_budget():
+    model, data = bert(), sentences()
+    method = TTQAT(bits=(2, 4, 8), rank=None, table=None, ranks=(2, 6, 12), epochs=1, finish=1, scores=False)
+    engine = Engine()
+    sizes, chosen = [], []
+    for share in (12, 16, 30):
+        result = rabbet.compress(model, f"bytes <= {share}%", data, method, engine=engine)
+        sizes.append(result.cost.bytes / result.float_cost.bytes)
+        assert sizes[-1] <= share / 100
+        chosen.append({str(line.terms[0]) for line in result.plan})
+    assert all(b > a for a, b in itertools.pairwise(sizes))
+    assert len(chosen[1]) > 2
+
+
+def test_a_budget_below_the_uniform_rank_is_refused_at_once():
+    def never(stage, *_):
+        raise AssertionError(stage)
+
+    with pytest.raises(BudgetError, match="smallest reachable value"):
+        rabbet.compress(bert(), "bytes <= 2%", sentences(), TTQAT(**SHORT), engine=Engine(progress=never))
+
+
+def test_layers_named_whole_stay_matrices():
+    name = "encoder.layer.0.output.dense"
+    plan = rabbet.plan(bert(), "bytes <= 30%", sentences(), TTQAT(**SHORT | {"whole": (name,)}))
+    assert str(plan[name]) == f"{name} dense@8c"
+
+
+def test_a_decoder_is_taught():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=4)).eval()
+    data = [{"input_ids": torch.randint(0, 60, (4, 9))} for _ in range(4)]
+    task = Task(data, forward=lambda m, b: m(**b, use_cache=False).logits)
+    result = rabbet.compress(model, "bytes <= 60%", task, TTQAT(rank=6, epochs=2, finish=2))
+    found = forms(result.plan)
+    assert found["transformer.h.0.attn.c_attn"] == "tt"
+    assert any("lm_head" in left.reason for left in result.survey.left)
+    assert result.notes[0].startswith("taught 12 steps")
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(40, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, ids):
+        return self.head(self.encoder(self.embed(ids)).mean(1))
+
+
+def test_a_plain_torch_transformer_is_taught_attention_included():
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    data = [torch.randint(0, 40, (4, 7)) for _ in range(4)]
+    look = Look(model, block_names(model, rabbet.survey(model, data[0])))
+    with torch.no_grad():
+        shown = look(lambda: model(data[0]))
+        assert torch.allclose(shown.outputs[0], model(data[0]), atol=1e-5)
+    assert [tuple(t.shape) for t in shown.hidden] == [(4, 7, 32)] * 3
+    assert [tuple(t.shape) for t in shown.attention] == [(4, 4, 7, 7)] * 2
+    assert all(torch.allclose(t.sum(-1), torch.ones(4, 4, 7)) for t in shown.attention)
+    result = rabbet.compress(model, "bytes <= 70%", data, TTQAT(rank=6, table=4, epochs=2, finish=2))
+    assert forms(result.plan)["encoder.layers.0.linear1"] == "tt"
+
+
+def test_labels_teach_and_the_users_score_chooses():
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    data = [(torch.randint(0, 40, (4, 7)), torch.randint(0, 5, (4,))) for _ in range(4)]
+    judged = []
+
+    def evaluate(m):
+        judged.append(m)
+        return float(len(judged) == 3)  # the second epoch on the grid, after the start and the first
+
+    seen = []
+
+    def loss(out, batch):
+        seen.append(batch[1])
+        return F.cross_entropy(out, batch[1])
+
+    task = Task(data, forward=lambda m, b: m(b[0]), evaluate=evaluate, loss=loss)
+    result = rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=3))
+    assert len(judged) == 4
+    assert len(seen) == 16
+    assert result.notes == ("taught 16 steps; held-back score 0 -> 1",)
+
+
+# Lessons
+
+
+def shown(seed, hidden=3):
+    return Shown(
+        [rand(2, 4, 6, seed=seed + k) for k in range(hidden)],
+        [rand(2, 3, 4, 4, seed=seed + k).softmax(-1) for k in range(hidden - 1)],
+        [rand(2, 5, seed=seed)],
+    )
+
+
+def test_a_lesson_is_zero_for_the_same_and_positive_else():
+    for lesson in (Lesson(), Lesson(1), Lesson(2, top=True), Lesson(scores=False), Lesson(answers=False)):
+        assert float(lesson.loss(shown(1), shown(1), None).abs()) < 1e-5
+        assert float(lesson.loss(shown(1), shown(9), None)) > 0.01
+
+
+@pytest.mark.parametrize(("lesson", "places"), [(Lesson(1), [0]), (Lesson(2), [0, 1]), (Lesson(1, top=True), [2])])
+def test_only_the_chosen_depth_counts(lesson, places):
+    ours, theirs = shown(1), shown(9)
+    before = float(lesson.loss(ours, theirs, None))
+    for k in range(3):
+        hidden = [t + 1 if j == k else t for j, t in enumerate(ours.hidden)]
+        changed = float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)) != before
+        assert changed == (k in places)
+
+
+def test_places_that_the_mask_excludes_do_not_count():
+    ours, theirs = shown(1), shown(9)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    lesson = Lesson()
+    before = float(lesson.loss(ours, theirs, mask))
+    hidden = [t + 5 * (1 - mask)[..., None] for t in ours.hidden]
+    assert float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, mask)) == pytest.approx(before)
+    assert float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)) != pytest.approx(before)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_seen_in_fused_calls_as_in_plain_ones(causal):
+    q, k, v = (rand(2, 3, 5, 4, seed=s) for s in (1, 2, 3))
+    bias = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf) if causal else 0
+
+    class Fused(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, k, v, is_causal=causal)
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            return (x @ k.mT / 2 + bias).softmax(-1) @ v
+
+    found = [Look(nn.Module(), [])(lambda m=m: m(q)).attention for m in (Fused(), Plain())]
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+
+
+def test_a_teacher_keeps_what_fits():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    calls = []
+
+    def run(k):
+        calls.append(k)
+        return model(rand(2, 4, seed=k))
+
+    size = 4 * 3 * 2 * 4 + 4 * 2 * 4  # hidden states and the output, once each
+    teacher = Teacher(Look(model, ["0", "1"]), most=size + 1)
+    for k in (0, 1, 0, 1):
+        teacher.show(k, lambda k=k: run(k))
+    assert calls == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("form", "shape"), [("tt", (24, 30)), ("ttm", (90, 48))])
+def test_random_cores_make_weights_of_the_stated_deviation(form, shape):
+    site = Site("x", "embedding" if form == "ttm" else "linear", shape)
+    term = Term.parse(f"{form}[8]@4")
+    weights = []
+    for seed in range(20):
+        found = start_cores(torch.zeros(shape), site=site, term=term, start="random", seed=seed)
+        weights.append(term.how.contract(site, [found[str(k)] for k in range(len(found))]))
+    wanted = 1 / shape[1] if form == "ttm" else 1 / sum(shape)
+    assert float(torch.stack(weights).var()) == pytest.approx(wanted, rel=0.4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bits": 9}, "use 1 .binary. or 2 to 8 bits"),
+        ({"bits": (4, 1)}, "does not exist"),
+        ({"rank": 0}, "rank is at least 1"),
+        ({"ranks": ()}, "ranks are numbers of at least 1"),
+        ({"order": "sideways"}, "order"),
+        ({"start": "warm"}, "start"),
+    ],
+)
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(PlanError, match=words):
+        TTQAT(**settings)
+
+
+def test_a_network_without_blocks_is_refused():
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(ModelError, match="no stack of blocks"):
+        rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2))
+    with pytest.raises(ModelError, match="no block 'nine'"):
+        rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("nine",)))
+    found = rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("0", "2")))
+    assert found.notes[0].startswith("taught 24 steps")
+
+
+def test_one_batch_is_not_enough():
+    with pytest.raises(DataError, match="at least two batches"):
+        rabbet.compress(bert(), "bytes <= 20%", sentences(1), TTQAT(**SHORT))
+
+
+def test_a_plan_with_adapters_is_refused():
+    plan = "pooler.dense dense@4c + lowrank[2]@8c"
+    with pytest.raises(PlanError, match="one term"):
+        rabbet.fit(bert(), plan, sentences(), TTQAT(**SHORT), engine=Engine(progress=silent))
