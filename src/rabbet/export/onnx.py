@@ -61,7 +61,11 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
     made = assemble(parcel.model, parcel.task, functions)
     compare_plain(made.plain, parcel.model, parcel.task)
     compare(made.content, made.plain, parcel.model, parcel.task)
-    return Written(write_beside(path, [made.content]), _floats(made.content, parcel, made.written))
+    short = Graph.read(made.content)
+    short.shorten()
+    content = short.bytes()
+    Session(content)  # opens
+    return Written(write_beside(path, [content]), _floats(made.content, parcel, made.written))
 
 
 @dataclass(frozen=True)
