@@ -32,6 +32,8 @@ class Task:
     forward: runs a model on a batch; the default passes the batch as arguments.
     evaluate: model -> one number, larger is better; reports use it where it is given.
     loss: (outputs, batch) -> a scalar to be made small, for methods that train on labels; the batch then holds them.
+    vary: (batch, generator) -> a batch of the same shapes that asks for the same answers, such as with words dropped;
+    methods that learn from batches as they are show it to the student, and the batch itself to its teacher.
     limit: examples used at most; the rest of a longer iterable is not read.
     """
 
@@ -40,6 +42,7 @@ class Task:
     evaluate: Callable[[nn.Module], float] | None = None
     limit: int = 2048
     loss: Callable[[Any, Batch], Tensor] | None = None
+    vary: Callable[[Batch, torch.Generator], Batch] | None = None
     _read: list[Batch] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod

@@ -230,6 +230,26 @@ def test_labels_teach_and_the_users_score_chooses():
     assert result.notes == ("taught 16 steps; held-back score 0 -> 1",)
 
 
+def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    data = [torch.randint(1, 40, (4, 7)) for _ in range(4)]
+    shown = {True: [], False: []}
+
+    def forward(m, ids):
+        shown[bool(rabbet.layer.compressed_layers(m))].append(int((ids == 0).sum()))
+        return m(ids)
+
+    def vary(ids, generator):
+        return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, 0)
+
+    task = Task(data, forward=forward, vary=vary)
+    rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=1))
+    assert set(shown[False]) == {0}
+    assert sum(n > 0 for n in shown[True]) == 6  # the steps; held-back batches are shown as they are
+    assert len({n for n in shown[True] if n}) > 1
+
+
 # Lessons
 
 

@@ -269,7 +269,8 @@ class _Taught(Course):
         epoch, place = divmod(step, len(self.batches))
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
         k = int(torch.randperm(len(self.batches), generator=generator)[place])
-        found = self.on(self.batches[k], k, self._lesson(step))
+        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
+        found = self.on(self.batches[k], k, self._lesson(step), generator)
         self.now = float(found.detach())
         return found
 
@@ -281,15 +282,16 @@ class _Taught(Course):
         top = self.method.order == "top"
         return replace(self.whole, depth=depth, top=top, answers=depth == self.depth)
 
-    def on(self, batch: Batch, place: int, lesson: Lesson) -> Tensor:
-        """The loss of a batch; `place` tells the teacher which it is."""
+    def on(self, batch: Batch, place: int, lesson: Lesson, generator: torch.Generator | None = None) -> Tensor:
+        """The loss of a batch; `place` tells the teacher which it is; generator: for what the student is shown."""
         task = self.piece.task
         batch = shared(batch)
         theirs = self.teacher.show(place, lambda: task.run(self.piece.model, batch))
+        given = batch if task.vary is None or generator is None else task.vary(batch, generator)
         held: list[object] = []
 
         def ours() -> object:
-            held.append(task.run(self.student, batch))
+            held.append(task.run(self.student, given))
             return held[0]
 
         shown = self.look(ours)

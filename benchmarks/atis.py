@@ -1,0 +1,312 @@
+"""Tensor trains on ATIS: bytes against intent and slots, beside a plain dense encoder of the same bytes.
+
+    python benchmarks/atis.py --keep FOLDER [--parts dense sizes control starts orders speed step] [--seeds 0 1 2]
+
+The dense model (2 blocks, width 768, 64 positions, words as they are) is trained by sentences.py. Float bytes: every
+float32 parameter. Accuracy is that of the written file; intent and slot F1 on dev and test together (1,393 sentences),
+on test alone behind the stroke. A tenth of the training sentences chooses between epochs. FOLDER keeps trained dense
+models and layers that were decomposed, so that parts can be run one by one.
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from common import head, machine, row
+from sentences import FIRST, UNKNOWN, Corpus, Recipe, Score, Sentences, Tagger, corpus, dense, loss, score
+from torch import Tensor, nn
+
+import rabbet
+from rabbet import TTQAT, Joint, Task, Tuning
+from rabbet.bench import time_files
+from rabbet.export.onnx import write_float
+from rabbet.loop import Course, run
+
+Named = dict[str, Tensor]
+WORDS = 0.1  # share of the words that the student is not shown
+SMALL = {"width": 80, "inner": 320, "heads": 4}
+HEADS = ("intent", "slots")
+PLACES = "encoder.embeddings.position_embeddings"
+
+
+def named(data: Sentences, size: int = 32) -> list[Named]:
+    """Batches by name."""
+    return [
+        {"ids": ids, "attention_mask": mask, "slots": slots, "intents": intents}
+        for ids, mask, slots, intents in data.batches(size)
+    ]
+
+
+def dropped(batch: Named, generator: torch.Generator) -> Named:
+    """The batch with words replaced by the unknown one."""
+    ids = batch["ids"]
+    lost = (torch.rand(ids.shape, generator=generator) < WORDS) & (ids > FIRST)
+    return dict(batch, ids=ids.masked_fill(lost, UNKNOWN))
+
+
+def task_of(data: Corpus) -> Task:
+    """All training sentences but the tenth that chooses."""
+    return Task(
+        named(data.train),
+        forward=lambda m, b: m(b["ids"], b["attention_mask"]),
+        loss=lambda out, b: loss(out, (b["ids"], b["attention_mask"], b["slots"], b["intents"])),
+        evaluate=lambda m: score(m, data.held).mean,
+        vary=dropped,
+        limit=10**6,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compressed model is on both measures, what its file takes, and how long an epoch took."""
+
+    pooled: Score
+    test: Score
+    bytes: int
+    ratio: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The corpus, and the folder of what is kept."""
+
+    data: Corpus
+    folder: Path
+
+    def teacher(self, seed: int) -> Tagger:
+        """The dense model of a seed."""
+        return dense(self.data, seed, self.folder)[0]
+
+    def outcome(self, model: nn.Module, method: rabbet.methods.Method, seed: int, budget: str = "bytes <= 90%",
+                whole: int = 0) -> Outcome:  # fmt: skip
+        """Compress, write, load again, measure; `whole`: float bytes that the ratio refers to, if not the model's."""
+        marks: list[float] = []
+
+        def seen(stage: str, done: int, total: int) -> None:
+            if stage.startswith(("teaching", "tuning")):
+                marks.append(time.perf_counter())
+
+        engine = rabbet.Engine(folder=self.folder / "layers", progress=seen)
+        result = rabbet.compress(model, budget, task_of(self.data), method, seed=seed, engine=engine)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "small.safetensors"
+            result.save(path)
+            small = rabbet.load(path, model)
+        steps = statistics.median(b - a for a, b in itertools.pairwise(marks)) if len(marks) > 1 else 0.0
+        pooled, test = score(small, self.data.dev, self.data.test), score(small, self.data.test)
+        ratio = (whole or result.float_cost.bytes) / result.cost.bytes
+        return Outcome(pooled, test, result.cost.bytes, ratio, steps * len(named(self.data.train)))
+
+    def line(self, label: str, found: list[Outcome], dense_: list[Score] | None) -> None:
+        """A row: the mean over seeds, and the drop from the mean of the dense seeds."""
+        intent, slots = ([getattr(f.pooled, k) for f in found] for k in ("intent", "slots"))
+        alone = [statistics.mean(getattr(f.test, k) for f in found) for k in ("intent", "slots")]
+        drops = ["-", "-"]
+        if dense_ is not None:
+            drops = [
+                f"{statistics.mean(getattr(d, k) for d in dense_) - statistics.mean(x):.2f}"
+                for k, x in (("intent", intent), ("slots", slots))
+            ]
+        size = round(statistics.mean(f.bytes for f in found))
+        row(label, len(found), f"{size:,}", f"{statistics.mean(f.ratio for f in found):.0f}",
+            f"{statistics.mean(intent):.2f} / {alone[0]:.2f}", f"{statistics.mean(slots):.2f} / {alone[1]:.2f}",
+            *drops, f"{statistics.mean(f.seconds for f in found):.0f}")  # fmt: skip
+
+
+COLUMNS = ("model", "seeds", "file bytes", "times smaller", "intent / test", "slot F1 / test", "intent drop",
+           "slot drop", "seconds an epoch")  # fmt: skip
+
+SIZES = {
+    "63x: rank 40, 8 bits, heads and places as they are": TTQAT(8, 40, 40, whole=(*HEADS, PLACES)),
+    "170x: rank 24, 4 bits, heads and places as they are": TTQAT(4, 24, 30, whole=(*HEADS, PLACES)),
+    "225x: rank 20, 4 bits, heads as they are": TTQAT(4, 20, 30, whole=HEADS),
+    "rank 20, 8 bits": TTQAT(8, whole=HEADS),
+    "rank 20, 2 bits": TTQAT(2, whole=HEADS),
+    "rank 20, 4 bits, everything a chain": TTQAT(4),
+    "rank 20, 4 bits, inputs 8 bits": TTQAT(4, whole=HEADS, act=8),
+}
+STARTS = {f"start: {s}": TTQAT(4, whole=HEADS, start=s) for s in ("metric", "plain", "random")}
+ORDERS = {f"taught: {o}": TTQAT(4, whole=HEADS, order=o) for o in ("all", "bottom", "top")}
+
+
+def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
+    """A row for each setting."""
+    teachers = [bench.teacher(s) for s in seeds]
+    whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
+    for label, method in methods.items():
+        bench.line(label, [bench.outcome(t, method, s) for t, s in zip(teachers, seeds, strict=True)], whole)
+
+
+def float_rows(bench: Bench, seeds: list[int]) -> None:
+    """The dense models themselves."""
+    for label, shape in (("dense float32, width 768", {}), ("dense float32, width 80", SMALL)):
+        found = []
+        for seed in seeds:
+            model, seconds = dense(bench.data, seed, bench.folder, _recipe(shape), **shape)
+            size = sum(p.numel() * 4 for p in model.parameters())
+            both, test = score(model, bench.data.dev, bench.data.test), score(model, bench.data.test)
+            found.append(Outcome(both, test, size, 1, seconds))
+        bench.line(label, found, None)
+
+
+def _recipe(shape: dict[str, int]) -> Recipe:
+    return Recipe() if not shape else replace(Recipe(), rate=2e-3, epochs=40)
+
+
+def control(bench: Bench, seeds: list[int]) -> None:
+    """A plain dense encoder of the same bytes: trained, taught by the scores of the large one, then on 8 bits."""
+    teachers = [bench.teacher(s) for s in seeds]
+    whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
+    size = sum(p.numel() * 4 for p in teachers[0].parameters())
+    found = []
+    for seed, teacher in zip(seeds, teachers, strict=True):
+        model, _ = dense(bench.data, seed, bench.folder, _recipe(SMALL), **SMALL)
+        taught = _Answers(bench.data, model, teacher, epochs=40)
+        run(taught, rabbet.Engine(), "control", "teaching")
+        model.load_state_dict(taught.best)
+        method = Joint(adapters=(), forms=(), grids=("8c",), act=None, tuning=Tuning(steps=0))
+        found.append(bench.outcome(model, method, seed, whole=size))
+    bench.line("control: dense, width 80, 8 bits", found, whole)
+
+
+class _Answers(Course):
+    """A small dense model that learns from labels and from the scores of a large one; the best epoch is kept."""
+
+    def __init__(self, data: Corpus, model: Tagger, teacher: Tagger, epochs: int) -> None:
+        self.data, self.model, self.batches = data, model, named(data.train)
+        self.steps = epochs * len(self.batches)
+        self.groups = [{"params": list(model.parameters()), "base": 1e-3}]
+        with torch.no_grad():
+            self.goals = [teacher(b["ids"], b["attention_mask"]) for b in self.batches]
+        self.best, self.most = {k: v.clone() for k, v in model.state_dict().items()}, score(model, data.held).mean
+
+    def loss(self, step: int) -> Tensor:
+        epoch, place = divmod(step, len(self.batches))
+        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(epoch))
+        k = int(order[place])
+        b = self.batches[k]
+        given = dropped(b, torch.Generator().manual_seed(step))
+        found = self.model(given["ids"], given["attention_mask"])
+        total = loss(found, (b["ids"], b["attention_mask"], b["slots"], b["intents"]))
+        for ours, theirs in zip(found, self.goals[k], strict=True):
+            real = b["attention_mask"].bool()
+            a, g = (ours, theirs) if ours.ndim == 2 else (ours[real], theirs[real])
+            total = total + nn.functional.kl_div(
+                a.log_softmax(-1), g.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
+        return total
+
+    def stepped(self, step: int) -> None:
+        if (step + 1) % len(self.batches) == 0:
+            found = score(self.model, self.data.held).mean
+            if found > self.most:
+                self.most, self.best = found, {k: v.clone() for k, v in self.model.state_dict().items()}
+
+
+def speed(bench: Bench) -> None:
+    """Latency of one sentence on one thread: the exported file against the dense model in float and in dynamic int8."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    teacher = bench.teacher(0)
+    for places in (16, 64):
+        batch = {
+            "ids": torch.randint(FIRST, bench.data.words, (2, places)),
+            "attention_mask": torch.ones(2, places, dtype=torch.long),
+        }
+        task = Task([batch], forward=lambda m, b: m(b["ids"], b["attention_mask"]))
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder) / f"{name}.onnx" for name in ("float", "int8", "tt", "tt8")}
+            write_float(teacher, task, files["float"])
+            quantize_dynamic(files["float"], files["int8"], per_channel=True, weight_type=QuantType.QInt8)
+            for name, act in (("tt", None), ("tt8", 8)):
+                method = TTQAT(4, whole=HEADS, act=act, epochs=0, finish=0, start="random")
+                plan = rabbet.plan(teacher, "bytes <= 90%", task, method)
+                survey = rabbet.survey(teacher, batch, task)
+                made = rabbet.build(teacher, plan, survey)
+                if act:
+                    rabbet.calibrate_ranges(made, task)
+                _export(made, plan, survey, task, files[name])
+            found = time_files(files, [t[:1] for t in batch.values()], runs=200, threads=1)
+        base = found["float"].median
+        row(places, f"{base:.2f}", *(f"{base / found[n].median:.1f}" for n in ("int8", "tt", "tt8")),
+            f"{found['int8'].median / min(found['tt'].median, found['tt8'].median):.1f}")  # fmt: skip
+
+
+def _export(model: nn.Module, plan: rabbet.Plan, survey: rabbet.Survey, task: Task, path: Path) -> None:
+    from rabbet.export.base import Parcel
+    from rabbet.export.onnx import write_onnx
+
+    write_onnx(Parcel(model, plan, survey, (), task), path)
+
+
+def step(bench: Bench) -> None:
+    """What a training step of 32 sentences costs, forward and backward: dense, and as tensor trains on 4 bits."""
+    from rabbet.methods.ttqat import _Taught
+    from rabbet.workpiece import Workpiece
+
+    teacher, task = bench.teacher(0), task_of(bench.data)
+    method = TTQAT(4, whole=HEADS, start="random", hidden=0.0, attention=0.0, answers=0.0)
+    piece = Workpiece.of(teacher, task, rabbet.Engine())
+    course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
+    batch = task.read()[len(task.read()) // 2]
+    times: dict[str, list[float]] = {"dense": [], "float": [], "grid": []}
+    for p in (*teacher.parameters(), *course._learning()):  # noqa: SLF001 (what a step costs is its own affair)
+        p.requires_grad_()
+    for name in times:
+        if name == "grid":
+            course._settle()  # noqa: SLF001
+        model = teacher if name == "dense" else course.student
+        for _ in range(12):
+            start = time.perf_counter()
+            assert task.loss is not None
+            task.loss(task.run(model, batch), batch).backward()
+            times[name].append(time.perf_counter() - start)
+    ms = {name: 1e3 * statistics.median(t[2:]) for name, t in times.items()}
+    row(tuple(batch["ids"].shape), *(f"{ms[n]:.0f}" for n in times), f"{ms['dense'] / ms['float']:.1f}",
+        f"{ms['dense'] / ms['grid']:.1f}")  # fmt: skip
+
+
+PARTS = ("dense", "sizes", "control", "starts", "orders", "speed", "step")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--keep", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=(), help="settings of which the label holds one of these")
+    args = parser.parse_args()
+    bench = Bench(corpus(), args.keep)
+    print(f"{machine()}")
+    for part in args.parts:
+        print(f"\n{part}\n")
+        if part == "speed":
+            head(
+                "places", "ms, dense float", "int8 dynamic, times faster", "tt", "tt with 8-bit inputs", "tt over int8"
+            )
+            speed(bench)
+            continue
+        if part == "step":
+            head("batch", "ms, dense", "tt in float", "tt on 4 bits", "times faster, float", "on 4 bits")
+            step(bench)
+            continue
+        head(*COLUMNS)
+        if part == "dense":
+            float_rows(bench, args.seeds)
+        elif part == "control":
+            control(bench, args.seeds)
+        else:
+            chosen = {"sizes": SIZES, "starts": STARTS, "orders": ORDERS}[part]
+            wanted = {k: v for k, v in chosen.items() if not args.only or any(o in k for o in args.only)}
+            tables(bench, wanted, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
