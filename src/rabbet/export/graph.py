@@ -192,6 +192,7 @@ class Graph:
         proto = ir.to_proto(self.model)
         proto.ir_version = IR_VERSION
         proto.producer_name, proto.producer_version = DOMAIN, ""
+        del proto.graph.value_info[:]  # what is left speaks of constants, which know their shapes
         del proto.functions[:]
         proto.functions.extend(self.carried)
         proto.functions.extend(onnx.parser.parse_function(text) for text in self.functions.values())
