@@ -15,6 +15,8 @@ import numpy as np
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
 TYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 Take = Callable[[str, int], np.ndarray]
+Core = Callable[[tuple[int, ...]], np.ndarray]
+Digits = list[list[int]]
 
 
 def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tuple[float, int]]]]:
@@ -40,8 +42,15 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
         _, _, shape, _, _, other = sites[name]
         terms, _, act = line[end + 1 :].partition(" | act@")
         weight, gaps = np.zeros(shape, np.float32), 0
-        for form, rank, grid in re.findall(r"([a-z]+)(?:\[(\d+)\])?@(\w+)", terms):
+        for form, rank, digits, grid in re.findall(r"([a-z]+)(?:\[(\d+)(:[\dx:]+)?\])?@(\w+)", terms):
             r = int(rank or 0)
+            if form in ("tt", "ttm"):
+                own = [[int(n) for n in part.split("x")] for part in digits[1:].split(":")] if digits else None
+                weight = weight + (table if form == "ttm" else train)(
+                    r, own, shape, lambda size, g=grid: factor(size, g, take)
+                )
+                gaps += form == "tt"
+                continue
             q = -(-r * shape[0] // shape[1])
             rule, sizes = {
                 "dense": ("...->...", [shape]),
@@ -56,6 +65,55 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
         scales, zeros = (take(f"rabbet.act_{part}", count) if act else [] for part in ("scales", "zeros"))
         yield name, line[end + 1 :], weight, bias, list(zip(map(float, scales), map(int, zeros), strict=True))
     assert all(used[n] == arrays[n].size for n in arrays if n.startswith("rabbet.")), "an array is too long"
+
+
+def train(rank: int, digits: Digits | None, shape: list[int], core: Core) -> np.ndarray:
+    """The weight that a tensor train stands for."""
+    n = math.prod(shape[1:])
+    ins, outs = digits or (factors(n, 3), factors(shape[0], 3)[::-1])
+    most = math.inf if rank == min(n, shape[0]) else rank
+    a = chain(rank, [(d,) for d in ins[::-1]], most, core)  # [rank, last digit, ..., first digit]
+    b = chain(rank, [(d,) for d in outs], most, core)
+    a = a.transpose(0, *range(len(ins), 0, -1)).reshape(rank, n)
+    return (b.reshape(rank, -1).T @ a).reshape(shape)
+
+
+def table(rank: int, digits: Digits | None, shape: list[int], core: Core) -> np.ndarray:
+    """The table that a tensor-train matrix stands for."""
+    if digits is None:
+        rows, left = [], shape[0]
+        for k in range(4, 0, -1):
+            rows.append(next(n for n in range(1, left + 1) if n**k >= left))
+            left = -(-left // rows[-1])
+        columns = factors(shape[1], 4)
+        digits = sorted(rows, reverse=True), [*columns, *[1] * (4 - len(columns))][::-1]
+    pairs, m = list(zip(*digits, strict=True)), len(digits[0]) // 2
+    most = math.inf if rank == min(math.prod(r * c for r, c in part) for part in (pairs[:m], pairs[m:])) else rank
+    a, b = chain(rank, pairs[:m][::-1], most, core), chain(rank, pairs[m:], most, core)
+    a = a.transpose(0, *range(2 * m - 1, 0, -2), *range(2 * m, 0, -2)).reshape(rank, math.prod(digits[0][:m]), -1)
+    b = b.transpose(0, *range(1, b.ndim, 2), *range(2, b.ndim, 2)).reshape(rank, math.prod(digits[0][m:]), -1)
+    return np.einsum("ruc,rld->ulcd", a, b).reshape(-1, shape[1])[: shape[0]]
+
+
+def chain(rank: int, digits: list[tuple[int, ...]], most: float, core: Core) -> np.ndarray:
+    """A chain of cores, [rank, *digits] in their order from the middle outwards."""
+    found, a = np.eye(rank, dtype=np.float32), rank
+    for k, d in enumerate(digits):
+        to_come = math.prod(math.prod(later) for later in digits[k + 1 :])
+        b = int(min(a * math.prod(d), to_come, most)) if k + 1 < len(digits) else 1
+        found, a = np.tensordot(found, core((a, *d, b)), 1), b
+    return found[..., 0]
+
+
+def factors(size: int, count: int) -> list[int]:
+    """The factors of a number of least sum, at most so many, in falling order."""
+    best = [size]
+    for n in range(2, math.isqrt(size) + 1) if count > 1 else ():
+        if size % n == 0:
+            best = min(
+                best, sorted([n, *factors(size // n, count - 1)], reverse=True), key=lambda f: (sum(f), len(f), f)
+            )
+    return best
 
 
 def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:

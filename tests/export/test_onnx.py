@@ -13,6 +13,7 @@ from torch import nn
 import rabbet
 from rabbet.errors import DataError, FileError, ModelError
 from rabbet.export import compare
+from rabbet.export.finish import finished
 from rabbet.export.onnx import write_float, write_onnx, write_openvino
 from rabbet.layer import compressed_layers
 from rabbet.pack import packed_bytes
@@ -23,6 +24,7 @@ TERMS = {
     "dense": GRIDS,
     "adapter": ("dense@3c + lowrank[2]@8c", "dense@2hc + lowrank[1]@4c"),
     "low rank": ("lowrank[2]@4c", "lowrank[3]@8c", "lowrank[2]@3c"),
+    "trains": ("tt[4]@4", "tt[3]@8c", "tt[4]@3c"),
     "chains": ("cp[6]@4c", "tucker[3]@8c", "cp[9]@6c", "tucker[2]@3c", "cp[4]@4"),
 }
 
@@ -75,7 +77,7 @@ def test_every_layer_runs_on_an_integer_kernel(written):
         f"{s.name}.{t}.{f}".lstrip(".")
         for s in made.survey
         if s.name in {line.name for line in made.plan} and s.kind != "embedding"
-        for t, term in enumerate(compressed_layers(made.model)[s.name].factors)
+        for t, term in enumerate(compressed_layers(finished(made.model))[s.name].factors)
         for f in range(len(term))
     ]
     for name in multiplied:

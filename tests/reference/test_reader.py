@@ -49,7 +49,8 @@ def _terms(draw, site):
         form = draw(st.sampled_from([f for f in FORMS if FORMS[f].full_rank(site)]))
         body = draw(st.sampled_from(["1", "t", "2", "2h", "3", "4", "5h", "6", "7", "8", "u3", "u8"]))
         rank = draw(st.integers(1, FORMS[form].full_rank(site))) if FORMS[form].ranked else None
-        terms.append(Term(form, Grid.parse(body + draw(st.sampled_from(["", "c", "c1"]))), rank))
+        modes = ((site.columns,), (site.shape[0],)) if form == "tt" and draw(st.booleans()) else None
+        terms.append(Term(form, Grid.parse(body + draw(st.sampled_from(["", "c", "c1"]))), rank, modes))
     return tuple(terms)
 
 

@@ -7,7 +7,6 @@ by a function that the file brings along: nothing but integer arithmetic on a co
 that reads no functions (OpenVINO), integers take 4 bits where they fit, else 8.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rabbet.export.finish import Folded, Make
 from rabbet.export.graph import OPSET, Graph
+from rabbet.export.making import Made, Names, shape_of
 from rabbet.export.marks import DOMAIN
 from rabbet.grid import Grid
 from rabbet.layer import Factor
@@ -29,10 +30,30 @@ _INT8 = 3  # onnx.TensorProto.INT8
 
 
 @dataclass(frozen=True)
+class Move:
+    """A weight in another layout: `Transpose` by an order of axes, or `Reshape` to sizes."""
+
+    op: str
+    to: tuple[int, ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The same of a tensor."""
+        return tensor.permute(self.to) if self.op == "Transpose" else tensor.reshape(self.to)
+
+    def on(self, graph: Graph, value: "ir.Value", name: str) -> "ir.Value":
+        """The same of a constant of a graph."""
+        if self.op == "Transpose":
+            return graph.call("Transpose", value, name=name, perm=list(self.to))
+        return graph.call("Reshape", value, shape_of(graph, self.to), name=name)
+
+
+@dataclass(frozen=True)
 class Weight:
     """The codes of one factor in the layout in which a node uses them.
 
     axis: where its scales lie, None for one scale. scale: of the integers q, half the grid's where they are 2c + 1.
+    parts, make: of a weight that is put together when a file is loaded, what it is made of and how, and the steps of
+    its rounding; moves: what has been done to its layout since.
     """
 
     name: str
@@ -40,15 +61,24 @@ class Weight:
     codes: Tensor
     scale: Tensor
     axis: int | None
+    parts: tuple["Weight", ...] = ()
+    make: Make | None = None
+    steps: Tensor | None = None
+    moves: tuple[Move, ...] = ()
 
     @classmethod
     def of(cls, name: str, factor: Factor) -> "Weight":
         """A factor in its own layout."""
         scale = factor.scale.detach().cpu().float()
         scale = scale / 2 if factor.grid.kind == "half" else scale
-        return cls(name, factor.grid, factor.codes.detach().cpu(), scale, factor.grid.axis)
+        found = cls(name, factor.grid, factor.codes.detach().cpu(), scale, factor.grid.axis)
+        if not isinstance(factor, Folded):
+            return found
+        # two halves of one chain share its cores, and their names
+        parts = [cls.of(f"{name.rpartition('.')[0]}.part{k}", f) for k, f in enumerate(factor.factors)]
+        return replace(found, parts=tuple(parts), make=factor.make, steps=scale)
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Weight":
+    def moved(self, move: Move) -> "Weight":
         """The same after a transposition or another shape."""
         codes = move(self.codes)
         axis = self.axis
@@ -61,7 +91,7 @@ class Weight:
                 if codes.shape[d] == len(self.scale)
                 and bool((slices.movedim(d, -1) == torch.arange(len(self.scale))).all())
             )
-        return Weight(f"{self.name}.moved", self.grid, codes, self.scale, axis)
+        return replace(self, name=f"{self.name}.moved", codes=codes, axis=axis, moves=(*self.moves, move))
 
     def with_room(self, bias: NDArray[Any], place: str) -> "Weight":
         """The same with scales on which a bias, in units of the input's scale, fits into 31 bits; one is for the sum.
@@ -80,6 +110,8 @@ class Weight:
 
     def integers(self, graph: Graph) -> "ir.Value":
         """The integers q, as a runtime will hold them."""
+        if self.make is not None and graph.functions_known:
+            return self._put_together(graph)
         gain, shift = (2, 1) if self.grid.kind == "half" else (1, 0)
         found = (gain * self.codes + shift).numpy()
         if self.kind == "uint8" or (self.grid.bits == 8 and gain == 1):
@@ -91,6 +123,29 @@ class Weight:
         if not graph.functions_known:
             return graph.constant(self.name, found.astype(self.kind))
         return _unpacked(graph, self.name, self.grid, self.codes)
+
+    def _put_together(self, graph: Graph) -> "ir.Value":
+        """What the parts make, rounded: constants that a runtime folds at load."""
+        assert self.make is not None
+        assert self.steps is not None
+        names = Names(self.name)
+        made: Made = self.make([Made(graph, w.values(graph), tuple(w.codes.shape), names) for w in self.parts])
+        wide = [-1 if d == self.grid.axis else 1 for d in range(len(made.shape))]
+        steps = graph.constant(f"{self.name}.steps", self.steps.view(wide).numpy())
+        rounded = graph.call("Round", graph.call("Div", made.value, steps, name=names.next()), name=names.next())
+        ends = [graph.constant(f"end.{end}", np.array(end, np.float32)) for end in (self.grid.low, self.grid.high)]
+        found = graph.call("Clip", rounded, *ends, name=names.next())
+        for move in self.moves:
+            found = move.on(graph, found, names.next())
+        return graph.call("Cast", found, name=self.name, to=_INT8)
+
+    def values(self, graph: Graph) -> "ir.Value":
+        """The weight in float by plain arithmetic, which a runtime folds, as it does not a DequantizeLinear."""
+        wide = graph.call("Cast", self.integers(graph), name=f"{self.name}.wide", to=1)
+        ndim = self.codes.ndim
+        shape = [-1 if d == self.axis else 1 for d in range(ndim)] if self.axis is not None else [1] * ndim
+        scale = graph.constant(f"{self.name}.scale", self.scale.numpy().reshape(shape))
+        return graph.call("Mul", wide, scale, name=f"{self.name}.values")
 
     def scales(self, graph: Graph) -> "ir.Value":
         """The scale as a constant, [] or [slices]."""
@@ -116,10 +171,7 @@ def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
     function = f"unpack{grid.bits}{mark}"
     graph.function(function, _unpacking(function, grid))
     stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
-    shape = graph.constant(
-        f"shape.{'x'.join(map(str, codes.shape))}", np.array(codes.shape, np.int64)
-    )  # one for all weights of this shape
-    return graph.call(function, stored, shape, name=name, domain=DOMAIN)
+    return graph.call(function, stored, shape_of(graph, tuple(codes.shape)), name=name, domain=DOMAIN)
 
 
 def _unpacking(name: str, grid: Grid) -> str:

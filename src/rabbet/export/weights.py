@@ -1,15 +1,14 @@
 """Every weight of a marked graph is written as packed integers, every bias beside one as 32-bit integers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rabbet.export.graph import Graph, values
 from rabbet.export.marks import MOVING
-from rabbet.export.packed import Weight, zeros
+from rabbet.export.packed import Move, Weight, zeros
 from rabbet.layer import Factor
 
 if TYPE_CHECKING:
@@ -45,17 +44,15 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
             yield weight
 
 
-def _move(node: "ir.Node") -> Callable[[Tensor], Tensor] | None:
+def _move(node: "ir.Node") -> Move | None:
     """What a node does to a weight that it only gives another layout."""
     if node.op_type not in MOVING:
         return None
     if node.op_type == "Transpose":
-        order = list(node.attributes["perm"].as_ints())
-        return lambda t: t.permute(order)
+        return Move("Transpose", tuple(node.attributes["perm"].as_ints()))
     shape = node.outputs[0].shape
     assert shape is not None  # a weight's shape is a constant
-    sizes = [int(n) for n in shape]  # type: ignore[arg-type]
-    return lambda t: t.reshape(sizes)
+    return Move("Reshape", tuple(int(n) for n in shape))  # type: ignore[arg-type]
 
 
 def _unit(node: "ir.Node") -> "ir.Value | None":

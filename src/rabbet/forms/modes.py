@@ -11,7 +11,7 @@ Modes = tuple[tuple[int, ...], tuple[int, ...]]
 
 def balanced(size: int, count: int) -> tuple[int, ...]:
     """Factors of a size, at most `count`, none of them 1, in falling order, of least sum: 768 is 12 x 8 x 8."""
-    return min((f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f)), default=(size,))
+    return min((f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f), f), default=(size,))
 
 
 def exactly(size: int, count: int) -> tuple[int, ...]:

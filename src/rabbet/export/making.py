@@ -1,0 +1,91 @@
+"""Constants that a runtime computes when it loads a file, written by the code that computes them in torch."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rabbet.export.graph import Graph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+class Made:
+    """A tensor of which a graph holds the making: what is done to it is added as nodes.
+
+    It knows what forms do to factors to get a weight: products, sums, other shapes and orders of axes.
+    """
+
+    def __init__(self, graph: Graph, value: "ir.Value", shape: Sequence[int], names: "Names") -> None:
+        self.graph, self.value, self.shape, self.names = graph, value, tuple(shape), names
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __matmul__(self, other: "Made") -> "Made":
+        assert len(self.shape) == len(other.shape) == 2
+        return self._node("MatMul", other, shape=(self.shape[0], other.shape[1]))
+
+    def __add__(self, other: "Made") -> "Made":
+        return self._node("Add", other, shape=self.shape)
+
+    def __getitem__(self, index: object) -> "Made":
+        assert index == (..., None)
+        return self.reshape(*self.shape, 1)
+
+    def reshape(self, *sizes: int) -> "Made":
+        """Other sizes; one of them may be -1."""
+        known = math.prod(n for n in sizes if n != -1)
+        whole = tuple(math.prod(self.shape) // known if n == -1 else n for n in sizes)
+        if whole == self.shape:
+            return self
+        return Made(self.graph, self._call("Reshape", shape_of(self.graph, whole)), whole, self.names)
+
+    view = reshape
+
+    def flatten(self, first: int = 0, last: int = -1) -> "Made":
+        """Axes joined."""
+        end = last % len(self.shape)
+        joined = math.prod(self.shape[first : end + 1])
+        return self.reshape(*self.shape[:first], joined, *self.shape[end + 1 :])
+
+    def permute(self, *order: int) -> "Made":
+        """Axes in another order."""
+        shape = tuple(self.shape[k] for k in order)
+        return Made(self.graph, self._call("Transpose", perm=list(order)), shape, self.names)
+
+    def transpose(self, one: int, other: int) -> "Made":
+        """Two axes exchanged."""
+        order = list(range(len(self.shape)))
+        order[one], order[other] = order[other], order[one]
+        return self.permute(*order)
+
+    @property
+    def mT(self) -> "Made":  # noqa: N802 (torch's name)
+        """The last two axes exchanged."""
+        return self.transpose(-2, -1)
+
+    def _node(self, op: str, other: "Made", shape: Sequence[int]) -> "Made":
+        return Made(self.graph, self._call(op, other.value), shape, self.names)
+
+    def _call(self, op: str, *inputs: "ir.Value", **attributes: Any) -> "ir.Value":
+        return self.graph.call(op, self.value, *inputs, name=self.names.next(), **attributes)
+
+
+class Names:
+    """Names that follow one another."""
+
+    def __init__(self, root: str) -> None:
+        self.root, self.count = root, 0
+
+    def next(self) -> str:
+        """One that was not given yet."""
+        self.count += 1
+        return f"{self.root}.step{self.count}"
+
+
+def shape_of(graph: Graph, sizes: Sequence[int]) -> "ir.Value":
+    """A shape as a constant, one for all that are alike."""
+    return graph.constant(f"shape.{'x'.join(map(str, sizes))}", np.array(sizes, np.int64))
