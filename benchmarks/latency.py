@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py                               # ResNet-20, ResNet-18, MobileNet, MiniLM
     python benchmarks/latency.py --nets minilm --threads 1
+    python benchmarks/latency.py --nets resnet20 resnet18 --predict --grids 8c tucker@45 lowrank@45 cp@45
     python benchmarks/latency.py --nets resnet18 --grids 8c tucker@45 lowrank@45 cp@45 tucker@25
 
 Every file of a network is timed in turn in one run, one example at a time after warm-up, on all cores unless told
@@ -13,6 +14,7 @@ rabbet's weights are rounded to nearest here: rounding changes accuracy, not spe
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -34,6 +36,7 @@ from rabbet.bench import cpu, plain_int8
 from rabbet.export.base import Parcel
 from rabbet.export.onnx import write_float, write_onnx, write_openvino
 from rabbet.grid import Quantised
+from rabbet.latency import Stopwatch
 from rabbet.layer import build
 from rabbet.layout import factor_shapes
 from rabbet.runtime import KERNELS, kernels
@@ -142,13 +145,19 @@ NETS: dict[str, Callable[[], Case]] = {
 }
 
 
-def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
-    """A network with every weight on one grid, or in one form, and every input in 8 bits: files for both runtimes."""
+def uniform(case: Case, kind: str) -> tuple[Workpiece, rabbet.Plan, nn.Module]:
+    """A network with every weight on one grid, or in one form, and every input in 8 bits."""
     piece = Workpiece.of(case.model, Task.of(case.data), rabbet.Engine())
     lines = (rabbet.LayerPlan(s.name, (term(s, kind),), None if s.kind == "embedding" else 8) for s in piece.survey)
     plan = rabbet.Plan(tuple(lines))
     student = build(piece.model, plan, piece.survey, numbers(piece, plan) if "@" in kind else None)
     rabbet.calibrate_ranges(student, piece.task)
+    return piece, plan, student
+
+
+def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
+    """Such a network as files for both runtimes."""
+    piece, plan, student = uniform(case, kind)
     parcel = Parcel(student, plan, piece.survey, piece.rest(plan), piece.task)
     paths = {"onnx": folder / f"{kind}.onnx", "openvino": folder / f"{kind}.openvino.onnx"}
     for note in (*write_onnx(parcel, paths["onnx"]).notes, *write_openvino(parcel, paths["openvino"]).notes):
@@ -296,6 +305,18 @@ def measure(name: str, grids: list[str], threads: int, rounds: int) -> None:
             report(name, label, times, {what: path for what, (path, _) in found.items()})
 
 
+def predict(name: str, grids: list[str]) -> None:
+    """What a latency budget is held against, the sum of layers timed alone, beside the time of the real file."""
+    case = NETS[name]()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["RABBET_CACHE"] = cache  # nothing that was timed before
+        for kind in grids:
+            piece, plan, student = uniform(case, kind)
+            piece.clock = Stopwatch(piece)
+            guess, found = piece.cost(plan).time, piece.clock.network(student)
+            row(name, kind, f"{guess / 1e6:.3f}", f"{found / 1e6:.3f}", f"{100 * (guess / found - 1):+.0f} %")
+
+
 def report(name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]) -> None:
     """A line a run: median, 95th percentile, gain over float onnxruntime, bytes, and integer kernels of all."""
     base = statistics.median(times["float onnxruntime"])
@@ -321,9 +342,15 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--predict", action="store_true", help="only compare predicted with measured latency")
     args = parser.parse_args()
     facts = "; ".join(f"{k}: {v}" for k, v in cpu().items())
     print(f"{machine()}; {facts}; onnxruntime with {args.threads or 'all'} threads\n")
+    if args.predict:
+        head("network", "weights", "ms predicted", "ms measured", "predicted against measured")
+        for name in args.nets:
+            predict(name, args.grids)
+        return
     head("network", "input", "what", "median ms", "p95 ms", "against float", "against dense int8",
          "file bytes", "integer kernels")  # fmt: skip
     for name in args.nets:

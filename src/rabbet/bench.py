@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,19 @@ def plain_int8(source: Path, batches: Sequence[Batch], folder: Path) -> Path:
 
     ready, made = folder / "ready.onnx", folder / "plain.onnx"
     try:
-        quant_pre_process(source, ready)
+        _prepare(quant_pre_process, source, ready)
         kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(ready, made, Reader(), per_channel=True, **kinds)
     except Exception as e:  # it has no error of its own
         raise FileError(f"onnxruntime's quantiser does not take {source}: {' '.join(str(e).split())[:300]}") from e
     return made
+
+
+def _prepare(quant_pre_process: Callable[..., None], source: Path, ready: Path) -> None:
+    try:
+        quant_pre_process(source, ready)
+    except Exception:  # its symbolic shapes do not follow every attention mask; it knows how to do without
+        quant_pre_process(source, ready, skip_symbolic_shape=True)
 
 
 def cpu() -> dict[str, str]:
