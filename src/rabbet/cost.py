@@ -15,14 +15,13 @@ from fractions import Fraction
 
 from rabbet.errors import BudgetError
 from rabbet.forms import Contracted
-from rabbet.layout import Rest, file_bytes, layer_lengths, line_bytes, term_lengths
+from rabbet.layout import FINISHED, Rest, file_bytes, layer_lengths, line_bytes, term_lengths
 from rabbet.plan import LayerPlan, Plan, quoted
 from rabbet.site import Site
 from rabbet.survey import Survey
 
 FLOAT_BITS = 32
 SCALE_BITS = 16
-FINISHED = 8  # bits of what a runtime is given in place of cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +181,10 @@ def layer_cost(site: Site, layer: LayerPlan) -> Cost:
     for term in layer.terms:
         parts = term.how.macs(site, term.rank)
         macs += sum(parts)
-        # cores are put together once, and what they make runs on 8 bits
-        bops += sum(parts) * (FINISHED if isinstance(term.how, Contracted) else term.grid.bits) * act
+        if isinstance(term.how, Contracted):  # cores are put together once, and what they make runs on 8 bits
+            bops += FINISHED * (parts[0] * act + sum(parts[1:]) * (FLOAT_BITS if layer.act is None else FINISHED))
+        else:
+            bops += sum(parts) * term.grid.bits * act
         lengths = term_lengths(site, term)
         code_bits += 8 * lengths.codes
         scale_bits += SCALE_BITS * lengths.scales

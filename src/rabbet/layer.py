@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rabbet.errors import ModelError, PlanError
 from rabbet.forms import Contracted
 from rabbet.grid import Grid, Quantised
-from rabbet.layout import act_count, factor_shapes
+from rabbet.layout import act_bits, factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term, quoted
 from rabbet.site import KINDS, Site
 from rabbet.survey import Survey, fold, replace_module
@@ -88,7 +88,7 @@ class Compressed(nn.Module):
         self.forms = [t.how for t in plan.terms]
         self.form_names = [t.form for t in plan.terms]
         self.terms = nn.ModuleList(nn.ModuleList(Factor(q) for q in factors) for factors in terms)
-        self.acts = nn.ModuleList(ActQuant(plan.act) for _ in range(act_count(plan)) if plan.act)
+        self.acts = nn.ModuleList(ActQuant(bits) for bits in act_bits(plan))
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
         self.whole = False
 

@@ -8,12 +8,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rabbet.forms import Contracted
 from rabbet.pack import packed_bytes
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.site import Site
 from rabbet.survey import Survey
 
 VERSION = "rabbet/1"
+FINISHED = 8  # bits of what a runtime is given in place of cores, and of what lies between
 RESERVED = "rabbet."
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -71,16 +73,20 @@ def term_lengths(site: Site, term: Term) -> Lengths:
     return total
 
 
-def act_count(layer: LayerPlan) -> int:
-    """Quantised tensors of activations: the input, and one between two factors of a term."""
+def act_bits(layer: LayerPlan) -> list[int]:
+    """Widths of the quantised activations: of the input, then of each tensor between two factors of a term.
+
+    Between the halves of a tensor train it is 8 bits whatever the input has (arXiv 2306.01076, mode 2).
+    """
     if layer.act is None:
-        return 0
-    return 1 + sum(t.how.gaps for t in layer.terms)
+        return []
+    inner = [(FINISHED if isinstance(t.how, Contracted) else layer.act, t.how.gaps) for t in layer.terms]
+    return [layer.act, *(bits for bits, gaps in inner for _ in range(gaps))]
 
 
 def layer_lengths(site: Site, layer: LayerPlan) -> Lengths:
     """Everything that a compressed layer puts into the arrays."""
-    total = Lengths(biases=site.shape[0] if site.bias else 0, acts=act_count(layer))
+    total = Lengths(biases=site.shape[0] if site.bias else 0, acts=len(act_bits(layer)))
     for term in layer.terms:
         total += term_lengths(site, term)
     return total

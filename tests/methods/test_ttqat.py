@@ -100,6 +100,9 @@ def test_inputs_are_quantised_where_asked(act, tmp_path):
     model, data = bert(), sentences()
     result = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT | {"act": act}))
     assert {line.act for line in result.plan if "embeddings" not in line.name} == {act}
+    for layer in rabbet.layer.compressed_layers(result.model).values():
+        widths = [q.grid.bits for q in layer.quantisers]
+        assert widths == ([act, 8] if layer.form_names == ["tt"] else [act] if widths else [])
     if act == 8:
         written = result.export(tmp_path / "small.onnx")
         assert written.notes == ()

@@ -17,9 +17,9 @@ from torch import nn
 from rabbet.forms import FORMS, Contracted
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Compressed, Factor, Numbers, compressed_layers, install
+from rabbet.layout import FINISHED
 from rabbet.plan import LayerPlan, Term
 
-BITS = 8
 SUMMED = {"dense", "lowrank"}
 Make = Callable[[Sequence[Any]], Any]
 
@@ -69,7 +69,7 @@ def _sum(layer: Compressed) -> Compressed:
         return functools.reduce(operator.add, parts)
 
     every = [f for factors in layer.factors for f in factors]
-    whole = Folded(every, make, Grid(BITS, axis=0))
+    whole = Folded(every, make, Grid(FINISHED, axis=0))
     return _made(layer, [Term("dense", whole.grid)], [[whole]], 1)
 
 
@@ -82,7 +82,7 @@ def _contracted(layer: Compressed) -> Compressed:
             factors.append(held)
             continue
         name, modes, made = form.finished(layer.site, [f() for f in held])
-        grid = Grid(BITS, axis=0 if name == "lowrank" else None)
+        grid = Grid(FINISHED, axis=0 if name == "lowrank" else None)
         terms.append(Term(name, grid, len(made[0]), modes))
         factors.append([Folded(held, functools.partial(_part, form, layer, k), grid) for k in range(len(made))])
     return _made(layer, terms, factors, None)

@@ -39,8 +39,8 @@ class TTQAT:
     """Tensor trains of a uniform rank, or of ranks and bits chosen under the budget.
 
     rank, table: of linears and of tables of words; None: chosen from `ranks`. bits: of the cores; several: chosen.
-    rest: bits of what is smaller as it is, and of what is no chain. act: bits of the inputs and of the tensor between
-    the halves; None: float (the paper's mode 1). start: cores from the float weights, in the metric of the inputs or
+    rest: bits of what is smaller as it is, and of what is no chain. act: bits of the inputs, with 8 between the halves
+    (the paper's mode 2); None: float (its mode 1). start: cores from the float weights, in the metric of the inputs or
     plainly, or random ones (the paper's). epochs: in float; finish: epochs on the grid. order: hidden states are
     matched all at once, or block by block from the bottom or the top, outputs only in the second half of the epochs.
     rate: Adam's, relative to the deviation of what it moves. hidden, attention, answers: weights of what is taught;
