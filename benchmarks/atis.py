@@ -28,10 +28,10 @@ from rabbet.export.onnx import write_float
 from rabbet.loop import Course, run
 
 Named = dict[str, Tensor]
-WORDS = 0.1  # share of the words that the student is not shown
+WORDS = 0.05  # share of the words that the student is not shown
 SMALL = {"width": 80, "inner": 320, "heads": 4}
 HEADS = ("intent", "slots")
-PLACES = "encoder.embeddings.position_embeddings"
+TABLES = ("encoder.embeddings.word_embeddings", "encoder.embeddings.position_embeddings")
 
 
 def named(data: Sentences, size: int = 32) -> list[Named]:
@@ -123,16 +123,17 @@ COLUMNS = ("model", "seeds", "file bytes", "times smaller", "intent / test", "sl
            "slot drop", "seconds an epoch")  # fmt: skip
 
 SIZES = {
-    "63x: rank 40, 8 bits, heads and places as they are": TTQAT(8, 40, 40, whole=(*HEADS, PLACES)),
-    "170x: rank 24, 4 bits, heads and places as they are": TTQAT(4, 24, 30, whole=(*HEADS, PLACES)),
-    "225x: rank 20, 4 bits, heads as they are": TTQAT(4, 20, 30, whole=HEADS),
-    "rank 20, 8 bits": TTQAT(8, whole=HEADS),
-    "rank 20, 2 bits": TTQAT(2, whole=HEADS),
+    "rank 20, 4 bits, tables and heads as they are": TTQAT(4, 20, whole=(*HEADS, *TABLES), rate=1e-2),
+    "rank 40, 8 bits, words at rank 60": TTQAT(8, 40, 60, whole=HEADS),
+    "rank 24, 4 bits, words at rank 40": TTQAT(4, 24, 40, whole=HEADS),
+    "rank 20, 4 bits, words at rank 30": TTQAT(4, 20, 30, whole=HEADS),
+    "rank 24, 8 bits, words at rank 40": TTQAT(8, 24, 40, whole=HEADS),
+    "rank 24, 2 bits, words at rank 40": TTQAT(2, 24, 40, whole=HEADS),
     "rank 20, 4 bits, everything a chain": TTQAT(4),
-    "rank 20, 4 bits, inputs 8 bits": TTQAT(4, whole=HEADS, act=8),
+    "rank 24, 4 bits, words at rank 40, inputs 8 bits": TTQAT(4, 24, 40, whole=HEADS, act=8),
 }
-STARTS = {f"start: {s}": TTQAT(4, whole=HEADS, start=s) for s in ("metric", "plain", "random")}
-ORDERS = {f"taught: {o}": TTQAT(4, whole=HEADS, order=o) for o in ("all", "bottom", "top")}
+STARTS = {f"start: {s}": TTQAT(4, 24, 40, whole=HEADS, start=s) for s in ("metric", "plain", "random")}
+ORDERS = {f"taught: {o}": TTQAT(4, 24, 40, whole=HEADS, order=o) for o in ("all", "bottom", "top")}
 
 
 def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:

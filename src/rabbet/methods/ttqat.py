@@ -60,7 +60,7 @@ class TTQAT:
     epochs: int = 16
     finish: int = 8
     order: Literal["all", "bottom", "top"] = "all"
-    rate: float = 1e-2
+    rate: float = 2e-2
     hidden: float = 1.0
     attention: float = 1.0
     answers: float = 1.0
