@@ -29,18 +29,18 @@ class Shown:
 
 
 def block_names(model: nn.Module, survey: Survey) -> list[str]:
-    """The blocks of a network: the list or chain of modules that holds the most layers of the survey.
+    """The blocks of a network: the list or chain inside it that holds the most layers of the survey, or itself.
 
     Raises ModelError if there is none of at least two blocks.
     """
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and name:
-            counts[name] = sum(s.name.startswith(f"{name}.") for s in survey)
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
+            counts[name] = sum(s.name.startswith(f"{name}.") for s in survey) if name else 0
     best = max(counts, key=lambda n: counts[n], default="")
-    if not counts or not counts[best]:
+    if not counts or (best and not counts[best]):
         raise ModelError("no stack of blocks is found to teach one by one; name them: blocks=('layer.0', 'layer.1')")
-    return [f"{best}.{name}" for name, _ in model.get_submodule(best).named_children()]
+    return [f"{best}.{name}".lstrip(".") for name, _ in model.get_submodule(best).named_children()]
 
 
 class Look:

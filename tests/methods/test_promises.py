@@ -18,6 +18,7 @@ from rabbet.allocate import smallest
 from rabbet.cost import METRICS, plan_cost
 from rabbet.errors import BudgetError
 from rabbet.layer import ActQuant, compressed_layers
+from rabbet.methods.joint import scored
 from rabbet.task import outputs, tensors
 from rabbet.workpiece import Workpiece
 
@@ -198,7 +199,7 @@ def test_the_seed_is_all_that_chance_depends_on(tmp_path):
 
 def _harm(piece, method, budget):
     """What the method expects the plan that it chooses to harm: the objective of its program."""
-    scores, kept = method._scores(piece)
+    scores, kept = scored(piece, {s.name: method.menu(s) for s in piece.survey}, prune=True)
     table = [[row[k] for k in ks] for row, ks in zip(_table(piece, method), kept, strict=True)]
     plan = method.plan(piece, Budget.parse(budget))
     names = [[option.plan for option in row] for row in table]

@@ -354,12 +354,22 @@ def test_bad_settings_are_refused(settings, words):
 
 
 def test_a_network_without_blocks_is_refused():
-    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x).relu())
+
+    model = Two().eval()
     with pytest.raises(ModelError, match="no stack of blocks"):
         rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2))
     with pytest.raises(ModelError, match="no block 'nine'"):
         rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("nine",)))
-    found = rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("0", "2")))
+    found = rabbet.compress(
+        model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("first", "second"))
+    )
     assert found.notes[0].startswith("taught 24 steps")
 
 
