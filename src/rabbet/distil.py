@@ -28,7 +28,7 @@ class Shown:
     outputs: Sequence[Tensor]
 
 
-def block_names(model: nn.Module, survey: Survey) -> list[str]:
+def stack(model: nn.Module, survey: Survey) -> list[str]:
     """The blocks of a network: the list or chain inside it that holds the most layers of the survey, or itself.
 
     Raises ModelError if there is none of at least two blocks.

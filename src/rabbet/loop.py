@@ -6,6 +6,7 @@ all hold the same numbers after every step.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ Group = dict[str, Any]
 """Parameters of Adam that share a rate: `params`, and `base`, the rate before the schedule."""
 
 
-class Course:
+class Course(ABC):
     """What a loop runs: its numbers, its loss, and what is done between steps.
 
     steps: in all. groups: what Adam moves.
@@ -36,11 +37,11 @@ class Course:
         """What the base rates are multiplied with: a cosine down to a fiftieth, after ten steps of warming up."""
         return max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 0.02) * min(1.0, (step + 1) / 10)
 
+    @abstractmethod
     def loss(self, step: int) -> Tensor:
         """The loss of a step's batch, a scalar; on several processes that of this one's share (`shared`)."""
-        raise NotImplementedError
 
-    def stepped(self, step: int) -> None:
+    def stepped(self, step: int) -> None:  # noqa: B027 (not every course has to)
         """After Adam has moved; gradients are still there."""
 
     @property
@@ -52,13 +53,11 @@ class Course:
         """What a checkpoint holds besides the parameters and Adam's own state."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (not every course has to)
         """The inverse of `state`."""
 
 
-def run(
-    course: Course, engine: Engine, key: str, stage: str, every: int = 100, betas: Sequence[float] = (0.9, 0.99)
-) -> None:
+def run(course: Course, engine: Engine, key: str, stage: str, every: int = 100) -> None:
     """Train to the end, in place; an engine with a folder keeps a checkpoint every so many steps and goes on from it.
 
     Raises DataError if the loss is not finite.

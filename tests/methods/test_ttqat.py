@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import rabbet
 from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError, Task
-from rabbet.distil import Lesson, Look, Shown, Teacher, block_names
+from rabbet.distil import Lesson, Look, Shown, Teacher, stack
 from rabbet.engine import silent
 from rabbet.methods.ttqat import start_cores
 from rabbet.plan import Term
@@ -199,7 +199,7 @@ def test_a_plain_torch_transformer_is_taught_attention_included():
     torch.manual_seed(0)
     model = Encoder().eval()
     data = [torch.randint(0, 40, (4, 7)) for _ in range(4)]
-    look = Look(model, block_names(model, rabbet.survey(model, data[0])))
+    look = Look(model, stack(model, rabbet.survey(model, data[0])))
     with torch.no_grad():
         shown = look(lambda: model(data[0]))
         assert torch.allclose(shown.outputs[0], model(data[0]), atol=1e-5)
@@ -344,6 +344,8 @@ def test_random_cores_make_weights_of_the_stated_deviation(form, shape):
         ({"bits": (4, 1)}, "does not exist"),
         ({"rank": 0}, "rank is at least 1"),
         ({"ranks": ()}, "ranks are numbers of at least 1"),
+        ({"bits": ()}, "found none"),
+        ({"epochs": -1}, "at least 0"),
         ({"order": "sideways"}, "order"),
         ({"start": "warm"}, "start"),
     ],
@@ -371,6 +373,11 @@ def test_a_network_without_blocks_is_refused():
         model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("first", "second"))
     )
     assert found.notes[0].startswith("taught 24 steps")
+
+
+def test_a_layer_to_stay_whole_must_be_there():
+    with pytest.raises(PlanError, match="'nine' is not a layer that can be compressed"):
+        rabbet.plan(bert(), "bytes <= 30%", sentences(), TTQAT(**SHORT | {"whole": ("nine",)}))
 
 
 def test_one_batch_is_not_enough():

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget, Cost
-from rabbet.distil import Lesson, Look, Teacher, block_names, mask_of
+from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
 from rabbet.engine import Job, Tensors, content_key
 from rabbet.errors import DataError, PlanError, check_choices
 from rabbet.forms import FORMS, Aim, Contracted
 from rabbet.grid import Grid, Quantised, stored
 from rabbet.layer import ActQuant, Compressed, Factor, build, compressed_layers, validate
+from rabbet.layout import term_lengths
 from rabbet.loop import Course, run, shared
 from rabbet.methods.base import Fitted
 from rabbet.methods.joint import scored
@@ -30,7 +31,6 @@ from rabbet.task import Batch, examples, suited, tensors
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the batches that choose between epochs and are not trained on
-FLOAT = 32
 STEPS = 60  # evaluations of the error of one decomposition
 
 
@@ -80,6 +80,10 @@ class TTQAT:
         for name in ("rank", "table"):
             if (found := getattr(self, name)) is not None and found < 1:
                 raise PlanError(f"{name} is at least 1, or None to be chosen; found {found}")
+        if not self.widths:
+            raise PlanError("bits is a number of bits, or several to choose from; found none")
+        if min(self.epochs, self.finish) < 0:
+            raise PlanError(f"epochs and finish are at least 0; found {self.epochs} and {self.finish}")
         if not self.ranks or min(self.ranks) < 1:
             raise PlanError(f"ranks are numbers of at least 1; found {self.ranks}")
 
@@ -90,6 +94,8 @@ class TTQAT:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Chains at the given rank, or at those that harm least under the budget; see `Method.plan`."""
+        for name in self.whole:
+            piece.survey[name]  # raises for a layer that is not there
         menus = {site.name: self.menu(site) for site in piece.survey}
         table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
 
@@ -112,7 +118,7 @@ class TTQAT:
         for rank in () if site.name in self.whole else self.ranks if given is None else (given,):
             for bits in self.widths:
                 term = Term(name, Grid(bits, "half" if bits == 2 else "signed"), min(rank, full))
-                if full and _size(site, term) < _size(site, plain):
+                if full and term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
                     found.append((term,))
         free = given is None or not found
         return tuple(dict.fromkeys([*found, *([(plain,)] if free else [])]))
@@ -131,10 +137,6 @@ class TTQAT:
         before, after = course.train()
         made = course.network()
         return Fitted(made, (f"taught {course.steps} steps; held-back {course.measure} {before:.4g} -> {after:.4g}",))
-
-
-def _size(site: Site, term: Term) -> int:
-    return sum(math.prod(s) for s in term.how.shapes(site, term.rank)) * term.grid.bits
 
 
 def start_cores(
@@ -200,7 +202,7 @@ class _Taught(Course):
         self.student = build(piece.model, plan, piece.survey)
         self.layers = compressed_layers(self.student)
         self._seat()
-        names = list(method.blocks) or block_names(piece.model, piece.survey)
+        names = list(method.blocks) or stack(piece.model, piece.survey)
         self.depth = len(names) + 1
         self.whole = Lesson(
             scores=method.scores, hidden=method.hidden, attention=method.attention, weight=method.answers

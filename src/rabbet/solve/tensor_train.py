@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rabbet.solve.varpro import minimised
 from rabbet.solve.whiten import principal
 
 
@@ -72,25 +73,7 @@ def halves(
 
 def refine(cores: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], evaluations: int) -> list[Tensor]:
     """All cores at once, brought down by L-BFGS, then scaled to one deviation of their entries."""
-    moving = evened(cores)
-    if evaluations:
-        moving = [c.detach().contiguous().clone().requires_grad_() for c in moving]
-        optimiser = torch.optim.LBFGS(
-            moving, max_iter=evaluations, max_eval=evaluations, line_search_fn="strong_wolfe", tolerance_change=1e-12
-        )
-
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            found = loss(moving)
-            found.backward()
-            return found
-
-        with torch.enable_grad():
-            optimiser.step(closure)
-        moving = evened([c.detach() for c in moving])
-        if not all(torch.isfinite(c).all() for c in moving):
-            return evened(cores)
-    return moving
+    return evened(minimised(evened(cores), loss, evaluations))
 
 
 def evened(cores: Sequence[Tensor]) -> list[Tensor]:

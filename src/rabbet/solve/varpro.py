@@ -36,26 +36,32 @@ def project(
     H. It stands for the rounding error that A will suffer, so that terms which cancel one another do not pay.
     """
     problem = _Problem(basis, matrix, second, ridge)
-    small = [s.detach().clone().requires_grad_() for s in start]
+    found = minimised(start, lambda small: problem(small)[0], evaluations)
+    exact = _Problem(basis, matrix.double(), None if second is None else second.double(), ridge)
+    loss, last = exact([s.double() for s in found])
+    return Projected(found, last.to(matrix.dtype), float(loss))
+
+
+def minimised(
+    start: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], evaluations: int
+) -> tuple[Tensor, ...]:
+    """Tensors that L-BFGS brings down from a start in so many evaluations; the start where they would not be finite."""
+    moving = [s.detach().contiguous().clone().requires_grad_() for s in start]
     if evaluations:
         optimiser = torch.optim.LBFGS(
-            small, max_iter=evaluations, max_eval=evaluations, line_search_fn="strong_wolfe", tolerance_change=1e-12
+            moving, max_iter=evaluations, max_eval=evaluations, line_search_fn="strong_wolfe", tolerance_change=1e-12
         )
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            loss, _ = problem(small)
-            loss.backward()
-            return loss
+            found = loss(moving)
+            found.backward()
+            return found
 
         with torch.enable_grad():
             optimiser.step(closure)
-    found = tuple(s.detach() for s in small)
-    if not all(torch.isfinite(s).all() for s in found):
-        found = tuple(s.detach().clone() for s in start)
-    exact = _Problem(basis, matrix.double(), None if second is None else second.double(), ridge)
-    loss, last = exact([s.double() for s in found])
-    return Projected(found, last.to(matrix.dtype), float(loss))
+    found = tuple(s.detach() for s in moving)
+    return found if all(torch.isfinite(s).all() for s in found) else tuple(s.detach().clone() for s in start)
 
 
 class _Problem:
