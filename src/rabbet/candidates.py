@@ -25,6 +25,7 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
+PART = 1024  # rows that are rounded at once: a table of words would not stay in the cache
 COLD, WARM = 40, 10  # evaluations of the error of a candidate: from a closed form, and from another grid's factors
 
 
@@ -160,8 +161,12 @@ def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
 
     Scales are chosen, refitted and, on short lopsided grids, mirrored row by row.
     """
-    if not wanted:
-        return []
+    rows = wanted[0][1].shape[1] if wanted else 0
+    parts = [_rounded_rows([(g, t[:, k : k + PART]) for g, t in wanted], metric) for k in range(0, rows, PART)]
+    return [Rows.stack(list(part)) for part in zip(*parts, strict=True)]
+
+
+def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
     trials = [(k, mirror) for k, (g, _) in enumerate(wanted) for mirror in ((False, True) if g.mirrored else (False,))]
     stacked = Rows.stack([start(wanted[k][1], wanted[k][0], metric, mirror) for k, mirror in trials])
     best: dict[int, Rows] = {}

@@ -7,7 +7,7 @@ import torch
 from networks import rand
 
 from rabbet import candidates
-from rabbet.candidates import canonical, read_numbers, solve_menu, solve_site
+from rabbet.candidates import canonical, read_numbers, round_rows_of, solve_menu, solve_site
 from rabbet.errors import ModelError
 from rabbet.grid import Grid
 from rabbet.plan import LayerPlan
@@ -96,6 +96,17 @@ def test_rounding_all_grids_in_one_pass_is_rounding_each_alone():
     for alone, found in zip(parts, together, strict=True):
         assert torch.equal(round_rows(alone, metric).codes, found.codes)
         assert torch.equal(round_rows(alone, metric).scale, found.scale)
+
+
+def test_without_a_metric_rounding_is_that_in_the_identity_whatever_the_number_of_rows():
+    target = rand(1, 2100, 8, seed=3)  # more rows than are rounded at once
+    wanted = [(Grid.parse(text), target) for text in ("tc", "2hc", "3c", "8c")]
+    plain, general = (
+        round_rows_of(wanted, metric) for metric in (Metric.plain(1, 8), Metric(torch.eye(8)[None], damping=0.0))
+    )
+    for ours, theirs in zip(plain, general, strict=True):
+        assert torch.equal(ours.codes, theirs.codes)
+        assert torch.equal(ours.scale, theirs.scale)
 
 
 def test_groups_do_not_see_each_other():

@@ -24,6 +24,7 @@ class Metric:
     """
 
     def __init__(self, second: Tensor, damping: float = 0.01) -> None:
+        self.identity = False
         diagonal = second.diagonal(dim1=1, dim2=2)
         ridge = damping * diagonal.mean(1) + 1e-12
         self.second = second.float() + torch.diag_embed(ridge.float()[:, None].expand_as(diagonal))
@@ -36,16 +37,22 @@ class Metric:
     @classmethod
     def plain(cls, groups: int, columns: int) -> "Metric":
         """The identity: the weight's own error, where nothing is known of the inputs."""
-        return cls(torch.eye(columns).expand(groups, columns, columns), damping=0.0)
+        found = cls(torch.eye(columns).expand(groups, columns, columns), damping=0.0)
+        found.identity = True  # then no column can make good what another lost: a large table is not worked in vain
+        return found
 
     @property
     def diagonal(self) -> Tensor:
         """[groups, n]."""
         return self.second.diagonal(dim1=1, dim2=2)
 
+    def times(self, x: Tensor) -> Tensor:
+        """`x @ second`, of rows [groups, rows, n]."""
+        return x if self.identity else x @ self.second
+
     def error(self, delta: Tensor) -> Tensor:
         """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
-        result: Tensor = ((delta @ self.second) * delta).sum(2)
+        result: Tensor = (self.times(delta) * delta).sum(2)
         return result
 
 
@@ -164,7 +171,7 @@ def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
 def refit(rows: Rows, metric: Metric) -> Rows:
     """The least-squares scale of each row for its codes, in the metric."""
     z = rows.codes + rows.shift[..., None]
-    hz = z @ metric.second
+    hz = metric.times(z)
     top, bottom = (hz * rows.target).sum(2), (hz * z).sum(2)
     return replace(rows, scale=torch.where(bottom > 0, stored(top / bottom.clamp_min(1e-30)), rows.scale))
 
@@ -180,11 +187,19 @@ def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> R
     return Rows.of(target, -scale if mirror else scale, grid)
 
 
+def nearest(rows: Rows) -> Rows:
+    """The codes nearest to the target, as they are best in the identity."""
+    low, high = rows.low[..., None], rows.high[..., None]
+    codes = (rows.target / rows.scale[..., None] - rows.shift[..., None]).round_().clamp_(low, high)
+    return replace(rows, codes=codes)
+
+
 def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> Rows:
     """Alternate error-feedback rounding, coordinate descent and the refit of the scale; each row keeps its best."""
     best = rows
     for _ in range(rounds):
-        trial = descend(feedback(rows, metric), metric, sweeps) if sweeps else feedback(rows, metric)
+        trial = nearest(rows) if metric.identity else feedback(rows, metric)
+        trial = descend(trial, metric, sweeps) if sweeps and not metric.identity else trial
         best = best.better(trial, metric)
         rows = refit(best, metric)
         best = best.better(rows, metric)
