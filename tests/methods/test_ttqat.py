@@ -157,6 +157,28 @@ def test_ranks_and_bits_are_chosen_under_the_budget():
     assert len(chosen[1]) > 2
 
 
+def test_a_chosen_rank_stands_beside_the_layer_itself_on_every_number_of_bits():
+    method = TTQAT(bits=(2, 4), rank=None, table=None, ranks=(2, 6), whole=("kept",))
+    table, linear = Site("x", "embedding", (90, 48)), Site("x", "linear", (48, 96))
+    for site, form in ((table, "ttm"), (linear, "tt")):
+        found = {str(term) for (term,) in method.menu(site)}
+        assert {"dense@2hc", "dense@4c", "dense@8c", f"{form}[2]@4", f"{form}[6]@2h"} <= found
+    assert [str(t) for (t,) in method.menu(Site("kept", "linear", (48, 96)))] == ["dense@8c"]
+    assert [str(t) for (t,) in TTQAT(bits=4, rank=6).menu(linear)] == ["tt[6]@4"]
+
+
+def test_matrices_move_as_slowly_as_they_are_told():
+    model, data = bert(), sentences(3)
+    plan = "embeddings.word_embeddings  dense@8c\nencoder.layer.0.output.dense  tt[6]@4"
+    task = Task(data, evaluate=lambda _: 0.0)
+    before = model.embeddings.word_embeddings.weight.detach()
+    moved = []
+    for share in (1.0, 0.0):
+        result = rabbet.fit(model, plan, task, TTQAT(**SHORT | {"matrices": share, "rate": 0.2, "finish": 0}))
+        moved.append(float((result.model.embeddings.word_embeddings.weight - before).abs().max()))
+    assert moved[1] < 0.01 * float(before.abs().max()) < moved[0]
+
+
 def test_a_budget_below_the_uniform_rank_is_refused_at_once():
     def never(stage, *_):
         raise AssertionError(stage)

@@ -38,16 +38,18 @@ STEPS = 60  # evaluations of the error of one decomposition
 class TTQAT:
     """Tensor trains of a uniform rank, or of ranks and bits chosen under the budget.
 
-    rank, table: of linears and of tables of words; None: chosen from `ranks`. bits: of the cores; several: chosen.
-    rest: bits of what is smaller as it is, and of what is no chain. act: bits of the inputs, with 8 between the halves
-    (the paper's mode 2); None: float (its mode 1). start: cores from the float weights, in the metric of the inputs or
-    plainly, or random ones (the paper's). epochs: in float; finish: epochs on the grid. order: hidden states are
-    matched all at once, or block by block from the bottom or the top, outputs only in the second half of the epochs.
-    rate: Adam's, relative to the deviation of what it moves. hidden, attention, answers: weights of what is taught;
-    labels: of the task's own loss, if it has one. scores: whether outputs are scores of classes. whole: names of layers
-    that stay as they are, on `rest` bits. blocks: names of the modules to match, if they are not to be found. memory:
-    bytes that the float network's answers may take. Batches are taken as they are; the best epoch on the grid is chosen
-    by `Task.evaluate`, which then should not see what is trained on, or else by batches that are held back.
+    rank, table: of linears and of tables of words; None: chosen from `ranks`, and a layer may then stay a matrix. bits:
+    of the cores, and of matrices among the choices; several: chosen. rest: bits of what is smaller as it is, and of
+    what is no chain. act: bits of the inputs, with 8 between the halves (the paper's mode 2); None: float (its mode 1).
+    start: cores from the float weights, in the metric of the inputs or plainly, or random ones (the paper's). epochs:
+    in float; finish: epochs on the grid. order: hidden states are matched all at once, or block by block from the
+    bottom or the top, outputs only in the second half of the epochs. rate: Adam's, relative to the deviation of what it
+    moves; layers that stay matrices, which start where they should end, move at `matrices` times that. hidden,
+    attention, answers: weights of what is taught; labels: of the task's own loss, if it has one. scores: whether
+    outputs are scores of classes. whole: names of layers that stay as they are, on `rest` bits. blocks: names of the
+    modules to match, if they are not to be found. memory: bytes that the float network's answers may take. Batches are
+    taken as they are; the best epoch on the grid is chosen by `Task.evaluate`, which then should not see what is
+    trained on, or else by batches that are held back.
     """
 
     bits: int | tuple[int, ...] = 4
@@ -61,6 +63,7 @@ class TTQAT:
     finish: int = 8
     order: Literal["all", "bottom", "top"] = "all"
     rate: float = 2e-2
+    matrices: float = 1.0
     hidden: float = 1.0
     attention: float = 1.0
     answers: float = 1.0
@@ -110,18 +113,24 @@ class TTQAT:
         return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
 
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
-        """What may become of a layer: chains that are smaller than the layer itself on `rest` bits, else that."""
+        """What may become of a layer: chains that are smaller than the layer itself on `rest` bits, or else that.
+
+        Where the rank is to be chosen, the layer itself stands beside them, on every number of bits.
+        """
         plain = Term("dense", Grid(self.rest, axis=0))
         name, given = ("ttm", self.table) if site.kind == "embedding" else ("tt", self.rank)
+        if site.name in self.whole:
+            return ((plain,),)
         full = 0 if site.stride else FORMS[name].full_rank(site)
         found = []
-        for rank in () if site.name in self.whole else self.ranks if given is None else (given,):
+        for rank in self.ranks if given is None else (given,):
             for bits in self.widths:
-                term = Term(name, Grid(bits, "half" if bits == 2 else "signed"), min(rank, full))
+                term = Term(name, _grid(bits), min(rank, full))
                 if full and term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
                     found.append((term,))
-        free = given is None or not found
-        return tuple(dict.fromkeys([*found, *([(plain,)] if free else [])]))
+        if given is None:
+            found += [(Term("dense", _grid(bits, axis=0)),) for bits in self.widths]
+        return tuple(dict.fromkeys([*found, *([(plain,)] if given is None or not found else [])]))
 
     def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
         line = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
@@ -137,6 +146,11 @@ class TTQAT:
         before, after = course.train()
         made = course.network()
         return Fitted(made, (f"taught {course.steps} steps; held-back {course.measure} {before:.4g} -> {after:.4g}",))
+
+
+def _grid(bits: int, axis: int | None = None) -> Grid:
+    """The grid of so many bits: two bits mostly fit better as half-steps."""
+    return Grid(bits, "half" if bits == 2 else "signed", axis)
 
 
 def start_cores(
@@ -214,7 +228,11 @@ class _Taught(Course):
             latent.on = False
         if self._acts:
             calibrate_ranges(self.student, piece.task, piece.seed)
-        self.groups = [{"params": [p], "base": method.rate * _reach(p)} for p in self._learning()]
+        dense = [layer for layer in self.layers.values() if layer.form_names == ["dense"]]
+        share = {id(x.value): method.matrices for layer in dense for x in self._of(layer)}
+        self.groups = [
+            {"params": [p], "base": method.rate * share.get(id(p), 1.0) * _reach(p)} for p in self._learning()
+        ]
         self.best: dict[str, Tensor] = {}
         self.most = torch.tensor(-math.inf, dtype=torch.float64)
         self.now = math.nan
@@ -241,7 +259,11 @@ class _Taught(Course):
                 parts[k] = Latent(found[str(k)], factor.grid).to(factor.codes.device)
 
     def _latents(self) -> list[Latent]:
-        return [cast(Latent, f) for layer in self.layers.values() for f in layer.factors[0]]
+        return [latent for layer in self.layers.values() for latent in self._of(layer)]
+
+    @staticmethod
+    def _of(layer: Compressed) -> list[Latent]:
+        return [cast(Latent, f) for f in layer.factors[0]]
 
     @property
     def _acts(self) -> list[ActQuant]:
@@ -251,8 +273,8 @@ class _Taught(Course):
         """Everything that moves: values, scales, ranges, biases, and what no line of the plan covers."""
         found: list[Tensor] = []
         for layer in self.layers.values():
-            for latent in layer.factors[0]:
-                found += [cast(Latent, latent).value, latent.scale]
+            for latent in self._of(layer):
+                found += [latent.value, latent.scale]
             found += [] if layer.bias is None else [layer.bias]
         inside = {id(p) for m in self.student.modules() if isinstance(m, Compressed) for p in m.parameters()}
         found += [act.scale for act in self._acts]
@@ -380,7 +402,7 @@ class _Taught(Course):
         """The student with integers in place of the latents."""
         for layer in self.layers.values():
             parts = cast(nn.ModuleList, layer.terms[0])
-            for k, latent in enumerate(layer.factors[0]):
+            for k, latent in enumerate(self._of(layer)):
                 parts[k] = Factor(latent.numbers).to(latent.codes.device)
             for act in layer.quantisers:
                 act.scale.clamp_(min=1e-12)
