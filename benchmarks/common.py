@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import platform
+import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +25,21 @@ def reader(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def alike(lengths: Sequence[int], size: int, order: random.Random | None = None) -> list[list[int]]:
+    """Places of sentences in batches of like length; with `order`, drawn anew: sorted within 16 batches each."""
+    index = list(range(len(lengths)))
+    if order is not None:
+        order.shuffle(index)
+    groups = [index[k : k + 16 * size] for k in range(0, len(index), 16 * size)] if order else [index]
+    chunks = []
+    for group in groups:
+        group.sort(key=lambda j: lengths[j])
+        chunks += [group[k : k + size] for k in range(0, len(group), size)]
+    if order is not None:
+        order.shuffle(chunks)
+    return chunks
 
 
 def machine() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import head, machine, reader, row
+from common import alike, head, machine, reader, row
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -34,17 +34,7 @@ class Sentences:
 
     def batches(self, size: int, order: random.Random | None = None) -> list[Batch]:
         """Sentences of like length together; with `order`, drawn anew."""
-        index = list(range(len(self.items)))
-        if order is not None:
-            order.shuffle(index)
-        groups = [index[k : k + 16 * size] for k in range(0, len(index), 16 * size)] if order else [index]
-        chunks = []
-        for group in groups:
-            group.sort(key=lambda j: len(self.items[j][0]))
-            chunks += [group[k : k + size] for k in range(0, len(group), size)]
-        if order is not None:
-            order.shuffle(chunks)
-        return [self._batch(chunk) for chunk in chunks]
+        return [self._batch(chunk) for chunk in alike([len(ids) for ids, _, _ in self.items], size, order)]
 
     def _batch(self, chunk: Sequence[int]) -> Batch:
         longest = max(len(self.items[j][0]) for j in chunk)

@@ -1,0 +1,252 @@
+"""MiniLM on SST-2 and CoLA, 10 and 20 times smaller: ranks and bits by one integer program, without and with training.
+
+    python benchmarks/glue.py --keep FOLDER [--tasks SST-2 CoLA] [--ratios 10 20] [--methods joint ttqat]
+
+The teacher is MiniLM with a head of two classes, fine-tuned on the training split only. A part of that split is held
+back and chooses between epochs, of the teacher and of what is trained of it. The measure is GLUE's dev split: accuracy
+on SST-2 (872 sentences), Matthews correlation times 100 on CoLA (1,043). The test split has no public labels.
+Float bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for the whole file; accuracy is that
+of the written file, loaded again. Held-back sentences of SST-2 are mostly phrases of sentences that are trained on.
+FOLDER keeps teachers, and layers that were decomposed.
+"""
+
+import itertools
+import math
+import random
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import DATA, alike, head, machine, reader, row
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+import rabbet
+from rabbet import TTQAT, Joint, Task, Tuning
+from rabbet.engine import silent
+
+Batch = dict[str, Tensor]
+"""`input_ids` and `attention_mask` [n, length], `labels` [n]."""
+MOST = 1000  # sentences held back, at most a tenth
+SHOWN = 1024  # sentences that methods without training see, without labels
+WORDS = "bert.embeddings.word_embeddings"
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Token ids and labels."""
+
+    ids: list[list[int]]
+    labels: list[int]
+
+    def part(self, first: int, last: int | None = None) -> "Sentences":
+        """Those from place `first` to before place `last`."""
+        return Sentences(self.ids[first:last], self.labels[first:last])
+
+    def batches(self, size: int = 32, order: random.Random | None = None) -> list[Batch]:
+        """Sentences of like length together, padded to the longest of the batch; with `order`, drawn anew."""
+        return [self._batch(chunk) for chunk in alike([len(s) for s in self.ids], size, order)]
+
+    def _batch(self, chunk: list[int]) -> Batch:
+        rows = [torch.tensor(self.ids[k]) for k in chunk]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [PAD] is 0
+        lengths = torch.tensor([len(r) for r in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([self.labels[k] for k in chunk])}
+
+
+def matthews(found: Tensor, true: Tensor) -> float:
+    """Matthews correlation of two classes, times 100; 0 if all is one class."""
+    (a, b), (c, d) = torch.bincount(2 * true + found, minlength=4).view(2, 2).double().tolist()
+    return 100 * (a * d - b * c) / math.sqrt(max((a + b) * (c + d) * (a + c) * (b + d), 1))
+
+
+def accuracy(found: Tensor, true: Tensor) -> float:
+    """Per cent."""
+    return 100 * float((found == true).double().mean())
+
+
+def scores(model: nn.Module, batch: Batch) -> Tensor:
+    """Scores of the two classes, [n, 2]."""
+    found: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a teacher is fine-tuned: AdamW, linear warm-up over a sixteenth, then linearly to 0."""
+
+    epochs: int
+    rate: float = 5e-5
+    batch: int = 32
+    decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task of GLUE: its sentences, its measure, and how its teacher is made."""
+
+    name: str
+    train: Sentences
+    held: Sentences
+    dev: Sentences
+    measure: Callable[[Tensor, Tensor], float]
+    recipe: Recipe
+
+    def score(self, model: nn.Module, part: Sentences) -> float:
+        """The measure on some sentences."""
+        model.eval()
+        with torch.no_grad():
+            found = [(scores(model, b).argmax(1), b["labels"]) for b in part.batches(64)]
+        return self.measure(torch.cat([f for f, _ in found]), torch.cat([y for _, y in found]))
+
+    def task(self, seed: int) -> Task:
+        """What is trained on, with labels; held-back sentences choose between epochs."""
+        return Task(
+            self.train.batches(self.recipe.batch, random.Random(seed)),
+            forward=scores,
+            loss=lambda out, b: F.cross_entropy(out, b["labels"]),
+            evaluate=lambda m: self.score(m, self.held),
+            limit=10**9,
+        )
+
+    def unlabelled(self, seed: int) -> Task:
+        """A few sentences of the same."""
+        found = self.train.part(0, SHOWN).batches(self.recipe.batch, random.Random(seed))
+        return Task([{k: b[k] for k in ("input_ids", "attention_mask")} for b in found], forward=scores)
+
+
+PROBLEMS = {"SST-2": (accuracy, Recipe(3)), "CoLA": (matthews, Recipe(8))}
+
+
+def problem(name: str, seed: int, sentences: int | None, epochs: int | None) -> Problem:
+    """A task of GLUE, with so many of its training sentences, drawn by the seed; epochs: of the teacher."""
+    load, tokens = reader("load"), AutoTokenizer.from_pretrained(DATA / "minilm")
+    measure, recipe = PROBLEMS[name]
+
+    def read(split: str) -> Sentences:
+        rows = load.glue(name, split)
+        if split == "train":
+            random.Random(seed).shuffle(rows)
+        return Sentences(tokens([r["sentence"] for r in rows])["input_ids"], [int(r["label"]) for r in rows])
+
+    train = read("train")
+    back = min(MOST, len(train.ids) // 10)
+    used = train.part(back, None if sentences is None else back + sentences)
+    recipe = recipe if epochs is None else replace(recipe, epochs=epochs)
+    return Problem(name, used, train.part(0, back), read("dev"), measure, recipe)
+
+
+def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
+    """MiniLM with a head, at its best epoch by the held-back sentences."""
+    torch.manual_seed(seed)
+    order, recipe = random.Random(seed), given.recipe
+    model = BertForSequenceClassification.from_pretrained(DATA / "minilm", num_labels=2, dtype=torch.float32)
+    adam = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay)
+    total = recipe.epochs * math.ceil(len(given.train.ids) / recipe.batch)
+    best, kept, start, step = -math.inf, {}, time.perf_counter(), 0
+    for epoch in range(recipe.epochs):
+        model.train()
+        for batch in given.train.batches(recipe.batch, order):
+            for group in adam.param_groups:
+                group["lr"] = recipe.rate * min((step + 1) / (total / 16), (total - step) / (total * 15 / 16))
+            adam.zero_grad()
+            F.cross_entropy(scores(model, batch), batch["labels"]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            step += 1
+        found = given.score(model, given.held)
+        if found > best:
+            best, kept = found, {k: v.clone() for k, v in model.state_dict().items()}
+        if report:
+            row(given.name, epoch + 1, f"{found:.2f}", f"{time.perf_counter() - start:.0f}")
+    model.load_state_dict(kept)
+    return model.eval()
+
+
+def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
+    """The fine-tuned network, from the folder if it lies there."""
+    path = folder / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}-epochs{given.recipe.epochs}"
+    if not path.exists():
+        head("teacher", "epoch", "held back", "seconds")
+        fine_tuned(given, seed, report=True).save_pretrained(path)
+        print(flush=True)
+    found: nn.Module = BertForSequenceClassification.from_pretrained(path).eval()
+    return found
+
+
+def line(given: Problem, model: nn.Module, method: rabbet.methods.Method, ratio: float, args: Namespace) -> None:
+    """Compress, write, load again, measure: a row."""
+    start = time.perf_counter()
+    size, trains = sum(p.numel() * 4 for p in model.parameters()), isinstance(method, TTQAT)
+    task = given.task(args.seed) if trains else given.unlabelled(args.seed)
+    engine = rabbet.Engine(folder=args.keep / "layers", progress=told if args.watch else silent)
+    result = rabbet.compress(model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, engine=engine)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "small.safetensors"
+        written = result.save(path)
+        score = given.score(rabbet.load(path, model), given.dev)
+    whole = given.score(model, given.dev)
+    row(given.name, f"{type(method).__name__}, {ratio:g}x", f"{written:,}", f"{size / written:.2f}", f"{score:.2f}",
+        f"{whole - score:.2f}", f"{time.perf_counter() - start:.0f}", result.plan[WORDS].body, forms(result.plan),
+        "; ".join(result.notes))  # fmt: skip
+
+
+def told(stage: str, done: int, total: int) -> None:
+    """Where things stand, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {stage} {done}/{total}", file=sys.stderr, flush=True)
+
+
+def forms(plan: rabbet.Plan) -> str:
+    """How many layers have which form."""
+    found = Counter(" + ".join(t.form for t in each.terms) for each in plan)
+    return ", ".join(f"{n} {form}" for form, n in found.most_common())
+
+
+def main() -> None:
+    """Print the table."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[10, 20])
+    parser.add_argument("--methods", nargs="*", choices=("joint", "ttqat"), default=["joint", "ttqat"])
+    parser.add_argument("--keep", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sentences", type=int, help="train on the first so many of a seeded shuffle; default: all")
+    parser.add_argument("--teaching", type=int, help="epochs of the teacher; default: 3 on SST-2, 8 on CoLA")
+    parser.add_argument("--epochs", type=int, default=2, help="of TTQAT, in float")
+    parser.add_argument("--finish", type=int, default=2, help="epochs of TTQAT on the grid")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[24, 48, 80, 128], help="that TTQAT chooses from")
+    parser.add_argument("--rate", type=float, default=1e-2, help="of TTQAT")
+    parser.add_argument("--matrices", type=float, default=0.1, help="of TTQAT: share of the rate for matrices")
+    parser.add_argument("--tuning", type=int, default=200, help="steps of tuning after Joint, without labels")
+    parser.add_argument("--watch", action="store_true", help="tell every step, on standard error")
+    args = parser.parse_args()
+    made: dict[str, rabbet.methods.Method] = {
+        "joint": Joint(tuning=Tuning(steps=args.tuning, batch=32)),
+        "ttqat": TTQAT(
+            (2, 3, 4), rank=None, table=None, ranks=tuple(args.ranks), epochs=args.epochs, finish=args.finish,
+            rate=args.rate, matrices=args.matrices,
+        ),
+    }  # fmt: skip
+    print(f"{machine()}\n")
+    for name in args.tasks:
+        given = problem(name, args.seed, args.sentences, args.teaching)
+        model = teacher(given, args.seed, args.keep)
+        size = sum(p.numel() * 4 for p in model.parameters())
+        print(f"{len(given.train.ids):,} sentences are trained on, {len(given.held.ids):,} held back\n")
+        head("task", "model", "file bytes", "times smaller", "dev", "drop", "seconds", "words", "layers", "notes")
+        row(name, "float32", f"{size:,}", 1, f"{given.score(model, given.dev):.2f}", *"-----")
+        for label, ratio in itertools.product(args.methods, args.ratios):
+            line(given, model, made[label], ratio, args)
+        print()
+
+
+if __name__ == "__main__":
+    main()
