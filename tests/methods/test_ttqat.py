@@ -14,7 +14,7 @@ import rabbet
 from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError, Task
 from rabbet.distil import Lesson, Look, Shown, Teacher, stack
 from rabbet.engine import silent
-from rabbet.methods.ttqat import start_cores
+from rabbet.methods.latent import start_cores
 from rabbet.plan import Term
 from rabbet.runtime import Session
 from rabbet.site import Site

@@ -1,12 +1,14 @@
 """What a command works on: a network, batches, and what judges a network."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 from torch import nn
 
 from rabbet.cli.judge import Judge, open_judge
 from rabbet.cli.names import made
+from rabbet.cli.pretrained import pretrained
 from rabbet.errors import DataError
 from rabbet.task import Task
 
@@ -34,7 +36,9 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
 
 
 def open_network(reference: str) -> nn.Module:
-    """The network that a reference names, in eval mode."""
+    """The network that a reference names, or that lies in a folder that `save_pretrained` wrote, in eval mode."""
+    if Path(reference).is_dir():
+        return pretrained(Path(reference))
     found = made(reference, "MODEL")
     if not isinstance(found, nn.Module):
         raise typer.BadParameter(f"{reference} gives {type(found).__name__}, not a torch.nn.Module", param_hint="MODEL")

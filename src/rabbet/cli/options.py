@@ -24,9 +24,10 @@ def known_quality(name: str) -> str:
 
 
 REFERENCE = "module:callable or file.py:callable, called without arguments"
+NETWORK = f"{REFERENCE}, or a folder of Hugging Face's save_pretrained"
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help=f"The trained network: {REFERENCE}. Default: the demo network.")
+    str | None, typer.Argument(metavar="MODEL", help=f"The trained network: {NETWORK}. Default: the demo network.")
 ]
 Data = Annotated[str | None, typer.Option(help=f"Unlabelled batches or a Task: {REFERENCE}.")]
 Test = Annotated[

@@ -62,7 +62,7 @@ def _held(limit: Limit, cost: Cost, whole: Cost) -> dict[str, Any]:
 
 def compare(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Native files, two or more.")],
-    model: Annotated[str | None, typer.Option(help=f"The network that they hold: {options.REFERENCE}.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"The network that they hold: {options.NETWORK}.")] = None,
     test: options.Test = None,
     as_json: options.Json = False,
 ) -> None:

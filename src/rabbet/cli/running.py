@@ -21,7 +21,7 @@ from rabbet.runtime import KERNELS, kernels
 from rabbet.task import examples, head, join
 
 Model = Annotated[
-    str | None, typer.Option(help=f"The network that the file holds: {options.REFERENCE}. Default: the demo network.")
+    str | None, typer.Option(help=f"The network that the file holds: {options.NETWORK}. Default: the demo network.")
 ]
 Onnx = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx file.")]
 

@@ -16,22 +16,22 @@ from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget, Cost
 from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
-from rabbet.engine import Job, Tensors, content_key
+from rabbet.engine import Job, content_key
 from rabbet.errors import DataError, PlanError, check_choices
-from rabbet.forms import FORMS, Aim, Contracted
-from rabbet.grid import Grid, Quantised, stored
+from rabbet.forms import FORMS
+from rabbet.grid import Grid
 from rabbet.layer import ActQuant, Compressed, Factor, build, compressed_layers, validate
 from rabbet.layout import term_lengths
 from rabbet.loop import Course, run, shared
 from rabbet.methods.base import Fitted
 from rabbet.methods.joint import scored
+from rabbet.methods.latent import Latent, start_cores
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.site import Site
 from rabbet.task import Batch, examples, suited, tensors
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the batches that choose between epochs and are not trained on
-STEPS = 60  # evaluations of the error of one decomposition
 
 
 @dataclass(frozen=True)
@@ -151,52 +151,6 @@ class TTQAT:
 def _grid(bits: int, axis: int | None = None) -> Grid:
     """The grid of so many bits: two bits mostly fit better as half-steps."""
     return Grid(bits, "half" if bits == 2 else "signed", axis)
-
-
-def start_cores(
-    weight: Tensor, second: Tensor | None = None, *, site: Site, term: Term, start: str, seed: int
-) -> Tensors:
-    """Float factors that a layer starts from, by their place: a job for an engine.
-
-    Random ones are normal, the variance of the weight that they make 1 / (inputs + outputs), of a table 1 / columns.
-    """
-    form = term.how
-    if start == "random" and isinstance(form, Contracted):
-        shapes = form.shapes(site, term.rank)
-        # each bond is summed over once, and is an end of two cores
-        paths = math.sqrt(math.prod(s[0] * s[-1] for s in shapes))
-        variance = 1 / (site.shape[1] if site.kind == "embedding" else site.columns + site.shape[0])
-        deviation = (variance / paths) ** (0.5 / len(shapes))
-        generator = torch.Generator().manual_seed(seed)
-        return {str(k): deviation * torch.randn(s, generator=generator) for k, s in enumerate(shapes)}
-    metric = second if start == "metric" else None
-    return {str(k): f for k, f in enumerate(form.decompose(site, weight, term.rank, metric, Aim(steps=STEPS)))}
-
-
-class Latent(Factor):
-    """A factor that trains: a float tensor and, once it is on its grid, the scale."""
-
-    def __init__(self, value: Tensor, grid: Grid) -> None:
-        scale = torch.ones(grid.scale_shape(tuple(value.shape)))
-        super().__init__(Quantised(grid, torch.zeros_like(value), scale))
-        # one layout, whether computed now or read from a folder: sums in another order would be other bytes
-        self.value = nn.Parameter(value.detach().float().contiguous().clone(), requires_grad=False)
-        self.on = False
-
-    def forward(self) -> Tensor:
-        """The values."""
-        return self.grid.fake(self.value, self.scale) if self.on else self.value
-
-    def settle(self) -> None:
-        """Put on the grid, with the scale of least squared error."""
-        self.scale.copy_(self.grid.mse(self.value.detach()))
-        self.on = True
-
-    @property
-    def numbers(self) -> Quantised:
-        """As a file holds them."""
-        scale = stored(self.scale.detach())
-        return Quantised(self.grid, self.grid.codes(self.value.detach(), scale), scale)
 
 
 class _Taught(Course):

@@ -1,0 +1,61 @@
+"""Factors that train in float and then on their grid: what they start from, and what they are at each time."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.engine import Tensors
+from rabbet.forms import Aim, Contracted
+from rabbet.grid import Grid, Quantised, stored
+from rabbet.layer import Factor
+from rabbet.plan import Term
+from rabbet.site import Site
+
+STEPS = 60  # evaluations of the error of one decomposition
+
+
+def start_cores(
+    weight: Tensor, second: Tensor | None = None, *, site: Site, term: Term, start: str, seed: int
+) -> Tensors:
+    """Float factors that a layer starts from, by their place: a job for an engine.
+
+    Random ones are normal, the variance of the weight that they make 1 / (inputs + outputs), of a table 1 / columns.
+    """
+    form = term.how
+    if start == "random" and isinstance(form, Contracted):
+        shapes = form.shapes(site, term.rank)
+        # each bond is summed over once, and is an end of two cores
+        paths = math.sqrt(math.prod(s[0] * s[-1] for s in shapes))
+        variance = 1 / (site.shape[1] if site.kind == "embedding" else site.columns + site.shape[0])
+        deviation = (variance / paths) ** (0.5 / len(shapes))
+        generator = torch.Generator().manual_seed(seed)
+        return {str(k): deviation * torch.randn(s, generator=generator) for k, s in enumerate(shapes)}
+    metric = second if start == "metric" else None
+    return {str(k): f for k, f in enumerate(form.decompose(site, weight, term.rank, metric, Aim(steps=STEPS)))}
+
+
+class Latent(Factor):
+    """A factor that trains: a float tensor and, once it is on its grid, the scale."""
+
+    def __init__(self, value: Tensor, grid: Grid) -> None:
+        scale = torch.ones(grid.scale_shape(tuple(value.shape)))
+        super().__init__(Quantised(grid, torch.zeros_like(value), scale))
+        # one layout, whether computed now or read from a folder: sums in another order would be other bytes
+        self.value = nn.Parameter(value.detach().float().contiguous().clone(), requires_grad=False)
+        self.on = False
+
+    def forward(self) -> Tensor:
+        """The values."""
+        return self.grid.fake(self.value, self.scale) if self.on else self.value
+
+    def settle(self) -> None:
+        """Put on the grid, with the scale of least squared error."""
+        self.scale.copy_(self.grid.mse(self.value.detach()))
+        self.on = True
+
+    @property
+    def numbers(self) -> Quantised:
+        """As a file holds them."""
+        scale = stored(self.scale.detach())
+        return Quantised(self.grid, self.grid.codes(self.value.detach(), scale), scale)

@@ -1,0 +1,107 @@
+"""A folder that Hugging Face's `save_pretrained` wrote, as the network of a command."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+import rabbet
+from rabbet.layer import compressed_layers
+
+BATCHES = """
+import torch
+
+def batches():
+    torch.manual_seed(1)
+    ids = torch.randint(1, 60, (4, 4, 9))
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+"""
+
+
+def bert():
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=64, max_position_embeddings=16)  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=4))
+
+
+NETWORKS = {"bert": bert, "gpt2": gpt2}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of each network."""
+    place = tmp_path_factory.mktemp("saved")
+    for name, make in NETWORKS.items():
+        torch.manual_seed(0)
+        make().save_pretrained(place / name)
+    return place
+
+
+@pytest.fixture
+def here(saved, tmp_path, monkeypatch):
+    """The current folder, with the networks and a file of batches in it."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "batches_of_user.py").write_text(BATCHES)
+    yield tmp_path
+    sys.modules.pop("batches_of_user", None)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", ["joint tuning.steps=0", "ttqat rank=6 table=6 epochs=1 finish=1"])
+def test_a_folder_is_surveyed_and_compressed_and_its_file_read_again(run, here, name, method):
+    data = ("--data", "batches_of_user:batches")
+    code, out, _ = run("survey", name, *data)
+    assert code == 0
+    assert "embeddings" in out or "wte" in out
+    code, out, err = run("compress", f"{name}/", *data, "--budget", "bytes <= 70%", "--output", "small.safetensors",
+                         "--method", method, "--json")  # fmt: skip
+    assert code == 0, err
+    again = rabbet.load(here / "small.safetensors", NETWORKS[name]())
+    assert compressed_layers(again)
+    code, out, err = run("export", "small.safetensors", "--model", name, *data, "--output", "small.onnx", "--json")
+    assert code == 0, err
+
+
+def _edited(folder, **facts):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+MISTAKES = {
+    "has no config.json": lambda folder: (folder / "config.json").unlink(),
+    "cannot be read": lambda folder: (folder / "config.json").write_text("{"),
+    "architecture 'NinethNet', which transformers does not have": lambda f: _edited(f, architectures=["NinethNet"]),
+    "architecture 'BertConfig'": lambda folder: _edited(folder, architectures=["BertConfig"]),
+    "architecture ''": lambda folder: _edited(folder, architectures=None),
+    "holds no *.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
+    "cannot be read as BertForSequenceClassification": lambda f: (f / "model.safetensors").write_bytes(b"no"),
+    "lacks tensors of BertForMaskedLM": lambda folder: _edited(folder, architectures=["BertForMaskedLM"]),
+    "rabbet[hf]": None,
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_folder_that_cannot_be_used_is_one_line(run, here, monkeypatch, words):
+    if MISTAKES[words] is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        MISTAKES[words](here / "bert")
+    code, out, err = run("survey", "bert", "--data", "batches_of_user:batches")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
