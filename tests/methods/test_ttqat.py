@@ -157,14 +157,25 @@ def test_ranks_and_bits_are_chosen_under_the_budget():
     assert len(chosen[1]) > 2
 
 
-def test_a_chosen_rank_stands_beside_the_layer_itself_on_every_number_of_bits():
+def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
     method = TTQAT(bits=(2, 4), rank=None, table=None, ranks=(2, 6), whole=("kept",))
     table, linear = Site("x", "embedding", (90, 48)), Site("x", "linear", (48, 96))
     for site, form in ((table, "ttm"), (linear, "tt")):
         found = {str(term) for (term,) in method.menu(site)}
-        assert {"dense@2hc", "dense@4c", "dense@8c", f"{form}[2]@4", f"{form}[6]@2h"} <= found
+        assert {"dense@tc", "dense@2hc", "dense@8c", f"{form}[2]@4", f"{form}[6]@2h"} <= found
+    matrices = TTQAT(rank=None, table=None, forms=("tt",), grids=("tc",))
+    assert [str(t) for (t,) in matrices.menu(table)] == ["dense@tc", "dense@8c"]
+    assert "tt[6]@4" in {str(t) for (t,) in matrices.menu(linear)}
     assert [str(t) for (t,) in method.menu(Site("kept", "linear", (48, 96)))] == ["dense@8c"]
     assert [str(t) for (t,) in TTQAT(bits=4, rank=6).menu(linear)] == ["tt[6]@4"]
+
+
+def test_matrices_alone_are_trained_under_a_budget_as_well():
+    model, data = bert(), sentences(3)
+    method = TTQAT(rank=None, table=None, forms=(), epochs=1, finish=2, scores=False)
+    result = rabbet.compress(model, "bytes <= 15%", data, method)
+    assert set(forms(result.plan).values()) == {"dense"}
+    assert len({str(line.terms[0].grid) for line in result.plan}) > 1
 
 
 def test_matrices_move_as_slowly_as_they_are_told():
@@ -367,6 +378,8 @@ def test_random_cores_make_weights_of_the_stated_deviation(form, shape):
         ({"rank": 0}, "rank is at least 1"),
         ({"ranks": ()}, "ranks are numbers of at least 1"),
         ({"bits": ()}, "found none"),
+        ({"grids": ("9c",)}, "is not a grid"),
+        ({"forms": ("cp",)}, "forms are 'tt' and 'ttm'"),
         ({"epochs": -1}, "at least 0"),
         ({"order": "sideways"}, "order"),
         ({"start": "warm"}, "start"),

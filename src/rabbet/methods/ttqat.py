@@ -38,24 +38,26 @@ HELD = 0.1  # share of the batches that choose between epochs and are not traine
 class TTQAT:
     """Tensor trains of a uniform rank, or of ranks and bits chosen under the budget.
 
-    rank, table: of linears and of tables of words; None: chosen from `ranks`, and a layer may then stay a matrix. bits:
-    of the cores, and of matrices among the choices; several: chosen. rest: bits of what is smaller as it is, and of
-    what is no chain. act: bits of the inputs, with 8 between the halves (the paper's mode 2); None: float (its mode 1).
-    start: cores from the float weights, in the metric of the inputs or plainly, or random ones (the paper's). epochs:
-    in float; finish: epochs on the grid. order: hidden states are matched all at once, or block by block from the
-    bottom or the top, outputs only in the second half of the epochs. rate: Adam's, relative to the deviation of what it
-    moves; layers that stay matrices, which start where they should end, move at `matrices` times that. hidden,
-    attention, answers: weights of what is taught; labels: of the task's own loss, if it has one. scores: whether
-    outputs are scores of classes. whole: names of layers that stay as they are, on `rest` bits. blocks: names of the
-    modules to match, if they are not to be found. memory: bytes that the float network's answers may take. Batches are
-    taken as they are; the best epoch on the grid is chosen by `Task.evaluate`, which then should not see what is
-    trained on, or else by batches that are held back.
+    rank, table: of linears and of tables of words; None: chosen from `ranks`, or the layer stays a matrix on one of the
+    `grids`, whichever harms least. forms: the chains that there are. bits: of the cores; several: chosen. rest: bits of
+    what is smaller as it is, and of what is no chain. act: bits of the inputs, with 8 between the halves (the paper's
+    mode 2); None: float (its mode 1). start: cores from the float weights, in the metric of the inputs or plainly, or
+    random ones (the paper's). epochs: in float; finish: epochs on the grid. order: hidden states are matched all at
+    once, or block by block from the bottom or the top, outputs only in the second half of the epochs. rate: Adam's,
+    relative to the deviation of what it moves; layers that stay matrices, which start where they should end, move at
+    `matrices` times that. hidden, attention, answers: weights of what is taught; labels: of the task's own loss, if it
+    has one. scores: whether outputs are scores of classes. whole: names of layers that stay as they are, on `rest`
+    bits. blocks: names of the modules to match, if they are not to be found. memory: bytes that the float network's
+    answers may take. Batches are taken as they are; the best epoch on the grid is chosen by `Task.evaluate`, which then
+    should not see what is trained on, or else by batches that are held back.
     """
 
     bits: int | tuple[int, ...] = 4
     rank: int | None = 20
     table: int | None = 20
     ranks: tuple[int, ...] = (6, 10, 14, 20, 28, 40)
+    forms: tuple[str, ...] = ("tt", "ttm")
+    grids: tuple[str, ...] = ("tc", "2hc", "3c", "4c")
     rest: int = 8
     act: int | None = None
     start: Literal["metric", "plain", "random"] = "metric"
@@ -78,6 +80,10 @@ class TTQAT:
         for bits in self.widths:
             Grid(bits)
         Grid(self.rest)
+        for text in self.grids:
+            Grid.parse(text)
+        if not {"tt", "ttm"}.issuperset(self.forms):
+            raise PlanError(f"forms are 'tt' and 'ttm', both, one or none; found {self.forms}")
         if self.act is not None:
             Grid(self.act, "unsigned")
         for name in ("rank", "table"):
@@ -115,21 +121,21 @@ class TTQAT:
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
         """What may become of a layer: chains that are smaller than the layer itself on `rest` bits, or else that.
 
-        Where the rank is to be chosen, the layer itself stands beside them, on every number of bits.
+        Where the rank is to be chosen, the layer itself stands beside them, on `grids` and on `rest` bits.
         """
         plain = Term("dense", Grid(self.rest, axis=0))
         name, given = ("ttm", self.table) if site.kind == "embedding" else ("tt", self.rank)
         if site.name in self.whole:
             return ((plain,),)
-        full = 0 if site.stride else FORMS[name].full_rank(site)
+        full = 0 if site.stride or name not in self.forms else FORMS[name].full_rank(site)
         found = []
         for rank in self.ranks if given is None else (given,):
             for bits in self.widths:
-                term = Term(name, _grid(bits), min(rank, full))
+                term = Term(name, Grid(bits, "half" if bits == 2 else "signed"), min(rank, full))
                 if full and term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
                     found.append((term,))
         if given is None:
-            found += [(Term("dense", _grid(bits, axis=0)),) for bits in self.widths]
+            found += [(Term("dense", Grid.parse(text)),) for text in self.grids]
         return tuple(dict.fromkeys([*found, *([(plain,)] if given is None or not found else [])]))
 
     def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
@@ -146,11 +152,6 @@ class TTQAT:
         before, after = course.train()
         made = course.network()
         return Fitted(made, (f"taught {course.steps} steps; held-back {course.measure} {before:.4g} -> {after:.4g}",))
-
-
-def _grid(bits: int, axis: int | None = None) -> Grid:
-    """The grid of so many bits: two bits mostly fit better as half-steps."""
-    return Grid(bits, "half" if bits == 2 else "signed", axis)
 
 
 class _Taught(Course):
