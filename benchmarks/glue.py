@@ -190,7 +190,13 @@ def lines(given: Problem, model: nn.Module, label: str, method: rabbet.methods.M
     engine = rabbet.Engine(folder=args.keep / "layers", progress=told if args.watch else silent)
     for ratio in args.ratios:
         start = time.perf_counter()
-        result = rabbet.compress(model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, engine=engine)
+        try:
+            result = rabbet.compress(
+                model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, engine=engine
+            )
+        except rabbet.BudgetError as e:  # not every method goes as far
+            row(given.name, f"{label}, {ratio:g}x", *"----", f"{time.perf_counter() - start:.0f}", "-", "-", e)
+            continue
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "small.safetensors"
             written = result.save(path)
@@ -230,8 +236,8 @@ def main() -> None:
     parser.add_argument("--watch", action="store_true", help="tell every step, on standard error")
     args = parser.parse_args()
     trained = TTQAT(
-        (2, 3, 4), rank=None, table=None, ranks=tuple(args.ranks), epochs=args.epochs, finish=args.finish,
-        rate=args.rate, matrices=args.matrices,
+        (2, 3, 4), rank=None, table=None, ranks=tuple(args.ranks), grids=("1c", "tc", "2hc", "3c", "4c"),
+        epochs=args.epochs, finish=args.finish, rate=args.rate, matrices=args.matrices,
     )  # fmt: skip
     made: dict[str, rabbet.methods.Method] = {
         "joint": Joint(tuning=Tuning(steps=args.tuning, batch=32)),
