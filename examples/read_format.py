@@ -42,10 +42,15 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
         _, _, shape, _, _, other = sites[name]
         terms, _, act = line[end + 1 :].partition(" | act@")
         weight, gaps = np.zeros(shape, np.float32), 0
-        for form, rank, digits, grid in re.findall(r"([a-z]+)(?:\[(\d+)(:[\dx:]+)?\])?@(\w+)", terms):
-            r = int(rank or 0)
+        for form, inside, grid in re.findall(r"([a-z]+)(?:\[([\d:x,-]+)\])?@(\w+)", terms):
+            if form == "dense":
+                own = rows(inside) if inside else slice(None)
+                weight[own] += factor(weight[own].shape, grid, take)
+                continue
+            rank, _, digits = inside.partition(":")
+            r = int(rank)
             if form in ("tt", "ttm"):
-                own = [[int(n) for n in part.split("x")] for part in digits[1:].split(":")] if digits else None
+                own = [[int(n) for n in part.split("x")] for part in digits.split(":")] if digits else None
                 weight = weight + (table if form == "ttm" else train)(
                     r, own, shape, lambda size, g=grid: factor(size, g, take)
                 )
@@ -53,7 +58,6 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
                 continue
             q = -(-r * shape[0] // shape[1])
             rule, sizes = {
-                "dense": ("...->...", [shape]),
                 "lowrank": ("r...,or->o...", [(r, *shape[1:]), (shape[0], r)]),
                 "cp": ("ri,r...,or->oi...", [(r, shape[1]), (r, *shape[2:]), (shape[0], r)]),
                 "tucker": ("ri,qr...,oq->oi...", [(r, shape[1]), (q, r, *shape[2:]), (shape[0], q)]),
@@ -65,6 +69,12 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
         scales, zeros = (take(f"rabbet.act_{part}", count) if act else [] for part in ("scales", "zeros"))
         yield name, line[end + 1 :], weight, bias, list(zip(map(float, scales), map(int, zeros), strict=True))
     assert all(used[n] == arrays[n].size for n in arrays if n.startswith("rabbet.")), "an array is too long"
+
+
+def rows(text: str) -> list[int]:
+    """The outputs that a dense term makes, such as 0-5,9."""
+    ends = [part.partition("-") for part in text.split(",")]
+    return [k for first, _, last in ends for k in range(int(first), int(last or first) + 1)]
 
 
 def train(rank: int, digits: Digits | None, shape: list[int], core: Core) -> np.ndarray:

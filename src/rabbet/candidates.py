@@ -153,7 +153,7 @@ def _solve_terms(
 
 
 def _together(term: Term) -> bool:
-    return term.form == "dense" and term.grid.axis == 0
+    return term.form == "dense" and term.rows is None and term.grid.axis == 0
 
 
 def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
@@ -187,7 +187,8 @@ def _solve_term(site: Site, left: Tensor, term: Term, metric: Metric, starts: St
     *first, last = factors
     small = [Quantised.nearest(f, grid) for f in first]
     if not small:
-        return [_rounded(site.matrix(left), grid, metric, site.shape)]
+        target = site.matrix(left) if len(last) == site.shape[0] else last.flatten(1)[None]
+        return [_rounded(target, grid, metric, tuple(last.shape))]
     basis = form.contract(site, [*(q.values for q in small), torch.eye(last.shape[1])]).flatten(1)
     seen = basis @ metric.second[0]
     inner = Metric((seen @ basis.mT)[None], damping=1e-4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.errors import ModelError, PlanError
-from rabbet.forms import Contracted
+from rabbet.forms import Contracted, Dense
 from rabbet.grid import Grid, Quantised
 from rabbet.layout import act_bits, factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term, quoted
@@ -140,7 +140,8 @@ class Compressed(nn.Module):
         for name, form, factors in zip(self.form_names, self.forms, self.factors, strict=True):
             rank = factors[0].codes.shape[0] if form.ranked else None
             modes = form.modes if isinstance(form, Contracted) else None
-            terms.append(Term(name, factors[0].grid, rank, modes))
+            rows = form.rows if isinstance(form, Dense) else None
+            terms.append(Term(name, factors[0].grid, rank, modes, rows))
         acts = self.quantisers
         return LayerPlan(self.site.name, tuple(terms), acts[0].grid.bits if acts else None)
 

@@ -7,8 +7,10 @@ One line a layer: its name, the terms that its weight is the sum of, and the bit
     query     tt[20]@4                 | act@8
     value     tt[20:24x32:32x24]@4     | act@8
     fc        dense@tc
+    head      dense[0-5,9]@4c + dense[6-8]@2hc | act@8
 
-Behind the rank of a tensor train may stand how inputs and outputs are read as digits, if not in the usual way.
+Behind the rank of a tensor train may stand how inputs and outputs are read as digits, if not in the usual way. A dense
+term may be of some outputs only, counted from 0.
 
 A layer without a line stays as it is. `#` starts a comment. A name that holds spaces, or is empty (the network is one
 layer), stands in double quotes.
@@ -20,10 +22,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rabbet.errors import PlanError
-from rabbet.forms import FORMS, Contracted, Form, Modes
+from rabbet.forms import FORMS, Contracted, Dense, Form, Modes
+from rabbet.forms.dense import rows_of, runs
 from rabbet.grid import Grid
 
-_TERM = re.compile(r"([a-z]+)(?:\[(\d+)(?::(\d+(?:x\d+)*):(\d+(?:x\d+)*))?\])?@(\w+)")
+_TERM = re.compile(r"([a-z]+)(?:\[([\d:x,-]+)\])?@(\w+)")
+_RANK = re.compile(r"(\d+)(?::(\d+(?:x\d+)*):(\d+(?:x\d+)*))?")
 _LINE = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"]\S*)\s+(.*)')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _PLAIN = re.compile(r'[^\s"#]+')
@@ -33,13 +37,15 @@ _PLAIN = re.compile(r'[^\s"#]+')
 class Term:
     """One part of a weight: a form, its rank (None for a form without one), and the grid of its factors.
 
-    modes: of a tensor train, digits of inputs and outputs that are not the ones chosen from the shape.
+    modes: of a tensor train, digits of inputs and outputs that are not the ones chosen from the shape. rows: outputs
+    that a dense term makes; None: all.
     """
 
     form: str
     grid: Grid
     rank: int | None = None
     modes: Modes | None = None
+    rows: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Term":
@@ -47,27 +53,30 @@ class Term:
         m = _TERM.fullmatch(text.strip())
         if m is None:
             raise PlanError(f"{text.strip()!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c")
-        form, rank, ins, outs, grid = m.groups()
+        form, inside, grid = m.groups()
         if form not in FORMS:
             raise PlanError(f"unknown form {form!r} in {text.strip()!r}; there are {', '.join(FORMS)}")
-        if (rank is not None) != FORMS[form].ranked or rank == "0":
-            wanted = "a rank of at least 1 in brackets" if FORMS[form].ranked else "no rank"
-            raise PlanError(f"{text.strip()!r}: {form} takes {wanted}")
-        if ins is not None and not isinstance(FORMS[form], Contracted):
+        if isinstance(FORMS[form], Dense):
+            return cls(form, Grid.parse(grid), rows=None if inside is None else rows_of(inside))
+        inner = _RANK.fullmatch(inside or "")
+        if inner is None or not int(inner[1]):
+            raise PlanError(f"{text.strip()!r}: {form} takes a rank of at least 1 in brackets")
+        if inner[2] and not isinstance(FORMS[form], Contracted):
             raise PlanError(f"{text.strip()!r}: {form} takes no modes, only a rank in brackets")
-        modes = None if ins is None else (_digits(ins), _digits(outs))
-        return cls(form, Grid.parse(grid), None if rank is None else int(rank), modes)
+        modes = (_digits(inner[2]), _digits(inner[3])) if inner[2] else None
+        return cls(form, Grid.parse(grid), int(inner[1]), modes)
 
     @property
     def how(self) -> Form:
-        """The row of FORMS, with the modes of this term."""
+        """The line of FORMS, with the modes or rows of this term."""
         form = FORMS[self.form]
-        return form if self.modes is None else replace(form, modes=self.modes)  # type: ignore[type-var]
+        own = {k: v for k, v in (("modes", self.modes), ("rows", self.rows)) if v is not None}
+        return replace(form, **own) if own else form  # type: ignore[type-var]
 
     def __str__(self) -> str:
         modes = "" if self.modes is None else ":" + ":".join("x".join(map(str, part)) for part in self.modes)
-        rank = "" if self.rank is None else f"[{self.rank}{modes}]"
-        return f"{self.form}{rank}@{self.grid}"
+        inside = f"{self.rank}{modes}" if self.rank is not None else "" if self.rows is None else runs(self.rows)
+        return f"{self.form}[{inside}]@{self.grid}" if inside else f"{self.form}@{self.grid}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rabbet.calibrate import calibrate_between
 from rabbet.candidates import DAMPING, solve_menu
-from rabbet.forms import Contracted
+from rabbet.forms import Contracted, Dense
 from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
 from rabbet.site import Site, patches
@@ -152,12 +152,13 @@ def _matcher(
         gain = torch.where(spread > 1e-8, wanted_spread / spread.clamp_min(1e-8), 1.0).clamp(*limits)
         old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
         first = layer.factors[0][-1].scale.clone()
-        for factors in layer.factors:
-            factors[-1].scale.copy_(stored(factors[-1].scale * gain))
+        for form, factors in zip(layer.forms, layer.factors, strict=True):
+            own = gain[list(form.rows)] if isinstance(form, Dense) and form.rows is not None else gain
+            factors[-1].scale.copy_(stored(factors[-1].scale * own))
         new = old if layer.bias is None else wanted_mean - (mean - old) * gain
         if layer.bias is not None:
             layer.bias.data = new
-        if len(layer.factors) > 1:  # each term's scales were rounded for themselves
+        if len(layer.factors) > 1 or len(first) < len(gain):  # each term's scales were rounded for themselves
             return layer.forward(args[0])
         ratio = layer.factors[0][-1].scale / first
         channel = [-1 if d == (1 if layer.site.stride else out.ndim - 1) else 1 for d in range(out.ndim)]

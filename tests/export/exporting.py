@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 import rabbet
 from rabbet.export.base import Parcel
-from rabbet.forms import FORMS
+from rabbet.forms.dense import runs
 from rabbet.layer import build
 from rabbet.plan import Term, quoted
 from rabbet.task import Task
@@ -111,12 +111,17 @@ GRIDS = tuple(f"dense@{grid}" for grid in "8c 4c 3c 2hc 5c 6c 7c tc 1c 2c 4 8 u8
 
 
 def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Parcel:
-    """A network rounded to nearest, each layer on the next of some terms that fit it; input ranges calibrated."""
+    """A network rounded to nearest, each layer on the next of some terms that fit it; input ranges calibrated.
+
+    `even` and `odd` in a term stand for these outputs of the layer.
+    """
     piece = Workpiece.of(case.model, Task.of(case.batches), rabbet.Engine())
     lines = []
-    for site, text in zip(piece.survey, itertools.cycle(terms), strict=False):
+    for site, pattern in zip(piece.survey, itertools.cycle(terms), strict=False):
+        outs = range(site.shape[0])
+        text = pattern.replace("even", runs(outs[::2])).replace("odd", runs(outs[1::2]))
         asked = [Term.parse(t) for t in text.split(" + ")]
-        fits = all((t.rank or 1) <= FORMS[t.form].full_rank(site) for t in asked)
+        fits = all((t.rank or 1) <= t.how.full_rank(site) for t in asked)
         tail = "" if site.kind == "embedding" or not act else f" | {act}"
         lines.append(f"{quoted(site.name)} {text if fits else 'dense@8c'}{tail}")
     plan = rabbet.Plan.parse("\n".join(lines))

@@ -23,6 +23,7 @@ from rabbet.task import Task, examples, head, tensors
 TERMS = {
     "dense": GRIDS,
     "adapter": ("dense@3c + lowrank[2]@8c", "dense@2hc + lowrank[1]@4c"),
+    "rows": ("dense[even]@4c + dense[odd]@2hc", "dense[odd]@8c + dense[even]@3c + lowrank[1]@8c"),
     "low rank": ("lowrank[2]@4c", "lowrank[3]@8c", "lowrank[2]@3c"),
     "trains": ("tt[4]@4", "tt[3]@8c", "tt[4]@3c"),
     "chains": ("cp[6]@4c", "tucker[3]@8c", "cp[9]@6c", "tucker[2]@3c", "cp[4]@4"),

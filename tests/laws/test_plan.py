@@ -17,6 +17,8 @@ grids = st.builds(
 ranks = st.integers(1, 10**6)
 terms = st.sampled_from(list(FORMS)).flatmap(
     lambda form: st.builds(Term, st.just(form), grids, ranks if FORMS[form].ranked else st.none())
+) | st.sets(st.integers(0, 40), min_size=1).flatmap(
+    lambda rows: st.builds(Term, st.just("dense"), grids, rows=st.just(tuple(sorted(rows))))
 )
 ODD = (
     "", " ", "a b", 'say "x"', "#1", "a#b", "a # b", "tab\there", "new\nline", "back\\slash", "|", "a|b", "+", "@", "é",
@@ -73,7 +75,9 @@ def test_a_name_is_quoted_only_where_it_must_be(name):
         "conv dense@4c | act@1",
         "conv dense@4c | act@9",
         "conv dense@4c | act@8 | act@8",
-        "conv dense[3]@4c",
+        "conv dense[]@4c",
+        "conv dense[3:2]@4c",
+        "conv dense[3-2]@4c",
         "conv lowrank@4c",
         "conv lowrank[0]@4c",
         "conv lowrank[-1]@4c",

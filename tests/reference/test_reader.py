@@ -50,7 +50,10 @@ def _terms(draw, site):
         body = draw(st.sampled_from(["1", "t", "2", "2h", "3", "4", "5h", "6", "7", "8", "u3", "u8"]))
         rank = draw(st.integers(1, FORMS[form].full_rank(site))) if FORMS[form].ranked else None
         modes = ((site.columns,), (site.shape[0],)) if form == "tt" and draw(st.booleans()) else None
-        terms.append(Term(form, Grid.parse(body + draw(st.sampled_from(["", "c", "c1"]))), rank, modes))
+        rows = None
+        if form == "dense" and site.groups == 1 and draw(st.booleans()):
+            rows = tuple(sorted(draw(st.sets(st.integers(0, site.shape[0] - 1), min_size=1))))
+        terms.append(Term(form, Grid.parse(body + draw(st.sampled_from(["", "c", "c1"]))), rank, modes, rows))
     return tuple(terms)
 
 

@@ -1,8 +1,9 @@
 """What a runtime is given of terms that need not run one by one.
 
 Chains of cores are put together into two matrices. An adapter is added to the dense weight beside it, which runs
-anyhow. The file holds cores and terms as they are; what they make, on 8 bits, is made when a runtime loads it: an
-adapter costs bytes and no time, a tensor train the time of its two matrices and the bytes of its cores.
+anyhow; rows on different grids become one weight. The file holds cores and terms as they are; what they make, on
+8 bits, is made when a runtime loads it: an adapter costs bytes and no time, a tensor train the time of its two
+matrices and the bytes of its cores.
 """
 
 import copy
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rabbet.forms import FORMS, Contracted
+from rabbet.forms import Contracted, Dense
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Compressed, Factor, Numbers, compressed_layers, install
 from rabbet.layout import FINISHED
@@ -49,8 +50,9 @@ def finished(model: nn.Module) -> nn.Module:
 
 
 def _summed(layer: Compressed) -> bool:
-    """Whether some terms only add to the weight of another, which runs anyhow."""
-    return len(layer.terms) > 1 and "dense" in layer.form_names and SUMMED.issuperset(layer.form_names)
+    """Whether some terms only add to the weight of another, which runs anyhow, or have only some of its rows."""
+    several = len(layer.terms) > 1 or any(isinstance(form, Dense) and form.rows is not None for form in layer.forms)
+    return several and "dense" in layer.form_names and SUMMED.issuperset(layer.form_names)
 
 
 def _chained(layer: Compressed) -> bool:
@@ -63,8 +65,8 @@ def _sum(layer: Compressed) -> Compressed:
     def make(factors: Sequence[Any]) -> Any:
         left = iter(factors)
         parts = [
-            FORMS[name].contract(layer.site, [next(left) for _ in held])
-            for name, held in zip(layer.form_names, layer.factors, strict=True)
+            form.contract(layer.site, [next(left) for _ in held])
+            for form, held in zip(layer.forms, layer.factors, strict=True)
         ]
         return functools.reduce(operator.add, parts)
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rabbet.export.graph import Graph
 
@@ -30,6 +32,21 @@ class Made:
 
     def __add__(self, other: "Made") -> "Made":
         return self._node("Add", other, shape=self.shape)
+
+    def __mul__(self, other: Tensor) -> "Made":
+        value = self.graph.constant(f"{self.names.next()}.factor", other.numpy())
+        return Made(self.graph, self._call("Mul", value), self.shape, self.names)
+
+    def index_select(self, axis: int, index: Tensor) -> "Made":
+        """Slices of an axis, in another order or several times."""
+        shape = tuple(len(index) if k == axis % len(self.shape) else n for k, n in enumerate(self.shape))
+        value = self.graph.constant(f"{self.names.next()}.index", index.numpy().astype(np.int32))
+        return Made(self.graph, self._call("Gather", value, axis=axis), shape, self.names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the constants that it meets are made."""
+        return torch.device("cpu")
 
     def __getitem__(self, index: object) -> "Made":
         assert index == (..., None)

@@ -18,4 +18,4 @@ FORMS: dict[str, Form] = {
     "ttm": TTM(),
 }
 
-__all__ = ["FORMS", "Aim", "Contracted", "Form", "Modes"]
+__all__ = ["FORMS", "Aim", "Contracted", "Dense", "Form", "Modes"]
