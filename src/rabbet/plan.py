@@ -51,15 +51,15 @@ class Term:
     def parse(cls, text: str) -> "Term":
         """Read `dense@4c` or `lowrank[6]@8c`; raises PlanError for anything else."""
         m = _TERM.fullmatch(text.strip())
-        if m is None:
-            raise PlanError(f"{text.strip()!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c")
-        form, inside, grid = m.groups()
-        if form not in FORMS:
+        form, inside, grid = m.groups() if m else ("", None, "")
+        if m and form not in FORMS:
             raise PlanError(f"unknown form {form!r} in {text.strip()!r}; there are {', '.join(FORMS)}")
-        if isinstance(FORMS[form], Dense):
+        if m and isinstance(FORMS[form], Dense):
             return cls(form, Grid.parse(grid), rows=None if inside is None else rows_of(inside))
-        inner = _RANK.fullmatch(inside or "")
-        if inner is None or not int(inner[1]):
+        inner = _RANK.fullmatch(inside or "0")
+        if m is None or inner is None:
+            raise PlanError(f"{text.strip()!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c")
+        if not int(inner[1]):
             raise PlanError(f"{text.strip()!r}: {form} takes a rank of at least 1 in brackets")
         if inner[2] and not isinstance(FORMS[form], Contracted):
             raise PlanError(f"{text.strip()!r}: {form} takes no modes, only a rank in brackets")
