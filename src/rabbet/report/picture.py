@@ -38,7 +38,9 @@ def draw_gates(found: Gating, path: str | Path) -> None:
     above, below = figure.subplots(2, 1, height_ratios=(2, 1))
     shown = above.imshow(found.widths.T.clamp(max=WIDEST).numpy(), aspect="auto", interpolation="nearest")
     figure.colorbar(shown, ax=above, label="bits")
-    above.set_yticks(range(len(found.names)), found.names, fontsize=5)
+    # of the outputs of a layer the first speaks for all
+    ticks = {k: n.removesuffix("[0]") for k, n in enumerate(found.names) if not n.endswith("]") or n.endswith("[0]")}
+    above.set_yticks(list(ticks), list(ticks.values()), fontsize=5)
     for k, gates in enumerate(found.gates.T.tolist()):
         # each gate in its own row, its whole way as high as the row
         above.plot([k + 0.5 - g / float(found.gates.max() + 0.5) for g in gates], color="white", linewidth=0.6)
