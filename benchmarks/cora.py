@@ -9,6 +9,7 @@ images, the drop in points against float on the same. Budgets are mean bits of t
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import tempfile
@@ -27,7 +28,9 @@ from reconstruction import reconstruct
 import rabbet
 from rabbet import CoRa, Joint, Ranking, Task, Tuning
 from rabbet.bench import time_files
+from rabbet.methods.base import Fitted
 from rabbet.task import divergence, outputs
+from rabbet.workpiece import Workpiece
 
 PAPER = CoRa(
     base="clipped",
@@ -37,6 +40,7 @@ PAPER = CoRa(
 )
 OURS = CoRa()
 UNTUNED = CoRa(tuning=Tuning(steps=0))
+HELD = 2000
 PARTS = ("ranks", "figures", "step", "reconstruction", "latency")
 
 
@@ -50,6 +54,8 @@ class Bench:
         batches = list(zip(self.data, torch.from_numpy(labels).split(100), strict=True))
         self.task = Task(batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1]))
         self.whole = rabbet.accuracy(self.model, self.test)
+        more, _ = reader("load").cifar10("train", HELD, first=5000)
+        self.held = list(torch.from_numpy(more).split(250))
 
     def drop(self, method: rabbet.methods.Method, budget: str, seed: int = 0) -> tuple[float, rabbet.Result, float]:
         """Points lost by the written file, the result, and seconds."""
@@ -61,20 +67,30 @@ class Bench:
             found = rabbet.accuracy(rabbet.load(Path(folder) / "small.safetensors", self.model), self.test)
         return self.whole - found, result, seconds
 
+    def apart(self, found: torch.nn.Module) -> float:
+        """Divergence from the float network on held-back training images: finer than an accuracy."""
+        with torch.no_grad():
+            each = [float(divergence(outputs(found(x)), outputs(self.model(x)))) for x in self.held]
+        return statistics.mean(each)
 
-def ranks(bench: Bench, seeds: int) -> None:
+
+def ranks(bench: Bench, seeds: int, shares: list[float]) -> None:
     """Searched against even ranks at the same budget."""
     for label, method in (("ours", UNTUNED), ("paper", PAPER)):
-        for bits in (3, 4):
-            for share in (0.02, 0.05, 0.1):
-                budget = f"bits <= {bits + 8 * share:.2f}"
-                cells = []
-                for kind in ("gradient", "heuristic"):
-                    chosen = replace(method, bits=bits, ranks=kind)
-                    drops = [bench.drop(chosen, budget, seed)[0] for seed in range(seeds)]
-                    spread = statistics.stdev(drops) if seeds > 1 else 0.0
-                    cells += [f"{statistics.mean(drops):.2f}", f"{spread:.2f}"]
-                row(bench.name, label, bits, f"{100 * share:.0f} %", *cells)
+        for bits, share in itertools.product((3, 4), shares):
+            budget = f"bits <= {bits + 8 * share / 100:.2f}"
+            cells = []
+            for kind in ("gradient", "heuristic"):
+                chosen = replace(method, bits=bits, ranks=kind)
+                runs = [bench.drop(chosen, budget, seed) for seed in range(seeds)]
+                cells += _spread([r[0] for r in runs], 2) + _spread([bench.apart(r[1].model) for r in runs], 4)
+            row(bench.name, label, bits, f"{share:.0f} %", *cells)
+
+
+def _spread(values: list[float], digits: int) -> list[str]:
+    """Mean and deviation of the seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return [f"{statistics.mean(values):.{digits}f}", f"{deviation:.{digits}f}"]
 
 
 def figures(bench: Bench) -> None:
@@ -90,9 +106,30 @@ def figures(bench: Bench) -> None:
         _figure(bench, label, "CoRa, paper", *bench.drop(paper, f"bits <= {bare + 8 * share:.3f}"))
         same = f"bytes <= {size}"
         tuning = replace(ours.tuning, steps=ours.tuning.steps + ours.ranking.steps)
-        _figure(bench, label, "Joint, same bytes", *bench.drop(Joint(act=act, tuning=tuning), same))
-        only = Joint(adapters=(), forms=(), act=act, tuning=tuning)
+        joint = _ended(Joint(act=act, tuning=tuning), ends)
+        _figure(bench, label, "Joint, same bytes", *bench.drop(joint, same))
+        only = _ended(Joint(adapters=(), forms=(), act=act, tuning=tuning), ends)
         _figure(bench, label, "bits only, same bytes", *bench.drop(only, same))
+
+
+class _Ended:
+    """`Joint` with the inputs of the first and the last layer on other bits, as CoRa has them here."""
+
+    def __init__(self, joint: Joint, ends: int) -> None:
+        self.joint, self.ends = joint, ends
+
+    def plan(self, piece: Workpiece, budget: rabbet.Budget) -> rabbet.Plan:
+        found = self.joint.plan(piece, budget)
+        names = [line.name for line in found]
+        lines = (replace(x, act=self.ends) if x.name in (names[0], names[-1]) else x for x in found)
+        return rabbet.Plan(tuple(lines))
+
+    def fit(self, piece: Workpiece, plan: rabbet.Plan) -> Fitted:
+        return self.joint.fit(piece, plan)
+
+
+def _ended(joint: Joint, ends: int | None) -> rabbet.methods.Method:
+    return joint if ends is None else _Ended(joint, ends)
 
 
 def _bare_bits(bench: Bench, method: CoRa) -> float:
@@ -168,7 +205,20 @@ def latency(bench: Bench) -> None:
 
 
 HEADS: dict[str, tuple[str, ...]] = {
-    "ranks": ("network", "settings", "bits", "adapters", "drop, searched", "spread", "drop, even", "spread"),
+    "ranks": (
+        "network",
+        "settings",
+        "bits",
+        "adapters",
+        "searched: drop",
+        "+-",
+        "divergence",
+        "+-",
+        "even: drop",
+        "+-",
+        "divergence",
+        "+-",
+    ),
     "figures": ("network", "bits, weights/inputs", "method", "mean bits", "file bytes", "% BOPs", "drop", "seconds"),
     "step": ("network", "ms forward and backward", "ms an iteration of the search", "ratio"),
     "reconstruction": ("network", "bits", "method", "iterations", "drop", "seconds"),
@@ -182,33 +232,35 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=("resnet20", "resnet56"), default=["resnet20", "resnet56"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shares", nargs="+", type=float, default=[2.0, 5.0, 10.0], help="of `ranks`, in percent")
     parser.add_argument("--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--picture", type=Path, help="where to draw a search at 3 bits and 5 %%")
     args = parser.parse_args()
     print(f"{machine()}")
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
-        benches = [Bench(name, rabbet.Engine(executor)) for name in args.nets]
+    parallel = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) if args.jobs > 1 else None
+    with parallel or contextlib.nullcontext():
+        benches = [Bench(name, rabbet.Engine(parallel)) for name in args.nets]
         for part in args.parts:
             print(f"\n{part}\n")
             head(*HEADS[part])
             for bench in benches:
-                _run(part, bench, args.seeds, args.iterations)
+                _run(part, bench, args)
         if args.picture:
             _draw(benches[0], args.picture)
 
 
-def _run(part: str, bench: Bench, seeds: int, iterations: list[int]) -> None:
+def _run(part: str, bench: Bench, args: argparse.Namespace) -> None:
     if part == "ranks":
-        ranks(bench, seeds)
+        ranks(bench, args.seeds, args.shares)
     elif part == "reconstruction":
-        reconstruction(bench, iterations)
+        reconstruction(bench, args.iterations)
     else:
         {"figures": figures, "step": step, "latency": latency}[part](bench)
 
 
 def _draw(bench: Bench, path: Path) -> None:
     from rabbet.report import draw_search
-    from rabbet.workpiece import Workpiece
 
     piece = Workpiece.of(bench.model, bench.task, bench.engine)
     draw_search(CoRa(bits=3).search(piece, rabbet.Budget.parse("bits <= 3.4")), path)
