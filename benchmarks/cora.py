@@ -41,6 +41,7 @@ PAPER = CoRa(
 OURS = CoRa()
 UNTUNED = CoRa(tuning=Tuning(steps=0))
 HELD = 2000
+CASES = {"3/8": (3, 8, None, 0.05), "4/4": (4, 4, 8, 0.05), "3/3": (3, 3, 8, 0.05)}
 PARTS = ("ranks", "figures", "step", "reconstruction", "latency")
 
 
@@ -93,10 +94,10 @@ def _spread(values: list[float], digits: int) -> list[str]:
     return [f"{statistics.mean(values):.{digits}f}", f"{deviation:.{digits}f}"]
 
 
-def figures(bench: Bench) -> None:
+def figures(bench: Bench, chosen: list[str]) -> None:
     """Accuracy at 3 bits with adapters, and at low bits of weights and inputs; the same bytes spent otherwise."""
-    cases = (("3/8", 3, 8, None, 0.05), ("4/4", 4, 4, 8, 0.05), ("3/3", 3, 3, 8, 0.05))
-    for label, bits, act, ends, share in cases:
+    for label in chosen:
+        bits, act, ends, share = CASES[label]
         ours = replace(OURS, bits=bits, act=act, ends=ends)
         bare = _bare_bits(bench, ours)
         drop, result, seconds = bench.drop(ours, f"bits <= {bare + 8 * share:.3f}")
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shares", nargs="+", type=float, default=[2.0, 5.0, 10.0], help="of `ranks`, in percent")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of `figures`: weights/inputs")
     parser.add_argument("--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--picture", type=Path, help="where to draw a search at 3 bits and 5 %%")
@@ -255,8 +257,10 @@ def _run(part: str, bench: Bench, args: argparse.Namespace) -> None:
         ranks(bench, args.seeds, args.shares)
     elif part == "reconstruction":
         reconstruction(bench, args.iterations)
+    elif part == "figures":
+        figures(bench, args.cases)
     else:
-        {"figures": figures, "step": step, "latency": latency}[part](bench)
+        {"step": step, "latency": latency}[part](bench)
 
 
 def _draw(bench: Bench, path: Path) -> None:
