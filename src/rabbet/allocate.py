@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 
 from rabbet.cost import METRICS, Budget, Cost, heaviest
 from rabbet.errors import BudgetError, ModelError
-from rabbet.plan import LayerPlan, quoted
+from rabbet.plan import LayerPlan, Plan, quoted
 
 SECONDS = 30.0
 
@@ -31,7 +31,13 @@ class Option:
 
 
 Table = Sequence[Sequence[Option]]
-Exact = Callable[[Sequence[int]], Cost]
+Exact = Callable[[Plan], Cost]
+"""The true cost of a plan, in whole numbers."""
+
+
+def picked(table: Table, choice: Sequence[int]) -> Plan:
+    """The plan of one option a layer."""
+    return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
 
 
 def smallest(table: Table, metric: str) -> list[int]:
@@ -47,7 +53,7 @@ def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) ->
     """
     for limit in budget.limits:
         choice = smallest(table, limit.metric)
-        cost = exact(choice)
+        cost = exact(picked(table, choice))
         if limit.broken_by(cost, whole):
             metric = METRICS[limit.metric]
             found, base = metric.amount(cost), metric.amount(whole)
@@ -64,10 +70,10 @@ def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) ->
             raise BudgetError(f"each limit of '{budget}' can be met, but not all at once; loosen one of them")
 
 
-def allocate(scores: Sequence[Sequence[float]], table: Table, budget: Budget, whole: Cost, exact: Exact) -> list[int]:
-    """The option of every layer with the least total score under all limits.
+def allocate(scores: Sequence[Sequence[float]], table: Table, budget: Budget, whole: Cost, exact: Exact) -> Plan:
+    """The plan of least total score under all limits.
 
-    scores: what each option harms, [layers][options]. exact: the true cost of a choice, which the answer must keep.
+    scores: what each option harms, [layers][options]. exact: what the budget is held against.
     Raises ModelError naming a layer whose score is not a number, BudgetError if no choice keeps the budget.
     """
     for row, options in zip(scores, table, strict=True):
@@ -78,18 +84,19 @@ def allocate(scores: Sequence[Sequence[float]], table: Table, budget: Budget, wh
         choice = _solve(scores, table, budget, whole, exact, room)
         if choice is None:
             break
-        cost = exact(choice)
+        plan = picked(table, choice)
+        cost = exact(plan)
         over = {x.metric: METRICS[x.metric].amount(cost) - x.amount(whole) for x in budget.limits}
         if all(excess <= 0 for excess in over.values()):
-            return choice
+            return plan
         for metric, excess in over.items():
             room[metric] = room.get(metric, 0) + max(0, excess)
     # The tightest corner: the smallest choice is known to fit a single limit.
     for limit in budget.limits:
-        choice = smallest(table, limit.metric)
-        cost = exact(choice)
+        plan = picked(table, smallest(table, limit.metric))
+        cost = exact(plan)
         if not any(x.broken_by(cost, whole) for x in budget.limits):
-            return choice
+            return plan
     raise BudgetError(f"no choice of options keeps '{budget}' in whole numbers; loosen it a little")
 
 
@@ -100,8 +107,7 @@ def _solve(
     flat = np.concatenate([np.asarray(row, float) for row in scores])
     one_each = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))
     constraints = [LinearConstraint(one_each, 1, 1)]
-    reference = [0] * len(table)
-    base = exact(reference)
+    base = exact(picked(table, [0] * len(table)))
     for limit in budget.limits:
         amount = METRICS[limit.metric].amount
         column = np.array([amount(option.cost) for row in table for option in row], float)
@@ -123,8 +129,8 @@ def _solve(
         )
     if result.x is None:
         return None
-    picked: list[list[float]] = [list(part) for part in np.split(result.x, np.cumsum([len(r) for r in table])[:-1])]
-    return [int(np.argmax(part)) for part in picked]
+    parts = np.split(result.x, np.cumsum([len(r) for r in table])[:-1])
+    return [int(np.argmax(part)) for part in parts]
 
 
 @contextlib.contextmanager

@@ -127,12 +127,7 @@ class CGMQ:
                 LayerPlan(line.name, (Term("dense", self._grid(b)),), a) for b, a in itertools.product(stored, acts)
             ]
             table.append([Option(p, piece.layer_cost(piece.survey[line.name], p)) for p in plans])
-
-        def exact(choice: object) -> Cost:
-            picked = zip(table, choice, strict=True)  # type: ignore[call-overload]
-            return piece.cost(Plan(tuple(row[k].plan for row, k in picked)))
-
-        require_feasible(table, budget, piece.float_cost, exact)
+        require_feasible(table, budget, piece.float_cost, piece.cost)
 
 
 def _key(piece: Workpiece, method: CGMQ, plan: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.candidates import read_numbers
-from rabbet.cost import METRICS, Budget, Cost
+from rabbet.cost import METRICS, Budget
 from rabbet.errors import PlanError, check_choices
 from rabbet.forms import FORMS
 from rabbet.grid import Grid, Quantised
@@ -74,11 +74,7 @@ class CoRa:
         """The same bits everywhere, and ranks that keep the budget; see `Method.plan`."""
         bases = self._bases(piece)
         table = [self._options(piece, line) for line in bases]
-
-        def exact(choice: Sequence[int]) -> Cost:
-            return piece.cost(Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True))))
-
-        require_feasible(table, budget, piece.float_cost, exact)
+        require_feasible(table, budget, piece.float_cost, piece.cost)
         if self.ranks == "heuristic":
             return self._even(piece, bases, budget)
         wanted = self._wanted(self.search(piece, budget))
@@ -91,8 +87,7 @@ class CoRa:
             [((_rank(o) - wanted.get(o.plan.name, 0.0)) * prices[o.plan.name] / most) ** 2 for o in row]
             for row in table
         ]
-        choice = allocate(scores, table, budget, piece.float_cost, exact)
-        return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
+        return allocate(scores, table, budget, piece.float_cost, piece.cost)
 
     def search(self, piece: Workpiece, budget: Budget) -> Search:
         """Only find cut-offs under a budget: what `plan` does before it lands ranks under it."""

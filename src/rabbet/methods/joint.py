@@ -6,7 +6,7 @@ layers are solved once more in their order, each for the inputs that those befor
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.candidates import Terms, canonical, read_numbers, solve_site
-from rabbet.cost import Budget, Cost
+from rabbet.cost import Budget
 from rabbet.engine import Job, Tensors
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS
@@ -65,18 +65,12 @@ class Joint:
             if piece.clock is not None:  # then every option is exported and timed
                 piece.engine.progress("timing layers", len(table), len(piece.survey.sites))
 
-        def chosen(choice: Sequence[int]) -> Plan:
-            return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
-
-        def exact(choice: Sequence[int]) -> Cost:
-            return piece.cost(chosen(choice))
-
-        require_feasible(table, budget, piece.float_cost, exact)
+        require_feasible(table, budget, piece.float_cost, piece.cost)
         # what is no cheaper by any count may still be faster
         menus = {s.name: self.menu(s) for s in piece.survey}
         scores, kept = scored(piece, menus, prune=piece.clock is None)
         table = [[row[k] for k in ks] for row, ks in zip(table, kept, strict=True)]
-        return chosen(allocate(scores, table, budget, piece.float_cost, exact))
+        return allocate(scores, table, budget, piece.float_cost, piece.cost)
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
-from rabbet.cost import Budget, Cost
+from rabbet.cost import Budget
 from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
 from rabbet.engine import Job, content_key
 from rabbet.errors import DataError, PlanError, check_choices
@@ -108,15 +108,11 @@ class TTQAT:
         menus = {site.name: self.menu(site) for site in piece.survey}
         table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
 
-        def exact(choice: object) -> Cost:
-            return piece.cost(Plan(tuple(r[k].plan for r, k in zip(table, choice, strict=True))))  # type: ignore[call-overload]
-
-        require_feasible(table, budget, piece.float_cost, exact)
+        require_feasible(table, budget, piece.float_cost, piece.cost)
         if all(len(row) == 1 for row in table):
             return Plan(tuple(row[0].plan for row in table))
         scores, _ = scored(piece, menus)
-        choice = allocate(scores, table, budget, piece.float_cost, exact)
-        return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
+        return allocate(scores, table, budget, piece.float_cost, piece.cost)
 
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
         """What may become of a layer: chains that are smaller than the layer itself on `rest` bits, or else that.
