@@ -15,7 +15,7 @@ from fractions import Fraction
 
 from rabbet.errors import BudgetError
 from rabbet.forms import Contracted
-from rabbet.layout import FINISHED, Rest, file_bytes, layer_lengths, line_bytes, term_lengths
+from rabbet.layout import BETWEEN, FINISHED, Rest, file_bytes, layer_lengths, line_bytes, term_lengths
 from rabbet.plan import LayerPlan, Plan, quoted
 from rabbet.site import Site
 from rabbet.survey import Survey
@@ -179,12 +179,11 @@ def layer_cost(site: Site, layer: LayerPlan) -> Cost:
     macs = bops = code_bits = scale_bits = 0
     act = layer.act or FLOAT_BITS
     for term in layer.terms:
-        parts = term.how.macs(site, term.rank)
-        macs += sum(parts)
-        if isinstance(term.how, Contracted):  # cores are put together once, and what they make runs on 8 bits
-            bops += FINISHED * (parts[0] * act + sum(parts[1:]) * (FLOAT_BITS if layer.act is None else FINISHED))
-        else:
-            bops += sum(parts) * term.grid.bits * act
+        first, *later = term.how.macs(site, term.rank)
+        macs += first + sum(later)
+        # cores are put together once, and what they make runs on 8 bits
+        bits = FINISHED if isinstance(term.how, Contracted) else term.grid.bits
+        bops += bits * (first * act + sum(later) * (FLOAT_BITS if layer.act is None else BETWEEN))
         lengths = term_lengths(site, term)
         code_bits += 8 * lengths.codes
         scale_bits += SCALE_BITS * lengths.scales

@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rabbet.forms import Contracted
 from rabbet.pack import packed_bytes
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.site import Site
 from rabbet.survey import Survey
 
 VERSION = "rabbet/1"
-FINISHED = 8  # bits of what a runtime is given in place of cores, and of what lies between
+FINISHED = 8  # bits of what a runtime is given in place of cores
+BETWEEN = 8  # bits of what lies between two factors
 RESERVED = "rabbet."
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -76,12 +76,10 @@ def term_lengths(site: Site, term: Term) -> Lengths:
 def act_bits(layer: LayerPlan) -> list[int]:
     """Widths of the quantised activations: of the input, then of each tensor between two factors of a term.
 
-    Between the halves of a tensor train it is 8 bits whatever the input has (arXiv 2306.01076, mode 2).
+    Between factors it is 8 bits whatever the input has: no plan chose that tensor to be coarse, an integer runtime has
+    it on 8 bits, and of an adapter it never comes to be, as that is added to the weight beside it.
     """
-    if layer.act is None:
-        return []
-    inner = [(FINISHED if isinstance(t.how, Contracted) else layer.act, t.how.gaps) for t in layer.terms]
-    return [layer.act, *(bits for bits, gaps in inner for _ in range(gaps))]
+    return [] if layer.act is None else [layer.act, *[BETWEEN] * sum(t.how.gaps for t in layer.terms)]
 
 
 def layer_lengths(site: Site, layer: LayerPlan) -> Lengths:
