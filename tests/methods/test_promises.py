@@ -17,7 +17,7 @@ from rabbet import Budget, Engine, Grid, Joint, Plan, Task, Tuning, build, compr
 from rabbet.allocate import smallest
 from rabbet.cost import METRICS, plan_cost
 from rabbet.errors import BudgetError
-from rabbet.layer import ActQuant, compressed_layers
+from rabbet.layer import compressed_layers
 from rabbet.methods.joint import scored
 from rabbet.task import outputs, tensors
 from rabbet.workpiece import Workpiece
@@ -252,6 +252,8 @@ def test_input_ranges_of_every_width_are_set():
     for act in (2, 4, 8):
         method = Joint(grids=("4c",), adapters=(("4c", 0.3),), forms=(), act=act, tuning=Tuning(steps=0))
         result = compress(case.model, "bits <= 32", case.batches, method)
-        acts = [m for m in result.model.modules() if isinstance(m, ActQuant)]
-        assert acts
-        assert all(a.ready and a.grid == Grid(act, "unsigned") and 0 <= a.zero <= a.grid.high for a in acts)
+        for layer in compressed_layers(result.model).values():
+            first, *between = layer.quantisers
+            assert first.grid == Grid(act, "unsigned")
+            assert all(a.grid == Grid(8, "unsigned") for a in between)  # whatever the input has
+            assert all(a.ready and 0 <= a.zero <= a.grid.high for a in layer.quantisers)
