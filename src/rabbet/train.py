@@ -168,7 +168,7 @@ def _start_latents(layer: Compressed, weight: Tensor) -> None:
     A code that error feedback chose against the nearest one starts in the middle of its cell: at the edge, the first
     noise would undo what makes good the errors of others.
     """
-    if len(layer.terms) > 1 or layer.form_names != ["dense"]:
+    if len(layer.terms) > 1 or layer.form_names != ["dense"] or layer.plan.terms[0].rows is not None:
         return
     factor = layer.factors[0][0]
     exact = weight / factor.grid.spread(factor.scale, weight.ndim) - factor.grid.shift

@@ -26,9 +26,9 @@ def test_rows_are_their_text(rows):
     assert str(term) == f"dense[{runs(rows)}]@3c"
 
 
-@pytest.mark.parametrize("text", ["", "3-", "-3", "5,4", "4,4", "0-1,2", "1-1", "a"])
+@pytest.mark.parametrize("text", ["", "3-", "-3", "5,4", "4,4", "0-1,2", "1-1", "a", "0-99999999999", "9" * 5000])
 def test_what_are_no_rows(text):
-    with pytest.raises(PlanError, match="rows"):
+    with pytest.raises(PlanError, match=r"rows|no layer has so many"):
         rows_of(text)
 
 
@@ -86,6 +86,13 @@ def test_rows_are_solved_as_if_they_were_the_layer():
     a, b = (rabbet.fit(case.model, p, case.batches, QUICK).model for p in (whole, _split(pairs, ("4c", "4c"))))
     one, other = (next(iter(compressed_layers(m).values())).canonical for m in (a, b))
     assert (one - other).norm() < 0.02 * one.norm()
+
+
+def test_a_term_of_some_outputs_alone_can_be_tuned():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
+    data = [torch.randn(4, 3, 8, 8) for _ in range(4)]
+    plan = Plan.parse("0 dense[0-2]@4c | act@8\n2 dense@4c | act@8")
+    assert rabbet.fit(model, plan, data, Joint(tuning=Tuning(steps=2))).plan == plan
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from rabbet.errors import PlanError
 from rabbet.forms.base import PLAIN, Aim, Between
 from rabbet.site import Site
 
+DIGITS = 6  # of the number of an output
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -85,6 +87,8 @@ def rows_of(text: str) -> tuple[int, ...]:
         first, bar, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not bar)):
             raise PlanError(f"{text!r} are not rows; write them in rising order, such as 0-5,9")
+        if max(len(first), len(last)) > DIGITS:  # a text must not be able to ask for all memory
+            raise PlanError(f"there is no output {max(first, last, key=len)[:20]}; no layer has so many")
         found += range(int(first), int(last or first) + 1)
     if not found or sorted(set(found)) != found or runs(found) != text:
         raise PlanError(f"{text!r} are not rows in rising order; write such as 0-5,9")

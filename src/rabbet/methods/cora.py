@@ -212,7 +212,7 @@ class CoRa:
     def _clipped_with_adapters(self, piece: Workpiece, site: Site, line: LayerPlan) -> list[list[Quantised]]:
         """The paper's numbers: the base, and an adapter that halves the singular values between its factors."""
         forms = [t.form for t in line.terms]
-        if forms not in (["dense"], ["dense", "lowrank"]):
+        if forms not in (["dense"], ["dense", "lowrank"]) or line.terms[0].rows is not None:
             raise PlanError(f"{line}: CoRa with a clipped base fits a dense term with an adapter, if any")
         base = clipped(piece, site, line.terms[0].grid, self.sigmas)
         if len(forms) == 1:
