@@ -40,6 +40,7 @@ PAPER = CoRa(
 )
 OURS = CoRa()
 UNTUNED = CoRa(tuning=Tuning(steps=0))
+SETTINGS = {"ours": UNTUNED, "paper": PAPER}
 HELD = 2000
 CASES = {"3/8": (3, 8, None, 0.05), "4/4": (4, 4, 8, 0.05), "3/3": (3, 3, 8, 0.05)}
 PARTS = ("ranks", "figures", "step", "reconstruction", "latency")
@@ -75,9 +76,10 @@ class Bench:
         return statistics.mean(each)
 
 
-def ranks(bench: Bench, seeds: int, shares: list[float]) -> None:
+def ranks(bench: Bench, seeds: int, shares: list[float], settings: list[str]) -> None:
     """Searched against even ranks at the same budget."""
-    for label, method in (("ours", UNTUNED), ("paper", PAPER)):
+    for label in settings:
+        method = SETTINGS[label]
         for bits, share in itertools.product((3, 4), shares):
             budget = f"bits <= {bits + 8 * share / 100:.2f}"
             cells = []
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--shares", nargs="+", type=float, default=[2.0, 5.0, 10.0], help="of `ranks`, in percent")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of `ranks`")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of `figures`: weights/inputs")
     parser.add_argument("--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction")
     parser.add_argument("--jobs", type=int, default=2)
@@ -254,7 +257,7 @@ def main() -> None:
 
 def _run(part: str, bench: Bench, args: argparse.Namespace) -> None:
     if part == "ranks":
-        ranks(bench, args.seeds, args.shares)
+        ranks(bench, args.seeds, args.shares, args.settings)
     elif part == "reconstruction":
         reconstruction(bench, args.iterations)
     elif part == "figures":

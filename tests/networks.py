@@ -284,10 +284,13 @@ def image_networks(draw: st.DrawFn) -> Case:
 
 @st.composite
 def token_networks(draw: st.DrawFn) -> Case:
-    """Embedding, then one to three blocks over tokens."""
+    """Embedding, then one to three blocks over tokens; the head may be the table."""
     width = draw(st.sampled_from([8, 12]))
     blocks = [nn.Embedding(20, width), *(_token_block(draw, width) for _ in range(draw(st.integers(1, 3))))]
-    model = Chain(blocks, nn.Linear(width, draw(st.integers(1, 6))))
+    head = nn.Linear(width, draw(st.sampled_from([1, 3, 6, 20])), bias=draw(st.booleans()))
+    if head.out_features == 20:
+        head.weight = blocks[0].weight
+    model = Chain(blocks, head)
     return Case(settled(model, draw(st.integers(0, 99))), tokens(count=draw(st.sampled_from([1, 4]))))
 
 

@@ -11,7 +11,7 @@ from rabbet.engine import Progress, silent
 from rabbet.errors import DataError
 from rabbet.grid import Grid
 from rabbet.layer import ActQuant, Compressed, compressed_layers
-from rabbet.site import Site, patches
+from rabbet.site import KINDS, Site, patches
 from rabbet.survey import Survey
 from rabbet.task import Task, examples
 
@@ -49,10 +49,11 @@ class _Moment:
 def second_moments(
     model: nn.Module, survey: Survey, task: Task, seed: int = 0, progress: Progress = silent
 ) -> dict[str, Tensor]:
-    """Mean of patch patch^T for the inputs of every site but embeddings, [groups, n, n] on the CPU.
+    """Mean of patch patch^T for the inputs of every site that has some, [groups, n, n] on the CPU.
 
     Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and fewer where they are
     wide (2^24 entries, but 8 for each column), drawn evenly from all batches. Memory is one batch and the moments.
+    A table without heads has none; one with heads those of their inputs, and as much again for being looked up.
     Raises DataError, naming the site, for inputs that are not finite.
     """
     batches = task.read()
@@ -60,18 +61,31 @@ def second_moments(
     moments: dict[str, _Moment] = {}
     hooks = []
     for site in survey:
-        if site.kind == "embedding":
+        if not site.multiplies:
             continue
+        met = site.head if site.heads else site
         rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
-        places = max(1, -(-rows // (count * site.calls)))
-        moments[site.name] = _Moment(site, places, torch.Generator().manual_seed(seed))
-        hooks.append(model.get_submodule(site.name).register_forward_pre_hook(moments[site.name]))
+        places = max(1, -(-rows // (count * met.calls)))
+        moments[site.name] = _Moment(met, places, torch.Generator().manual_seed(seed))
+        layers = [model.get_submodule(name) for name in site.heads or (site.name,)]
+        hooks += [layer.register_forward_pre_hook(moments[site.name]) for layer in layers]
     try:
         _pass(model, task, len(batches), progress, "measuring inputs")
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: moment.mean for name, moment in moments.items() if moment.rows}
+    found = {name: moment.mean for name, moment in moments.items() if moment.rows}
+    for site in survey:
+        if site.heads and site.name in found:
+            table = KINDS[site.kind].weight(model.get_submodule(site.name)).detach().cpu().float()
+            found[site.name] = _twofold(table, found[site.name])
+    return found
+
+
+def _twofold(table: Tensor, second: Tensor) -> Tensor:
+    """The metric of a table that is looked up and multiplied with: the relative errors of both, added."""
+    share = ((table @ second[0]) * table).sum() / table.square().sum().clamp_min(1e-30)
+    return second + share * torch.eye(len(second[0]))
 
 
 def _pass(model: nn.Module, task: Task, count: int, progress: Progress, stage: str) -> None:

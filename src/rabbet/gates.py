@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from rabbet.cost import METRICS, Budget, Cost, layer_cost
 from rabbet.grid import Grid, Kind, Quantised, stored
-from rabbet.layer import Compressed, Numbers, compressed_layers
+from rabbet.layer import Compressed, Numbers, compressed_layers, install
 from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.survey import replace_module
+from rabbet.site import Site
 
 WIDEST = 8  # what a file holds; wider gates run in float, and are priced and handed out at 8 bits
 MARGIN = 0.05  # by which a gate must pass a step before its width follows: hysteresis
@@ -48,12 +48,21 @@ class Seat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer on its grids."""
+        return self._run(self.site, x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What a head makes of x with this table."""
+        return self._run(self.site.head, x, bias)
+
+    def _run(self, site: Site, x: Tensor, bias: Tensor | None) -> Tensor:
+        if site.kind == "embedding":
+            return site.run(x, self._rounded(), bias)
         if self.high is not None and self.act <= WIDEST:
             scale, zero = self.act_range(self.act)
             x = Grid(self.act, "unsigned").fake(x, scale, zero)
         if self.watched and x.requires_grad:
             x.register_hook(self._watch)
-        return self.site.run(x, self._rounded(), self.bias)
+        return site.run(x, self._rounded(), bias)
 
     def _rounded(self) -> Tensor:
         """The weight, each output on the grid of its width."""
@@ -143,8 +152,7 @@ def seated(student: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module
             act = layer.quantisers[0]
             low, high = -act.zero * act.scale, (act.grid.high - act.zero) * act.scale
         seats[name] = Seat(layer, weights[name], low, high).to(next(layer.buffers()).device)
-        for place in layer.site.names:
-            student = replace_module(student, place, seats[name])
+        student = install(student, layer.site, seats[name])
     return student, seats
 
 

@@ -22,7 +22,7 @@ from rabbet.engine import Engine, content_key
 from rabbet.export.graph import require_onnx
 from rabbet.export.onnx import assemble, assemble_alone, float_content
 from rabbet.grid import Grid, Quantised
-from rabbet.layer import Compressed, build
+from rabbet.layer import Compressed, Head, build
 from rabbet.layout import factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.runtime import Session
@@ -64,17 +64,20 @@ class Stopwatch:
         return time - sum(self.layer(s, line) for s, line in zip(self.piece.survey, lines, strict=True))
 
     def layer(self, site: Site, layer: LayerPlan | None) -> int:
-        """One layer alone, in nanoseconds; a look-up in a table is taken to cost nothing."""
-        if site.kind == "embedding" or site.name not in self.inputs:
+        """One layer alone, in nanoseconds; a look-up in a table is taken to cost nothing, its heads what they take."""
+        if site.name not in self.inputs:
             return 0
         alike = _like(site, () if layer is None else layer.terms, None if layer is None else layer.act)
         if alike not in self._layers:
-            made = self.piece.model.get_submodule(site.name) if layer is None else _random(site, alike)
+            alone = replace(site, name="", tied=(), norm=None)
+            if site.heads:
+                alone = replace(alone, name="table", heads=("head",))
+            made = self.piece.model.get_submodule(_runner(site)) if layer is None else _random(alone, alike)
             given = torch.rand(self.inputs[site.name])
             task = Task([torch.cat([given, given])])
-            facts = {"site": replace(site, name="", tied=(), norm=None), "plan": alike.body, "input": given.shape}
+            facts = {"site": alone, "plan": alike.body, "input": given.shape}
             content = functools.partial(assemble_alone, made, task)
-            self._layers[alike] = self._timed(content, [given], facts)
+            self._layers[alike] = self._timed(content, [given], facts) * max(1, len(site.heads))
         return self._layers[alike]
 
     def network(self, model: nn.Module) -> int:
@@ -108,7 +111,7 @@ def _time(content: bytes, given: list[Tensor]) -> int:
 
 
 def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
-    """The shape of each site's input for one example."""
+    """The shape of the input of each site that multiplies, for one example."""
     found: dict[str, torch.Size] = {}
 
     def seen(name: str) -> Callable[..., None]:
@@ -117,7 +120,8 @@ def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
 
         return hook
 
-    hooks = [piece.model.get_submodule(s.name).register_forward_pre_hook(seen(s.name)) for s in piece.survey]
+    timed = [s for s in piece.survey if s.multiplies]
+    hooks = [piece.model.get_submodule(_runner(s)).register_forward_pre_hook(seen(s.name)) for s in timed]
     try:
         with torch.no_grad():
             piece.task.run(piece.model, head(piece.task.read()[0], 1))
@@ -127,17 +131,34 @@ def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
     return found
 
 
+def _runner(site: Site) -> str:
+    """Which layer multiplies with the weight; all heads of a table do so alike."""
+    return site.heads[0] if site.heads else site.name
+
+
 def _like(site: Site, terms: tuple[Term, ...], act: int | None) -> LayerPlan:
     """A line of the same form and ranks, in 8 bits: what layers that take the same time have in common."""
-    return LayerPlan(site.name, tuple(replace(t, grid=GRID) for t in terms), None if site.kind == "embedding" else act)
+    return LayerPlan(site.name, tuple(replace(t, grid=GRID) for t in terms), act if site.multiplies else None)
 
 
-def _random(site: Site, line: LayerPlan) -> Compressed:
-    """A layer with any numbers."""
+class _Multiplied(nn.Module):
+    """A table with its head, which runs alone."""
+
+    def __init__(self, table: Compressed) -> None:
+        super().__init__()
+        self.table, self.head = table, Head(table, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(x)
+        return scores
+
+
+def _random(site: Site, line: LayerPlan) -> nn.Module:
+    """A layer with any numbers, as the whole of a network; of a table its head."""
     terms = [
         [Quantised.nearest(torch.rand(shape) - 0.5, t.grid) for shape in factor_shapes(site, t)] for t in line.terms
     ]
     made = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)
     for act in made.quantisers:
         act.set_range(torch.tensor(1 / 255), torch.tensor(0.0))
-    return made.eval()
+    return (_Multiplied(made) if site.heads else made).eval()

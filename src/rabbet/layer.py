@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,10 @@ class ActQuant(nn.Module):
 class Compressed(nn.Module):
     """A layer as its plan says: `bias + sum of terms` of the input, which is quantised where the plan says so.
 
-    Input and output shapes are those of the layer that it replaces. While `whole` is set, the weight is put together
-    and runs as one layer, tensors between factors not quantised: that trains several times as fast as a chain of convs.
+    Input and output shapes are those of the layer that it replaces. Of a table with heads, `forward` is the look-up
+    and `multiply` what the heads do; the input that is quantised is theirs. While `whole` is set, the weight is put
+    together and runs as one layer, tensors between factors not quantised: that trains several times as fast as a chain
+    of convs.
     """
 
     def __init__(self, site: Site, plan: LayerPlan, terms: Numbers, bias: Tensor | None) -> None:
@@ -91,6 +94,7 @@ class Compressed(nn.Module):
         self.acts = nn.ModuleList(ActQuant(bits) for bits in act_bits(plan))
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
         self.whole = False
+        self.head = site.head if site.heads else None
 
     @property
     def factors(self) -> list[list[Factor]]:
@@ -104,16 +108,24 @@ class Compressed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        if self.acts:
+        return self._run(self.site, x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What a head makes of x with this table, [..., columns] -> [..., rows]."""
+        assert self.head is not None
+        return self._run(self.head, x, bias)
+
+    def _run(self, site: Site, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.acts and site.kind != "embedding":
             x = self.acts[0](x)
         if self.whole:
-            return self.site.run(x, self.canonical, self.bias)
+            return site.run(x, self.canonical, bias)
         result: Tensor | None = None
         used = 1
         for form, factors in zip(self.forms, self.factors, strict=True):
             values = [f() for f in factors]
             between = functools.partial(self._between, used)
-            part = form.apply(self.site, x, values, between, self.bias if result is None else None)
+            part = form.apply(site, x, values, between, bias if result is None else None)
             result = part if result is None else result + part
             used += form.gaps
         assert result is not None
@@ -150,6 +162,31 @@ class Compressed(nn.Module):
         return self.plan.body
 
 
+class Table(Protocol):
+    """What stands where an embedding was that has heads."""
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The table as the weight of a linear, [..., columns] -> [..., rows]."""
+        ...
+
+
+class Head(nn.Module):
+    """A linear whose weight is the table of an embedding; only its bias is its own."""
+
+    def __init__(self, table: nn.Module, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.table, self.bias = table, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of all rows, [..., columns] -> [..., rows]."""
+        return cast(Table, self.table).multiply(x, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table, for code that reads a layer's weight directly."""
+        return cast(Tensor, self.table.weight)
+
+
 def validate(plan: Plan, survey: Survey) -> None:
     """Raise PlanError if a plan does not fit a network: an unknown layer, a form or rank that a layer cannot take."""
     known = {s.name: s for s in survey}
@@ -161,7 +198,7 @@ def validate(plan: Plan, survey: Survey) -> None:
             raise PlanError(
                 f"the plan has a line for {quoted(layer.name)}, which is not a layer that can be compressed here"
             )
-        if layer.act is not None and site.kind == "embedding":
+        if layer.act is not None and not site.multiplies:
             raise PlanError(f"{layer}: the input of an embedding is an index and cannot be quantised; remove act")
         for term in layer.terms:
             full = _full_rank(layer, term, site)
@@ -199,11 +236,14 @@ def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Mapping[str, Nu
     return result
 
 
-def install(model: nn.Module, site: Site, seat: Compressed) -> nn.Module:
-    """Seat a layer under all names of its site, in place."""
+def install(model: nn.Module, site: Site, seat: nn.Module) -> nn.Module:
+    """Seat a layer under all names of its site, and heads that share it under theirs, in place."""
     seat.eval()
     for name in site.names:
         model = replace_module(model, name, seat)
+    for name in site.heads:
+        bias = cast(nn.Parameter | None, model.get_submodule(name).bias)
+        model = replace_module(model, name, Head(seat, bias).eval())
     _leave_fast_path(model)
     return model
 

@@ -7,7 +7,8 @@ backward pass gives the gradients of all layers, and then every candidate costs 
 Fisher-weighted error of the layer's output this keeps what different places and channels do together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +40,18 @@ def output_errors(piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 
         if not all(torch.isfinite(t).all() for t in found):
             raise DataError("the network's outputs hold NaN or infinite values on the given batches")
         objective = torch.stack([(s * t).sum() for s, t in zip(signs, found, strict=True)]).sum()
-        flat = [out for site in sites for _, out in calls[site.name]]
+        flat = [out for site in sites for _, _, out in calls[site.name]]
         reached = (
             torch.autograd.grad(objective, flat, allow_unused=True) if objective.requires_grad else [None] * len(flat)
         )
         slopes = iter(reached)
         energy = sum(float(t.detach().double().square().sum()) for t in found)
         for site in sites:
-            pairs = [(x, g) for (x, _), g in zip(calls[site.name], slopes, strict=False)]
-            if any(g is not None for _, g in pairs):
-                total[site.name] += _projected(site, pairs, changes[site.name], examples(batch))
+            met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
+            if any(g is not None for _, _, g in met):
+                total[site.name] += _projected(site, met, changes[site.name], examples(batch))
             else:
-                total[site.name] += energy * _own_error(site, piece.weight(site), pairs, changes[site.name])
+                total[site.name] += energy * _own_error(piece.weight(site), met, changes[site.name])
         power += energy
         count += examples(batch)
         piece.engine.progress("scoring", min(count, limit), limit)
@@ -59,21 +60,24 @@ def output_errors(piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 
     return {name: t / max(power, 1e-30) for name, t in total.items()}
 
 
-def _recorded(
-    piece: Workpiece, sites: Sequence[Site], batch: object
-) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], object]:
-    """Inputs and outputs of every call of every site, the outputs inside the graph of the result."""
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in sites}
+Met = tuple[Site, Tensor, Tensor | None]
+"""What a layer was in one call (a table or its head), its input, and its output or the gradient by that."""
 
-    def hook(name: str) -> object:
+
+def _recorded(piece: Workpiece, sites: Sequence[Site], batch: object) -> tuple[dict[str, list[Any]], object]:
+    """What each site was in every call, its input and output, the outputs inside the graph of the result."""
+    calls: dict[str, list[Any]] = {s.name: [] for s in sites}
+
+    def hook(role: Site) -> Callable[..., Tensor]:
         def seen(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.requires_grad_()
-            calls[name].append((args[0].detach(), out))
+            calls[role.name].append((role, args[0].detach(), out))
             return out.clone()  # what follows may work in place
 
         return seen
 
-    hooks = [piece.model.get_submodule(s.name).register_forward_hook(hook(s.name)) for s in sites]  # type: ignore[arg-type]
+    roles = [(s.name, s) for s in sites] + [(head, s.head) for s in sites for head in s.heads]
+    hooks = [piece.model.get_submodule(name).register_forward_hook(hook(role)) for name, role in roles]
     try:
         with torch.enable_grad():
             return calls, piece.task.run(piece.model, batch)
@@ -82,34 +86,34 @@ def _recorded(
             h.remove()
 
 
-def _own_error(site: Site, weight: Tensor, pairs: Sequence[tuple[Tensor, object]], changes: Tensor) -> Tensor:
+def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
     """Relative error of a layer's own output, [candidates]."""
 
     def energy(w: Tensor) -> float:
-        return sum(float(site.run(x, w.to(x.device)).double().square().sum()) for x, _ in pairs)
+        return sum(float(role.run(x, w.to(x.device)).double().square().sum()) for role, x, _ in met)
 
     with torch.no_grad():
         return torch.tensor([energy(d) for d in changes], dtype=torch.float64) / max(energy(weight), 1e-30)
 
 
-def _projected(site: Site, pairs: Sequence[tuple[Tensor, Tensor | None]], changes: Tensor, batch: int) -> Tensor:
+def _projected(site: Site, met: Sequence[Met], changes: Tensor, batch: int) -> Tensor:
     """Sum over examples of (gradient . change)^2, [candidates].
 
     A first axis of several rows an example (windows, frames or tokens flattened into it) is split evenly. One that the
     batch does not divide counts as one example: the signs of examples are independent, so the expectation is the same.
     """
-    used = [(x, g) for x, g in pairs if g is not None]
-    count = batch if all(g.ndim > 1 and len(x) % batch == 0 for x, g in used) else 1
+    used = [(role, x, g) for role, x, g in met if g is not None]
+    count = batch if all(g.ndim > 1 and len(x) % batch == 0 for _, x, g in used) else 1
     step = max(1, min(count, ENTRIES // site.numel))
     total = torch.zeros(len(changes), dtype=torch.float64)
     flat = changes.flatten(1)  # [candidates, numel]
     for start in range(0, count, step):
         n = min(step, count - start)
         parts = []
-        for x, g in used:
+        for role, x, g in used:
             share = len(x) // count
             part = slice(start * share, (start + n) * share)
-            parts.append(_gradients(site, x[part], g[part], n))
+            parts.append(_gradients(role, x[part], g[part], n))
         inner = torch.stack(parts).sum(0) @ flat.to(parts[0].device).T  # [examples, candidates]
         total += inner.double().square().sum(0).cpu()
     return total

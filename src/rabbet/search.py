@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from rabbet.augment import Pool
 from rabbet.engine import content_key
 from rabbet.errors import DataError, PlanError, check_choices
-from rabbet.layer import compressed_layers
+from rabbet.layer import compressed_layers, install
 from rabbet.site import Site
-from rabbet.survey import replace_module
 from rabbet.task import divergence, outputs
 from rabbet.workpiece import Norm, Workpiece
 
@@ -139,8 +138,7 @@ def _searched(
     for name, seat in seats.items():
         norm = piece.norms.get(name) if settings.norm == "batch" else None
         soft_seat = _Soft(seat.site, seat.canonical, seat.bias, residuals.get(name), norm, settings)
-        for place in seat.site.names:
-            student = replace_module(student, place, soft_seat)
+        student = install(student, seat.site, soft_seat)
         if name in residuals:
             soft.append(soft_seat)
     soft.sort(key=lambda s: list(residuals).index(s.name))
@@ -196,6 +194,10 @@ class _Soft(nn.Module):
             self.register_buffer(part, value)
         self.norm = norm
         self.cutoff: Tensor | None = None
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What a head makes of x with this table, which has no adapter."""
+        return self.site.head.run(x, self.base, bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.base  # type: ignore[assignment]

@@ -7,7 +7,7 @@ only that: a linear is a kernel without positions, transformers' Conv1D is a lin
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class Site:
 
     shape: canonical weight shape. positions, inputs: output and input places per example, over all calls
     (pixels of a conv, tokens of a linear). pads: as `torch.nn.functional.pad` takes them. tied: further names of
-    layers that share this weight. norm: the BatchNorm that was folded in, by name.
+    this layer. norm: the BatchNorm that was folded in, by name. heads: linears that share the table of an embedding;
+    head_positions: the places per example at which they multiply with it.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Site:
     calls: int = 1
     tied: tuple[str, ...] = ()
     norm: str | None = None
+    heads: tuple[str, ...] = ()
+    head_positions: int = 0
 
     @property
     def numel(self) -> int:
@@ -53,12 +56,23 @@ class Site:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates per example of the dense layer; a table look-up has none."""
-        return 0 if self.kind == "embedding" else self.numel * self.positions
+        """Multiply-accumulates per example of the dense layer; a table look-up has none, the heads of a table have."""
+        return self.numel * (self.head_positions if self.kind == "embedding" else self.positions)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the weight meets inputs that can be quantised; a table that is only looked up meets indices."""
+        return self.kind != "embedding" or bool(self.heads)
+
+    @property
+    def head(self) -> "Site":
+        """The linear that the heads of a table are: [..., columns] -> [..., rows]. Their biases are not the table's."""
+        places = self.head_positions
+        return replace(self, kind="linear", positions=places, inputs=places, calls=1, tied=(), heads=())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All layers that use this weight."""
+        """All names of the layer."""
         return (self.name, *self.tied)
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -92,11 +106,13 @@ class Site:
         """Whether facts from a file are of the right types and lengths; a network may still contradict them."""
         space = len(self.stride)
         counts = (*self.shape, *self.stride, *self.dilation, self.groups, self.positions, self.inputs, self.calls)
-        texts = (self.name, self.padding_mode, *self.tied, "" if self.norm is None else self.norm)
+        texts = (self.name, self.padding_mode, *self.tied, *self.heads, "" if self.norm is None else self.norm)
         return (
             all(type(n) is int and n > 0 for n in counts)
-            and all(type(n) is int and n >= 0 for n in self.pads)
-            and all(type(t) is tuple for t in (self.stride, self.dilation, self.pads, self.tied))
+            and all(type(n) is int and n >= 0 for n in (*self.pads, self.head_positions))
+            and all(type(t) is tuple for t in (self.stride, self.dilation, self.pads, self.tied, self.heads))
+            and bool(self.heads) == (self.head_positions > 0)
+            and (self.kind == "embedding" or not self.heads)
             and all(type(t) is str for t in texts)
             and type(self.bias) is bool
             and space == {"conv2d": 2, "conv1d": 1}.get(self.kind, 0)
@@ -174,7 +190,9 @@ KINDS: dict[str, LayerKind] = {
 }
 
 
-_FACTS = ("stride", "pads", "padding_mode", "dilation", "groups", "bias", "calls", "tied", "norm")
+_FACTS = (
+    "stride", "pads", "padding_mode", "dilation", "groups", "bias", "calls", "tied", "norm", "heads", "head_positions",
+)  # fmt: skip
 
 
 def _usual(kind: str, shape: Sequence[int]) -> dict[str, Any]:
@@ -182,7 +200,8 @@ def _usual(kind: str, shape: Sequence[int]) -> dict[str, Any]:
     space = len(shape) - 2 if KINDS[kind].run is _run_conv else 0
     ones = (1,) * space
     facts = {"stride": ones, "pads": (0, 0) * space, "dilation": ones, "padding_mode": "zeros"}
-    return {**facts, "groups": 1, "bias": True, "calls": 1, "tied": (), "norm": None}
+    single = {"groups": 1, "bias": True, "calls": 1, "tied": (), "norm": None, "heads": (), "head_positions": 0}
+    return {**facts, **single}
 
 
 def kind_of(module: nn.Module) -> str | None:

@@ -183,10 +183,12 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[nn.Module]] = {}
     for module in names:
         if kind_of(module) is not None and not is_parametrized(module):
-            owners.setdefault(id(module.weight), []).append(names[module][0])
+            owners.setdefault(id(module.weight), []).append(module)
+    heads = _heads(owners, names, watch)
+    of_tables = {head: table for table, found in heads.items() for head in found}
     norms = {id(given): m for m, calls in watch.calls.items() if isinstance(m, _BatchNorm) for given, _ in calls}
     sites: list[Site] = []
     reasons = {names[m][0]: "its input is passed by keyword; pass it by position" for m in watch.by_keyword}
@@ -194,7 +196,11 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         kind, name = kind_of(module), names[module][0]
         if kind is None:
             continue
-        sharing = [other for other in owners.get(id(module.weight), []) if other != name]
+        if module in of_tables:
+            reasons[name] = f"the bias of a head that shares the table of {names[of_tables[module]][0]}"
+            continue
+        own = heads.get(module, [])
+        sharing = [names[m][0] for m in owners.get(id(module.weight), []) if m is not module and m not in own]
         reason = f"its weight is shared with {', '.join(sharing)}" if sharing else _why_not(module)
         if reason is not None:
             reasons[name] = reason
@@ -209,7 +215,7 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         norm = _foldable(module, calls, watch, norms, returned)
         norm = norm if norm is not None and len(names[norm]) == 1 else None  # another name of it would stay behind
         facts: dict[str, Any] = KINDS[kind].facts(module)
-        positions, inputs = (sum(_places(kind, call[k]) for call in calls) // batch for k in (1, 0))
+        positions, inputs = (_positions(module, watch, batch, k) for k in (1, 0))
         sites.append(
             Site(
                 name=name,
@@ -221,6 +227,8 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
                 calls=len(calls),
                 tied=tuple(names[module][1:]),
                 norm=None if norm is None else names[norm][0],
+                heads=tuple(names[m][0] for m in own),
+                head_positions=sum(max(1, _positions(m, watch, batch)) for m in own),
                 **facts,
             )
         )
@@ -228,6 +236,28 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "no conv, linear or embedding ran on the batch"
         raise ModelError(f"nothing in this network can be compressed ({detail})")
     return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+
+
+def _heads(
+    owners: Mapping[int, list[nn.Module]], names: Mapping[nn.Module, list[str]], watch: _Watch
+) -> dict[nn.Module, list[nn.Module]]:
+    """Tables that linears share, with those: each ran, bears one name, and may be replaced."""
+    found = {}
+    for modules in owners.values():
+        tables = [m for m in modules if kind_of(m) == "embedding"]
+        others = [m for m in modules if m not in tables]
+        ready = all(m in watch.calls and _why_not(m) is None for m in modules)
+        fit = all(kind_of(m) == "linear" and len(names[m]) == 1 for m in others)
+        if len(tables) == 1 and others and ready and fit:
+            found[tables[0]] = others
+    return found
+
+
+def _positions(module: nn.Module, watch: _Watch, batch: int, part: int = 1) -> int:
+    """Places per example of a layer's outputs, or of its inputs (part 0), over all calls."""
+    kind = kind_of(module)
+    assert kind is not None
+    return sum(_places(kind, call[part]) for call in watch.calls[module]) // batch
 
 
 def _places(kind: str, value: Tensor) -> int:
@@ -272,7 +302,7 @@ def _float_bytes(model: nn.Module) -> int:
 
 
 def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Iterator[Left]:
-    gone = {f"{s.name}.{part}".lstrip(".") for s in sites for part in ("weight", "bias")}
+    gone = {name for s in sites for name in own_tensors(s)}
     norms = {s.norm for s in sites if s.norm is not None}
     modules = dict(model.named_modules())
     bytes_of: dict[str, int] = {}
@@ -287,6 +317,12 @@ def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Itera
         yield Left(
             owner, reasons.get(owner, unknown if kind_of(module) is None else f"{kind} never ran on the batch"), size
         )
+
+
+def own_tensors(site: Site) -> list[str]:
+    """The names under which a network may hold a site's weight and bias."""
+    names = (f"{site.name}.weight", f"{site.name}.bias", *(f"{head}.weight" for head in site.heads))
+    return [name.lstrip(".") for name in names]
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from rabbet.errors import ModelError
 from rabbet.layout import RESERVED, Rest
 from rabbet.plan import LayerPlan, Plan
 from rabbet.site import KINDS, Site
-from rabbet.survey import Survey, fold, norm_gain, stored_tensors
+from rabbet.survey import Survey, fold, norm_gain, own_tensors, stored_tensors
 from rabbet.survey import survey as look
 from rabbet.task import Task
 
@@ -129,7 +129,7 @@ class Workpiece:
 
 def rest_of(model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str]) -> tuple[Rest, ...]:
     """Tensors of a folded network that no line of the plan covers: layers left alone, and sites without a line."""
-    covered = {f"{layer.name}.{part}".lstrip(".") for layer in plan for part in ("weight", "bias")}
+    covered = {name for layer in plan for name in own_tensors(survey[layer.name])}
     folded = {f"{s.name}.{part}" for s in survey if s.norm is not None for part in ("weight", "bias")}
     biases = {f"{s.name}.bias" for s in survey}  # one that was shared has no type of its own in the original
     rest = []

@@ -122,7 +122,7 @@ def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Pa
         text = pattern.replace("even", runs(outs[::2])).replace("odd", runs(outs[1::2]))
         asked = [Term.parse(t) for t in text.split(" + ")]
         fits = all((t.rank or 1) <= t.how.full_rank(site) for t in asked)
-        tail = "" if site.kind == "embedding" or not act else f" | {act}"
+        tail = "" if not site.multiplies or not act else f" | {act}"
         lines.append(f"{quoted(site.name)} {text if fits else 'dense@8c'}{tail}")
     plan = rabbet.Plan.parse("\n".join(lines))
     student = build(piece.model, plan, piece.survey)

@@ -5,11 +5,13 @@ import sys
 import pytest
 import torch
 from exporting import CASES
+from networks import network
 from torch import nn
 
 import rabbet
 from rabbet import BudgetError, Joint, Tuning
 from rabbet.latency import Stopwatch
+from rabbet.plan import LayerPlan, Term
 from rabbet.workpiece import Workpiece
 
 JOINT = Joint(grids=("2hc", "8c"), adapters=(("2hc", 0.4),), forms=("cp",), shares=(0.5,), tuning=Tuning(steps=0))
@@ -58,6 +60,27 @@ def test_without_such_a_budget_nobody_measures_and_nothing_is_shown(clocked):
     result = rabbet.compress(clocked.model, "bits <= 4", clocked.batches, JOINT)
     assert result.cost.time == result.float_cost.time == 0
     assert "latency" not in str(result)
+
+
+def test_a_table_takes_the_time_of_its_head_and_none_for_a_look_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("RABBET_CACHE", str(tmp_path))
+    for name, heads in (("tied", 1), ("tokens", 0)):
+        piece = _piece(network(name))
+        watch, site = Stopwatch(piece), piece.survey["table"]
+        lines = [LayerPlan("table", (Term.parse(t),), 8 if heads else None) for t in ("dense@4c", "ttm[4]@8")]
+        assert [watch.layer(site, line) > 0 for line in (*lines, None)] == [heads > 0] * 3
+
+
+def test_a_layer_deep_inside_is_timed_with_its_adapter(tmp_path, monkeypatch):
+    monkeypatch.setenv("RABBET_CACHE", str(tmp_path))
+    piece = _piece(network("residual"))
+    for text in ("dense@4c + lowrank[2]@8c", "dense[0-3]@4c + dense[4-7]@2hc", "tt[3]@4"):
+        line = rabbet.Plan.parse(f"3.conv1 {text} | act@8")["3.conv1"]
+        assert Stopwatch(piece).layer(piece.survey["3.conv1"], line) > 0
+
+
+def _piece(case):
+    return Workpiece.of(case.model, rabbet.Task(case.batches), rabbet.Engine())
 
 
 def test_layers_are_timed_once_a_machine_and_kept(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_every_layer_runs_on_an_integer_kernel(written):
     multiplied = [
         f"{s.name}.{t}.{f}".lstrip(".")
         for s in made.survey
-        if s.name in {line.name for line in made.plan} and s.kind != "embedding"
+        if s.name in {line.name for line in made.plan} and s.multiplies
         for t, term in enumerate(compressed_layers(finished(made.model))[s.name].factors)
         for f in range(len(term))
     ]

@@ -185,7 +185,21 @@ def test_no_survey_that_is_made_up_leads_to_another_error(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["stride", "pads", "padding_mode", "dilation", "groups", "bias", "calls", "tied", "norm", "odd"]
+    "key",
+    [
+        "stride",
+        "pads",
+        "padding_mode",
+        "dilation",
+        "groups",
+        "bias",
+        "calls",
+        "tied",
+        "norm",
+        "heads",
+        "head_positions",
+        "odd",
+    ],
 )
 def test_no_fact_of_a_layer_that_is_made_up_leads_to_another_error(whole, key, tmp_path):
     for site, value in itertools.product(range(3), (*NASTY, "conv", ["conv"], ["fc"], "fc", "free", "norm", "bn", 2)):
@@ -204,6 +218,7 @@ def test_no_fact_of_a_layer_that_is_made_up_leads_to_another_error(whole, key, t
         ("norm", "free"),
         ("tied", ["free"]),
         ("tied", ["nowhere"]),
+        ("heads", ["fc"]),
     ],
 )
 def test_facts_that_the_network_contradicts_are_refused(whole, key, value, tmp_path):

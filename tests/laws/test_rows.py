@@ -48,7 +48,7 @@ def _split(plan, grids=("4c", "2hc")):
 def _plans(name, grid="4c"):
     case = network(name)
     survey = rabbet.survey(case.model, case.batches[0])
-    whole = Plan(tuple(LayerPlan(s.name, (Term.parse(f"dense@{grid}"),), None if s.kind == "embedding" else 8)
+    whole = Plan(tuple(LayerPlan(s.name, (Term.parse(f"dense@{grid}"),), 8 if s.multiplies else None)
                        for s in survey))  # fmt: skip
     return case, survey, whole, zip(survey, whole, strict=True)
 

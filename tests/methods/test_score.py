@@ -36,6 +36,18 @@ class Scalar(nn.Module):
         return out.reshape(len(x), -1).square().sum(1, keepdim=True)
 
 
+class Tied(nn.Module):
+    """A table that is looked up and multiplied with."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Embedding(9, 5), nn.Linear(5, 9)
+        self.head.weight = self.layer.weight
+
+    def forward(self, x):
+        return torch.sin(self.head(torch.tanh(self.layer(x)))).flatten(1).square().sum(1, keepdim=True)
+
+
 CASES = {
     "linear": lambda: (Scalar(nn.Linear(6, 5)), rand(4, 6)),
     "linear over tokens": lambda: (Scalar(nn.Linear(6, 5)), rand(4, 7, 6)),
@@ -48,6 +60,7 @@ CASES = {
     "conv2d over frames": lambda: (Scalar(nn.Conv2d(4, 6, 3, groups=2), "frames"), rand(4, 3, 4, 6, 5)),
     "conv1d": lambda: (Scalar(nn.Conv1d(4, 6, 3, groups=2, stride=2)), rand(4, 4, 9)),
     "embedding": lambda: (Scalar(nn.Embedding(9, 5)), torch.arange(20).view(4, 5) % 9),
+    "embedding with a head": lambda: (Tied(), torch.arange(20).view(4, 5) % 9),
 }  # fmt: skip
 
 

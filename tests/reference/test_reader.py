@@ -68,9 +68,7 @@ def test_the_reader_finds_every_number_of_every_layer(name, data, reader, tmp_pa
     sites = [s for s in piece.survey if data.draw(st.booleans())] or list(piece.survey)
     acts = st.none() | st.integers(2, 8)
     plan = Plan(
-        tuple(
-            LayerPlan(s.name, _terms(data.draw, s), None if s.kind == "embedding" else data.draw(acts)) for s in sites
-        )
+        tuple(LayerPlan(s.name, _terms(data.draw, s), data.draw(acts) if s.multiplies else None) for s in sites)
     )
     student = build(piece.model, plan, piece.survey)
     layers = compressed_layers(student)

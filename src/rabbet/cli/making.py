@@ -145,6 +145,7 @@ def _survey_facts(found: Survey) -> dict[str, Any]:
             "float_bytes": 4 * s.numel,
             "norm": s.norm,
             "tied": list(s.tied),
+            "heads": list(s.heads),
         }
         for s in found
     ]

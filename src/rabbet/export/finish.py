@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rabbet.forms import Contracted, Dense
+from rabbet.forms import FORMS, Contracted, Dense
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Compressed, Factor, Numbers, compressed_layers, install
 from rabbet.layout import FINISHED
@@ -84,8 +84,8 @@ def _contracted(layer: Compressed) -> Compressed:
             factors.append(held)
             continue
         name, modes, made = form.finished(layer.site, [f() for f in held])
-        grid = Grid(FINISHED, axis=0 if name == "lowrank" else None)
-        terms.append(Term(name, grid, len(made[0]), modes))
+        grid = Grid(FINISHED, axis=None if name == "ttm" else 0)
+        terms.append(Term(name, grid, len(made[0]) if FORMS[name].ranked else None, modes))
         factors.append([Folded(held, functools.partial(_part, form, layer, k), grid) for k in range(len(made))])
     return _made(layer, terms, factors, None)
 

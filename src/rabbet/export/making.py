@@ -68,6 +68,12 @@ class Made:
         joined = math.prod(self.shape[first : end + 1])
         return self.reshape(*self.shape[:first], joined, *self.shape[end + 1 :])
 
+    def narrow(self, axis: int, first: int, count: int) -> "Made":
+        """So many slices of an axis."""
+        shape = tuple(count if k == axis else n for k, n in enumerate(self.shape))
+        ends = [self.graph.constant(f"ends.{n}", np.array([n])) for n in (first, first + count, axis)]
+        return Made(self.graph, self._call("Slice", *ends), shape, self.names)
+
     def permute(self, *order: int) -> "Made":
         """Axes in another order."""
         shape = tuple(self.shape[k] for k in order)

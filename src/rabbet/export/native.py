@@ -130,7 +130,7 @@ def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Mo
 def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
     """What a network says against a file's facts of a layer, in words."""
     norm = [site.norm] if site.norm is not None else []
-    for name in (*site.names, *norm):
+    for name in (*site.names, *norm, *site.heads):
         if name not in modules:
             return f"the model has no layer {name!r}"
     layer = modules[site.name]
@@ -144,6 +144,9 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
             return f"{site.name!r} has {fact} {found}, the file says {getattr(site, fact)}"
     if any(modules[name] is not layer for name in site.tied):
         return f"{site.name!r} is not the same layer as {', '.join(map(repr, site.tied))}"
+    apart = [n for n in site.heads if kind_of(modules[n]) != "linear" or modules[n].weight is not layer.weight]
+    if apart:
+        return f"{', '.join(map(repr, apart))} does not share the table of {site.name!r}"
     if any(not isinstance(modules[name], _BatchNorm | nn.Identity) for name in norm):
         return f"{site.norm!r} is not a BatchNorm"
     return None

@@ -142,7 +142,8 @@ def _floats(content: bytes, parcel: Parcel, written: Mapping[str, str]) -> tuple
     layers = compressed_layers(parcel.model)
     notes = []
     for weight, name in written.items():
-        kernel = found.get(weight, "unknown kernel")
+        # onnxruntime names what it transposes itself
+        kernel = found.get(weight, found.get(f"{weight}_T", "unknown kernel"))
         if kernel not in KERNELS:
             layer = layers[name.rpartition(".")[0].rpartition(".")[0]]
             why = "onnxruntime has no integer kernel for it here" if layer.quantisers else "its plan has no act"

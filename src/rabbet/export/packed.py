@@ -53,7 +53,8 @@ class Weight:
 
     axis: where its scales lie, None for one scale. scale: of the integers q, half the grid's where they are 2c + 1.
     parts, make: of a weight that is put together when a file is loaded, what it is made of and how, and the steps of
-    its rounding; moves: what has been done to its layout since.
+    its rounding; moves: what has been done to its layout since. root: the table that it is another layout of, if a
+    file holds it as a table already; shared: whether it is such a table.
     """
 
     name: str
@@ -65,13 +66,15 @@ class Weight:
     make: Make | None = None
     steps: Tensor | None = None
     moves: tuple[Move, ...] = ()
+    shared: bool = False
+    root: "Weight | None" = None
 
     @classmethod
-    def of(cls, name: str, factor: Factor) -> "Weight":
+    def of(cls, name: str, factor: Factor, shared: bool = False) -> "Weight":
         """A factor in its own layout."""
         scale = factor.scale.detach().cpu().float()
         scale = scale / 2 if factor.grid.kind == "half" else scale
-        found = cls(name, factor.grid, factor.codes.detach().cpu(), scale, factor.grid.axis)
+        found = cls(name, factor.grid, factor.codes.detach().cpu(), scale, factor.grid.axis, shared=shared)
         if not isinstance(factor, Folded):
             return found
         # two halves of one chain share its cores, and their names
@@ -91,7 +94,8 @@ class Weight:
                 if codes.shape[d] == len(self.scale)
                 and bool((slices.movedim(d, -1) == torch.arange(len(self.scale))).all())
             )
-        return replace(self, name=f"{self.name}.moved", codes=codes, axis=axis, moves=(*self.moves, move))
+        moves, root = (*self.moves, move), self.root or (self if self.shared else None)
+        return replace(self, name=f"{self.name}.moved", codes=codes, axis=axis, moves=moves, root=root)
 
     def with_room(self, bias: NDArray[Any], place: str) -> "Weight":
         """The same with scales on which a bias, in units of the input's scale, fits into 31 bits; one is for the sum.
@@ -110,18 +114,23 @@ class Weight:
 
     def integers(self, graph: Graph) -> "ir.Value":
         """The integers q, as a runtime will hold them."""
+        if self.root is not None:
+            found = self.root.integers(graph)
+            for k, move in enumerate(self.moves, 1):
+                found = move.on(graph, found, self.name if k == len(self.moves) else f"{self.name}.{k}")
+            return found
         if self.make is not None and graph.functions_known:
             return self._put_together(graph)
         gain, shift = (2, 1) if self.grid.kind == "half" else (1, 0)
-        found = (gain * self.codes + shift).numpy()
+        codes = (gain * self.codes + shift).numpy()
         if self.kind == "uint8" or (self.grid.bits == 8 and gain == 1):
-            return graph.constant(self.name, found.astype(self.kind))
+            return graph.constant(self.name, codes.astype(self.kind))
         short = gain * self.grid.low + shift >= -8 and gain * self.grid.high + shift <= 7
         if short and (self.grid.bits == 4 or not graph.functions_known):
-            stored = graph.constant(f"{self.name}.int4", found.astype(np.int8), "INT4")
+            stored = graph.constant(f"{self.name}.int4", codes.astype(np.int8), "INT4")
             return graph.call("Cast", stored, name=self.name, to=_INT8)
         if not graph.functions_known:
-            return graph.constant(self.name, found.astype(self.kind))
+            return graph.constant(self.name, codes.astype(self.kind))
         return _unpacked(graph, self.name, self.grid, self.codes)
 
     def _put_together(self, graph: Graph) -> "ir.Value":
@@ -131,7 +140,10 @@ class Weight:
         names = Names(self.name)
         made: Made = self.make([Made(graph, w.values(graph), tuple(w.codes.shape), names) for w in self.parts])
         wide = [-1 if d == self.grid.axis else 1 for d in range(len(made.shape))]
-        steps = graph.constant(f"{self.name}.steps", self.steps.view(wide).numpy())
+        if self.steps.equal(self.scale):
+            steps = graph.call("Reshape", self.scales(graph), shape_of(graph, tuple(wide)), name=names.next())
+        else:
+            steps = graph.constant(f"{self.name}.steps", self.steps.view(wide).numpy())
         rounded = graph.call("Round", graph.call("Div", made.value, steps, name=names.next()), name=names.next())
         ends = [graph.constant(f"end.{end}", np.array(end, np.float32)) for end in (self.grid.low, self.grid.high)]
         found = graph.call("Clip", rounded, *ends, name=names.next())
@@ -149,6 +161,8 @@ class Weight:
 
     def scales(self, graph: Graph) -> "ir.Value":
         """The scale as a constant, [] or [slices]."""
+        if self.root is not None and self.scale.equal(self.root.scale):
+            return self.root.scales(graph)
         found = self.scale.numpy()
         return graph.constant(f"{self.name}.scale", found.reshape(()) if self.axis is None else found)
 

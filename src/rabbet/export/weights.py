@@ -21,8 +21,10 @@ def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]
     Returns the factor that each constant was made of, by the constant's name; tables apart, which nothing multiplies.
     """
     written: dict[str, str] = {}
-    for name, mark in list(graph.marks("weight")):
-        for weight in _write_weight(graph, Weight.of(name, factors[name]), mark.outputs[0]):
+    marks = list(graph.marks("weight"))
+    tables = {name for name, mark in marks if any(_looks_up(use.node, use.idx) for use in mark.outputs[0].uses())}
+    for name, mark in marks:
+        for weight in _write_weight(graph, Weight.of(name, factors[name], name in tables), mark.outputs[0]):
             written[weight.name] = name
     return written
 
@@ -33,7 +35,7 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
         move = _move(node)
         if move is not None:
             yield from _write_weight(graph, weight.moved(move), node.outputs[0])
-        elif node.op_type == "Gather" and use.idx == 0:
+        elif _looks_up(node, use.idx):
             _write_table(graph, weight, node)
         else:
             unit = _unit(node) if node.op_type in ("Conv", "Gemm") and use.idx == 1 else None
@@ -42,6 +44,11 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
                 _write_bias(graph, weight, node, bias, unit)
             node.replace_input_with(use.idx, weight.dequantised(graph))
             yield weight
+
+
+def _looks_up(node: "ir.Node", place: int) -> bool:
+    """Whether a node takes rows out of what is at a place of its inputs."""
+    return node.op_type == "Gather" and place == 0
 
 
 def _move(node: "ir.Node") -> Move | None:

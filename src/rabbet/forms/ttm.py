@@ -67,7 +67,9 @@ class TTM:
         return tuple(found)
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
-        """One product of two rows for each look-up."""
+        """One product of two rows for each look-up; with heads those of the table, put together once for both."""
+        if site.heads:
+            return (site.macs,)
         assert rank is not None
         return (rank * site.shape[1] * site.positions,)
 
@@ -113,7 +115,12 @@ class TTM:
         return a.reshape(rows, columns, -1), b.reshape(math.prod(p[0] for p in lower), len(factors[0]), -1)
 
     def finished(self, site: Site, factors: Sequence[Tensor]) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
-        """What a runtime is given: two cores."""
+        """What a runtime is given: two cores; the table itself where heads multiply with it, so that it is there once.
+
+        By halves a head would take about rank / columns of a half times the MACs: as many at rank 28 of 768 columns.
+        """
+        if site.heads:
+            return "dense", None, (self.contract(site, factors),)
         a, b = self.tables(site, factors)
         modes = (len(a), len(b)), (a.shape[1], b.shape[2])
         return "ttm", modes, (a.permute(2, 0, 1)[..., None], b.transpose(0, 1)[..., None])
@@ -121,13 +128,16 @@ class TTM:
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """The table."""
         a, b = self.tables(site, factors)
-        found = torch.einsum("uar,lrb->ulab", a, b)
-        return found.reshape(len(a) * len(b), -1)[: site.shape[0]]
+        (u, c, rank), (v, _, d) = a.shape, b.shape
+        found = a.reshape(u * c, rank) @ b.transpose(0, 1).reshape(rank, v * d)
+        return found.view(u, c, v, d).permute(0, 2, 1, 3).reshape(u * v, c * d).narrow(0, 0, site.shape[0])
 
     def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
-        """Rows of the table for indices of any shape; raises DataError for one that it does not have."""
-        if not torch.compiler.is_compiling():
+        """Rows of the table for indices of any shape, or what a head does; raises DataError for an index outside."""
+        if site.kind == "embedding" and not torch.compiler.is_compiling():
             _inside(x, site.shape[0])
+        if site.kind != "embedding" or site.heads:
+            return site.run(x, self.contract(site, factors), bias)
         a, b = self.tables(site, factors)
         upper = torch.div(x, len(b), rounding_mode="floor")
         # rows of flat tables are looked up as any embedding's are, by every runtime

@@ -107,7 +107,7 @@ class ADMM:
         return Fitted(student, (f"{len(errors)} kernels factorised, mean relative error {mean:.3f}",))
 
     def _line(self, site: Site, first: bool) -> LayerPlan:
-        act = None if site.kind == "embedding" else self.act
+        act = self.act if site.multiplies else None
         form = FORMS[self.form]
         full = 0 if first else form.full_rank(site)
         if not full:

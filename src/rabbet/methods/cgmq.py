@@ -107,9 +107,10 @@ class CGMQ:
     def _line(self, place: int, site: Site) -> LayerPlan:
         """A layer at the widest that a file holds: what a gate starts with."""
         act: int | None = WIDEST
-        if site.kind == "embedding" or (place == 0 and self.image is None):
+        image = _is_image(place, site)
+        if not site.multiplies or (image and self.image is None):
             act = None
-        elif place == 0 and isinstance(self.image, int):
+        elif image and isinstance(self.image, int):
             act = self.image
         return LayerPlan(site.name, (Term("dense", self._grid(WIDEST)),), act)
 
@@ -122,12 +123,18 @@ class CGMQ:
         stored = [b for b in self.widths if b <= WIDEST]
         table = []
         for k, line in enumerate(lines):
-            acts = stored if line.act is not None and (k > 0 or self.image == "gate") else [line.act]
+            fixed = self.image != "gate" and _is_image(k, piece.survey[line.name])
+            acts = [line.act] if line.act is None or fixed else stored
             plans = [
                 LayerPlan(line.name, (Term("dense", self._grid(b)),), a) for b, a in itertools.product(stored, acts)
             ]
             table.append([Option(p, piece.layer_cost(piece.survey[line.name], p)) for p in plans])
         require_feasible(table, budget, piece.float_cost, piece.cost)
+
+
+def _is_image(place: int, site: Site) -> bool:
+    """Whether a layer's input is the network's own; indices, which a table has, are no numbers to be rounded."""
+    return place == 0 and site.kind != "embedding"
 
 
 def _key(piece: Workpiece, method: CGMQ, plan: str) -> str:
@@ -256,7 +263,7 @@ class _Gated(_Course):
         super().__init__(method, piece, lines, 2 * method.epochs)
         for k, seat in enumerate(self.seats.values()):
             seat.bits = [method.widths[-1]] * seat.gated(method.granularity == "channel")
-            if seat.high is not None and not (k == 0 and isinstance(method.image, int)):
+            if seat.high is not None and not (isinstance(method.image, int) and _is_image(k, seat.site)):
                 seat.act = method.widths[-1]
             else:
                 seat.fixed = seat.act

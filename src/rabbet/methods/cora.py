@@ -118,9 +118,9 @@ class CoRa:
         lines = []
         for k, site in enumerate(sites):
             end = self.ends is not None and k in (0, len(sites) - 1)
-            act = None if site.kind == "embedding" else self.ends if end and self.act is not None else self.act
+            act = self.ends if end and self.act is not None else self.act
             bits = self.ends if end and self.ends is not None else self.bits
-            lines.append(LayerPlan(site.name, (Term("dense", Grid(bits, axis=0)),), act))
+            lines.append(LayerPlan(site.name, (Term("dense", Grid(bits, axis=0)),), act if site.multiplies else None))
         return tuple(lines)
 
     def _options(self, piece: Workpiece, line: LayerPlan) -> list[Option]:

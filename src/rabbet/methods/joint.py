@@ -106,7 +106,7 @@ class Joint:
                     yield from ((Term(name, Grid.parse(g), rank),) for g in self.factor_grids)
 
     def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
-        plan = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
+        plan = LayerPlan(site.name, terms, self.act if site.multiplies else None)
         return Option(plan, piece.layer_cost(site, plan))
 
     def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:

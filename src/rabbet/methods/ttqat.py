@@ -135,7 +135,7 @@ class TTQAT:
         return tuple(dict.fromkeys([*found, *([(plain,)] if given is None or not found else [])]))
 
     def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
-        line = LayerPlan(site.name, terms, None if site.kind == "embedding" else self.act)
+        line = LayerPlan(site.name, terms, self.act if site.multiplies else None)
         return Option(line, piece.layer_cost(site, line))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:

@@ -1,0 +1,173 @@
+"""A table of words that is also the weight of a classifier: one site, two uses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import rand, settled, tokens
+from torch import nn
+
+import rabbet
+from rabbet import CGMQ, TTQAT, CoRa, FileError, Joint, Task, Tuning, survey
+from rabbet.runtime import Session
+from rabbet.workpiece import Workpiece
+
+EXACT = Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
+
+
+def error(found, wanted):
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+class Tied(nn.Module):
+    """A language model: the head, which has a bias of its own, is the table; it scores the last token only."""
+
+    def __init__(self, heads=1, first=False):
+        super().__init__()
+        if first:  # a network may name the head before the table
+            self.heads = nn.ModuleList(nn.Linear(12, 30) for _ in range(heads))
+        self.table = nn.Embedding(30, 12)
+        self.body = nn.Linear(12, 12)
+        if not first:
+            self.heads = nn.ModuleList(nn.Linear(12, 30) for _ in range(heads))
+        for head in self.heads:
+            head.weight = self.table.weight
+
+    def forward(self, x):
+        y = F.relu(self.body(self.table(x)))[:, -1]
+        return sum(head(y) for head in self.heads)
+
+
+TABLES = ("dense@8c | act@8", "dense@4 | act@6", "dense@8", "ttm[9]@8c", "ttm[9]@8 | act@8",
+          "dense@4c + dense@4 | act@8", "dense[0-9]@4c + dense[10-29]@8c | act@8")  # fmt: skip
+
+
+@pytest.mark.parametrize("line", TABLES)
+@pytest.mark.parametrize(("heads", "first"), [(1, False), (1, True), (2, False)])
+def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(line, heads, first, tmp_path):
+    model = settled(Tied(heads, first))
+    batches = tokens(30)
+    site = survey(model, batches[0])["table"]
+    names = tuple(f"heads.{k}" for k in range(heads))
+    assert (site.heads, site.head_positions, site.macs) == (names, heads, heads * 30 * 12)
+    plan = rabbet.Plan.parse(f"table {line}\nbody dense@8c | act@8")
+    result = rabbet.fit(model, plan, batches, EXACT)
+    times = 2 if "+ dense@4 " in line else 1  # two terms over all rows are two products
+    assert result.cost.macs == (7 * 12 + times * heads * 30) * 12
+    assert error(result.model(batches[0]), model(batches[0])) < 0.2
+    weight = result.model.table.weight
+    assert all(torch.equal(head.weight, weight) for head in result.model.heads)
+    with torch.no_grad():
+        hidden = F.relu(result.model.body(F.embedding(batches[0], weight)))[:, -1]
+        act = result.model.table.quantisers
+        hidden = act[0](hidden) if act else hidden
+        wanted = sum(F.linear(hidden, weight, head.bias) for head in model.heads)
+    assert torch.allclose(result.model(batches[0]), wanted, atol=1e-5)
+    assert result.save(tmp_path / "a") == result.cost.bytes
+    again = rabbet.load(tmp_path / "a", model)
+    assert torch.equal(again(batches[0]), result.model(batches[0]))
+    assert again.state_dict().keys() == result.model.state_dict().keys()
+    written = result.export(tmp_path / "a.onnx")
+    found = Session(tmp_path / "a.onnx")(batches[1])
+    assert error(found, result.model(batches[1])) < 0.02
+    assert len(written.notes) == (0 if "act" in line else 1)
+    assert not any("unknown" in note for note in written.notes)
+
+
+def test_a_table_is_stored_once_in_a_file_for_a_runtime(tmp_path):
+    model = settled(Tied())
+    model.table = nn.Embedding(3000, 12)
+    model.heads[0] = nn.Linear(12, 3000, bias=False)
+    model.heads[0].weight = model.table.weight
+    model = settled(model)
+    for grid, least in (("8", 36_000), ("4", 18_000), ("3", 13_500), ("t", 7_200)):
+        plan = rabbet.Plan.parse(f"table dense@{grid} | act@8")
+        result = rabbet.fit(model, plan, tokens(3000), EXACT)
+        written = result.export(tmp_path / "a.onnx")
+        assert least < written.bytes < least + 6_000
+
+
+def test_a_table_is_solved_for_both_of_its_uses():
+    model = settled(Tied())
+    data = tokens(30, count=64)
+    second = Workpiece.of(model, Task(data), rabbet.Engine()).moments()["table"][0]
+    table = model.table.weight
+    with torch.no_grad():
+        x = torch.cat([F.relu(model.body(model.table(b)))[:, -1] for b in data])
+        change = 0.1 * rand(30, 12)
+        apart = [(x @ w.T).square().sum() / (x @ table.T).square().sum() for w in (change, 2 * change)]
+        rows = [w.square().sum() / table.square().sum() for w in (change, 2 * change)]
+        found = [((w @ second) * w).sum() for w in (change, 2 * change)]
+        unit = ((table @ second) * table).sum() / 2
+    for k in range(2):
+        assert float(found[k] / unit) == pytest.approx(float(apart[k] + rows[k]), rel=1e-4)
+
+
+@pytest.mark.parametrize("why", ["a head that never runs", "two tables", "a head of two names", "a hook"])
+def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
+    model = settled(Tied())
+    if why == "a head that never runs":
+        model.spare = nn.Linear(12, 30)
+        model.spare.weight = model.table.weight
+    elif why == "two tables":
+        model.body = nn.Sequential(model.body, Second(model.table.weight))
+    elif why == "a head of two names":
+        model.again = model.heads[0]
+    else:
+        model.heads[0].register_forward_hook(lambda *_: None)
+    found = survey(model, tokens(30)[0])
+    assert {s.name for s in found} == {"body.0" if why == "two tables" else "body"}
+    reasons = {x.name: x.reason for x in found.left}
+    assert "shared with" in reasons["table"]
+
+
+class Second(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.table = nn.Embedding(*weight.shape, _weight=weight)
+        self.table.weight = weight
+
+    def forward(self, x):
+        return x + self.table(torch.zeros(1, dtype=torch.long))
+
+
+METHODS = {
+    "joint": (Joint(tuning=Tuning(steps=2)), "bytes <= 60%"),
+    "cora": (CoRa(), "bytes <= 60%"),
+    "cgmq": (CGMQ(epochs=1, finish=1), "bops <= 2%"),
+    "ttqat": (TTQAT(rank=None, table=None, ranks=(2, 4), epochs=1, finish=1, blocks=("body",)), "bytes <= 60%"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_its_budget_on_a_shared_table(name, tmp_path):
+    method, budget = METHODS[name]
+    model = settled(Tied())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = rabbet.compress(model, budget, tokens(30, batches=3), method)
+    assert {line.name for line in result.plan} == {"table", "body"}
+    rabbet.Budget.parse(budget).check(result.cost, result.float_cost)
+    assert (result.plan["table"].act is None) == (name == "ttqat")
+    assert result.save(tmp_path / "a") == result.cost.bytes
+    assert torch.equal(rabbet.load(tmp_path / "a", model)(tokens(30)[0]), result.model(tokens(30)[0]))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_file_of_a_shared_table_is_refused_by_a_network_that_does_not_share_it(tmp_path):
+    model = settled(Tied())
+    rabbet.compress(model, "bits <= 8.5", tokens(30), EXACT).save(tmp_path / "a")
+    apart = settled(Tied())
+    apart.heads[0].weight = nn.Parameter(apart.table.weight.detach().clone())
+    with pytest.raises(FileError, match=r"'heads.0' does not share the table of 'table'"):
+        rabbet.load(tmp_path / "a", apart)
+
+
+def test_rows_of_a_shared_table_are_paid_for_where_they_multiply():
+    model = settled(Tied())
+    data = tokens(30)
+    plan = rabbet.Plan.parse("table dense@4c | act@8\nbody dense@8c | act@8")
+    cost = rabbet.price(model, plan, data)
+    assert cost.bops == 30 * 12 * 4 * 8 + 7 * 12 * 12 * 8 * 8
+    apart = settled(Tied())
+    apart.heads[0].weight = nn.Parameter(apart.table.weight.detach().clone())
+    with pytest.raises(rabbet.PlanError, match="an index and cannot be quantised"):
+        rabbet.price(apart, plan, data)
