@@ -117,11 +117,12 @@ def test_settings_that_cannot_be_are_refused(given, words):
         _run(ADMM(**given))
 
 
-def test_a_weight_of_several_terms_is_refused():
+@pytest.mark.parametrize("terms", ["dense@3c + lowrank[1]@8c", "dense[0-2]@4c", "tt[2]@4"])
+def test_a_line_that_is_not_one_term_of_the_whole_weight_is_refused(terms):
     case = network("residual")
     name = next(iter(plan(case.model, ANY, case.batches, ADMM(**SHORT)))).name
-    with pytest.raises(PlanError, match="sum of terms"):
-        fit(case.model, f"{name} dense@3c + lowrank[1]@8c | act@8", case.batches, ADMM(**SHORT))
+    with pytest.raises(PlanError, match=r"ADMM fits one term of dense, lowrank, cp, tucker"):
+        fit(case.model, f"{name} {terms} | act@8", case.batches, ADMM(**SHORT))
 
 
 def test_a_linear_layer_is_factorised_by_a_plan_made_by_hand():

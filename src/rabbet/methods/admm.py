@@ -33,6 +33,7 @@ from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
 Solver = Literal["admm", "feedback", "nearest"]
+SOLVED = ("dense", "lowrank", "cp", "tucker")  # forms that a plan may have here
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class ADMM:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve each layer for itself, then statistics and ranges; see `Method.fit`."""
         validate(plan, piece.survey)
-        alone = [layer.name for layer in plan if len(layer.terms) > 1]
-        if alone:
-            raise PlanError(f"ADMM factorises whole weights; {alone[0]} is a sum of terms")
+        other = next((x for x in plan if len(x.terms) > 1 or not _solvable(x.terms[0])), None)
+        if other is not None:
+            raise PlanError(f"ADMM fits one term of {', '.join(SOLVED)}, of all outputs; {other} is not that")
         chains = [layer for layer in plan if FORMS[layer.terms[0].form].ranked]
         found = dict(zip((c.name for c in chains), self._solved(piece, chains), strict=True))
         numbers: dict[str, Numbers] = {}
@@ -128,6 +129,10 @@ class ADMM:
             settings = {"term": layer.terms[0], "method": self, "seed": piece.seed}
             jobs.append((solve_kernel, {"weight": weight}, settings))
         return piece.engine.run("factorising layers", jobs)
+
+
+def _solvable(term: Term) -> bool:
+    return term.form in SOLVED and term.rows is None
 
 
 def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tensors:
