@@ -34,7 +34,7 @@ def survey(model: options.Model = None, data: options.Data = None, as_json: opti
     out = tables.console()
     heads = ("layer", "kind", "shape", "MACs", "positions", "float bytes")
     lines = [
-        (quoted(s.name), s.kind, "x".join(map(str, s.shape)), f"{s.macs:,}", f"{s.positions:,}", f"{4 * s.numel:,}")
+        (quoted(s.name), ", ".join((s.kind, *s.heads)), "x".join(map(str, s.shape)), f"{s.macs:,}", f"{s.positions:,}", f"{4 * s.numel:,}")
         for s in found
     ]
     out.print(tables.table(heads, lines, 3))
