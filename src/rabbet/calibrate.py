@@ -13,10 +13,11 @@ from rabbet.grid import Grid
 from rabbet.layer import ActQuant, Compressed, compressed_layers
 from rabbet.site import KINDS, Site, patches
 from rabbet.survey import Survey
-from rabbet.task import Task, examples
+from rabbet.task import Batch, Task, examples
 
 ROWS = 2**17  # most rows that one second moment is averaged over
 ENTRIES = 2**24  # rows times columns, beyond which more rows cost more than they tell
+EXAMPLES = 4096  # from which rows are drawn, about: more only take longer
 VALUES = 2**16  # activations that a range is chosen from
 
 
@@ -52,11 +53,13 @@ def second_moments(
     """Mean of patch patch^T for the inputs of every site that has some, [groups, n, n] on the CPU.
 
     Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and fewer where they are
-    wide (2^24 entries, but 8 for each column), drawn evenly from all batches. Memory is one batch and the moments.
+    wide (2^24 entries, but 8 for each column), drawn evenly from all batches, or from every so-manieth where there are
+    more than 4,096 examples. Memory is one batch and the moments.
     A table without heads has none; one with heads those of their inputs, and as much again for being looked up.
     Raises DataError, naming the site, for inputs that are not finite.
     """
     batches = task.read()
+    batches = batches[:: max(1, sum(map(examples, batches)) // EXAMPLES)]
     count = sum(map(examples, batches))
     moments: dict[str, _Moment] = {}
     hooks = []
@@ -70,7 +73,7 @@ def second_moments(
         layers = [model.get_submodule(name) for name in site.heads or (site.name,)]
         hooks += [layer.register_forward_pre_hook(moments[site.name]) for layer in layers]
     try:
-        _pass(model, task, len(batches), progress, "measuring inputs")
+        _pass(model, task, batches, progress, "measuring inputs")
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,11 +91,11 @@ def _twofold(table: Tensor, second: Tensor) -> Tensor:
     return second + share * torch.eye(len(second[0]))
 
 
-def _pass(model: nn.Module, task: Task, count: int, progress: Progress, stage: str) -> None:
+def _pass(model: nn.Module, task: Task, batches: Sequence[Batch], progress: Progress, stage: str) -> None:
     with torch.no_grad():
-        for k, batch in enumerate(itertools.islice(task.read(), count)):
+        for k, batch in enumerate(batches):
             task.run(model, batch)
-            progress(stage, k + 1, count)
+            progress(stage, k + 1, len(batches))
 
 
 class Sample:
@@ -159,7 +162,7 @@ def _calibrate(
     count = next((k + 1 for k, total in enumerate(sizes) if total >= limit), len(sizes))
     generator = torch.Generator().manual_seed(seed)
     samples = {act: Sample(-(-VALUES // count), generator) for act in acts}
-    _observed(samples, lambda: _pass(model, task, count, progress, "measuring ranges"))
+    _observed(samples, lambda: _pass(model, task, task.read()[:count], progress, "measuring ranges"))
 
 
 def _observed(samples: Mapping[ActQuant, Sample], run: Callable[[], object]) -> None:

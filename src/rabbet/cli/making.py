@@ -33,9 +33,10 @@ def survey(model: options.Model = None, data: options.Data = None, as_json: opti
         return
     out = tables.console()
     heads = ("layer", "kind", "shape", "MACs", "positions", "float bytes")
+    kinds = [", ".join((s.kind, *s.heads)) for s in found]
     lines = [
-        (quoted(s.name), ", ".join((s.kind, *s.heads)), "x".join(map(str, s.shape)), f"{s.macs:,}", f"{s.positions:,}", f"{4 * s.numel:,}")
-        for s in found
+        (quoted(s.name), kind, "x".join(map(str, s.shape)), f"{s.macs:,}", f"{s.positions:,}", f"{4 * s.numel:,}")
+        for s, kind in zip(found, kinds, strict=True)
     ]
     out.print(tables.table(heads, lines, 3))
     out.print()

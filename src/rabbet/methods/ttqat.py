@@ -316,7 +316,7 @@ class _Taught(Course):
         facts = {"method": self.method, "seed": piece.seed, "plan": self.plan.compact}
         key = content_key("ttqat", start | given, facts)
         if self.steps:
-            run(self, piece.engine, key, "teaching", max(len(self.batches), 1))
+            run(self, piece.engine, key, "teaching", min(len(self.batches), 100))
         if not self.best:  # no epoch on the grid
             self._settle()
             self.remember()
