@@ -277,6 +277,16 @@ def test_second_moments_are_those_of_unfolded_patches(layer, x):
     assert torch.allclose(found[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
+def test_second_moments_of_very_many_examples_are_those_of_every_so_manieth_batch(monkeypatch):
+    monkeypatch.setattr("rabbet.calibrate.EXAMPLES", 12)
+    model = nn.Sequential(nn.Linear(6, 3))
+    for count, step in ((3, 1), (5, 1), (6, 2), (9, 3)):  # batches of 4 examples
+        data = [rand(4, 6, seed=k) for k in range(count)]
+        found = second_moments(model, survey(model, data[0]), Task(data))["0"]
+        seen = torch.cat(data[::step])
+        assert torch.allclose(found[0], seen.T @ seen / len(seen), atol=1e-5)
+
+
 def test_second_moments_of_groups_and_of_features_are_their_own():
     conv, fc = nn.Conv2d(4, 6, 1, groups=2), nn.Linear(5, 3)
     x, y = rand(3, 4, 2, 2), rand(3, 7, 5)
