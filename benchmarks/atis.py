@@ -10,6 +10,7 @@ models and layers that were decomposed, so that parts can be run one by one.
 
 import argparse
 import itertools
+import random
 import statistics
 import tempfile
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from common import head, machine, row
-from sentences import FIRST, UNKNOWN, Corpus, Recipe, Score, Sentences, Tagger, corpus, dense, loss, score
+from sentences import FIRST, UNKNOWN, Corpus, Recipe, Score, Sentences, Tagger, corpus, dense, loss, score, swapped
 from torch import Tensor, nn
 
 import rabbet
@@ -29,6 +30,7 @@ from rabbet.loop import Course, run
 
 Named = dict[str, Tensor]
 WORDS = 0.05  # share of the words that the student is not shown
+SWAPS = 0.5  # share of the values of slots that copies have exchanged
 SMALL = {"width": 80, "inner": 320, "heads": 4}
 HEADS = ("intent", "slots")
 TABLES = ("encoder.embeddings.word_embeddings", "encoder.embeddings.position_embeddings")
@@ -49,10 +51,17 @@ def dropped(batch: Named, generator: torch.Generator) -> Named:
     return dict(batch, ids=ids.masked_fill(lost, UNKNOWN))
 
 
-def task_of(data: Corpus) -> Task:
-    """All training sentences but the tenth that chooses."""
+def shown(data: Corpus, copies: int) -> list[Named]:
+    """All training sentences but the tenth that chooses, and copies of them with other values of slots."""
+    order = random.Random(0)
+    more = [s for _ in range(copies) for s in swapped(data.train, order, SWAPS).items]
+    return named(Sentences([*data.train.items, *more], data.train.tags))
+
+
+def task_of(data: Corpus, copies: int) -> Task:
+    """These sentences as what is trained on; held-back ones choose between epochs."""
     return Task(
-        named(data.train),
+        shown(data, copies),
         forward=lambda m, b: m(b["ids"], b["attention_mask"]),
         loss=lambda out, b: loss(out, (b["ids"], b["attention_mask"], b["slots"], b["intents"])),
         evaluate=lambda m: score(m, data.held).mean,
@@ -78,6 +87,7 @@ class Bench:
 
     data: Corpus
     folder: Path
+    copies: int = 0
 
     def teacher(self, seed: int) -> Tagger:
         """The dense model of a seed."""
@@ -93,7 +103,7 @@ class Bench:
                 marks.append(time.perf_counter())
 
         engine = rabbet.Engine(folder=self.folder / "layers", progress=seen)
-        result = rabbet.compress(model, budget, task_of(self.data), method, seed=seed, engine=engine)
+        result = rabbet.compress(model, budget, task_of(self.data, self.copies), method, seed=seed, engine=engine)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
             result.save(path)
@@ -168,7 +178,7 @@ def control(bench: Bench, seeds: list[int]) -> None:
     found = []
     for seed, teacher in zip(seeds, teachers, strict=True):
         model, _ = dense(bench.data, seed, bench.folder, _recipe(SMALL), **SMALL)
-        taught = _Answers(bench.data, model, teacher, epochs=40)
+        taught = _Answers(bench.data, model, teacher, shown(bench.data, bench.copies), epochs=40)
         run(taught, rabbet.Engine(), "control", "teaching")
         model.load_state_dict(taught.best)
         method = Joint(adapters=(), forms=(), grids=("8c",), act=None, tuning=Tuning(steps=0))
@@ -179,8 +189,8 @@ def control(bench: Bench, seeds: list[int]) -> None:
 class _Answers(Course):
     """A small dense model that learns from labels and from the scores of a large one; the best epoch is kept."""
 
-    def __init__(self, data: Corpus, model: Tagger, teacher: Tagger, epochs: int) -> None:
-        self.data, self.model, self.batches = data, model, named(data.train)
+    def __init__(self, data: Corpus, model: Tagger, teacher: Tagger, batches: list[Named], epochs: int) -> None:
+        self.data, self.model, self.batches = data, model, batches
         self.steps = epochs * len(self.batches)
         self.groups = [{"params": list(model.parameters()), "base": 1e-3}]
         with torch.no_grad():
@@ -253,7 +263,7 @@ def step(bench: Bench) -> None:
     from rabbet.methods.ttqat import _Taught
     from rabbet.workpiece import Workpiece
 
-    teacher, task = bench.teacher(0), task_of(bench.data)
+    teacher, task = bench.teacher(0), task_of(bench.data, 0)
     method = TTQAT(4, whole=HEADS, start="random", hidden=0.0, attention=0.0, answers=0.0)
     piece = Workpiece.of(teacher, task, rabbet.Engine())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
@@ -284,9 +294,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, required=True)
+    parser.add_argument("--copies", type=int, default=0, help="of the sentences that chains are taught on")
     parser.add_argument("--only", nargs="+", default=(), help="settings of which the label holds one of these")
     args = parser.parse_args()
-    bench = Bench(corpus(), args.keep)
+    bench = Bench(corpus(), args.keep, args.copies)
     print(f"{machine()}")
     for part in args.parts:
         print(f"\n{part}\n")

@@ -159,15 +159,46 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     return found
 
 
+def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
+    """Values of slots exchanged, with this probability, for others that these sentences have for slots of the kind.
+
+    Kinds are what tags end with: `toloc.city_name` and `fromloc.city_name` are both city names.
+    """
+    place = {tag: k for k, tag in enumerate(data.tags)}
+    read = [[data.tags[k] if k >= 0 else "O" for k in labels] for _, labels, _ in data.items]
+    found = [sorted(spans(tags), key=lambda s: s[1]) for tags in read]
+    values: dict[str, list[list[int]]] = {}
+    for (ids, _, _), each in zip(data.items, found, strict=True):
+        for kind, first, last in each:
+            values.setdefault(kind.rpartition(".")[2], []).append(ids[first : last + 1])
+    items = []
+    for (ids, labels, intent), each in zip(data.items, found, strict=True):
+        words, marks, done = list[int](), list[int](), 0
+        for kind, first, last in each:
+            value = ids[first : last + 1]
+            if order.random() < share:
+                other = order.choice(values[kind.rpartition(".")[2]])
+                value = other if len(other) == 1 or f"I-{kind}" in place else value
+            words += [*ids[done:first], *value]
+            marks += [*labels[done:first], place[f"B-{kind}"], *[place.get(f"I-{kind}", -1)] * (len(value) - 1)]
+            done = last + 1
+        items.append(([*words, *ids[done:]], [*marks, *labels[done:]], intent))
+    return Sentences(items, data.tags)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine; words are dropped at random."""
+    """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine; words are dropped at random.
+
+    swaps: how often a value of a slot is exchanged for another, drawn anew in every epoch.
+    """
 
     epochs: int = 16
     batch: int = 32
     rate: float = 4e-4
     decay: float = 0.01
     words: float = 0.05
+    swaps: float = 0.0
     dropout: float = 0.1
 
 
@@ -181,7 +212,8 @@ def train(data: Corpus, recipe: Recipe, seed: int, report: bool = False, **shape
     best, kept, start, step = -1.0, {}, time.perf_counter(), 0
     for epoch in range(recipe.epochs):
         model.train()
-        for batch in data.train.batches(recipe.batch, order):
+        shown = swapped(data.train, order, recipe.swaps) if recipe.swaps else data.train
+        for batch in shown.batches(recipe.batch, order):
             ids, mask = batch[:2]
             lost = (torch.rand(ids.shape) < recipe.words) & (ids > FIRST)
             warm = min(1.0, (step + 1) / (0.05 * total))
@@ -231,7 +263,7 @@ def main() -> None:
     recipe = Recipe(**{name: getattr(args, name) for name in vars(Recipe())})
     shape = {} if args.width == 768 else {"width": args.width, "inner": 4 * args.width, "heads": args.width // 20}
     data = corpus()
-    print(f"{machine()}\n")
+    print(f"{machine()} {recipe}\n")
     for seed in args.seeds:
         head("epoch", "held-back intent", "slots", "seconds")
         model, _ = train(data, recipe, seed, True, **shape)
