@@ -130,7 +130,7 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
 
 
-def on_resnet(settings: CGMQ) -> None:
+def on_resnet(settings: CGMQ, budgets: tuple[float, ...]) -> None:
     """The same on ResNet-20, against uniform widths, `Joint` with the same training, and no training."""
     model, data, test = cifar(20)
     images, labels = (torch.from_numpy(a) for a in reader("load").cifar10("train", 20000))
@@ -138,9 +138,10 @@ def on_resnet(settings: CGMQ) -> None:
     held = list(images[1600:2600].split(100))
     row("ResNet-20", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", "-", "-", "-")
     trained = replace(settings, finish=2 * settings.epochs + settings.finish)
-    for share in (0.5, 1.0, 2.0):
+    engine = rabbet.Engine()
+    for share in budgets:
         budget = f"bops <= {share}%"
-        joint = _joint(model, budget, data, held)
+        joint = _joint(model, budget, data, held, engine)
         uniform = _uniform(model, data, share)
         runs: dict[str, Callable[[], tuple[float, rabbet.Result, float]]] = {
             "CGMQ": functools.partial(measured, model, budget, task, settings, test, 0),
@@ -155,15 +156,15 @@ def on_resnet(settings: CGMQ) -> None:
             row("ResNet-20", label, share, spent, f"{found:.2f}", "-", f"{seconds:.0f}", widths(result))
 
 
-def _joint(model: nn.Module, budget: str, data: list[Tensor], held: list[Tensor]) -> rabbet.Plan:
+def _joint(model: nn.Module, budget: str, data: list[Tensor], held: list[Tensor], engine: rabbet.Engine) -> rabbet.Plan:
     """The program chooses weights only: the best of its plans over equal widths of inputs, by held-back images."""
     found = []
     for act in (8, 6, 5, 4, 3, 2):
         try:
-            plan = rabbet.plan(model, budget, data, replace(DENSE, act=act))
+            plan = rabbet.plan(model, budget, data, replace(DENSE, act=act), engine=engine)
         except rabbet.BudgetError:
             continue
-        result = rabbet.fit(model, plan, data, replace(DENSE, tuning=Tuning(steps=0)))
+        result = rabbet.fit(model, plan, data, replace(DENSE, tuning=Tuning(steps=0)), engine=engine)
         with torch.no_grad():
             apart = [float(divergence([result.model(x)], [model(x)])) for x in held]
         found.append((statistics.mean(apart), act, plan))
@@ -237,7 +238,7 @@ def main() -> None:
                         default=("lenet", "directions", "resnet20"))  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of vgg7")
     parser.add_argument("--float-epochs", type=int, default=60, help="of vgg7 in float")
-    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS)
+    parser.add_argument("--budgets", nargs="+", type=float, help="of lenet and resnet20; default: all of theirs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--finish", type=int, default=6)
@@ -247,7 +248,7 @@ def main() -> None:
     head("network", "method", "budget, % of BOPs", "found, largest", "accuracy", "spread", "seconds", "weights/inputs")
     settings = CGMQ(epochs=args.epochs, finish=args.finish, steps=args.steps)
     if "lenet" in args.parts:
-        on_lenet({"CGMQ": settings}, tuple(args.budgets), args.seeds)
+        on_lenet({"CGMQ": settings}, tuple(args.budgets or BUDGETS), args.seeds)
     if "directions" in args.parts:
         cases = {f"direction {d}": replace(settings, direction=d) for d in (1, 2, 3)}
         cases |= {"continuous": replace(settings, updates="continuous")}
@@ -255,7 +256,7 @@ def main() -> None:
         cases |= {"as in the paper": replace(settings, direction=1, scales="tensor", two="ternary")}
         on_lenet(cases, (0.40, 0.90), args.seeds)
     if "resnet20" in args.parts:
-        on_resnet(settings)
+        on_resnet(settings, tuple(args.budgets or (0.5, 1.0, 2.0)))
     if "vgg7" in args.parts:
         on_vgg(settings, args.device, args.float_epochs)
 

@@ -86,7 +86,7 @@ def ranks(bench: Bench, seeds: int, shares: list[float], settings: list[str]) ->
             for kind in ("gradient", "heuristic"):
                 chosen = replace(method, bits=bits, ranks=kind)
                 runs = [bench.drop(chosen, budget, seed) for seed in range(seeds)]
-                cells += _spread([r[0] for r in runs], 2) + _spread([bench.apart(r[1].model) for r in runs], 4)
+                cells += _spread([r[0] for r in runs], 2) + _spread([bench.apart(r[1].model) for r in runs], 5)
             row(bench.name, label, bits, f"{share:.0f} %", *cells)
 
 
