@@ -130,8 +130,12 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
 
 
-def on_resnet(settings: CGMQ, budgets: tuple[float, ...]) -> None:
-    """The same on ResNet-20, against uniform widths, `Joint` with the same training, and no training."""
+def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> None:
+    """The same on ResNet-20, against uniform widths, `Joint` with the same training, and no training.
+
+    These two have 8 bits for the image and the input of the last layer; uniform widths, as is usual, for both weights
+    of these layers, too.
+    """
     model, data, test = cifar(20)
     images, labels = (torch.from_numpy(a) for a in reader("load").cifar10("train", 20000))
     task = task_of(batched(images, labels, 500))
@@ -141,7 +145,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...]) -> None:
     engine = rabbet.Engine()
     for share in budgets:
         budget = f"bops <= {share}%"
-        joint = _joint(model, budget, data, held, engine)
+        joint = _joint(model, share, data, held, engine)
         uniform = _uniform(model, data, share)
         runs: dict[str, Callable[[], tuple[float, rabbet.Result, float]]] = {
             "CGMQ": functools.partial(measured, model, budget, task, settings, test, 0),
@@ -150,18 +154,35 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...]) -> None:
             "Joint, trained as long": functools.partial(fitted, model, joint, task, trained, test),
             "Joint, not trained": functools.partial(fitted, model, joint, Task(data), DENSE, test),
         }
-        for label, run in runs.items():
+        for label, run in ((k, v) for k, v in runs.items() if not only or any(o in k for o in only)):
             found, result, seconds = run()
             spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
             row("ResNet-20", label, share, spent, f"{found:.2f}", "-", f"{seconds:.0f}", widths(result))
 
 
-def _joint(model: nn.Module, budget: str, data: list[Tensor], held: list[Tensor], engine: rabbet.Engine) -> rabbet.Plan:
+def _share(model: nn.Module, plan: rabbet.Plan, data: list[Tensor]) -> float:
+    """Per cent of the float network's bit operations."""
+    cost = rabbet.price(model, plan, data)
+    return 100 * cost.bops / (1024 * sum(s.macs for s in rabbet.survey(model, data[0])))
+
+
+def _ended(plan: rabbet.Plan) -> rabbet.Plan:
+    """The same plan with 8 bits for the inputs of the first and the last layer."""
+    ends = plan.layers[0], plan.layers[-1]
+    return rabbet.Plan(tuple(replace(x, act=8) if x in ends else x for x in plan))
+
+
+def _joint(
+    model: nn.Module, share: float, data: list[Tensor], held: list[Tensor], engine: rabbet.Engine
+) -> rabbet.Plan:
     """The program chooses weights only: the best of its plans over equal widths of inputs, by held-back images."""
     found = []
     for act in (8, 6, 5, 4, 3, 2):
+        room, plan = share, None
         try:
-            plan = rabbet.plan(model, budget, data, replace(DENSE, act=act), engine=engine)
+            while plan is None or (over := _share(model, plan, data) - share) > 0:
+                room -= 0 if plan is None else over
+                plan = _ended(rabbet.plan(model, f"bops <= {room:.6f}%", data, replace(DENSE, act=act), engine=engine))
         except rabbet.BudgetError:
             continue
         result = rabbet.fit(model, plan, data, replace(DENSE, tuning=Tuning(steps=0)), engine=engine)
@@ -173,12 +194,12 @@ def _joint(model: nn.Module, budget: str, data: list[Tensor], held: list[Tensor]
 
 def _uniform(model: nn.Module, data: list[Tensor], share: float) -> rabbet.Plan:
     """The largest equal widths within the budget; of two, inputs get the wider."""
+    names = [s.name for s in rabbet.survey(model, data[0])]
     for bits, act in ((4, 5), (4, 4), (3, 4), (3, 3), (2, 3), (2, 2)):
         grid = "2hc" if bits == 2 else f"{bits}c"
-        names = [s.name for s in rabbet.survey(model, data[0])]
-        plan = rabbet.Plan.parse("\n".join(f"{n} dense@{grid} | act@{act}" for n in names))
-        cost = rabbet.price(model, plan, data)
-        if cost.bops <= share / 100 * 1024 * cost.macs:
+        inner = (f"{n} dense@{grid} | act@{act}" for n in names[1:-1])
+        plan = rabbet.Plan.parse("\n".join([f"{names[0]} dense@8c | act@8", *inner, f"{names[-1]} dense@8c | act@8"]))
+        if _share(model, plan, data) <= share:
             return plan
     raise AssertionError
 
@@ -239,6 +260,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of vgg7")
     parser.add_argument("--float-epochs", type=int, default=60, help="of vgg7 in float")
     parser.add_argument("--budgets", nargs="+", type=float, help="of lenet and resnet20; default: all of theirs")
+    parser.add_argument("--only", nargs="+", default=[], help="rows of resnet20 that hold one of these words")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--finish", type=int, default=6)
@@ -256,7 +278,7 @@ def main() -> None:
         cases |= {"as in the paper": replace(settings, direction=1, scales="tensor", two="ternary")}
         on_lenet(cases, (0.40, 0.90), args.seeds)
     if "resnet20" in args.parts:
-        on_resnet(settings, tuple(args.budgets or (0.5, 1.0, 2.0)))
+        on_resnet(settings, tuple(args.budgets or (0.5, 1.0, 2.0)), args.only)
     if "vgg7" in args.parts:
         on_vgg(settings, args.device, args.float_epochs)
 
