@@ -23,14 +23,20 @@ TURNS = 4  # a gate that went back and forth so often stays where it is
 LEAST, MOST = 0.1, 10.0  # ends of a direction whose mean is 1: every gate moves, none jumps
 
 
+Ranges = Mapping[int, tuple[float, float]]
+"""The ends of an input's range, by the bits that it was calibrated for; empty where inputs are not quantised."""
+
+
 class Seat(nn.Module):
     """A layer that trains on its grids: weight, bias and both ranges are parameters, the widths are not.
 
     reach: the largest weight that its grid covers, [1] or [out]. low, high: ends of the input's range, [1] each; None
-    where inputs are not quantised. bits: of the weight, one number or one for each output. act: of the input.
+    where inputs are not quantised. Few bits cover less: by how much, the least squared error at the start says
+    (`ranges`: ends of the input's range by width). bits: of the weight, one number or one for each output. act: of the
+    input.
     """
 
-    def __init__(self, layer: Compressed, weight: Tensor, low: Tensor | None, high: Tensor | None) -> None:
+    def __init__(self, layer: Compressed, weight: Tensor, ranges: Ranges) -> None:
         super().__init__()
         self.site = layer.site
         grid = layer.plan.terms[0].grid
@@ -39,8 +45,11 @@ class Seat(nn.Module):
         self.weight: Tensor = nn.Parameter(weight.detach().float().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.reach: Tensor = nn.Parameter(_covering(self.weight.detach(), grid.axis))
-        self.low = None if low is None else nn.Parameter(low.clone())
-        self.high = None if high is None else nn.Parameter(high.clone())
+        ends = [nn.Parameter(torch.tensor([end])) for end in ranges.get(WIDEST, ())]
+        self.low: Tensor | None = ends[0] if ends else None
+        self.high: Tensor | None = ends[1] if ends else None
+        self.start, self.ranges = weight.detach().float(), ranges
+        self.covered: dict[Grid, Tensor] = {}
         self.bits, self.act = [32], 32
         self.fixed: int | None = None
         self.slope: Tensor | None = None  # the gradient by the quantised input, where it is watched
@@ -86,16 +95,30 @@ class Seat(nn.Module):
         return Grid(bits, self.two if bits == 2 else "signed", self.axis)
 
     def scale(self, bits: int) -> Tensor:
-        """The scale that makes a grid as wide as the reach."""
-        return 2 * self.reach.abs().clamp_min(1e-8) / (self.grid(bits).levels - 1)
+        """The scale that makes a grid as wide as the reach, or the share of it that so few levels had better cover."""
+        return self._share(self.grid(bits)) * 2 * self.reach.abs().clamp_min(1e-8) / (self.grid(bits).levels - 1)
+
+    def _share(self, grid: Grid) -> Tensor:
+        if grid not in self.covered:
+            with torch.no_grad():
+                best = grid.mse(self.start) * (grid.levels - 1) / 2
+                self.covered[grid] = (best / _covering(self.start, grid.axis)).to(self.reach.device)
+        return self.covered[grid]
 
     def act_range(self, bits: int) -> tuple[Tensor, Tensor]:
         """Scale, with its gradient, and zero point of the input at a width."""
         assert self.high is not None
         assert self.low is not None
-        low, high = self.low.clamp(max=0), self.high.clamp_min(1e-8)  # zero is on every grid: padding is exact
+        first, last = (self._end(k, bits) for k in (0, 1))
+        # zero is on every grid: padding is exact
+        low, high = (self.low * first).clamp(max=0), (self.high * last).clamp_min(1e-8)
         scale = (high - low) / (2**bits - 1)
         return scale, (-low / scale).detach().round()
+
+    def _end(self, place: int, bits: int) -> float:
+        """An end of the input's range at a width, as a share of the one at 8 bits."""
+        whole = self.ranges[WIDEST][place]
+        return self.ranges[bits][place] / whole if abs(whole) > 1e-8 else 1.0
 
     def gated(self, channels: bool) -> int:
         """How many gates the weight has: one, or one for each output of a layer without groups."""
@@ -143,15 +166,13 @@ def _covering(weight: Tensor, axis: int | None) -> Tensor:
     return rows.abs().amax(1).clamp_min(1e-8)
 
 
-def seated(student: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Seat]]:
-    """A network from `build`, its ranges calibrated, with a `Seat` at every layer; weights: canonical, by site."""
+def seated(
+    student: nn.Module, weights: Mapping[str, Tensor], ranges: Mapping[str, Ranges]
+) -> tuple[nn.Module, dict[str, Seat]]:
+    """A network from `build` with a `Seat` at every layer; weights: canonical; ranges: of inputs. All by site."""
     seats: dict[str, Seat] = {}
     for name, layer in compressed_layers(student).items():
-        low = high = None
-        if layer.quantisers:
-            act = layer.quantisers[0]
-            low, high = -act.zero * act.scale, (act.grid.high - act.zero) * act.scale
-        seats[name] = Seat(layer, weights[name], low, high).to(next(layer.buffers()).device)
+        seats[name] = Seat(layer, weights[name], ranges[name]).to(next(layer.buffers()).device)
         student = install(student, layer.site, seats[name])
     return student, seats
 

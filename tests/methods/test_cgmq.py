@@ -149,11 +149,33 @@ def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%", channels=False):
     piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
     lines = Plan.parse("\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey))
     student = build(piece.model, lines, piece.survey)
-    calibrate_ranges(student, piece.task)
-    _, seats = seated(student, {s.name: piece.weight(s) for s in piece.survey})
+    weights = {s.name: piece.weight(s) for s in piece.survey}
+    _, seats = seated(student, weights, dict.fromkeys(weights, dict.fromkeys(widths, (-1.0, 2.0))))
     for seat in seats.values():
         seat.bits, seat.act = [widths[-1]] * seat.gated(channels), widths[-1]
     return Gates(list(seats.values()), widths, Budget.parse(budget), piece.float_cost, Cost()), piece
+
+
+@pytest.mark.parametrize("scales", ["tensor", "channel"])
+@pytest.mark.parametrize("two", ["half", "ternary"])
+def test_training_starts_at_the_ranges_of_least_error_at_every_width(scales, two):
+    case = network("residual")
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    method = CGMQ(scales=scales, two=two, epochs=0, finish=0, steps=1)
+    axis = "c" if scales == "channel" else ""
+    for bits in (2, 3, 4, 8):
+        grid = {"ternary": "t", "half": "2h"}[two] if bits == 2 else str(bits)
+        lines = Plan.parse("\n".join(f"{s.name} dense@{grid}{axis} | act@{bits}" for s in piece.survey))
+        found = method.fit(piece, lines).model
+        wide = Plan.parse("\n".join(f"{s.name} dense@8{axis} | act@{bits}" for s in piece.survey))
+        wanted = build(piece.model, wide, piece.survey)
+        calibrate_ranges(wanted, piece.task)
+        for site in piece.survey:
+            ours, theirs = (compressed_layers(m)[site.name] for m in (found, wanted))
+            best = ours.factors[0][0].grid.mse(piece.weight(site))
+            assert torch.allclose(ours.factors[0][0].scale, best, rtol=2e-2)
+            assert torch.allclose(ours.quantisers[0].scale, theirs.quantisers[0].scale, rtol=1e-4)
+            assert torch.equal(ours.quantisers[0].zero, theirs.quantisers[0].zero)
 
 
 @pytest.mark.parametrize("channels", [False, True])

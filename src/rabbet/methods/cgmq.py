@@ -7,6 +7,7 @@ is handed on only after its cost was counted in whole numbers, so the budget hol
 import itertools
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +20,7 @@ from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget, Cost
 from rabbet.engine import content_key
 from rabbet.errors import DataError, PlanError, check_choices
-from rabbet.gates import WIDEST, Gates, Gating, seated
+from rabbet.gates import WIDEST, Gates, Gating, Ranges, seated
 from rabbet.grid import Grid
 from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
@@ -155,9 +156,9 @@ class _Course(Course):
         self.epoch = method.steps or max(1, count // method.batch)
         self.steps = epochs * self.epoch
         student = build(piece.model, Plan(tuple(_at_eight(line) for line in lines)), piece.survey)
-        calibrate_ranges(student, piece.task, piece.seed)
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
-        self.student, self.seats = seated(student, weights)
+        widths = {WIDEST, *(b for b in method.widths if b < WIDEST), *(x.act for x in lines if x.act is not None)}
+        self.student, self.seats = seated(student, weights, _ranges(student, piece, widths))
         for line in lines:
             self.seats[line.name].two = method.two
             self.seats[line.name].take(line)
@@ -368,6 +369,22 @@ def _at_eight(line: LayerPlan) -> LayerPlan:
     """The line at 8 bits: what ranges are calibrated for."""
     grid = replace(line.terms[0].grid, bits=WIDEST, kind="signed")
     return LayerPlan(line.name, (Term("dense", grid),), None if line.act is None else WIDEST)
+
+
+def _ranges(student: nn.Module, piece: Workpiece, widths: Iterable[int]) -> dict[str, Ranges]:
+    """The ends of each input's range at several widths, by site."""
+    layers = compressed_layers(student)
+    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in layers}
+    for bits in sorted(widths):
+        for layer in layers.values():
+            for act in layer.quantisers:
+                act.grid = Grid(bits, "unsigned")
+        calibrate_ranges(student, piece.task, piece.seed)
+        for name, layer in layers.items():
+            for act in layer.quantisers:
+                scale, zero = float(act.scale), float(act.zero)
+                found[name][bits] = -zero * scale, (act.grid.high - zero) * scale
+    return dict(found)
 
 
 def _size(tensor: Tensor) -> float:
