@@ -16,10 +16,11 @@ from rabbet import CGMQ, Budget, Engine, Plan, Task, accuracy, compress, demo, f
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Cost
 from rabbet.errors import BudgetError, DataError, PlanError
-from rabbet.gates import Gates, seated
+from rabbet.gates import Gates
 from rabbet.layer import build, compressed_layers
 from rabbet.loop import shared
 from rabbet.report import draw_gates
+from rabbet.seat import seated
 from rabbet.task import outputs
 from rabbet.workpiece import Workpiece
 

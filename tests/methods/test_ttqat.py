@@ -212,7 +212,8 @@ def test_a_decoder_is_taught():
     result = rabbet.compress(model, "bytes <= 60%", task, TTQAT(rank=6, epochs=2, finish=2))
     found = forms(result.plan)
     assert found["transformer.h.0.attn.c_attn"] == "tt"
-    assert any("lm_head" in left.reason for left in result.survey.left)
+    assert result.survey["transformer.wte"].heads == ("lm_head",)
+    assert found["transformer.wte"] == "ttm"
     assert result.notes[0].startswith("taught 12 steps")
 
 

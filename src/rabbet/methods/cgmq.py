@@ -20,12 +20,13 @@ from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget, Cost
 from rabbet.engine import content_key
 from rabbet.errors import DataError, PlanError, check_choices
-from rabbet.gates import WIDEST, Gates, Gating, Ranges, seated
+from rabbet.gates import Gates, Gating
 from rabbet.grid import Grid
 from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
 from rabbet.methods.base import Fitted
 from rabbet.plan import LayerPlan, Plan, Term
+from rabbet.seat import WIDEST, Ranges, seated
 from rabbet.site import Site
 from rabbet.task import Batch, divergence, outputs, tensors
 from rabbet.workpiece import Workpiece

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from rabbet.errors import FileError, PlanError
-from rabbet.gates import WIDEST, Gating
+from rabbet.gates import Gating
 from rabbet.search import Search, butterworth
+from rabbet.seat import WIDEST
 
 
 def draw_search(found: Search, path: str | Path, layer: str | None = None) -> None:

@@ -1,0 +1,170 @@
+"""A layer that trains on its grids, as `rabbet.gates` has it: every width that a gate may choose, at any time.
+
+Widths come and go while it trains, so a range is one number for all of them; what few bits had better cover is a fixed
+share of it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.grid import Grid, Kind, Quantised, stored
+from rabbet.layer import Compressed, Numbers, compressed_layers, install
+from rabbet.plan import LayerPlan, Term
+from rabbet.site import Site
+
+WIDEST = 8  # what a file holds; wider gates run in float, and are priced and handed out at 8 bits
+
+Ranges = Mapping[int, tuple[float, float]]
+"""The ends of an input's range, by the bits that it was calibrated for; empty where inputs are not quantised."""
+
+
+class Seat(nn.Module):
+    """A layer that trains on its grids: weight, bias and both ranges are parameters, the widths are not.
+
+    reach: the largest weight that its grid covers, [1] or [out]. low, high: ends of the input's range, [1] each; None
+    where inputs are not quantised. Few bits cover less: by how much, the least squared error at the start says
+    (`ranges`: ends of the input's range by width). bits: of the weight, one number or one for each output. act: of the
+    input.
+    """
+
+    def __init__(self, layer: Compressed, weight: Tensor, ranges: Ranges) -> None:
+        super().__init__()
+        self.site = layer.site
+        grid = layer.plan.terms[0].grid
+        self.axis = grid.axis
+        self.two: Kind = "half"
+        self.weight: Tensor = nn.Parameter(weight.detach().float().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.reach: Tensor = nn.Parameter(_covering(self.weight.detach(), grid.axis))
+        ends = [nn.Parameter(torch.tensor([end])) for end in ranges.get(WIDEST, ())]
+        self.low: Tensor | None = ends[0] if ends else None
+        self.high: Tensor | None = ends[1] if ends else None
+        self.start, self.ranges = weight.detach().float(), ranges
+        self.covered: dict[Grid, Tensor] = {}
+        self.bits, self.act = [32], 32
+        self.fixed: int | None = None
+        self.slope: Tensor | None = None  # the gradient by the quantised input, where it is watched
+        self.watched = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer on its grids."""
+        return self._run(self.site, x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What a head makes of x with this table."""
+        return self._run(self.site.head, x, bias)
+
+    def _run(self, site: Site, x: Tensor, bias: Tensor | None) -> Tensor:
+        if site.kind == "embedding":
+            return site.run(x, self._rounded(), bias)
+        if self.high is not None and self.act <= WIDEST:
+            scale, zero = self.act_range(self.act)
+            x = Grid(self.act, "unsigned").fake(x, scale, zero)
+        if self.watched and x.requires_grad:
+            x.register_hook(self._watch)
+        return site.run(x, self._rounded(), bias)
+
+    def _rounded(self) -> Tensor:
+        """The weight, each output on the grid of its width."""
+        found = self.weight
+        for bits, rows in _parts(self.bits):
+            if bits > WIDEST:
+                continue
+            made = self.grid(bits).fake(self.weight, self.scale(bits))
+            if rows is None:
+                return made
+            own = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
+            own[list(rows)] = True
+            found = torch.where(own.view(-1, *[1] * (found.ndim - 1)), made, found)
+        return found
+
+    def _watch(self, slope: Tensor) -> None:
+        self.slope = slope.detach()
+
+    def grid(self, bits: int) -> Grid:
+        """The grid of a width: signed; at 2 bits ternary (the paper's) or the half-step one."""
+        return Grid(bits, self.two if bits == 2 else "signed", self.axis)
+
+    def scale(self, bits: int) -> Tensor:
+        """The scale that makes a grid as wide as the reach, or the share of it that so few levels had better cover."""
+        return self._share(self.grid(bits)) * 2 * self.reach.abs().clamp_min(1e-8) / (self.grid(bits).levels - 1)
+
+    def _share(self, grid: Grid) -> Tensor:
+        if grid not in self.covered:
+            with torch.no_grad():
+                best = grid.mse(self.start) * (grid.levels - 1) / 2
+                self.covered[grid] = (best / _covering(self.start, grid.axis)).to(self.reach.device)
+        return self.covered[grid]
+
+    def act_range(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Scale, with its gradient, and zero point of the input at a width."""
+        assert self.high is not None
+        assert self.low is not None
+        first, last = (self._end(k, bits) for k in (0, 1))
+        # zero is on every grid: padding is exact
+        low, high = (self.low * first).clamp(max=0), (self.high * last).clamp_min(1e-8)
+        scale = (high - low) / (2**bits - 1)
+        return scale, (-low / scale).detach().round()
+
+    def _end(self, place: int, bits: int) -> float:
+        """An end of the input's range at a width, as a share of the one at 8 bits."""
+        whole = self.ranges[WIDEST][place]
+        return self.ranges[bits][place] / whole if abs(whole) > 1e-8 else 1.0
+
+    def gated(self, channels: bool) -> int:
+        """How many gates the weight has: one, or one for each output of a layer without groups."""
+        return len(self.weight) if channels and self.site.groups == 1 else 1
+
+    def take(self, line: LayerPlan) -> None:
+        """Take over the widths of a line, its dense terms making every output once."""
+        self.axis = line.terms[0].grid.axis
+        self.bits = [32] * (1 if line.terms[0].rows is None else len(self.weight))
+        for term in line.terms:
+            if term.grid.bits == 2:
+                self.two = term.grid.kind
+            for row in term.rows or (0,):
+                self.bits[row] = term.grid.bits
+        self.act = line.act or 32
+
+    def numbers(self, line: LayerPlan) -> Numbers:
+        """The weight on the grids of its line, as a file holds it."""
+        found = []
+        for term in line.terms:
+            scale = stored(self.scale(term.grid.bits).detach())
+            rows = slice(None) if term.rows is None else list(term.rows)
+            scale = scale if term.grid.axis is None else scale[rows]
+            found.append([Quantised(term.grid, term.grid.codes(self.weight.detach()[rows], scale), scale)])
+        return found
+
+    def line(self, bits: Sequence[int] | None = None, act: int | None = None) -> LayerPlan:
+        """The layer's line of a plan at these widths, or at its own; those that no file holds at 8 bits."""
+        held = [min(b, WIDEST) for b in (self.bits if bits is None else bits)]
+        terms = tuple(Term("dense", self.grid(b), rows=rows) for b, rows in _parts(held))
+        act = min(self.act if act is None else act, WIDEST)
+        return LayerPlan(self.site.name, terms, act if self.high is not None else None)
+
+
+def _parts(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
+    """Each width with the outputs that have it, None for all, the smallest first."""
+    different = sorted(set(bits))
+    if len(different) == 1:
+        return [(different[0], None)]
+    return [(b, tuple(k for k, own in enumerate(bits) if own == b)) for b in different]
+
+
+def _covering(weight: Tensor, axis: int | None) -> Tensor:
+    rows = weight.reshape(1, -1) if axis is None else weight.flatten(1)
+    return rows.abs().amax(1).clamp_min(1e-8)
+
+
+def seated(
+    student: nn.Module, weights: Mapping[str, Tensor], ranges: Mapping[str, Ranges]
+) -> tuple[nn.Module, dict[str, Seat]]:
+    """A network from `build` with a `Seat` at every layer; weights: canonical; ranges: of inputs. All by site."""
+    seats: dict[str, Seat] = {}
+    for name, layer in compressed_layers(student).items():
+        seats[name] = Seat(layer, weights[name], ranges[name]).to(next(layer.buffers()).device)
+        student = install(student, layer.site, seats[name])
+    return student, seats
