@@ -138,7 +138,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
     """
     model, data, test = cifar(20)
     images = torch.from_numpy(reader("load").cifar10("train", 20000)[0])
-    task = Task(list(images.split(500)), limit=len(images))  # taught by its own outputs: see README
+    task = Task(list(images.split(500)), limit=len(images))  # no labels: taught by its own outputs
     held = list(images[1600:2600].split(100))
     row("ResNet-20", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", "-", "-", "-")
     trained = replace(settings, finish=2 * settings.epochs + settings.finish)

@@ -54,7 +54,7 @@ def second_moments(
 
     Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and fewer where they are
     wide (2^24 entries, but 8 for each column), drawn evenly from all batches, or from every so-manieth where there are
-    more than 4,096 examples. Memory is one batch and the moments.
+    8,192 examples or more, so that about 4,096 remain. Memory is one batch and the moments.
     A table without heads has none; one with heads those of their inputs, and as much again for being looked up.
     Raises DataError, naming the site, for inputs that are not finite.
     """
