@@ -109,16 +109,18 @@ class Sample:
     def __call__(self, x: Tensor) -> None:
         """Look at a tensor of any shape."""
         flat = x.detach().reshape(-1)
+        if not len(flat):  # an expert that no place was sent to
+            return
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         chosen = torch.randint(len(flat), (min(self.per_call, len(flat)),), generator=self.generator)
         self.kept.append(flat[chosen.to(flat.device)].float().cpu())
 
     def range(self, grid: Grid, steps: int = 100) -> tuple[Tensor, Tensor]:
         """Scale and zero point of least squared error among shrunken versions of the extremes."""
-        values = torch.cat(self.kept)
         best, least = (torch.ones(1), torch.zeros(1)), torch.inf
         if self.high == self.low:
             return best
+        values = torch.cat(self.kept)
         for k in range(steps):
             share = 1 - k / steps * 0.9
             scale = torch.tensor([(self.high - self.low) * share / grid.high])

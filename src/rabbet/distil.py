@@ -75,16 +75,23 @@ class Look:
 
 def _first(hidden: dict[int, Tensor]) -> Any:
     def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden[0] = next(t for t in tensors([args, kwargs]) if t.is_floating_point())
+        _keep(hidden, 0, [args, kwargs])
 
     return hook
 
 
 def _after(hidden: dict[int, Tensor], place: int) -> Any:
     def hook(_: nn.Module, __: Any, out: Any) -> None:
-        hidden[place] = next(t for t in tensors(out) if t.is_floating_point())
+        _keep(hidden, place, out)
 
     return hook
+
+
+def _keep(hidden: dict[int, Tensor], place: int, value: Any) -> None:
+    """The first tensor of what passes; indices, which an embedding is given, are no hidden state."""
+    found = next((t for t in tensors(value) if t.is_floating_point()), None)
+    if found is not None:
+        hidden[place] = found
 
 
 class _Attention(TorchFunctionMode):
@@ -132,7 +139,8 @@ def _probabilities(given: dict[str, Any]) -> Tensor:
         scores = scores.masked_fill(~ones.tril(), -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1)
+    alone = scores.isneginf().all(-1, keepdim=True)  # a place that may look at nothing, such as padding on the left
+    return scores.masked_fill(alone, 0).softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,8 @@ class Lesson:
             total = total + self.attention * torch.stack([_diverged(a, b, mask) for a, b in looks]).mean()
         if self.answers:
             for a, b in zip(ours.outputs, theirs.outputs, strict=True):
+                if not a.ndim:  # a loss that the network returns beside its scores
+                    continue
                 total = total + self.weight * (_kl(a, b, mask) if self.scores else _error(a, b, mask))
         return total
 
@@ -183,6 +193,8 @@ def mask_of(batch: Batch) -> Tensor | None:
 
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows [n, width] of the places that count; a tensor without places has only its batch."""
+    if x.ndim < 2:
+        return x.reshape(-1, 1)
     if mask is None or x.shape[:2] != mask.shape:
         return x.flatten(0, -2)
     return x[mask.bool()]
@@ -199,6 +211,8 @@ def _error(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _kl(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    if ours.ndim < 2:  # one number an example
+        return _error(ours, theirs, mask)
     a, b = _real(ours, mask), _real(theirs, mask)
     return F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean")
 

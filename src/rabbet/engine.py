@@ -35,7 +35,8 @@ class Engine:
     """Where jobs run and where their results are kept.
 
     executor: any `concurrent.futures.Executor`; None runs them here, one after the other.
-    folder: where results are kept between runs; None keeps them in memory, for the life of this object.
+    folder: where results are kept between runs; None keeps them in memory, for the life of this object. Functions of a
+    task (`forward`, `loss`) count by their names: after changing what one does, take another folder.
     """
 
     executor: Executor | None = None

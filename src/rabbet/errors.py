@@ -43,3 +43,11 @@ def check_choices(settings: Any) -> None:
         if get_origin(kind) is Literal and getattr(settings, name) not in get_args(kind):
             known = ", ".join(map(repr, get_args(kind)))
             raise PlanError(f"{name} is one of {known}; found {getattr(settings, name)!r}")
+
+
+def check_least(settings: Any, least: int, *names: str) -> None:
+    """Raise PlanError for a field of a dataclass that is less than it may be; None is no number and passes."""
+    for name in names:
+        found = getattr(settings, name)
+        if found is not None and found < least:
+            raise PlanError(f"{name} is at least {least}; found {found}")

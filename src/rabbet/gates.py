@@ -17,6 +17,7 @@ from rabbet.seat import WIDEST, Seat
 
 MARGIN = 0.05  # by which a gate must pass a step before its width follows: hysteresis
 TURNS = 4  # a gate that went back and forth so often stays where it is
+TOGETHER = 64  # where there are more gates, so manieth of them go down in one step of landing
 LEAST, MOST = 0.1, 10.0  # ends of a direction whose mean is 1: every gate moves, none jumps
 
 
@@ -69,6 +70,7 @@ class Gates:
         self.spans: list[_Span] = []
         for seat, inner in [(s, False) for s in self.seats] + [(s, True) for s in self.seats if self._moves(s)]:
             self.spans.append(_Span(seat, inner, len(self), 1 if inner else len(seat.bits)))
+        self._owners = [place for place, span in enumerate(self.spans) for _ in range(span.count)]
         self.values = torch.full((len(self),), len(self.widths) + 0.5, dtype=torch.float64)
         self.slopes = torch.zeros_like(self.values)  # mean |gradient| of each tensor, a running mean
         self.sizes = torch.ones_like(self.values)  # mean |value| by the range
@@ -126,39 +128,50 @@ class Gates:
 
     def cost(self, levels: Sequence[int] | None = None) -> Cost:
         """What the network costs at these levels, in whole numbers; the bytes without what no layer holds."""
-        chosen = self.levels if levels is None else levels
-        widths = {(id(s.seat), s.inner): [self.widths[k] for k in chosen[s.place]] for s in self.spans}
-        total = self.fixed
-        for seat in self.seats:
-            total = total + self._price(seat, widths[id(seat), False], widths.get((id(seat), True), [seat.act])[0])
-        return total
+        return self._priced(self._counts(self.levels if levels is None else levels))
 
     def excess(self, levels: Sequence[int] | None = None) -> float:
         """By how much the tightest limit is broken, as a share of it; negative within."""
-        cost = self.cost(levels)
+        return self._over(self._counts(self.levels if levels is None else levels))
+
+    def _counts(self, levels: Sequence[int]) -> list[list[int]]:
+        """How many gates of each span stand at each level: all that a cost depends on."""
+        places = range(len(self.widths))
+        return [[own.count(k) for k in places] for own in (list(levels[s.place]) for s in self.spans)]
+
+    def _over(self, counts: Sequence[Sequence[int]]) -> float:
+        cost = self._priced(counts)
         shares = []
         for limit in self.budget.limits:
             allowed = limit.amount(self.whole)
             shares.append((METRICS[limit.metric].amount(cost) - allowed) / max(allowed, 1))
         return max(shares)
 
-    def _price(self, seat: Seat, bits: Sequence[int], act: int) -> Cost:
+    def _priced(self, counts: Sequence[Sequence[int]]) -> Cost:
+        inputs = {id(s.seat): self.widths[own.index(1)] for s, own in zip(self.spans, counts, strict=True) if s.inner}
+        total = self.fixed
+        for span, own in zip(self.spans, counts, strict=True):
+            if not span.inner:
+                total = total + self._price(span.seat, own, inputs.get(id(span.seat), span.seat.act))
+        return total
+
+    def _price(self, seat: Seat, counts: Sequence[int], act: int) -> Cost:
         """Of a layer; which outputs have which width matters only for the text of the plan, and is not looked at."""
-        counts = tuple(bits.count(w) for w in self.widths)
-        key = (seat.site.name, counts, min(act, WIDEST))
+        key = (seat.site.name, *counts, min(act, WIDEST))
         if key not in self._prices:
-            self._prices[key] = layer_cost(seat.site, seat.line(sorted(bits), act))
+            bits = [b for b, count in zip(self.widths, counts, strict=True) for _ in range(count)]
+            self._prices[key] = layer_cost(seat.site, seat.line(bits, act))
         return self._prices[key]
 
     def measured(self) -> None:
         """Take the gradients of the last step, and the sizes of the tensors, into the running means."""
         for span in self.spans:
             seat, place = span.seat, span.place
-            grad = seat.slope if span.inner else seat.weight.grad
+            grad = seat.slope if span.inner else seat.latent.grad
             if grad is not None:
                 self.slopes[place] = 0.9 * self.slopes[place] + 0.1 * grad.abs().reshape(span.count, -1).mean(1).cpu()
             if not span.inner:
-                sizes = seat.weight.detach().abs() / _wide(seat.reach, seat.weight)
+                sizes = seat.latent.detach().abs() / _wide(seat.reach, seat.latent)
                 self.sizes[place] = sizes.reshape(span.count, -1).mean(1).double().cpu()
 
     def directions(self, kind: int) -> Tensor:
@@ -198,33 +211,49 @@ class Gates:
         ends.
         """
         levels = self.levels
-        while self.excess(levels) > 0:
-            dear = self._worth(kind, levels) / self._savings(levels)
-            k = min((k for k, level in enumerate(levels) if level > 0), key=lambda k: float(dear[k]))
-            levels[k] -= 1
+        counts = self._counts(levels)
+        while self._over(counts) > 0 and any(levels):
+            dear = (self._worth(kind, levels) / self._savings(levels)).tolist()
+            order = sorted((k for k, level in enumerate(levels) if level > 0), key=dear.__getitem__)
+            for k in order[: max(1, len(order) // TOGETHER)]:
+                self._shift(levels, counts, k, -1)
         before: list[int] = []
         while levels != before:
-            before = levels
+            before = list(levels)
+            full = set()  # a gate of the same span at the same level would not fit either
             for k in self._worth(kind, levels).argsort(descending=True).tolist():
-                higher = [*levels[:k], levels[k] + 1, *levels[k + 1 :]]
-                if higher[k] < len(self.widths) and self.excess(higher) <= 0:
-                    levels = higher
+                alike = (self._owners[k], levels[k])
+                if levels[k] + 1 == len(self.widths) or alike in full:
+                    continue
+                self._shift(levels, counts, k, 1)
+                if self._over(counts) > 0:
+                    self._shift(levels, counts, k, -1)
+                    full.add(alike)
         for k, (old, new) in enumerate(zip(self.levels, levels, strict=True)):
             if new != old:
                 self.values[k] = new + 0.5
         self.set_levels(levels)
 
+    def _shift(self, levels: list[int], counts: list[list[int]], k: int, way: int) -> None:
+        """Move a gate by a level, and count it there."""
+        own = counts[self._owners[k]]
+        own[levels[k]] -= 1
+        levels[k] += way
+        own[levels[k]] += 1
+
     def _savings(self, levels: Sequence[int]) -> Tensor:
         """What a level less of each gate saves, as a share of the tightest limit; next to nothing if it has none."""
-        now = self.excess(levels)
-        found: list[float] = []
-        for span in self.spans:
-            known = {0: 0.0}  # outputs of one layer at one level save the same
-            for k, level in enumerate(levels[span.place], span.first):
-                if level not in known:
-                    known[level] = now - self.excess([*levels[:k], level - 1, *levels[k + 1 :]])
-                found.append(known[level])
-        return torch.tensor(found, dtype=torch.float64).clamp_min(1e-9)
+        counts = self._counts(levels)
+        now = self._over(counts)
+        found = torch.zeros(len(self), dtype=torch.float64)
+        for span, own in zip(self.spans, counts, strict=True):
+            saved = [0.0] * len(own)  # outputs of one layer at one level save the same
+            for level in (k for k in range(1, len(own)) if own[k]):
+                own[level], own[level - 1] = own[level] - 1, own[level - 1] + 1
+                saved[level] = now - self._over(counts)
+                own[level], own[level - 1] = own[level] + 1, own[level - 1] - 1
+            found[span.place] = torch.tensor(saved, dtype=torch.float64)[list(levels[span.place])]
+        return found.clamp_min(1e-9)
 
     def probe(self, loss: Callable[[], float]) -> None:
         """Measure the loss with every tensor at every other level, each alone.

@@ -127,7 +127,7 @@ class Grid:
             low, high = torch.as_tensor(self.low - zero), torch.as_tensor(self.high - zero)
             steps = steps.round_().clamp_(low, high)
             return (steps.add_(self.shift) if self.shift else steps).mul_(wide)
-        share = x.numel() / scale.numel()
+        share = max(1, x.numel() / scale.numel())  # there may be no entries: an expert that no place was sent to
         gain = 1 / math.sqrt(share * max(self.high, 1))
         result: Tensor = _Fake.apply(x, wide, zero, self, gain)  # type: ignore[no-untyped-call]
         return result

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.errors import ModelError, PlanError
+from rabbet.fold import fold, leave_fast_path, replace_module
 from rabbet.forms import Contracted, Dense
 from rabbet.grid import Grid, Quantised
 from rabbet.layout import act_bits, factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term, quoted
 from rabbet.site import KINDS, Site
-from rabbet.survey import Survey, fold, replace_module
+from rabbet.survey import Survey
 
 Numbers = Sequence[Sequence[Quantised]]
 """The factors of each term of one layer."""
@@ -143,7 +144,7 @@ class Compressed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The same in the layout of the layer that was replaced, for code that reads a layer's weight directly."""
-        return self.canonical.T if self.site.kind == "transposed linear" else self.canonical
+        return self.site.native(self.canonical)
 
     @property
     def plan(self) -> LayerPlan:
@@ -236,23 +237,25 @@ def build(model: nn.Module, plan: Plan, survey: Survey, numbers: Mapping[str, Nu
     return result
 
 
+FACTS = (
+    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+    "groups", "padding_mode", "num_embeddings", "embedding_dim", "padding_idx", "nf", "nx",
+)  # fmt: skip
+"""What a network may ask one of its layers besides its weight and bias."""
+
+
 def install(model: nn.Module, site: Site, seat: nn.Module) -> nn.Module:
     """Seat a layer under all names of its site, and heads that share it under theirs, in place."""
     seat.eval()
+    known = vars(model.get_submodule(site.name))
+    vars(seat).update({name: known[name] for name in FACTS if name in known})
     for name in site.names:
         model = replace_module(model, name, seat)
     for name in site.heads:
         bias = cast(nn.Parameter | None, model.get_submodule(name).bias)
         model = replace_module(model, name, Head(seat, bias).eval())
-    _leave_fast_path(model)
+    leave_fast_path(model)
     return model
-
-
-def _leave_fast_path(model: nn.Module) -> None:
-    # torch's fused transformer layer reads the weights of its linears and never calls them: not ours to be skipped
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
 
 
 def nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list[Quantised]]:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rabbet.augment import Pool
-from rabbet.engine import content_key
-from rabbet.errors import DataError, PlanError, check_choices
+from rabbet.errors import DataError, check_choices, check_least
 from rabbet.layer import compressed_layers, install
 from rabbet.site import Site
 from rabbet.task import divergence, outputs
@@ -53,9 +52,7 @@ class Ranking:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("steps", "batch", "order"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"a rank search needs {name} of at least 1; found {getattr(self, name)}")
+        check_least(self, 1, "steps", "batch", "order")
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,8 @@ def search_ranks(
     fulls = torch.tensor([len(r.values) for r in residuals.values()], dtype=torch.float64)
     prices = torch.stack([r.prices for r in residuals.values()], 1)  # [limits, layers]
     steer = STEERING[settings.steering](settings, fulls, prices, room)
-    key = content_key(
-        "search",
-        {f"{name}.{part}": getattr(r, part) for name, r in residuals.items() for part in ("left", "right", "prices")}
-        | {"room": room},
-        {"settings": settings, "seed": piece.seed},
-    )
+    given = {f"{n}.{part}": getattr(r, part) for n, r in residuals.items() for part in ("left", "right", "prices")}
+    key = piece.key("search", given | {"room": room}, {"settings": settings})
     kept = piece.engine.kept(key)
     if kept is None:
         kept = _searched(student, piece, residuals, steer, settings)
@@ -153,7 +146,7 @@ def _searched(
         loss = _loss(student, piece, batch, settings)
         if not torch.isfinite(loss):
             raise DataError("the loss of the rank search is not finite; check the batches and the task's loss")
-        slopes = torch.stack([g.double().cpu() for g in torch.autograd.grad(loss, tuned)])
+        slopes = torch.stack([g.double().cpu() for g in _gradients(loss, tuned)])
         losses.append(loss.detach().double().cpu())
         excess.append(steer.excess)
         steer.step(slopes)
@@ -162,12 +155,19 @@ def _searched(
     return {"cutoffs": torch.stack(cutoffs), "losses": torch.stack(losses), "excess": torch.stack(excess)}
 
 
+def _gradients(loss: Tensor, cutoffs: Sequence[Tensor]) -> list[Tensor]:
+    """Zero for layers that a forward under `torch.no_grad` keeps the gradient from."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(c) for c in cutoffs]
+    found = torch.autograd.grad(loss, cutoffs, allow_unused=True)
+    return [torch.zeros_like(c) if g is None else g for g, c in zip(found, cutoffs, strict=True)]
+
+
 def _loss(student: nn.Module, piece: Workpiece, batch: object, settings: Ranking) -> Tensor:
     with torch.enable_grad():
         found = piece.task.run(student, batch)
         if settings.loss == "labels":
-            assert piece.task.loss is not None
-            return piece.task.loss(found, batch)
+            return piece.task.judge(student, found, batch)
         with torch.no_grad():
             goal = outputs(piece.task.run(piece.model, batch))
         return divergence(outputs(found), goal)
@@ -199,15 +199,24 @@ class _Soft(nn.Module):
         """What a head makes of x with this table, which has no adapter."""
         return self.site.head.run(x, self.base, bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def canonical(self) -> Tensor:
+        """Base and softly thresholded residual."""
         weight: Tensor = self.base  # type: ignore[assignment]
-        if self.cutoff is not None:
-            left, right = self.left, self.right
-            assert isinstance(left, Tensor)
-            assert isinstance(right, Tensor)
-            gain = butterworth(self.cutoff.to(left.device), len(right), self.order, self.offset)
-            weight = weight + ((left * gain.square()) @ right).view(weight.shape)
-        out = self.site.run(x, weight, self.bias)  # type: ignore[arg-type]
+        if self.cutoff is None:
+            return weight
+        left, right = self.left, self.right
+        assert isinstance(left, Tensor)
+        assert isinstance(right, Tensor)
+        gain = butterworth(self.cutoff.to(left.device), len(right), self.order, self.offset)
+        return weight + ((left * gain.square()) @ right).view(weight.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The same in the layer's own layout, for code that reads a layer's weight directly."""
+        return self.site.native(self.canonical())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.site.run(x, self.canonical(), self.bias)  # type: ignore[arg-type]
         if self.norm is None:
             return out
         moved = out.movedim(1, -1) if self.site.stride else out

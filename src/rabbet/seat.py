@@ -23,10 +23,10 @@ Ranges = Mapping[int, tuple[float, float]]
 class Seat(nn.Module):
     """A layer that trains on its grids: weight, bias and both ranges are parameters, the widths are not.
 
-    reach: the largest weight that its grid covers, [1] or [out]. low, high: ends of the input's range, [1] each; None
-    where inputs are not quantised. Few bits cover less: by how much, the least squared error at the start says
-    (`ranges`: ends of the input's range by width). bits: of the weight, one number or one for each output. act: of the
-    input.
+    latent: the weight before it is rounded, canonical. reach: the largest weight that its grid covers, [1] or [out].
+    low, high: ends of the input's range, [1] each; None where inputs are not quantised. Few bits cover less: by how
+    much, the least squared error at the start says (`ranges`: ends of the input's range by width). bits: of the weight,
+    one number or one for each output. act: of the input.
     """
 
     def __init__(self, layer: Compressed, weight: Tensor, ranges: Ranges) -> None:
@@ -35,9 +35,9 @@ class Seat(nn.Module):
         grid = layer.plan.terms[0].grid
         self.axis = grid.axis
         self.two: Kind = "half"
-        self.weight: Tensor = nn.Parameter(weight.detach().float().clone())
+        self.latent: Tensor = nn.Parameter(weight.detach().float().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
-        self.reach: Tensor = nn.Parameter(_covering(self.weight.detach(), grid.axis))
+        self.reach: Tensor = nn.Parameter(_covering(self.latent.detach(), grid.axis))
         ends = [nn.Parameter(torch.tensor([end])) for end in ranges.get(WIDEST, ())]
         self.low: Tensor | None = ends[0] if ends else None
         self.high: Tensor | None = ends[1] if ends else None
@@ -66,16 +66,21 @@ class Seat(nn.Module):
             x.register_hook(self._watch)
         return site.run(x, self._rounded(), bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """What the layer runs with, in its own layout, for code that reads a layer's weight directly."""
+        return self.site.native(self._rounded())
+
     def _rounded(self) -> Tensor:
         """The weight, each output on the grid of its width."""
-        found = self.weight
+        found = self.latent
         for bits, rows in _parts(self.bits):
             if bits > WIDEST:
                 continue
-            made = self.grid(bits).fake(self.weight, self.scale(bits))
+            made = self.grid(bits).fake(self.latent, self.scale(bits))
             if rows is None:
                 return made
-            own = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
+            own = torch.zeros(len(self.latent), dtype=torch.bool, device=self.latent.device)
             own[list(rows)] = True
             found = torch.where(own.view(-1, *[1] * (found.ndim - 1)), made, found)
         return found
@@ -115,12 +120,12 @@ class Seat(nn.Module):
 
     def gated(self, channels: bool) -> int:
         """How many gates the weight has: one, or one for each output of a layer without groups."""
-        return len(self.weight) if channels and self.site.groups == 1 else 1
+        return len(self.latent) if channels and self.site.groups == 1 else 1
 
     def take(self, line: LayerPlan) -> None:
         """Take over the widths of a line, its dense terms making every output once."""
         self.axis = line.terms[0].grid.axis
-        self.bits = [32] * (1 if line.terms[0].rows is None else len(self.weight))
+        self.bits = [32] * (1 if line.terms[0].rows is None else len(self.latent))
         for term in line.terms:
             if term.grid.bits == 2:
                 self.two = term.grid.kind
@@ -135,7 +140,7 @@ class Seat(nn.Module):
             scale = stored(self.scale(term.grid.bits).detach())
             rows = slice(None) if term.rows is None else list(term.rows)
             scale = scale if term.grid.axis is None else scale[rows]
-            found.append([Quantised(term.grid, term.grid.codes(self.weight.detach()[rows], scale), scale)])
+            found.append([Quantised(term.grid, term.grid.codes(self.latent.detach()[rows], scale), scale)])
         return found
 
     def line(self, bits: Sequence[int] | None = None, act: int | None = None) -> LayerPlan:

@@ -56,7 +56,7 @@ def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> N
         layer = layers[site.name]
         weight = piece.weight(site)
         hooks.append(layer.register_forward_pre_hook(_solver(piece, site, weight, met[site.name].given)))
-        if _gained(layer):
+        if _gained(layer) and len(met[site.name].given):
             hooks.append(layer.register_forward_hook(_matcher(met[site.name].mean, met[site.name].spread, GAIN)))
     _run(student, piece, batch, hooks)
 
@@ -115,6 +115,8 @@ def _run(model: nn.Module, piece: Workpiece, batch: Any, hooks: list[Any]) -> No
 
 def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Callable[..., None]:
     def hook(layer: Compressed, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape != wanted.shape or not len(wanted):  # an expert that is shown other places, or none
+            return
         found = layer.quantisers[0](args[0]) if layer.quantisers else args[0]
         second, cross = _moments(site, found, wanted, piece.seed)
         metric = Metric(second, DAMPING)
@@ -148,6 +150,8 @@ def _matcher(
     """A hook that gives a layer's channels a mean and a deviation, the gain between limits; returns the new output."""
 
     def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not len(out):
+            return out
         mean, spread = _statistics(out, layer.site)
         gain = torch.where(spread > 1e-8, wanted_spread / spread.clamp_min(1e-8), 1.0).clamp(*limits)
         old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
@@ -168,5 +172,7 @@ def _matcher(
 
 
 def _statistics(out: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-    flat = out.movedim(1 if site.stride else -1, 0).flatten(1)
+    flat = out.movedim(1 if site.stride else -1, 0).reshape(site.shape[0], -1)
+    if not flat.shape[1]:  # an expert that no place was sent to
+        return torch.zeros_like(flat.sum(1)), torch.zeros_like(flat.sum(1))
     return flat.mean(1), flat.std(1) if flat.shape[1] > 1 else torch.zeros_like(flat[:, 0])

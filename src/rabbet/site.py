@@ -79,6 +79,10 @@ class Site:
         """A canonical weight as [groups, out / groups, columns]: the shape that solvers work on."""
         return weight.reshape(self.groups, self.shape[0] // self.groups, self.columns)
 
+    def native(self, weight: Tensor) -> Tensor:
+        """A canonical weight in the layout of the layer itself."""
+        return weight.T if self.kind == "transposed linear" else weight
+
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer, with this canonical weight (its first axis may be any multiple of the groups)."""
         return KINDS[self.kind].run(self, x, weight, bias)

@@ -106,6 +106,18 @@ class Task:
                 "arguments (tensor, tuple or mapping); use Task(batches, forward=...) for anything else"
             ) from e
 
+    def judge(self, model: nn.Module, found: Any, batch: Batch) -> Tensor:
+        """The task's own loss of what a model made of a batch, a scalar; the batch comes in the model's floating type.
+
+        Raises DataError unless it is one number.
+        """
+        assert self.loss is not None
+        value = self.loss(found, suited(batch, model))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = describe(value) if isinstance(value, Tensor) else type(value).__name__
+            raise DataError(f"Task(loss=...) must return one number for a batch, as a tensor; found {shown}")
+        return value.reshape(())
+
 
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor of a nested value, in order: what a batch or an output holds."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rabbet.augment import Pool, split
 from rabbet.calibrate import calibrate_inner
-from rabbet.engine import Engine, content_key
+from rabbet.errors import check_least
 from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
 from rabbet.loop import Course, Group, run, shared
@@ -34,6 +34,10 @@ class Tuning:
     ranges: float = 1e-3
     features: float = 2.0
 
+    def __post_init__(self) -> None:
+        check_least(self, 0, "steps")
+        check_least(self, 1, "batch")
+
 
 def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     """Tune a compressed network in place; keep the result only if held-back examples agree. Returns what came of it.
@@ -49,7 +53,7 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     before = {k: v.clone() for k, v in student.state_dict().items()}
     start = judge(student, piece, held)
     loop = _Loop(student, piece, Pool.of(kept), settings)
-    loop.train(piece.engine)
+    loop.train(piece)
     end = judge(student, piece, held)
     if end < start:
         return f"tuned {settings.steps} steps: divergence on held-back examples {start:.4g} -> {end:.4g}"
@@ -106,16 +110,15 @@ class _Loop(Course):
     def _add(self, tensor: Tensor, rate: float) -> None:
         self.groups.append({"params": [tensor], "base": rate})
 
-    def train(self, engine: Engine) -> None:
+    def train(self, piece: Workpiece) -> None:
         parameters = [p for group in self.groups for p in group["params"]]
         state = {str(k): p.detach() for k, p in enumerate(parameters)}
-        inputs = {f"in{k}": t for k, t in enumerate(itertools.chain.from_iterable(map(tensors, self.pool.parts)))}
-        key = content_key("tune", {**state, **inputs}, {"settings": self.settings, "seed": self.seed})
+        key = piece.key("tune", state, {"settings": self.settings})
         chains = [layer for layer in self.layers.values() if layer.site.stride and any(f.gaps for f in layer.forms)]
         try:
             for layer in chains:
                 layer.whole = True
-            run(self, engine, key, "tuning", CHECKPOINT)
+            run(self, piece.engine, key, "tuning", CHECKPOINT)
         finally:
             for layer in chains:
                 layer.whole = False
@@ -142,7 +145,7 @@ class _Tapped:
 
     def __enter__(self) -> "_Tapped":
         self.hooks = [
-            m.register_forward_hook(lambda _, __, out: self.seen.extend(tensors(out)[:1])) for m in self.modules
+            m.register_forward_hook(lambda _, __, out: self.seen.extend(_floating(out)[:1])) for m in self.modules
         ]
         return self
 
@@ -151,14 +154,25 @@ class _Tapped:
             hook.remove()
 
 
+def _floating(out: object) -> list[Tensor]:
+    return [t for t in tensors(out) if t.is_floating_point()]
+
+
 def block_names(survey: Survey) -> list[str]:
     """The modules that directly hold a compressed layer, the network itself apart: its blocks, in order."""
     return list(dict.fromkeys(parent for s in survey if (parent := s.name.rpartition(".")[0])))
 
 
 def relative_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """Mean over features of `|ours - theirs|^2 / |theirs|^2`; zero without features."""
-    parts = [(a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in zip(ours, theirs, strict=True)]
+    """Mean over features of `|ours - theirs|^2 / |theirs|^2`; zero without features.
+
+    Features of other shapes do not count, nor any if there are more of them on one side: an expert is shown other
+    places, or none, where a compressed router decides otherwise.
+    """
+    pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
+    parts = [
+        (a - b).square().mean() / b.square().mean().clamp_min(1e-12) for a, b in pairs if a.shape == b.shape and len(a)
+    ]
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
 

@@ -1,7 +1,8 @@
 """What a method works on: the user's network, folded and measured."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +10,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rabbet.calibrate import second_moments
 from rabbet.cost import Cost, float_cost, layer_cost, plan_cost
-from rabbet.engine import Engine
+from rabbet.engine import Engine, content_key
 from rabbet.errors import ModelError
+from rabbet.fold import fold, norm_gain
 from rabbet.layout import RESERVED, Rest
 from rabbet.plan import LayerPlan, Plan
 from rabbet.site import KINDS, Site
-from rabbet.survey import Survey, fold, norm_gain, own_tensors, stored_tensors
+from rabbet.survey import Survey, own_tensors, stored_tensors
 from rabbet.survey import survey as look
-from rabbet.task import Task
+from rabbet.task import Task, tensors
 
 DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -97,6 +99,21 @@ class Workpiece:
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""
         return KINDS[site.kind].weight(self.model.get_submodule(site.name)).detach().cpu()
+
+    def key(self, name: str, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+        """What work on this task is remembered by: `content_key` with the seed, every batch, and what the task calls.
+
+        Functions count by their names alone, as nobody can tell what is in them.
+        """
+        inputs = {f"in{k}": t for k, t in enumerate(t for b in self.task.read() for t in tensors(b))}
+        calls = [getattr(self.task, part) for part in ("forward", "loss", "vary", "evaluate")]
+        names = [getattr(f, "__qualname__", type(f).__qualname__) for f in calls]
+        return content_key(name, {**given, **inputs}, {**settings, "seed": self.seed, "task": names})
+
+    def held(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the network that stays as it is, on the values that a file holds it with."""
+        kind = next((k for k, v in DTYPES.items() if v == self.types.get(name)), str(tensor.dtype))
+        return tensor.to(getattr(torch, kind.removeprefix("torch."))).to(tensor.dtype)
 
     def rest(self, plan: Plan) -> tuple[Rest, ...]:
         """What a file holds as it is under a plan."""

@@ -7,12 +7,12 @@ from rabbet import Budget, Engine, Joint, Plan, Task, Tuning, accuracy, compress
 from rabbet.calibrate import calibrate_ranges
 from rabbet.candidates import canonical, read_numbers, solve_site
 from rabbet.engine import silent
+from rabbet.fold import fold
 from rabbet.forms import FORMS
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import build
 from rabbet.plan import LayerPlan, Term
 from rabbet.solve.rounding import Metric
-from rabbet.survey import fold
 from rabbet.workpiece import Workpiece
 
 pytestmark = pytest.mark.data

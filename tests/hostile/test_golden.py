@@ -9,9 +9,9 @@ from torch import nn
 from rabbet import Plan, Task, load, survey
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
+from rabbet.fold import fold
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import build, compressed_layers
-from rabbet.survey import fold
 from rabbet.workpiece import DTYPES, rest_of
 
 

@@ -18,7 +18,7 @@ FLOORS = (
     {"forms"},
     {"plan"},
     {"survey", "augment"},
-    {"layout"},
+    {"layout", "fold"},
     {"cost"},
     {"layer"},
     {"candidates", "calibrate", "seat"},

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rabbet import Joint, Task, Tuning, compress, fit, load, plan_of, survey
+from rabbet.fold import fold
 from rabbet.layer import Compressed, compressed_layers
-from rabbet.survey import fold
 from rabbet.task import outputs
 
 QUICK = Joint(

@@ -34,11 +34,11 @@ from rabbet.augment import Pool, cropped, mixed, split
 from rabbet.calibrate import calibrate_ranges, second_moments
 from rabbet.candidates import read_numbers, solve_site
 from rabbet.errors import BudgetError
+from rabbet.fold import fold
 from rabbet.layer import ActQuant, build, compressed_layers
 from rabbet.methods import METHODS
 from rabbet.sequence import solve_in_order
 from rabbet.site import patches
-from rabbet.survey import fold
 from rabbet.task import examples, outputs, tensors
 from rabbet.train import _Loop, judge, tune
 from rabbet.workpiece import Workpiece

@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, Written, write_beside
+from rabbet.fold import copied, drop_norms, own_biases
 from rabbet.layer import Compressed, Factor, compressed_layers, empty, install, validate
 from rabbet.layout import VERSION, WIDTHS, arrays, file_bytes, header, lengths
 from rabbet.pack import pack, packed_bytes, unpack
 from rabbet.plan import Plan
 from rabbet.site import KINDS, Site, kind_of
-from rabbet.survey import Survey, copied, drop_norms, own_biases, stored_tensors
+from rabbet.survey import Survey, stored_tensors
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -18,8 +18,7 @@ from rabbet.allocate import Option, require_feasible
 from rabbet.augment import Pool, split
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget, Cost
-from rabbet.engine import content_key
-from rabbet.errors import DataError, PlanError, check_choices
+from rabbet.errors import DataError, PlanError, check_choices, check_least
 from rabbet.gates import Gates, Gating
 from rabbet.grid import Grid
 from rabbet.layer import build, compressed_layers, validate
@@ -67,6 +66,8 @@ class CGMQ:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_least(self, 0, "epochs", "finish")
+        check_least(self, 1, "steps", "batch")
         if not self.widths or sorted(set(self.widths)) != list(self.widths):
             raise PlanError(f"widths are different numbers of bits in rising order; found {self.widths}")
         for bits in self.widths:
@@ -98,7 +99,7 @@ class CGMQ:
         other = next((x for x in plan if not _dense(piece.survey[x.name], x)), None)
         if other is not None:
             raise PlanError(f"CGMQ trains dense weights, every output on one signed grid; {other} is not one")
-        course = _Course(self, piece, list(plan), self.finish)
+        course = _Course(self, piece, [plan[s.name] for s in piece.survey if plan.get(s.name)], self.finish)
         kept = piece.engine.kept(_key(piece, self, plan.compact))
         if kept is not None:
             course.take(kept)
@@ -141,7 +142,7 @@ def _is_image(place: int, site: Site) -> bool:
 
 def _key(piece: Workpiece, method: CGMQ, plan: str) -> str:
     weights = {s.name: piece.weight(s) for s in piece.survey}
-    return content_key("cgmq", weights, {"method": method, "seed": piece.seed, "plan": plan})
+    return piece.key("cgmq", weights, {"method": method, "plan": plan})
 
 
 class _Course(Course):
@@ -159,14 +160,15 @@ class _Course(Course):
         student = build(piece.model, Plan(tuple(_at_eight(line) for line in lines)), piece.survey)
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
         widths = {WIDEST, *(b for b in method.widths if b < WIDEST), *(x.act for x in lines if x.act is not None)}
-        self.student, self.seats = seated(student, weights, _ranges(student, piece, widths))
+        self.student, seats = seated(student, weights, _ranges(student, piece, widths))
+        self.seats = {line.name: seats[line.name] for line in lines}  # in the order of the lines: that of running
         for line in lines:
             self.seats[line.name].two = method.two
             self.seats[line.name].take(line)
         self.groups = []
         for seat in self.seats.values():
             ranges = [p for p in (seat.reach, seat.low, seat.high) if p is not None]
-            self.groups.append({"params": [seat.weight], "base": method.rate * _size(seat.weight)})
+            self.groups.append({"params": [seat.latent], "base": method.rate * _size(seat.latent)})
             self.groups += [{"params": [p], "base": method.rate * max(_size(p), 1e-6)} for p in ranges]
             if seat.bias is not None:
                 self.groups.append({"params": [seat.bias], "base": method.rate * max(_size(seat.bias), 0.05)})
@@ -189,7 +191,7 @@ class _Course(Course):
         task = self.piece.task
         found = task.run(self.student, batch)
         if task.loss is not None:
-            return task.loss(found, batch)
+            return task.judge(self.student, found, batch)
         with torch.no_grad():
             goal = outputs(task.run(self.piece.model, batch))
         return divergence(outputs(found), goal)
@@ -203,7 +205,10 @@ class _Course(Course):
                 seen += len(tensors(batch)[0])
                 if limit is not None and seen >= limit:
                     break
-        return float(torch.stack(total).mean())
+        mean = float(torch.stack(total).mean())
+        if not math.isfinite(mean):
+            raise DataError("the loss of held-back examples is not finite; check the batches and the loss")
+        return mean
 
     def weights(self) -> dict[str, Tensor]:
         """The numbers of all seats."""
@@ -228,8 +233,8 @@ class _Course(Course):
         self.remember()
         before = float(self.least)
         if self.steps:
-            key = content_key("cgmq train", self.weights(), {"method": self.method, "seed": piece.seed,
-                              "widths": [(s.bits, s.act) for s in self.seats.values()]})  # fmt: skip
+            widths = [(s.two, s.bits, s.act) for s in self.seats.values()]
+            key = piece.key("cgmq train", self.weights(), {"method": self.method, "widths": widths})
             run(self, piece.engine, key, "training", self.epoch)
         self.take(self.best)
         return before, float(self.least)
@@ -290,8 +295,7 @@ class _Gated(_Course):
 
     def train(self, piece: Workpiece) -> Gating:
         """Train to the end, and go back to the best state that kept the budget."""
-        key = content_key("cgmq gates", self.weights(), {"method": self.method, "seed": piece.seed,
-                          "budget": str(self.budget)})  # fmt: skip
+        key = piece.key("cgmq gates", self.weights(), {"method": self.method, "budget": str(self.budget)})
         run(self, piece.engine, key, "training with gates", self.epoch)
         if not self.seen:  # no epoch: the start, landed
             self.land()
@@ -331,10 +335,11 @@ class _Gated(_Course):
     def land(self) -> None:
         """Bring the widths under the budget, counted on the whole file."""
         self.gates.land(self.method.direction)
-        whole = self.piece.float_cost
+        whole, fixed = self.piece.float_cost, self.gates.fixed
         while any(limit.broken_by(self.piece.cost(self.plan), whole) for limit in self.budget.limits):
             self.gates.fixed = replace(self.gates.fixed, bytes=self.gates.fixed.bytes + 64)  # the header is padded
             self.gates.land(self.method.direction)
+        self.gates.fixed = fixed
 
     def remember(self) -> float:
         least = float(self.least)
@@ -363,6 +368,7 @@ def _dense(site: Site, line: LayerPlan) -> bool:
     rows = [row for t in line.terms for row in (range(site.shape[0]) if t.rows is None else t.rows)]
     known = all(t.grid.kind == "signed" or (t.grid.bits == 2 and t.grid.kind != "unsigned") for t in line.terms)
     alike = {t.grid.axis for t in line.terms} in ({None}, {0})
+    alike = alike and len({t.grid.kind for t in line.terms if t.grid.bits == 2}) < 2
     return {t.form for t in line.terms} == {"dense"} and sorted(rows) == list(range(site.shape[0])) and known and alike
 
 

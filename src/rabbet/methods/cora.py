@@ -197,7 +197,8 @@ class CoRa:
     def _decomposed(self, piece: Workpiece, site: Site, base: Quantised) -> tuple[Tensor, Tensor, Tensor]:
         """Left [out, full], right [full, n] and the singular values of what a base leaves of the folded weight."""
         residual = (piece.weight(site) - base.values).flatten(1)
-        second = piece.moments()[site.name][0] if self.svd == "whitened" else None
+        moment = piece.moments().get(site.name) if self.svd == "whitened" else None  # none if nothing was sent there
+        second = None if moment is None else moment[0]
         gain = gain_of(piece, site, base.grid) if self.base == "clipped" and second is None else None
         if gain is not None:
             residual = residual / gain[:, None]

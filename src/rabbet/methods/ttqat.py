@@ -16,8 +16,8 @@ from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget
 from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
-from rabbet.engine import Job, content_key
-from rabbet.errors import DataError, PlanError, check_choices
+from rabbet.engine import Job
+from rabbet.errors import DataError, PlanError, check_choices, check_least
 from rabbet.forms import FORMS
 from rabbet.grid import Grid
 from rabbet.layer import ActQuant, Compressed, Factor, build, compressed_layers, validate
@@ -28,7 +28,7 @@ from rabbet.methods.joint import scored
 from rabbet.methods.latent import Latent, start_cores
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.site import Site
-from rabbet.task import Batch, examples, suited, tensors
+from rabbet.task import Batch, examples
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the batches that choose between epochs and are not trained on
@@ -86,13 +86,10 @@ class TTQAT:
             raise PlanError(f"forms are 'tt' and 'ttm', both, one or none; found {self.forms}")
         if self.act is not None:
             Grid(self.act, "unsigned")
-        for name in ("rank", "table"):
-            if (found := getattr(self, name)) is not None and found < 1:
-                raise PlanError(f"{name} is at least 1, or None to be chosen; found {found}")
+        check_least(self, 1, "rank", "table")
+        check_least(self, 0, "epochs", "finish")
         if not self.widths:
             raise PlanError("bits is a number of bits, or several to choose from; found none")
-        if min(self.epochs, self.finish) < 0:
-            raise PlanError(f"epochs and finish are at least 0; found {self.epochs} and {self.finish}")
         if not self.ranks or min(self.ranks) < 1:
             raise PlanError(f"ranks are numbers of at least 1; found {self.ranks}")
 
@@ -245,7 +242,7 @@ class _Taught(Course):
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
         k = int(torch.randperm(len(self.batches), generator=generator)[place])
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        found = self.on(self.batches[k], k, self._lesson(step), generator)
+        found = self.on(shared(self.batches[k]), k, self._lesson(step), generator)
         self.now = float(found.detach())
         return found
 
@@ -260,7 +257,6 @@ class _Taught(Course):
     def on(self, batch: Batch, place: int, lesson: Lesson, generator: torch.Generator | None = None) -> Tensor:
         """The loss of a batch; `place` tells the teacher which it is; generator: for what the student is shown."""
         task = self.piece.task
-        batch = shared(batch)
         theirs = self.teacher.show(place, lambda: task.run(self.piece.model, batch))
         given = batch if task.vary is None or generator is None else task.vary(batch, generator)
         held: list[object] = []
@@ -273,7 +269,7 @@ class _Taught(Course):
         mask = mask_of(batch)
         found = lesson.loss(shown, theirs, None if mask is None else mask.to(shown.outputs[0].device))
         if task.loss is not None and lesson.answers and self.method.labels:
-            found = found + self.method.labels * task.loss(held[0], suited(batch, self.student))
+            found = found + self.method.labels * task.judge(self.student, held[0], batch)
         return found
 
     def _settle(self) -> None:
@@ -301,6 +297,8 @@ class _Taught(Course):
     def remember(self) -> None:
         """Keep the state if it is the best so far."""
         found = self.judged()
+        if math.isnan(found):
+            raise DataError(f"the {self.measure} of held-back examples is not a number; check the batches and the task")
         if found > float(self.most):
             self.most = torch.tensor(found, dtype=torch.float64)
             self.best = {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
@@ -311,10 +309,8 @@ class _Taught(Course):
         for act in self._acts:
             act.observer = _unseen
         before = self.judged()
-        given = {f"in{k}": t for k, t in enumerate(t for b in piece.task.read() for t in tensors(b))}
         start = {str(k): p.detach() for k, p in enumerate(self._learning())}
-        facts = {"method": self.method, "seed": piece.seed, "plan": self.plan.compact}
-        key = content_key("ttqat", start | given, facts)
+        key = piece.key("ttqat", start, {"method": self.method, "plan": self.plan.compact})
         if self.steps:
             run(self, piece.engine, key, "teaching", min(len(self.batches), 100))
         if not self.best:  # no epoch on the grid
@@ -350,7 +346,11 @@ class _Taught(Course):
             latent.on = bool(state["on"])
 
     def network(self) -> nn.Module:
-        """The student with integers in place of the latents."""
+        """The student with integers in place of the latents, and what stays as it is on the types of the file."""
+        inside = {id(p) for layer in self.layers.values() for p in layer.parameters()}
+        for name, p in self.student.named_parameters():
+            if id(p) not in inside:
+                p.copy_(self.piece.held(name, p))
         for layer in self.layers.values():
             parts = cast(nn.ModuleList, layer.terms[0])
             for k, latent in enumerate(self._of(layer)):
