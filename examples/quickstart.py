@@ -17,13 +17,13 @@ def main() -> None:
     """Plan, edit, fit, save, load, compare."""
     network, batches = demo.model(), demo.calibration()  # a ConvNet for 8x8 digits, and images without labels
     method = rabbet.Joint(tuning=rabbet.Tuning(steps=0))  # choose and round, without the tuning that follows
-    engine = rabbet.Engine()  # one engine for both calls: what the plan has solved is not solved again
+    engine = rabbet.Engine()  # with one engine another budget finds what this one has solved
 
     plan = rabbet.plan(network, BUDGET, batches, method, engine=engine)
     print(f"chosen:\n{plan}\n")
 
     # A plan is text. Here the largest layer becomes a low-rank product, whatever the method chose for it.
-    edited = plan.with_layer(rabbet.LayerPlan.parse("last.0  lowrank[16]@6c | act@8"))
+    edited = plan.with_layer(rabbet.LayerPlan.parse("last.0  lowrank[8]@6c | act@8"))
     result = rabbet.fit(network, edited, batches, method, engine=engine)
     BUDGET.check(result.cost, result.float_cost)  # a plan made by hand is held against a budget by hand
     print(f"fitted:\n{result}\n")

@@ -13,6 +13,7 @@ from rabbet.search import Ranking
 from rabbet.survey import Survey, survey
 from rabbet.task import Task, accuracy
 from rabbet.train import Tuning
+from rabbet.workpiece import Workpiece
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "Task",
     "Term",
     "Tuning",
+    "Workpiece",
     "accuracy",
     "build",
     "calibrate_ranges",

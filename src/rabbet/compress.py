@@ -89,8 +89,7 @@ def compress(
     Raises BudgetError at once for a budget that cannot be met, ModelError or DataError, by name of the layer, for a
     network or batches that cannot be used.
     """
-    limits = Budget.parse(budget)
-    method = method or Joint()
+    limits, method = Budget.parse(budget), _checked(method)
     piece = _piece(model, limits, data, seed, engine)
     return _finish(piece, method, method.plan(piece, limits), limits)
 
@@ -105,7 +104,7 @@ def plan(
 ) -> Plan:
     """Only choose: the plan that `compress` would fit. Print it, edit it, then `fit` it. Raises as `compress` does."""
     limits = Budget.parse(budget)
-    return (method or Joint()).plan(_piece(model, limits, data, seed, engine), limits)
+    return _checked(method).plan(_piece(model, limits, data, seed, engine), limits)
 
 
 def fit(
@@ -118,7 +117,7 @@ def fit(
 ) -> Result:
     """Find the numbers of a given plan (or its text). Raises PlanError if it does not fit the network."""
     piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
-    return _finish(piece, method or Joint(), Plan.parse(plan) if isinstance(plan, str) else plan, None)
+    return _finish(piece, _checked(method), Plan.parse(plan) if isinstance(plan, str) else plan, None)
 
 
 def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
@@ -130,6 +129,12 @@ def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
     chosen = Plan.parse(plan) if isinstance(plan, str) else plan
     validate(chosen, piece.survey)
     return piece.cost(chosen)
+
+
+def _checked(method: Method | None) -> Method:
+    if method is not None and (isinstance(method, type) or not hasattr(method, "fit")):
+        raise PlanError(f"method is an object such as rabbet.Joint() or rabbet.QUALITY['fast']; found {method!r}")
+    return method or Joint()
 
 
 def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, engine: Engine | None) -> Workpiece:

@@ -91,7 +91,9 @@ METRICS: dict[str, Quantity] = {
         lambda amount, _: f"{amount / 1e6:.3f} ms",
     ),
 }
-_LIMIT = re.compile(r"([a-z]+)\s*(<=|≤)\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)", re.IGNORECASE)
+_LIMIT = re.compile(
+    r"([a-z]+)\s*(<=|≤)\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ class Budget:
             return text
         if not isinstance(text, str):
             raise BudgetError(f"a budget is text such as 'bytes <= 10%', found {type(text).__name__}")
-        limits = tuple(_clause(part.strip()) for part in text.split(","))
+        limits = tuple(_clause(part.strip()) for part in re.split(r",(?!\d)", text))
         names = [limit.metric for limit in limits]
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice is not None:
@@ -163,7 +165,7 @@ def _clause(text: str) -> Limit:
     name, unit = name.lower(), unit.lower()
     if name not in METRICS:
         raise BudgetError(f"unknown quantity {name!r} in {text!r}; there are {', '.join(METRICS)}")
-    value = Fraction(number.replace("_", ""))
+    value = Fraction(re.sub("[_,]", "", number))
     if value <= 0:
         raise BudgetError(f"{text!r}: a budget must be larger than zero")
     if unit == "%":

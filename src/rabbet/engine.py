@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
+from rabbet.errors import FileError
+
 Tensors = dict[str, Tensor]
 Job = tuple[Callable[..., Tensors], Mapping[str, Tensor], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]
@@ -43,6 +45,18 @@ class Engine:
     folder: Path | None = None
     progress: Progress = silent
     _memory: dict[str, Tensors] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.folder is None:
+            return
+        self.folder = Path(self.folder)  # a text will do
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:  # found out now, not after an hour of work
+            raise FileError(f"finished work cannot be kept in {self.folder}: it is no folder that can be written to")
 
     def run(self, stage: str, jobs: Sequence[Job]) -> list[Tensors]:
         """Results in the order of the jobs, whatever the order in which they end."""
@@ -78,7 +92,6 @@ class Engine:
         if self.folder is None:
             self._memory[key] = result
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder / f"{key}.{os.getpid()}.part"
         save_file({k: v.contiguous() for k, v in result.items()}, beside)
         beside.replace(self.folder / f"{key}.safetensors")

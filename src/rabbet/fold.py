@@ -11,6 +11,8 @@ from rabbet.survey import Survey
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; raises ModelError for a model that holds what cannot be copied."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, found {model!r}")
     try:
         return copy.deepcopy(model)
     except Exception as e:

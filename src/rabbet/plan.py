@@ -156,7 +156,9 @@ class Plan:
         return next((layer for layer in self.layers if layer.name == name), None)
 
     def with_layer(self, layer: LayerPlan) -> "Plan":
-        """The same plan with one line exchanged."""
+        """The same plan with a layer's line exchanged, or added if it had none."""
+        if self.get(layer.name) is None:
+            return replace(self, layers=(*self.layers, layer))
         return replace(self, layers=tuple(layer if old.name == layer.name else old for old in self.layers))
 
 

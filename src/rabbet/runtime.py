@@ -25,7 +25,7 @@ FLOAT = dict.fromkeys(
 class Session(nn.Module):
     """A file as a network: tensors in, tensors out. threads: 0 for as many as there are cores."""
 
-    def __init__(self, source: Path | bytes, threads: int = 0, optimised: Path | None = None) -> None:
+    def __init__(self, source: Path | str | bytes, threads: int = 0, optimised: Path | None = None) -> None:
         super().__init__()
         import onnxruntime
 

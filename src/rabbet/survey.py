@@ -101,9 +101,11 @@ def check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
+        hidden = "scripted" if isinstance(module, torch.jit.ScriptModule) else ""
+        hidden = "compiled" if hasattr(module, "_orig_mod") else hidden
+        if hidden:
             raise ModelError(
-                f"{name or 'the model'} is scripted, which hides its layers; pass the eager module it was made from"
+                f"{name or 'the model'} is {hidden}, which hides its layers; pass the eager module it was made from"
             )
     devices: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -204,13 +206,7 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         if reason is not None:
             reasons[name] = reason
             continue
-        axes = KINDS[kind].weight(module).ndim
-        bare = next((given for given, _ in calls if kind.startswith("conv") and given.ndim < axes), None)
-        if bare is not None:
-            raise DataError(
-                f"{name or 'the network'} is given {list(bare.shape)}, which has no batch axis; "
-                f"batches for it have the shape [n, {', '.join(map(str, bare.shape))}]"
-            )
+        _with_batch_axis(name, kind, module, calls, None if sites else batch)
         norm = _foldable(module, calls, watch, norms, returned)
         norm = norm if norm is not None and len(names[norm]) == 1 else None  # another name of it would stay behind
         facts: dict[str, Any] = KINDS[kind].facts(module)
@@ -235,6 +231,21 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "no conv, linear or embedding ran on the batch"
         raise ModelError(f"nothing in this network can be compressed ({detail})")
     return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+
+
+def _with_batch_axis(
+    name: str, kind: str, module: nn.Module, calls: list[tuple[Tensor, Tensor]], batch: int | None
+) -> None:
+    """Raise DataError for an example without a batch axis; batch: of the layer that runs first."""
+    axes = KINDS[kind].weight(module).ndim if kind.startswith("conv") else 0
+    if kind == "linear" and calls[0][0].shape == (batch,):  # its entries would count as examples
+        axes = 2
+    bare = next((given for given, _ in calls if given.ndim < axes), None)
+    if bare is not None:
+        raise DataError(
+            f"{name or 'the network'} is given {list(bare.shape)}, which has no batch axis; "
+            f"batches for it have the shape [n, {', '.join(map(str, bare.shape))}]"
+        )
 
 
 def _heads(

@@ -1,7 +1,9 @@
 """What the user brings besides the network: batches, and how the network is run and judged on them."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,30 +47,35 @@ class Task:
     vary: Callable[[Batch, torch.Generator], Batch] | None = None
     _read: list[Batch] = field(default_factory=list, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        found = self.batches
+        if isinstance(found, Tensor | str | bytes | Mapping) or not isinstance(found, Iterable):
+            raise DataError(
+                f"data must be an iterable of batches or a Task, found {type(found).__name__}; "
+                "for one batch write [batch]"
+            )
+        if self.limit < 1:
+            raise DataError(f"limit is the number of examples to use, at least 1; found {self.limit}")
+
     @classmethod
     def of(cls, data: "Task | Iterable[Batch]") -> "Task":
         """A task from bare batches; a task stays what it is.
 
         Raises DataError for what is not an iterable of batches.
         """
-        if isinstance(data, Task):
-            return data
-        if isinstance(data, Tensor | str | bytes | Mapping) or not isinstance(data, Iterable):
-            raise DataError(
-                f"data must be an iterable of batches or a Task, found {type(data).__name__}; "
-                "for one batch write [batch]"
-            )
-        return cls(data)
+        return data if isinstance(data, Task) else cls(data)
 
     def read(self) -> list[Batch]:
         """The batches up to the limit, as a list, each checked to hold a tensor with at least one example.
 
-        Raises DataError for none, or for one that is not a tensor, tuple, list or mapping with tensors.
+        Raises DataError for none, for one that is not a tensor, tuple, list or mapping with tensors, or for NaN.
         """
         if not self._read:
             count = 0
             for batch in self.batches:
                 size = examples(batch)
+                if any(bool(t.isnan().any()) for t in tensors(batch) if t.is_floating_point()):
+                    raise DataError(f"batch {len(self._read)} of the data, counted from 0, holds NaN; clean the data")
                 self._read.append(batch if count + size <= self.limit else head(batch, self.limit - count))
                 count += size
                 if count >= self.limit:
@@ -112,11 +119,39 @@ class Task:
         Raises DataError unless it is one number.
         """
         assert self.loss is not None
-        value = self.loss(found, suited(batch, model))
+        with _asked("loss"):
+            value = self.loss(found, suited(batch, model))
         if not isinstance(value, Tensor) or value.numel() != 1:
             shown = describe(value) if isinstance(value, Tensor) else type(value).__name__
             raise DataError(f"Task(loss=...) must return one number for a batch, as a tensor; found {shown}")
         return value.reshape(())
+
+    def score(self, model: nn.Module) -> float:
+        """The user's own number for a model, larger is better; raises DataError unless it is one."""
+        assert self.evaluate is not None
+        with _asked("evaluate"):
+            found = float(self.evaluate(model))
+        if math.isnan(found):
+            raise DataError("Task(evaluate=...) gave NaN; it must give a number, larger is better")
+        return found
+
+    def varied(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """What a student is shown of a batch."""
+        if self.vary is None:
+            return batch
+        with _asked("vary"):
+            return self.vary(batch, generator)
+
+
+@contextlib.contextmanager
+def _asked(name: str) -> Iterator[None]:
+    """What goes wrong in a function of the user's becomes a DataError that names it."""
+    try:
+        yield
+    except RabbetError:
+        raise
+    except Exception as e:
+        raise DataError(f"Task({name}=...) failed: {type(e).__name__}: {e}") from e
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -206,12 +241,24 @@ def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in per cent over (inputs, labels)."""
+    """Top-1 accuracy in per cent over (inputs, labels), in eval mode; the model is left in the mode that it was in.
+
+    Raises DataError for batches that are no such pairs.
+    """
     right = total = 0
-    with torch.no_grad():
-        for x, y in batches:
-            right += int((outputs(call(model, suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
-            total += len(y)
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+                    raise DataError(f"accuracy needs batches of (inputs, labels), found {describe(batch)}")
+                x, y = batch
+                right += int((outputs(call(model, suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
+                total += len(y)
+    finally:
+        for module in training:
+            module.training = True
     if not total:
         raise DataError("no labelled batch to measure accuracy on")
     return 100 * right / total

@@ -18,7 +18,7 @@ MISTAKES = {
     "survey mine_of_user:net --data rabbet.demo:calibration": "does not run on a batch",
     "survey imports_nothing:net --data mine_of_user:batches": "No module named 'not_there_at_all'",
     "compress --output a.safetensors --test mine_of_user:number": "gives int, not batches",
-    "compress --output a.safetensors --test mine_of_user:unlabelled": "mine_of_user:unlabelled failed",
+    "compress --output a.safetensors --test mine_of_user:unlabelled": "batches of (inputs, labels), found float32",
     "compress --output a.onnxx": ".safetensors",
     "compress --output mine_of_user.py/a.safetensors": "is not a folder",
     "compress --output a.safetensors --quality superb": "fast, default, best",
@@ -34,6 +34,14 @@ MISTAKES = {
     "plan --method 'cora bits.of=3'": "must be of type int",
     "plan --method 'cora base=soft'": "one of 'feedback', 'clipped'; found 'soft'",
     "plan --method 'cora ranking.steps=0'": "at least 1",
+    "plan --method ''": "'' is not one of",
+    "plan --method 'joint forms=(\"cpp\",)'": "found 'cpp'",
+    "plan --method 'joint adapters=(\"2hc\",)'": "pairs of a grid and a share",
+    "compress --output a.safetensors --plan good.plan --budget 'latency <= 5 ms'": "leave the latency out",
+    "check a.safetensors --budget 'latency <= 5 ms'": "rabbet bench",
+    "export a.safetensors --output a.onnx --float a.onnx": "not be the --output itself",
+    "export a.safetensors --output a.onnx --float b.pt2": "must end in .onnx",
+    "survey mine_of_user:net --data mine_of_user:with_nan": "holds NaN",
     "compress": "--output",
     "plan --budget bytes=3": "is not a budget",
     "check nowhere.safetensors --budget bytes<=3": "there is no file",
@@ -48,6 +56,7 @@ MISTAKES = {
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(run, mine, tmp_path, line):
     (tmp_path / "imports_nothing.py").write_text("import not_there_at_all\n")
+    (tmp_path / "good.plan").write_text("head dense@8c\n")
     code, out, err = run(*shlex.split(line))
     assert (code, out) == (2, "")
     assert err.startswith("error: ")

@@ -6,13 +6,19 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import NETWORKS, Residual, network, rand, settled
 from torch import nn
 
 from rabbet import (
+    ADMM,
+    CGMQ,
+    TTQAT,
     BudgetError,
+    CoRa,
     DataError,
     Engine,
+    FileError,
     Joint,
     ModelError,
     PlanError,
@@ -21,6 +27,7 @@ from rabbet import (
     Tuning,
     accuracy,
     build,
+    calibrate_ranges,
     compress,
     fit,
     plan,
@@ -218,12 +225,96 @@ def test_a_network_that_cannot_be_copied_is_refused():
 # Batches
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite_are_refused_by_the_layer_that_met_them(value):
+def test_inputs_that_are_not_finite_are_refused_by_the_layer_that_met_them():
     bad = X.clone()
-    bad[2, 1, 3, 3] = value
+    bad[2, 1, 3, 3] = torch.inf  # as a mask may be: only a layer can tell
     with pytest.raises(DataError, match=r"inputs of 0 hold NaN"):
         compress(_net(), "bits <= 4", [X, bad], QUICK)
+
+
+def test_a_batch_with_nan_is_refused_whatever_is_done_with_it():
+    bad = X.clone()
+    bad[2, 1, 3, 3] = torch.nan
+    for method in (QUICK, CGMQ(), TTQAT(), CoRa(), ADMM()):
+        with pytest.raises(DataError, match="batch 1 of the data, counted from 0, holds NaN"):
+            compress(_net(), "bits <= 4", [X, bad], method)
+    found = compress(_net(), "bits <= 4", [X], QUICK)
+    with pytest.raises(DataError, match="holds NaN"):
+        calibrate_ranges(found.model, [X, bad])
+
+
+def test_a_vector_is_no_batch_of_numbers():
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(DataError, match=r"is given \[16\], which has no batch axis"):
+        compress(model, "bits <= 4", [rand(16), rand(16)], QUICK)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"batches": None}, "found NoneType"),
+        ({"batches": X}, "write \\[batch\\]"),
+        ({"batches": [X], "limit": -5}, "at least 1"),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused_when_it_is_made(given, words):
+    with pytest.raises(DataError, match=words):
+        Task(**given)
+
+
+def _fails(*_):
+    raise KeyError("labels")
+
+
+FUNCTIONS = {
+    "loss": (_fails, "KeyError: 'labels'"),
+    "loss of each example": (lambda out, b: F.mse_loss(out, torch.zeros_like(out), reduction="none"), "one number"),
+    "loss as a number": (lambda out, b: 3.0, "found float"),
+    "evaluate": (lambda m: None, "evaluate"),
+    "evaluate nan": (lambda m: float("nan"), "gave NaN"),
+    "vary": (lambda b: b, "vary"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_the_user_that_fail_are_named(name):
+    function, words = FUNCTIONS[name]
+    task = Task([rand(4, 6, seed=k) for k in range(3)], **{name.partition(" ")[0]: function})
+    model = settled(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    methods = [TTQAT(rank=2, epochs=1, finish=1, blocks=("0", "2")), CGMQ(epochs=1, finish=1, steps=1, batch=2)]
+    for method in methods[: 2 if name.startswith("loss") else 1]:
+        with pytest.raises(DataError, match=re.escape(words)):
+            compress(model, "bits <= 32", task, method)
+
+
+@pytest.mark.parametrize("method", ["fast", Joint, 3])
+def test_what_is_no_method_is_refused(method):
+    with pytest.raises(PlanError, match="method is an object such as"):
+        compress(_net(), "bits <= 4", [X], method)
+
+
+def test_a_compiled_network_is_refused():
+    with pytest.raises(ModelError, match="is compiled"):
+        compress(torch.compile(_net(), backend="eager"), "bits <= 4", [X], QUICK)
+
+
+def test_accuracy_wants_labels_and_leaves_the_network_as_it_was():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).train()
+    model[0].eval()
+    before = model[1].running_mean.clone()
+    accuracy(model, [(rand(4, 6), torch.zeros(4, dtype=torch.long))])
+    assert torch.equal(model[1].running_mean, before)
+    assert (model.training, model[0].training, model[1].training) == (True, False, True)
+    with pytest.raises(DataError, match="batches of \\(inputs, labels\\)"):
+        accuracy(model, [rand(4, 6)])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", str(tmp_path / "file" / "deeper")):
+        with pytest.raises(FileError, match="no folder that can be written to"):
+            Engine(folder=folder)
+    assert compress(_net(), "bits <= 4", [X], QUICK, engine=Engine(folder=str(tmp_path / "work"))).cost.bits <= 4
 
 
 def test_hidden_values_that_are_not_finite_are_refused_by_the_layer_that_met_them():

@@ -273,6 +273,8 @@ def test_a_broken_budget_says_what_was_allowed_and_what_was_found():
         ("bytes <= 10%, ", "''"),
         ("bytes <= 10% macs <= 5%", "bytes <= 10% macs <= 5%"),
         ("10%", "10%"),
+        ("bytes <= 10,5 kB", "10,5"),
+        ("bytes <= 1000,000", "1000,000"),
     ],
 )
 def test_what_is_not_a_budget_is_refused_in_its_own_words(text, word):
@@ -293,6 +295,11 @@ def test_an_unknown_quantity_or_unit_is_answered_with_those_that_there_are():
     assert all(metric in str(caught.value) for metric in METRICS)
     with pytest.raises(BudgetError, match="kib"):
         Budget.parse("bytes <= 10 kilobytes")
+
+
+def test_numbers_may_be_written_as_they_are_shown():
+    budget = Budget.parse("bytes <= 10,000,macs <= 1,500 k")
+    assert [limit.value for limit in budget.limits] == [10_000, 1_500_000]
 
 
 def test_a_budget_is_read_once_and_written_as_it_was():

@@ -119,6 +119,8 @@ def test_a_plan_is_looked_up_and_changed_by_name():
     changed = plan.with_layer(LayerPlan.parse("a dense@2c"))
     assert [str(layer) for layer in changed] == ["a dense@2c", "b dense@3c | act@8"]
     assert [str(layer) for layer in plan] == ["a dense@4c", "b dense@3c | act@8"]
+    added = plan.with_layer(LayerPlan.parse("c dense@2c"))
+    assert [str(layer) for layer in added] == ["a dense@4c", "b dense@3c | act@8", "c dense@2c"]
 
 
 def test_plans_are_compared_by_value_and_hash():

@@ -87,6 +87,20 @@ def test_the_floor_is_named_with_its_value():
         _run(budget="bops <= 0.39%")
 
 
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_the_tightest_byte_budgets_are_kept_too(granularity):
+    case = network("residual")
+    method = CGMQ(granularity=granularity, epochs=0, finish=0, steps=1, batch=6)
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    floor = Plan.parse("\n".join(f"{s.name} dense@2hc | act@2" for s in piece.survey))
+    least = piece.cost(floor).bytes
+    with pytest.raises(BudgetError):
+        method.plan(piece, Budget.parse(f"bytes <= {least - 1}"))
+    for more in range(0, 70, 3):
+        found = method.plan(piece, Budget.parse(f"bytes <= {least + more}"))
+        assert piece.cost(found).bytes <= least + more
+
+
 # What is trained
 
 
@@ -140,6 +154,44 @@ def test_the_file_answers_as_the_network_does(granularity, tmp_path):
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
     again = load(tmp_path / "a.safetensors", case.model)
     assert torch.equal(again(case.batches[0]), result.model(case.batches[0]))
+
+
+def test_the_image_is_what_runs_first_wherever_it_is_defined():
+    class Backwards(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = torch.nn.Linear(64, 64), torch.nn.Linear(12, 64)
+
+        def forward(self, x):
+            return self.head(F.relu(self.body(x)))
+
+    torch.manual_seed(0)
+    batches = [torch.randn(6, 12) for _ in range(2)]
+    found = plan(Backwards(), "bops <= 0.6%", batches, replace(SHORT, image=4))
+    assert [line.name for line in found] == ["body", "head"]
+    assert found["body"].act == 4
+
+
+def test_other_labels_are_other_work(tmp_path):
+    case = network("residual")
+    method = CGMQ(epochs=1, finish=2, steps=10, batch=6, rate=0.05)
+    for label in (0, 3):
+        batches = [(x, torch.full((len(x),), label)) for x in case.batches]
+        task = Task(batches, lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1]))
+        result = compress(case.model, BUDGET, task, method, engine=Engine(folder=tmp_path))
+        out = outputs(result.model(torch.cat(case.batches)))[0]
+        assert (out.argmax(1) == label).float().mean() > 0.6
+
+
+def test_the_other_grid_of_two_bits_is_other_work(tmp_path):
+    case = network("residual")
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine(folder=tmp_path))
+    for grid in ("tc", "2hc"):
+        lines = Plan.parse("\n".join(f"{s.name} dense@{grid} | act@4" for s in piece.survey))
+        again = fit(case.model, lines, case.batches, SHORT, engine=Engine(folder=tmp_path))
+        alone = fit(case.model, lines, case.batches, SHORT)
+        for a, b in zip(again.model.parameters(), alone.model.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 # Gates
@@ -274,8 +326,9 @@ def test_the_gates_are_drawn(tmp_path, suffix, granularity):
 # Long runs
 
 
-def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
-    method = CGMQ(epochs=2, finish=2, steps=4, batch=6, granularity="channel")
+@pytest.mark.parametrize("budget", [BUDGET, "bytes <= 2826"])
+def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, budget):
+    method = CGMQ(epochs=2, finish=2, steps=4, batch=6, granularity="channel", gates=3.0)
 
     def killer(at):
         def progress(stage, done, _):
@@ -284,12 +337,12 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
 
         return progress
 
-    whole = _run(method)
+    whole = _run(method, budget)
     for k, at in enumerate([("training with gates", 9), ("training with gates", 14), ("training", 6)]):
         folder = tmp_path / str(k)
         with pytest.raises(KeyboardInterrupt):
-            _run(method, engine=Engine(folder=folder, progress=killer(at)))
-        again = _run(method, engine=Engine(folder=folder))
+            _run(method, budget, engine=Engine(folder=folder, progress=killer(at)))
+        again = _run(method, budget, engine=Engine(folder=folder))
         assert again.plan == whole.plan
         state = again.model.state_dict()
         assert all(torch.equal(state[n], t) for n, t in whole.model.state_dict().items())
@@ -325,9 +378,19 @@ def test_mistakes_are_named():
         ({"widths": (2, 9)}, "9 bits"),
         ({"direction": 4}, "direction is one of 1, 2, 3"),
         ({"image": "float"}, "image"),
+        ({"batch": 0}, "batch is at least 1"),
+        ({"steps": 0}, "steps is at least 1"),
+        ({"epochs": -1}, "epochs is at least 0"),
     ):
         with pytest.raises(PlanError, match=word):
             CGMQ(**fields)
     case = network("residual")
+    first, *_ = chosen = plan(case.model, BUDGET, case.batches, SHORT)
+    mixed = chosen.with_layer(type(first).parse(f"{first.name} dense[0-3]@2hc + dense[4-7]@tc | act@8"))
+    with pytest.raises(PlanError, match="on one signed grid"):
+        fit(case.model, mixed, case.batches, SHORT)
+    endless = Task(case.batches, loss=lambda out, _: out.sum() * (1 if torch.is_grad_enabled() else torch.inf))
+    with pytest.raises(DataError, match="held-back examples is not finite"):
+        compress(case.model, BUDGET, endless, SHORT)
     with pytest.raises(DataError, match="held back"):
         compress(case.model, BUDGET, [case.batches[0][:1]], SHORT)

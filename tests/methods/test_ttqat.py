@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from networks import rand
 from torch import nn
@@ -339,6 +342,69 @@ def test_attention_is_seen_in_fused_calls_as_in_plain_ones(causal):
 
     found = [Look(nn.Module(), [])(lambda m=m: m(q)).attention for m in (Fused(), Plain())]
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+
+
+def test_places_that_may_look_at_nothing_look_everywhere_alike():
+    q, k, v = (rand(2, 3, 5, 4, seed=s) for s in (1, 2, 3))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask[0] = False  # padding on the left of a decoder
+
+    class Fused(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
+
+    found = Look(nn.Module(), [])(lambda: Fused()(q)).attention[0]
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found[:, :, 0], torch.full((2, 3, 5), 0.2))
+    assert torch.allclose(found[:, :, 1, :2].sum(-1), torch.ones(2, 3))
+
+
+class Answers(nn.Module):
+    """A table as the first block; the network returns one number an example, and a loss beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, ids):
+        found = self.head(self.blocks(ids).mean(1)).squeeze(-1)
+        return found.square().mean(), found
+
+
+def test_numbers_and_a_loss_among_the_outputs_are_no_hindrance():
+    torch.manual_seed(0)
+    data = [torch.randint(20, (4, 6)) for _ in range(12)]
+    found = rabbet.compress(Answers().eval(), "bytes <= 100%", data, TTQAT(8, 8, 8, epochs=12, finish=6, rate=5e-3))
+    before, after = (float(x) for x in found.notes[0].rpartition(" loss ")[2].split(" -> "))
+    assert after < before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_trained_in_half_precision_is_what_the_file_holds(dtype, tmp_path):
+    torch.manual_seed(0)
+    model, data = Encoder().eval().to(dtype), [torch.randint(40, (4, 7)) for _ in range(4)]
+    result = rabbet.compress(model, "bytes <= 100%", data, TTQAT(rank=4, epochs=1, finish=1))
+    result.save(tmp_path / "a.safetensors")
+    again = rabbet.load(tmp_path / "a.safetensors", model)
+    ours, theirs = result.model.state_dict(), again.state_dict()
+    assert all(torch.equal(ours[k].float(), theirs[k].float()) for k in ours)
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for seed in range(2):
+        result = rabbet.compress(bert(), "bytes <= 20%", sentences(), TTQAT(**SHORT), seed=seed)
+        result.save(Path(folder) / f"{rank}-{seed}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_two_processes_choose_the_same_epoch(tmp_path):
+    mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    for seed in range(2):
+        files = [(tmp_path / f"{rank}-{seed}.safetensors").read_bytes() for rank in range(2)]
+        assert files[0] == files[1]
 
 
 def test_a_teacher_keeps_what_fits():

@@ -6,6 +6,7 @@ met, 2 any other mistake, 130 stopped by hand. A mistake is one line that starts
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from importlib.metadata import version
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _told("error: a worker process died, perhaps for want of memory; try fewer --jobs", 2)
     except (RabbetError, OSError) as e:
         return _told(f"error: {e}", 2)
+    except Exception:  # a mistake of ours: it is shown whole, and is no broken budget
+        traceback.print_exc()
+        return 2
     if code == INTERRUPTED:  # typer's own word for a KeyboardInterrupt
         return _told("stopped", INTERRUPTED)
     return code if isinstance(code, int) else 0

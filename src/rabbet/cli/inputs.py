@@ -1,5 +1,7 @@
 """What a command works on: a network, batches, and what judges a network."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from torch import nn
 from rabbet.cli.judge import Judge, open_judge
 from rabbet.cli.names import made
 from rabbet.cli.pretrained import pretrained
-from rabbet.errors import DataError
+from rabbet.errors import DataError, RabbetError
 from rabbet.task import Task
 
 DEMO_MODEL, DEMO_DATA, DEMO_TEST = "rabbet.demo:model", "rabbet.demo:calibration", "rabbet.demo:test"
@@ -22,6 +24,17 @@ class Inputs:
     network: nn.Module
     task: Task
     judge: Judge | None
+
+
+@contextlib.contextmanager
+def demo(given: str | None, option: str) -> Iterator[None]:
+    """Say in an error that the demo stood in for an option that was not given."""
+    try:
+        yield
+    except RabbetError as e:
+        if given is not None:
+            raise
+        raise type(e)(f"{e} (no {option} was given: this is the demo's)") from None
 
 
 def open_inputs(model: str | None, data: str | None, test: str | None = None) -> Inputs:

@@ -90,6 +90,11 @@ def compress(
     limits = options.budget_of(budget or options.DEFAULT_BUDGET) if budget or not plan else None
     worker = options.method_of(method, quality)
     wanted = None if plan is None else options.plan_of_file(plan)
+    if wanted is not None and limits is not None and any(x.metric == "latency" for x in limits.limits):
+        raise typer.BadParameter(
+            "a plan is not timed before it is fitted; leave the latency out, and measure with rabbet bench",
+            param_hint="--budget",
+        )
     target = ready(output)
     inputs = open_inputs(model, data, test)
     before = None if inputs.judge is None else inputs.judge(inputs.network)
@@ -111,6 +116,8 @@ def compress(
         end = "" if after is None else f" -> {inputs.judge.show(after)}"
         out.print(f"{inputs.judge.quantity}: {inputs.judge.show(before)}{end}", soft_wrap=True)
     out.print(f"{output}: {written.bytes:,} bytes", soft_wrap=True)
+    if target != "safetensors":
+        out.print(f"the native file, which a budget of bytes is about: {result.cost.bytes:,} bytes", soft_wrap=True)
 
 
 def _made(

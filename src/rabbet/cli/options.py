@@ -75,7 +75,7 @@ def method_of(text: str | None, quality: str = "default") -> Method:
         return QUALITY[quality]
     if quality != "default":
         raise typer.BadParameter("it is a setting of the default method; leave it out", param_hint="--quality")
-    name, *settings = text.split()
+    name, *settings = text.split() or [""]
     if name not in METHODS:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(METHODS)}", param_hint="--method")
     try:

@@ -33,6 +33,8 @@ def check(
 ) -> None:
     """Hold a file against a budget: exit code 0 if it is within, 1 if it is over."""
     limits = options.budget_of(budget)
+    if any(limit.metric == "latency" for limit in limits.limits):
+        raise typer.BadParameter("a file does not say its latency; measure it with rabbet bench", param_hint="--budget")
     stored = Stored.read(file)
     over = any(limit.broken_by(stored.cost, stored.float_cost) for limit in limits.limits)
     if as_json:

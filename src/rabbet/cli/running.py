@@ -10,7 +10,7 @@ import typer
 
 from rabbet.bench import Timing, cpu, plain_int8, time_files
 from rabbet.cli import options, tables
-from rabbet.cli.inputs import DEMO_DATA, DEMO_MODEL, DEMO_TEST, open_inputs, open_network, open_task
+from rabbet.cli.inputs import DEMO_DATA, DEMO_MODEL, DEMO_TEST, demo, open_inputs, open_network, open_task
 from rabbet.cli.judge import open_judge
 from rabbet.cli.stored import opened, ready
 from rabbet.compress import reopen
@@ -39,10 +39,13 @@ def export(
 ) -> None:
     """Write a compressed network for a runtime; layers that will not run on integer kernels are listed."""
     chosen = ready(output, target)
+    if whole is not None and (whole.suffix != ".onnx" or whole.absolute() == output.absolute()):
+        raise typer.BadParameter(f"{whole} must end in .onnx, and not be the --output itself", param_hint="--float")
     if whole is not None:
         ready(whole)
     inputs = open_inputs(model, data)
-    result = reopen(file, inputs.network, inputs.task)
+    with demo(model, "--model"):
+        result = reopen(file, inputs.network, inputs.task)
     for path in (output, whole):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,10 @@ def evaluate(
         raise typer.BadParameter("say what to measure with: batches of (inputs, labels)", param_hint="--test")
     judge = open_judge(test or DEMO_TEST)
     assert judge is not None
-    found = judge(opened(file, open_network(model or DEMO_MODEL)))
+    with demo(model, "--model"):
+        network = opened(file, open_network(model or DEMO_MODEL))
+    with demo(test, "--test"):
+        found = judge(network)
     if as_json:
         tables.print_json({"file": str(file), "quantity": judge.quantity, "value": found})
         return
@@ -103,6 +109,8 @@ def bench(
             timed["plain int8 of onnxruntime"] = plain_int8(against[0], batches, Path(folder))
         ran = {name: Counter(kernels(path).values()) for name, path in timed.items()}
         sizes = {name: path.stat().st_size for name, path in timed.items()}
+        with demo(data, "--data"):
+            _several(batches, 1)
         found = {
             count: time_files(timed, _several(batches, count), threads, runs)
             for count in dict.fromkeys((1, batch or 1))

@@ -1,5 +1,6 @@
 """Files on disk: what a native one says of itself without the network, how any of them is run, where one can go."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def ready(output: Path, target: str | None = None) -> str:
     there = next(parent for parent in output.absolute().parents if parent.exists())
     if not there.is_dir():
         raise FileError(f"cannot write {output}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise FileError(f"cannot write {output}: {there} cannot be written to")
     return found
 
 

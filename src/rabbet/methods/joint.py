@@ -52,7 +52,12 @@ class Joint:
     def __post_init__(self) -> None:
         if not self.grids:
             raise PlanError("Joint needs at least one grid to choose from")
-        for text in (*self.grids, self.adapter_grid, *(g for g, _ in self.adapters)):
+        strange = next((form for form in self.forms if form not in FORMS or form == "dense"), None)
+        if strange is not None:
+            raise PlanError(f"forms are of {', '.join(f for f in FORMS if f != 'dense')}; found {strange!r}")
+        if not all(isinstance(a, tuple) and len(a) == 2 for a in self.adapters):
+            raise PlanError(f"adapters are pairs of a grid and a share, such as ('2hc', 0.05); found {self.adapters}")
+        for text in (*self.grids, self.adapter_grid, *self.factor_grids, *(g for g, _ in self.adapters)):
             Grid.parse(text)
         if self.act is not None:
             Grid(self.act, "unsigned")

@@ -258,7 +258,7 @@ class _Taught(Course):
         """The loss of a batch; `place` tells the teacher which it is; generator: for what the student is shown."""
         task = self.piece.task
         theirs = self.teacher.show(place, lambda: task.run(self.piece.model, batch))
-        given = batch if task.vary is None or generator is None else task.vary(batch, generator)
+        given = batch if generator is None else task.varied(batch, generator)
         held: list[object] = []
 
         def ours() -> object:
@@ -284,7 +284,7 @@ class _Taught(Course):
         """The user's own score of the student, or the negative loss of held-back batches; larger is better."""
         task = self.piece.task
         if task.evaluate is not None:
-            return float(task.evaluate(self.student))
+            return task.score(self.student)
         with torch.no_grad():
             found = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(examples(b)) for b in self.held])
@@ -298,7 +298,7 @@ class _Taught(Course):
         """Keep the state if it is the best so far."""
         found = self.judged()
         if math.isnan(found):
-            raise DataError(f"the {self.measure} of held-back examples is not a number; check the batches and the task")
+            raise DataError("the loss of held-back examples is not a number; check the batches and the loss")
         if found > float(self.most):
             self.most = torch.tensor(found, dtype=torch.float64)
             self.best = {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
