@@ -21,6 +21,8 @@ MISTAKES = {
     "compress --output a.safetensors --test mine_of_user:unlabelled": "batches of (inputs, labels), found float32",
     "compress --output a.onnxx": ".safetensors",
     "compress --output mine_of_user.py/a.safetensors": "is not a folder",
+    "plan --out mine_of_user.py/a.plan": "is not a folder",
+    "compress --output a.safetensors --resume mine_of_user.py/work": "cannot be kept in",
     "compress --output a.safetensors --quality superb": "fast, default, best",
     "compress --output a.safetensors --plan nowhere.txt": "cannot be read",
     "compress --output a.safetensors --plan mine_of_user.py": "mine_of_user.py: 'import torch': 'torch' is not a term",

@@ -8,7 +8,7 @@ import typer
 
 from rabbet.cli import options, tables
 from rabbet.cli.inputs import Inputs, open_inputs
-from rabbet.cli.stored import opened, ready
+from rabbet.cli.stored import opened, ready, writable
 from rabbet.cli.working import working
 from rabbet.compress import Result, fit
 from rabbet.compress import compress as choose_and_fit
@@ -57,6 +57,8 @@ def plan(
 ) -> None:
     """Choose only: print the plan that compress would fit, to be read, edited and given to compress --plan."""
     limits, chooser = options.budget_of(budget), options.method_of(method)
+    if out is not None:
+        writable(out)
     inputs = open_inputs(model, data)
     with working(resume, jobs, as_json) as engine:
         found = choose(inputs.network, limits, inputs.task, chooser, seed, engine)

@@ -110,11 +110,10 @@ def bench(
         ran = {name: Counter(kernels(path).values()) for name, path in timed.items()}
         sizes = {name: path.stat().st_size for name, path in timed.items()}
         with demo(data, "--data"):
-            _several(batches, 1)
-        found = {
-            count: time_files(timed, _several(batches, count), threads, runs)
-            for count in dict.fromkeys((1, batch or 1))
-        }
+            found = {
+                count: time_files(timed, _several(batches, count), threads, runs)
+                for count in dict.fromkeys((1, batch or 1))
+            }
     floats = [name for name, kernel in kernels(file).items() if kernel not in KERNELS]
     facts = cpu() | {"threads": str(threads or "all")}
     if as_json:

@@ -54,12 +54,17 @@ def ready(output: Path, target: str | None = None) -> str:
     if target is None and output.suffix not in ENDINGS:
         raise typer.BadParameter(f"{output} must end in one of {', '.join(ENDINGS)}", param_hint="--output")
     found = target_of(output, target)
+    writable(output)
+    return found
+
+
+def writable(output: Path) -> None:
+    """Refuse a file for which there is no folder that can be written to, before any work."""
     there = next(parent for parent in output.absolute().parents if parent.exists())
     if not there.is_dir():
         raise FileError(f"cannot write {output}: {there} is not a folder")
     if not os.access(there, os.W_OK):
         raise FileError(f"cannot write {output}: {there} cannot be written to")
-    return found
 
 
 def opened(path: Path, network: nn.Module) -> nn.Module:
