@@ -247,7 +247,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     """
     right = total = 0
     training = [m for m in model.modules() if m.training]
-    model.eval()
+    for module in training:  # an exported program has no `eval`
+        module.training = False
     try:
         with torch.no_grad():
             for batch in batches:
