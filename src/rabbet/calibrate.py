@@ -1,7 +1,7 @@
 """One pass over the user's batches: the second moment of each site's inputs, and the range of each activation."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +140,27 @@ def calibrate_ranges(
     """
     acts = [m for m in model.modules() if isinstance(m, ActQuant)]
     _calibrate(model, acts, task, seed, limit, progress)
+
+
+def range_ends(
+    model: nn.Module, task: Task, widths: Iterable[int], seed: int = 0
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """The ends of each input's range as `calibrate_ranges` finds them at several widths, by layer and bits.
+
+    The quantisers of the model are left at the last of the widths.
+    """
+    layers = compressed_layers(model)
+    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in layers}
+    for bits in sorted(widths):
+        for layer in layers.values():
+            for act in layer.quantisers:
+                act.grid = Grid(bits, "unsigned")
+        calibrate_ranges(model, task, seed)
+        for name, layer in layers.items():
+            for act in layer.quantisers:
+                scale, zero = float(act.scale), float(act.zero)
+                found[name][bits] = -zero * scale, (act.grid.high - zero) * scale
+    return found
 
 
 def calibrate_inner(model: nn.Module, task: Task, seed: int = 0, limit: int = 512) -> None:

@@ -7,7 +7,6 @@ is handed on only after its cost was counted in whole numbers, so the budget hol
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from rabbet.allocate import Option, require_feasible
 from rabbet.augment import Pool, split
-from rabbet.calibrate import calibrate_ranges
+from rabbet.calibrate import range_ends
 from rabbet.cost import Budget, Cost
 from rabbet.errors import DataError, PlanError, check_choices, check_least
 from rabbet.gates import Gates, Gating
@@ -25,12 +24,13 @@ from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
 from rabbet.methods.base import Fitted
 from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.seat import WIDEST, Ranges, seated
+from rabbet.seat import WIDEST, seated
 from rabbet.site import Site
 from rabbet.task import Batch, divergence, outputs, tensors
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the examples that choose between epochs and are not trained on
+GOALS = 2**26  # entries that the float network's answers to held-back examples may take, to be kept
 PROBE = 128  # held-back examples that tell how much a level is worth
 
 
@@ -160,7 +160,7 @@ class _Course(Course):
         student = build(piece.model, Plan(tuple(_at_eight(line) for line in lines)), piece.survey)
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
         widths = {WIDEST, *(b for b in method.widths if b < WIDEST), *(x.act for x in lines if x.act is not None)}
-        self.student, seats = seated(student, weights, _ranges(student, piece, widths))
+        self.student, seats = seated(student, weights, range_ends(student, piece.task, widths, piece.seed))
         self.seats = {line.name: seats[line.name] for line in lines}  # in the order of the lines: that of running
         for line in lines:
             self.seats[line.name].two = method.two
@@ -172,6 +172,7 @@ class _Course(Course):
             self.groups += [{"params": [p], "base": method.rate * max(_size(p), 1e-6)} for p in ranges]
             if seat.bias is not None:
                 self.groups.append({"params": [seat.bias], "base": method.rate * max(_size(seat.bias), 0.05)})
+        self.goals: dict[int, list[Tensor]] = {}
         self.best: dict[str, Tensor] = {}
         self.least = torch.tensor(math.inf)
         self.now = math.nan
@@ -186,22 +187,26 @@ class _Course(Course):
         self.now = float(found.detach())
         return found
 
-    def on(self, batch: Batch) -> Tensor:
-        """The loss of a batch."""
+    def on(self, batch: Batch, place: int | None = None) -> Tensor:
+        """The loss of a batch; place: among the held-back ones, of which the float network is asked only once."""
         task = self.piece.task
         found = task.run(self.student, batch)
         if task.loss is not None:
             return task.judge(self.student, found, batch)
-        with torch.no_grad():
-            goal = outputs(task.run(self.piece.model, batch))
+        goal = None if place is None else self.goals.get(place)
+        if goal is None:
+            with torch.no_grad():
+                goal = outputs(task.run(self.piece.model, batch))
+            if place is not None and sum(t.numel() for t in goal) * len(self.held) <= GOALS:
+                self.goals[place] = goal
         return divergence(outputs(found), goal)
 
     def judged(self, limit: int | None = None) -> float:
         """Mean loss of held-back batches, the first of them up to a limit."""
         total, seen = [], 0
         with torch.no_grad():
-            for batch in self.held:
-                total.append(self.on(batch))
+            for place, batch in enumerate(self.held):
+                total.append(self.on(batch, place))
                 seen += len(tensors(batch)[0])
                 if limit is not None and seen >= limit:
                     break
@@ -376,22 +381,6 @@ def _at_eight(line: LayerPlan) -> LayerPlan:
     """The line at 8 bits: what ranges are calibrated for."""
     grid = replace(line.terms[0].grid, bits=WIDEST, kind="signed")
     return LayerPlan(line.name, (Term("dense", grid),), None if line.act is None else WIDEST)
-
-
-def _ranges(student: nn.Module, piece: Workpiece, widths: Iterable[int]) -> dict[str, Ranges]:
-    """The ends of each input's range at several widths, by site."""
-    layers = compressed_layers(student)
-    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in layers}
-    for bits in sorted(widths):
-        for layer in layers.values():
-            for act in layer.quantisers:
-                act.grid = Grid(bits, "unsigned")
-        calibrate_ranges(student, piece.task, piece.seed)
-        for name, layer in layers.items():
-            for act in layer.quantisers:
-                scale, zero = float(act.scale), float(act.zero)
-                found[name][bits] = -zero * scale, (act.grid.high - zero) * scale
-    return dict(found)
 
 
 def _size(tensor: Tensor) -> float:
