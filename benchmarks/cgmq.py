@@ -141,6 +141,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
     task = Task(list(images.split(500)), limit=len(images))  # no labels: taught by its own outputs
     held = list(images[1600:2600].split(100))
     row("ResNet-20", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", "-", "-", "-")
+    wide = replace(settings, widths=tuple(range(2, 9)))  # not the powers of two alone, as in the paper
     trained = replace(settings, finish=2 * settings.epochs + settings.finish)
     engine = rabbet.Engine()
     for share in budgets:
@@ -149,6 +150,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
         uniform = _uniform(model, data, share)
         runs: dict[str, Callable[[], tuple[float, rabbet.Result, float]]] = {
             "CGMQ": functools.partial(measured, model, budget, task, settings, test, 0),
+            "CGMQ, 2 to 8 bits": functools.partial(measured, model, budget, task, wide, test, 0),
             "uniform, trained as long": functools.partial(fitted, model, uniform, task, trained, test),
             "uniform, not trained": functools.partial(fitted, model, uniform, Task(data), DENSE, test),
             "Joint, trained as long": lambda: fitted(model, joint(), task, trained, test),  # noqa: B023 (called at once)

@@ -229,10 +229,34 @@ class Gates:
                 if self._over(counts) > 0:
                     self._shift(levels, counts, k, -1)
                     full.add(alike)
+        self.move_to(levels)
+
+    def move_to(self, levels: Sequence[int]) -> None:
+        """Give every tensor its width; gates of those that change go along."""
         for k, (old, new) in enumerate(zip(self.levels, levels, strict=True)):
             if new != old:
                 self.values[k] = new + 0.5
         self.set_levels(levels)
+
+    def harms(self) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+        """What the measured rises say of each width that a file holds, by layer: of its weight, and of its input.
+
+        Fewer bits never harm less: where a measurement says so, it is noise. An input without a gate has one width.
+        """
+        held = [j for j, bits in enumerate(self.widths) if bits <= WIDEST]
+        found = {seat.site.name: ({seat.bits[0]: 0.0}, {seat.act: 0.0}) for seat in self.seats}
+        for span in self.spans:
+            rises = self.rises[span.first].flip(0).cummax(0).values.flip(0)
+            own = {self.widths[j]: float(rises[j]) for j in held}
+            weight, given = found[span.seat.site.name]
+            found[span.seat.site.name] = (weight, own) if span.inner else (own, given)
+        return found
+
+    def levels_of(self, plan: Plan) -> list[int]:
+        """The levels of a plan of these seats, one width a weight."""
+        lines = [(span, plan[span.seat.site.name]) for span in self.spans]
+        bits = [(line.act or WIDEST) if span.inner else line.terms[0].grid.bits for span, line in lines]
+        return [self.widths.index(b) for b in bits]
 
     def _shift(self, levels: list[int], counts: list[list[int]], k: int, way: int) -> None:
         """Move a gate by a level, and count it there."""

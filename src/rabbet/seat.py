@@ -151,6 +151,15 @@ class Seat(nn.Module):
         return LayerPlan(self.site.name, terms, act if self.high is not None else None)
 
 
+def seatable(site: Site, line: LayerPlan) -> bool:
+    """Whether dense terms make every output of a layer once, on grids that gates can choose."""
+    rows = [row for t in line.terms for row in (range(site.shape[0]) if t.rows is None else t.rows)]
+    known = all(t.grid.kind == "signed" or (t.grid.bits == 2 and t.grid.kind != "unsigned") for t in line.terms)
+    alike = {t.grid.axis for t in line.terms} in ({None}, {0})
+    alike = alike and len({t.grid.kind for t in line.terms if t.grid.bits == 2}) < 2
+    return {t.form for t in line.terms} == {"dense"} and sorted(rows) == list(range(site.shape[0])) and known and alike
+
+
 def _parts(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
     """Each width with the outputs that have it, None for all, the smallest first."""
     different = sorted(set(bits))

@@ -19,6 +19,7 @@ from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.gates import Gates
 from rabbet.layer import build, compressed_layers
 from rabbet.loop import shared
+from rabbet.methods.cgmq import _Gated
 from rabbet.report import draw_gates
 from rabbet.seat import seated
 from rabbet.task import outputs
@@ -43,13 +44,16 @@ def _widths(found):
 @st.composite
 def methods(draw):
     widths = draw(st.sets(st.sampled_from([2, 3, 4, 5, 6, 8, 16, 32]), min_size=1, max_size=5))
+    direction, granularity = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(["layer", "channel"]))
+    measured = (direction, granularity) == (3, "layer")
     return CGMQ(
-        direction=draw(st.sampled_from([1, 2, 3])),
-        granularity=draw(st.sampled_from(["layer", "channel"])),
+        direction=direction,
+        granularity=granularity,
         widths=tuple(sorted(widths | {draw(st.sampled_from([2, 3, 4]))})),
         image=draw(st.sampled_from(["gate", 8, None])),
         scales=draw(st.sampled_from(["tensor", "channel"])),
         updates=draw(st.sampled_from(["alternating", "continuous"])),
+        landing=draw(st.sampled_from(["program", "greedy"])) if measured else "greedy",
         two=draw(st.sampled_from(["half", "ternary"])),
         epochs=1,
         finish=draw(st.integers(0, 1)),
@@ -297,6 +301,31 @@ def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind, channels)
             assert gates.excess(higher) > 0 or gates.widths[level] >= 8
 
 
+@pytest.mark.parametrize("budget", ["bops <= 0.7%", "bops <= 2%", "bytes <= 22%, bops <= 2%"])
+def test_the_program_lands_where_the_measured_rise_is_least(budget):
+    case, limits = network("residual"), Budget.parse(budget)
+    total = {}
+    for landing in ("program", "greedy"):
+        piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+        method = CGMQ(widths=(2, 3, 4, 5, 6, 8), landing=landing, epochs=1, finish=0, steps=1, batch=6)
+        course = _Gated(method, piece, [method._line(k, s) for k, s in enumerate(piece.survey)], limits)
+        gates = course.gates
+        steps = torch.rand(gates.rises.shape, generator=torch.Generator().manual_seed(3)).double()
+        gates.rises = steps.flip(1).cumsum(1).flip(1) - steps[:, -1:]  # fewer bits harm more
+        course.land()
+        assert not any(x.broken_by(piece.cost(course.plan), piece.float_cost) for x in limits.limits)
+        total[landing] = float(gates.rises.gather(1, torch.tensor(gates.levels)[:, None]).sum())
+    assert total["program"] <= total["greedy"] + 1e-9
+
+
+def test_fewer_bits_are_never_taken_to_harm_less():
+    gates, _ = _gates(widths=(2, 4, 8, 16))
+    gates.rises[0] = torch.tensor([0.1, 0.4, 0.2, 0.0])
+    weight, given = gates.harms()[gates.seats[0].site.name]
+    assert weight == pytest.approx({2: 0.4, 4: 0.4, 8: 0.2})
+    assert given == {2: 0.0, 4: 0.0, 8: 0.0}
+
+
 # What can be watched
 
 
@@ -381,6 +410,8 @@ def test_mistakes_are_named():
         ({"batch": 0}, "batch is at least 1"),
         ({"steps": 0}, "steps is at least 1"),
         ({"epochs": -1}, "epochs is at least 0"),
+        ({"landing": "program", "direction": 1}, "needs direction=3"),
+        ({"landing": "program", "granularity": "channel"}, "granularity='layer'"),
     ):
         with pytest.raises(PlanError, match=word):
             CGMQ(**fields)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rabbet.allocate import Option, require_feasible
+from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.augment import Pool, split
 from rabbet.calibrate import range_ends
 from rabbet.cost import Budget, Cost
@@ -24,7 +24,7 @@ from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
 from rabbet.methods.base import Fitted
 from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.seat import WIDEST, seated
+from rabbet.seat import WIDEST, seatable, seated
 from rabbet.site import Site
 from rabbet.task import Batch, divergence, outputs, tensors
 from rabbet.workpiece import Workpiece
@@ -43,10 +43,12 @@ class CGMQ:
     loss for what is saved. widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. image: bits
     of the first layer's input, "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output
     channel. two: the grid at 2 bits, "half" or the paper's "ternary". epochs: pairs of an epoch with moving gates and
-    one without; updates "continuous" moves them in both. finish: epochs after the choice, widths fixed. steps: of an
-    epoch, None for all examples. rate: Adam's, relative to the mean magnitude of what it moves. gates: how far a gate
-    of mean speed moves in an epoch, in widths. Trains on the task's loss if it has one, else on the float network's
-    outputs, images augmented if `augment`.
+    one without; updates "continuous" moves them in both. landing: how an epoch of moving gates ends in the budget:
+    "greedy", what costs least for what it saves goes down first; or by the integer "program" over the rises that
+    direction 3 has measured, for gates of layers. finish: epochs after the choice, widths fixed. steps: of an epoch,
+    None for all examples. rate: Adam's, relative to the mean magnitude of what it moves. gates: how far a gate of mean
+    speed moves in an epoch, in widths. Trains on the task's loss if it has one, else on the float network's outputs,
+    images augmented if `augment`.
     """
 
     direction: Literal[1, 2, 3] = 3
@@ -56,6 +58,7 @@ class CGMQ:
     scales: Literal["tensor", "channel"] = "channel"
     two: Literal["half", "ternary"] = "half"
     updates: Literal["alternating", "continuous"] = "alternating"
+    landing: Literal["greedy", "program"] = "greedy"
     epochs: int = 6
     finish: int = 6
     steps: int | None = None
@@ -68,6 +71,8 @@ class CGMQ:
         check_choices(self)
         check_least(self, 0, "epochs", "finish")
         check_least(self, 1, "steps", "batch")
+        if self.landing == "program" and (self.direction, self.granularity) != (3, "layer"):
+            raise PlanError("landing='program' needs direction=3, which measures, and granularity='layer'")
         if not self.widths or sorted(set(self.widths)) != list(self.widths):
             raise PlanError(f"widths are different numbers of bits in rising order; found {self.widths}")
         for bits in self.widths:
@@ -96,7 +101,7 @@ class CGMQ:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Train at the plan's widths, from where the search left off if it ended with this plan; see `Method.fit`."""
         validate(plan, piece.survey)
-        other = next((x for x in plan if not _dense(piece.survey[x.name], x)), None)
+        other = next((x for x in plan if not seatable(piece.survey[x.name], x)), None)
         if other is not None:
             raise PlanError(f"CGMQ trains dense weights, every output on one signed grid; {other} is not one")
         course = _Course(self, piece, [plan[s.name] for s in piece.survey if plan.get(s.name)], self.finish)
@@ -339,12 +344,29 @@ class _Gated(_Course):
 
     def land(self) -> None:
         """Bring the widths under the budget, counted on the whole file."""
-        self.gates.land(self.method.direction)
+        method = self.method
+        if method.landing == "program" and self.gates.rises.any():  # none was measured where there is no epoch
+            self.gates.move_to(self._allocated())
+            return
+        self.gates.land(method.direction)
         whole, fixed = self.piece.float_cost, self.gates.fixed
         while any(limit.broken_by(self.piece.cost(self.plan), whole) for limit in self.budget.limits):
             self.gates.fixed = replace(self.gates.fixed, bytes=self.gates.fixed.bytes + 64)  # the header is padded
-            self.gates.land(self.method.direction)
+            self.gates.land(method.direction)
         self.gates.fixed = fixed
+
+    def _allocated(self) -> list[int]:
+        """The levels of least rise of the loss under the budget, weight and input of a layer chosen together."""
+        harms = self.gates.harms()
+        table, scores = list[list[Option]](), list[list[float]]()
+        for site in self.piece.survey:
+            seat, weight, given = self.seats[site.name], *harms[site.name]
+            pairs = list(itertools.product(weight, given))
+            lines = [seat.line([bits], act) for bits, act in pairs]
+            table.append([Option(line, self.piece.layer_cost(site, line)) for line in lines])
+            scores.append([weight[bits] + given[act] for bits, act in pairs])
+        found = allocate(scores, table, self.budget, self.piece.float_cost, self.piece.cost)
+        return self.gates.levels_of(found)
 
     def remember(self) -> float:
         least = float(self.least)
@@ -366,15 +388,6 @@ class _Gated(_Course):
         self.gates.restore({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         self.over, self.levels = bool(state["over"]), state["levels"].tolist()
         self.seen = list(state["seen"]) if "seen" in state else []
-
-
-def _dense(site: Site, line: LayerPlan) -> bool:
-    """Whether dense terms make every output of a layer once, on grids that gates can choose."""
-    rows = [row for t in line.terms for row in (range(site.shape[0]) if t.rows is None else t.rows)]
-    known = all(t.grid.kind == "signed" or (t.grid.bits == 2 and t.grid.kind != "unsigned") for t in line.terms)
-    alike = {t.grid.axis for t in line.terms} in ({None}, {0})
-    alike = alike and len({t.grid.kind for t in line.terms if t.grid.bits == 2}) < 2
-    return {t.form for t in line.terms} == {"dense"} and sorted(rows) == list(range(site.shape[0])) and known and alike
 
 
 def _at_eight(line: LayerPlan) -> LayerPlan:
