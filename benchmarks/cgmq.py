@@ -131,7 +131,7 @@ def _spread(values: list[float]) -> str:
 
 
 def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> None:
-    """The same on ResNet-20, against uniform widths, `Joint` with the same training, and no training.
+    """The same on ResNet-20, against uniform widths, `Joint` with the same training, and what `Joint` fits on its own.
 
     These two have 8 bits for the image and the input of the last layer; uniform widths, as is usual, for both weights
     of these layers, too.
@@ -152,9 +152,9 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
             "CGMQ": functools.partial(measured, model, budget, task, settings, test, 0),
             "CGMQ, 2 to 8 bits": functools.partial(measured, model, budget, task, wide, test, 0),
             "uniform, trained as long": functools.partial(fitted, model, uniform, task, trained, test),
-            "uniform, not trained": functools.partial(fitted, model, uniform, Task(data), DENSE, test),
+            "uniform, only fitted": functools.partial(fitted, model, uniform, Task(data), DENSE, test),
             "Joint, trained as long": lambda: fitted(model, joint(), task, trained, test),  # noqa: B023 (called at once)
-            "Joint, not trained": lambda: fitted(model, joint(), Task(data), DENSE, test),  # noqa: B023
+            "Joint, only fitted": lambda: fitted(model, joint(), Task(data), DENSE, test),  # noqa: B023
         }
         for label, run in ((k, v) for k, v in runs.items() if not only or any(o in k for o in only)):
             found, result, seconds = run()
