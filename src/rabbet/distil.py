@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from rabbet.errors import ModelError
 from rabbet.survey import Survey
-from rabbet.task import Batch, outputs, tensors
+from rabbet.task import Batch, floating, outputs
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def _after(hidden: dict[int, Tensor], place: int) -> Any:
 
 def _keep(hidden: dict[int, Tensor], place: int, value: Any) -> None:
     """The first tensor of what passes; indices, which an embedding is given, are no hidden state."""
-    found = next((t for t in tensors(value) if t.is_floating_point()), None)
-    if found is not None:
+    for found in floating(value)[:1]:
         hidden[place] = found
 
 

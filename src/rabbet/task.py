@@ -165,6 +165,11 @@ def tensors(value: Any) -> list[Tensor]:
     return []
 
 
+def floating(value: Any) -> list[Tensor]:
+    """Those of them that hold real numbers: no indices, no masks."""
+    return [t for t in tensors(value) if t.is_floating_point()]
+
+
 def replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same nested value with every tensor changed."""
     if isinstance(value, Tensor):
@@ -223,7 +228,7 @@ def outputs(value: Any) -> list[Tensor]:
 
     Raises DataError if there is none: without one, no output can be compared.
     """
-    found = [t for t in tensors(value) if t.is_floating_point()]
+    found = floating(value)
     if not found:
         raise DataError(f"the model returned {type(value).__name__} without a floating tensor; nothing to compare")
     return found

@@ -15,7 +15,7 @@ from rabbet.layer import Compressed, compressed_layers
 from rabbet.loop import Course, Group, run, shared
 from rabbet.site import KINDS
 from rabbet.survey import Survey
-from rabbet.task import Batch, divergence, examples, outputs, tensors
+from rabbet.task import Batch, divergence, examples, floating, outputs
 from rabbet.workpiece import Workpiece
 
 HELD = 0.125  # share of the calibration examples that judge the tuning and take no part in it
@@ -145,17 +145,13 @@ class _Tapped:
 
     def __enter__(self) -> "_Tapped":
         self.hooks = [
-            m.register_forward_hook(lambda _, __, out: self.seen.extend(_floating(out)[:1])) for m in self.modules
+            m.register_forward_hook(lambda _, __, out: self.seen.extend(floating(out)[:1])) for m in self.modules
         ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
-
-
-def _floating(out: object) -> list[Tensor]:
-    return [t for t in tensors(out) if t.is_floating_point()]
 
 
 def block_names(survey: Survey) -> list[str]:

@@ -28,8 +28,7 @@ FLOORS = (
     {"latency", "report"},
     {"methods"},
     {"compress"},
-    {"cli", "__init__", "demo"},
-    {"__main__"},
+    {"cli", "__init__", "__main__", "demo"},
 )
 OPTIONAL = {
     "onnx",

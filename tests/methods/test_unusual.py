@@ -1,4 +1,4 @@
-"""Networks that decide, ask, mask and freeze: every method takes them, and the file is the network handed out."""
+"""Networks that decide, ask, mask and freeze: the methods below take them, and the file is the network handed out."""
 
 import pytest
 import torch

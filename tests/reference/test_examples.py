@@ -14,8 +14,3 @@ def test_the_quickstart_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "bit for bit" in done.stdout
     assert (tmp_path / "build" / "quickstart.safetensors").stat().st_size < 30_000
-
-
-def test_the_package_is_a_program():
-    done = subprocess.run([sys.executable, "-m", "rabbet", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("rabbet ")
