@@ -29,6 +29,7 @@ from rabbet.task import divergence
 
 Labelled = list[tuple[Tensor, Tensor]]
 DENSE = Joint(adapters=(), forms=(), grids=("2hc", "3c", "4c", "5c", "6c", "7c", "8c"))
+UNTRAINED = replace(DENSE, tuning=Tuning(steps=0))
 BUDGETS = (0.40, 0.90, 1.40, 2.00, 5.00)
 
 
@@ -153,8 +154,10 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
             "CGMQ, 2 to 8 bits": functools.partial(measured, model, budget, task, wide, test, 0),
             "uniform, trained as long": functools.partial(fitted, model, uniform, task, trained, test),
             "uniform, only fitted": functools.partial(fitted, model, uniform, Task(data), DENSE, test),
+            "uniform, without training": functools.partial(fitted, model, uniform, Task(data), UNTRAINED, test),
             "Joint, trained as long": lambda: fitted(model, joint(), task, trained, test),  # noqa: B023 (called at once)
             "Joint, only fitted": lambda: fitted(model, joint(), Task(data), DENSE, test),  # noqa: B023
+            "Joint, without training": lambda: fitted(model, joint(), Task(data), UNTRAINED, test),  # noqa: B023
         }
         for label, run in ((k, v) for k, v in runs.items() if not only or any(o in k for o in only)):
             found, result, seconds = run()
@@ -187,7 +190,7 @@ def _joint(
                 plan = _ended(rabbet.plan(model, f"bops <= {room:.6f}%", data, replace(DENSE, act=act), engine=engine))
         except rabbet.BudgetError:
             continue
-        result = rabbet.fit(model, plan, data, replace(DENSE, tuning=Tuning(steps=0)), engine=engine)
+        result = rabbet.fit(model, plan, data, UNTRAINED, engine=engine)
         with torch.no_grad():
             apart = [float(divergence([result.model(x)], [model(x)])) for x in held]
         found.append((statistics.mean(apart), act, plan))

@@ -198,7 +198,7 @@ class Recipe:
     rate: float = 4e-4
     decay: float = 0.01
     words: float = 0.05
-    swaps: float = 0.0
+    swaps: float = 0.3
     dropout: float = 0.1
 
 
@@ -238,8 +238,7 @@ def dense(
     data: Corpus, seed: int, folder: Path | None, recipe: Recipe = Recipe(), **shape: int
 ) -> tuple[Tagger, float]:
     """A trained dense model, from the folder if it lies there; and seconds an epoch, 0 if it was not trained now."""
-    name = "-".join([f"seed{seed}", *(f"{k}{v}" for k, v in shape.items())])
-    path = None if folder is None else folder / f"atis-{name}.pt"
+    path = None if folder is None else folder / _file(seed, recipe, shape)
     if path is not None and path.exists():
         model = Tagger(data, dropout=recipe.dropout, **shape)
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -249,6 +248,11 @@ def dense(
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
     return model, seconds
+
+
+def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
+    """A name that other settings do not share."""
+    return "-".join(["atis", f"seed{seed}", *(f"{k}{v}" for k, v in (vars(recipe) | shape).items())]) + ".pt"
 
 
 def main() -> None:
@@ -272,8 +276,7 @@ def main() -> None:
               f"test {alone.intent:.2f} / {alone.slots:.2f}\n", flush=True)  # fmt: skip
         if args.keep:
             args.keep.mkdir(parents=True, exist_ok=True)
-            name = "-".join([f"seed{seed}", *(f"{k}{v}" for k, v in shape.items())])
-            torch.save(model.state_dict(), args.keep / f"atis-{name}.pt")
+            torch.save(model.state_dict(), args.keep / _file(seed, recipe, shape))
 
 
 if __name__ == "__main__":

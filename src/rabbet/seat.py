@@ -5,6 +5,7 @@ share of it.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,12 @@ def seatable(site: Site, line: LayerPlan) -> bool:
     alike = {t.grid.axis for t in line.terms} in ({None}, {0})
     alike = alike and len({t.grid.kind for t in line.terms if t.grid.bits == 2}) < 2
     return {t.form for t in line.terms} == {"dense"} and sorted(rows) == list(range(site.shape[0])) and known and alike
+
+
+def widest(line: LayerPlan) -> LayerPlan:
+    """The line at 8 bits: what a seat is built from, and what ranges are calibrated for."""
+    grid = replace(line.terms[0].grid, bits=WIDEST, kind="signed")
+    return LayerPlan(line.name, (Term("dense", grid),), None if line.act is None else WIDEST)
 
 
 def _parts(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:

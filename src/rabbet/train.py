@@ -15,7 +15,7 @@ from rabbet.layer import Compressed, compressed_layers
 from rabbet.loop import Course, Group, run, shared
 from rabbet.site import KINDS
 from rabbet.survey import Survey
-from rabbet.task import Batch, divergence, examples, floating, outputs
+from rabbet.task import Batch, Task, divergence, examples, floating, outputs
 from rabbet.workpiece import Workpiece
 
 HELD = 0.125  # share of the calibration examples that judge the tuning and take no part in it
@@ -37,6 +37,7 @@ class Tuning:
     def __post_init__(self) -> None:
         check_least(self, 0, "steps")
         check_least(self, 1, "batch")
+        check_least(self, 0, "features")
 
 
 def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
@@ -88,7 +89,7 @@ class _Loop(Course):
         self.student, self.teacher, self.task, self.seed = student, piece.model, piece.task, piece.seed
         self.pool, self.settings = pool, settings
         self.layers = compressed_layers(student)
-        self.taps = block_names(piece.survey)
+        self.blocks = block_names(piece.survey)
         self.steps = settings.steps
         self.groups: list[Group] = []
         with torch.no_grad():
@@ -129,11 +130,7 @@ class _Loop(Course):
     def loss(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         batch = shared(self.pool.draw(self.settings.batch, generator))
-        with torch.no_grad(), _Tapped(self.teacher, self.taps) as theirs:
-            goal = outputs(self.task.run(self.teacher, batch))
-        with _Tapped(self.student, self.taps) as ours:
-            loss = divergence(outputs(self.task.run(self.student, batch)), goal)
-        return loss + self.settings.features * relative_error(ours.seen, theirs.seen)
+        return taught(self.student, self.teacher, self.task, batch, self.blocks, self.settings.features)
 
 
 class _Tapped:
@@ -152,6 +149,20 @@ class _Tapped:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+def taught(
+    student: nn.Module, teacher: nn.Module, task: Task, batch: Batch, blocks: Sequence[str], features: float
+) -> Tensor:
+    """How far the student's answers to a batch are from the teacher's, with a gradient for the student.
+
+    The divergence of the outputs plus `features` times the mean relative error of what the named blocks give.
+    """
+    with torch.no_grad(), _Tapped(teacher, blocks) as theirs:
+        goal = outputs(task.run(teacher, batch))
+    with _Tapped(student, blocks) as ours:
+        found = outputs(task.run(student, batch))
+    return divergence(found, goal) + features * relative_error(ours.seen, theirs.seen)
 
 
 def block_names(survey: Survey) -> list[str]:

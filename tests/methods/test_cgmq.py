@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import flat_networks, image_networks, network, token_networks
 
-from rabbet import CGMQ, Budget, Engine, Plan, Task, accuracy, compress, demo, fit, load, plan
+from rabbet import CGMQ, Budget, Engine, LayerPlan, Plan, Task, accuracy, compress, demo, fit, load, plan
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Cost
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.gates import Gates
 from rabbet.layer import build, compressed_layers
 from rabbet.loop import shared
-from rabbet.methods.cgmq import _Gated
+from rabbet.methods.cgmq import _Course, _Gated
 from rabbet.report import draw_gates
 from rabbet.seat import seated
 from rabbet.task import outputs
@@ -399,6 +399,17 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert float(gap) < 0.05
 
 
+@pytest.mark.parametrize("loss", [None, lambda out, _: out.square().mean()])
+def test_blocks_count_where_the_float_network_teaches(loss):
+    case, found = network("residual"), []
+    for features in (0.0, 1.0):
+        piece = Workpiece.of(case.model, Task(case.batches, loss=loss), Engine())
+        method = CGMQ(features=features, batch=6)
+        lines = [LayerPlan.parse(f"{s.name} dense@3c | act@4") for s in piece.survey]
+        found.append(float(_Course(method, piece, lines, 1).loss(0)))
+    assert (found[0] < found[1]) == (loss is None)
+
+
 def test_mistakes_are_named():
     for fields, word in (
         ({"widths": ()}, "rising order"),
@@ -410,6 +421,7 @@ def test_mistakes_are_named():
         ({"batch": 0}, "batch is at least 1"),
         ({"steps": 0}, "steps is at least 1"),
         ({"epochs": -1}, "epochs is at least 0"),
+        ({"features": -0.5}, "features is at least 0"),
         ({"landing": "program", "direction": 1}, "needs direction=3"),
         ({"landing": "program", "granularity": "channel"}, "granularity='layer'"),
     ):

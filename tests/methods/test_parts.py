@@ -40,7 +40,7 @@ from rabbet.methods import METHODS
 from rabbet.sequence import solve_in_order
 from rabbet.site import patches
 from rabbet.task import examples, outputs, tensors
-from rabbet.train import _Loop, judge, tune
+from rabbet.train import _Loop, block_names, judge, taught, tune
 from rabbet.workpiece import Workpiece
 
 QUICK = Joint(
@@ -459,6 +459,18 @@ def test_tuning_starts_from_the_codes_that_were_solved(line):
     assert all(torch.equal(after[k].detach().round(), v) for k, v in before.items())
     moved = any(not torch.equal(after[k], v) for k, v in before.items())
     assert moved == ("lowrank" not in line)  # a code of one term alone starts where the weight lies in its cell
+
+
+def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
+    piece = _piece()
+    student, batch = _student(piece), piece.task.read()[0]
+    blocks = block_names(piece.survey)
+    assert blocks
+    told = [float(taught(student, piece.model, piece.task, batch, blocks, share)) for share in (0, 1, 3)]
+    assert told[0] == judge(student, piece, [batch])
+    assert told[2] - told[0] == pytest.approx(3 * (told[1] - told[0]), rel=1e-3)
+    assert 0 < told[0] < told[1]
+    assert float(taught(piece.model, piece.model, piece.task, batch, blocks, 1.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_tuning_that_harms_is_undone_to_the_last_bit():

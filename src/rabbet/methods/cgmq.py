@@ -24,9 +24,10 @@ from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
 from rabbet.methods.base import Fitted
 from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.seat import WIDEST, seatable, seated
+from rabbet.seat import WIDEST, seatable, seated, widest
 from rabbet.site import Site
-from rabbet.task import Batch, divergence, outputs, tensors
+from rabbet.task import divergence, outputs, tensors
+from rabbet.train import block_names, taught
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the examples that choose between epochs and are not trained on
@@ -47,8 +48,8 @@ class CGMQ:
     "greedy", what costs least for what it saves goes down first; or by the integer "program" over the rises that
     direction 3 has measured, for gates of layers. finish: epochs after the choice, widths fixed. steps: of an epoch,
     None for all examples. rate: Adam's, relative to the mean magnitude of what it moves. gates: how far a gate of mean
-    speed moves in an epoch, in widths. Trains on the task's loss if it has one, else on the float network's outputs,
-    images augmented if `augment`.
+    speed moves in an epoch, in widths. Trains on the task's loss if it has one, else on the float network's outputs and
+    `features` times the error of its blocks', images augmented if `augment`.
     """
 
     direction: Literal[1, 2, 3] = 3
@@ -65,11 +66,12 @@ class CGMQ:
     batch: int = 128
     rate: float = 1e-2
     gates: float = 1.0
+    features: float = 2.0
     augment: bool = True
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_least(self, 0, "epochs", "finish")
+        check_least(self, 0, "epochs", "finish", "features")
         check_least(self, 1, "steps", "batch")
         if self.landing == "program" and (self.direction, self.granularity) != (3, "layer"):
             raise PlanError("landing='program' needs direction=3, which measures, and granularity='layer'")
@@ -155,6 +157,7 @@ class _Course(Course):
 
     def __init__(self, method: CGMQ, piece: Workpiece, lines: list[LayerPlan], epochs: int) -> None:
         self.method, self.piece = method, piece
+        self.blocks = block_names(piece.survey)
         kept, held = split(piece.task.read(), HELD)
         if not kept:
             raise DataError("training needs at least two examples, one of them to be held back")
@@ -162,7 +165,7 @@ class _Course(Course):
         count = sum(len(tensors(part)[0]) for part in self.pool.parts)
         self.epoch = method.steps or max(1, count // method.batch)
         self.steps = epochs * self.epoch
-        student = build(piece.model, Plan(tuple(_at_eight(line) for line in lines)), piece.survey)
+        student = build(piece.model, Plan(tuple(widest(line) for line in lines)), piece.survey)
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
         widths = {WIDEST, *(b for b in method.widths if b < WIDEST), *(x.act for x in lines if x.act is not None)}
         self.student, seats = seated(student, weights, range_ends(student, piece.task, widths, piece.seed))
@@ -186,24 +189,24 @@ class _Course(Course):
         task = self.piece.task
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         batch = shared(self.pool.draw(self.method.batch, generator, augment=self.method.augment and task.loss is None))
-        found = self.on(batch)
+        if task.loss is None:
+            found = taught(self.student, self.piece.model, task, batch, self.blocks, self.method.features)
+        else:
+            found = task.judge(self.student, task.run(self.student, batch), batch)
         if not torch.isfinite(found):
             raise DataError(f"the loss of step {step + 1} is not finite; a smaller rate may help, or check the batches")
         self.now = float(found.detach())
         return found
 
-    def on(self, batch: Batch, place: int | None = None) -> Tensor:
-        """The loss of a batch; place: among the held-back ones, of which the float network is asked only once."""
-        task = self.piece.task
+    def _on_held(self, place: int) -> Tensor:
+        """The loss of a held-back batch, of which the float network is asked only once."""
+        task, batch = self.piece.task, self.held[place]
         found = task.run(self.student, batch)
         if task.loss is not None:
             return task.judge(self.student, found, batch)
-        goal = None if place is None else self.goals.get(place)
-        if goal is None:
-            with torch.no_grad():
-                goal = outputs(task.run(self.piece.model, batch))
-            if place is not None and sum(t.numel() for t in goal) * len(self.held) <= GOALS:
-                self.goals[place] = goal
+        goal = self.goals[place] if place in self.goals else outputs(task.run(self.piece.model, batch))
+        if sum(t.numel() for t in goal) * len(self.held) <= GOALS:
+            self.goals[place] = goal
         return divergence(outputs(found), goal)
 
     def judged(self, limit: int | None = None) -> float:
@@ -211,7 +214,7 @@ class _Course(Course):
         total, seen = [], 0
         with torch.no_grad():
             for place, batch in enumerate(self.held):
-                total.append(self.on(batch, place))
+                total.append(self._on_held(place))
                 seen += len(tensors(batch)[0])
                 if limit is not None and seen >= limit:
                     break
@@ -388,12 +391,6 @@ class _Gated(_Course):
         self.gates.restore({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         self.over, self.levels = bool(state["over"]), state["levels"].tolist()
         self.seen = list(state["seen"]) if "seen" in state else []
-
-
-def _at_eight(line: LayerPlan) -> LayerPlan:
-    """The line at 8 bits: what ranges are calibrated for."""
-    grid = replace(line.terms[0].grid, bits=WIDEST, kind="signed")
-    return LayerPlan(line.name, (Term("dense", grid),), None if line.act is None else WIDEST)
 
 
 def _size(tensor: Tensor) -> float:
