@@ -144,6 +144,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
     row("ResNet-20", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", "-", "-", "-")
     wide = replace(settings, widths=tuple(range(2, 9)))  # not the powers of two alone, as in the paper
     trained = replace(settings, finish=2 * settings.epochs + settings.finish)
+    begun = replace(wide, start="program", epochs=0, finish=trained.finish)
     engine = rabbet.Engine()
     for share in budgets:
         budget = f"bops <= {share}%"
@@ -152,6 +153,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
         runs: dict[str, Callable[[], tuple[float, rabbet.Result, float]]] = {
             "CGMQ": functools.partial(measured, model, budget, task, settings, test, 0),
             "CGMQ, 2 to 8 bits": functools.partial(measured, model, budget, task, wide, test, 0),
+            "CGMQ, where the program starts": functools.partial(measured, model, budget, task, begun, test, 0),
             "uniform, trained as long": functools.partial(fitted, model, uniform, task, trained, test),
             "uniform, only fitted": functools.partial(fitted, model, uniform, Task(data), DENSE, test),
             "uniform, without training": functools.partial(fitted, model, uniform, Task(data), UNTRAINED, test),

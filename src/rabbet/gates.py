@@ -5,7 +5,7 @@ network costs more than its budget and up while it costs less, each as fast as i
 is always a state whose cost was counted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,6 +189,9 @@ class Gates:
         if kind == 3:
             lower = torch.tensor(levels)[:, None]
             worth = (self.rises.gather(1, (lower - 1).clamp_min(0)) - self.rises.gather(1, lower))[:, 0].clamp_min(0)
+            for span in (s for s in self.spans if s.count > 1):  # outputs share a rise as their squared gradients are
+                share = self.slopes[span.place].square() + 1e-30
+                worth[span.place] *= share / share.mean()
         else:
             worth = self.slopes / self.slopes.mean().clamp_min(1e-30)
             worth = worth + self.sizes / self.sizes.mean() if kind == 2 else worth
@@ -247,14 +250,14 @@ class Gates:
         found = {seat.site.name: ({seat.bits[0]: 0.0}, {seat.act: 0.0}) for seat in self.seats}
         for span in self.spans:
             rises = self.rises[span.first].flip(0).cummax(0).values.flip(0)
-            own = {self.widths[j]: float(rises[j]) for j in held}
+            own = {self.widths[j]: float(rises[j]) * span.count for j in held}
             weight, given = found[span.seat.site.name]
             found[span.seat.site.name] = (weight, own) if span.inner else (own, given)
         return found
 
     def levels_of(self, plan: Plan) -> list[int]:
         """The levels of a plan of these seats, one width a weight."""
-        lines = [(span, plan[span.seat.site.name]) for span in self.spans]
+        lines = [(span, plan[span.seat.site.name]) for span in self.spans for _ in range(span.count)]
         bits = [(line.act or WIDEST) if span.inner else line.terms[0].grid.bits for span, line in lines]
         return [self.widths.index(b) for b in bits]
 
@@ -279,21 +282,20 @@ class Gates:
             found[span.place] = torch.tensor(saved, dtype=torch.float64)[list(levels[span.place])]
         return found.clamp_min(1e-9)
 
-    def probe(self, loss: Callable[[], float]) -> None:
-        """Measure the loss with every tensor at every other level, each alone.
+    def probe(self, loss: Callable[[], float]) -> Iterator[int]:
+        """Measure the loss with every tensor at every other level, each alone; yields the number of each that is done.
 
-        The outputs of a layer are measured together, and share the rise as the squares of their gradients are.
+        The outputs of a layer are measured together, and share the rise.
         """
         levels = self.levels
-        for span in self.spans:
+        for done, span in enumerate(self.spans, 1):
             known: dict[int, float] = {}
-            share = self.slopes[span.place].square() + 1e-30
-            share = share / share.sum()
             for j, width in enumerate(self.widths):
                 self.set_levels([*levels[: span.first], *[j] * span.count, *levels[span.place.stop :]])
                 run = min(width, WIDEST + 1)  # wider ones run in float, all alike
                 known[run] = known[run] if run in known else loss()
-                self.rises[span.place, j] = known[run] * share
+                self.rises[span.place, j] = known[run] / span.count
+            yield done
         self.rises -= self.rises.gather(1, torch.tensor(levels)[:, None])
         self.set_levels(levels)
 

@@ -48,6 +48,7 @@ class Seat(nn.Module):
         self.fixed: int | None = None
         self.slope: Tensor | None = None  # the gradient by the quantised input, where it is watched
         self.watched = False
+        self.shown: Mapping[int, Tensor] = {}  # weights that stand in for the rounded one, by width
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer on its grids."""
@@ -78,7 +79,7 @@ class Seat(nn.Module):
         for bits, rows in _parts(self.bits):
             if bits > WIDEST:
                 continue
-            made = self.grid(bits).fake(self.latent, self.scale(bits))
+            made = self.shown[bits] if self.shown else self.grid(bits).fake(self.latent, self.scale(bits))
             if rows is None:
                 return made
             own = torch.zeros(len(self.latent), dtype=torch.bool, device=self.latent.device)

@@ -23,6 +23,7 @@ from rabbet.grid import Grid
 from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
 from rabbet.methods.base import Fitted
+from rabbet.methods.rises import measure_rises
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.seat import WIDEST, seatable, seated, widest
 from rabbet.site import Site
@@ -44,9 +45,8 @@ class CGMQ:
     loss for what is saved. widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. image: bits
     of the first layer's input, "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output
     channel. two: the grid at 2 bits, "half" or the paper's "ternary". epochs: pairs of an epoch with moving gates and
-    one without; updates "continuous" moves them in both. landing: how an epoch of moving gates ends in the budget:
-    "greedy", what costs least for what it saves goes down first; or by the integer "program" over the rises that
-    direction 3 has measured, for gates of layers. finish: epochs after the choice, widths fixed. steps: of an epoch,
+    one without; updates "continuous" moves them in both. start: of the gates, at the "widest" or where the integer
+    "program" puts them by the measured rises. finish: epochs after the choice, widths fixed. steps: of an epoch,
     None for all examples. rate: Adam's, relative to the mean magnitude of what it moves. gates: how far a gate of mean
     speed moves in an epoch, in widths. Trains on the task's loss if it has one, else on the float network's outputs and
     `features` times the error of its blocks', images augmented if `augment`.
@@ -59,7 +59,7 @@ class CGMQ:
     scales: Literal["tensor", "channel"] = "channel"
     two: Literal["half", "ternary"] = "half"
     updates: Literal["alternating", "continuous"] = "alternating"
-    landing: Literal["greedy", "program"] = "greedy"
+    start: Literal["widest", "program"] = "widest"
     epochs: int = 6
     finish: int = 6
     steps: int | None = None
@@ -73,8 +73,6 @@ class CGMQ:
         check_choices(self)
         check_least(self, 0, "epochs", "finish", "features")
         check_least(self, 1, "steps", "batch")
-        if self.landing == "program" and (self.direction, self.granularity) != (3, "layer"):
-            raise PlanError("landing='program' needs direction=3, which measures, and granularity='layer'")
         if not self.widths or sorted(set(self.widths)) != list(self.widths):
             raise PlanError(f"widths are different numbers of bits in rising order; found {self.widths}")
         for bits in self.widths:
@@ -308,6 +306,10 @@ class _Gated(_Course):
 
     def train(self, piece: Workpiece) -> Gating:
         """Train to the end, and go back to the best state that kept the budget."""
+        if self.method.direction == 3 or self.method.start == "program":
+            measure_rises(piece, self.gates, self.weights(), lambda: self.judged(PROBE))
+        if self.method.start == "program":
+            self.gates.move_to(self._allocated())
         key = piece.key("cgmq gates", self.weights(), {"method": self.method, "budget": str(self.budget)})
         run(self, piece.engine, key, "training with gates", self.epoch)
         if not self.seen:  # no epoch: the start, landed
@@ -333,8 +335,6 @@ class _Gated(_Course):
         if moving:
             if place == 0:
                 self.over = self.gates.excess() > 0
-                if self.method.direction == 3:
-                    self.gates.probe(lambda: self.judged(PROBE))
             self.gates.measured()
             average([self.gates.slopes])
             self.gates.move(self.method.direction, self.method.gates / self.epoch, self.over)
@@ -347,15 +347,11 @@ class _Gated(_Course):
 
     def land(self) -> None:
         """Bring the widths under the budget, counted on the whole file."""
-        method = self.method
-        if method.landing == "program" and self.gates.rises.any():  # none was measured where there is no epoch
-            self.gates.move_to(self._allocated())
-            return
-        self.gates.land(method.direction)
+        self.gates.land(self.method.direction)
         whole, fixed = self.piece.float_cost, self.gates.fixed
         while any(limit.broken_by(self.piece.cost(self.plan), whole) for limit in self.budget.limits):
             self.gates.fixed = replace(self.gates.fixed, bytes=self.gates.fixed.bytes + 64)  # the header is padded
-            self.gates.land(method.direction)
+            self.gates.land(self.method.direction)
         self.gates.fixed = fixed
 
     def _allocated(self) -> list[int]:

@@ -6,7 +6,7 @@ layers are solved once more in their order, each for the inputs that those befor
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +121,7 @@ class Joint:
 
 
 def scored(
-    piece: Workpiece, menus: dict[str, tuple[Terms, ...]], prune: bool = False
+    piece: Workpiece, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False
 ) -> tuple[list[list[float]], list[list[int]]]:
     """For each layer what each entry of its menu that was solved does to the network's output, and which those are."""
     results = solve_menus(piece, "solving layers", menus, prune)
@@ -137,7 +137,7 @@ def scored(
 
 
 def solve_menus(
-    piece: Workpiece, stage: str, menus: dict[str, tuple[Terms, ...]], prune: bool = False
+    piece: Workpiece, stage: str, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False
 ) -> dict[str, Tensors]:
     """Every entry of the menus, a job a layer."""
     moments = piece.moments()
