@@ -28,7 +28,7 @@ FLOORS = (
     {"latency", "report"},
     {"methods"},
     {"compress"},
-    {"cli", "__init__", "__main__", "demo"},
+    {"cli", "__init__", "demo"},
 )
 OPTIONAL = {
     "onnx",
