@@ -282,19 +282,22 @@ class Gates:
             found[span.place] = torch.tensor(saved, dtype=torch.float64)[list(levels[span.place])]
         return found.clamp_min(1e-9)
 
-    def probe(self, loss: Callable[[], float]) -> Iterator[int]:
+    def probe(self, loss: Callable[[], float], rounded: Callable[[Seat], Mapping[int, Tensor]]) -> Iterator[int]:
         """Measure the loss with every tensor at every other level, each alone; yields the number of each that is done.
 
-        The outputs of a layer are measured together, and share the rise.
+        rounded: a seat's weight by width, as it is to be judged. The outputs of a layer are measured together, and
+        share the rise.
         """
         levels = self.levels
         for done, span in enumerate(self.spans, 1):
+            span.seat.shown = {} if span.inner else rounded(span.seat)
             known: dict[int, float] = {}
             for j, width in enumerate(self.widths):
                 self.set_levels([*levels[: span.first], *[j] * span.count, *levels[span.place.stop :]])
                 run = min(width, WIDEST + 1)  # wider ones run in float, all alike
                 known[run] = known[run] if run in known else loss()
                 self.rises[span.place, j] = known[run] / span.count
+            span.seat.shown = {}
             yield done
         self.rises -= self.rises.gather(1, torch.tensor(levels)[:, None])
         self.set_levels(levels)

@@ -48,7 +48,7 @@ class Seat(nn.Module):
         self.fixed: int | None = None
         self.slope: Tensor | None = None  # the gradient by the quantised input, where it is watched
         self.watched = False
-        self.shown: Mapping[int, Tensor] = {}  # weights that stand in for the rounded one, by width
+        self.shown: Mapping[int, Tensor] = {}  # what stands in for the rounded weight, by width, while it is measured
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer on its grids."""

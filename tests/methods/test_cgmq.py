@@ -351,7 +351,7 @@ def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
     lines = [method._line(k, s) for k, s in enumerate(piece.survey)]
     course, nearest = (_Gated(method, piece, lines, Budget.parse("bops <= 1%")) for _ in range(2))
     measure_rises(piece, course.gates, course.weights(), lambda: course.judged(128))
-    for _ in nearest.gates.probe(lambda: nearest.judged(128)):
+    for _ in nearest.gates.probe(lambda: nearest.judged(128), lambda _: {}):
         pass
     spans = course.gates.spans
     weights, inputs = ([s.first for s in spans if s.inner == inner] for inner in (False, True))

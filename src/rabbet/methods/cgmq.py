@@ -1,7 +1,8 @@
 """CGMQ: bit-widths of weights and inputs that train themselves under a constraint (arXiv 2409.20138).
 
 Epochs in which gates move alternate with epochs in which they rest; weights, biases and ranges train in both. A state
-is handed on only after its cost was counted in whole numbers, so the budget holds whatever the training does.
+is handed on only after its cost was counted in whole numbers, so the budget holds whatever the training does. Where the
+integer program puts the gates first, from what each width does to the loss, they need not move (docs/architecture.md).
 """
 
 import itertools
@@ -40,32 +41,37 @@ PROBE = 128  # held-back examples that tell how much a level is worth
 class CGMQ:
     """Gates under a budget, usually `bops`.
 
-    granularity: a weight has one gate ("layer"), or one for each output ("channel"; layers with groups keep one).
+    start: of the gates, where the integer "program" puts them by what each width does to the loss, or at the "widest"
+    (the paper's). epochs: pairs of an epoch with moving gates and one without; updates "continuous" moves them in both.
     direction: how fast a gate moves, by 1 the gradient of its tensor, 2 gradient and size, 3 the measured rise of the
-    loss for what is saved. widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. image: bits
-    of the first layer's input, "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output
-    channel. two: the grid at 2 bits, "half" or the paper's "ternary". epochs: pairs of an epoch with moving gates and
-    one without; updates "continuous" moves them in both. start: of the gates, at the "widest" or where the integer
-    "program" puts them by the measured rises. finish: epochs after the choice, widths fixed. steps: of an epoch,
-    None for all examples. rate: Adam's, relative to the mean magnitude of what it moves. gates: how far a gate of mean
-    speed moves in an epoch, in widths. Trains on the task's loss if it has one, else on the float network's outputs and
-    `features` times the error of its blocks', images augmented if `augment`.
+    loss for what is saved. gates: how far one of mean speed moves in an epoch, in widths. finish: epochs after the
+    choice, widths fixed. steps: of an epoch, None for all examples.
+
+    widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. granularity: a weight has one gate
+    ("layer"), or one for each output ("channel"; layers with groups keep one). image: bits of the first layer's input,
+    "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output channel. two: the grid at 2
+    bits, "half" or the paper's "ternary". rate: Adam's, relative to the mean magnitude of what it moves. Trains on the
+    task's loss if it has one, else on the float network's outputs and `features` times the error of its blocks', images
+    augmented if `augment`.
+
+    As in the paper: `CGMQ(start="widest", epochs=6, finish=6, direction=1, widths=(2, 4, 8, 16, 32), scales="tensor",
+    two="ternary")`.
     """
 
+    start: Literal["widest", "program"] = "program"
+    epochs: int = 0
+    updates: Literal["alternating", "continuous"] = "alternating"
     direction: Literal[1, 2, 3] = 3
+    gates: float = 1.0
+    finish: int = 18
+    steps: int | None = None
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     granularity: Literal["layer", "channel"] = "layer"
-    widths: tuple[int, ...] = (2, 4, 8, 16, 32)
     image: int | Literal["gate"] | None = "gate"
     scales: Literal["tensor", "channel"] = "channel"
     two: Literal["half", "ternary"] = "half"
-    updates: Literal["alternating", "continuous"] = "alternating"
-    start: Literal["widest", "program"] = "widest"
-    epochs: int = 6
-    finish: int = 6
-    steps: int | None = None
     batch: int = 128
     rate: float = 1e-2
-    gates: float = 1.0
     features: float = 2.0
     augment: bool = True
 

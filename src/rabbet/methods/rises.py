@@ -8,7 +8,7 @@ from rabbet.candidates import canonical, read_numbers
 from rabbet.gates import Gates
 from rabbet.methods.joint import solve_menus
 from rabbet.plan import Term
-from rabbet.seat import WIDEST
+from rabbet.seat import WIDEST, Seat
 from rabbet.workpiece import Workpiece
 
 
@@ -19,23 +19,20 @@ def measure_rises(piece: Workpiece, gates: Gates, start: Mapping[str, Tensor], l
     Training mends what rounding breaks in a weight and little of what it breaks in an input; with weights rounded to
     nearest, they would be given the bits that inputs need (docs/architecture.md).
     """
-    seats = {seat.site.name: seat for seat in gates.seats}
     held = [b for b in gates.widths if b <= WIDEST]
-    menus = {name: tuple((Term("dense", seat.grid(b)),) for b in held) for name, seat in seats.items()}
-    settings = {"menus": menus, "gates": gates.names, "widths": gates.widths, "levels": gates.levels}
-    key = piece.key("rises", start, settings)
+    menus = {s.site.name: tuple((Term("dense", s.grid(b)),) for b in held) for s in gates.seats}
+    key = piece.key("rises", start, {"menus": menus, "gates": gates.names, "widths": gates.widths})
     kept = piece.engine.kept(key)
     if kept is None:
-        for name, found in solve_menus(piece, "rounding", menus).items():
-            seat, menu = seats[name], menus[name]
-            weights = [canonical(seat.site, menu[k], read_numbers(found, menu, k)) for k in range(len(menu))]
-            seat.shown = {b: w.to(seat.latent.device) for b, w in zip(held, weights, strict=True)}
-        try:
-            for done in gates.probe(loss):
-                piece.engine.progress("measuring widths", done, len(gates.spans))
-        finally:
-            for seat in seats.values():
-                seat.shown = {}
+        solved = solve_menus(piece, "rounding", menus)
+
+        def rounded(seat: Seat) -> dict[int, Tensor]:
+            menu, found = menus[seat.site.name], solved[seat.site.name]
+            weights = (canonical(seat.site, terms, read_numbers(found, menu, k)) for k, terms in enumerate(menu))
+            return {b: w.to(seat.latent.device) for b, w in zip(held, weights, strict=True)}
+
+        for done in gates.probe(loss, rounded):
+            piece.engine.progress("measuring widths", done, len(gates.spans))
         kept = {"rises": gates.rises}
         piece.engine.keep(key, kept)
     gates.rises = kept["rises"].clone()
