@@ -57,6 +57,7 @@ def task_of(batches: Labelled) -> Task:
     )
 
 
+@functools.cache
 def lenet(seed: int, epochs: int = 8) -> nn.Module:
     """LeNet-5, trained in float: Adam, a cosine from 1e-3."""
     torch.manual_seed(seed)
@@ -164,7 +165,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
         joint = functools.cache(functools.partial(_joint, model, share, data, held, engine))
         uniform = _uniform(model, data, share)
         runs: dict[str, Callable[[], tuple[float, rabbet.Result, float]]] = {
-            "CGMQ": functools.partial(measured, model, budget, task, settings, test, 0),
+            "CGMQ, gates at rest": functools.partial(measured, model, budget, task, settings, test, 0),
             "CGMQ, gates go on": functools.partial(measured, model, budget, task, onward, test, 0),
             "CGMQ, gates from the widest": functools.partial(measured, model, budget, task, moving(settings), test, 0),
             "uniform, trained as long": functools.partial(fitted, model, uniform, task, settings, test),
