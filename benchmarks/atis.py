@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from common import head, machine, row
-from sentences import FIRST, UNKNOWN, Corpus, Recipe, Score, Sentences, Tagger, corpus, dense, loss, score, swapped
+from sentences import FIRST, Corpus, Recipe, Score, Sentences, Tagger, corpus, dense, loss, obscured, score, swapped
 from torch import Tensor, nn
 
 import rabbet
@@ -29,7 +29,6 @@ from rabbet.export.onnx import write_float
 from rabbet.loop import Course, run
 
 Named = dict[str, Tensor]
-WORDS = 0.05  # share of the words that the student is not shown
 SWAPS = 0.5  # share of the values of slots that copies have exchanged
 SMALL = {"width": 80, "inner": 320, "heads": 4}
 HEADS = ("intent", "slots")
@@ -44,13 +43,6 @@ def named(data: Sentences, size: int = 32) -> list[Named]:
     ]
 
 
-def dropped(batch: Named, generator: torch.Generator) -> Named:
-    """The batch with words replaced by the unknown one."""
-    ids = batch["ids"]
-    lost = (torch.rand(ids.shape, generator=generator) < WORDS) & (ids > FIRST)
-    return dict(batch, ids=ids.masked_fill(lost, UNKNOWN))
-
-
 def shown(data: Corpus, copies: int) -> list[Named]:
     """All training sentences but the tenth that chooses, and copies of them with other values of slots."""
     order = random.Random(0)
@@ -60,12 +52,13 @@ def shown(data: Corpus, copies: int) -> list[Named]:
 
 def task_of(data: Corpus, copies: int) -> Task:
     """These sentences as what is trained on; held-back ones choose between epochs."""
+    rates = data.rates(Recipe().words)
     return Task(
         shown(data, copies),
         forward=lambda m, b: m(b["ids"], b["attention_mask"]),
         loss=lambda out, b: loss(out, (b["ids"], b["attention_mask"], b["slots"], b["intents"])),
         evaluate=lambda m: score(m, data.held).mean,
-        vary=dropped,
+        vary=lambda b, generator: dict(b, ids=obscured(b["ids"], rates, generator)),
         limit=10**6,
     )
 
@@ -190,7 +183,7 @@ class _Answers(Course):
     """A small dense model that learns from labels and from the scores of a large one; the best epoch is kept."""
 
     def __init__(self, data: Corpus, model: Tagger, teacher: Tagger, batches: list[Named], epochs: int) -> None:
-        self.data, self.model, self.batches = data, model, batches
+        self.data, self.model, self.batches, self.rates = data, model, batches, data.rates(Recipe().words)
         self.steps = epochs * len(self.batches)
         self.groups = [{"params": list(model.parameters()), "base": 1e-3}]
         with torch.no_grad():
@@ -202,8 +195,8 @@ class _Answers(Course):
         order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(epoch))
         k = int(order[place])
         b = self.batches[k]
-        given = dropped(b, torch.Generator().manual_seed(step))
-        found = self.model(given["ids"], given["attention_mask"])
+        ids = obscured(b["ids"], self.rates, torch.Generator().manual_seed(step))
+        found = self.model(ids, b["attention_mask"])
         total = loss(found, (b["ids"], b["attention_mask"], b["slots"], b["intents"]))
         for ours, theirs in zip(found, self.goals[k], strict=True):
             real = b["attention_mask"].bool()

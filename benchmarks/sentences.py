@@ -1,13 +1,16 @@
 """ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training in float, and its measures.
 
     python benchmarks/sentences.py --keep FOLDER [--seeds 0 1 2]     # only trains the dense models
+    python benchmarks/sentences.py --folds 0 1 2 3 4 --seeds 0 --width 240     # how settings are chosen
 
-A tenth of the training sentences is held back and chooses the epoch; dev and test together are the measure.
+A tenth of the training sentences is held back and chooses the epoch (by `--folds` another tenth); dev and test together
+are the measure, and are not looked at with `--folds`.
 """
 
 import argparse
 import math
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,12 +62,27 @@ class Corpus:
     intents: int
     slots: int
 
+    def rates(self, words: float) -> Tensor:
+        """How often each word is shown as the unknown one, [words], rare ones more (arXiv 1603.04351)."""
+        counts = torch.bincount(torch.tensor([w for ids, _, _ in self.train.items for w in ids]), minlength=self.words)
+        found = words / (words + counts)
+        found[: FIRST + 1] = 0
+        return found
 
-def corpus() -> Corpus:
-    """ATIS, words as they are; the vocabulary is that of the training sentences."""
+
+def corpus(fold: int = 0) -> Corpus:
+    """ATIS, words as they are, with this tenth of the training sentences held back.
+
+    The vocabulary is that of the sentences that are trained on: held-back ones have unknown words like those of test.
+    """
     load = reader("load")
     raw = {split: load.atis(split) for split in ("train", "dev", "test")}
-    words = {w: k + 3 for k, w in enumerate(sorted({w for s, _, _ in raw["train"] for w in s}))}
+    order = list(range(len(raw["train"])))
+    random.Random(0).shuffle(order)
+    tenth = len(order) // 10
+    held = set(order[fold * tenth : (fold + 1) * tenth])
+    known = {w for k, (s, _, _) in enumerate(raw["train"]) if k not in held for w in s}
+    words = {w: k + 3 for k, w in enumerate(sorted(known))}
     tags = sorted({t for _, s, _ in raw["train"] for t in s})
     intents = sorted({y for _, _, y in raw["train"]})
     tag_of, intent_of = {t: k for k, t in enumerate(tags)}, {y: k for k, y in enumerate(intents)}
@@ -76,9 +94,6 @@ def corpus() -> Corpus:
         ]
         for split in raw
     }  # fmt: skip
-    order = list(range(len(found["train"])))
-    random.Random(0).shuffle(order)
-    held = set(order[: len(order) // 10])
     parts = [[s for k, s in enumerate(found["train"]) if (k in held) == back] for back in (False, True)]
     kept, back, dev, test = (Sentences(x, tags) for x in (*parts, found["dev"], found["test"]))
     return Corpus(kept, back, dev, test, len(words) + 3, len(intents), len(tags))
@@ -186,10 +201,16 @@ def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
     return Sentences(items, data.tags)
 
 
+def obscured(ids: Tensor, rates: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Token ids with words replaced by the unknown one, as often as each word's rate says."""
+    return ids.masked_fill(torch.rand(ids.shape, generator=generator) < rates[ids], UNKNOWN)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine; words are dropped at random.
+    """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine.
 
+    words: w, for a word that is there n times to be shown as the unknown one with probability w / (w + n).
     swaps: how often a value of a slot is exchanged for another, drawn anew in every epoch.
     """
 
@@ -197,35 +218,36 @@ class Recipe:
     batch: int = 32
     rate: float = 4e-4
     decay: float = 0.01
-    words: float = 0.05
+    words: float = 0.25
     swaps: float = 0.3
     dropout: float = 0.1
 
 
-def train(data: Corpus, recipe: Recipe, seed: int, report: bool = False, **shape: int) -> tuple[Tagger, float]:
-    """A dense model at its best epoch by the held-back sentences, and seconds an epoch."""
+def train(
+    data: Corpus, recipe: Recipe, seed: int, report: bool = False, last: bool = False, **shape: int
+) -> tuple[Tagger, float]:
+    """A dense model at its best epoch by the held-back sentences, or its last, and seconds an epoch."""
     torch.manual_seed(seed)
     order = random.Random(seed)
     model = Tagger(data, dropout=recipe.dropout, **shape)
     adam = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay, betas=(0.9, 0.98))
-    total = recipe.epochs * math.ceil(len(data.train.items) / recipe.batch)
+    total, rates = recipe.epochs * math.ceil(len(data.train.items) / recipe.batch), data.rates(recipe.words)
     best, kept, start, step = -1.0, {}, time.perf_counter(), 0
     for epoch in range(recipe.epochs):
         model.train()
         shown = swapped(data.train, order, recipe.swaps) if recipe.swaps else data.train
         for batch in shown.batches(recipe.batch, order):
             ids, mask = batch[:2]
-            lost = (torch.rand(ids.shape) < recipe.words) & (ids > FIRST)
             warm = min(1.0, (step + 1) / (0.05 * total))
             for group in adam.param_groups:
                 group["lr"] = recipe.rate * warm * 0.5 * (1 + math.cos(math.pi * step / total))
             adam.zero_grad()
-            loss(model(ids.masked_fill(lost, UNKNOWN), mask), batch).backward()
+            loss(model(obscured(ids, rates), mask), batch).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
             step += 1
         found = score(model, data.held)
-        if found.mean > best:
+        if found.mean > best or last:
             best, kept = found.mean, {k: v.clone() for k, v in model.state_dict().items()}
         if report:
             row(epoch + 1, f"{found.intent:.2f}", f"{found.slots:.2f}", f"{time.perf_counter() - start:.0f}")
@@ -255,10 +277,19 @@ def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
     return "-".join(["atis", f"seed{seed}", *(f"{k}{v}" for k, v in (vars(recipe) | shape).items())]) + ".pt"
 
 
+def folds(tenths: list[int], recipe: Recipe, seeds: list[int], shape: dict[str, int]) -> None:
+    """Train without each tenth, and print what is right in all of them at the last epoch's end."""
+    parts = [corpus(k) for k in tenths]
+    found = [score(train(data, recipe, seed, last=True, **shape)[0], data.held) for data in parts for seed in seeds]
+    head("held-back intent", "slots", "trained")
+    row(*(f"{statistics.mean(getattr(f, k) for f in found):.2f}" for k in ("intent", "slots")), len(found))
+
+
 def main() -> None:
     """Train and print each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folds", nargs="+", type=int, default=[], help="tenths to hold back, instead of the measure")
     parser.add_argument("--keep", type=Path)
     for name, value in vars(Recipe()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
@@ -266,9 +297,11 @@ def main() -> None:
     args = parser.parse_args()
     recipe = Recipe(**{name: getattr(args, name) for name in vars(Recipe())})
     shape = {} if args.width == 768 else {"width": args.width, "inner": 4 * args.width, "heads": args.width // 20}
-    data = corpus()
     print(f"{machine()} {recipe}\n")
-    for seed in args.seeds:
+    if args.folds:
+        folds(args.folds, recipe, args.seeds, shape)
+    data = corpus()
+    for seed in [] if args.folds else args.seeds:
         head("epoch", "held-back intent", "slots", "seconds")
         model, _ = train(data, recipe, seed, True, **shape)
         both, alone = score(model, data.dev, data.test), score(model, data.test)
