@@ -60,8 +60,13 @@ def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
     """The least error that any weight of rank r, as a matrix [out, in * k], has in the metric, at place r."""
     if site.groups > 1:
         return None
-    matrix = site.matrix(weight)[0].double()
-    values = torch.linalg.eigvalsh(matrix @ metric.second[0].double() @ matrix.mT).clamp_min(0)
+    matrix, second = site.matrix(weight)[0].double(), metric.second[0].double()
+    if len(second) < len(matrix):  # of the two products that have these values the small one: a table is tall
+        spread, axes = torch.linalg.eigh(second)
+        root = axes * spread.clamp_min(0).sqrt()
+        values = torch.linalg.eigvalsh(root.mT @ (matrix.mT @ matrix) @ root).clamp_min(0)
+    else:
+        values = torch.linalg.eigvalsh(matrix @ second @ matrix.mT).clamp_min(0)
     return torch.cat([values.flip(0), values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
 
 

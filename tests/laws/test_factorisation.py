@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import rand
 
-from rabbet.candidates import solve_site
+from rabbet.candidates import _tail, solve_site
 from rabbet.cost import layer_cost
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS, Contracted
@@ -30,6 +30,7 @@ from rabbet.solve.als import (
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import alternate
 from rabbet.solve.metric import MetricCP, joined
+from rabbet.solve.rounding import Metric
 from rabbet.solve.varpro import project
 
 SHAPES = [(12, 10, 9), (16, 6, 3), (10, 14)]
@@ -258,6 +259,19 @@ def test_what_is_pruned_is_worse_and_no_cheaper_than_something_that_stays():
             and some[f"{j}.error"] <= every[f"{k}.error"]
             for j in kept
         )
+
+
+@pytest.mark.parametrize("shape", [(20, 6), (6, 20)])
+def test_what_no_weight_of_a_rank_can_be_better_than(shape):
+    site = Site("x", "linear", shape, positions=1, inputs=1)
+    root = rand(shape[1], shape[1], seed=2).double()
+    metric = Metric((root @ root.mT)[None].float(), 0.01)
+    weight = rand(*shape, seed=3)
+    found = _tail(site, weight, metric)
+    values = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(metric.second[0].double()))
+    wanted = torch.stack([values[rank:].square().sum() for rank in range(len(values) + 1)])
+    assert found.shape == wanted.shape  # of a tall one, too: a table has 30,000 rows
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted[0]))
 
 
 FITTING = [f for f in FORMS if FORMS[f].ranked and FORMS[f].full_rank(_conv()[0])]
