@@ -20,6 +20,7 @@ from rabbet.layout import factor_shapes
 from rabbet.plan import LayerPlan, Term
 from rabbet.site import Site
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, round_rows, start
+from rabbet.solve.whiten import spectrum
 
 Terms = tuple[Term, ...]
 
@@ -60,14 +61,8 @@ def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
     """The least error that any weight of rank r, as a matrix [out, in * k], has in the metric, at place r."""
     if site.groups > 1:
         return None
-    matrix, second = site.matrix(weight)[0].double(), metric.second[0].double()
-    if len(second) < len(matrix):  # of the two products that have these values the small one: a table is tall
-        spread, axes = torch.linalg.eigh(second)
-        root = axes * spread.clamp_min(0).sqrt()
-        values = torch.linalg.eigvalsh(root.mT @ (matrix.mT @ matrix) @ root).clamp_min(0)
-    else:
-        values = torch.linalg.eigvalsh(matrix @ second @ matrix.mT).clamp_min(0)
-    return torch.cat([values.flip(0), values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    values = spectrum(site.matrix(weight)[0], metric.second[0])
+    return torch.cat([values, values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
 
 
 def _hopeless(site: Site, menu: Sequence[Terms], k: int, tail: Tensor, solved: dict[int, float]) -> bool:

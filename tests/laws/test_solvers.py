@@ -146,10 +146,11 @@ def test_a_metric_that_is_not_finite_is_refused():
         Metric(torch.full((1, 4, 4), torch.nan))
 
 
+@pytest.mark.parametrize("rows", [12, 30])
 @pytest.mark.parametrize("rank", [1, 3, 7])
-def test_whitened_factors_are_the_optimum_of_qera(rank):
+def test_whitened_factors_are_the_optimum_of_qera(rank, rows):
     second = _second(20)[0].double()
-    matrix = rand(12, 20).double()
+    matrix = rand(rows, 20).double()
     left, right = leading(matrix, rank, second)
     # theorem 1 of arXiv 2410.06040: truncate the SVD of M H^(1/2), then undo the root
     values, vectors = torch.linalg.eigh(second)
@@ -175,8 +176,9 @@ def test_whitened_factors_beat_plain_ones_in_the_metric_and_lose_without(rank):
     assert plain_own < 0.99 * own
 
 
-def test_plain_factors_are_the_truncated_svd_and_are_balanced():
-    matrix = rand(9, 14)
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_plain_factors_are_the_truncated_svd_and_are_balanced(shape):
+    matrix = rand(*shape)
     left, right = leading(matrix, 4)
     u, s, vh = torch.linalg.svd(matrix)
     assert torch.allclose(left @ right, u[:, :4] @ s[:4].diag() @ vh[:4], atol=1e-4)

@@ -51,9 +51,9 @@ class Tucker:
         if aim.start is not None:
             small, steps = (aim.start[0], aim.start[1].flatten(2)), aim.steps
         else:
-            left = principal(matrix, metric)[:, : core[0]]
+            left = principal(matrix, metric, core[0])
             inner = (left.mT @ matrix).view(core[0], site.shape[1], -1)
-            mix = principal(inner.transpose(0, 1).flatten(1))[:, : u[0]].mT
+            mix = principal(inner.transpose(0, 1).flatten(1), count=u[0]).mT
             small = (mix.contiguous(), mix @ inner)
             steps = 0 if rank == self.full_rank(site) else aim.steps
         found = project(_rows, small, matrix, metric, aim.noise, steps)

@@ -202,12 +202,10 @@ class CoRa:
         gain = gain_of(piece, site, base.grid) if self.base == "clipped" and second is None else None
         if gain is not None:
             residual = residual / gain[:, None]
-        left = principal(residual, second)
+        left = principal(residual, second, min(residual.shape))
         right = left.mT @ residual
         seen = right if second is None else right @ second
         values = (seen * right).sum(1).clamp_min(0).sqrt()
-        full = min(residual.shape)
-        left, right, values = left[:, :full], right[:full], values[:full]
         return (left if gain is None else left * gain[:, None]), right, values
 
     def _clipped_with_adapters(self, piece: Workpiece, site: Site, line: LayerPlan) -> list[list[Quantised]]:

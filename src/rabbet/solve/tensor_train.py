@@ -58,7 +58,7 @@ def halves(
     rank = ranks[0][0]
     exact = matrix.double()
     metric = None if second is None else second.double()
-    right = split(principal(exact, metric)[:, :rank].mT @ exact, sizes[1], ranks[1])
+    right = split(principal(exact, metric, rank).mT @ exact, sizes[1], ranks[1])
     rows = half(right)
     seen = rows if metric is None else rows @ metric
     gram = seen @ rows.mT

@@ -9,17 +9,41 @@ def leading(matrix: Tensor, rank: int, second: Tensor | None = None) -> tuple[Te
 
     Nearest in `tr(D H D^T)` with H = second [n, n], the inputs' full second moment (None: plain). The exact minimiser
     of the expected output error is the SVD whitened by H^(1/2) (QERA, arXiv 2410.06040, theorem 1); its left singular
-    vectors are eigenvectors of `M H M^T` and its right factor is `U^T M`, so H is never inverted nor decomposed.
+    vectors are eigenvectors of `M H M^T` and its right factor is `U^T M`, so H is never inverted.
     """
-    left = principal(matrix, second)[..., :rank]
+    left = principal(matrix, second, rank)
     right = left.mT @ matrix
     norms = right.norm(dim=-1).clamp_min(1e-20).sqrt()
     return left * norms.unsqueeze(-2), right / norms.unsqueeze(-1)
 
 
-def principal(matrix: Tensor, second: Tensor | None = None) -> Tensor:
-    """All left singular vectors [..., m, m] of matrix [..., m, n] whitened by `second`, the largest first."""
-    weighted = matrix if second is None else matrix @ second
-    _, vectors = torch.linalg.eigh((weighted @ matrix.mT).double())
-    result: Tensor = vectors.flip(-1).to(matrix.dtype)  # eigh sorts upwards
+def principal(matrix: Tensor, second: Tensor | None = None, count: int | None = None) -> Tensor:
+    """The first `count` left singular vectors (None: all) of matrix [..., m, n] whitened by `second`, [..., m, count].
+
+    Of a tall matrix at most n follow from the small side, which is far faster; the others have no singular value.
+    """
+    m, n = matrix.shape[-2:]
+    if count is not None and count <= n < m:
+        vectors: Tensor = torch.linalg.svd(_whitened(matrix, second), full_matrices=False).U
+    else:
+        weighted = matrix if second is None else matrix @ second
+        vectors = torch.linalg.eigh((weighted @ matrix.mT).double()).eigenvectors.flip(-1)  # eigh sorts upwards
+    return vectors[..., :count].to(matrix.dtype)
+
+
+def spectrum(matrix: Tensor, second: Tensor) -> Tensor:
+    """Squared singular values of matrix [m, n] whitened by `second` [n, n], [min(m, n)], the largest first."""
+    m, n = matrix.shape
+    exact, tall = matrix.double(), _whitened(matrix, second) if m > n else None  # the small side of both
+    gram = exact @ second.double() @ exact.mT if tall is None else tall.mT @ tall
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.clamp_min(0).flip(0)
+
+
+def _whitened(matrix: Tensor, second: Tensor | None) -> Tensor:
+    """`M H^(1/2)`, up to a rotation of its columns, in double precision."""
+    if second is None:
+        return matrix.double()
+    spread, axes = torch.linalg.eigh(second.double())
+    result: Tensor = matrix.double() @ (axes * spread.clamp_min(0).sqrt().unsqueeze(-2))
     return result
