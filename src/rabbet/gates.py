@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rabbet.cost import METRICS, Budget, Cost, layer_cost
 from rabbet.plan import Plan
-from rabbet.seat import WIDEST, Seat
+from rabbet.seat import FLOAT, WIDEST, Seat
 
 MARGIN = 0.05  # by which a gate must pass a step before its width follows: hysteresis
 TURNS = 4  # a gate that went back and forth so often stays where it is
@@ -74,7 +74,7 @@ class Gates:
         self.values = torch.full((len(self),), len(self.widths) + 0.5, dtype=torch.float64)
         self.slopes = torch.zeros_like(self.values)  # mean |gradient| of each tensor, a running mean
         self.sizes = torch.ones_like(self.values)  # mean |value| by the range
-        self.rises = self.values.new_zeros(len(self.values), len(self.widths))  # of the loss, at another level alone
+        self.rises = self.values.new_zeros(len(self.values), len(self.widths))  # of the loss, at this level alone
         self.last = torch.zeros_like(self.values)  # the way that each went last: -1, 0, 1
         self.turns = torch.zeros_like(self.values)  # how often it went back
         self._prices: dict[tuple[object, ...], Cost] = {}
@@ -283,24 +283,25 @@ class Gates:
         return found.clamp_min(1e-9)
 
     def probe(self, loss: Callable[[], float], rounded: Callable[[Seat], Mapping[int, Tensor]]) -> Iterator[int]:
-        """Measure the loss with every tensor at every other level, each alone; yields the number of each that is done.
+        """Measure the loss with every tensor alone on every width; yields the number of each that is done.
 
-        rounded: a seat's weight by width, as it is to be judged. The outputs of a layer are measured together, and
-        share the rise.
+        All others are in float: beside errors of their own a small one could be anything. rounded: a seat's weight by
+        width, as it is to be judged. The outputs of a layer are measured together, and share the rise.
         """
-        levels = self.levels
+        before = [(seat.bits, seat.act) for seat in self.seats]
+        for seat in self.seats:
+            seat.bits, seat.act = [FLOAT], FLOAT
+        base = loss()
         for done, span in enumerate(self.spans, 1):
-            span.seat.shown = {} if span.inner else rounded(span.seat)
-            known: dict[int, float] = {}
+            seat = span.seat
+            seat.shown = {} if span.inner else rounded(seat)
             for j, width in enumerate(self.widths):
-                self.set_levels([*levels[: span.first], *[j] * span.count, *levels[span.place.stop :]])
-                run = min(width, WIDEST + 1)  # wider ones run in float, all alike
-                known[run] = known[run] if run in known else loss()
-                self.rises[span.place, j] = known[run] / span.count
-            span.seat.shown = {}
+                seat.bits, seat.act = ([FLOAT], width) if span.inner else ([width], FLOAT)
+                self.rises[span.place, j] = (loss() - base if width <= WIDEST else 0) / span.count
+            seat.bits, seat.act, seat.shown = [FLOAT], FLOAT, {}
             yield done
-        self.rises -= self.rises.gather(1, torch.tensor(levels)[:, None])
-        self.set_levels(levels)
+        for seat, (bits, act) in zip(self.seats, before, strict=True):
+            seat.bits, seat.act = bits, act
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the gates."""

@@ -15,6 +15,7 @@ from rabbet.layer import Compressed, Numbers, compressed_layers, install
 from rabbet.plan import LayerPlan, Term
 from rabbet.site import Site
 
+FLOAT = 32  # a width that is not rounded
 WIDEST = 8  # what a file holds; wider gates run in float, and are priced and handed out at 8 bits
 
 Ranges = Mapping[int, tuple[float, float]]
@@ -44,7 +45,7 @@ class Seat(nn.Module):
         self.high: Tensor | None = ends[1] if ends else None
         self.start, self.ranges = weight.detach().float(), ranges
         self.covered: dict[Grid, Tensor] = {}
-        self.bits, self.act = [32], 32
+        self.bits, self.act = [FLOAT], FLOAT
         self.fixed: int | None = None
         self.slope: Tensor | None = None  # the gradient by the quantised input, where it is watched
         self.watched = False
@@ -127,13 +128,13 @@ class Seat(nn.Module):
     def take(self, line: LayerPlan) -> None:
         """Take over the widths of a line, its dense terms making every output once."""
         self.axis = line.terms[0].grid.axis
-        self.bits = [32] * (1 if line.terms[0].rows is None else len(self.latent))
+        self.bits = [FLOAT] * (1 if line.terms[0].rows is None else len(self.latent))
         for term in line.terms:
             if term.grid.bits == 2:
                 self.two = term.grid.kind
             for row in term.rows or (0,):
                 self.bits[row] = term.grid.bits
-        self.act = line.act or 32
+        self.act = line.act or FLOAT
 
     def numbers(self, line: LayerPlan) -> Numbers:
         """The weight on the grids of its line, as a file holds it."""

@@ -336,12 +336,13 @@ def test_widths_are_measured_once_for_all_budgets_and_nothing_is_changed(granula
     lines = [method._line(k, s) for k, s in enumerate(piece.survey)]
     course = _Gated(method, piece, lines, Budget.parse("bops <= 1%"))
     before, levels = course.weights(), course.gates.levels
-    measure_rises(piece, course.gates, before, lambda: course.judged(128))
+    measure_rises(piece, course.gates, before, lambda: course.judged(128, labels=False))
     assert all(torch.equal(before[k], v) for k, v in course.weights().items())
     assert course.gates.levels == levels
     assert not any(seat.shown for seat in course.seats.values())
     assert (course.gates.rises[:, 0] > 0).any()
-    assert (course.gates.rises[:, -1] == 0).all()
+    assert (course.gates.rises > -1e-6).all()  # nothing is better than the float network
+    assert (course.gates.rises[:, -1] <= course.gates.rises[:, 0]).all()
 
 
 def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
@@ -350,8 +351,8 @@ def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
     method = CGMQ(widths=(2, 8))
     lines = [method._line(k, s) for k, s in enumerate(piece.survey)]
     course, nearest = (_Gated(method, piece, lines, Budget.parse("bops <= 1%")) for _ in range(2))
-    measure_rises(piece, course.gates, course.weights(), lambda: course.judged(128))
-    for _ in nearest.gates.probe(lambda: nearest.judged(128), lambda _: {}):
+    measure_rises(piece, course.gates, course.weights(), lambda: course.judged(128, labels=False))
+    for _ in nearest.gates.probe(lambda: nearest.judged(128, labels=False), lambda _: {}):
         pass
     spans = course.gates.spans
     weights, inputs = ([s.first for s in spans if s.inner == inner] for inner in (False, True))

@@ -2,7 +2,7 @@
 
 Epochs in which gates move alternate with epochs in which they rest; weights, biases and ranges train in both. A state
 is handed on only after its cost was counted in whole numbers, so the budget holds whatever the training does. Where the
-integer program puts the gates first, from what each width does to the loss, they need not move (docs/architecture.md).
+integer program puts the gates, from what each width does to the output, they need not move (docs/architecture.md).
 """
 
 import itertools
@@ -41,11 +41,11 @@ PROBE = 500  # held-back examples that tell how much a level is worth; with 128 
 class CGMQ:
     """Gates under a budget, usually `bops`.
 
-    start: of the gates, where the integer "program" puts them by what each width does to the loss, or at the "widest"
+    start: of the gates, where the integer "program" puts them by what each width does to the output, or at the "widest"
     (the paper's). epochs: pairs of an epoch with moving gates and one without; updates "continuous" moves them in both.
-    direction: how fast a gate moves, by 1 the gradient of its tensor, 2 gradient and size, 3 the measured rise of the
-    loss for what is saved. gates: how far one of mean speed moves in an epoch, in widths. finish: epochs after the
-    choice, widths fixed. steps: of an epoch, None for all examples.
+    direction: how fast a gate moves, by 1 the gradient of its tensor, 2 gradient and size, 3 what the output loses for
+    what is saved. gates: how far one of mean speed moves in an epoch, in widths. finish: epochs after the choice, widths
+    fixed. steps: of an epoch, None for all examples.
 
     widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. granularity: a weight has one gate
     ("layer"), or one for each output ("channel"; layers with groups keep one). image: bits of the first layer's input,
@@ -202,25 +202,25 @@ class _Course(Course):
         self.now = float(found.detach())
         return found
 
-    def _on_held(self, place: int) -> Tensor:
-        """The loss of a held-back batch, of which the float network is asked only once."""
+    def _on_held(self, place: int, labels: bool = True) -> Tensor:
+        """The loss of a held-back batch; without labels what it is apart from the float network, that is asked once."""
         task, batch = self.piece.task, self.held[place]
         found = task.run(self.student, batch)
-        if task.loss is not None:
+        if labels and task.loss is not None:
             return task.judge(self.student, found, batch)
         goal = self.goals[place] if place in self.goals else outputs(task.run(self.piece.model, batch))
         if sum(t.numel() for t in goal) * len(self.held) <= GOALS:
             self.goals[place] = goal
         return divergence(outputs(found), goal)
 
-    def judged(self, limit: int | None = None) -> float:
-        """Mean loss of held-back batches, the first of them up to a limit."""
+    def judged(self, limit: float = math.inf, labels: bool = True) -> float:
+        """Mean loss of held-back batches, the first of them up to a limit; or how far they are from float."""
         total, seen = [], 0
         with torch.no_grad():
             for place, batch in enumerate(self.held):
-                total.append(self._on_held(place))
+                total.append(self._on_held(place, labels))
                 seen += len(tensors(batch)[0])
-                if limit is not None and seen >= limit:
+                if seen >= limit:
                     break
         mean = float(torch.stack(total).mean())
         if not math.isfinite(mean):
@@ -313,7 +313,7 @@ class _Gated(_Course):
     def train(self, piece: Workpiece) -> Gating:
         """Train to the end, and go back to the best state that kept the budget."""
         if self.method.direction == 3 or self.method.start == "program":
-            measure_rises(piece, self.gates, self.weights(), lambda: self.judged(PROBE))
+            measure_rises(piece, self.gates, self.weights(), lambda: self.judged(PROBE, labels=False))
         if self.method.start == "program":
             self.gates.move_to(self._allocated())
         key = piece.key("cgmq gates", self.weights(), {"method": self.method, "budget": str(self.budget)})
