@@ -44,8 +44,8 @@ class CGMQ:
     start: of the gates, where the integer "program" puts them by what each width does to the output, or at the "widest"
     (the paper's). epochs: pairs of an epoch with moving gates and one without; updates "continuous" moves them in both.
     direction: how fast a gate moves, by 1 the gradient of its tensor, 2 gradient and size, 3 what the output loses for
-    what is saved. gates: how far one of mean speed moves in an epoch, in widths. finish: epochs after the choice, widths
-    fixed. steps: of an epoch, None for all examples.
+    what is saved. gates: how far one of mean speed moves in an epoch, in widths. finish: epochs after the choice, with
+    widths fixed. steps: of an epoch, None for all examples.
 
     widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. granularity: a weight has one gate
     ("layer"), or one for each output ("channel"; layers with groups keep one). image: bits of the first layer's input,
