@@ -171,7 +171,7 @@ class Gates:
             if grad is not None:
                 self.slopes[place] = 0.9 * self.slopes[place] + 0.1 * grad.abs().reshape(span.count, -1).mean(1).cpu()
             if not span.inner:
-                sizes = seat.latent.detach().abs() / _wide(seat.reach, seat.latent)
+                sizes = seat.latent.detach().abs() / _wide(seat.reach.abs(), seat.latent)
                 self.sizes[place] = sizes.reshape(span.count, -1).mean(1).double().cpu()
 
     def directions(self, kind: int) -> Tensor:

@@ -25,10 +25,10 @@ Ranges = Mapping[int, tuple[float, float]]
 class Seat(nn.Module):
     """A layer that trains on its grids: weight, bias and both ranges are parameters, the widths are not.
 
-    latent: the weight before it is rounded, canonical. reach: the largest weight that its grid covers, [1] or [out].
-    low, high: ends of the input's range, [1] each; None where inputs are not quantised. Few bits cover less: by how
-    much, the least squared error at the start says (`ranges`: ends of the input's range by width). bits: of the weight,
-    one number or one for each output. act: of the input.
+    latent: the weight before it is rounded, canonical. reach: the largest weight that its grid covers, [1] or [out],
+    negative where the grid is mirrored. low, high: ends of the input's range, [1] each; None where inputs are not
+    quantised. Few bits cover less: by how much, the least squared error at the start says (`ranges`: ends of the
+    input's range by width). bits: of the weight, one number or one for each output. act: of the input.
     """
 
     def __init__(self, layer: Compressed, weight: Tensor, ranges: Ranges) -> None:
@@ -97,7 +97,8 @@ class Seat(nn.Module):
 
     def scale(self, bits: int) -> Tensor:
         """The scale that makes a grid as wide as the reach, or the share of it that so few levels had better cover."""
-        return self._share(self.grid(bits)) * 2 * self.reach.abs().clamp_min(1e-8) / (self.grid(bits).levels - 1)
+        reach = torch.where(self.reach.abs() < 1e-8, 1e-8, self.reach)  # a negative one mirrors the grid
+        return self._share(self.grid(bits)) * 2 * reach / (self.grid(bits).levels - 1)
 
     def _share(self, grid: Grid) -> Tensor:
         if grid not in self.covered:
@@ -145,6 +146,28 @@ class Seat(nn.Module):
             scale = scale if term.grid.axis is None else scale[rows]
             found.append([Quantised(term.grid, term.grid.codes(self.latent.detach()[rows], scale), scale)])
         return found
+
+    def adopt(self, layer: Compressed) -> None:
+        """Begin with the numbers of a layer that was solved on these widths."""
+        with torch.no_grad():
+            self.latent.copy_(layer.canonical)
+            for term, (factor, *_) in zip(layer.plan.terms, layer.factors, strict=True):
+                grid = self.grid(term.grid.bits)
+                rows = slice(None) if term.rows is None or grid.axis is None else list(term.rows)
+                self.reach[rows] = factor.scale * (grid.levels - 1) / (2 * self._share(grid)[rows])
+            if self.bias is not None and layer.bias is not None:
+                self.bias.copy_(layer.bias)
+            if self.low is not None and self.high is not None and layer.quantisers:
+                scale, zero = layer.quantisers[0].scale, layer.quantisers[0].zero
+                self.low.copy_(-zero * scale / (self._end(0, self.act) or 1.0))
+                self.high.copy_((2**self.act - 1 - zero) * scale / (self._end(1, self.act) or 1.0))
+
+    def hand_over(self, layer: Compressed) -> None:
+        """Give a layer that was built of `numbers` the bias and the input's range, too."""
+        if layer.bias is not None and self.bias is not None:
+            layer.bias.data = self.bias.detach().clone()
+        if layer.quantisers:
+            layer.quantisers[0].set_range(*(t.detach() for t in self.act_range(layer.plan.act or WIDEST)))
 
     def line(self, bits: Sequence[int] | None = None, act: int | None = None) -> LayerPlan:
         """The layer's line of a plan at these widths, or at its own; those that no file holds at 8 bits."""

@@ -20,6 +20,7 @@ from rabbet.gates import Gates
 from rabbet.layer import build, compressed_layers
 from rabbet.loop import shared
 from rabbet.methods.cgmq import _Course, _Gated
+from rabbet.methods.joint import solved
 from rabbet.methods.rises import measure_rises
 from rabbet.report import draw_gates
 from rabbet.seat import seated
@@ -106,6 +107,23 @@ def test_the_tightest_byte_budgets_are_kept_too(granularity):
 
 
 # What is trained
+
+
+@pytest.mark.parametrize("name", ["residual", "tied", "padded"])
+@pytest.mark.parametrize("text", ["dense@2hc | act@3", "dense@tc | act@8", "dense@3 | act@4", "dense@4c"])
+def test_training_starts_from_layers_that_are_solved_in_order(name, text):
+    case = network(name)
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    given = Plan(tuple(
+        LayerPlan.parse(f"{s.name} {text if s.multiplies else text.partition(' ')[0]}") for s in piece.survey
+    ))  # fmt: skip
+    ours, wanted = (
+        CGMQ(finish=0, two="ternary" if "t" in text else "half").fit(piece, given).model,
+        solved(piece, given),
+    )
+    state = wanted.state_dict()
+    for key, value in ours.state_dict().items():
+        assert torch.allclose(value, state[key], rtol=1e-5, atol=1e-6), key
 
 
 def test_training_brings_the_network_nearer_to_float():
@@ -215,7 +233,7 @@ def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%", channels=False):
 
 @pytest.mark.parametrize("scales", ["tensor", "channel"])
 @pytest.mark.parametrize("two", ["half", "ternary"])
-def test_training_starts_at_the_ranges_of_least_error_at_every_width(scales, two):
+def test_gates_start_at_the_ranges_of_least_error_at_every_width(scales, two):
     case = network("residual")
     piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
     method = CGMQ(scales=scales, two=two, epochs=0, finish=0, steps=1)
@@ -223,7 +241,7 @@ def test_training_starts_at_the_ranges_of_least_error_at_every_width(scales, two
     for bits in (2, 3, 4, 8):
         grid = {"ternary": "t", "half": "2h"}[two] if bits == 2 else str(bits)
         lines = Plan.parse("\n".join(f"{s.name} dense@{grid}{axis} | act@{bits}" for s in piece.survey))
-        found = method.fit(piece, lines).model
+        found = _Course(method, piece, list(lines), 0).network(piece, lines)
         wide = Plan.parse("\n".join(f"{s.name} dense@8{axis} | act@{bits}" for s in piece.survey))
         wanted = build(piece.model, wide, piece.survey)
         calibrate_ranges(wanted, piece.task)

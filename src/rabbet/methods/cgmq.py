@@ -24,6 +24,7 @@ from rabbet.grid import Grid
 from rabbet.layer import build, compressed_layers, validate
 from rabbet.loop import Course, average, run, shared
 from rabbet.methods.base import Fitted
+from rabbet.methods.joint import solved
 from rabbet.methods.rises import measure_rises
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.seat import WIDEST, seatable, seated, widest
@@ -101,11 +102,12 @@ class CGMQ:
         self._require(piece, budget, lines)
         course = _Gated(self, piece, lines, budget)
         found = course.train(piece)
-        piece.engine.keep(_key(piece, self, found.plan.compact), course.weights())
+        if self.epochs:
+            piece.engine.keep(_key(piece, self, found.plan.compact), course.weights())
         return found
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """Train at the plan's widths, from where the search left off if it ended with this plan; see `Method.fit`."""
+        """Train at the plan's widths, from where gates that moved ended with it, else solved in order; see `Method`."""
         validate(plan, piece.survey)
         other = next((x for x in plan if not seatable(piece.survey[x.name], x)), None)
         if other is not None:
@@ -114,6 +116,9 @@ class CGMQ:
         kept = piece.engine.kept(_key(piece, self, plan.compact))
         if kept is not None:
             course.take(kept)
+        else:
+            for name, layer in compressed_layers(solved(piece, plan)).items():
+                course.seats[name].adopt(layer)
         before, after = course.train_fixed(piece)
         return Fitted(course.network(piece, plan), (f"trained {course.steps} steps at these widths: held-back loss "
                                                     f"{before:.4g} -> {after:.4g}",))  # fmt: skip
@@ -272,11 +277,7 @@ class _Course(Course):
         numbers = {name: seat.numbers(plan[name]) for name, seat in self.seats.items()}
         found = build(piece.model, plan, piece.survey, numbers)
         for name, layer in compressed_layers(found).items():
-            seat = self.seats[name]
-            if layer.bias is not None and seat.bias is not None:
-                layer.bias.data = seat.bias.detach().clone()
-            if layer.quantisers:
-                layer.quantisers[0].set_range(*(t.detach() for t in seat.act_range(layer.plan.act or WIDEST)))
+            self.seats[name].hand_over(layer)
         return found
 
 

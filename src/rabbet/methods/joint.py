@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
@@ -20,7 +20,7 @@ from rabbet.engine import Job, Tensors
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS
 from rabbet.grid import Grid
-from rabbet.layer import Numbers, build, validate
+from rabbet.layer import build, validate
 from rabbet.methods.base import Fitted
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.score import output_errors
@@ -80,10 +80,7 @@ class Joint:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""
         validate(plan, piece.survey)
-        numbers = self._numbers(piece, plan)
-        student = build(piece.model, plan, piece.survey, numbers)
-        calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
-        solve_in_order(student, piece)
+        student = solved(piece, plan)
         note = tune(student, piece, self.tuning)
         return Fitted(student, (note,))
 
@@ -114,10 +111,18 @@ class Joint:
         plan = LayerPlan(site.name, terms, self.act if site.multiplies else None)
         return Option(plan, piece.layer_cost(site, plan))
 
-    def _numbers(self, piece: Workpiece, plan: Plan) -> dict[str, Numbers]:
-        """Each line is solved for itself: the same plan gives the same numbers, chosen here or made by hand."""
-        results = solve_menus(piece, "solving the plan", {layer.name: (layer.terms,) for layer in plan})
-        return {layer.name: read_numbers(results[layer.name], (layer.terms,), 0) for layer in plan}
+
+def solved(piece: Workpiece, plan: Plan) -> nn.Module:
+    """The network on the plan's grids without any training: layers solved, inputs calibrated, then solved in order.
+
+    Each line is solved for itself: the same plan gives the same numbers, chosen here or made by hand.
+    """
+    menus = {line.name: (line.terms,) for line in plan}
+    results = solve_menus(piece, "solving the plan", menus)
+    student = build(piece.model, plan, piece.survey, {n: read_numbers(results[n], menus[n], 0) for n in menus})
+    calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
+    solve_in_order(student, piece)
+    return student
 
 
 def scored(
