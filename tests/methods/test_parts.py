@@ -37,6 +37,7 @@ from rabbet.errors import BudgetError
 from rabbet.fold import fold
 from rabbet.layer import ActQuant, build, compressed_layers
 from rabbet.methods import METHODS
+from rabbet.methods.joint import solve_menus
 from rabbet.sequence import solve_in_order
 from rabbet.site import patches
 from rabbet.task import examples, outputs, tensors
@@ -402,8 +403,9 @@ def test_solving_in_order_brings_the_outputs_nearer_to_the_float_network():
     model = settled(nn.Sequential(*layers))
     piece = Workpiece.of(model, Task([rand(256, 3, 10, 10)]), Engine())
     plan = Plan(tuple(LayerPlan.parse(f"{s.name} dense@2hc") for s in piece.survey))
-    solved = Joint(tuning=Tuning(steps=0))._numbers(piece, plan)
-    student = build(piece.model, plan, piece.survey, solved)
+    menus = {line.name: (line.terms,) for line in plan}
+    alone = solve_menus(piece, "solving", menus)
+    student = build(piece.model, plan, piece.survey, {n: read_numbers(alone[n], menus[n], 0) for n in menus})
     fresh = rand(64, 3, 10, 10)
     with torch.no_grad():
         goal = model(fresh)
