@@ -151,7 +151,7 @@ class Seat(nn.Module):
         """Begin with the numbers of a layer that was solved on these widths."""
         with torch.no_grad():
             self.latent.copy_(layer.canonical)
-            for term, (factor, *_) in zip(layer.plan.terms, layer.factors, strict=True):
+            for term, (factor,) in zip(layer.plan.terms, layer.factors, strict=True):
                 grid = self.grid(term.grid.bits)
                 rows = slice(None) if term.rows is None or grid.axis is None else list(term.rows)
                 self.reach[rows] = factor.scale * (grid.levels - 1) / (2 * self._share(grid)[rows])

@@ -1,4 +1,4 @@
-"""What each width of each tensor does to the loss, measured before anything is trained."""
+"""What each width of each tensor does to the output, measured before anything is trained."""
 
 from collections.abc import Callable, Mapping
 
@@ -24,10 +24,10 @@ def measure_rises(piece: Workpiece, gates: Gates, start: Mapping[str, Tensor], l
     key = piece.key("rises", start, {"menus": menus, "gates": gates.names, "widths": gates.widths})
     kept = piece.engine.kept(key)
     if kept is None:
-        solved = solve_menus(piece, "rounding", menus)
+        results = solve_menus(piece, "rounding", menus)
 
         def rounded(seat: Seat) -> dict[int, Tensor]:
-            menu, found = menus[seat.site.name], solved[seat.site.name]
+            menu, found = menus[seat.site.name], results[seat.site.name]
             weights = (canonical(seat.site, terms, read_numbers(found, menu, k)) for k, terms in enumerate(menu))
             return {b: w.to(seat.latent.device) for b, w in zip(held, weights, strict=True)}
 
