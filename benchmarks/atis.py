@@ -10,6 +10,7 @@ models and layers that were decomposed, so that parts can be run one by one.
 
 import argparse
 import itertools
+import math
 import random
 import statistics
 import tempfile
@@ -252,7 +253,11 @@ def _export(model: nn.Module, plan: rabbet.Plan, survey: rabbet.Survey, task: Ta
 
 
 def step(bench: Bench) -> None:
-    """What a training step of 32 sentences costs, forward and backward: dense, and as tensor trains on 4 bits."""
+    """What a training step of 32 sentences costs, forward and backward: dense, and as tensor trains on 4 bits.
+
+    Memory: what is kept for the backward pass, and what learns, with its gradients and both moments of Adam.
+    """
+    from rabbet.methods.latent import together
     from rabbet.methods.ttqat import _Taught
     from rabbet.workpiece import Workpiece
 
@@ -261,21 +266,37 @@ def step(bench: Bench) -> None:
     piece = Workpiece.of(teacher, task, rabbet.Engine())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
     batch = task.read()[len(task.read()) // 2]
-    times: dict[str, list[float]] = {"dense": [], "float": [], "grid": []}
-    for p in (*teacher.parameters(), *course._learning()):  # noqa: SLF001 (what a step costs is its own affair)
-        p.requires_grad_()
-    for name, seen in times.items():
-        if name == "grid":
+    learning = {"dense": list(teacher.parameters()), "tensor trains": course._learning()}  # noqa: SLF001 (what a step
+    learning["on 4 bits"] = learning["tensor trains"]  # costs is its own affair)
+    latents = course._latents()  # noqa: SLF001
+    dense_ms = math.nan
+    for name, parameters in learning.items():
+        for p in parameters:
+            p.requires_grad_()
+        if name == "on 4 bits":
             course._settle()  # noqa: SLF001
         model = teacher if name == "dense" else course.student
-        for _ in range(12):
+        assert task.loss is not None
+        ms, kept = list[float](), dict[int, int]()
+        for _ in range(22):
             start = time.perf_counter()
-            assert task.loss is not None
+            with together(latents):
+                found = task.run(model, batch)
+            task.loss(found, batch).backward()
+            ms.append(1e3 * (time.perf_counter() - start))
+
+        def keep(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             task.loss(task.run(model, batch), batch).backward()
-            seen.append(time.perf_counter() - start)
-    ms = {name: 1e3 * statistics.median(t[2:]) for name, t in times.items()}
-    row(tuple(batch["ids"].shape), *(f"{ms[n]:.0f}" for n in times), f"{ms['dense'] / ms['float']:.1f}",
-        f"{ms['dense'] / ms['grid']:.1f}")  # fmt: skip
+        for p in parameters:  # they are there anyhow
+            kept.pop(p.untyped_storage().data_ptr(), None)
+        median = statistics.median(ms[2:])
+        dense_ms = median if name == "dense" else dense_ms
+        row(name, tuple(batch["ids"].shape), f"{median:.0f}", f"{dense_ms / median:.1f}",
+            f"{sum(kept.values()) / 1e6:.1f}", f"{16 * sum(p.numel() for p in parameters) / 1e6:.1f}")  # fmt: skip
 
 
 PARTS = ("dense", "sizes", "control", "starts", "orders", "speed", "step")
@@ -299,7 +320,7 @@ def main() -> None:
             speed(bench)
             continue
         if part == "step":
-            head("batch", "ms, dense", "tt in float", "tt on 4 bits", "times faster, float", "on 4 bits")
+            head("model", "batch", "ms", "times faster", "MB for the backward pass", "MB that learn")
             step(bench)
             continue
         head(*COLUMNS)

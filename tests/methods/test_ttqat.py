@@ -17,7 +17,7 @@ import rabbet
 from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError, Task
 from rabbet.distil import Lesson, Look, Shown, Teacher, stack
 from rabbet.engine import silent
-from rabbet.methods.latent import start_cores
+from rabbet.methods.latent import Latent, start_cores, together
 from rabbet.plan import Term
 from rabbet.runtime import Session
 from rabbet.site import Site
@@ -51,6 +51,34 @@ def forms(plan):
 def made():
     model, data = bert(), sentences()
     return model, data, rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT))
+
+
+def test_latents_that_are_rounded_together_are_what_each_is_alone_and_learn_the_same():
+    torch.manual_seed(0)
+    grids = [rabbet.Grid.parse(g) for g in ("4", "4", "2h", "4", "3c", "2h")]
+    latents = [Latent(rand(3, 4, 5), grid) for grid in grids] + [
+        Latent(rand(2, 4, 1), grids[0]),
+        Latent(rand(2), grids[0]),
+    ]
+    for latent in latents[:-1]:  # the last stays in float
+        latent.settle()
+    for latent in latents:
+        latent.requires_grad_()
+        latent.scale.requires_grad_()
+    weights = [rand(*x.value.shape) for x in latents]
+    alone = [x() for x in latents]
+    slopes = torch.autograd.grad(sum((a * w).sum() for a, w in zip(alone, weights, strict=True)), _learning(latents))
+    with together(latents):
+        assert latents[0]() is latents[0]()
+        shown = [x() for x in latents]
+    assert latents[0]() is not latents[0]()
+    assert all(torch.equal(a, b) for a, b in zip(alone, shown, strict=True))
+    found = torch.autograd.grad(sum((a * w).sum() for a, w in zip(shown, weights, strict=True)), _learning(latents))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(slopes, found, strict=True))
+
+
+def _learning(latents):
+    return [x.value for x in latents] + [x.scale for x in latents if x.on]
 
 
 def test_linears_become_tensor_trains_and_the_words_a_tensor_train_matrix(made):

@@ -1,5 +1,6 @@
 """How the axes of a matrix are read as digits of a tensor train."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ Modes = tuple[tuple[int, ...], tuple[int, ...]]
 """Sizes of the digits: of the inputs and of the outputs of a layer, or of the rows and columns of a table."""
 
 
+@functools.cache  # asked for at every run of a layer
 def balanced(size: int, count: int) -> tuple[int, ...]:
     """Factors of a size, at most `count`, none of them 1, in falling order, of least sum: 768 is 12 x 8 x 8."""
     return min((f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f), f), default=(size,))
@@ -20,6 +22,7 @@ def exactly(size: int, count: int) -> tuple[int, ...]:
     return (*found, *[1] * (count - len(found)))
 
 
+@functools.cache
 def covering(size: int, count: int) -> tuple[int, ...]:
     """`count` numbers in falling order, all alike, whose product is no less than a size: 870 fits 6 x 6 x 5 x 5."""
     left, found = size, []

@@ -1,6 +1,9 @@
 """Factors that train in float and then on their grid: what they start from, and what they are at each time."""
 
+import contextlib
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +47,12 @@ class Latent(Factor):
         # one layout, whether computed now or read from a folder: sums in another order would be other bytes
         self.value = nn.Parameter(value.detach().float().contiguous().clone(), requires_grad=False)
         self.on = False
+        self.shown: Tensor | None = None  # the values, where they were made together with those of others
 
     def forward(self) -> Tensor:
         """The values."""
+        if self.shown is not None:
+            return self.shown
         return self.grid.fake(self.value, self.scale) if self.on else self.value
 
     def settle(self) -> None:
@@ -59,3 +65,25 @@ class Latent(Factor):
         """As a file holds them."""
         scale = stored(self.scale.detach())
         return Quantised(self.grid, self.grid.codes(self.value.detach(), scale), scale)
+
+
+@contextlib.contextmanager
+def together(latents: Iterable[Latent]) -> Iterator[None]:
+    """While this lasts, latents show what they are now; those of one shape and grid are rounded in one operation.
+
+    Cores are small, and many: one by one, their rounding takes a seventh of a step of 32 short sentences.
+    """
+    alike: dict[tuple[Grid, torch.Size], list[Latent]] = {}
+    for latent in latents:
+        if latent.on and latent.grid.axis is None:
+            alike.setdefault((latent.grid, latent.value.shape), []).append(latent)
+    for (grid, _), group in alike.items():
+        values, scales = torch.stack([x.value for x in group]), torch.cat([x.scale for x in group])
+        for latent, shown in zip(group, replace(grid, axis=0).fake(values, scales).unbind(), strict=True):
+            latent.shown = shown
+    try:
+        yield
+    finally:
+        for group in alike.values():
+            for latent in group:
+                latent.shown = None

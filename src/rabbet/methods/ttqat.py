@@ -25,7 +25,7 @@ from rabbet.layout import term_lengths
 from rabbet.loop import Course, run, shared
 from rabbet.methods.base import Fitted
 from rabbet.methods.joint import scored
-from rabbet.methods.latent import Latent, start_cores
+from rabbet.methods.latent import Latent, start_cores, together
 from rabbet.plan import LayerPlan, Plan, Term
 from rabbet.site import Site
 from rabbet.task import Batch, examples
@@ -262,7 +262,8 @@ class _Taught(Course):
         held: list[object] = []
 
         def ours() -> object:
-            held.append(task.run(self.student, given))
+            with together(self._latents()):
+                held.append(task.run(self.student, given))
             return held[0]
 
         shown = self.look(ours)
@@ -284,7 +285,8 @@ class _Taught(Course):
         """The user's own score of the student, or the negative loss of held-back batches; larger is better."""
         task = self.piece.task
         if task.evaluate is not None:
-            return task.score(self.student)
+            with torch.no_grad(), together(self._latents()):
+                return task.score(self.student)
         with torch.no_grad():
             found = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(examples(b)) for b in self.held])
