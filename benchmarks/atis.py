@@ -87,6 +87,11 @@ class Bench:
         """The dense model of a seed."""
         return dense(self.data, seed, self.folder)[0]
 
+    def untrained(self) -> Tagger:
+        """A dense model that nothing has taught: enough where only time counts."""
+        torch.manual_seed(0)
+        return Tagger(self.data).eval()
+
     def outcome(self, model: nn.Module, method: rabbet.methods.Method, seed: int, budget: str = "bytes <= 90%",
                 whole: int = 0) -> Outcome:  # fmt: skip
         """Compress, write, load again, measure; `whole`: float bytes that the ratio refers to, if not the model's."""
@@ -218,7 +223,7 @@ def speed(bench: Bench) -> None:
     """Latency of one sentence on one thread: the exported file against the dense model in float and in dynamic int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    teacher = bench.teacher(0)
+    teacher = bench.untrained()
     for places in (16, 64):
         batch = {
             "ids": torch.randint(FIRST, bench.data.words, (2, places)),
@@ -261,7 +266,7 @@ def step(bench: Bench) -> None:
     from rabbet.methods.ttqat import _Taught
     from rabbet.workpiece import Workpiece
 
-    teacher, task = bench.teacher(0), task_of(bench.data, 0)
+    teacher, task = bench.untrained(), task_of(bench.data, 0)
     method = TTQAT(4, whole=HEADS, start="random", hidden=0.0, attention=0.0, answers=0.0)
     piece = Workpiece.of(teacher, task, rabbet.Engine())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
