@@ -122,6 +122,11 @@ class Seat(nn.Module):
         whole = self.ranges[WIDEST][place]
         return self.ranges[bits][place] / whole if abs(whole) > 1e-8 else 1.0
 
+    def sizes(self) -> list[tuple[Tensor, float]]:
+        """What learns, each with the magnitude that a rate refers to; biases may start at zero."""
+        parts = (self.latent, 0.0), (self.reach, 1e-6), (self.low, 1e-6), (self.high, 1e-6), (self.bias, 0.05)
+        return [(p, max(float(p.detach().abs().mean()), least)) for p, least in parts if p is not None]
+
     def gated(self, channels: bool) -> int:
         """How many gates the weight has: one, or one for each output of a layer without groups."""
         return len(self.latent) if channels and self.site.groups == 1 else 1

@@ -19,6 +19,7 @@ from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.gates import Gates
 from rabbet.layer import build, compressed_layers
 from rabbet.loop import shared
+from rabbet.methods import cgmq
 from rabbet.methods.cgmq import _Course, _Gated
 from rabbet.methods.joint import solved
 from rabbet.methods.rises import measure_rises
@@ -124,6 +125,23 @@ def test_training_starts_from_layers_that_are_solved_in_order(name, text):
     state = wanted.state_dict()
     for key, value in ours.state_dict().items():
         assert torch.allclose(value, state[key], rtol=1e-5, atol=1e-6), key
+
+
+def test_the_nearer_the_start_the_smaller_the_steps_unless_a_rate_is_given(monkeypatch):
+    case = network("residual")
+    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+
+    def rate(method, line):
+        seen = []
+        monkeypatch.setattr(cgmq, "run", lambda course, *_: seen.append(course.rate(9)))
+        method.fit(piece, Plan(tuple(LayerPlan.parse(f"{s.name} {line}") for s in piece.survey)))
+        return seen[0]
+
+    method = CGMQ(finish=1, steps=100, batch=6)
+    near, far = (rate(method, line) for line in ("dense@8c | act@8", "dense@2hc | act@2"))
+    assert 0 < near < 0.2 * far < 0.1
+    fixed = replace(method, rate=0.5)
+    assert rate(fixed, "dense@8c | act@8") == rate(fixed, "dense@2hc | act@2") == pytest.approx(0.5, rel=0.05)
 
 
 def test_training_brings_the_network_nearer_to_float():

@@ -35,6 +35,8 @@ from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the examples that choose between epochs and are not trained on
 GOALS = 2**26  # entries that the float network's answers to held-back examples may take, to be kept
+RATE = 1e-2  # of Adam where gates move
+NEAR = 0.02  # of Adam by the root of the divergence where solved layers start; chosen in docs/architecture.md
 PROBE = 500  # held-back examples that tell how much a level is worth; with 128 plans come out a tenth worse
 
 
@@ -51,9 +53,10 @@ class CGMQ:
     widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. granularity: a weight has one gate
     ("layer"), or one for each output ("channel"; layers with groups keep one). image: bits of the first layer's input,
     "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output channel. two: the grid at 2
-    bits, "half" or the paper's "ternary". rate: Adam's, relative to the mean magnitude of what it moves. Trains on the
-    task's loss if it has one, else on the float network's outputs and `features` times the error of its blocks', images
-    augmented if `augment`.
+    bits, "half" or the paper's "ternary". rate: Adam's, relative to the mean magnitude of what it moves; None: 0.01
+    where gates move, else the less, the nearer solved layers are to the float network. Trains on the task's loss if it
+    has one, else on the float network's outputs and `features` times the error of its blocks', images augmented if
+    `augment`.
 
     As in the paper: `CGMQ(start="widest", epochs=6, finish=6, direction=1, widths=(2, 4, 8, 16, 32), scales="tensor",
     two="ternary")`.
@@ -72,7 +75,7 @@ class CGMQ:
     scales: Literal["tensor", "channel"] = "channel"
     two: Literal["half", "ternary"] = "half"
     batch: int = 128
-    rate: float = 1e-2
+    rate: float | None = None
     features: float = 2.0
     augment: bool = True
 
@@ -119,6 +122,8 @@ class CGMQ:
         else:
             for name, layer in compressed_layers(solved(piece, plan)).items():
                 course.seats[name].adopt(layer)
+            if self.rate is None:
+                course.pace = NEAR * math.sqrt(max(0.0, course.judged(PROBE, labels=False)))
         before, after = course.train_fixed(piece)
         return Fitted(course.network(piece, plan), (f"trained {course.steps} steps at these widths: held-back loss "
                                                     f"{before:.4g} -> {after:.4g}",))  # fmt: skip
@@ -182,17 +187,16 @@ class _Course(Course):
         for line in lines:
             self.seats[line.name].two = method.two
             self.seats[line.name].take(line)
-        self.groups = []
-        for seat in self.seats.values():
-            ranges = [p for p in (seat.reach, seat.low, seat.high) if p is not None]
-            self.groups.append({"params": [seat.latent], "base": method.rate * _size(seat.latent)})
-            self.groups += [{"params": [p], "base": method.rate * max(_size(p), 1e-6)} for p in ranges]
-            if seat.bias is not None:
-                self.groups.append({"params": [seat.bias], "base": method.rate * max(_size(seat.bias), 0.05)})
+        sizes = [pair for seat in self.seats.values() for pair in seat.sizes()]
+        self.groups = [{"params": [p], "base": size} for p, size in sizes]
+        self.pace = RATE if method.rate is None else method.rate
         self.goals: dict[int, list[Tensor]] = {}
         self.best: dict[str, Tensor] = {}
         self.least = torch.tensor(math.inf)
         self.now = math.nan
+
+    def rate(self, step: int) -> float:
+        return self.pace * super().rate(step)
 
     def loss(self, step: int) -> Tensor:
         task = self.piece.task
@@ -304,7 +308,7 @@ class _Gated(_Course):
         self.seen: list[Tensor] = []  # after each epoch: gates, widths, share of the budget, held-back loss
 
     def rate(self, step: int) -> float:
-        return min(1.0, (step + 1) / 10)
+        return self.pace * min(1.0, (step + 1) / 10)
 
     @property
     def plan(self) -> Plan:
@@ -394,7 +398,3 @@ class _Gated(_Course):
         self.gates.restore({k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")})
         self.over, self.levels = bool(state["over"]), state["levels"].tolist()
         self.seen = list(state["seen"]) if "seen" in state else []
-
-
-def _size(tensor: Tensor) -> float:
-    return float(tensor.detach().abs().mean())
