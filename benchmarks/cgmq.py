@@ -287,11 +287,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=18, help="in all")
     parser.add_argument("--steps", type=int, help="of an epoch; default: all images")
+    parser.add_argument("--rate", type=float, help="default: that of CGMQ")
     args = parser.parse_args()
     print(f"{machine()}\n")
     head("network", "method", "budget, % of BOPs", "found, largest", "accuracy", "spread", "held-back loss", "seconds",
          "weights/inputs")  # fmt: skip
-    settings = CGMQ(finish=args.epochs, steps=args.steps)
+    settings = CGMQ(finish=args.epochs, steps=args.steps, rate=args.rate)
     if "lenet" in args.parts:
         on_lenet({"CGMQ": settings}, tuple(args.budgets or BUDGETS), args.seeds)
     if "directions" in args.parts:
