@@ -271,23 +271,25 @@ def step(bench: Bench) -> None:
     piece = Workpiece.of(teacher, task, rabbet.Engine())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
     batch = task.read()[len(task.read()) // 2]
-    learning = {"dense": list(teacher.parameters()), "tensor trains": course._learning()}  # noqa: SLF001 (what a step
-    learning["on 4 bits"] = learning["tensor trains"]  # costs is its own affair)
-    latents = course._latents()  # noqa: SLF001
+    ours, latents = course._learning(), course._latents()  # noqa: SLF001 (what a step costs is its own affair)
+
+    def once(model: nn.Module) -> None:
+        assert task.loss is not None
+        with together(latents):
+            found = task.run(model, batch)
+        task.loss(found, batch).backward()
+
     dense_ms = math.nan
-    for name, parameters in learning.items():
+    for name, parameters in (("dense", list(teacher.parameters())), ("tensor trains", ours), ("on 4 bits", ours)):
         for p in parameters:
             p.requires_grad_()
         if name == "on 4 bits":
             course._settle()  # noqa: SLF001
         model = teacher if name == "dense" else course.student
-        assert task.loss is not None
         ms, kept = list[float](), dict[int, int]()
         for _ in range(22):
             start = time.perf_counter()
-            with together(latents):
-                found = task.run(model, batch)
-            task.loss(found, batch).backward()
+            once(model)
             ms.append(1e3 * (time.perf_counter() - start))
 
         def keep(t: Tensor, kept: dict[int, int] = kept) -> Tensor:
@@ -295,7 +297,7 @@ def step(bench: Bench) -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            task.loss(task.run(model, batch), batch).backward()
+            once(model)
         for p in parameters:  # they are there anyhow
             kept.pop(p.untyped_storage().data_ptr(), None)
         median = statistics.median(ms[2:])
