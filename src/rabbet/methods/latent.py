@@ -71,7 +71,7 @@ class Latent(Factor):
 def together(latents: Iterable[Latent]) -> Iterator[None]:
     """While this lasts, latents show what they are now; those of one shape and grid are rounded in one operation.
 
-    Cores are small, and many: one by one, their rounding takes a seventh of a step of 32 short sentences.
+    Cores are small, and many: one by one, their rounding takes a sixth of a step of 32 short sentences.
     """
     alike: dict[tuple[Grid, torch.Size], list[Latent]] = {}
     for latent in latents:
