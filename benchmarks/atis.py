@@ -5,17 +5,23 @@
 The dense model (2 blocks, width 768, 64 positions, words as they are) is trained by sentences.py. Float bytes: every
 float32 parameter. Accuracy is that of the written file; intent and slot F1 on dev and test together (1,393 sentences),
 on test alone behind the stroke. A tenth of the training sentences chooses between epochs. FOLDER keeps trained dense
-models and layers that were decomposed, so that parts can be run one by one.
+models, layers that were decomposed and what each setting came to with each seed, so that parts and seeds can be run one
+by one, side by side, and a run that was killed goes on; what other code left there is not told from what this one left.
 """
 
 import argparse
+import functools
+import hashlib
 import itertools
+import json
 import math
+import os
 import random
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,8 +72,9 @@ def task_of(data: Corpus, copies: int) -> Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a compressed model is on both measures, what its file takes, and how long an epoch took."""
+    """What a compressed model is on held-back sentences and on both measures, what its file takes, and an epoch."""
 
+    held: Score
     pooled: Score
     test: Score
     bytes: int
@@ -92,6 +99,19 @@ class Bench:
         torch.manual_seed(0)
         return Tagger(self.data).eval()
 
+    def known(self, setting: str, seed: int, measure: Callable[[], Outcome]) -> Outcome:
+        """What the folder has of this setting and seed; measured and put there if it has nothing."""
+        name = hashlib.sha256(f"{setting}, copies {self.copies}".encode()).hexdigest()[:16]
+        path = self.folder / "outcomes" / f"{name}-seed{seed}.json"
+        if not path.exists():
+            found = {"setting": setting, "copies": self.copies, "outcome": asdict(measure())}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps(found))
+            beside.replace(path)
+        read = json.loads(path.read_text())["outcome"]
+        return Outcome(**read | {part: Score(**read[part]) for part in ("held", "pooled", "test")})
+
     def outcome(self, model: nn.Module, method: rabbet.methods.Method, seed: int, budget: str = "bytes <= 90%",
                 whole: int = 0) -> Outcome:  # fmt: skip
         """Compress, write, load again, measure; `whole`: float bytes that the ratio refers to, if not the model's."""
@@ -108,14 +128,18 @@ class Bench:
             result.save(path)
             small = rabbet.load(path, model)
         steps = statistics.median(b - a for a, b in itertools.pairwise(marks)) if len(marks) > 1 else 0.0
-        pooled, test = score(small, self.data.dev, self.data.test), score(small, self.data.test)
         ratio = (whole or result.float_cost.bytes) / result.cost.bytes
-        return Outcome(pooled, test, result.cost.bytes, ratio, steps * len(named(self.data.train)))
+        return Outcome(*self.scores(small), result.cost.bytes, ratio, steps * len(named(self.data.train)))
+
+    def scores(self, model: nn.Module) -> tuple[Score, Score, Score]:
+        """On held-back sentences, on dev and test, on test alone."""
+        return score(model, self.data.held), score(model, self.data.dev, self.data.test), score(model, self.data.test)
 
     def line(self, label: str, found: list[Outcome], dense_: list[Score] | None) -> None:
         """A row: the mean over seeds, and the drop from the mean of the dense seeds."""
         intent, slots = ([getattr(f.pooled, k) for f in found] for k in ("intent", "slots"))
         alone = [statistics.mean(getattr(f.test, k) for f in found) for k in ("intent", "slots")]
+        held = [f"{statistics.mean(getattr(f.held, k) for f in found):.2f}" for k in ("intent", "slots")]
         drops = ["-", "-"]
         if dense_ is not None:
             drops = [
@@ -124,12 +148,13 @@ class Bench:
             ]
         size = round(statistics.mean(f.bytes for f in found))
         row(label, len(found), f"{size:,}", f"{statistics.mean(f.ratio for f in found):.0f}",
-            f"{statistics.mean(intent):.2f} / {alone[0]:.2f}", f"{statistics.mean(slots):.2f} / {alone[1]:.2f}",
-            *drops, f"{statistics.mean(f.seconds for f in found):.0f}")  # fmt: skip
+            " / ".join(held), f"{statistics.mean(intent):.2f} / {alone[0]:.2f}",
+            f"{statistics.mean(slots):.2f} / {alone[1]:.2f}", *drops,
+            f"{statistics.mean(f.seconds for f in found):.0f}")  # fmt: skip
 
 
-COLUMNS = ("model", "seeds", "file bytes", "times smaller", "intent / test", "slot F1 / test", "intent drop",
-           "slot drop", "seconds an epoch")  # fmt: skip
+COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / slots", "intent / test",
+           "slot F1 / test", "intent drop", "slot drop", "seconds an epoch")  # fmt: skip
 
 SIZES = {
     "rank 20, 4 bits, tables and heads as they are": TTQAT(4, 20, whole=(*HEADS, *TABLES), rate=1e-2),
@@ -146,11 +171,14 @@ ORDERS = {f"taught: {o}": TTQAT(4, 24, 40, whole=HEADS, order=o) for o in ("all"
 
 
 def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
-    """A row for each setting."""
+    """A row for each setting, each with as many steps whatever it is shown."""
+    times = 1 + bench.copies
+    methods = {k: replace(m, epochs=m.epochs // times, finish=m.finish // times) for k, m in methods.items()}
     teachers = [bench.teacher(s) for s in seeds]
     whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
     for label, method in methods.items():
-        bench.line(label, [bench.outcome(t, method, s) for t, s in zip(teachers, seeds, strict=True)], whole)
+        runs = [(functools.partial(bench.outcome, t, method, s), s) for t, s in zip(teachers, seeds, strict=True)]
+        bench.line(label, [bench.known(repr(method), s, measure) for measure, s in runs], whole)
 
 
 def float_rows(bench: Bench, seeds: list[int]) -> None:
@@ -160,8 +188,7 @@ def float_rows(bench: Bench, seeds: list[int]) -> None:
         for seed in seeds:
             model, seconds = dense(bench.data, seed, bench.folder, _recipe(shape), **shape)
             size = sum(p.numel() * 4 for p in model.parameters())
-            both, test = score(model, bench.data.dev, bench.data.test), score(model, bench.data.test)
-            found.append(Outcome(both, test, size, 1, seconds))
+            found.append(Outcome(*bench.scores(model), size, 1, seconds))
         bench.line(label, found, None)
 
 
@@ -174,15 +201,17 @@ def control(bench: Bench, seeds: list[int]) -> None:
     teachers = [bench.teacher(s) for s in seeds]
     whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
     size = sum(p.numel() * 4 for p in teachers[0].parameters())
-    found = []
-    for seed, teacher in zip(seeds, teachers, strict=True):
+
+    def small(teacher: Tagger, seed: int) -> Outcome:
         model, _ = dense(bench.data, seed, bench.folder, _recipe(SMALL), **SMALL)
-        taught = _Answers(bench.data, model, teacher, shown(bench.data, bench.copies), epochs=40)
+        taught = _Answers(bench.data, model, teacher, shown(bench.data, bench.copies), epochs=40 // (1 + bench.copies))
         run(taught, rabbet.Engine(), "control", "teaching")
         model.load_state_dict(taught.best)
         method = Joint(adapters=(), forms=(), grids=("8c",), act=None, tuning=Tuning(steps=0))
-        found.append(bench.outcome(model, method, seed, whole=size))
-    bench.line("control: dense, width 80, 8 bits", found, whole)
+        return bench.outcome(model, method, seed, whole=size)
+
+    runs = [(functools.partial(small, t, s), s) for t, s in zip(teachers, seeds, strict=True)]
+    bench.line("control: dense, width 80, 8 bits", [bench.known("control", s, measure) for measure, s in runs], whole)
 
 
 class _Answers(Course):

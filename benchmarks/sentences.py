@@ -10,6 +10,7 @@ are the measure, and are not looked at with `--folds`.
 import argparse
 import math
 import random
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -70,13 +71,18 @@ class Corpus:
         return found
 
 
+def shapes(words: Sequence[str]) -> list[str]:
+    """Words with every digit as 0, as is usual for this corpus (arXiv 1603.01360 does the same): `0745` as `0000`."""
+    return [re.sub(r"\d", "0", w) for w in words]
+
+
 def corpus(fold: int = 0) -> Corpus:
-    """ATIS, words as they are, with this tenth of the training sentences held back.
+    """ATIS, words by their `shapes`, with this tenth of the training sentences held back.
 
     The vocabulary is that of the sentences that are trained on: held-back ones have unknown words like those of test.
     """
     load = reader("load")
-    raw = {split: load.atis(split) for split in ("train", "dev", "test")}
+    raw = {split: [(shapes(s), ts, y) for s, ts, y in load.atis(split)] for split in ("train", "dev", "test")}
     order = list(range(len(raw["train"])))
     random.Random(0).shuffle(order)
     tenth = len(order) // 10
