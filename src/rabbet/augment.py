@@ -28,6 +28,10 @@ class Pool:
         images = [k for k, t in enumerate(found) if t.ndim == 4 and t.is_floating_point() and min(t.shape[2:]) >= 8]
         return cls((joined,), images[0] if len(images) == 1 else None)
 
+    def draws(self, size: int) -> int:
+        """How many of such a size show as many examples as there are."""
+        return len(self.parts) if len(self.parts) > 1 else max(1, examples(self.parts[0]) // size)
+
     def draw(self, size: int, generator: torch.Generator, augment: bool = True) -> Batch:
         """A batch of random examples, its images augmented; of batches that could not be joined, one as it is."""
         if len(self.parts) > 1:

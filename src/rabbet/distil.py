@@ -191,10 +191,13 @@ def mask_of(batch: Batch) -> Tensor | None:
 
 
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows [n, width] of the places that count; a tensor without places has only its batch."""
+    """Rows [n, width] of the places that count; a tensor without places has only its batch.
+
+    Of two axes the second is the width, even where there happen to be as many classes as places.
+    """
     if x.ndim < 2:
         return x.reshape(-1, 1)
-    if mask is None or x.shape[:2] != mask.shape:
+    if mask is None or x.ndim < 3 or x.shape[:2] != mask.shape:
         return x.flatten(0, -2)
     return x[mask.bool()]
 

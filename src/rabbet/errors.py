@@ -10,7 +10,12 @@
 Each message says what was asked, what was found and what to do.
 """
 
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+NUMBERS: dict[Any, type] = {int: Integral, float: Real}
+WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
 
 
 class RabbetError(Exception):
@@ -37,12 +42,41 @@ class FileError(RabbetError):
     """A file that is damaged, of another format, or of another network."""
 
 
-def check_choices(settings: Any) -> None:
-    """Raise PlanError for a field of a dataclass that holds none of the values that its `Literal` type lists."""
+def check_fields(settings: Any) -> None:
+    """Raise PlanError for a field of a dataclass that holds none of the values that its type allows."""
     for name, kind in get_type_hints(type(settings)).items():
-        if get_origin(kind) is Literal and getattr(settings, name) not in get_args(kind):
-            known = ", ".join(map(repr, get_args(kind)))
-            raise PlanError(f"{name} is one of {known}; found {getattr(settings, name)!r}")
+        found = getattr(settings, name)
+        if not _allowed(found, kind):
+            raise PlanError(f"{name} is {'one of ' * (get_origin(kind) is Literal)}{_described(kind)}; found {found!r}")
+
+
+def _allowed(found: Any, kind: Any) -> bool:
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return found in inner
+    if get_origin(kind) in (Union, UnionType):
+        return any(_allowed(found, k) for k in inner)
+    if get_origin(kind) is tuple:  # a list serves as well
+        if not isinstance(found, tuple | list):
+            return False
+        kinds = inner[:1] * len(found) if inner[-1] is Ellipsis else inner
+        return len(found) == len(kinds) and all(map(_allowed, found, kinds))
+    if kind in NUMBERS:
+        return isinstance(found, NUMBERS[kind]) and not isinstance(found, bool)
+    return isinstance(found, kind)
+
+
+def _described(kind: Any) -> str:
+    """A type in the words of a message."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return ", ".join(map(repr, inner))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_described, inner))
+    if get_origin(kind) is tuple:
+        each = inner[:1] if inner[-1] is Ellipsis else inner
+        return f"({', '.join(map(_described, each))}{', ...' * (each != inner)})"
+    return WORDS.get(kind, f"a {kind.__name__}")
 
 
 def check_least(settings: Any, least: int, *names: str) -> None:

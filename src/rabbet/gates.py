@@ -126,10 +126,6 @@ class Gates:
             self.last[k] = way or float(self.last[k])
         self.set_levels(levels)
 
-    def cost(self, levels: Sequence[int] | None = None) -> Cost:
-        """What the network costs at these levels, in whole numbers; the bytes without what no layer holds."""
-        return self._priced(self._counts(self.levels if levels is None else levels))
-
     def excess(self, levels: Sequence[int] | None = None) -> float:
         """By how much the tightest limit is broken, as a share of it; negative within."""
         return self._over(self._counts(self.levels if levels is None else levels))
@@ -148,6 +144,7 @@ class Gates:
         return max(shares)
 
     def _priced(self, counts: Sequence[Sequence[int]]) -> Cost:
+        """What the network costs, in whole numbers; the bytes without what no layer holds."""
         inputs = {id(s.seat): self.widths[own.index(1)] for s, own in zip(self.spans, counts, strict=True) if s.inner}
         total = self.fixed
         for span, own in zip(self.spans, counts, strict=True):

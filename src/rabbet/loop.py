@@ -27,11 +27,18 @@ Group = dict[str, Any]
 class Course(ABC):
     """What a loop runs: its numbers, its loss, and what is done between steps.
 
-    steps: in all. groups: what Adam moves.
+    steps: in all. groups: what Adam moves. learned: whether a gradient has come; a forward under `torch.no_grad` has
+    none.
     """
 
     steps: int
     groups: Sequence[Group]
+    learned = True
+
+    @property
+    def walked(self) -> str:
+        """Its steps in words, for who reads what came of them."""
+        return f"{self.steps} steps{'' if self.learned else ', and no gradient came through the network in any'}"
 
     def rate(self, step: int) -> float:
         """What the base rates are multiplied with: a cosine down to a fiftieth, after ten steps of warming up."""
@@ -80,14 +87,16 @@ def run(course: Course, engine: Engine, key: str, stage: str, every: int = 100) 
                         f"the loss of step {step + 1} of {stage} is not finite; check the batches and the loss"
                     )
                 optimiser.zero_grad(set_to_none=True)
-                if loss.requires_grad:  # a forward under `torch.no_grad` cannot be trained
+                if loss.requires_grad:
                     loss.backward()
+            _complete(parameters)
             average([p.grad for p in parameters if p.grad is not None])
             optimiser.step()
             course.stepped(step)
             engine.progress(f"{stage}: {course.detail}" if course.detail else stage, step + 1, course.steps)
             if engine.folder is not None and first_process() and ((step + 1) % every == 0 or step + 1 == course.steps):
                 engine.keep(key, _checkpoint(course, optimiser, parameters, step + 1))
+        course.learned = any(optimiser.state[p] for p in parameters)
     finally:
         for p in parameters:
             p.requires_grad_(False)
@@ -107,6 +116,17 @@ def shared(batch: Batch) -> Batch:
         raise DataError(f"a batch of {size} cannot be shared by {count} processes; make batches larger")
     whole = size - size % count  # equal parts, so that the mean of means is the mean
     return replaced(batch, lambda t: t[dist.get_rank() : whole : count] if t.ndim and len(t) == size else t)
+
+
+def _complete(parameters: Sequence[Tensor]) -> None:
+    """Where another process's examples reached a parameter and this one's did not, its gradient here is zero."""
+    if not _several():
+        return
+    reached = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(reached)
+    for p, count in zip(parameters, reached.tolist(), strict=True):
+        if count and p.grad is None:
+            p.grad = torch.zeros_like(p)
 
 
 def average(tensors: Sequence[Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rabbet.augment import Pool
-from rabbet.errors import DataError, check_choices, check_least
+from rabbet.errors import DataError, check_fields, check_least
 from rabbet.layer import compressed_layers, install
 from rabbet.site import Site
 from rabbet.task import divergence, outputs
@@ -51,7 +51,7 @@ class Ranking:
     norm: Literal["frozen", "batch"] = "frozen"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         check_least(self, 1, "steps", "batch", "order")
 
 

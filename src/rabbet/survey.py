@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from rabbet.errors import DataError, FileError, ModelError, PlanError
 from rabbet.site import KINDS, Site, kind_of
-from rabbet.task import Batch, Task, examples, tensors
+from rabbet.task import Batch, Task, evaluating, examples, tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +84,11 @@ def survey(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
     """
     check(model)
     watch = _Watch(model)
-    training = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad(), watch:
+        with evaluating(model), torch.no_grad(), watch:
             result = (task or Task(())).run(model, batch)
     finally:
         watch.remove()
-        for module, mode in training.items():
-            module.training = mode
     return _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
 
 

@@ -127,9 +127,12 @@ class Task:
         return value.reshape(())
 
     def score(self, model: nn.Module) -> float:
-        """The user's own number for a model, larger is better; raises DataError unless it is one."""
+        """The user's own number for a model in eval mode, larger is better; raises DataError unless it is one.
+
+        The model is left in the mode that it was in, whatever the user's function sets.
+        """
         assert self.evaluate is not None
-        with _asked("evaluate"):
+        with evaluating(model), _asked("evaluate"):
             found = float(self.evaluate(model))
         if math.isnan(found):
             raise DataError("Task(evaluate=...) gave NaN; it must give a number, larger is better")
@@ -245,26 +248,32 @@ def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return total
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode; every module of it is left in the mode that it was in."""
+    modes = {m: m.training for m in model.modules()}
+    for module in modes:  # an exported program has no `eval`
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Top-1 accuracy in per cent over (inputs, labels), in eval mode; the model is left in the mode that it was in.
 
     Raises DataError for batches that are no such pairs.
     """
     right = total = 0
-    training = [m for m in model.modules() if m.training]
-    for module in training:  # an exported program has no `eval`
-        module.training = False
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-                    raise DataError(f"accuracy needs batches of (inputs, labels), found {describe(batch)}")
-                x, y = batch
-                right += int((outputs(call(model, suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
-                total += len(y)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+                raise DataError(f"accuracy needs batches of (inputs, labels), found {describe(batch)}")
+            x, y = batch
+            right += int((outputs(call(model, suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
+            total += len(y)
     if not total:
         raise DataError("no labelled batch to measure accuracy on")
     return 100 * right / total

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rabbet.augment import Pool, split
 from rabbet.calibrate import calibrate_inner
-from rabbet.errors import check_least
+from rabbet.errors import check_fields, check_least
 from rabbet.grid import stored
 from rabbet.layer import Compressed, compressed_layers
 from rabbet.loop import Course, Group, run, shared
@@ -35,6 +35,7 @@ class Tuning:
     features: float = 2.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_least(self, 0, "steps")
         check_least(self, 1, "batch")
         check_least(self, 0, "features")

@@ -38,7 +38,7 @@ MISTAKES = {
     "plan --method 'cora ranking.steps=0'": "at least 1",
     "plan --method ''": "'' is not one of",
     "plan --method 'joint forms=(\"cpp\",)'": "found 'cpp'",
-    "plan --method 'joint adapters=(\"2hc\",)'": "pairs of a grid and a share",
+    "plan --method 'joint adapters=(\"2hc\",)'": "adapters is ((a text, a number), ...)",
     "compress --output a.safetensors --plan good.plan --budget 'latency <= 5 ms'": "leave the latency out",
     "check a.safetensors --budget 'latency <= 5 ms'": "rabbet bench",
     "export a.safetensors --output a.onnx --float a.onnx": "not be the --output itself",

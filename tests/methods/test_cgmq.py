@@ -18,7 +18,7 @@ from rabbet.cost import Cost
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.gates import Gates
 from rabbet.layer import build, compressed_layers
-from rabbet.loop import shared
+from rabbet.loop import Course, run, shared
 from rabbet.methods import cgmq
 from rabbet.methods.cgmq import _Course, _Gated
 from rabbet.methods.joint import solved
@@ -48,16 +48,17 @@ def _widths(found):
 @st.composite
 def methods(draw):
     widths = draw(st.sets(st.sampled_from([2, 3, 4, 5, 6, 8, 16, 32]), min_size=1, max_size=5))
+    granularity = draw(st.sampled_from(["layer", "channel"]))
     return CGMQ(
         direction=draw(st.sampled_from([1, 2, 3])),
-        granularity=draw(st.sampled_from(["layer", "channel"])),
+        granularity=granularity,
         widths=tuple(sorted(widths | {draw(st.sampled_from([2, 3, 4]))})),
         image=draw(st.sampled_from(["gate", 8, None])),
         scales=draw(st.sampled_from(["tensor", "channel"])),
         updates=draw(st.sampled_from(["alternating", "continuous"])),
         start=draw(st.sampled_from(["widest", "program"])),
         two=draw(st.sampled_from(["half", "ternary"])),
-        epochs=draw(st.integers(0, 1)),
+        epochs=draw(st.integers(int(granularity == "channel"), 1)),
         finish=draw(st.integers(0, 1)),
         steps=2,
         batch=4,
@@ -96,7 +97,7 @@ def test_the_floor_is_named_with_its_value():
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_the_tightest_byte_budgets_are_kept_too(granularity):
     case = network("residual")
-    method = CGMQ(granularity=granularity, epochs=0, finish=0, steps=1, batch=6)
+    method = CGMQ(granularity=granularity, epochs=int(granularity == "channel"), finish=0, steps=1, batch=6)
     piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
     floor = Plan.parse("\n".join(f"{s.name} dense@2hc | act@2" for s in piece.survey))
     least = piece.cost(floor).bytes
@@ -278,7 +279,7 @@ def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan(channels):
     assert set(gates.levels) == {4}
     gates.set_levels([k % 3 for k in range(len(gates))])
     lines = Plan(tuple(seat.line() for seat in gates.seats))
-    found, wanted = gates.cost(), piece.cost(lines)
+    found, wanted = gates._priced(gates._counts(gates.levels)), piece.cost(lines)
     assert (found.macs, found.bops, found.code_bits) == (wanted.macs, wanted.bops, wanted.code_bits)
 
 
@@ -342,7 +343,7 @@ def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind, channels)
 def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity):
     case, limits = network("residual"), Budget.parse(budget)
     piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
-    method = CGMQ(widths=(2, 3, 4, 5, 6, 8), granularity=granularity)
+    method = CGMQ(widths=(2, 3, 4, 5, 6, 8), granularity=granularity, epochs=1)
     course = _Gated(method, piece, [method._line(k, s) for k, s in enumerate(piece.survey)], limits)
     gates = course.gates
     steps = [torch.rand(6, generator=torch.Generator().manual_seed(k)) for k in range(len(gates.spans))]
@@ -363,7 +364,7 @@ def test_widths_are_measured_once_for_all_budgets_and_nothing_is_changed(granula
     case, told = network("residual"), []
     engine = Engine(progress=lambda stage, done, total: told.append((stage, done, total)))
     piece = Workpiece.of(case.model, Task.of(case.batches), engine)
-    method = CGMQ(start="program", granularity=granularity, epochs=0, finish=0)
+    method = CGMQ(granularity=granularity, epochs=int(granularity == "channel"), finish=0, steps=1, batch=6)
     plans = [method.plan(piece, Budget.parse(f"bops <= {share}%")) for share in (0.5, 1, 5)]
     measured = [x[1:] for x in told if x[0] == "measuring widths"]
     spans = 2 * len(list(piece.survey))
@@ -455,12 +456,28 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, budget):
         assert all(torch.equal(state[n], t) for n, t in whole.model.state_dict().items())
 
 
+class _Parting(Course):
+    """Each process reaches a parameter that the other does not, and none reaches the last."""
+
+    steps = 3
+
+    def __init__(self, rank):
+        self.rank, self.values = rank, [torch.ones(4), torch.ones(2, 3), torch.ones(5)]
+        self.groups = [{"params": self.values, "base": 0.1}]
+
+    def loss(self, step):
+        return self.values[self.rank].square().sum()
+
+
 def _one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     assert len(shared(torch.zeros(7, 2))) == 3
     with pytest.raises(DataError, match="cannot be shared"):
         shared(torch.zeros(1, 2))
+    course = _Parting(rank)
+    run(course, Engine(), "parting", "training")
+    assert [float(v.detach().max()) < 1 for v in course.values] == [True, True, False]
     _run(CALM).save(Path(folder) / f"{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -488,6 +505,23 @@ def test_blocks_count_where_the_float_network_teaches(loss):
     assert (found[0] < found[1]) == (loss is None)
 
 
+def test_an_epoch_of_batches_that_cannot_be_joined_shows_as_many_as_there_are():
+    generator = torch.Generator().manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Linear(6, 3)).eval()
+    data = [torch.randint(9, (4, length), generator=generator) for length in (3, 4, 5, 6)]
+    lines = [LayerPlan.parse("0 dense@3c"), LayerPlan.parse("1 dense@3c | act@4")]
+    course = _Course(CGMQ(), Workpiece.of(net, Task.of(data), Engine()), lines, 2)
+    assert course.steps == 2 * len(course.pool.parts) == 8  # of the last batch some are held back
+
+
+def test_a_forward_that_no_gradient_passes_is_told():
+    case = network("residual")
+    task = Task(case.batches, forward=torch.no_grad()(lambda m, x: m(x)))
+    lines = "\n".join(f"{s.name} dense@3c" for s in Workpiece.of(case.model, task, Engine()).survey)
+    assert "3 steps, and no gradient came" in fit(case.model, lines, task, CGMQ(finish=1, steps=3)).notes[0]
+    assert "no gradient" not in fit(case.model, lines, case.batches, CGMQ(finish=1, steps=3)).notes[0]
+
+
 def test_mistakes_are_named():
     for fields, word in (
         ({"widths": ()}, "rising order"),
@@ -495,7 +529,10 @@ def test_mistakes_are_named():
         ({"widths": (16, 32)}, "smallest width"),
         ({"widths": (2, 9)}, "9 bits"),
         ({"direction": 4}, "direction is one of 1, 2, 3"),
-        ({"image": "float"}, "image"),
+        ({"image": "float"}, "image is a whole number or 'gate' or None; found 'float'"),
+        ({"widths": 4}, "widths is .a whole number, ....; found 4"),
+        ({"rate": -0.1}, "rate is at least 0"),
+        ({"granularity": "channel"}, "needs epochs"),
         ({"batch": 0}, "batch is at least 1"),
         ({"steps": 0}, "steps is at least 1"),
         ({"epochs": -1}, "epochs is at least 0"),
@@ -509,6 +546,8 @@ def test_mistakes_are_named():
     mixed = chosen.with_layer(type(first).parse(f"{first.name} dense[0-3]@2hc + dense[4-7]@tc | act@8"))
     with pytest.raises(PlanError, match="on one signed grid"):
         fit(case.model, mixed, case.batches, SHORT)
+    with pytest.raises(BudgetError, match="a latency needs gates of layers"):
+        plan(case.model, "latency <= 90%", case.batches, replace(SHORT, granularity="channel"))
     endless = Task(case.batches, loss=lambda out, _: out.sum() * (1 if torch.is_grad_enabled() else torch.inf))
     with pytest.raises(DataError, match="held-back examples is not finite"):
         compress(case.model, BUDGET, endless, SHORT)

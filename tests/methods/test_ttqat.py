@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,6 +221,59 @@ def test_matrices_move_as_slowly_as_they_are_told():
         result = rabbet.fit(model, plan, task, TTQAT(**SHORT | {"matrices": share, "rate": 0.2, "finish": 0}))
         moved.append(float((result.model.embeddings.word_embeddings.weight - before).abs().max()))
     assert moved[1] < 0.01 * float(before.abs().max()) < moved[0]
+    on_grid = rabbet.fit(model, plan, task, TTQAT(**SHORT | {"matrices": 0.0, "rate": 0.2, "finish": 3}))
+    assert torch.equal(on_grid.model.embeddings.word_embeddings.weight, result.model.embeddings.word_embeddings.weight)
+
+
+def test_scales_move_relative_to_themselves_however_small_they_are():
+    model, data = bert(), sentences(3)
+    method, plan = TTQAT(**SHORT | {"epochs": 0}), "encoder.layer.0.output.dense  dense@8c"
+    scales = []
+    for finish in (0, 4):
+        judged = []  # longer each time, so that the last epoch is the best
+        task = Task(data, evaluate=lambda m, seen=judged: seen.append(m) or len(seen))
+        made = rabbet.fit(model, plan, task, replace(method, finish=finish)).model
+        scales.append(made.encoder.layer[0].output.dense.factors[0][0].scale)
+    apart = (scales[1] - scales[0]).abs() / scales[0].mean()
+    assert 0 < float(apart.max()) < 4 * 3 * method.rate
+
+
+def test_a_bias_of_one_output_that_starts_at_zero_learns():
+    torch.manual_seed(0)
+    model = nn.Sequential(Encoder(), nn.Linear(5, 1)).eval()
+    nn.init.zeros_(model[1].bias)
+    data = [torch.randint(0, 40, (4, 7)) for _ in range(4)]
+    method = TTQAT(rank=6, table=4, epochs=1, finish=1, scores=False)
+    assert float(rabbet.compress(model, "bytes <= 90%", data, method).model[1].bias) != 0
+
+
+@pytest.mark.parametrize("score", [0.5, -math.inf])
+def test_a_score_may_be_any_number_and_leave_the_network_in_training_mode(score):
+    model = bert(hidden_dropout_prob=0.5)
+
+    def evaluate(m):
+        assert not m.training
+        m.train()
+        return score
+
+    result = rabbet.compress(model, "bytes <= 20%", Task(sentences(3), evaluate=evaluate), TTQAT(**SHORT))
+    assert not result.model.training
+    assert not any(m.training for m in result.model.modules() if isinstance(m, nn.Dropout))
+    assert result.notes[0].endswith(f"{score:.4g} -> {score:.4g}")
+
+
+def test_random_starts_of_layers_of_one_shape_differ():
+    method = TTQAT(**SHORT | {"start": "random", "epochs": 0, "finish": 0})
+    made = rabbet.compress(bert(), "bytes <= 20%", sentences(2), method).model
+    first, second = (block.attention.self.query.weight for block in made.encoder.layer)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, made.encoder.layer[0].attention.self.key.weight)
+
+
+def test_parameters_that_are_whole_numbers_stay_as_they_are():
+    model = bert()
+    model.steps = nn.Parameter(torch.tensor([7]), requires_grad=False)
+    assert rabbet.compress(model, "bytes <= 20%", sentences(2), TTQAT(**SHORT)).model.steps.tolist() == [7]
 
 
 def test_a_budget_below_the_uniform_rank_is_refused_at_once():
@@ -355,6 +410,14 @@ def test_places_that_the_mask_excludes_do_not_count():
     assert float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)) != pytest.approx(before)
 
 
+def test_scores_of_as_many_classes_as_places_are_no_places():
+    ours, theirs, mask = shown(1), shown(9), torch.ones(2, 5)
+    lesson = Lesson(hidden=0, attention=0)
+    assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
+    mask[0, 3:] = 0
+    assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_is_seen_in_fused_calls_as_in_plain_ones(causal):
     q, k, v = (rand(2, 3, 5, 4, seed=s) for s in (1, 2, 3))
@@ -476,6 +539,10 @@ def test_random_cores_make_weights_of_the_stated_deviation(form, shape):
         ({"grids": ("9c",)}, "is not a grid"),
         ({"forms": ("cp",)}, "forms are 'tt' and 'ttm'"),
         ({"epochs": -1}, "at least 0"),
+        ({"rate": -1.0}, "rate is at least 0"),
+        ({"ranks": 6}, "ranks is .a whole number, ....; found 6"),
+        ({"rank": 2.5}, "rank is a whole number or None; found 2.5"),
+        ({"bits": None}, "bits is a whole number or"),
         ({"order": "sideways"}, "order"),
         ({"start": "warm"}, "start"),
     ],

@@ -128,3 +128,27 @@ def test_a_method_takes_the_network_and_its_file_answers_as_it_does(name, method
             ours, theirs = outputs(result.model(batch))[0], outputs(again(batch))[0]
             assert torch.isfinite(ours).all()
             assert torch.equal(ours, theirs)
+
+
+class Sparing(nn.Module):
+    """Runs its second layer for what the first makes large, and only then."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.rare, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden, large = F.relu(self.body(x)), x[:, 0] > 10
+        if large.any():
+            hidden = torch.where(large[:, None], F.relu(self.rare(hidden)), hidden)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize(
+    "method", [Joint(adapters=(), tuning=Tuning(steps=0)), CGMQ(finish=1, steps=1)], ids=["joint", "cgmq"]
+)
+def test_a_layer_that_only_later_examples_reach_is_compressed_too(method):
+    x = rand(1500, 4)
+    x[-1, 0] = 20.0  # layers are solved on the first 1,024
+    result = compress(settled(Sparing()), "bops <= 5%", [x], method)
+    assert result.plan.get("rare") is not None

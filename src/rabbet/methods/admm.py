@@ -15,7 +15,7 @@ from torch import Tensor
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget
 from rabbet.engine import Job, Tensors
-from rabbet.errors import PlanError, check_choices
+from rabbet.errors import PlanError, check_fields
 from rabbet.forms import FORMS
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Numbers, build, validate
@@ -63,7 +63,7 @@ class ADMM:
     inner: int = 20
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         for bits in (self.bits, self.rest):
             Grid(bits)
         if self.act is not None:

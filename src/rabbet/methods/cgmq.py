@@ -18,7 +18,7 @@ from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.augment import Pool, split
 from rabbet.calibrate import range_ends
 from rabbet.cost import Budget, Cost
-from rabbet.errors import DataError, PlanError, check_choices, check_least
+from rabbet.errors import BudgetError, DataError, PlanError, check_fields, check_least
 from rabbet.gates import Gates, Gating
 from rabbet.grid import Grid
 from rabbet.layer import build, compressed_layers, validate
@@ -48,15 +48,16 @@ class CGMQ:
     (the paper's). epochs: pairs of an epoch with moving gates and one without; updates "continuous" moves them in both.
     direction: how fast a gate moves, by 1 the gradient of its tensor, 2 gradient and size, 3 what the output loses for
     what is saved. gates: how far one of mean speed moves in an epoch, in widths. finish: epochs after the choice, with
-    widths fixed. steps: of an epoch, None for all examples.
+    widths fixed. steps: of an epoch, None for as many as all examples take. batch: examples of a step; batches that
+    differ in more than their number of examples are taken as they are.
 
     widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. granularity: a weight has one gate
-    ("layer"), or one for each output ("channel"; layers with groups keep one). image: bits of the first layer's input,
-    "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output channel. two: the grid at 2
-    bits, "half" or the paper's "ternary". rate: Adam's, relative to the mean magnitude of what it moves; None: 0.01
-    where gates move, else the less, the nearer solved layers are to the float network. Trains on the task's loss if it
-    has one, else on the float network's outputs and `features` times the error of its blocks', images augmented if
-    `augment`.
+    ("layer"), or one for each output ("channel", which needs epochs; layers with groups keep one). image: bits of the
+    first layer's input, "gate" to let it choose, None for float. scales: one per tensor (the paper's) or output
+    channel. two: the grid at 2 bits, "half" or the paper's "ternary". rate: Adam's, relative to the mean magnitude of
+    what it moves; None: 0.01 where gates move, else the less, the nearer solved layers are to the float network. Trains
+    on the task's loss if it has one, else on the float network's outputs and `features` times the error of its blocks',
+    images augmented if `augment`.
 
     As in the paper: `CGMQ(start="widest", epochs=6, finish=6, direction=1, widths=(2, 4, 8, 16, 32), scales="tensor",
     two="ternary")`.
@@ -80,8 +81,8 @@ class CGMQ:
     augment: bool = True
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_least(self, 0, "epochs", "finish", "features")
+        check_fields(self)
+        check_least(self, 0, "epochs", "finish", "features", "gates", "rate")
         check_least(self, 1, "steps", "batch")
         if not self.widths or sorted(set(self.widths)) != list(self.widths):
             raise PlanError(f"widths are different numbers of bits in rising order; found {self.widths}")
@@ -92,8 +93,10 @@ class CGMQ:
             raise PlanError(f"the smallest width must be one that a file holds, 2 to 8 bits; found {self.widths[0]}")
         if isinstance(self.image, int):
             Grid(self.image, "unsigned")
-        elif self.image not in ("gate", None):
-            raise PlanError(f"image is a number of bits, 'gate' or None; found {self.image!r}")
+        if self.granularity == "channel" and not self.epochs:
+            raise PlanError(
+                "gates of channels learn which outputs matter: granularity='channel' needs epochs of theirs"
+            )
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Train with gates; the plan of the best state met that keeps the budget. See `Method.plan`."""
@@ -102,6 +105,8 @@ class CGMQ:
     def search(self, piece: Workpiece, budget: Budget) -> Gating:
         """The same, with what was seen on the way; `rabbet.report.draw_gates` draws it."""
         lines = [self._line(k, site) for k, site in enumerate(piece.survey)]
+        if self.granularity == "channel" and any(limit.metric == "latency" for limit in budget.limits):
+            raise BudgetError("outputs of several widths run apart, and take longer: a latency needs gates of layers")
         self._require(piece, budget, lines)
         course = _Gated(self, piece, lines, budget)
         found = course.train(piece)
@@ -125,17 +130,13 @@ class CGMQ:
             if self.rate is None:
                 course.pace = NEAR * math.sqrt(max(0.0, course.judged(PROBE, labels=False)))
         before, after = course.train_fixed(piece)
-        return Fitted(course.network(piece, plan), (f"trained {course.steps} steps at these widths: held-back loss "
+        return Fitted(course.network(piece, plan), (f"trained {course.walked} at these widths: held-back loss "
                                                     f"{before:.4g} -> {after:.4g}",))  # fmt: skip
 
     def _line(self, place: int, site: Site) -> LayerPlan:
         """A layer at the widest that a file holds: what a gate starts with."""
-        act: int | None = WIDEST
-        image = _is_image(place, site)
-        if not site.multiplies or (image and self.image is None):
-            act = None
-        elif image and isinstance(self.image, int):
-            act = self.image
+        own = self.image if _is_image(place, site) else "gate"
+        act = None if not site.multiplies else WIDEST if isinstance(own, str) else own
         return LayerPlan(site.name, (Term("dense", self._grid(WIDEST)),), act)
 
     def _grid(self, bits: int) -> Grid:
@@ -176,8 +177,7 @@ class _Course(Course):
         if not kept:
             raise DataError("training needs at least two examples, one of them to be held back")
         self.pool, self.held = Pool.of(kept), held
-        count = sum(len(tensors(part)[0]) for part in self.pool.parts)
-        self.epoch = method.steps or max(1, count // method.batch)
+        self.epoch = method.steps or self.pool.draws(method.batch)
         self.steps = epochs * self.epoch
         student = build(piece.model, Plan(tuple(widest(line) for line in lines)), piece.survey)
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}

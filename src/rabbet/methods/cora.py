@@ -16,7 +16,7 @@ from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.candidates import read_numbers
 from rabbet.cost import METRICS, Budget
-from rabbet.errors import PlanError, check_choices
+from rabbet.errors import PlanError, check_fields
 from rabbet.forms import FORMS
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Numbers, build, validate
@@ -61,7 +61,7 @@ class CoRa:
     tuning: Tuning = Tuning(steps=140)  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         for bits in (self.bits, *([] if self.ends is None else [self.ends])):
             Grid(bits)
         if self.act is not None:

@@ -17,7 +17,7 @@ from rabbet.calibrate import calibrate_ranges
 from rabbet.candidates import Terms, canonical, read_numbers, solve_site
 from rabbet.cost import Budget
 from rabbet.engine import Job, Tensors
-from rabbet.errors import PlanError
+from rabbet.errors import PlanError, check_fields
 from rabbet.forms import FORMS
 from rabbet.grid import Grid
 from rabbet.layer import build, validate
@@ -50,13 +50,12 @@ class Joint:
     tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.grids:
             raise PlanError("Joint needs at least one grid to choose from")
         strange = next((form for form in self.forms if form not in FORMS or form == "dense"), None)
         if strange is not None:
             raise PlanError(f"forms are of {', '.join(f for f in FORMS if f != 'dense')}; found {strange!r}")
-        if not all(isinstance(a, tuple) and len(a) == 2 for a in self.adapters):
-            raise PlanError(f"adapters are pairs of a grid and a share, such as ('2hc', 0.05); found {self.adapters}")
         for text in (*self.grids, self.adapter_grid, *self.factor_grids, *(g for g, _ in self.adapters)):
             Grid.parse(text)
         if self.act is not None:

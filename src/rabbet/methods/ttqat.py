@@ -17,7 +17,7 @@ from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget
 from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
 from rabbet.engine import Job
-from rabbet.errors import DataError, PlanError, check_choices, check_least
+from rabbet.errors import DataError, PlanError, check_fields, check_least
 from rabbet.forms import FORMS
 from rabbet.grid import Grid
 from rabbet.layer import ActQuant, Compressed, Factor, build, compressed_layers, validate
@@ -44,12 +44,12 @@ class TTQAT:
     mode 2); None: float (its mode 1). start: cores from the float weights, in the metric of the inputs or plainly, or
     random ones (the paper's). epochs: in float; finish: epochs on the grid. order: hidden states are matched all at
     once, or block by block from the bottom or the top, outputs only in the second half of the epochs. rate: Adam's,
-    relative to the deviation of what it moves; layers that stay matrices, which start where they should end, move at
-    `matrices` times that. hidden, attention, answers: weights of what is taught; labels: of the task's own loss, if it
-    has one. scores: whether outputs are scores of classes. whole: names of layers that stay as they are, on `rest`
-    bits. blocks: names of the modules to match, if they are not to be found. memory: bytes that the float network's
-    answers may take. Batches are taken as they are; the best epoch on the grid is chosen by `Task.evaluate`, which then
-    should not see what is trained on, or else by batches that are held back.
+    relative to the deviation of what it moves, of scales to themselves; layers that stay matrices, which start where
+    they should end, move at `matrices` times that. hidden, attention, answers: weights of what is taught; labels: of
+    the task's own loss, if it has one. scores: whether outputs are scores of classes. whole: names of layers that stay
+    as they are, on `rest` bits. blocks: names of the modules to match, if they are not to be found. memory: bytes that
+    the float network's answers may take. Batches are taken as they are; the best epoch on the grid is chosen by
+    `Task.evaluate`, which then should not see what is trained on, or else by batches that are held back.
     """
 
     bits: int | tuple[int, ...] = 4
@@ -76,7 +76,7 @@ class TTQAT:
     memory: int = 2**31
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_fields(self)
         for bits in self.widths:
             Grid(bits)
         Grid(self.rest)
@@ -87,7 +87,7 @@ class TTQAT:
         if self.act is not None:
             Grid(self.act, "unsigned")
         check_least(self, 1, "rank", "table")
-        check_least(self, 0, "epochs", "finish")
+        check_least(self, 0, "epochs", "finish", "rate", "matrices", "hidden", "attention", "answers", "labels")
         if not self.widths:
             raise PlanError("bits is a number of bits, or several to choose from; found none")
         if not self.ranks or min(self.ranks) < 1:
@@ -144,7 +144,7 @@ class TTQAT:
         course = _Taught(self, piece, plan)
         before, after = course.train()
         made = course.network()
-        return Fitted(made, (f"taught {course.steps} steps; held-back {course.measure} {before:.4g} -> {after:.4g}",))
+        return Fitted(made, (f"taught {course.walked}; held-back {course.measure} {before:.4g} -> {after:.4g}",))
 
 
 class _Taught(Course):
@@ -176,11 +176,7 @@ class _Taught(Course):
             latent.on = False
         if self._acts:
             calibrate_ranges(self.student, piece.task, piece.seed)
-        dense = [layer for layer in self.layers.values() if layer.form_names == ["dense"]]
-        share = {id(x.value): method.matrices for layer in dense for x in self._of(layer)}
-        self.groups = [
-            {"params": [p], "base": method.rate * share.get(id(p), 1.0) * _reach(p)} for p in self._learning()
-        ]
+        self.groups = [{"params": [p], "base": method.rate * size} for p, size in self._sizes()]
         self.best: dict[str, Tensor] = {}
         self.most = torch.tensor(-math.inf, dtype=torch.float64)
         self.now = math.nan
@@ -194,11 +190,12 @@ class _Taught(Course):
         """Latents in place of all factors, at their start."""
         piece, moments = self.piece, self.piece.moments() if self.method.start == "metric" else {}
         jobs: list[Job] = []
-        for line in self.plan:
+        for place, line in enumerate(self.plan):
             site = piece.survey[line.name]
             given = {"weight": piece.weight(site)} | ({"second": moments[site.name]} if site.name in moments else {})
             term = line.terms[0]
-            settings = {"site": site, "term": term, "start": self.method.start, "seed": piece.seed}
+            seed = piece.seed * 1_000_003 + place  # layers of one shape do not start alike
+            settings = {"site": site, "term": term, "start": self.method.start, "seed": seed}
             jobs.append((start_cores, given, settings))
         for line, found in zip(self.plan, piece.engine.run("decomposing layers", jobs), strict=True):
             layer = self.layers[line.name]
@@ -217,16 +214,21 @@ class _Taught(Course):
     def _acts(self) -> list[ActQuant]:
         return [act for layer in self.layers.values() for act in layer.quantisers]
 
-    def _learning(self) -> list[Tensor]:
-        """Everything that moves: values, scales, ranges, biases, and what no line of the plan covers."""
-        found: list[Tensor] = []
+    def _sizes(self) -> list[tuple[Tensor, float]]:
+        """Everything that moves, and the size that its rate refers to: of scales and ranges their own."""
+        found: list[tuple[Tensor, float]] = []
         for layer in self.layers.values():
+            share = self.method.matrices if layer.form_names == ["dense"] else 1.0
             for latent in self._of(layer):
-                found += [latent.value, latent.scale]
-            found += [] if layer.bias is None else [layer.bias]
+                found += [(latent.value, share * _spread(latent.value)), (latent.scale, share * _mean(latent.scale))]
+            found += [] if layer.bias is None else [(layer.bias, share * _spread(layer.bias))]
+        found += [(act.scale, _mean(act.scale)) for act in self._acts]
         inside = {id(p) for m in self.student.modules() if isinstance(m, Compressed) for p in m.parameters()}
-        found += [act.scale for act in self._acts]
-        return found + [p for p in self.student.parameters() if id(p) not in inside]
+        free = [p for p in self.student.parameters() if id(p) not in inside and p.is_floating_point()]
+        return found + [(p, _spread(p)) for p in free]
+
+    def _learning(self) -> list[Tensor]:
+        return [p for p, _ in self._sizes()]
 
     def rate(self, step: int) -> float:
         """A cosine over the epochs in float, and half as high a one over those on the grid."""
@@ -301,7 +303,7 @@ class _Taught(Course):
         found = self.judged()
         if math.isnan(found):
             raise DataError("the loss of held-back examples is not a number; check the batches and the loss")
-        if found > float(self.most):
+        if found > float(self.most) or not self.best:  # a score may be -inf
             self.most = torch.tensor(found, dtype=torch.float64)
             self.best = {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
 
@@ -366,6 +368,11 @@ def _unseen(_: Tensor) -> None:
     """Lets activations pass while a network learns in float."""
 
 
-def _reach(p: Tensor) -> float:
-    """The deviation that a rate refers to: neither that of a bias that starts at zero nor that of a norm's gain."""
-    return float(p.detach().square().mean().sqrt().clamp(0.02, 0.2)) if p.numel() > 1 else float(p.detach().abs())
+def _spread(p: Tensor) -> float:
+    """The deviation, but neither that of a bias that starts at zero nor that of a norm's gain."""
+    return float(p.detach().square().mean().sqrt().clamp(0.02, 0.2))
+
+
+def _mean(scale: Tensor) -> float:
+    """Of scales: per-channel ones are a thousandth of what they scale, and moved as it is they would change sign."""
+    return float(scale.detach().abs().mean())
