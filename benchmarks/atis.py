@@ -90,6 +90,7 @@ class Bench:
     data: Corpus
     folder: Path
     copies: int = 0
+    longer: int = 1
 
     def teacher(self, seed: int) -> Tagger:
         """The dense model of a seed."""
@@ -172,9 +173,9 @@ ORDERS = {f"taught: {o}": TTQAT(4, 24, 40, whole=HEADS, order=o) for o in ("all"
 
 
 def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
-    """A row for each setting, each with as many steps whatever it is shown."""
-    times = 1 + bench.copies
-    methods = {k: replace(m, epochs=m.epochs // times, finish=m.finish // times) for k, m in methods.items()}
+    """A row for each setting, each with as many steps however many copies it is shown."""
+    pace = bench.longer / (1 + bench.copies)
+    methods = {k: replace(m, epochs=int(m.epochs * pace), finish=int(m.finish * pace)) for k, m in methods.items()}
     teachers = [bench.teacher(s) for s in seeds]
     whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
     for label, method in methods.items():
@@ -205,14 +206,16 @@ def control(bench: Bench, seeds: list[int]) -> None:
 
     def small(teacher: Tagger, seed: int) -> Outcome:
         model, _ = dense(bench.data, seed, bench.folder, _recipe(SMALL), **SMALL)
-        taught = _Answers(bench.data, model, teacher, shown(bench.data, bench.copies), epochs=40 // (1 + bench.copies))
+        epochs = 40 * bench.longer // (1 + bench.copies)
+        taught = _Answers(bench.data, model, teacher, shown(bench.data, bench.copies), epochs)
         run(taught, rabbet.Engine(), "control", "teaching")
         model.load_state_dict(taught.best)
         method = Joint(adapters=(), forms=(), grids=("8c",), act=None, tuning=Tuning(steps=0))
         return bench.outcome(model, method, seed, whole=size)
 
     runs = [(functools.partial(small, t, s), s) for t, s in zip(teachers, seeds, strict=True)]
-    bench.line("control: dense, width 80, 8 bits", [bench.known("control", s, measure) for measure, s in runs], whole)
+    found = [bench.known(f"control, longer {bench.longer}", s, measure) for measure, s in runs]
+    bench.line("control: dense, width 80, 8 bits", found, whole)
 
 
 class _Answers(Course):
@@ -346,9 +349,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, required=True)
     parser.add_argument("--copies", type=int, default=0, help="of the sentences that chains are taught on")
+    parser.add_argument("--longer", type=int, default=1, help="times as many steps of teaching")
     parser.add_argument("--only", nargs="+", default=(), help="settings of which the label holds one of these")
     args = parser.parse_args()
-    bench = Bench(corpus(), args.keep, args.copies)
+    bench = Bench(corpus(), args.keep, args.copies, args.longer)
     print(f"{machine()}")
     for part in args.parts:
         print(f"\n{part}\n")
