@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rabbet.task import Batch, examples, head, join, replaced, tensors
+from rabbet.task import Batch, examples, head, inner_shapes, join, replaced, tensors
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Pool:
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> "Pool":
         """Join batches whose shapes agree; others stay as they are and are drawn whole."""
-        shapes = {tuple(t.shape[1:] for t in tensors(b)) for b in batches}
+        shapes = {tuple(inner_shapes(b)) for b in batches}
         if len(shapes) > 1:
             return cls(tuple(batches), None)
         joined = join(batches)

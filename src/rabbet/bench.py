@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rabbet.errors import FileError
-from rabbet.runtime import Session
+from rabbet.runtime import Session, require_onnx
 from rabbet.task import Batch
 
 WARM = 5
@@ -88,6 +88,7 @@ def _prepare(quant_pre_process: Callable[..., None], source: Path, ready: Path) 
 
 def cpu() -> dict[str, str]:
     """What a time depends on: processor, cores, the best instruction set for integers, onnxruntime's version."""
+    require_onnx("onnxruntime")
     import onnxruntime
 
     facts = _cpuinfo()

@@ -67,8 +67,8 @@ def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
 
 def _hopeless(site: Site, menu: Sequence[Terms], k: int, tail: Tensor, solved: dict[int, float]) -> bool:
     """Whether a solved entry costs no more by any count and errs less than entry k ever can (Eckart-Young)."""
-    if len(menu[k]) > 1 or not menu[k][0].how.ranked:
-        return False
+    if len(menu[k]) > 1 or not menu[k][0].how.ranked or isinstance(menu[k][0].how, Contracted):
+        return False  # a chain of rank r makes matrices of any rank
     inner = factor_shapes(site, menu[k][0])[-1][1]
     least = float(tail[min(inner, len(tail) - 1)])
     cost = _counts(site, menu[k])

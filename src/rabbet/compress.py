@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from rabbet.calibrate import calibrate_ranges as _calibrate_ranges
-from rabbet.cost import METRICS, Budget, Cost
+from rabbet.cost import METRICS, Budget, Cost, float_cost, plan_cost
 from rabbet.engine import Engine
 from rabbet.errors import FileError, PlanError
 from rabbet.export import EXPORTS, Written, target_of
@@ -116,8 +116,8 @@ def fit(
     engine: Engine | None = None,
 ) -> Result:
     """Find the numbers of a given plan (or its text). Raises PlanError if it does not fit the network."""
-    piece = Workpiece.of(model, Task.of(data), engine or Engine(), seed)
-    return _finish(piece, _checked(method), Plan.parse(plan) if isinstance(plan, str) else plan, None)
+    chosen, worker = _planned(plan), _checked(method)
+    return _finish(Workpiece.of(model, Task.of(data), engine or Engine(), seed), worker, chosen, None)
 
 
 def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
@@ -125,10 +125,15 @@ def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
 
     Raises PlanError if the plan does not fit the network.
     """
-    piece = Workpiece.of(model, Task.of(data), Engine())
-    chosen = Plan.parse(plan) if isinstance(plan, str) else plan
+    chosen, piece = _planned(plan), Workpiece.of(model, Task.of(data), Engine())
     validate(chosen, piece.survey)
     return piece.cost(chosen)
+
+
+def _planned(plan: Plan | str) -> Plan:
+    if not isinstance(plan, Plan | str):
+        raise PlanError(f"a plan is a rabbet.Plan or its text, such as result.plan; found {type(plan).__name__}")
+    return Plan.parse(plan) if isinstance(plan, str) else plan
 
 
 def _checked(method: Method | None) -> Method:
@@ -182,10 +187,9 @@ def reopen(path: str | Path, model: nn.Module, data: Data) -> Result:
 
     model gives the code, as for `load`; data what an export measures and compares on. Raises as `load` does.
     """
-    network, survey, plan = read_native(Path(path), model)
-    piece = Workpiece.of(model, Task.of(data), Engine())
-    parcel = Parcel(network, plan, survey, piece.rest(plan), piece.task)
-    return Result(network, plan, piece.cost(plan), piece.float_cost, survey, None, (), parcel)
+    network, survey, plan, rest = read_native(Path(path), model)
+    parcel = Parcel(network, plan, survey, rest, Task.of(data))
+    return Result(network, plan, plan_cost(survey, plan, rest), float_cost(survey), survey, None, (), parcel)
 
 
 def calibrate_ranges(model: nn.Module, data: Data, seed: int = 0) -> None:

@@ -93,8 +93,12 @@ class Engine:
             self._memory[key] = result
             return
         beside = self.folder / f"{key}.{os.getpid()}.part"
-        save_file({k: v.contiguous() for k, v in result.items()}, beside)
-        beside.replace(self.folder / f"{key}.safetensors")
+        try:
+            save_file({k: v.contiguous() for k, v in result.items()}, beside)
+            beside.replace(self.folder / f"{key}.safetensors")
+        except (OSError, SafetensorError) as e:  # the folder has gone, or the disk is full
+            beside.unlink(missing_ok=True)
+            raise FileError(f"finished work cannot be kept in {self.folder}: {e}") from e
 
 
 def content_key(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from rabbet.bench import cpu, time_files
 from rabbet.calibrate import calibrate_ranges
 from rabbet.engine import Engine, content_key
-from rabbet.export.graph import require_onnx
 from rabbet.export.onnx import assemble, assemble_alone, float_content
 from rabbet.grid import Grid, Quantised
 from rabbet.layer import Compressed, Head, build
 from rabbet.layout import factor_shapes
 from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.runtime import Session
+from rabbet.runtime import Session, require_onnx
 from rabbet.site import Site
 from rabbet.task import Task, head, tensors
 from rabbet.workpiece import Workpiece

@@ -1,7 +1,7 @@
 """What the native file holds for a plan: every array, its type and its length, before any number is known.
 
 The writer and the cost both read this, so predicted and written bytes cannot disagree. docs/format.md is the
-specification; the numbers of all layers lie in four arrays, because a header entry a tensor would outweigh the scales.
+specification; the numbers of all layers lie in five arrays, because a header entry a tensor would outweigh the scales.
 """
 
 import json
@@ -39,7 +39,7 @@ class Rest:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Entries that a layer, or a network, puts into the four arrays."""
+    """Entries that a layer, or a network, puts into the five arrays."""
 
     codes: int = 0
     scales: int = 0

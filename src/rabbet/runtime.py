@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,19 @@ FLOAT = dict.fromkeys(
 )
 
 
+def require_onnx(*names: str) -> None:
+    """Raise FileError, saying what to install, if packages that write and run ONNX files (default: all) are missing."""
+    missing = [name for name in names or ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise FileError(f"ONNX files need {', '.join(missing)}; install rabbet[onnx]")
+
+
 class Session(nn.Module):
     """A file as a network: tensors in, tensors out. threads: 0 for as many as there are cores."""
 
     def __init__(self, source: Path | str | bytes, threads: int = 0, optimised: Path | None = None) -> None:
         super().__init__()
+        require_onnx("onnxruntime")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -4,6 +4,8 @@ Nothing is traced or compiled: hooks see every layer during one ordinary forward
 uses the output of a conv, which tells whether the BatchNorm behind it may be folded into it.
 """
 
+import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -85,11 +87,24 @@ def survey(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
     check(model)
     watch = _Watch(model)
     try:
-        with evaluating(model), torch.no_grad(), watch:
+        with evaluating(model), _buffers_kept(model), torch.no_grad(), watch:
             result = (task or Task(())).run(model, batch)
     finally:
         watch.remove()
     return _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward does to buffers, such as counting, they are what they were."""
+    before = [(module, name, t, t.clone()) for module in model.modules() for name, t in module.named_buffers("", False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, tensor, values in before:
+                tensor.copy_(values)
+                setattr(module, name, tensor)
 
 
 def check(model: nn.Module) -> None:
@@ -111,11 +126,17 @@ def check(model: nn.Module) -> None:
     if len(devices) > 1:
         found = " and ".join(f"{name} on {device}" for device, name in devices.items())
         raise ModelError(f"the model lies on several devices ({found}); move it to one")
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    numbers = {id(t) for t in itertools.chain(model.parameters(), *(m.buffers() for m in norms))}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(f"{name} lies on the meta device and holds no numbers; load the weights first")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        masks = id(tensor) not in numbers  # a buffer may mask with infinities
+        if tensor.is_floating_point() and not (~tensor.isnan() if masks else tensor.isfinite()).all():
             raise ModelError(f"{name} holds NaN or infinite values; a network must be finite to be compressed")
+
+
+FOLDING = ("conv1d", "conv2d", "linear")  # outputs lie on the first axis of their weights; a bias takes the rest
 
 
 class _Watch(TorchFunctionMode):
@@ -203,7 +224,7 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
             reasons[name] = reason
             continue
         _with_batch_axis(name, kind, module, calls, None if sites else batch)
-        norm = _foldable(module, calls, watch, norms, returned)
+        norm = _foldable(module, calls, watch, norms, returned) if kind in FOLDING else None
         norm = norm if norm is not None and len(names[norm]) == 1 else None  # another name of it would stay behind
         facts: dict[str, Any] = KINDS[kind].facts(module)
         positions, inputs = (_positions(module, watch, batch, k) for k in (1, 0))

@@ -45,7 +45,7 @@ class Task:
     limit: int = 2048
     loss: Callable[[Any, Batch], Tensor] | None = None
     vary: Callable[[Batch, torch.Generator], Batch] | None = None
-    _read: list[Batch] = field(default_factory=list, repr=False, compare=False)
+    _read: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         found = self.batches
@@ -71,27 +71,26 @@ class Task:
         Raises DataError for none, for one that is not a tensor, tuple, list or mapping with tensors, or for NaN.
         """
         if not self._read:
-            count = 0
+            found, count = list[Batch](), 0
             for batch in self.batches:
                 size = examples(batch)
                 if any(bool(t.isnan().any()) for t in tensors(batch) if t.is_floating_point()):
-                    raise DataError(f"batch {len(self._read)} of the data, counted from 0, holds NaN; clean the data")
-                self._read.append(batch if count + size <= self.limit else head(batch, self.limit - count))
+                    raise DataError(f"batch {len(found)} of the data, counted from 0, holds NaN; clean the data")
+                found.append(batch if count + size <= self.limit else head(batch, self.limit - count))
                 count += size
                 if count >= self.limit:
                     break
             if not count:
                 raise DataError("data holds no batch; give at least one (a generator can be read only once)")
+            self._read.extend(found)  # all or nothing: what was read before an error is no data
         return self._read
 
     def gathered(self, limit: int) -> Batch:
         """About `limit` examples as one batch: the first batches joined, as long as their shapes agree."""
         batches = self.read()
-        joined, count = batches[0], examples(batches[0])
-        shapes = [t.shape[1:] for t in tensors(joined)]
-        parts = [joined]
+        parts, count = [batches[0]], examples(batches[0])
         for batch in batches[1:]:
-            if count >= limit or [t.shape[1:] for t in tensors(batch)] != shapes:
+            if count >= limit or inner_shapes(batch) != inner_shapes(parts[0]):
                 break
             parts.append(batch)
             count += examples(batch)
@@ -180,7 +179,10 @@ def replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Mapping):
         return {k: replaced(v, change) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)([replaced(v, change) for v in value]) if type(value) in (tuple, list) else value
+        parts = [replaced(v, change) for v in value]
+        if hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*parts)
+        return tuple(parts) if isinstance(value, tuple) else parts
     return value
 
 
@@ -198,12 +200,23 @@ def head(batch: Batch, count: int) -> Batch:
     return replaced(batch, lambda t: t[:count] if t.ndim and len(t) == size else t)
 
 
+def inner_shapes(batch: Batch) -> list[tuple[bool, tuple[int, ...]]]:
+    """Of each tensor, whether every example has its own part of it, and the shape of that, or of what all share.
+
+    Batches that have these in common can be joined.
+    """
+    size = examples(batch)
+    own = [t.ndim > 0 and len(t) == size for t in tensors(batch)]
+    return [(each, tuple(t.shape[each:])) for each, t in zip(own, tensors(batch), strict=True)]
+
+
 def join(batches: Sequence[Batch]) -> Batch:
-    """One batch of several of the same structure; tensors without a batch axis are taken from the first."""
+    """One batch of several of the same `inner_shapes`; tensors that all examples share are taken from the first."""
     if len(batches) == 1:
         return batches[0]
     columns = zip(*map(tensors, batches), strict=True)
-    whole = iter([torch.cat(c) if c[0].ndim else c[0] for c in columns])
+    own = [own for own, _ in inner_shapes(batches[0])]
+    whole = iter([torch.cat(c) if each else c[0] for c, each in zip(columns, own, strict=True)])
     return replaced(batches[0], lambda _: next(whole))
 
 
@@ -272,8 +285,14 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
             if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
                 raise DataError(f"accuracy needs batches of (inputs, labels), found {describe(batch)}")
             x, y = batch
-            right += int((outputs(call(model, suited(x, model)))[0].argmax(1).cpu() == y.cpu()).sum())
-            total += len(y)
+            scores = outputs(call(model, suited(x, model)))[0]
+            if scores.shape[:1] + scores.shape[2:] != y.shape or scores.ndim < 2:
+                raise DataError(
+                    f"scores {list(scores.shape)} are of classes on axis 1 and need labels "
+                    f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; found {describe(y)}"
+                )
+            right += int((scores.argmax(1).cpu() == y.cpu()).sum())
+            total += y.numel()
     if not total:
         raise DataError("no labelled batch to measure accuracy on")
     return 100 * right / total

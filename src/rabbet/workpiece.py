@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rabbet.calibrate import second_moments
 from rabbet.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.engine import Engine, content_key
-from rabbet.errors import ModelError
+from rabbet.errors import ModelError, PlanError
 from rabbet.fold import fold, norm_gain
 from rabbet.layout import RESERVED, Rest
 from rabbet.plan import LayerPlan, Plan
@@ -89,6 +89,8 @@ class Workpiece:
     @classmethod
     def of(cls, model: nn.Module, task: Task, engine: Engine, seed: int = 0) -> "Workpiece":
         """Survey and fold a copy of a model; the model itself is not touched."""
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
         batches = task.read()
         found = look(model, batches[0], task)
         types = {name: DTYPES[str(t.dtype)] for name, t in stored_tensors(model).items() if str(t.dtype) in DTYPES}

@@ -34,6 +34,10 @@ def task():
 def with_nan():
     return [torch.full((16, 3, 8, 8), torch.nan)]
 
+def breaking():
+    yield torch.rand(16, 3, 8, 8)
+    yield 1 // 0
+
 def unlabelled():
     return [torch.rand(16, 3, 8, 8)]
 

@@ -44,6 +44,13 @@ MISTAKES = {
     "export a.safetensors --output a.onnx --float a.onnx": "not be the --output itself",
     "export a.safetensors --output a.onnx --float b.pt2": "must end in .onnx",
     "survey mine_of_user:net --data mine_of_user:with_nan": "holds NaN",
+    "survey mine_of_user:net --data mine_of_user:breaking": "ZeroDivisionError: integer division",
+    "survey ''": "module:callable",
+    "survey mine_of_user:net --data ''": "module:callable",
+    "compress --output a.safetensors --plan good.plan --budget ''": "is not a budget",
+    "compress --output a.safetensors --budget ''": "is not a budget",
+    "compress --output a.safetensors --seed 99999999999": "seed",
+    "eval mine_of_user.pt2 --test mine_of_user:labelled": "is damaged or not a torch program",
     "compress": "--output",
     "plan --budget bytes=3": "is not a budget",
     "check nowhere.safetensors --budget bytes<=3": "there is no file",
@@ -58,6 +65,7 @@ MISTAKES = {
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(run, mine, tmp_path, line):
     (tmp_path / "imports_nothing.py").write_text("import not_there_at_all\n")
+    (tmp_path / "mine_of_user.pt2").write_text("no program")
     (tmp_path / "good.plan").write_text("head dense@8c\n")
     code, out, err = run(*shlex.split(line))
     assert (code, out) == (2, "")

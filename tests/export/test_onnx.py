@@ -11,6 +11,7 @@ from networks import Case, images, rand, settled
 from torch import nn
 
 import rabbet
+from rabbet.cli.stored import opened
 from rabbet.errors import DataError, FileError, ModelError
 from rabbet.export import compare
 from rabbet.export.finish import finished
@@ -207,6 +208,38 @@ class TestThroughTheFrontDoor:
         assert (again.plan, again.cost) == (result.plan, result.cost)
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
+    def test_what_is_reopened_is_the_file_whatever_it_is_looked_at_with(self, tmp_path):
+        half = copy.deepcopy(self.MODEL).half()
+        result = rabbet.fit(half, "0 dense@3c | act@8", [x.half() for x in self.DATA], rabbet.QUALITY["fast"])
+        size = result.save(tmp_path / "small.safetensors")
+        again = rabbet.reopen(tmp_path / "small.safetensors", self.MODEL, self.DATA)
+        assert again.cost == result.cost
+        assert again.cost.bytes == again.save(tmp_path / "again.safetensors") == size
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
+
+    @pytest.mark.parametrize("kind", [torch.half, torch.double])
+    @pytest.mark.parametrize("end", ["onnx", "pt2"])
+    def test_networks_and_batches_of_other_types_are_exported(self, kind, end, tmp_path):
+        model = copy.deepcopy(self.MODEL).half() if kind == torch.half else self.MODEL
+        result = rabbet.fit(model, self.PLAN, [x.to(kind) for x in self.DATA], rabbet.QUALITY["fast"])
+        result.export(tmp_path / f"a.{end}")
+        found = opened(tmp_path / f"a.{end}", model)(self.DATA[0])
+        assert float((found - result.model(self.DATA[0])).norm() / found.norm()) < 0.05
+
+    @pytest.mark.parametrize("outs", [6, 8])
+    def test_scales_that_lie_on_the_inputs_of_a_layer_stay_there(self, outs, tmp_path):
+        torch.manual_seed(0)
+        model = settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, outs, 3), nn.Flatten(),
+                                      nn.Linear(outs * 16, outs * 16)))  # fmt: skip
+        with torch.no_grad():
+            for k in (2, 4):
+                model[k].weight *= torch.logspace(-1, 1, model[k].weight.shape[1]).view(1, -1, *[1] * (k == 2) * 2)
+        plan = "2 dense@4c1 | act@8\n4 dense@4c1 | act@8"
+        result = rabbet.fit(model, plan, self.DATA, rabbet.QUALITY["fast"])
+        result.export(tmp_path / "a.onnx")
+        found, wanted = Session(tmp_path / "a.onnx")(self.DATA[0]), result.model(self.DATA[0])
+        assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
     def test_an_export_touches_neither_network(self, result, tmp_path):
         before = [copy.deepcopy(m.state_dict()) for m in (self.MODEL, result.model)]
         result.export(tmp_path / "a.onnx")
@@ -245,7 +278,7 @@ class TestThroughTheFrontDoor:
         assert (tmp_path / "a.onnx").read_text() == "mine"
 
     def test_missing_packages_are_named(self, result, tmp_path, monkeypatch):
-        monkeypatch.setattr("rabbet.export.graph.find_spec", lambda name: None)
+        monkeypatch.setattr("rabbet.runtime.find_spec", lambda name: None)
         with pytest.raises(FileError, match=r"need onnx, .* install rabbet\[onnx\]"):
             result.export(tmp_path / "a.onnx")
 

@@ -30,6 +30,7 @@ from rabbet import (
     calibrate_ranges,
     compress,
     fit,
+    load,
     plan,
     survey,
 )
@@ -307,6 +308,65 @@ def test_accuracy_wants_labels_and_leaves_the_network_as_it_was():
     assert (model.training, model[0].training, model[1].training) == (True, False, True)
     with pytest.raises(DataError, match="batches of \\(inputs, labels\\)"):
         accuracy(model, [rand(4, 6)])
+    for labels in (torch.zeros(4, 1), torch.zeros(4, 4), torch.zeros(3)):
+        with pytest.raises(DataError, match=r"need labels \[4\], whole numbers; found"):
+            accuracy(model, [(rand(4, 6), labels)])
+    with pytest.raises(DataError, match=r"scores \[4\] are of classes on axis 1"):
+        accuracy(nn.Flatten(0), [(rand(4, 1), torch.zeros(4))])
+    assert accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100  # a class for each place
+
+
+def test_a_mask_of_infinities_among_the_buffers_is_no_fault(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+
+        def forward(self, x):
+            return (self.layer(x)[:, None] + self.mask).softmax(-1)
+
+    model = Masked().eval()
+    result = compress(model, "bits <= 4.5", [rand(8, 6)], QUICK)
+    result.save(tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors", model).mask, model.mask)
+
+
+def test_a_forward_that_counts_leaves_no_count():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            self.last = self.seen * 2
+            return self.layer(x)
+
+    model = Counting().eval()
+    compress(model, "bits <= 4.5", [rand(8, 6)], QUICK)
+    assert (float(model.seen), float(model.last)) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, None])
+def test_a_seed_that_cannot_be_is_refused(seed):
+    with pytest.raises(PlanError, match="seed is a whole number from 0"):
+        compress(_net(), "bits <= 4", [X], QUICK, seed=seed, engine=Idle())
+
+
+def test_what_is_no_plan_is_refused_by_its_type(tmp_path):
+    for given in (7, tmp_path):
+        with pytest.raises(PlanError, match=f"or its text, such as result.plan; found {type(given).__name__}"):
+            fit(_net(), given, [X], QUICK)
+
+
+def test_a_folder_that_goes_away_is_named(tmp_path):
+    engine = Engine(folder=tmp_path / "work")
+    (tmp_path / "work").rmdir()
+    with pytest.raises(FileError, match="finished work cannot be kept in"):
+        compress(_net(), "bits <= 4", [X], QUICK, engine=engine)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):

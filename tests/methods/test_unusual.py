@@ -152,3 +152,23 @@ def test_a_layer_that_only_later_examples_reach_is_compressed_too(method):
     x[-1, 0] = 20.0  # layers are solved on the first 1,024
     result = compress(settled(Sparing()), "bops <= 5%", [x], method)
     assert result.plan.get("rare") is not None
+
+
+class Looked(nn.Module):
+    """BatchNorm right behind a table, as recommenders have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(30, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head(self.norm(self.table(ids)))
+
+
+def test_a_norm_behind_a_table_stays_where_it_is(tmp_path):
+    ids = torch.randint(30, (64,), generator=torch.Generator().manual_seed(0))
+    model = settled(Looked())
+    result = compress(model, "bits <= 6", [ids], Joint(adapters=(), tuning=Tuning(steps=0)))
+    result.save(tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors", model)(ids), result.model(ids))
+    assert float((result.model(ids) - model(ids)).norm() / model(ids).norm()) < 0.2

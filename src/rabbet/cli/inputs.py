@@ -9,7 +9,7 @@ import typer
 from torch import nn
 
 from rabbet.cli.judge import Judge, open_judge
-from rabbet.cli.names import made
+from rabbet.cli.names import made, told
 from rabbet.cli.pretrained import pretrained
 from rabbet.errors import DataError, RabbetError
 from rabbet.task import Task
@@ -39,9 +39,9 @@ def demo(given: str | None, option: str) -> Iterator[None]:
 
 def open_inputs(model: str | None, data: str | None, test: str | None = None) -> Inputs:
     """Load what three references name; without any they are the demo's. A usage error for what cannot be used."""
-    model = model or DEMO_MODEL
+    model = DEMO_MODEL if model is None else model
     if model == DEMO_MODEL:
-        data, test = data or DEMO_DATA, test or DEMO_TEST
+        data, test = DEMO_DATA if data is None else data, DEMO_TEST if test is None else test
     if data is None:
         raise typer.BadParameter(f"{model} needs batches: name a module:callable that gives them", param_hint="--data")
     network, task = open_network(model), open_task(data)
@@ -50,7 +50,7 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
 
 def open_network(reference: str) -> nn.Module:
     """The network that a reference names, or that lies in a folder that `save_pretrained` wrote, in eval mode."""
-    if Path(reference).is_dir():
+    if reference and Path(reference).is_dir():
         return pretrained(Path(reference))
     found = made(reference, "MODEL")
     if not isinstance(found, nn.Module):
@@ -61,6 +61,9 @@ def open_network(reference: str) -> nn.Module:
 def open_task(reference: str) -> Task:
     """The batches or the task that a reference names."""
     try:
-        return Task.of(made(reference, "--data"))
+        found = Task.of(made(reference, "--data"))
     except DataError as e:
         raise typer.BadParameter(f"{reference}: {e}", param_hint="--data") from None
+    with told(reference, "--data"):  # a generator runs the user's code only now
+        found.read()
+    return found

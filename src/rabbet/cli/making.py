@@ -89,7 +89,8 @@ def compress(
     as_json: options.Json = False,
 ) -> None:
     """Make a network fit a budget, or fit a given plan, and write the file; accuracy is that of the file."""
-    limits = options.budget_of(budget or options.DEFAULT_BUDGET) if budget or not plan else None
+    given = options.DEFAULT_BUDGET if budget is None and plan is None else budget
+    limits = None if given is None else options.budget_of(given)
     worker = options.method_of(method, quality)
     wanted = None if plan is None else options.plan_of_file(plan)
     if wanted is not None and limits is not None and any(x.metric == "latency" for x in limits.limits):

@@ -100,7 +100,7 @@ def compare(
 def _scores(files: list[Path], model: str | None, test: str | None) -> tuple[Judge | None, list[float]]:
     """What judges, and its number for every file (zeros where nothing judges)."""
     if model == DEMO_MODEL:
-        test = test or DEMO_TEST
+        test = DEMO_TEST if test is None else test
     if (model is None) != (test is None):
         missing, given = ("--model", "--test") if model is None else ("--test", "--model")
         raise typer.BadParameter(f"{given} needs {missing}: accuracy is measured with both", param_hint=missing)

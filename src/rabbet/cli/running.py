@@ -72,10 +72,10 @@ def evaluate(
     """Run a file, in the runtime that it was made for, over labelled batches or a function of your own."""
     if test is None and model not in (None, DEMO_MODEL):
         raise typer.BadParameter("say what to measure with: batches of (inputs, labels)", param_hint="--test")
-    judge = open_judge(test or DEMO_TEST)
+    judge = open_judge(DEMO_TEST if test is None else test)
     assert judge is not None
     with demo(model, "--model"):
-        network = opened(file, open_network(model or DEMO_MODEL))
+        network = opened(file, open_network(DEMO_MODEL if model is None else model))
     with demo(test, "--test"):
         found = judge(network)
     if as_json:
@@ -102,7 +102,7 @@ def bench(
     for path in files:
         if not path.is_file() or path.suffix != ".onnx":
             raise FileError(f"{path} is not an .onnx file; write one with rabbet export")
-    batches = open_task(data or DEMO_DATA).read()
+    batches = open_task(DEMO_DATA if data is None else data).read()
     with tempfile.TemporaryDirectory() as folder:
         timed = {str(path): path for path in files}
         if plain and against:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from rabbet.compress import load
 from rabbet.cost import Cost, float_cost, plan_cost
 from rabbet.errors import FileError
 from rabbet.export import ENDINGS, target_of
-from rabbet.export.native import read_parts
-from rabbet.layout import Rest, arrays, lengths
+from rabbet.export.native import kept_as_it_is, read_parts
+from rabbet.layout import arrays, lengths
 from rabbet.plan import Plan
 from rabbet.runtime import Session
 from rabbet.survey import Survey
@@ -38,15 +38,8 @@ class Stored:
             found = values.pop(name, None)
             if found is None or found.shape != (count,) or DTYPES.get(str(found.dtype)) != dtype:
                 raise FileError(f"{path} is damaged: its plan wants {count} entries of {dtype} in {name}")
-        cost = plan_cost(survey, plan, tuple(_rest(name, tensor, path) for name, tensor in values.items()))
+        cost = plan_cost(survey, plan, kept_as_it_is(values, path))
         return cls(path, survey, plan, replace(cost, bytes=path.stat().st_size), float_cost(survey))
-
-
-def _rest(name: str, tensor: Tensor, path: Path) -> Rest:
-    dtype = DTYPES.get(str(tensor.dtype))
-    if dtype is None:
-        raise FileError(f"{path} is not a rabbet file: {name} is of type {tensor.dtype}")
-    return Rest(name, dtype, tuple(tensor.shape))
 
 
 def ready(output: Path, target: str | None = None) -> str:
@@ -74,6 +67,9 @@ def opened(path: Path, network: nn.Module) -> nn.Module:
     if path.suffix == ".onnx":
         return Session(path)
     if path.suffix == ".pt2":
-        module: nn.Module = torch.export.load(path).module()
+        try:
+            module: nn.Module = torch.export.load(path).module()
+        except Exception as e:  # torch says in many ways that a file is not what it should be
+            raise FileError(f"{path} is damaged or not a torch program: {type(e).__name__}: {e}") from e
         return module
     return load(path, network)

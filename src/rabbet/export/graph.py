@@ -2,13 +2,11 @@
 
 import itertools
 from collections.abc import Collection, Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rabbet.errors import FileError
 from rabbet.export.marks import DOMAIN, name_of
 
 if TYPE_CHECKING:
@@ -17,13 +15,6 @@ if TYPE_CHECKING:
 OPSET = 23  # the first with attention as one node; 4-bit integers came with 21
 IR_VERSION = 11
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
-
-
-def require_onnx() -> None:
-    """Raise FileError, saying what to install, if the packages that write and run ONNX files are missing."""
-    missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise FileError(f"ONNX files need {', '.join(missing)}; install rabbet[onnx]")
 
 
 class Graph:
@@ -105,13 +96,6 @@ class Graph:
             node = ir.node(op, inputs, attributes, domain=domain, outputs=[self.known[name]], name=name)
             self.model.graph.append(node)
         return self.known[name]
-
-    def leave(self, names: "Collection[str]") -> None:
-        """Leave names to the user's inputs and outputs: whatever else bears one of them gets another."""
-        for node in self.model.graph:
-            for out in node.outputs:
-                if out.name in names and not out.is_graph_output():
-                    out.name = f"{out.name}.value"
 
     def function(self, name: str, text: str) -> None:
         """Have the file define a function; text: in ONNX's own syntax."""

@@ -1,7 +1,7 @@
 """The native file: safetensors with packed integers, its plan and survey in the header. docs/format.md specifies it."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, Written, write_beside
 from rabbet.fold import copied, drop_norms, own_biases
 from rabbet.layer import Compressed, Factor, compressed_layers, empty, install, validate
-from rabbet.layout import VERSION, WIDTHS, arrays, file_bytes, header, lengths
+from rabbet.layout import VERSION, WIDTHS, Rest, arrays, file_bytes, header, lengths
 from rabbet.pack import pack, packed_bytes, unpack
 from rabbet.plan import Plan
 from rabbet.site import KINDS, Site, kind_of
@@ -75,8 +75,10 @@ def layer_factors(layer: Compressed) -> list[Factor]:
     return list(itertools.chain.from_iterable(layer.factors))
 
 
-def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan]:
+def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, tuple[Rest, ...]]:
     """A compressed copy of `model` with the numbers of a file; the model gives the code, the file every number.
+
+    Beside it the file's survey, its plan, and what it holds as it is.
 
     Raises FileError for a file that is missing, damaged, of another format, or of another network.
     """
@@ -91,7 +93,15 @@ def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan]:
         for stream in streams.values():
             stream.close()
         _fill_rest(result, values, path)
-    return result, survey, plan
+    return result, survey, plan, kept_as_it_is(values, path)
+
+
+def kept_as_it_is(values: Mapping[str, Tensor], path: Path) -> tuple[Rest, ...]:
+    """What a file holds beside the numbers of its plan; raises FileError for a type that no file has."""
+    names = {kind: name for name, kind in TYPES.items()}
+    if strange := next((name for name, tensor in values.items() if tensor.dtype not in names), None):
+        raise FileError(f"{path} is not a rabbet file: {strange} is of type {values[strange].dtype}")
+    return tuple(Rest(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in values.items())
 
 
 def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:

@@ -13,13 +13,13 @@ from rabbet.calibrate import Sample
 from rabbet.export.base import Parcel, Written, write_beside
 from rabbet.export.compare import compare, compare_plain
 from rabbet.export.finish import finished
-from rabbet.export.graph import OPSET, Graph, require_onnx
+from rabbet.export.graph import OPSET, Graph
 from rabbet.export.pairs import Pairs, Range
 from rabbet.export.trace import trace
 from rabbet.export.weights import write_weights
 from rabbet.grid import Grid
 from rabbet.layer import Factor, compressed_layers
-from rabbet.runtime import KERNELS, Session, kernels
+from rabbet.runtime import KERNELS, Session, kernels, require_onnx
 from rabbet.task import Task, examples, tensors
 
 EXAMPLES = 256  # of the user's, that ranges are measured on

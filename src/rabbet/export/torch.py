@@ -17,7 +17,7 @@ from rabbet.errors import ModelError
 from rabbet.export.base import Parcel, Written, write_beside
 from rabbet.export.calling import Flat, axes, quiet, reason, two
 from rabbet.layer import ActQuant, Factor, compressed_layers
-from rabbet.task import Task, call, replaced, tensors
+from rabbet.task import Task, call, replaced, suited, tensors
 
 
 def write_torch(parcel: Parcel, path: Path) -> Written:
@@ -35,7 +35,7 @@ def write_torch(parcel: Parcel, path: Path) -> Written:
 
 
 def _program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:
-    batch = two(task.read()[0])
+    batch = suited(two(task.read()[0]), model)
     dynamic = axes(task, batch)
     if task.forward is not call:
         flat = Flat(model, task, batch)

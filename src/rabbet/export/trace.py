@@ -16,7 +16,7 @@ from rabbet.export.calling import Flat, axes, input_names, output_names, quiet, 
 from rabbet.export.graph import OPSET, Graph
 from rabbet.export.marks import DOMAIN
 from rabbet.layer import ActQuant, Factor, compressed_layers
-from rabbet.task import Task, tensors
+from rabbet.task import Task, suited, tensors
 
 
 def trace(model: nn.Module, task: Task, opset: int = OPSET) -> tuple[Graph, dict[str, Factor], dict[str, ActQuant]]:
@@ -38,7 +38,7 @@ def trace(model: nn.Module, task: Task, opset: int = OPSET) -> tuple[Graph, dict
             key = f"{name}.in.{k}".lstrip(".")
             acts[key] = act
             layer.acts[k] = _Act(key, act.grid.bits)
-    batch = two(task.read()[0])
+    batch = suited(two(task.read()[0]), model)
     flat = Flat(marked, task, batch)
     names = input_names(model, task, batch)
     with torch.no_grad():

@@ -37,6 +37,10 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
             yield from _write_weight(graph, weight.moved(move), node.outputs[0])
         elif _looks_up(node, use.idx):
             _write_table(graph, weight, node)
+        elif weight.axis is not None and weight.axis != _outputs(node, use.idx, weight.axis):
+            # runtimes take the scales of what they multiply with to be those of the outputs, wherever they lie
+            node.replace_input_with(use.idx, weight.values(graph))
+            yield weight
         else:
             unit = _unit(node) if node.op_type in ("Conv", "Gemm") and use.idx == 1 else None
             if unit is not None and (bias := _bias(node)) is not None:
@@ -49,6 +53,14 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
 def _looks_up(node: "ir.Node", place: int) -> bool:
     """Whether a node takes rows out of what is at a place of its inputs."""
     return node.op_type == "Gather" and place == 0
+
+
+def _outputs(node: "ir.Node", place: int, usual: int) -> int:
+    """The axis of a weight, at this place of a node's inputs, that the outputs lie on; the usual one of other nodes."""
+    if node.op_type == "Gemm":
+        flipped = node.attributes.get("transB")
+        return 0 if flipped is not None and flipped.as_int() else 1
+    return {"Conv": 0, "MatMul": place}.get(node.op_type, usual)
 
 
 def _move(node: "ir.Node") -> Move | None:
