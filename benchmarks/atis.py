@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, required=True)
-    parser.add_argument("--copies", type=int, default=0, help="of the sentences that chains are taught on")
+    parser.add_argument("--copies", type=int, default=3, help="of the sentences that what is compressed learns from")
     parser.add_argument("--longer", type=int, default=1, help="times as many steps of teaching")
     parser.add_argument("--only", nargs="+", default=(), help="settings of which the label holds one of these")
     args = parser.parse_args()
