@@ -171,4 +171,5 @@ def test_a_norm_behind_a_table_stays_where_it_is(tmp_path):
     result = compress(model, "bits <= 6", [ids], Joint(adapters=(), tuning=Tuning(steps=0)))
     result.save(tmp_path / "a.safetensors")
     assert torch.equal(load(tmp_path / "a.safetensors", model)(ids), result.model(ids))
-    assert float((result.model(ids) - model(ids)).norm() / model(ids).norm()) < 0.2
+    with torch.no_grad():
+        assert float((result.model(ids) - model(ids)).norm() / model(ids).norm()) < 0.2
