@@ -103,7 +103,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, tensor, values in before:
-                tensor.copy_(values)
+                if not tensor.equal(values):  # one that is expanded cannot be written to
+                    tensor.copy_(values)
                 setattr(module, name, tensor)
 
 

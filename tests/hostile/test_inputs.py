@@ -339,6 +339,7 @@ def test_a_forward_that_counts_leaves_no_count():
             self.layer = nn.Linear(6, 6)
             self.register_buffer("seen", torch.zeros(()))
             self.register_buffer("last", torch.zeros(()))
+            self.register_buffer("wide", torch.zeros(1).expand(3))
 
         def forward(self, x):
             self.seen += 1
