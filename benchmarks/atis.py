@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import statistics
 import tempfile
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 import rabbet
 from rabbet import TTQAT, Joint, Task, Tuning
 from rabbet.bench import time_files
+from rabbet.export.base import write_beside
 from rabbet.export.onnx import write_float
 from rabbet.loop import Course, run
 
@@ -108,9 +108,7 @@ class Bench:
         if not path.exists():
             found = {"setting": setting, "copies": self.copies, "outcome": asdict(measure())}
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(found))
-            beside.replace(path)
+            write_beside(path, [json.dumps(found).encode()])
         read = json.loads(path.read_text())["outcome"]
         return Outcome(**read | {part: Score(**read[part]) for part in ("held", "pooled", "test")})
 
@@ -175,7 +173,10 @@ ORDERS = {f"taught: {o}": TTQAT(4, 24, 40, whole=HEADS, order=o) for o in ("all"
 def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
     """A row for each setting, each with as many steps however many copies it is shown."""
     pace = bench.longer / (1 + bench.copies)
-    methods = {k: replace(m, epochs=int(m.epochs * pace), finish=int(m.finish * pace)) for k, m in methods.items()}
+    paced = {
+        k: {part: max(1, int(getattr(m, part) * pace)) for part in ("epochs", "finish")} for k, m in methods.items()
+    }
+    methods = {k: replace(m, **paced[k]) for k, m in methods.items()}
     teachers = [bench.teacher(s) for s in seeds]
     whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
     for label, method in methods.items():
