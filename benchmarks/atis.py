@@ -12,9 +12,7 @@ this one left.
 
 import argparse
 import functools
-import hashlib
 import itertools
-import json
 import math
 import random
 import statistics
@@ -25,14 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from common import head, machine, row
+from common import head, known, machine, row
 from sentences import FIRST, Corpus, Recipe, Score, Sentences, Tagger, corpus, dense, loss, obscured, score, swapped
 from torch import Tensor, nn
 
 import rabbet
 from rabbet import TTQAT, Joint, Task, Tuning
 from rabbet.bench import time_files
-from rabbet.export.base import write_beside
 from rabbet.export.onnx import write_float
 from rabbet.loop import Course, run
 
@@ -103,13 +100,7 @@ class Bench:
 
     def known(self, setting: str, seed: int, measure: Callable[[], Outcome]) -> Outcome:
         """What the folder has of this setting and seed; measured and put there if it has nothing."""
-        name = hashlib.sha256(f"{setting}, copies {self.copies}".encode()).hexdigest()[:16]
-        path = self.folder / "outcomes" / f"{name}-seed{seed}.json"
-        if not path.exists():
-            found = {"setting": setting, "copies": self.copies, "outcome": asdict(measure())}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_beside(path, [json.dumps(found).encode()])
-        read = json.loads(path.read_text())["outcome"]
+        read = known(self.folder, f"{setting}, copies {self.copies}", seed, lambda: asdict(measure()))
         return Outcome(**read | {part: Score(**read[part]) for part in ("held", "pooled", "test")})
 
     def outcome(self, model: nn.Module, method: rabbet.methods.Method, seed: int, budget: str = "bytes <= 90%",

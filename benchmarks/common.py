@@ -1,15 +1,20 @@
 """What the benchmarks share: the data folder, the machine, and a table that grows a line at a time."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import platform
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+
+from rabbet.export.base import write_beside
 
 DATA = Path(os.environ.get("RABBET_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -40,6 +45,17 @@ def alike(lengths: Sequence[int], size: int, order: random.Random | None = None)
     if order is not None:
         order.shuffle(chunks)
     return chunks
+
+
+def known(folder: Path, setting: str, seed: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the folder has of this setting and seed; measured and put there if it has nothing."""
+    path = folder / "outcomes" / f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}-seed{seed}.json"
+    if not path.exists():
+        found = {"setting": setting, "outcome": measure()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(path, [json.dumps(found).encode()])
+    read: dict[str, Any] = json.loads(path.read_text())["outcome"]
+    return read
 
 
 def machine() -> str:

@@ -7,10 +7,12 @@ back and chooses between epochs, of the teacher and of what is trained of it. Th
 on SST-2 (872 sentences), Matthews correlation times 100 on CoLA (1,043). The test split has no public labels. Float
 bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for the whole file; accuracy is that of the
 written file, loaded again. Held-back sentences of SST-2 are mostly phrases of sentences that are trained on. `tt` is
-`ttqat` with tables of words as matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, and
-layers that were decomposed.
+`ttqat` with tables of words as matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, layers
+that were decomposed and what each setting came to, so that rows can be run one by one; what other code left there is
+not told from what this one left.
 """
 
+import functools
 import math
 import random
 import sys
@@ -21,10 +23,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import DATA, alike, head, machine, reader, row
+from common import DATA, alike, head, known, machine, reader, row
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertForSequenceClassification
 
@@ -185,25 +188,40 @@ def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
 
 def lines(given: Problem, model: nn.Module, label: str, method: rabbet.methods.Method, args: Namespace) -> None:
     """Compress to each ratio, write, load again, measure: a row each."""
-    size, whole = sum(p.numel() * 4 for p in model.parameters()), given.score(model, given.dev)
+    whole = given.score(model, given.dev)
+    for ratio in args.ratios:
+        setting = f"{given.name}, {len(given.train.ids)}, {given.recipe}, {ratio:g}, {method}"
+        found = known(args.keep, setting, args.seed, functools.partial(outcome, given, model, method, ratio, args))
+        if "refused" in found:  # not every method goes as far
+            row(given.name, f"{label}, {ratio:g}x", *"-----", found["seconds"], "-", "-", found["refused"])
+            continue
+        row(given.name, f"{label}, {ratio:g}x", f"{found['bytes']:,}", f"{found['ratio']:.2f}", f"{found['held']:.2f}",
+            f"{found['dev']:.2f}", f"{whole - found['dev']:.2f}", found["seconds"], found["words"], found["layers"],
+            found["notes"])  # fmt: skip
+
+
+def outcome(
+    given: Problem, model: nn.Module, method: rabbet.methods.Method, ratio: float, args: Namespace
+) -> dict[str, Any]:
+    """What a row says, or why there is none."""
+    size = sum(p.numel() * 4 for p in model.parameters())
     task = given.task(args.seed) if isinstance(method, TTQAT) else given.unlabelled(args.seed)
     engine = rabbet.Engine(folder=args.keep / "layers", progress=told if args.watch else silent)
-    for ratio in args.ratios:
-        start = time.perf_counter()
-        try:
-            result = rabbet.compress(
-                model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, engine=engine
-            )
-        except rabbet.BudgetError as e:  # not every method goes as far
-            row(given.name, f"{label}, {ratio:g}x", *"----", f"{time.perf_counter() - start:.0f}", "-", "-", e)
-            continue
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / "small.safetensors"
-            written = result.save(path)
-            score = given.score(rabbet.load(path, model), given.dev)
-        row(given.name, f"{label}, {ratio:g}x", f"{written:,}", f"{size / written:.2f}", f"{score:.2f}",
-            f"{whole - score:.2f}", f"{time.perf_counter() - start:.0f}", result.plan[WORDS].body, forms(result.plan),
-            "; ".join(result.notes))  # fmt: skip
+    start = time.perf_counter()
+    try:
+        result = rabbet.compress(model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, engine=engine)
+    except rabbet.BudgetError as e:
+        return {"refused": str(e), "seconds": round(time.perf_counter() - start)}
+    seconds = round(time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "small.safetensors"
+        written = result.save(path)
+        small = rabbet.load(path, model)
+    return {
+        "bytes": written, "ratio": size / written, "seconds": seconds, "held": given.score(small, given.held),
+        "dev": given.score(small, given.dev), "words": str(result.plan[WORDS].body), "layers": forms(result.plan),
+        "notes": "; ".join(result.notes),
+    }  # fmt: skip
 
 
 def told(stage: str, done: int, total: int) -> None:
@@ -251,8 +269,16 @@ def main() -> None:
         model = teacher(given, args.seed, args.keep)
         size = sum(p.numel() * 4 for p in model.parameters())
         print(f"{len(given.train.ids):,} sentences are trained on, {len(given.held.ids):,} held back\n")
-        head("task", "model", "file bytes", "times smaller", "dev", "drop", "seconds", "words", "layers", "notes")
-        row(name, "float32", f"{size:,}", 1, f"{given.score(model, given.dev):.2f}", *"-----")
+        head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop", "seconds", "words", "layers",
+             "notes")  # fmt: skip
+        row(
+            name,
+            "float32",
+            f"{size:,}",
+            1,
+            *(f"{given.score(model, p):.2f}" for p in (given.held, given.dev)),
+            *"-----",
+        )
         for label in args.methods:
             lines(given, model, label, made[label], args)
         print()
