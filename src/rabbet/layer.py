@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rabbet.errors import ModelError, PlanError
@@ -34,8 +35,22 @@ class Factor(nn.Module):
 
     def forward(self) -> Tensor:
         """The values, with straight-through gradients while the codes are tuned."""
-        codes = self.grid.round_latent(self.codes) if self.codes.requires_grad else self.codes
-        return self.grid.values(codes, self.scale)
+        return self.show(self.held, self.scale)
+
+    def rows(self, places: Tensor) -> Tensor:
+        """The rows of a table at some places, [..., columns], where each has a scale of its own."""
+        flat = places.flatten()
+        found = self.show(F.embedding(flat, self.held), self.scale.index_select(0, flat))
+        return found.view(*places.shape, found.shape[1])
+
+    @property
+    def held(self) -> Tensor:
+        """What is put on the grid."""
+        return self.codes
+
+    def show(self, held: Tensor, scale: Tensor) -> Tensor:
+        """The values of what is held, or of some rows of it."""
+        return self.grid.values(self.grid.round_latent(held) if self.codes.requires_grad else held, scale)
 
     @property
     def numbers(self) -> Quantised:
@@ -109,7 +124,16 @@ class Compressed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        return self._run(self.site, x, self.bias)
+        table = self._table
+        return self._run(self.site, x, self.bias) if table is None else table.rows(x)
+
+    @property
+    def _table(self) -> Factor | None:
+        """The table of a look-up, if it is there as it is: a few of 30,000 rows are all that has to be known."""
+        if self.site.kind != "embedding" or self.forms != [Dense()]:
+            return None
+        found = self.factors[0][0]
+        return found if isinstance(found, Factor) and found.grid.axis == 0 else None
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What a head makes of x with this table, [..., columns] -> [..., rows]."""

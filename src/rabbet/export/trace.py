@@ -8,6 +8,7 @@ import copy
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rabbet.errors import ModelError
@@ -73,6 +74,9 @@ class _Weight(Factor):
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::weight", (), attrs=found, dtype=torch.float32, shape=tuple(self.codes.shape), version=1
         )
+
+    def rows(self, places: Tensor) -> Tensor:
+        return F.embedding(places, self())
 
 
 class _Act(ActQuant):

@@ -51,9 +51,16 @@ class Latent(Factor):
 
     def forward(self) -> Tensor:
         """The values."""
-        if self.shown is not None:
-            return self.shown
-        return self.grid.fake(self.value, self.scale) if self.on else self.value
+        return super().forward() if self.shown is None else self.shown
+
+    @property
+    def held(self) -> Tensor:
+        """The float tensor."""
+        return self.value
+
+    def show(self, held: Tensor, scale: Tensor) -> Tensor:
+        """The values of it, or of some rows of it."""
+        return self.grid.fake(held, scale) if self.on else held
 
     def settle(self) -> None:
         """Put on the grid, with the scale of least squared error."""
