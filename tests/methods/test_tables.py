@@ -8,6 +8,9 @@ from torch import nn
 
 import rabbet
 from rabbet import CGMQ, TTQAT, CoRa, FileError, Joint, Task, Tuning, survey
+from rabbet.grid import Grid
+from rabbet.layer import Factor
+from rabbet.methods.latent import Latent
 from rabbet.runtime import Session
 from rabbet.workpiece import Workpiece
 
@@ -171,3 +174,35 @@ def test_rows_of_a_shared_table_are_paid_for_where_they_multiply():
     apart.heads[0].weight = nn.Parameter(apart.table.weight.detach().clone())
     with pytest.raises(rabbet.PlanError, match="an index and cannot be quantised"):
         rabbet.price(apart, plan, data)
+
+
+@pytest.mark.parametrize("grid", ["8c", "2hc", "1c", "tc"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_rows_that_are_looked_up_are_those_of_the_whole_table_and_learn_alike(grid, trains):
+    made = Latent(rand(20, 6), Grid.parse(grid))
+    made.settle()
+    factor = made if trains else Factor(made.numbers)
+    learnt = [made.value, made.scale] if trains else []
+    places, weights = torch.randint(0, 9, (4, 5)), rand(4, 5, 6)
+    found, grads = [], []
+    for look_up in (factor.rows, lambda x: F.embedding(x, factor())):
+        for p in learnt:
+            p.requires_grad_()
+            p.grad = None
+        with torch.enable_grad():
+            rows = look_up(places)
+            if trains:
+                (rows * weights).sum().backward()
+        found.append(rows.detach())
+        grads.append([p.grad.clone() for p in learnt])
+    assert torch.equal(*found)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("place", [-1, 30])
+def test_a_word_that_a_table_has_not_is_an_error(place):
+    model = settled(Tied())
+    result = rabbet.fit(model, rabbet.Plan.parse("table dense@8c\nbody dense@8c"), tokens(30), EXACT)
+    with pytest.raises(IndexError, match="out of range"):
+        result.model(torch.full((2, 7), place))
