@@ -213,7 +213,7 @@ def _error(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _kl(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    if ours.ndim < 2:  # one number an example
+    if ours.ndim < 2 or ours.shape[-1] == 1:  # one number an example or a place
         return _error(ours, theirs, mask)
     a, b = _real(ours, mask), _real(theirs, mask)
     return F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean")

@@ -103,11 +103,12 @@ class Workpiece:
         return KINDS[site.kind].weight(self.model.get_submodule(site.name)).detach().cpu()
 
     def key(self, name: str, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-        """What work on this task is remembered by: `content_key` with the seed, every batch, and what the task calls.
+        """What work on this task is remembered by: `content_key` with the network, the seed, every batch, and calls.
 
         Functions count by their names alone, as nobody can tell what is in them.
         """
         inputs = {f"in{k}": t for k, t in enumerate(t for b in self.task.read() for t in tensors(b))}
+        inputs |= {f"net.{name}": t for name, t in stored_tensors(self.model).items()}
         calls = [getattr(self.task, part) for part in ("forward", "loss", "vary", "evaluate")]
         names = [getattr(f, "__qualname__", type(f).__qualname__) for f in calls]
         return content_key(name, {**given, **inputs}, {**settings, "seed": self.seed, "task": names})

@@ -76,8 +76,19 @@ class TTM:
     def decompose(
         self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
-        """TT-SVD of the table, then all cores at once by L-BFGS over the rows that there are."""
+        """TT-SVD of the table, or what there is to go on from; then all cores at once by L-BFGS over the real rows."""
         assert rank is not None
+        whole = rank == self.full_rank(site)
+        start = self._cut(site, weight, rank) if aim.start is None or whole else aim.start
+        power = _energy(weight, second).clamp_min(1e-30)
+
+        def loss(cores: Sequence[Tensor]) -> Tensor:
+            return _energy(self.contract(site, cores) - weight, second) / power
+
+        return tuple(refine(start, loss, 0 if whole else aim.steps))
+
+    def _cut(self, site: Site, weight: Tensor, rank: int) -> list[Tensor]:
+        """TT-SVD of a table, the rows that it lacks as zeros."""
         upper, lower = self.sizes(site)
         ranks = self._bonds(site, rank)
         full = math.prod(r for r, _ in (*upper, *lower))
@@ -91,14 +102,7 @@ class TTM:
         matrix = turned.reshape(math.prod(r * c for r, c in upper), -1)
         sizes = tuple([r * c for r, c in part] for part in (upper, lower))
         a, b = halves(matrix, (sizes[0], sizes[1]), (ranks[0], ranks[1]))
-        shapes = self.shapes(site, rank)
-        start = [c.reshape(shape) for c, shape in zip([*a, *b], shapes, strict=True)]
-        power = _energy(weight, second).clamp_min(1e-30)
-
-        def loss(cores: Sequence[Tensor]) -> Tensor:
-            return _energy(self.contract(site, cores) - weight, second) / power
-
-        return tuple(refine(start, loss, 0 if rank == self.full_rank(site) else aim.steps))
+        return [c.reshape(shape) for c, shape in zip([*a, *b], self.shapes(site, rank), strict=True)]
 
     def tables(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the halves stand for: [upper rows, upper columns, rank] and [lower rows, rank, lower columns]."""

@@ -19,7 +19,7 @@ from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
 from rabbet.engine import Job
 from rabbet.errors import DataError, PlanError, check_fields, check_least
 from rabbet.forms import FORMS
-from rabbet.grid import Grid
+from rabbet.grid import Grid, stored
 from rabbet.layer import ActQuant, Compressed, Factor, build, compressed_layers, validate
 from rabbet.layout import term_lengths
 from rabbet.loop import Course, run, shared
@@ -299,13 +299,28 @@ class _Taught(Course):
             self.remember()
 
     def remember(self) -> None:
-        """Keep the state if it is the best so far."""
+        """Keep the state, as a file holds it, if it is the best so far; training goes on from the exact one."""
+        exact = [p.detach().clone() for p in self._learning()]
+        self._round()
         found = self.judged()
         if math.isnan(found):
             raise DataError("the loss of held-back examples is not a number; check the batches and the loss")
         if found > float(self.most) or not self.best:  # a score may be -inf
             self.most = torch.tensor(found, dtype=torch.float64)
             self.best = {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
+        self._take({str(k): p for k, p in enumerate(exact)})
+
+    def _round(self) -> None:
+        """Everything that is not on a grid to the types of the file."""
+        inside = {id(p) for layer in self.layers.values() for p in layer.parameters()}
+        with torch.no_grad():
+            for name, p in self.student.named_parameters():
+                if id(p) not in inside:
+                    p.copy_(self.piece.held(name, p))
+            for latent in self._latents():
+                latent.scale.copy_(stored(latent.scale))
+            for act in self._acts:
+                act.scale.clamp_(min=1e-12)
 
     def train(self) -> tuple[float, float]:
         """Train to the end and go back to the best epoch; how the start and the end are judged."""
@@ -351,16 +366,10 @@ class _Taught(Course):
 
     def network(self) -> nn.Module:
         """The student with integers in place of the latents, and what stays as it is on the types of the file."""
-        inside = {id(p) for layer in self.layers.values() for p in layer.parameters()}
-        for name, p in self.student.named_parameters():
-            if id(p) not in inside:
-                p.copy_(self.piece.held(name, p))
         for layer in self.layers.values():
             parts = cast(nn.ModuleList, layer.terms[0])
             for k, latent in enumerate(self._of(layer)):
                 parts[k] = Factor(latent.numbers).to(latent.codes.device)
-            for act in layer.quantisers:
-                act.scale.clamp_(min=1e-12)
         return self.student.requires_grad_(False)
 
 
