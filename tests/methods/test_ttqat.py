@@ -209,6 +209,7 @@ def test_matrices_alone_are_trained_under_a_budget_as_well():
     result = rabbet.compress(model, "bytes <= 15%", data, method)
     assert set(forms(result.plan).values()) == {"dense"}
     assert len({str(line.terms[0].grid) for line in result.plan}) > 1
+    assert f"taught {2 * (len(data) - 1)} steps" in result.notes[0]  # those in float would lead nowhere
 
 
 def test_matrices_move_as_slowly_as_they_are_told():

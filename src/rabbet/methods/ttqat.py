@@ -18,7 +18,7 @@ from rabbet.cost import Budget
 from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
 from rabbet.engine import Job
 from rabbet.errors import DataError, PlanError, check_fields, check_least
-from rabbet.forms import FORMS
+from rabbet.forms import FORMS, Contracted
 from rabbet.grid import Grid, stored
 from rabbet.layer import ActQuant, Compressed, Factor, build, compressed_layers, validate
 from rabbet.layout import term_lengths
@@ -42,14 +42,15 @@ class TTQAT:
     `grids`, whichever harms least. forms: the chains that there are. bits: of the cores; several: chosen. rest: bits of
     what is smaller as it is, and of what is no chain. act: bits of the inputs, with 8 between the halves (the paper's
     mode 2); None: float (its mode 1). start: cores from the float weights, in the metric of the inputs or plainly, or
-    random ones (the paper's). epochs: in float; finish: epochs on the grid. order: hidden states are matched all at
-    once, or block by block from the bottom or the top, outputs only in the second half of the epochs. rate: Adam's,
-    relative to the deviation of what it moves, of scales to themselves; layers that stay matrices, which start where
-    they should end, move at `matrices` times that. hidden, attention, answers: weights of what is taught; labels: of
-    the task's own loss, if it has one. scores: whether outputs are scores of classes. whole: names of layers that stay
-    as they are, on `rest` bits. blocks: names of the modules to match, if they are not to be found. memory: bytes that
-    the float network's answers may take. Batches are taken as they are; the best epoch on the grid is chosen by
-    `Task.evaluate`, which then should not see what is trained on, or else by batches that are held back.
+    random ones (the paper's). epochs: in float, where the plan has chains; finish: epochs on the grid. order: hidden
+    states are matched all at once, or block by block from the bottom or the top, outputs only in the second half of the
+    epochs. rate: Adam's, relative to the deviation of what it moves, of scales to themselves; layers that stay
+    matrices, which start where they should end, move at `matrices` times that. hidden, attention, answers: weights of
+    what is taught; labels: of the task's own loss, if it has one. scores: whether outputs are scores of classes. whole:
+    names of layers that stay as they are, on `rest` bits. blocks: names of the modules to match, if they are not to be
+    found. memory: bytes that the float network's answers may take. Batches are taken as they are; the best epoch on the
+    grid is chosen by `Task.evaluate`, which then should not see what is trained on, or else by batches that are held
+    back.
     """
 
     bits: int | tuple[int, ...] = 4
@@ -159,7 +160,8 @@ class _Taught(Course):
             raise DataError("teaching needs at least two batches, one of them to be held back; make them smaller")
         self.held = [batches[k] for k in order[:count]]
         self.batches = [batches[k] for k in order[count:]]
-        self.turn = method.epochs * len(self.batches)
+        chains = any(isinstance(line.terms[0].how, Contracted) for line in plan)
+        self.turn = method.epochs * len(self.batches) if chains else 0  # matrices start where these lead
         self.steps = self.turn + method.finish * len(self.batches)
         self.student = build(piece.model, plan, piece.survey)
         self.layers = compressed_layers(self.student)
