@@ -55,12 +55,9 @@ class Look:
 
     def __call__(self, run: Any) -> Shown:
         """What `run()` shows; it returns the network's output."""
-        hidden: dict[int, Tensor] = {}
-        hooks: list[Any] = []
-        for k, block in enumerate(self.blocks):
-            if k == 0:
-                hooks.append(block.register_forward_pre_hook(_first(hidden), with_kwargs=True))
-            hooks.append(block.register_forward_hook(_after(hidden, k + 1)))
+        hidden: list[Tensor] = []
+        hooks: list[Any] = [b.register_forward_pre_hook(_first(hidden), with_kwargs=True) for b in self.blocks[:1]]
+        hooks += [block.register_forward_hook(_after(hidden)) for block in self.blocks]
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one fused call hides what is looked for
         try:
@@ -70,27 +67,27 @@ class Look:
             torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
-        return Shown([hidden[k] for k in sorted(hidden)], seen.found, found)
+        return Shown(hidden, seen.found, found)
 
 
-def _first(hidden: dict[int, Tensor]) -> Any:
+def _first(hidden: list[Tensor]) -> Any:
     def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-        _keep(hidden, 0, [args, kwargs])
+        if not hidden:  # a block that runs again, as one that layers share, goes on from what it came to
+            hidden.extend(_main([args, kwargs]))
 
     return hook
 
 
-def _after(hidden: dict[int, Tensor], place: int) -> Any:
+def _after(hidden: list[Tensor]) -> Any:
     def hook(_: nn.Module, __: Any, out: Any) -> None:
-        _keep(hidden, place, out)
+        hidden.extend(_main(out))
 
     return hook
 
 
-def _keep(hidden: dict[int, Tensor], place: int, value: Any) -> None:
+def _main(value: Any) -> list[Tensor]:
     """The first tensor of what passes; indices, which an embedding is given, are no hidden state."""
-    for found in floating(value)[:1]:
-        hidden[place] = found
+    return floating(value)[:1]
 
 
 class _Attention(TorchFunctionMode):
@@ -112,15 +109,30 @@ class _Attention(TorchFunctionMode):
         return result
 
     def _from_module(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """What `nn.MultiheadAttention` computes, asked for its weights head by head."""
-        out, each = F.multi_head_attention_forward(
-            *args, **(kwargs | {"need_weights": True, "average_attn_weights": False})
-        )
+        """What `nn.MultiheadAttention` computes; asked for its weights, those of each head."""
+        if not kwargs.get("need_weights", True):
+            return self._from_fused(args, kwargs)
+        out, each = F.multi_head_attention_forward(*args, **(kwargs | {"average_attn_weights": False}))
         assert each is not None
         self.found.append(each)
-        if not kwargs.get("need_weights", True):
-            return out, None
         return out, each.mean(1) if kwargs.get("average_attn_weights", True) else each
+
+    def _from_fused(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The same where it keeps its weights to itself, in a call that no mode sees from here.
+
+        Asked for them it would compute otherwise: places that may look at nothing would not be numbers.
+        """
+        fused = F.scaled_dot_product_attention
+
+        def watched(*given: Any, **named: Any) -> Tensor:
+            self.found.append(_probabilities(dict(zip(ARGUMENTS, given, strict=False)) | named))
+            return fused(*given, **named)
+
+        F.scaled_dot_product_attention = watched
+        try:
+            return F.multi_head_attention_forward(*args, **kwargs)
+        finally:
+            F.scaled_dot_product_attention = fused
 
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -184,9 +196,14 @@ class Lesson:
         return pairs[-self.depth :] if self.top else pairs[: self.depth]
 
 
-def mask_of(batch: Batch) -> Tensor | None:
-    """The `attention_mask` of a batch that is a mapping, [batch, places]; None if it has none."""
-    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+def mask_of(batch: Batch, decodes: bool = False) -> Tensor | None:
+    """The `attention_mask` of a batch, or of a mapping in it, [batch, places]; None if it has none.
+
+    decodes: of a network whose places are those of a second sequence: `decoder_attention_mask`.
+    """
+    if isinstance(batch, tuple | list):
+        return next((m for m in (mask_of(part, decodes) for part in batch) if m is not None), None)
+    found = batch.get("decoder_attention_mask" if decodes else "attention_mask") if isinstance(batch, Mapping) else None
     return found if isinstance(found, Tensor) and found.ndim == 2 else None
 
 

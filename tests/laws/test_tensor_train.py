@@ -10,6 +10,7 @@ from torch import nn
 
 import rabbet
 from rabbet import DataError, Plan, PlanError, Term
+from rabbet.forms.base import Aim
 from rabbet.forms.modes import balanced, covering, exactly
 from rabbet.forms.tt import TT
 from rabbet.forms.ttm import TTM
@@ -168,11 +169,23 @@ def test_an_index_that_a_table_does_not_have_is_refused(index):
 
 def test_more_steps_never_err_more():
     site, weight = Site("x", "linear", (24, 30)), rand(24, 30)
-    from rabbet.forms.base import Aim
-
     errors = [
         float((TT().contract(site, TT().decompose(site, weight, 5, None, Aim(steps=n))) - weight).square().sum())
         for n in (0, 5, 40)
     ]
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
     assert errors[2] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "site"), [(TT(), Site("x", "linear", (24, 30))), (TTM(), Site("x", "embedding", (90, 8)))]
+)
+def test_what_goes_on_from_factors_errs_no_more_than_they_do(form, site):
+    weight = rand(*site.shape)
+
+    def error(factors):
+        return float((form.contract(site, factors) - weight).square().sum())
+
+    known = form.decompose(site, weight, 5, None, Aim(steps=60))
+    assert error(form.decompose(site, weight, 5, None, Aim(start=known, steps=0))) <= error(known) * (1 + 1e-6)
+    assert error(form.decompose(site, weight, 5, None, Aim(steps=0))) > 1.01 * error(known)

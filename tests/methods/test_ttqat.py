@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from networks import rand
+from networks import rand, settled
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import rabbet
 from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError, Task
-from rabbet.distil import Lesson, Look, Shown, Teacher, stack
+from rabbet.distil import Lesson, Look, Shown, Teacher, mask_of, stack
 from rabbet.engine import silent
+from rabbet.fold import leave_fast_path
 from rabbet.methods.latent import Latent, start_cores, together
 from rabbet.plan import Term
 from rabbet.runtime import Session
@@ -391,6 +392,34 @@ def test_a_lesson_is_zero_for_the_same_and_positive_else():
         assert float(lesson.loss(shown(1), shown(9), None)) > 0.01
 
 
+def test_another_teacher_does_not_go_on_from_the_checkpoint_of_the_first(tmp_path):
+    data, method = sentences(3), TTQAT(**SHORT, start="random")
+    first, second = bert(), bert()
+    with torch.no_grad():
+        for layer in second.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(2)
+    engine = Engine(folder=tmp_path)
+    rabbet.compress(first, "bytes <= 20%", data, method, engine=engine)
+    found = rabbet.compress(second, "bytes <= 20%", data, method, engine=engine)
+    assert found.notes == rabbet.compress(second, "bytes <= 20%", data, method).notes
+
+
+@pytest.mark.parametrize("act", [None, 8])
+def test_the_score_that_is_told_is_that_of_what_is_handed_out(act, tmp_path):
+    model, data = bert(), sentences(3)
+
+    def evaluate(m):
+        return -float((m(**data[0])[0] - model(**data[0])[0]).square().mean())
+
+    task = Task(data, evaluate=evaluate)
+    result = rabbet.compress(model, "bytes <= 20%", task, TTQAT(**SHORT, act=act))
+    result.save(tmp_path / "small.safetensors")
+    with torch.no_grad():
+        found = evaluate(rabbet.load(tmp_path / "small.safetensors", model))
+    assert result.notes[0].endswith(f" -> {found:.4g}")
+
+
 @pytest.mark.parametrize(("lesson", "places"), [(Lesson(1), [0]), (Lesson(2), [0, 1]), (Lesson(1, top=True), [2])])
 def test_only_the_chosen_depth_counts(lesson, places):
     ours, theirs = shown(1), shown(9)
@@ -417,6 +446,84 @@ def test_scores_of_as_many_classes_as_places_are_no_places():
     assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
     mask[0, 3:] = 0
     assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
+
+
+def test_one_number_an_example_or_a_place_is_compared_as_a_number():
+    for shape in ((4, 1), (4, 3, 1), (4,)):
+        ours, theirs = (
+            Shown([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)]) for s in (1, 2)
+        )
+        assert float(Lesson().loss(ours, theirs, None)) > 0.01
+
+
+def test_the_mask_is_found_in_a_batch_of_any_make_and_is_that_of_the_places_that_are_compared():
+    mask, other = torch.ones(2, 3), torch.zeros(2, 3)
+    named = {"input_ids": torch.ones(2, 3), "attention_mask": mask}
+    for batch in (named, (named, torch.ones(2)), [torch.ones(2), {"x": mask}, named]):
+        assert mask_of(batch) is mask
+        assert mask_of(batch, decodes=True) is None
+    assert mask_of(named | {"decoder_attention_mask": other}, decodes=True) is other
+    assert mask_of((torch.ones(2, 3), mask)) is None
+    assert mask_of({"attention_mask": torch.ones(2, 1, 3, 3)}) is None
+
+
+def test_a_sequence_that_is_decoded_is_taught_whatever_the_mask_of_the_first_says():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, use_cache=False)).eval()
+    ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones(2, 8), "decoder_input_ids": ids}
+    batch["attention_mask"][0, 3:] = 0
+    grads = []
+    method = TTQAT(rank=6, table=4, epochs=1, finish=0, hidden=0, attention=0)
+
+    def forward(m, b):
+        found = m(**b).logits
+        if found.requires_grad:
+            found.register_hook(lambda g: grads.append(g.abs().sum(-1)))
+        return found
+
+    rabbet.compress(model, "bytes <= 95%", Task([batch, batch], forward=forward), method)
+    assert grads
+    assert all((g > 0).all() for g in grads)
+
+
+def test_a_block_that_runs_several_times_is_matched_each_time():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4)] * 3)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model, x = settled(Again()), rand(2, 5, 4)
+    hidden = Look(model, ["layers.0"])(lambda: model(x)).hidden
+    wanted = [x]
+    for layer in model.layers:
+        wanted.append(layer(wanted[-1]))
+    assert all(torch.equal(a, b) for a, b in zip(hidden, wanted, strict=True))
+
+
+def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    leave_fast_path(model)
+    x, padded = rand(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    padded[0, :2] = True
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+
+    def run():
+        return model(x, mask=causal, src_key_padding_mask=padded)
+
+    found = Look(model, ["layers.0", "layers.1"])(run)
+    assert torch.equal(found.outputs[0], run())
+    assert [tuple(t.shape) for t in found.attention] == [(2, 2, 5, 5)] * 2
+    sum(t.square().sum() for t in (*found.hidden, *found.attention)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("causal", [False, True])

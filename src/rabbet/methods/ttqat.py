@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rabbet.allocate import Option, allocate, require_feasible
 from rabbet.calibrate import calibrate_ranges
 from rabbet.cost import Budget
-from rabbet.distil import Lesson, Look, Teacher, mask_of, stack
+from rabbet.distil import Lesson, Look, Shown, Teacher, mask_of, stack
 from rabbet.engine import Job
 from rabbet.errors import DataError, PlanError, check_fields, check_least
 from rabbet.forms import FORMS, Contracted
@@ -145,7 +145,8 @@ class TTQAT:
         course = _Taught(self, piece, plan)
         before, after = course.train()
         made = course.network()
-        return Fitted(made, (f"taught {course.walked}; held-back {course.measure} {before:.4g} -> {after:.4g}",))
+        taught = f"taught {course.walked}; held-back {course.measure} {before:.4g} -> {after:.4g}"
+        return Fitted(made, (taught, *(("no attention is taught, for none was seen",) if course.blind else ())))
 
 
 class _Taught(Course):
@@ -167,12 +168,14 @@ class _Taught(Course):
         self.layers = compressed_layers(self.student)
         self._seat()
         names = list(method.blocks) or stack(piece.model, piece.survey)
-        self.depth = len(names) + 1
+        self.decodes = bool(getattr(getattr(piece.model, "config", None), "is_encoder_decoder", False))
         self.whole = Lesson(
             scores=method.scores, hidden=method.hidden, attention=method.attention, weight=method.answers
         )
         self.look = Look(self.student, names)
         self.teacher = Teacher(Look(piece.model, names), method.memory)
+        shown = self._theirs(shared(self.batches[0]), 0)
+        self.depth, self.blind = len(shown.hidden), bool(method.attention) and not shown.attention
         for latent in self._latents():  # scales have their size, and so their rate, before they are used
             latent.settle()
             latent.on = False
@@ -260,8 +263,7 @@ class _Taught(Course):
 
     def on(self, batch: Batch, place: int, lesson: Lesson, generator: torch.Generator | None = None) -> Tensor:
         """The loss of a batch; `place` tells the teacher which it is; generator: for what the student is shown."""
-        task = self.piece.task
-        theirs = self.teacher.show(place, lambda: task.run(self.piece.model, batch))
+        task, theirs = self.piece.task, self._theirs(batch, place)
         given = batch if generator is None else task.varied(batch, generator)
         held: list[object] = []
 
@@ -271,11 +273,15 @@ class _Taught(Course):
             return held[0]
 
         shown = self.look(ours)
-        mask = mask_of(batch)
+        mask = mask_of(batch, self.decodes)
         found = lesson.loss(shown, theirs, None if mask is None else mask.to(shown.outputs[0].device))
         if task.loss is not None and lesson.answers and self.method.labels:
             found = found + self.method.labels * task.judge(self.student, held[0], batch)
         return found
+
+    def _theirs(self, batch: Batch, place: int) -> Shown:
+        """What the float network shows of a batch."""
+        return self.teacher.show(place, lambda: self.piece.task.run(self.piece.model, batch))
 
     def _settle(self) -> None:
         """From float onto the grids."""
