@@ -20,10 +20,12 @@ from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError,
 from rabbet.distil import Lesson, Look, Shown, Teacher, mask_of, stack
 from rabbet.engine import silent
 from rabbet.fold import leave_fast_path
+from rabbet.methods.joint import scored
 from rabbet.methods.latent import Latent, start_cores, together
 from rabbet.plan import Term
 from rabbet.runtime import Session
 from rabbet.site import Site
+from rabbet.workpiece import Workpiece
 
 SHORT = {"rank": 6, "table": 6, "epochs": 3, "finish": 2, "scores": False}
 
@@ -202,6 +204,25 @@ def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
     assert "tt[6]@4" in {str(t) for (t,) in matrices.menu(linear)}
     assert [str(t) for (t,) in method.menu(Site("kept", "linear", (48, 96)))] == ["dense@8c"]
     assert [str(t) for (t,) in TTQAT(bits=4, rank=6).menu(linear)] == ["tt[6]@4"]
+
+
+def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
+    model, data = bert(), sentences(3)
+    piece = Workpiece.of(model, Task(data), Engine())
+    menus = {s.name: tuple((Term.parse(t),) for t in ("dense@8c", "dense@1c")) for s in piece.survey}
+    words, linear = "embeddings.word_embeddings", "encoder.layer.0.output.dense"
+    menus[words] += ((Term.parse("ttm[1]@4"),),)
+    menus[linear] += ((Term.parse("tt[1]@4"),),)
+    (alone, kept), (learns, same) = (scored(piece, menus, learns=flag) for flag in (False, True))
+    assert kept == same
+    for site, a, b in zip(piece.survey, alone, learns, strict=True):
+        ratios = [y / x for x, y in zip(a, b, strict=True) if x]
+        assert all(1 <= r <= 1001 for r in ratios)
+        if site.name in (words, linear):
+            eight, one, chain = ratios
+            assert eight < 1.001
+            assert 1.02 < one < 2  # a sign and a size keep 2 / pi of a normal weight, and more where inputs are alike
+            assert chain > 5
 
 
 def test_matrices_alone_are_trained_under_a_budget_as_well():

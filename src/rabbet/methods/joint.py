@@ -125,9 +125,13 @@ def solved(piece: Workpiece, plan: Plan) -> nn.Module:
 
 
 def scored(
-    piece: Workpiece, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False
+    piece: Workpiece, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False, learns: bool = False
 ) -> tuple[list[list[float]], list[list[int]]]:
-    """For each layer what each entry of its menu that was solved does to the network's output, and which those are."""
+    """For each layer what each entry of its menu that was solved does to the network's output, and which those are.
+
+    learns: of a network that trains afterwards, where it counts what is left to go on from: the error is divided by the
+    share of the layer's own output that is left.
+    """
     results = solve_menus(piece, "solving layers", menus, prune)
     changes: dict[str, Tensor] = {}
     kept: list[list[int]] = []
@@ -137,7 +141,21 @@ def scored(
         solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in kept[-1]]
         changes[site.name] = torch.stack(solved) - weight
     errors = output_errors(piece, changes)
+    if learns:
+        errors = {s.name: errors[s.name] / _left(piece, s, changes[s.name]) for s in piece.survey}
     return [errors[s.name].tolist() for s in piece.survey], kept
+
+
+def _left(piece: Workpiece, site: Site, changes: Tensor) -> Tensor:
+    """What each change [candidates, ...] leaves of a layer's output, a share of its mean square of at least 1/1000."""
+    second = piece.moments().get(site.name)
+
+    def energy(weight: Tensor) -> float:
+        rows = site.matrix(weight).double()
+        return float(((rows if second is None else rows @ second.double()) * rows).sum())
+
+    whole = max(energy(piece.weight(site)), 1e-30)
+    return torch.tensor([max(1 - energy(change) / whole, 1e-3) for change in changes], dtype=torch.float64)
 
 
 def solve_menus(

@@ -109,7 +109,7 @@ class TTQAT:
         require_feasible(table, budget, piece.float_cost, piece.cost)
         if all(len(row) == 1 for row in table):
             return Plan(tuple(row[0].plan for row in table))
-        scores, _ = scored(piece, menus)
+        scores, _ = scored(piece, menus, learns=True)
         return allocate(scores, table, budget, piece.float_cost, piece.cost)
 
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
