@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sentences", type=int, help="train on the first so many of a seeded shuffle; default: all")
     parser.add_argument("--teaching", type=int, help="epochs of the teacher; default: 3 on SST-2, 8 on CoLA")
-    parser.add_argument("--epochs", type=int, default=2, help="of TTQAT, in float")
+    parser.add_argument("--epochs", type=int, default=0, help="of TTQAT, in float, where the plan has chains")
     parser.add_argument("--finish", type=int, default=2, help="epochs of TTQAT on the grid")
     parser.add_argument("--ranks", nargs="+", type=int, default=[24, 48, 80, 128], help="that TTQAT chooses from")
     parser.add_argument("--rate", type=float, default=1e-2, help="of TTQAT")
