@@ -271,14 +271,8 @@ def main() -> None:
         print(f"{len(given.train.ids):,} sentences are trained on, {len(given.held.ids):,} held back\n")
         head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop", "seconds", "words", "layers",
              "notes")  # fmt: skip
-        row(
-            name,
-            "float32",
-            f"{size:,}",
-            1,
-            *(f"{given.score(model, p):.2f}" for p in (given.held, given.dev)),
-            *"-----",
-        )
+        whole = [f"{given.score(model, part):.2f}" for part in (given.held, given.dev)]
+        row(name, "float32", f"{size:,}", 1, *whole, *"-----")
         for label in args.methods:
             lines(given, model, label, made[label], args)
         print()

@@ -308,15 +308,15 @@ class _Taught(Course):
 
     def remember(self) -> None:
         """Keep the state, as a file holds it, if it is the best so far; training goes on from the exact one."""
-        exact = [p.detach().clone() for p in self._learning()]
+        exact = self._copies()
         self._round()
         found = self.judged()
         if math.isnan(found):
             raise DataError("the loss of held-back examples is not a number; check the batches and the loss")
         if found > float(self.most) or not self.best:  # a score may be -inf
             self.most = torch.tensor(found, dtype=torch.float64)
-            self.best = {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
-        self._take({str(k): p for k, p in enumerate(exact)})
+            self.best = self._copies()
+        self._take(exact)
 
     def _round(self) -> None:
         """Everything that is not on a grid to the types of the file."""
@@ -336,8 +336,7 @@ class _Taught(Course):
         for act in self._acts:
             act.observer = _unseen
         before = self.judged()
-        start = {str(k): p.detach() for k, p in enumerate(self._learning())}
-        key = piece.key("ttqat", start, {"method": self.method, "plan": self.plan.compact})
+        key = piece.key("ttqat", self._copies(), {"method": self.method, "plan": self.plan.compact})
         if self.steps:
             run(self, piece.engine, key, "teaching", min(len(self.batches), 100))
         if not self.best:  # no epoch on the grid
@@ -346,6 +345,10 @@ class _Taught(Course):
         self._take(self.best)
         sign = 1 if piece.task.evaluate is not None else -1
         return sign * before, sign * float(self.most)
+
+    def _copies(self) -> dict[str, Tensor]:
+        """What learns, as it is now; the inverse of `_take`."""
+        return {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
 
     def _take(self, kept: dict[str, Tensor]) -> None:
         with torch.no_grad():
