@@ -152,6 +152,8 @@ class TTQAT:
 class _Taught(Course):
     """A student of latents, its teacher, and the best state on the grid."""
 
+    fused = True
+
     def __init__(self, method: TTQAT, piece: Workpiece, plan: Plan) -> None:
         self.method, self.piece, self.plan = method, piece, plan
         batches = piece.task.read()
