@@ -45,6 +45,8 @@ class Session(nn.Module):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
+            # the last level only lays weights out for the processor, and renames them
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         try:
             content = source if isinstance(source, bytes) else str(source)
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -169,6 +169,23 @@ def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):
     assert all("runs in float" in n and "its plan has no act" in n for n in notes)
 
 
+@pytest.mark.parametrize("terms", [GRIDS, TERMS["trains"], TERMS["rows"]], ids=["dense", "trains", "rows"])
+@pytest.mark.parametrize("name", CASES)
+def test_no_weight_that_meets_floats_is_dequantised_in_every_run(name, terms, tmp_path):
+    case = CASES[name]()
+    made = parcel(case, terms, "")
+    notes = write_onnx(made, tmp_path / "small.onnx").notes
+    assert (
+        _apart(_answers(Session(tmp_path / "small.onnx"), case.batches[0])[0], _answers(made.model, case.batches[0])[0])
+        < 0.1
+    )
+    assert not any("unknown kernel" in n for n in notes)
+    Session(tmp_path / "small.onnx", 1, tmp_path / "runs.onnx")
+    graph = onnx.load(tmp_path / "runs.onnx").graph
+    constants = {i.name for i in graph.initializer}
+    assert not [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
+
+
 def test_a_dead_channel_keeps_its_bias(tmp_path):
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
     with torch.no_grad():

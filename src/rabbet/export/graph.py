@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 OPSET = 23  # the first with attention as one node; 4-bit integers came with 21
 IR_VERSION = 11
+WHOLE = "float"  # how the name of a weight ends that a runtime puts into float when it loads the file
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
@@ -189,8 +190,10 @@ class Graph:
 
 
 def _holds_weight(value: "ir.Value") -> bool:
-    """Whether a runtime will have this value as a layer's integers, by whose name the layer is known."""
+    """Whether a runtime will have this value as a layer's weight, by whose name the layer is known."""
     node = value.producer()
+    if node is not None and node.op_type == "Mul" and str(value.name).endswith(f".{WHOLE}"):
+        return True
     made = node is not None and node.op_type == "QuantizeLinear"
     return not made and any(use.node.op_type == "DequantizeLinear" and use.idx == 0 for use in value.uses())
 

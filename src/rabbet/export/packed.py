@@ -151,13 +151,15 @@ class Weight:
             found = move.on(graph, found, names.next())
         return graph.call("Cast", found, name=self.name, to=_INT8)
 
-    def values(self, graph: Graph) -> "ir.Value":
+    def values(self, graph: Graph, ending: str = "values") -> "ir.Value":
         """The weight in float by plain arithmetic, which a runtime folds, as it does not a DequantizeLinear."""
         wide = graph.call("Cast", self.integers(graph), name=f"{self.name}.wide", to=1)
-        ndim = self.codes.ndim
-        shape = [-1 if d == self.axis else 1 for d in range(ndim)] if self.axis is not None else [1] * ndim
-        scale = graph.constant(f"{self.name}.scale", self.scale.numpy().reshape(shape))
-        return graph.call("Mul", wide, scale, name=f"{self.name}.values")
+        shape = [-1 if d == self.axis else 1 for d in range(self.codes.ndim)]
+        if self.root is None and self.make is None:
+            scale = graph.constant(f"{self.name}.scale", self.scale.view(shape).numpy())
+        else:  # the scales are there for another use, too
+            scale = graph.call("Reshape", self.scales(graph), shape_of(graph, shape), name=f"{self.name}.scales")
+        return graph.call("Mul", wide, scale, name=f"{self.name}.{ending}")
 
     def scales(self, graph: Graph) -> "ir.Value":
         """The scale as a constant, [] or [slices]."""
@@ -166,12 +168,18 @@ class Weight:
         found = self.scale.numpy()
         return graph.constant(f"{self.name}.scale", found.reshape(()) if self.axis is None else found)
 
-    def dequantised(self, graph: Graph) -> "ir.Value":
-        """The weight in float, as the output of a DequantizeLinear."""
-        q, scale = self.integers(graph), self.scales(graph)
-        shape = () if self.axis is None else tuple(self.scale.shape)
+    def dequantised(self, graph: Graph, spread: int | None = None) -> "ir.Value":
+        """The weight in float, as the output of a DequantizeLinear.
+
+        spread: the axis along which one scale is repeated; onnxruntime fuses a product with floats only with such.
+        """
+        q, scale, axis = self.integers(graph), self.scales(graph), self.axis
+        if spread is not None:
+            sizes = shape_of(graph, (self.codes.shape[spread],))
+            scale, axis = graph.call("Expand", scale, sizes, name=f"{self.name}.scales"), spread
+        shape = () if axis is None else (self.codes.shape[axis],)
         zero = zeros(graph, shape, self.kind)
-        extra: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
+        extra: dict[str, Any] = {} if axis is None else {"axis": axis}
         return graph.call("DequantizeLinear", q, scale, zero, name=f"{self.name}.float", **extra)
 
 

@@ -1,12 +1,13 @@
 """Every weight of a marked graph is written as packed integers, every bias beside one as 32-bit integers."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rabbet.export.graph import Graph, values
+from rabbet.export.graph import WHOLE, Graph, values
 from rabbet.export.marks import MOVING
 from rabbet.export.packed import Move, Weight, zeros
 from rabbet.layer import Factor
@@ -37,22 +38,34 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
             yield from _write_weight(graph, weight.moved(move), node.outputs[0])
         elif _looks_up(node, use.idx):
             _write_table(graph, weight, node)
-        elif weight.axis is not None and weight.axis != _outputs(node, use.idx, weight.axis):
-            # runtimes take the scales of what they multiply with to be those of the outputs, wherever they lie
-            node.replace_input_with(use.idx, weight.values(graph))
-            yield weight
+        elif _in_float(node, use.idx, weight):
+            found = weight.values(graph, WHOLE)
+            node.replace_input_with(use.idx, found)
+            yield replace(weight, name=str(found.name))
         else:
             unit = _unit(node) if node.op_type in ("Conv", "Gemm") and use.idx == 1 else None
             if unit is not None and (bias := _bias(node)) is not None:
                 weight = weight.with_room(bias / float(values(unit)), str(node.name))
                 _write_bias(graph, weight, node, bias, unit)
-            node.replace_input_with(use.idx, weight.dequantised(graph))
+            alone = weight.axis is None and node.op_type == "MatMul" and use.idx == 1 and _unit(node) is None
+            node.replace_input_with(use.idx, weight.dequantised(graph, 1 if alone else None))
             yield weight
 
 
 def _looks_up(node: "ir.Node", place: int) -> bool:
     """Whether a node takes rows out of what is at a place of its inputs."""
     return node.op_type == "Gather" and place == 0
+
+
+def _in_float(node: "ir.Node", place: int, weight: Weight) -> bool:
+    """Whether a weight at a place of a node's inputs is best put into float when the file is loaded.
+
+    Runtimes take the scales of what they multiply with to be those of the outputs, wherever they lie. Of what meets
+    floats, onnxruntime fuses the MatMul; anything else would dequantise its weight in every run.
+    """
+    if weight.axis is not None and weight.axis != _outputs(node, place, weight.axis):
+        return True
+    return place == 1 and _unit(node) is None and node.op_type != "MatMul"
 
 
 def _outputs(node: "ir.Node", place: int, usual: int) -> int:
@@ -103,7 +116,8 @@ def _write_table(graph: Graph, weight: Weight, node: "ir.Node") -> None:
     rows = graph.call("Gather", weight.integers(graph), index, name=f"{node.name}.rows", axis=0)
     scale = weight.scales(graph)
     if weight.axis == 0:
-        found = graph.call("Gather", scale, index, name=f"{node.name}.scale", axis=0)
-        scale = graph.call("Unsqueeze", found, graph.constant("axis.last", np.array([-1])), name=f"{node.name}.scales")
+        # a constant of its own: onnxruntime does not fuse a classifier whose scales are read elsewhere, too
+        wide = graph.call("Unsqueeze", scale, graph.constant("axis.last", np.array([-1])), name=f"{node.name}.scales")
+        scale = graph.call("Gather", wide, index, name=f"{node.name}.scale", axis=0)
     wide = graph.call("Cast", rows, name=f"{node.name}.wide", to=1)
     graph.swap(node.outputs[0], graph.call("Mul", wide, scale, name=f"{node.name}.values"))

@@ -1,0 +1,78 @@
+"""GPT-2 at its real size (12 blocks, width 768, 50,257 words) as tensor trains: what it takes and how fast it is.
+
+    python benchmarks/decoder.py [--start metric | plain | random]
+
+No trained weights are at hand: they are random, and nothing is said of accuracy. The cores start from them in the
+metric of their inputs, learn for one epoch in float and one on 4 bits (three batches of two sequences of 32 tokens, a
+fourth held back), are written, loaded again and exported. Latency is of one sequence on one thread, in turn with the
+float network in onnxruntime.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import head, machine, row
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import rabbet
+from rabbet import TTQAT, Task
+from rabbet.bench import time_files
+from rabbet.export.onnx import write_float
+
+TOKENS = 32
+
+
+def batches(words: int) -> list[dict[str, Tensor]]:
+    """Four batches of two sequences."""
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(words, (2, TOKENS), generator=generator)} for _ in range(4)]
+
+
+def network() -> GPT2LMHeadModel:
+    """GPT-2, random."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config()).eval()
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", choices=("metric", "plain", "random"), default="metric")
+    args = parser.parse_args()
+    model = network()
+    task = Task(batches(model.config.vocab_size), forward=lambda m, b: m(b["input_ids"], use_cache=False).logits)
+    batch = task.read()[0]
+    print(f"{machine()}\n")
+    head("what", "found")
+
+    start = time.perf_counter()
+    method = TTQAT(4, start=args.start, epochs=1, finish=1)
+    result = rabbet.compress(model, "bytes <= 10%", task, method)
+    row("float bytes", f"{result.float_cost.bytes:,}")
+    row("compressed in, minutes", f"{(time.perf_counter() - start) / 60:.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        small, files = Path(folder) / "small.safetensors", {n: Path(folder) / f"{n}.onnx" for n in ("float", "tt")}
+        result.save(small)
+        row("file bytes", f"{small.stat().st_size:,}")
+        row("times smaller", f"{result.float_cost.bytes / small.stat().st_size:.0f}")
+        with torch.no_grad():
+            gap = (task.run(rabbet.load(small, model), batch) - task.run(result.model, batch)).abs().max()
+        row("the file against the result, largest difference of a score", float(gap))
+        start = time.perf_counter()
+        result.export(files["tt"])
+        row("exported in, seconds", f"{time.perf_counter() - start:.0f}")
+        write_float(model, task, files["float"])
+        row("ONNX bytes, float", f"{files['float'].stat().st_size:,}")
+        row("ONNX bytes, tensor trains", f"{files['tt'].stat().st_size:,}")
+        found = time_files(files, [batch["input_ids"][:1]], runs=30, threads=1)
+    row(f"ms for {TOKENS} tokens, float", f"{found['float'].median:.0f}")
+    row(f"ms for {TOKENS} tokens, tensor trains", f"{found['tt'].median:.0f}")
+    row("times faster", f"{found['float'].median / found['tt'].median:.1f}")
+
+
+if __name__ == "__main__":
+    main()
