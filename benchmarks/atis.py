@@ -154,7 +154,6 @@ SIZES = {
     "rank 24, 4 bits, words at rank 40": TTQAT(4, 24, 40, whole=HEADS),
     "rank 20, 4 bits, words at rank 30": TTQAT(4, 20, 30, whole=HEADS),
     "rank 20, 4 bits, words at rank 40, heads 4 bits": TTQAT(4, 20, 40, whole=HEADS, rest=4),
-    "rank 22, 4 bits, words at rank 36, heads 3 bits": TTQAT(4, 22, 36, whole=HEADS, rest=3),
     "ranks chosen, 4 bits": TTQAT(4, None, None, (12, 16, 20, 24, 28, 34, 42), grids=("3c", "4c")),
     "rank 24, 8 bits, words at rank 40": TTQAT(8, 24, 40, whole=HEADS),
     "rank 24, 2 bits, words at rank 40": TTQAT(2, 24, 40, whole=HEADS),
