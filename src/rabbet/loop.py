@@ -74,7 +74,7 @@ def run(course: Course, engine: Engine, key: str, stage: str, every: int = 100) 
     """
     groups = [dict(group, lr=group["base"]) for group in course.groups]
     parameters = [p for group in groups for p in group["params"]]
-    # the one kernel walks through memory, wherever strides say that the gradient's numbers lie
+    # the one kernel goes through memory as it lies: numbers and gradients of other strides would be paired wrongly
     fused = course.fused and all(p.device.type in FUSED and p.is_contiguous() for p in parameters)
     optimiser = torch.optim.Adam(groups, betas=BETAS, fused=fused)
     for p in parameters:

@@ -117,7 +117,7 @@ def _write_table(graph: Graph, weight: Weight, node: "ir.Node") -> None:
     scale = weight.scales(graph)
     if weight.axis == 0:
         # a constant of its own: onnxruntime does not fuse a classifier whose scales are read elsewhere, too
-        wide = graph.call("Unsqueeze", scale, graph.constant("axis.last", np.array([-1])), name=f"{node.name}.scales")
-        scale = graph.call("Gather", wide, index, name=f"{node.name}.scale", axis=0)
+        each = graph.call("Unsqueeze", scale, graph.constant("axis.last", np.array([-1])), name=f"{node.name}.scales")
+        scale = graph.call("Gather", each, index, name=f"{node.name}.scale", axis=0)
     wide = graph.call("Cast", rows, name=f"{node.name}.wide", to=1)
     graph.swap(node.outputs[0], graph.call("Mul", wide, scale, name=f"{node.name}.values"))
