@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import rabbet
+
 
 @dataclass(frozen=True)
 class Case:
@@ -200,6 +202,7 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "twice": lambda: Case(Twice(), [rand(6, 6, seed=k) for k in range(3)]),
     "tokens": lambda: Case(Tokens(), tokens()),
     "attention": lambda: Case(Attention(), [rand(4, 5, 6, seed=k) for k in range(2)]),
+    "opened": lambda: Case(rabbet.open_attention(Attention()), [rand(4, 5, 6, seed=k) for k in range(2)]),
     "tied": lambda: Case(TiedTable(), tokens()),
     "keyword": lambda: Case(ByKeyword(), [{"left": rand(6, 6), "right": rand(6, 4, seed=1), "scale": 0.5}]),
 }

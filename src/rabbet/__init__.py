@@ -1,5 +1,6 @@
 """rabbet: make a trained PyTorch network fit a hard budget, the rank and the bits of every layer chosen together."""
 
+from rabbet.attention import open_attention
 from rabbet.compress import Result, calibrate_ranges, compress, fit, load, plan, price, reopen
 from rabbet.cost import Budget, Cost
 from rabbet.engine import Engine
@@ -50,6 +51,7 @@ __all__ = [
     "compress",
     "fit",
     "load",
+    "open_attention",
     "plan",
     "plan_of",
     "price",

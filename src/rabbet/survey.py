@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +180,13 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 
 
+def opens(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether this is torch's attention, and no more than four linears and what lies between them."""
+    if type(module) is not nn.MultiheadAttention or module.bias_k is not None or module.add_zero_attn:
+        return False
+    return not any(is_parametrized(m) or hooked(m) for m in (module, module.out_proj))
+
+
 def _why_not(module: nn.Module) -> str | None:
     """Why a layer of a known kind must stay as it is."""
     if is_parametrized(module):
@@ -245,10 +252,17 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
                 **facts,
             )
         )
+    reasons |= _unopened(names)
     if not sites:
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "no conv, linear or embedding ran on the batch"
         raise ModelError(f"nothing in this network can be compressed ({detail})")
     return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+
+
+def _unopened(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:
+    """What to say of torch's attention, and of the linear in it."""
+    why = "its weights are read and never called; rabbet.open_attention(model) makes linears of them"
+    return {names[m][0]: why for module in names if opens(module) for m in (module, module.out_proj)}
 
 
 def _with_batch_axis(

@@ -19,7 +19,7 @@ FLOORS = (
     {"plan"},
     {"survey", "augment"},
     {"layout", "fold"},
-    {"cost"},
+    {"cost", "attention"},
     {"layer"},
     {"candidates", "calibrate", "seat"},
     {"workpiece", "gates"},
@@ -120,7 +120,7 @@ PUBLIC = {
     "ADMM", "Budget", "BudgetError", "CGMQ", "CoRa", "Cost", "DataError", "Engine", "FileError", "Grid", "Joint",
     "LayerPlan", "ModelError", "Plan", "PlanError", "QUALITY", "RabbetError", "Ranking", "Result", "Session", "Survey",
     "TTQAT", "Task", "Term", "Tuning", "Workpiece", "accuracy", "build", "calibrate_ranges", "compress", "fit", "load",
-    "plan", "plan_of", "price", "reopen", "survey",
+    "open_attention", "plan", "plan_of", "price", "reopen", "survey",
 }  # fmt: skip
 
 

@@ -338,9 +338,11 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embed(ids)).mean(1))
 
 
-def test_a_plain_torch_transformer_is_taught_attention_included():
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_plain_torch_transformer_is_taught_attention_included(opened):
     torch.manual_seed(0)
     model = Encoder().eval()
+    model = rabbet.open_attention(model) if opened else model
     data = [torch.randint(0, 40, (4, 7)) for _ in range(4)]
     look = Look(model, stack(model, rabbet.survey(model, data[0])))
     with torch.no_grad():
@@ -349,8 +351,11 @@ def test_a_plain_torch_transformer_is_taught_attention_included():
     assert [tuple(t.shape) for t in shown.hidden] == [(4, 7, 32)] * 3
     assert [tuple(t.shape) for t in shown.attention] == [(4, 4, 7, 7)] * 2
     assert all(torch.allclose(t.sum(-1), torch.ones(4, 4, 7)) for t in shown.attention)
-    result = rabbet.compress(model, "bytes <= 70%", data, TTQAT(rank=6, table=4, epochs=2, finish=2))
-    assert forms(result.plan)["encoder.layers.0.linear1"] == "tt"
+    budget = "bytes <= 35%" if opened else "bytes <= 70%"  # what stays closed stays float
+    result = rabbet.compress(model, budget, data, TTQAT(rank=6, table=4, epochs=2, finish=2))
+    found = forms(result.plan)
+    assert found["encoder.layers.0.linear1"] == "tt"
+    assert found.get("encoder.layers.1.self_attn.k_proj") == ("tt" if opened else None)
 
 
 def test_labels_teach_and_the_users_score_chooses():

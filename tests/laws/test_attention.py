@@ -1,0 +1,113 @@
+"""`open_attention`: torch's attention, taken apart, computes the same whatever it is asked."""
+
+import itertools
+
+import pytest
+import torch
+from networks import rand, settled
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import rabbet
+
+MASKS = {
+    "none": {},
+    "padding": {"key_padding_mask": torch.arange(5).expand(3, 5) > torch.tensor([[4], [2], [1]])},
+    "causal": {"attn_mask": torch.ones(4, 5, dtype=torch.bool).triu(1), "is_causal": True},
+    "numbers": {"attn_mask": rand(4, 5), "key_padding_mask": rand(3, 5, seed=1)},
+    "heads": {"attn_mask": rand(6, 4, 5) > 1.5, "key_padding_mask": torch.arange(5).expand(3, 5) > 2},
+}
+BUILT = ({}, {"bias": False}, {"kdim": 6, "vdim": 10}, {"kdim": 6, "vdim": 10, "bias": False})
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("built", BUILT, ids=str)
+def test_it_answers_as_torch_does(built, mask):
+    for first, weights, average in itertools.product((True, False), repeat=3):
+        model = settled(nn.MultiheadAttention(8, 2, batch_first=first, **built))
+        widths = (8, built.get("kdim", 8), built.get("vdim", 8))
+        given = [rand(3, n, w, seed=k) for k, (n, w) in enumerate(zip((4, 5, 5), widths, strict=True))]
+        given = given if first else [x.transpose(0, 1) for x in given]
+        asked = {"need_weights": weights, "average_attn_weights": average, **MASKS[mask]}
+        found, wanted = (m(*given, **asked) for m in (rabbet.open_attention(model), model))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_one_example_without_a_batch_axis():
+    model = settled(nn.MultiheadAttention(8, 2))
+    given = (rand(4, 8), rand(5, 8, seed=1), rand(5, 8, seed=2))
+    for asked in ({}, {"key_padding_mask": torch.arange(5) > 2}, {"attn_mask": rand(2, 4, 5), "need_weights": False}):
+        torch.testing.assert_close(rabbet.open_attention(model)(*given, **asked), model(*given, **asked))
+
+
+def test_dropout_is_at_work_while_it_trains_and_gradients_flow():
+    model = rabbet.open_attention(settled(nn.MultiheadAttention(8, 2, dropout=0.5))).train()
+    x = rand(4, 3, 8)
+    for asked in (True, False):
+        assert not torch.equal(*(model(x, x, x, need_weights=asked)[0] for _ in range(2)))
+    model(x, x, x)[0].sum().backward()
+    assert all(p.grad is not None and p.requires_grad for p in model.parameters())
+
+
+def test_a_causal_hint_needs_its_mask():
+    x = rand(4, 3, 8)
+    with pytest.raises(ValueError, match="attn_mask"):
+        rabbet.open_attention(nn.MultiheadAttention(8, 2))(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_torchs_encoder_and_decoder(padded):
+    model = settled(nn.Transformer(8, 2, 2, 2, 16, batch_first=True))
+    source, target = rand(3, 5, 8), rand(3, 4, 8, seed=1)
+    hidden = MASKS["padding"]["key_padding_mask"]
+    masks = {"src_key_padding_mask": hidden, "memory_key_padding_mask": hidden} if padded else {}
+    causal = nn.Transformer.generate_square_subsequent_mask(4)
+    opened = rabbet.open_attention(model)
+    with torch.no_grad():
+        found, wanted = (m(source, target, tgt_mask=causal, **masks) for m in (opened, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    names = {s.name for s in rabbet.survey(opened, (source, target))}
+    assert {f"decoder.layers.1.multihead_attn.{x}_proj" for x in ("q", "k", "v", "out")} <= names
+    assert not any("attn" in left.name for left in rabbet.survey(opened, (source, target)).left)
+
+
+def test_the_network_is_left_alone_and_one_attention_stays_one():
+    shared = nn.MultiheadAttention(8, 2)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    opened = rabbet.open_attention(model)
+    assert opened["a"] is opened["b"]
+    assert model["a"] is shared
+    assert not any(isinstance(m, nn.MultiheadAttention) for m in opened.modules())
+
+
+def _hooked(model):
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+class Own(nn.MultiheadAttention):
+    """Somebody's own."""
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        nn.MultiheadAttention(8, 2, add_zero_attn=True),
+        parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
+        _hooked(nn.MultiheadAttention(8, 2)),
+        Own(8, 2),
+    ],
+)
+def test_what_is_more_than_four_linears_stays(model):
+    whole = nn.ModuleDict({"attention": model, "other": nn.Linear(8, 8)})
+    whole.forward = lambda x: whole["other"](whole["attention"](x, x, x)[0])
+    assert isinstance(rabbet.open_attention(whole)["attention"], nn.MultiheadAttention)
+    left = {x.name: x.reason for x in rabbet.survey(whole, rand(4, 3, 8)).left}
+    assert "open_attention" not in str(left)
+
+
+def test_the_survey_says_how_to_open_it():
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    with pytest.raises(rabbet.ModelError, match=r"rabbet\.open_attention"):
+        rabbet.survey(model, (rand(2, 3, 8),) * 3)
