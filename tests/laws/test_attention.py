@@ -55,6 +55,7 @@ def test_a_causal_hint_needs_its_mask():
         rabbet.open_attention(nn.MultiheadAttention(8, 2))(x, x, x, is_causal=True)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")  # what torch itself packs sentences into
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_encoder_and_decoder(padded):
     model = settled(nn.Transformer(8, 2, 2, 2, 16, batch_first=True))
