@@ -58,11 +58,13 @@ def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) ->
             metric = METRICS[limit.metric]
             found, base = metric.amount(cost), metric.amount(whole)
             costs = {row[k].plan.name: row[k].cost for row, k in zip(table, choice, strict=True)}
+            rest = found - sum(metric.amount(c) for c in costs.values())
+            beside = f"; header and all else {rest:,}" if rest > max(map(metric.amount, costs.values())) else ""
             least, allowed = metric.show(found, whole.weights), metric.show(limit.amount(whole), whole.weights)
             raise BudgetError(
                 f"{limit.text!r} cannot be met: the smallest reachable value is {least} {limit.metric} "
                 f"({100 * found / max(base, 1):.4g}% of float32), {allowed} were allowed. "
-                f"The heaviest layers at that point: {heaviest(costs, limit.metric)}"
+                f"The heaviest layers at that point: {heaviest(costs, limit.metric)}{beside}"
             )
     if len(budget.limits) > 1:
         zero = [[0.0] * len(row) for row in table]

@@ -103,7 +103,7 @@ def test_a_plan_over_the_budget_is_refused_before_anything_is_solved(run, kept, 
     (tmp_path / "plan.txt").write_text("stem.0 dense@8c | act@8\n")
     monkeypatch.setattr(joint.Joint, "fit", lambda *_: pytest.fail("solved"))
     given = ("--plan", tmp_path / "plan.txt", "--budget", BUDGET)
-    code, out, err = run("compress", *given, "--output", tmp_path / "a.safetensors", *FAST)
+    code, out, err = run("compress", *given, "-o", tmp_path / "a.safetensors", *FAST)
     assert (code, out) == (1, "")
     assert err.startswith("error: 'bytes <= 10%' allows 30,228 bytes")
     assert not (tmp_path / "a.safetensors").exists()

@@ -108,6 +108,13 @@ def test_what_is_more_than_four_linears_stays(model):
     assert "open_attention" not in str(left)
 
 
+def test_a_budget_that_closed_attention_holds_up_is_refused_with_what_it_weighs():
+    model = nn.TransformerEncoderLayer(32, 4, 32, batch_first=True).eval()
+    with pytest.raises(rabbet.BudgetError, match=r"header and all else 1\d,\d{3}$"):
+        rabbet.plan(model, "bytes <= 25%", [rand(4, 3, 32)])
+    assert rabbet.plan(rabbet.open_attention(model), "bytes <= 25%", [rand(4, 3, 32)])
+
+
 def test_the_survey_says_how_to_open_it():
     model = nn.MultiheadAttention(8, 2, batch_first=True)
     with pytest.raises(rabbet.ModelError, match=r"rabbet\.open_attention"):

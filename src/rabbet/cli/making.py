@@ -75,7 +75,7 @@ def plan(
 
 
 def compress(
-    output: Annotated[Path, typer.Option(dir_okay=False, help="The file to write; its ending says what it is.")],
+    output: options.Output,
     model: options.Model = None,
     data: options.Data = None,
     test: options.Test = None,

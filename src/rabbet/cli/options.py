@@ -50,6 +50,9 @@ MethodText = Annotated[
         help=f"One of {', '.join(METHODS)}, with settings: 'cora bits=3 tuning.steps=0'. Default: joint.",
     ),
 ]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", dir_okay=False, help="The file to write; its ending says what it is.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same bytes.")]
 Resume = Annotated[
     Path | None, typer.Option(metavar="DIR", file_okay=False, help="Keep finished work here and go on from it.")

@@ -28,7 +28,7 @@ Onnx = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx fi
 
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A native file, as compress writes it.")],
-    output: Annotated[Path, typer.Option(dir_okay=False, help="The file to write; its ending says what it is.")],
+    output: options.Output,
     model: Model = None,
     data: options.Data = None,
     target: Annotated[str | None, typer.Option(metavar="|".join(EXPORTS), help="For which runtime.")] = None,
