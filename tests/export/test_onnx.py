@@ -313,6 +313,20 @@ class TestThroughTheFrontDoor:
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("target", ["onnx", "torch"])
+    def test_a_network_that_counts_its_examples_is_told_how_to(self, target, tmp_path):
+        class Counting(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.a = nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.a(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
+
+        found = rabbet.fit(settled(Counting()), "a dense@8c | act@8", [rand(6, 3, 4)], rabbet.QUALITY["fast"])
+        with pytest.raises(ModelError, match=r"write x\.shape\[0\] instead of len\(x\)"):
+            found.export(tmp_path / "f", target)
+
     def test_an_unknown_target_is_an_error_that_names_the_known_ones(self, result, tmp_path):
         with pytest.raises(FileError, match="safetensors, onnx, openvino, torch"):
             result.export(tmp_path / "a.onnx", "tflite")

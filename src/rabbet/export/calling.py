@@ -79,10 +79,16 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
+FIXED = ("inferred a static shape", "specialized it to be a constant")
+"""What torch's exporters say of a network for which an axis that varies is one number."""
+
+
 def reason(error: BaseException) -> str:
-    """The first sentence of the innermost cause: the exporter wraps an error into pages."""
+    """The first sentence of the innermost cause, the exporter wraps an error into pages; and what to do, if known."""
     chain = list(itertools.takewhile(lambda e: e is not None, _causes(error)))
-    return " ".join(str(chain[-1]).split())[:300] or type(chain[-1]).__name__
+    text = " ".join(str(chain[-1]).split())
+    fixed = ". The network makes a number of a size that varies: write x.shape[0] instead of len(x) or int(x.shape[0])"
+    return (text[:300] or type(chain[-1]).__name__) + (fixed if any(said in text for said in FIXED) else "")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
