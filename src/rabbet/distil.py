@@ -31,12 +31,14 @@ class Shown:
 def stack(model: nn.Module, survey: Survey) -> list[str]:
     """The blocks of a network: the list or chain inside it that holds the most layers of the survey, or itself.
 
-    Raises ModelError if there is none of at least two blocks.
+    Raises ModelError if there is none of at least two blocks, or of one that runs several times.
     """
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
-            counts[name] = sum(s.name.startswith(f"{name}.") for s in survey) if name else 0
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            inside = [s for s in survey if name and s.name.startswith(f"{name}.")]
+            if len(module) > 1 or any(s.calls > 1 for s in inside):
+                counts[name] = len(inside)
     best = max(counts, key=lambda n: counts[n], default="")
     if not counts or (best and not counts[best]):
         raise ModelError("no stack of blocks is found to teach one by one; name them: blocks=('layer.0', 'layer.1')")

@@ -13,7 +13,16 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from networks import rand, settled
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import rabbet
 from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError, Task
@@ -531,6 +540,20 @@ def test_a_block_that_runs_several_times_is_matched_each_time():
     for layer in model.layers:
         wanted.append(layer(wanted[-1]))
     assert all(torch.equal(a, b) for a, b in zip(hidden, wanted, strict=True))
+
+
+def test_an_encoder_of_one_block_that_runs_twice_is_found_and_taught():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 64}
+    config = AlbertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    model, ids = AlbertModel(config).eval(), torch.randint(60, (2, 6))
+    found = stack(model, rabbet.survey(model, {"input_ids": ids}))
+    assert found == ["encoder.albert_layer_groups.0"]
+    with torch.no_grad():
+        shown = Look(model, found)(lambda: model(ids))
+        wanted = model(ids, output_hidden_states=True).hidden_states
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(shown.hidden, wanted, strict=True))
+    assert rabbet.compress(model, "bytes <= 95%", [{"input_ids": ids}] * 2, TTQAT(rank=4, table=4, epochs=1, finish=1))
 
 
 def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():
