@@ -132,6 +132,19 @@ class TiedTable(nn.Module):
         return self.head(F.relu(self.body(self.table(x))))
 
 
+class OneTable(nn.Module):
+    """An encoder and a decoder that look up one table, under a name that never runs, with a head that shares it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.encode, self.decode = (nn.Embedding(20, 12) for _ in range(3))
+        self.body, self.head = nn.Linear(12, 12), nn.Linear(12, 20, bias=False)
+        self.encode.weight = self.decode.weight = self.head.weight = self.shared.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.body(self.encode(x))) + self.decode(x.flip(1)))
+
+
 class ByKeyword(nn.Module):
     """Takes a dict, returns a dict."""
 
@@ -204,6 +217,7 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "attention": lambda: Case(Attention(), [rand(4, 5, 6, seed=k) for k in range(2)]),
     "opened": lambda: Case(rabbet.open_attention(Attention()), [rand(4, 5, 6, seed=k) for k in range(2)]),
     "tied": lambda: Case(TiedTable(), tokens()),
+    "tables": lambda: Case(OneTable(), tokens()),
     "keyword": lambda: Case(ByKeyword(), [{"left": rand(6, 6), "right": rand(6, 4, seed=1), "scale": 0.5}]),
 }
 

@@ -213,6 +213,7 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
     for module in names:
         if kind_of(module) is not None and not is_parametrized(module):
             owners.setdefault(id(module.weight), []).append(module)
+    _join_tables(owners, names, watch)
     heads = _heads(owners, names, watch)
     of_tables = {head: table for table, found in heads.items() for head in found}
     norms = {id(given): m for m, calls in watch.calls.items() if isinstance(m, _BatchNorm) for given, _ in calls}
@@ -257,6 +258,25 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "no conv, linear or embedding ran on the batch"
         raise ModelError(f"nothing in this network can be compressed ({detail})")
     return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+
+
+def _join_tables(owners: Mapping[int, list[nn.Module]], names: dict[nn.Module, list[str]], watch: _Watch) -> None:
+    """Make one layer, the first, of embeddings that share a table, in place: a look-up is the same in each."""
+    first: dict[nn.Module, nn.Module] = {}
+    for modules in owners.values():
+        tables = [m for m in modules if _joins(m) and m not in watch.by_keyword]
+        for other in tables[1:]:
+            first[other] = tables[0]
+            names[tables[0]] += names.pop(other)
+            modules.remove(other)
+    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    for module, found in watch.calls.items():
+        calls.setdefault(first.get(module, module), []).extend(found)
+    watch.calls = calls
+
+
+def _joins(module: nn.Module) -> bool:
+    return kind_of(module) == "embedding" and _why_not(module) is None
 
 
 def _unopened(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:
@@ -363,5 +383,5 @@ def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Itera
 
 def own_tensors(site: Site) -> list[str]:
     """The names under which a network may hold a site's weight and bias."""
-    names = (f"{site.name}.weight", f"{site.name}.bias", *(f"{head}.weight" for head in site.heads))
+    names = (*(f"{name}.weight" for name in (*site.names, *site.heads)), f"{site.name}.bias")
     return [name.lstrip(".") for name in names]

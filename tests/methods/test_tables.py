@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import rand, settled, tokens
+from networks import OneTable, network, rand, settled, tokens
 from torch import nn
 
 import rabbet
@@ -105,22 +105,40 @@ def test_a_table_is_solved_for_both_of_its_uses():
         assert float(found[k] / unit) == pytest.approx(float(apart[k] + rows[k]), rel=1e-4)
 
 
-@pytest.mark.parametrize("why", ["a head that never runs", "two tables", "a head of two names", "a hook"])
+@pytest.mark.parametrize(
+    "why", ["a head that never runs", "a hook on another look-up", "a head of two names", "a hook"]
+)
 def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
     model = settled(Tied())
     if why == "a head that never runs":
         model.spare = nn.Linear(12, 30)
         model.spare.weight = model.table.weight
-    elif why == "two tables":
+    elif why == "a hook on another look-up":
         model.body = nn.Sequential(model.body, Second(model.table.weight))
+        model.body[1].table.register_forward_hook(lambda *_: None)
     elif why == "a head of two names":
         model.again = model.heads[0]
     else:
         model.heads[0].register_forward_hook(lambda *_: None)
     found = survey(model, tokens(30)[0])
-    assert {s.name for s in found} == {"body.0" if why == "two tables" else "body"}
+    assert {s.name for s in found} == {"body.0" if "another" in why else "body"}
     reasons = {x.name: x.reason for x in found.left}
     assert "shared with" in reasons["table"]
+
+
+def test_look_ups_that_share_a_table_are_one_layer_with_its_head(tmp_path):
+    case = network("tables")
+    found = survey(case.model, case.batches[0])
+    assert not found.left  # nor is the table kept beside
+    table = found["shared"]
+    assert (table.tied, table.heads, table.calls) == (("encode", "decode"), ("head",), 2)
+    result = rabbet.fit(case.model, "shared dense@4c | act@8", case.batches, EXACT)
+    assert result.model.encode is result.model.decode is result.model.shared
+    result.save(tmp_path / "a.safetensors")
+    apart = settled(OneTable())
+    apart.decode.weight = nn.Parameter(apart.decode.weight.detach().clone())
+    with pytest.raises(FileError, match="'shared' is not the same layer as 'encode', 'decode'"):
+        rabbet.load(tmp_path / "a.safetensors", apart)
 
 
 class Second(nn.Module):

@@ -153,7 +153,8 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
     for fact, found in facts.items():
         if getattr(site, fact) != found:
             return f"{site.name!r} has {fact} {found}, the file says {getattr(site, fact)}"
-    if any(modules[name] is not layer for name in site.tied):
+    tied = [modules[n] for n in site.tied]
+    if any(m is not layer and not (kind_of(m) == "embedding" and m.weight is layer.weight) for m in tied):
         return f"{site.name!r} is not the same layer as {', '.join(map(repr, site.tied))}"
     apart = [n for n in site.heads if kind_of(modules[n]) != "linear" or modules[n].weight is not layer.weight]
     if apart:
