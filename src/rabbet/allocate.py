@@ -59,7 +59,9 @@ def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) ->
             found, base = metric.amount(cost), metric.amount(whole)
             costs = {row[k].plan.name: row[k].cost for row, k in zip(table, choice, strict=True)}
             rest = found - sum(metric.amount(c) for c in costs.values())
-            beside = f"; header and all else {rest:,}" if rest > max(map(metric.amount, costs.values())) else ""
+            what = "header and all else" if limit.metric == "bytes" else "all else"
+            heavy = rest > max(map(metric.amount, costs.values()))
+            beside = f"; {what} {metric.show(rest, whole.weights)}" if heavy else ""
             least, allowed = metric.show(found, whole.weights), metric.show(limit.amount(whole), whole.weights)
             raise BudgetError(
                 f"{limit.text!r} cannot be met: the smallest reachable value is {least} {limit.metric} "

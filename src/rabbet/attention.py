@@ -22,30 +22,36 @@ def open_attention(model: nn.Module) -> nn.Module:
     result = copied(model)
     leave_fast_path(result)
     opened: dict[nn.Module, Attention] = {}
+    linears: Linears = {}
     for name, module in list(result.named_modules(remove_duplicate=False)):
         if opens(module):
             if module not in opened:
-                opened[module] = Attention(module)
+                opened[module] = Attention(module, linears)
             result = replace_module(result, name, opened[module])
     return result
+
+
+Linears = dict[tuple[int, int, int], nn.Linear]
+"""What has been made of a parameter, by its place in memory, that of its bias, and which part of both it is."""
 
 
 class Attention(nn.Module):
     """What `nn.MultiheadAttention` computes, its arguments and results, from linears that are called."""
 
-    in_proj_bias = None  # by this torch's encoder knows that there is no fused weight to read
+    in_proj_bias, _qkv_same_embed_dim = None, False  # so torch's encoder knows that it has no fused weight to read
 
-    def __init__(self, source: nn.MultiheadAttention) -> None:
+    def __init__(self, source: nn.MultiheadAttention, linears: Linears) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
         self.kdim, self.vdim = source.kdim, source.vdim
         self.dropout, self.batch_first = source.dropout, source.batch_first
         separate = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
         packed = source.in_proj_weight
-        weights = separate if packed is None else packed.chunk(3)
-        biases = (None,) * 3 if source.in_proj_bias is None else source.in_proj_bias.chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
-        self.out_proj = _linear(source.out_proj.weight, source.out_proj.bias)
+        self.q_proj, self.k_proj, self.v_proj = (
+            _linear(separate[k] if packed is None else packed, source.in_proj_bias, (k, packed is not None), linears)
+            for k in range(3)
+        )
+        self.out_proj = source.out_proj
         self.train(source.training)
 
     def forward(  # noqa: PLR0913, PLR0917 (the arguments of torch's)
@@ -69,7 +75,8 @@ class Attention(nn.Module):
         q, k, v = (
             self._split(x, alone) for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
         )  # [batch, heads, places, width of a head]
-        mask = self._mask(attn_mask, key_padding_mask, q.dtype)
+        causal = is_causal and key_padding_mask is None and not need_weights  # as torch, which trusts the hint then
+        mask = None if causal else self._mask(attn_mask, key_padding_mask, q, k)
         dropped = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -77,7 +84,7 @@ class Attention(nn.Module):
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropped)
             mixed = weights @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropped)
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropped, causal)
         mixed = mixed.transpose(1, 2).flatten(2)
         found = self.out_proj(mixed[0] if alone else mixed if self.batch_first else mixed.transpose(0, 1))
         if weights is None:
@@ -90,30 +97,40 @@ class Attention(nn.Module):
         x = x[None] if alone else x if self.batch_first else x.transpose(0, 1)
         return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
-    def _mask(self, attention: Tensor | None, padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """What is added to the scores [batch, heads, queries, keys], in a shape that fits them."""
-        found = []
-        if attention is not None:  # [queries, keys], or [batch * heads, queries, keys]
-            attention = _added(attention, dtype)
-            found.append(attention if attention.ndim == 2 else attention.unflatten(0, (-1, self.num_heads)))
-        if padding is not None:  # [batch, keys], or [keys]
-            found.append(_added(padding, dtype).view(-1, 1, 1, padding.shape[-1]))
+        found, (batch, heads, queries, _), keys = [], q.shape, k.shape[2]
+        if attention is not None:
+            if attention.shape not in ((queries, keys), (batch * heads, queries, keys)):
+                raise ValueError(f"attn_mask has shape {[*attention.shape]}, of {queries} queries and {keys} keys")
+            found.append(_added(attention if attention.ndim == 2 else attention.unflatten(0, (-1, heads)), q.dtype))
+        if padding is not None:
+            if padding.shape[-1] != keys or padding.numel() != batch * keys:
+                raise ValueError(f"key_padding_mask has shape {[*padding.shape]}, for {batch} examples of {keys} keys")
+            found.append(_added(padding, q.dtype).view(-1, 1, 1, keys))
         return None if not found else found[0] if len(found) == 1 else found[0] + found[1]
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear with copies of these."""
-    outputs, inputs = weight.shape
-    made = nn.Linear(inputs, outputs, bias is not None, weight.device, weight.dtype)
-    with torch.no_grad():
-        made.weight.copy_(weight)
-        if bias is not None:
-            made.bias.copy_(bias)
-    return made.requires_grad_(weight.requires_grad)
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None, part: tuple[int, bool], linears: Linears) -> nn.Linear:
+    """A linear of one third of these, if the weight is packed as the bias is; the same one for the same parameters."""
+    third, packed = part
+    key = (id(weight), id(bias), third)
+    if key not in linears:
+        rows, offset = (weight.chunk(3)[third] if packed else weight), None if bias is None else bias.chunk(3)[third]
+        made = nn.utils.skip_init(
+            nn.Linear, rows.shape[1], len(rows), bias is not None, device=weight.device, dtype=weight.dtype
+        )
+        made.weight = nn.Parameter(rows.detach().clone(), weight.requires_grad)
+        if bias is not None and offset is not None:
+            made.bias = nn.Parameter(offset.detach().clone(), bias.requires_grad)
+        linears[key] = made
+    return linears[key]
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as numbers to add."""
-    if mask.dtype != torch.bool:
+    if mask.is_floating_point():
         return mask
+    if mask.dtype != torch.bool:
+        raise TypeError(f"a mask is of bool or of floating numbers; found {mask.dtype}")
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

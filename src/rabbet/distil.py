@@ -33,12 +33,11 @@ def stack(model: nn.Module, survey: Survey) -> list[str]:
 
     Raises ModelError if there is none of at least two blocks, or of one that runs several times.
     """
-    counts: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            inside = [s for s in survey if name and s.name.startswith(f"{name}.")]
-            if len(module) > 1 or any(s.calls > 1 for s in inside):
-                counts[name] = len(inside)
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+    inside = {n: [s for s in survey if n and s.name.startswith(f"{n}.")] for n in lists}
+    counts = {n: len(inside[n]) for n, m in lists.items() if len(m) > 1}
+    if not any(counts.values()) and "" not in counts:  # one block that runs several times, as ALBERT's
+        counts = {n: len(found) for n, found in inside.items() if len(found) > 1 and all(s.calls > 1 for s in found)}
     best = max(counts, key=lambda n: counts[n], default="")
     if not counts or (best and not counts[best]):
         raise ModelError("no stack of blocks is found to teach one by one; name them: blocks=('layer.0', 'layer.1')")

@@ -26,7 +26,8 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
     """
     folded = own_biases(copied(model).float().eval().requires_grad_(False), survey)
     leave_fast_path(folded)
-    for name, first in ((n, s.name) for s in survey for n in s.tied):  # embeddings that share a table are one layer
+    tables = [s for s in survey if s.kind == "embedding"]
+    for name, first in ((n, s.name) for s in tables for n in s.tied):  # that share one are one layer
         folded = replace_module(folded, name, folded.get_submodule(first))
     modules = dict(folded.named_modules())
     for site in survey:

@@ -122,10 +122,10 @@ class Compressed(nn.Module):
         """The quantiser of the input, then of each tensor between two factors; empty if activations stay float."""
         return list(self.acts)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which it may be given)
         """The layer's output."""
         table = self._table
-        return self._run(self.site, x, self.bias) if table is None else table.rows(x)
+        return self._run(self.site, input, self.bias) if table is None else table.rows(input)
 
     @property
     def _table(self) -> Factor | None:
@@ -202,9 +202,9 @@ class Head(nn.Module):
         super().__init__()
         self.table, self.bias = table, bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which it may be given)
         """Scores of all rows, [..., columns] -> [..., rows]."""
-        return cast(Table, self.table).multiply(x, self.bias)
+        return cast(Table, self.table).multiply(input, self.bias)
 
     @property
     def weight(self) -> Tensor:

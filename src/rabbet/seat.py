@@ -51,9 +51,9 @@ class Seat(nn.Module):
         self.watched = False
         self.shown: Mapping[int, Tensor] = {}  # what stands in for the rounded weight, by width, while it is measured
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which it may be given)
         """The layer on its grids."""
-        return self._run(self.site, x, self.bias)
+        return self._run(self.site, input, self.bias)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What a head makes of x with this table."""

@@ -184,6 +184,10 @@ def opens(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether this is torch's attention, and no more than four linears and what lies between them."""
     if type(module) is not nn.MultiheadAttention or module.bias_k is not None or module.add_zero_attn:
         return False
+    if kind_of(module.out_proj) != "linear" or [*module.named_children()] != [("out_proj", module.out_proj)]:
+        return False
+    if "forward" in vars(module):  # somebody's own
+        return False
     return not any(is_parametrized(m) or hooked(m) for m in (module, module.out_proj))
 
 
@@ -211,8 +215,8 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
         names.setdefault(module, []).append(name)
     owners: dict[int, list[nn.Module]] = {}
     for module in names:
-        if kind_of(module) is not None and not is_parametrized(module):
-            owners.setdefault(id(module.weight), []).append(module)
+        for _, parameter in () if is_parametrized(module) else module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
     _join_tables(owners, names, watch)
     heads = _heads(owners, names, watch)
     of_tables = {head: table for table, found in heads.items() for head in found}
@@ -227,10 +231,14 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
             reasons[name] = f"the bias of a head that shares the table of {names[of_tables[module]][0]}"
             continue
         own = heads.get(module, [])
-        sharing = [names[m][0] for m in owners.get(id(module.weight), []) if m is not module and m not in own]
+        sharing = [
+            names[m][0] or "the network itself"
+            for m in owners.get(id(module.weight), [])
+            if m is not module and m not in own
+        ]
         reason = f"its weight is shared with {', '.join(sharing)}" if sharing else _why_not(module)
         if reason is not None:
-            reasons[name] = reason
+            reasons = dict.fromkeys(sharing, f"its weight is shared with {name}") | reasons | {name: reason}
             continue
         _with_batch_axis(name, kind, module, calls, None if sites else batch)
         norm = _foldable(module, calls, watch, norms, returned) if kind in FOLDING else None
@@ -253,7 +261,7 @@ def _assemble(model: nn.Module, watch: _Watch, batch: int, returned: set[int]) -
                 **facts,
             )
         )
-    reasons |= _unopened(names)
+    reasons = _unopened(names) | reasons
     if not sites:
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items()) or "no conv, linear or embedding ran on the batch"
         raise ModelError(f"nothing in this network can be compressed ({detail})")
@@ -264,19 +272,23 @@ def _join_tables(owners: Mapping[int, list[nn.Module]], names: dict[nn.Module, l
     """Make one layer, the first, of embeddings that share a table, in place: a look-up is the same in each."""
     first: dict[nn.Module, nn.Module] = {}
     for modules in owners.values():
-        tables = [m for m in modules if _joins(m) and m not in watch.by_keyword]
-        for other in tables[1:]:
-            first[other] = tables[0]
-            names[tables[0]] += names.pop(other)
-            modules.remove(other)
+        tables = [m for m in modules if type(m) is nn.Embedding and _why_not(m) is None and m not in watch.by_keyword]
+        if len(tables) == sum(kind_of(m) != "linear" for m in modules) and all(alike(m, tables[0]) for m in tables):
+            for other in tables[1:]:
+                first[other] = tables[0]
+                names[tables[0]] += names.pop(other)
+                modules.remove(other)
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     for module, found in watch.calls.items():
         calls.setdefault(first.get(module, module), []).extend(found)
     watch.calls = calls
 
 
-def _joins(module: nn.Module) -> bool:
-    return kind_of(module) == "embedding" and _why_not(module) is None
+def alike(table: nn.Module, other: nn.Module) -> bool:
+    """Whether one embedding can stand for another: code may ask a table for what does not change its answers."""
+    own = [{k for k in vars(m) if not k.startswith("_")} for m in (table, other)]
+    plain = not any([*m.buffers(), *m.children()] for m in (table, other))
+    return plain and own[0] == own[1] and table.padding_idx == other.padding_idx
 
 
 def _unopened(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:

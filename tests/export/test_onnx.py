@@ -324,7 +324,7 @@ class TestThroughTheFrontDoor:
                 return self.a(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
 
         found = rabbet.fit(settled(Counting()), "a dense@8c | act@8", [rand(6, 3, 4)], rabbet.QUALITY["fast"])
-        with pytest.raises(ModelError, match=r"write x\.shape\[0\] instead of len\(x\)"):
+        with pytest.raises(ModelError, match=r"write x\.shape\[0\], not len\(x\)"):
             found.export(tmp_path / "f", target)
 
     def test_an_unknown_target_is_an_error_that_names_the_known_ones(self, result, tmp_path):

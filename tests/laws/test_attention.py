@@ -49,10 +49,60 @@ def test_dropout_is_at_work_while_it_trains_and_gradients_flow():
     assert all(p.grad is not None and p.requires_grad for p in model.parameters())
 
 
-def test_a_causal_hint_needs_its_mask():
+@pytest.mark.parametrize(
+    ("asked", "error", "words"),
+    [
+        ({"is_causal": True}, ValueError, "attn_mask"),
+        ({"attn_mask": torch.zeros(1, 4)}, ValueError, r"attn_mask has shape \[1, 4\], of 4 queries and 4 keys"),
+        ({"attn_mask": torch.zeros(2, 4, 4)}, ValueError, r"attn_mask has shape \[2, 4, 4\]"),
+        ({"key_padding_mask": torch.zeros(1, 4)}, ValueError, r"shape \[1, 4\], for 3 examples of 4 keys"),
+        ({"attn_mask": torch.zeros(4, 4, dtype=torch.long)}, TypeError, "found torch.int64"),
+    ],
+)
+def test_masks_that_torch_refuses_are_refused(asked, error, words):
     x = rand(4, 3, 8)
-    with pytest.raises(ValueError, match="attn_mask"):
-        rabbet.open_attention(nn.MultiheadAttention(8, 2))(x, x, x, is_causal=True)
+    model = nn.MultiheadAttention(8, 2)
+    with pytest.raises(error, match=words):
+        rabbet.open_attention(model)(x, x, x, **asked)
+    with pytest.raises((RuntimeError, AssertionError)):
+        model(x, x, x, **asked)
+
+
+def test_a_causal_hint_is_trusted_where_torch_trusts_it():
+    model, x = settled(nn.MultiheadAttention(8, 2)), rand(4, 3, 8)
+    mask = torch.ones(4, 4).triu(1) * -1e9 + rand(4, 4)  # more than causal
+    for asked in (True, False):
+        found, wanted = (
+            m(x, x, x, attn_mask=mask, is_causal=True, need_weights=asked)
+            for m in (rabbet.open_attention(model), model)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_that_are_shared_stay_shared_and_what_is_frozen_stays_frozen():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.MultiheadAttention(8, 2)})
+    model["b"].in_proj_weight, model["b"].in_proj_bias = model["a"].in_proj_weight, model["a"].in_proj_bias
+    model["a"].in_proj_bias.requires_grad_(False)
+    state = torch.get_rng_state()
+    opened = rabbet.open_attention(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert opened["a"].k_proj is opened["b"].k_proj
+    assert opened["a"].out_proj is not opened["b"].out_proj
+    assert sum(p.numel() for p in opened.parameters()) == sum(p.numel() for p in model.parameters())
+    assert {n.rpartition(".")[2] for n, p in opened.named_parameters() if not p.requires_grad} == {"bias"}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_an_opened_layer_can_be_stacked():
+    layer = rabbet.open_attention(settled(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)))
+    assert nn.TransformerEncoder(layer, 2)(rand(2, 3, 8)).shape == (2, 3, 8)
+
+
+def test_attention_without_its_projection_is_looked_past():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].idle = nn.MultiheadAttention(8, 2)
+    model[0].idle.out_proj = None
+    assert [s.name for s in rabbet.survey(rabbet.open_attention(model), rand(2, 8))] == ["0"]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")  # what torch itself packs sentences into
@@ -86,6 +136,16 @@ def _hooked(model):
     return model
 
 
+def _patched(model):
+    model.forward = lambda *x: nn.MultiheadAttention.forward(model, *x)
+    return model
+
+
+def _more(model):
+    model.adapter = nn.Linear(8, 8)
+    return model
+
+
 class Own(nn.MultiheadAttention):
     """Somebody's own."""
 
@@ -97,6 +157,8 @@ class Own(nn.MultiheadAttention):
         nn.MultiheadAttention(8, 2, add_zero_attn=True),
         parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
         _hooked(nn.MultiheadAttention(8, 2)),
+        _patched(nn.MultiheadAttention(8, 2)),
+        _more(nn.MultiheadAttention(8, 2)),
         Own(8, 2),
     ],
 )

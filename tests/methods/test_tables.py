@@ -141,6 +141,45 @@ def test_look_ups_that_share_a_table_are_one_layer_with_its_head(tmp_path):
         rabbet.load(tmp_path / "a.safetensors", apart)
 
 
+class Offset(nn.Embedding):
+    """A table with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward((x + 1) % 20)
+
+
+def _other(padding=None, kind=nn.Embedding):
+    model = settled(OneTable())
+    weight = model.shared.weight
+    model.decode = kind(20, 12, padding_idx=padding)
+    model.decode.weight = weight
+    return model
+
+
+@pytest.mark.parametrize("model", [_other(padding=1), _other(kind=Offset)], ids=["padding", "forward"])
+def test_look_ups_that_differ_are_left_alone_and_the_file_is_read_again(model, tmp_path):
+    found = survey(model, tokens()[0])
+    assert [s.name for s in found] == ["body"]
+    assert "shared with" in {x.name: x.reason for x in found.left}["shared"]
+    result = rabbet.fit(model, "body dense@8c | act@8", tokens(), EXACT)
+    assert type(result.model.decode) is type(model.decode)
+    assert result.model.decode.padding_idx == model.decode.padding_idx
+    result.save(tmp_path / "a.safetensors")
+    again, x = rabbet.load(tmp_path / "a.safetensors", model), tokens()[0]
+    assert torch.equal(again(x), result.model(x))
+
+
+def test_a_look_up_that_did_not_run_at_first_may_be_given_its_input_by_name():
+    class Late(OneTable):
+        def forward(self, x, more=None):
+            found = self.head(F.relu(self.body(self.encode(x))))
+            return found if more is None else found + self.decode(input=more).mean()
+
+    model, x = settled(Late()), tokens()[0]
+    result = rabbet.fit(model, "shared dense@8c | act@8", [x], EXACT)
+    assert error(result.model(x, x), model(x, x)) < 0.05
+
+
 class Second(nn.Module):
     def __init__(self, weight):
         super().__init__()

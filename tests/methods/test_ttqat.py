@@ -556,6 +556,19 @@ def test_an_encoder_of_one_block_that_runs_twice_is_found_and_taught():
     assert rabbet.compress(model, "bytes <= 95%", [{"input_ids": ids}] * 2, TTQAT(rank=4, table=4, epochs=1, finish=1))
 
 
+def test_a_list_of_blocks_is_preferred_to_a_block_that_runs_several_times():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Sequential(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
+
+        def forward(self, x):
+            return self.tower(x) - self.tower(x.flip(0))
+
+    model = Siamese().eval()
+    assert stack(model, rabbet.survey(model, rand(2, 4))) == ["tower.0.0", "tower.0.1", "tower.0.2"]
+
+
 def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)

@@ -87,7 +87,7 @@ def reason(error: BaseException) -> str:
     """The first sentence of the innermost cause, the exporter wraps an error into pages; and what to do, if known."""
     chain = list(itertools.takewhile(lambda e: e is not None, _causes(error)))
     text = " ".join(str(chain[-1]).split())
-    fixed = ". The network makes a number of a size that varies: write x.shape[0] instead of len(x) or int(x.shape[0])"
+    fixed = ". Where the network makes a number of a size that varies, write x.shape[0], not len(x) or int(x.shape[0])"
     return (text[:300] or type(chain[-1]).__name__) + (fixed if any(said in text for said in FIXED) else "")
 
 
