@@ -184,10 +184,8 @@ def opens(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether this is torch's attention, and no more than four linears and what lies between them."""
     if type(module) is not nn.MultiheadAttention or module.bias_k is not None or module.add_zero_attn:
         return False
-    if kind_of(module.out_proj) != "linear" or [*module.named_children()] != [("out_proj", module.out_proj)]:
-        return False
-    if "forward" in vars(module):  # somebody's own
-        return False
+    if kind_of(module.out_proj) != "linear" or len([*module.children()]) > 1 or "forward" in vars(module):
+        return False  # somebody has made it their own
     return not any(is_parametrized(m) or hooked(m) for m in (module, module.out_proj))
 
 
@@ -272,8 +270,8 @@ def _join_tables(owners: Mapping[int, list[nn.Module]], names: dict[nn.Module, l
     """Make one layer, the first, of embeddings that share a table, in place: a look-up is the same in each."""
     first: dict[nn.Module, nn.Module] = {}
     for modules in owners.values():
-        tables = [m for m in modules if type(m) is nn.Embedding and _why_not(m) is None and m not in watch.by_keyword]
-        if len(tables) == sum(kind_of(m) != "linear" for m in modules) and all(alike(m, tables[0]) for m in tables):
+        tables = [m for m in modules if kind_of(m) != "linear"]
+        if all(alike(tables[0], m) and m not in watch.by_keyword for m in tables):
             for other in tables[1:]:
                 first[other] = tables[0]
                 names[tables[0]] += names.pop(other)
@@ -285,7 +283,9 @@ def _join_tables(owners: Mapping[int, list[nn.Module]], names: dict[nn.Module, l
 
 
 def alike(table: nn.Module, other: nn.Module) -> bool:
-    """Whether one embedding can stand for another: code may ask a table for what does not change its answers."""
+    """Whether one embedding can stand for another of its table: code may ask it for what does not change answers."""
+    if not type(table) is type(other) is nn.Embedding or table.weight is not other.weight or _why_not(other):
+        return False
     own = [{k for k in vars(m) if not k.startswith("_")} for m in (table, other)]
     plain = not any([*m.buffers(), *m.children()] for m in (table, other))
     return plain and own[0] == own[1] and table.padding_idx == other.padding_idx

@@ -17,7 +17,7 @@ from rabbet.layout import VERSION, WIDTHS, Rest, arrays, file_bytes, header, len
 from rabbet.pack import pack, packed_bytes, unpack
 from rabbet.plan import Plan
 from rabbet.site import KINDS, Site, kind_of
-from rabbet.survey import Survey, alike, hooked, stored_tensors
+from rabbet.survey import Survey, alike, stored_tensors
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -153,7 +153,7 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
     for fact, found in facts.items():
         if getattr(site, fact) != found:
             return f"{site.name!r} has {fact} {found}, the file says {getattr(site, fact)}"
-    if any(modules[name] is not layer and not _same_table(layer, modules[name]) for name in site.tied):
+    if any(modules[name] is not layer and not alike(layer, modules[name]) for name in site.tied):
         return f"{site.name!r} is not the same layer as {', '.join(map(repr, site.tied))}"
     apart = [n for n in site.heads if kind_of(modules[n]) != "linear" or modules[n].weight is not layer.weight]
     if apart:
@@ -161,11 +161,6 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
     if any(not isinstance(modules[name], _BatchNorm | nn.Identity) for name in norm):
         return f"{site.norm!r} is not a BatchNorm"
     return None
-
-
-def _same_table(layer: nn.Module, other: nn.Module) -> bool:
-    plain = type(layer) is type(other) is nn.Embedding
-    return plain and layer.weight is other.weight and alike(layer, other) and not hooked(other)
 
 
 class _Stream:
