@@ -2,12 +2,13 @@
 
     python benchmarks/atis.py --keep FOLDER [--parts dense sizes control starts orders speed step] [--seeds 0 1 2]
 
-The dense model (2 blocks, width 768, 64 positions, words with digits as zeros) is trained by sentences.py. Float bytes:
-every float32 parameter. Accuracy is that of the written file; intent and slot F1 on dev and test together (1,393
-sentences), on test alone behind the stroke. A tenth of the training sentences chooses between epochs. FOLDER keeps
-trained dense models, layers that were decomposed and what each setting came to with each seed, so that parts and seeds
-can be run one by one, side by side, and a run that was killed goes on; what other code left there is not told from what
-this one left.
+The dense model (2 blocks, width 768, 64 positions, words with digits as zeros) is trained by
+sentences.py. Float bytes: every float32 parameter. Accuracy is that of the written file; intent and
+slot F1 on dev and test together (1,393 sentences), on test alone behind the stroke. A tenth of the
+training sentences chooses between epochs. FOLDER keeps trained dense models, layers that were
+decomposed and what each setting came to with each seed, so that parts and seeds can be run one by
+one, side by side, and a run that was killed goes on; what other code left there is not told from
+what this one left.
 """
 
 import argparse
@@ -24,14 +25,27 @@ from pathlib import Path
 
 import torch
 from common import head, known, machine, row
-from sentences import FIRST, Corpus, Recipe, Score, Sentences, Tagger, corpus, dense, loss, obscured, score, swapped
+from sentences import (
+    FIRST,
+    Corpus,
+    Recipe,
+    Score,
+    Sentences,
+    Tagger,
+    corpus,
+    dense,
+    loss,
+    obscured,
+    score,
+    swapped,
+)
 from torch import Tensor, nn
 
 import rabbet
 from rabbet import TTQAT, Joint, Task, Tuning
-from rabbet.bench import time_files
-from rabbet.export.onnx import write_float
-from rabbet.loop import Course, run
+from rabbet.export.onnx.write import write_float
+from rabbet.runtime.bench import time_files
+from rabbet.train.loop import Course, run
 
 Named = dict[str, Tensor]
 SWAPS = 0.5  # share of the values of slots that copies have exchanged
@@ -101,7 +115,9 @@ class Bench:
 
     def known(self, setting: str, seed: int, measure: Callable[[], Outcome]) -> Outcome:
         """What the folder has of this setting and seed; measured and put there if it has nothing."""
-        read = known(self.folder, f"{setting}, copies {self.copies}", seed, lambda: asdict(measure()))
+        read = known(
+            self.folder, f"{setting}, copies {self.copies}", seed, lambda: asdict(measure())
+        )
         return Outcome(**read | {part: Score(**read[part]) for part in ("held", "pooled", "test")})
 
     def outcome(self, model: nn.Module, method: rabbet.methods.Method, seed: int, budget: str = LOOSE,
@@ -113,25 +129,39 @@ class Bench:
             if stage.startswith(("teaching", "tuning")):
                 marks.append(time.perf_counter())
 
-        engine = rabbet.Engine(folder=self.folder / "layers", progress=seen)
-        result = rabbet.compress(model, budget, task_of(self.data, self.copies), method, seed=seed, engine=engine)
+        jobs = rabbet.Jobs(folder=self.folder / "layers", progress=seen)
+        result = rabbet.compress(
+            model, budget, task_of(self.data, self.copies), method, seed=seed, jobs=jobs
+        )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
             result.save(path)
             small = rabbet.load(path, model)
-        steps = statistics.median(b - a for a, b in itertools.pairwise(marks)) if len(marks) > 1 else 0.0
+        steps = (
+            statistics.median(b - a for a, b in itertools.pairwise(marks))
+            if len(marks) > 1
+            else 0.0
+        )
         ratio = (whole or result.float_cost.bytes) / result.cost.bytes
-        return Outcome(*self.scores(small), result.cost.bytes, ratio, steps * len(named(self.data.train)))
+        return Outcome(
+            *self.scores(small), result.cost.bytes, ratio, steps * len(named(self.data.train))
+        )
 
     def scores(self, model: nn.Module) -> tuple[Score, Score, Score]:
         """On held-back sentences, on dev and test, on test alone."""
-        return score(model, self.data.held), score(model, self.data.dev, self.data.test), score(model, self.data.test)
+        return (
+            score(model, self.data.held),
+            score(model, self.data.dev, self.data.test),
+            score(model, self.data.test),
+        )
 
     def line(self, label: str, found: list[Outcome], dense_: list[Score] | None) -> None:
         """A row: the mean over seeds, and the drop from the mean of the dense seeds."""
         intent, slots = ([getattr(f.pooled, k) for f in found] for k in ("intent", "slots"))
         alone = [statistics.mean(getattr(f.test, k) for f in found) for k in ("intent", "slots")]
-        held = [f"{statistics.mean(getattr(f.held, k) for f in found):.2f}" for k in ("intent", "slots")]
+        held = [
+            f"{statistics.mean(getattr(f.held, k) for f in found):.2f}" for k in ("intent", "slots")
+        ]
         drops = ["-", "-"]
         if dense_ is not None:
             drops = [
@@ -149,7 +179,9 @@ COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / 
            "slot F1 / test", "intent drop", "slot drop", "seconds an epoch")  # fmt: skip
 
 SIZES = {
-    "rank 20, 4 bits, tables and heads as they are": TTQAT(4, 20, whole=(*HEADS, *TABLES), rate=1e-2),
+    "rank 20, 4 bits, tables and heads as they are": TTQAT(
+        4, 20, whole=(*HEADS, *TABLES), rate=1e-2
+    ),
     "rank 40, 8 bits, words at rank 60": TTQAT(8, 40, 60, whole=HEADS),
     "rank 24, 4 bits, words at rank 40": TTQAT(4, 24, 40, whole=HEADS),
     "rank 20, 4 bits, words at rank 30": TTQAT(4, 20, 30, whole=HEADS),
@@ -161,7 +193,9 @@ SIZES = {
     "rank 24, 4 bits, words at rank 40, inputs 8 bits": TTQAT(4, 24, 40, whole=HEADS, act=8),
 }
 BUDGETS = {"ranks chosen, 4 bits": "bytes <= 275090"}  # 225 times smaller
-STARTS = {f"start: {s}": TTQAT(4, 24, 40, whole=HEADS, start=s) for s in ("metric", "plain", "random")}
+STARTS = {
+    f"start: {s}": TTQAT(4, 24, 40, whole=HEADS, start=s) for s in ("metric", "plain", "random")
+}
 ORDERS = {f"taught: {o}": TTQAT(4, 24, 40, whole=HEADS, order=o) for o in ("all", "bottom", "top")}
 
 
@@ -169,7 +203,8 @@ def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
     """A row for each setting, each with as many steps however many copies it is shown."""
     pace = bench.longer / (1 + bench.copies)
     paced = {
-        k: {part: max(1, int(getattr(m, part) * pace)) for part in ("epochs", "finish")} for k, m in methods.items()
+        k: {part: max(1, int(getattr(m, part) * pace)) for part in ("epochs", "finish")}
+        for k, m in methods.items()
     }
     methods = {k: replace(m, **paced[k]) for k, m in methods.items()}
     teachers = [bench.teacher(s) for s in seeds]
@@ -178,7 +213,8 @@ def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
         budget = BUDGETS.get(label, LOOSE)
         setting = repr(method) if budget == LOOSE else f"{method!r}, {budget}"
         runs = [
-            (functools.partial(bench.outcome, t, method, s, budget), s) for t, s in zip(teachers, seeds, strict=True)
+            (functools.partial(bench.outcome, t, method, s, budget), s)
+            for t, s in zip(teachers, seeds, strict=True)
         ]
         bench.line(label, [bench.known(setting, s, measure) for measure, s in runs], whole)
 
@@ -208,7 +244,7 @@ def control(bench: Bench, seeds: list[int]) -> None:
         model, _ = dense(bench.data, seed, bench.folder, _recipe(SMALL), **SMALL)
         epochs = 40 * bench.longer // (1 + bench.copies)
         taught = _Answers(bench.data, model, teacher, shown(bench.data, bench.copies), epochs)
-        run(taught, rabbet.Engine(), "control", "teaching")
+        run(taught, rabbet.Jobs(), "control", "teaching")
         model.load_state_dict(taught.best)
         method = Joint(adapters=(), forms=(), grids=("8c",), act=None, tuning=Tuning(steps=0))
         return bench.outcome(model, method, seed, whole=size)
@@ -221,13 +257,23 @@ def control(bench: Bench, seeds: list[int]) -> None:
 class _Answers(Course):
     """A small dense model that learns from labels and from the scores of a large one; the best epoch is kept."""
 
-    def __init__(self, data: Corpus, model: Tagger, teacher: Tagger, batches: list[Named], epochs: int) -> None:
-        self.data, self.model, self.batches, self.rates = data, model, batches, data.rates(Recipe().words)
+    def __init__(
+        self, data: Corpus, model: Tagger, teacher: Tagger, batches: list[Named], epochs: int
+    ) -> None:
+        self.data, self.model, self.batches, self.rates = (
+            data,
+            model,
+            batches,
+            data.rates(Recipe().words),
+        )
         self.steps = epochs * len(self.batches)
         self.groups = [{"params": list(model.parameters()), "base": 1e-3}]
         with torch.no_grad():
             self.goals = [teacher(b["ids"], b["attention_mask"]) for b in self.batches]
-        self.best, self.most = {k: v.clone() for k, v in model.state_dict().items()}, score(model, data.held).mean
+        self.best, self.most = (
+            {k: v.clone() for k, v in model.state_dict().items()},
+            score(model, data.held).mean,
+        )
 
     def loss(self, step: int) -> Tensor:
         epoch, place = divmod(step, len(self.batches))
@@ -249,7 +295,10 @@ class _Answers(Course):
         if (step + 1) % len(self.batches) == 0:
             found = score(self.model, self.data.held).mean
             if found > self.most:
-                self.most, self.best = found, {k: v.clone() for k, v in self.model.state_dict().items()}
+                self.most, self.best = (
+                    found,
+                    {k: v.clone() for k, v in self.model.state_dict().items()},
+                )
 
 
 def speed(bench: Bench) -> None:
@@ -266,7 +315,9 @@ def speed(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / f"{name}.onnx" for name in ("float", "int8", "tt", "tt8")}
             write_float(teacher, task, files["float"])
-            older = Path(folder) / "older.onnx"  # onnxruntime's quantisers do not know the attention of opset 23
+            older = (
+                Path(folder) / "older.onnx"
+            )  # onnxruntime's quantisers do not know the attention of opset 23
             write_float(teacher, task, older, 21)
             quantize_dynamic(older, files["int8"], per_channel=True, weight_type=QuantType.QInt8)
             for name, act in (("tt", None), ("tt8", 8)):
@@ -283,9 +334,11 @@ def speed(bench: Bench) -> None:
             f"{found['int8'].median / min(found['tt'].median, found['tt8'].median):.1f}")  # fmt: skip
 
 
-def _export(model: nn.Module, plan: rabbet.Plan, survey: rabbet.Survey, task: Task, path: Path) -> None:
+def _export(
+    model: nn.Module, plan: rabbet.Plan, survey: rabbet.Survey, task: Task, path: Path
+) -> None:
     from rabbet.export.base import Parcel
-    from rabbet.export.onnx import write_onnx
+    from rabbet.export.onnx.write import write_onnx
 
     write_onnx(Parcel(model, plan, survey, (), task), path)
 
@@ -293,15 +346,16 @@ def _export(model: nn.Module, plan: rabbet.Plan, survey: rabbet.Survey, task: Ta
 def step(bench: Bench) -> None:
     """What a training step of 32 sentences costs, forward and backward: dense, and as tensor trains on 4 bits.
 
-    Memory: what is kept for the backward pass, and what learns, with its gradients and both moments of Adam.
+    Memory: what is kept for the backward pass, and what learns, with its gradients and both moments
+    of Adam.
     """
-    from rabbet.methods.latent import together
-    from rabbet.methods.ttqat import _Taught
+    from rabbet.methods.ttqat.course import _Taught
+    from rabbet.train.qat import together
     from rabbet.workpiece import Workpiece
 
     teacher, task = bench.untrained(), task_of(bench.data, 0)
     method = TTQAT(4, whole=HEADS, start="random", hidden=0.0, attention=0.0, answers=0.0)
-    piece = Workpiece.of(teacher, task, rabbet.Engine())
+    piece = Workpiece.of(teacher, task, rabbet.Jobs())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
     batch = task.read()[len(task.read()) // 2]
     ours, latents = course._learning(), course._latents()  # noqa: SLF001 (what a step costs is its own affair)
@@ -313,7 +367,11 @@ def step(bench: Bench) -> None:
         task.loss(found, batch).backward()
 
     dense_ms = math.nan
-    for name, parameters in (("dense", list(teacher.parameters())), ("tensor trains", ours), ("on 4 bits", ours)):
+    for name, parameters in (
+        ("dense", list(teacher.parameters())),
+        ("tensor trains", ours),
+        ("on 4 bits", ours),
+    ):
         for p in parameters:
             p.requires_grad_()
         if name == "on 4 bits":
@@ -344,24 +402,39 @@ PARTS = ("dense", "sizes", "control", "starts", "orders", "speed", "step")
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, required=True)
-    parser.add_argument("--copies", type=int, default=3, help="of the sentences that what is compressed learns from")
+    parser.add_argument(
+        "--copies", type=int, default=3, help="of the sentences that what is compressed learns from"
+    )
     parser.add_argument("--longer", type=int, default=1, help="times as many steps of teaching")
-    parser.add_argument("--only", nargs="+", default=(), help="settings of which the label holds one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=(), help="settings of which the label holds one of these"
+    )
     args = parser.parse_args()
     bench = Bench(corpus(), args.keep, args.copies, args.longer)
     print(f"{machine()}")
     for part in args.parts:
         print(f"\n{part}\n")
         if part == "speed":
-            head("places", "ms, dense float", "times faster: dynamic int8", "tt", "tt, 8-bit inputs", "tt over int8")
+            head(
+                "places",
+                "ms, dense float",
+                "times faster: dynamic int8",
+                "tt",
+                "tt, 8-bit inputs",
+                "tt over int8",
+            )
             speed(bench)
             continue
         if part == "step":
-            head("model", "batch", "ms", "times faster", "MB for the backward pass", "MB that learn")
+            head(
+                "model", "batch", "ms", "times faster", "MB for the backward pass", "MB that learn"
+            )
             step(bench)
             continue
         head(*COLUMNS)
@@ -371,7 +444,9 @@ def main() -> None:
             control(bench, args.seeds)
         else:
             chosen = {"sizes": SIZES, "starts": STARTS, "orders": ORDERS}[part]
-            wanted = {k: v for k, v in chosen.items() if not args.only or any(o in k for o in args.only)}
+            wanted = {
+                k: v for k, v in chosen.items() if not args.only or any(o in k for o in args.only)
+            }
             tables(bench, wanted, args.seeds)
 
 

@@ -3,10 +3,10 @@
     python benchmarks/cgmq.py [--parts lenet directions resnet20] [--seeds 3] [--epochs 18]
     python benchmarks/cgmq.py --parts vgg7 --device cuda --epochs 120          # hours without a GPU
 
-LeNet-5 (32C5-MP-64C5-MP-512FC-10, 4,267,008 MACs) is trained in float first, by this script. Budgets are shares of the
-float32 bit operations; the floor, everything at 2 bits, is 0.3906 %. Accuracy is that of the written file on the test
-images (MNIST: 10,000, CIFAR-10: 5,000); a tenth of the training images chooses between epochs, and its loss is what
-settings were chosen by.
+LeNet-5 (32C5-MP-64C5-MP-512FC-10, 4,267,008 MACs) is trained in float first, by this script.
+Budgets are shares of the float32 bit operations; the floor, everything at 2 bits, is 0.3906 %.
+Accuracy is that of the written file on the test images (MNIST: 10,000, CIFAR-10: 5,000); a tenth of
+the training images chooses between epochs, and its loss is what settings were chosen by.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import rabbet
 from rabbet import CGMQ, Joint, Task, Tuning
-from rabbet.task import divergence
+from rabbet.train.losses import divergence
 
 Labelled = list[tuple[Tensor, Tensor]]
 DENSE = Joint(adapters=(), forms=(), grids=("2hc", "3c", "4c", "5c", "6c", "7c", "8c"))
@@ -44,7 +44,9 @@ def moving(settings: CGMQ, **changed: Any) -> CGMQ:
 
 def on_held(result: rabbet.Result) -> str:
     """The loss of held-back images after training, as the result tells it."""
-    return next((note.rpartition(" -> ")[2] for note in result.notes if "held-back loss" in note), "-")
+    return next(
+        (note.rpartition(" -> ")[2] for note in result.notes if "held-back loss" in note), "-"
+    )
 
 
 def task_of(batches: Labelled) -> Task:
@@ -88,12 +90,17 @@ def mnist(split: str) -> tuple[Tensor, Tensor]:
 
 
 def batched(x: Tensor, y: Tensor, size: int) -> Labelled:
-    """Pairs of images and labels."""
+    """QDQPlacement of images and labels."""
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
 def measured(
-    model: nn.Module, budget: str, task: Task, method: rabbet.methods.Method, test: Labelled, seed: int
+    model: nn.Module,
+    budget: str,
+    task: Task,
+    method: rabbet.methods.Method,
+    test: Labelled,
+    seed: int,
 ) -> tuple[float, rabbet.Result, float]:
     """Accuracy of the written file, the result, and seconds."""
     start = time.perf_counter()
@@ -135,7 +142,10 @@ def on_lenet(methods: dict[str, CGMQ], budgets: tuple[float, ...], seeds: int) -
     row("LeNet-5", "float32", "100", "100", f"{statistics.mean(whole):.2f}", _spread(whole), *"---")
     for label, method in methods.items():
         for share in budgets:
-            runs = [measured(m, f"bops <= {share}%", task, method, test, k) for k, m in enumerate(models)]
+            runs = [
+                measured(m, f"bops <= {share}%", task, method, test, k)
+                for k, m in enumerate(models)
+            ]
             found, spent = [r[0] for r in runs], statistics.mean(r[2] for r in runs)
             most = max(r[1].cost.bops / r[1].float_cost.bops for r in runs)
             held = statistics.mean(float(on_held(r[1])) for r in runs)
@@ -150,8 +160,8 @@ def _spread(values: list[float]) -> str:
 def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> None:
     """The same on ResNet-20, against uniform widths, `Joint` with the same training, and what `Joint` fits on its own.
 
-    These two have 8 bits for the image and the input of the last layer; uniform widths, as is usual, for both weights
-    of these layers, too.
+    These two have 8 bits for the image and the input of the last layer; uniform widths, as is
+    usual, for both weights of these layers, too.
     """
     model, data, test = cifar(20)
     images = torch.from_numpy(reader("load").cifar10("train", 20000)[0])
@@ -159,27 +169,47 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
     held = list(images[1600:2600].split(100))
     row("ResNet-20", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", *"----")
     onward = moving(settings, start="program", widths=settings.widths)
-    engine = rabbet.Engine()
+    jobs = rabbet.Jobs()
     for share in budgets:
         budget = f"bops <= {share}%"
-        joint = functools.cache(functools.partial(_joint, model, share, data, held, engine))
+        joint = functools.cache(functools.partial(_joint, model, share, data, held, jobs))
         uniform = _uniform(model, data, share)
         runs: dict[str, Callable[[], tuple[float, rabbet.Result, float]]] = {
-            "CGMQ, gates at rest": functools.partial(measured, model, budget, task, settings, test, 0),
+            "CGMQ, gates at rest": functools.partial(
+                measured, model, budget, task, settings, test, 0
+            ),
             "CGMQ, gates go on": functools.partial(measured, model, budget, task, onward, test, 0),
-            "CGMQ, gates from the widest": functools.partial(measured, model, budget, task, moving(settings), test, 0),
-            "uniform, trained as long": functools.partial(fitted, model, uniform, task, settings, test),
-            "uniform, only fitted": functools.partial(fitted, model, uniform, Task(data), DENSE, test),
-            "uniform, without training": functools.partial(fitted, model, uniform, Task(data), UNTRAINED, test),
+            "CGMQ, gates from the widest": functools.partial(
+                measured, model, budget, task, moving(settings), test, 0
+            ),
+            "uniform, trained as long": functools.partial(
+                fitted, model, uniform, task, settings, test
+            ),
+            "uniform, only fitted": functools.partial(
+                fitted, model, uniform, Task(data), DENSE, test
+            ),
+            "uniform, without training": functools.partial(
+                fitted, model, uniform, Task(data), UNTRAINED, test
+            ),
             "Joint, trained as long": lambda: fitted(model, joint(), task, settings, test),  # noqa: B023 (called at once)
             "Joint, only fitted": lambda: fitted(model, joint(), Task(data), DENSE, test),  # noqa: B023
             "Joint, without training": lambda: fitted(model, joint(), Task(data), UNTRAINED, test),  # noqa: B023
         }
-        for label, run in ((k, v) for k, v in runs.items() if not only or any(o in k for o in only)):
+        for label, run in (
+            (k, v) for k, v in runs.items() if not only or any(o in k for o in only)
+        ):
             found, result, seconds = run()
             spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
             row(
-                "ResNet-20", label, share, spent, f"{found:.2f}", "-", on_held(result), f"{seconds:.0f}", widths(result)
+                "ResNet-20",
+                label,
+                share,
+                spent,
+                f"{found:.2f}",
+                "-",
+                on_held(result),
+                f"{seconds:.0f}",
+                widths(result),
             )
 
 
@@ -196,7 +226,7 @@ def _ended(plan: rabbet.Plan) -> rabbet.Plan:
 
 
 def _joint(
-    model: nn.Module, share: float, data: list[Tensor], held: list[Tensor], engine: rabbet.Engine
+    model: nn.Module, share: float, data: list[Tensor], held: list[Tensor], jobs: rabbet.Jobs
 ) -> rabbet.Plan:
     """The program chooses weights only: the best of its plans over equal widths of inputs, by held-back images."""
     found = []
@@ -205,10 +235,14 @@ def _joint(
         try:
             while plan is None or (over := _share(model, plan, data) - share) > 0:
                 room -= 0 if plan is None else over
-                plan = _ended(rabbet.plan(model, f"bops <= {room:.6f}%", data, replace(DENSE, act=act), engine=engine))
+                plan = _ended(
+                    rabbet.plan(
+                        model, f"bops <= {room:.6f}%", data, replace(DENSE, act=act), jobs=jobs
+                    )
+                )
         except rabbet.BudgetError:
             continue
-        result = rabbet.fit(model, plan, data, UNTRAINED, engine=engine)
+        result = rabbet.fit(model, plan, data, UNTRAINED, jobs=jobs)
         with torch.no_grad():
             apart = [float(divergence([result.model(x)], [model(x)])) for x in held]
         found.append((statistics.mean(apart), act, plan))
@@ -221,7 +255,9 @@ def _uniform(model: nn.Module, data: list[Tensor], share: float) -> rabbet.Plan:
     for bits, act in ((4, 5), (4, 4), (3, 4), (3, 3), (2, 3), (2, 2)):
         grid = "2hc" if bits == 2 else f"{bits}c"
         inner = (f"{n} dense@{grid} | act@{act}" for n in names[1:-1])
-        plan = rabbet.Plan.parse("\n".join([f"{names[0]} dense@8c | act@8", *inner, f"{names[-1]} dense@8c | act@8"]))
+        plan = rabbet.Plan.parse(
+            "\n".join([f"{names[0]} dense@8c | act@8", *inner, f"{names[-1]} dense@8c | act@8"])
+        )
         if _share(model, plan, data) <= share:
             return plan
     raise AssertionError
@@ -233,9 +269,19 @@ def vgg(device: str, epochs: int) -> nn.Module:
     blocks: list[nn.Module] = []
     for ins, outs in ((3, 128), (128, 256), (256, 512)):
         for width in (ins, outs):
-            blocks += [nn.Conv2d(width, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs), nn.ReLU()]
+            blocks += [
+                nn.Conv2d(width, outs, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outs),
+                nn.ReLU(),
+            ]
         blocks.append(nn.MaxPool2d(2))
-    head = nn.Flatten(), nn.Linear(8192, 1024, bias=False), nn.BatchNorm1d(1024), nn.ReLU(), nn.Linear(1024, 10)
+    head = (
+        nn.Flatten(),
+        nn.Linear(8192, 1024, bias=False),
+        nn.BatchNorm1d(1024),
+        nn.ReLU(),
+        nn.Linear(1024, 10),
+    )
     model = nn.Sequential(*blocks, *head).to(device)
     x, y = (torch.from_numpy(a).to(device) for a in reader("load").cifar10("train", 20000))
     adam = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
@@ -256,7 +302,9 @@ def _moved(x: Tensor) -> Tensor:
     down, right = torch.randint(9, (2, len(x), 1, 1), device=x.device)
     rows = (torch.arange(32, device=x.device)[:, None] + down).expand(-1, -1, 32)
     columns = torch.arange(32, device=x.device)[None] + right
-    columns = torch.where(torch.rand(len(x), 1, 1, device=x.device) < 0.5, columns.flip(-1), columns)
+    columns = torch.where(
+        torch.rand(len(x), 1, 1, device=x.device) < 0.5, columns.flip(-1), columns
+    )
     each = torch.arange(len(x), device=x.device)[:, None, None]
     return wide[each, :, rows, columns.expand_as(rows)].permute(0, 3, 1, 2)
 
@@ -272,18 +320,37 @@ def on_vgg(settings: CGMQ, device: str, epochs: int) -> None:
         task = Task(data, limit=len(images))
         found, result, seconds = measured(model, f"bops <= {share}%", task, settings, test, 0)
         spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
-        row("VGG-7", "CGMQ", share, spent, f"{found:.2f}", "-", on_held(result), f"{seconds:.0f}", widths(result))
+        row(
+            "VGG-7",
+            "CGMQ",
+            share,
+            spent,
+            f"{found:.2f}",
+            "-",
+            on_held(result),
+            f"{seconds:.0f}",
+            widths(result),
+        )
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=("lenet", "directions", "resnet20", "vgg7"),
                         default=("lenet", "directions", "resnet20"))  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of vgg7")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of vgg7"
+    )
     parser.add_argument("--float-epochs", type=int, default=60, help="of vgg7 in float")
     parser.add_argument("--budgets", nargs="+", type=float, help="default: all of theirs")
-    parser.add_argument("--only", nargs="+", default=[], help="rows of directions and resnet20 with one of these words")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="rows of directions and resnet20 with one of these words",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=18, help="in all")
     parser.add_argument("--steps", type=int, help="of an epoch; default: all images")

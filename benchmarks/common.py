@@ -37,7 +37,9 @@ def alike(lengths: Sequence[int], size: int, order: random.Random | None = None)
     index = list(range(len(lengths)))
     if order is not None:
         order.shuffle(index)
-    groups = [index[k : k + 16 * size] for k in range(0, len(index), 16 * size)] if order else [index]
+    groups = (
+        [index[k : k + 16 * size] for k in range(0, len(index), 16 * size)] if order else [index]
+    )
     chunks = []
     for group in groups:
         group.sort(key=lambda j: lengths[j])
@@ -47,9 +49,13 @@ def alike(lengths: Sequence[int], size: int, order: random.Random | None = None)
     return chunks
 
 
-def known(folder: Path, setting: str, seed: int, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def known(
+    folder: Path, setting: str, seed: int, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """What the folder has of this setting and seed; measured and put there if it has nothing."""
-    path = folder / "outcomes" / f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}-seed{seed}.json"
+    path = (
+        folder / "outcomes" / f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}-seed{seed}.json"
+    )
     if not path.exists():
         found = {"setting": setting, "outcome": measure()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +66,10 @@ def known(folder: Path, setting: str, seed: int, measure: Callable[[], dict[str,
 
 def machine() -> str:
     """What the figures were measured on."""
-    cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
+    cpu = next(
+        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")),
+        platform.processor(),
+    )
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

@@ -2,10 +2,11 @@
 
     python benchmarks/cora.py [--nets resnet20 resnet56] [--parts ranks figures step reconstruction latency]
 
-1,600 training images, labels only where the paper's search takes them; accuracy of the written file on 5,000 test
-images, the drop in points against float on the same. Budgets are mean bits of the codes: 5 % of the parameters as
-8-bit adapters are 0.4 bits. `paper`: the settings of the paper and its released code. `ours`: the defaults of
-`rabbet.CoRa`. Iterations: of the search and of the tuning, batches of 64 (paper: 32).
+1,600 training images, labels only where the paper's search takes them; accuracy of the written file
+on 5,000 test images, the drop in points against float on the same. Budgets are mean bits of the
+codes: 5 % of the parameters as 8-bit adapters are 0.4 bits. `paper`: the settings of the paper and
+its released code. `ours`: the defaults of `rabbet.CoRa`. Iterations: of the search and of the
+tuning, batches of 64 (paper: 32).
 """
 
 import argparse
@@ -27,9 +28,10 @@ from reconstruction import reconstruct
 
 import rabbet
 from rabbet import CoRa, Joint, Ranking, Task, Tuning
-from rabbet.bench import time_files
+from rabbet.data.batches import outputs
 from rabbet.methods.base import Fitted
-from rabbet.task import divergence, outputs
+from rabbet.runtime.bench import time_files
+from rabbet.train.losses import divergence
 from rabbet.workpiece import Workpiece
 
 PAPER = CoRa(
@@ -49,24 +51,30 @@ PARTS = ("ranks", "figures", "step", "reconstruction", "latency")
 class Bench:
     """One network with its data, and how a method is measured on it."""
 
-    def __init__(self, name: str, engine: rabbet.Engine) -> None:
-        self.name, self.engine = name, engine
+    def __init__(self, name: str, jobs: rabbet.Jobs) -> None:
+        self.name, self.jobs = name, jobs
         self.model, self.data, self.test = cifar(int(name.removeprefix("resnet")))
         _, labels = reader("load").cifar10("train", 1600)
         batches = list(zip(self.data, torch.from_numpy(labels).split(100), strict=True))
-        self.task = Task(batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1]))
+        self.task = Task(
+            batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1])
+        )
         self.whole = rabbet.accuracy(self.model, self.test)
         more, _ = reader("load").cifar10("train", HELD, first=5000)
         self.held = list(torch.from_numpy(more).split(250))
 
-    def drop(self, method: rabbet.methods.Method, budget: str, seed: int = 0) -> tuple[float, rabbet.Result, float]:
+    def drop(
+        self, method: rabbet.methods.Method, budget: str, seed: int = 0
+    ) -> tuple[float, rabbet.Result, float]:
         """Points lost by the written file, the result, and seconds."""
         start = time.perf_counter()
-        result = rabbet.compress(self.model, budget, self.task, method, seed=seed, engine=self.engine)
+        result = rabbet.compress(self.model, budget, self.task, method, seed=seed, jobs=self.jobs)
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             result.save(Path(folder) / "small.safetensors")
-            found = rabbet.accuracy(rabbet.load(Path(folder) / "small.safetensors", self.model), self.test)
+            found = rabbet.accuracy(
+                rabbet.load(Path(folder) / "small.safetensors", self.model), self.test
+            )
         return self.whole - found, result, seconds
 
     def apart(self, found: torch.nn.Module) -> float:
@@ -86,7 +94,9 @@ def ranks(bench: Bench, seeds: int, shares: list[float], settings: list[str]) ->
             for kind in ("gradient", "heuristic"):
                 chosen = replace(method, bits=bits, ranks=kind)
                 runs = [bench.drop(chosen, budget, seed) for seed in range(seeds)]
-                cells += _spread([r[0] for r in runs], 2) + _spread([bench.apart(r[1].model) for r in runs], 5)
+                cells += _spread([r[0] for r in runs], 2) + _spread(
+                    [bench.apart(r[1].model) for r in runs], 5
+                )
             row(bench.name, label, bits, f"{share:.0f} %", *cells)
 
 
@@ -142,10 +152,21 @@ def _bare_bits(bench: Bench, method: CoRa) -> float:
     return rabbet.price(bench.model, rabbet.Plan(tuple(bare)), bench.data).bits
 
 
-def _figure(bench: Bench, label: str, method: str, drop: float, result: rabbet.Result, seconds: float) -> None:
+def _figure(
+    bench: Bench, label: str, method: str, drop: float, result: rabbet.Result, seconds: float
+) -> None:
     cost, base = result.cost, result.float_cost
     bops = f"{100 * cost.bops / base.bops:.3f}"
-    row(bench.name, label, method, f"{cost.bits:.3f}", f"{cost.bytes:,}", bops, f"{drop:.2f}", f"{seconds:.0f}")
+    row(
+        bench.name,
+        label,
+        method,
+        f"{cost.bits:.3f}",
+        f"{cost.bytes:,}",
+        bops,
+        f"{drop:.2f}",
+        f"{seconds:.0f}",
+    )
 
 
 def step(bench: Bench) -> None:
@@ -169,7 +190,7 @@ def step(bench: Bench) -> None:
             times["plain"].append(time.perf_counter() - start)
         marks.clear()
         rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3, ranking=Ranking(steps=9)),
-                    engine=rabbet.Engine(progress=seen))  # fmt: skip
+                    jobs=rabbet.Jobs(progress=seen))  # fmt: skip
         times["search"] += [b - a for a, b in itertools.pairwise(marks)]
     plain, search = (1e3 * statistics.median(times[k]) for k in ("plain", "search"))
     row(bench.name, f"{plain:.0f}", f"{search:.0f}", f"{search / plain:.2f}")
@@ -183,7 +204,14 @@ def reconstruction(bench: Bench, iterations: list[int]) -> None:
             found, total = reconstruct(bench.model, bench.data, bits, 8, count)
             seconds = time.perf_counter() - start
             drop = bench.whole - rabbet.accuracy(found, bench.test)
-            row(bench.name, bits, f"reconstruction, {count:,} a block", f"{total:,}", f"{drop:.2f}", f"{seconds:.0f}")
+            row(
+                bench.name,
+                bits,
+                f"reconstruction, {count:,} a block",
+                f"{total:,}",
+                f"{drop:.2f}",
+                f"{seconds:.0f}",
+            )
         for label, method in (("CoRa, 5 %, untuned", UNTUNED), ("CoRa, 5 %", OURS)):
             drop, _, seconds = bench.drop(replace(method, bits=bits), f"bits <= {bits + 0.4}")
             total = method.ranking.steps + method.tuning.steps
@@ -192,19 +220,28 @@ def reconstruction(bench: Bench, iterations: list[int]) -> None:
 
 def latency(bench: Bench) -> None:
     """The exported network with its adapters against the same without."""
-    plan = rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3), engine=bench.engine)
+    plan = rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3), jobs=bench.jobs)
     bare = rabbet.Plan(tuple(rabbet.LayerPlan(x.name, x.terms[:1], x.act) for x in plan))
     method = Joint(tuning=Tuning(steps=0))
     with tempfile.TemporaryDirectory() as folder:
         files, notes = {}, ()
         for name, chosen in (("with", plan), ("without", bare)):
             files[name] = Path(folder) / f"{name}.onnx"
-            written = rabbet.fit(bench.model, chosen, bench.data, method, engine=bench.engine).export(files[name])
+            written = rabbet.fit(bench.model, chosen, bench.data, method, jobs=bench.jobs).export(
+                files[name]
+            )
             notes = (*notes, *written.notes)
         found = time_files(files, bench.data[0][:1], runs=300)
     slow, fast = found["with"].median, found["without"].median
     count = sum(len(x.terms) > 1 for x in plan)
-    row(bench.name, f"{count} of {len(plan)}", f"{slow:.3f}", f"{fast:.3f}", f"{slow / fast:.2f}", "; ".join(notes))
+    row(
+        bench.name,
+        f"{count} of {len(plan)}",
+        f"{slow:.3f}",
+        f"{fast:.3f}",
+        f"{slow / fast:.2f}",
+        "; ".join(notes),
+    )
 
 
 HEADS: dict[str, tuple[str, ...]] = {
@@ -222,30 +259,64 @@ HEADS: dict[str, tuple[str, ...]] = {
         "divergence",
         "+-",
     ),
-    "figures": ("network", "bits, weights/inputs", "method", "mean bits", "file bytes", "% BOPs", "drop", "seconds"),
+    "figures": (
+        "network",
+        "bits, weights/inputs",
+        "method",
+        "mean bits",
+        "file bytes",
+        "% BOPs",
+        "drop",
+        "seconds",
+    ),
     "step": ("network", "ms forward and backward", "ms an iteration of the search", "ratio"),
     "reconstruction": ("network", "bits", "method", "iterations", "drop", "seconds"),
-    "latency": ("network", "layers with adapters", "ms with", "ms without", "ratio", "not on integer kernels"),
+    "latency": (
+        "network",
+        "layers with adapters",
+        "ms with",
+        "ms without",
+        "ratio",
+        "not on integer kernels",
+    ),
 }
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", choices=("resnet20", "resnet56"), default=["resnet20", "resnet56"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nets", nargs="+", choices=("resnet20", "resnet56"), default=["resnet20", "resnet56"]
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shares", nargs="+", type=float, default=[2.0, 5.0, 10.0], help="of `ranks`, in percent")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of `ranks`")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of `figures`: weights/inputs")
-    parser.add_argument("--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=[2.0, 5.0, 10.0], help="of `ranks`, in percent"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="of `ranks`"
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        help="of `figures`: weights/inputs",
+    )
+    parser.add_argument(
+        "--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--picture", type=Path, help="where to draw a search at 3 bits and 5 %%")
     args = parser.parse_args()
     print(f"{machine()}")
-    parallel = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) if args.jobs > 1 else None
+    parallel = (
+        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) if args.jobs > 1 else None
+    )
     with parallel or contextlib.nullcontext():
-        benches = [Bench(name, rabbet.Engine(parallel)) for name in args.nets]
+        benches = [Bench(name, rabbet.Jobs(parallel)) for name in args.nets]
         for part in args.parts:
             print(f"\n{part}\n")
             head(*HEADS[part])
@@ -269,7 +340,7 @@ def _run(part: str, bench: Bench, args: argparse.Namespace) -> None:
 def _draw(bench: Bench, path: Path) -> None:
     from rabbet.report import draw_search
 
-    piece = Workpiece.of(bench.model, bench.task, bench.engine)
+    piece = Workpiece.of(bench.model, bench.task, bench.jobs)
     draw_search(CoRa(bits=3).search(piece, rabbet.Budget.parse("bits <= 3.4")), path)
 
 

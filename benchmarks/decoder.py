@@ -2,10 +2,10 @@
 
     python benchmarks/decoder.py [--start metric | plain | random]
 
-No trained weights are at hand: they are random, and nothing is said of accuracy. The cores start from them in the
-metric of their inputs, learn for one epoch in float and one on 4 bits (three batches of two sequences of 32 tokens, a
-fourth held back), are written, loaded again and exported. Latency is of one sequence on one thread, in turn with the
-float network in onnxruntime.
+No trained weights are at hand: they are random, and nothing is said of accuracy. The cores start
+from them in the metric of their inputs, learn for one epoch in float and one on 4 bits (three
+batches of two sequences of 32 tokens, a fourth held back), are written, loaded again and exported.
+Latency is of one sequence on one thread, in turn with the float network in onnxruntime.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import rabbet
 from rabbet import TTQAT, Task
-from rabbet.bench import time_files
-from rabbet.export.onnx import write_float
+from rabbet.export.onnx.write import write_float
+from rabbet.runtime.bench import time_files
 
 TOKENS = 32
 
@@ -40,11 +40,16 @@ def network() -> GPT2LMHeadModel:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--start", choices=("metric", "plain", "random"), default="metric")
     args = parser.parse_args()
     model = network()
-    task = Task(batches(model.config.vocab_size), forward=lambda m, b: m(b["input_ids"], use_cache=False).logits)
+    task = Task(
+        batches(model.config.vocab_size),
+        forward=lambda m, b: m(b["input_ids"], use_cache=False).logits,
+    )
     batch = task.read()[0]
     print(f"{machine()}\n")
     head("what", "found")
@@ -55,12 +60,19 @@ def main() -> None:
     row("float bytes", f"{result.float_cost.bytes:,}")
     row("compressed in, minutes", f"{(time.perf_counter() - start) / 60:.1f}")
     with tempfile.TemporaryDirectory() as folder:
-        small, files = Path(folder) / "small.safetensors", {n: Path(folder) / f"{n}.onnx" for n in ("float", "tt")}
+        small, files = (
+            Path(folder) / "small.safetensors",
+            {n: Path(folder) / f"{n}.onnx" for n in ("float", "tt")},
+        )
         result.save(small)
         row("file bytes", f"{small.stat().st_size:,}")
         row("times smaller", f"{result.float_cost.bytes / small.stat().st_size:.0f}")
         with torch.no_grad():
-            gap = (task.run(rabbet.load(small, model), batch) - task.run(result.model, batch)).abs().max()
+            gap = (
+                (task.run(rabbet.load(small, model), batch) - task.run(result.model, batch))
+                .abs()
+                .max()
+            )
         row("the file against the result, largest difference of a score", float(gap))
         start = time.perf_counter()
         result.export(files["tt"])

@@ -1,13 +1,15 @@
 """Accuracy against size: what `Joint` makes of real networks at several mean bits per weight.
 
-    python benchmarks/frontier.py                                  # ResNet-20 and -56 at 4, 3, 2 and 1.5 bits
+    # ResNet-20 and -56 at 4, 3, 2 and 1.5 bits
+    python benchmarks/frontier.py
     python benchmarks/frontier.py --nets mobilenet --bits 8 6 4
 
-Weights: every conv and linear, first and last included; the mean counts codes, scales and the rest are in the bytes.
-Inputs of every layer 8 bits. Calibration: the first 1,600 images of `train` without labels (MobileNet, for which no
-training images are at hand: see `mobilenet`). Accuracy: the written file, loaded again, on the test images; the drop
-is in points against float on the same images. ONNX: the exported file in onnxruntime, on the same images. Seconds:
-from the call to the network, candidates solved once and shared by the budgets (the first line of a network pays).
+Weights: every conv and linear, first and last included; the mean counts codes, scales and the rest
+are in the bytes. Inputs of every layer 8 bits. Calibration: the first 1,600 images of `train`
+without labels (MobileNet, for which no training images are at hand: see `mobilenet`). Accuracy: the
+written file, loaded again, on the test images; the drop is in points against float on the same
+images. ONNX: the exported file in onnxruntime, on the same images. Seconds: from the call to the
+network, candidates solved once and shared by the budgets (the first line of a network pays).
 """
 
 import argparse
@@ -34,7 +36,11 @@ def cifar(depth: int) -> tuple[nn.Module, list[Tensor], Labelled]:
     """A network, its calibration batches, and the 5,000 test images."""
     load, nets = reader("load"), reader("nets")
     images, _ = load.cifar10("train", 1600)
-    return nets.cifar_resnet(depth), list(torch.from_numpy(images).split(100)), _labelled(*load.cifar10("test"))
+    return (
+        nets.cifar_resnet(depth),
+        list(torch.from_numpy(images).split(100)),
+        _labelled(*load.cifar10("test")),
+    )
 
 
 def mobilenet() -> tuple[nn.Module, list[Tensor], Labelled]:
@@ -46,7 +52,11 @@ def mobilenet() -> tuple[nn.Module, list[Tensor], Labelled]:
     images, labels = load.imagenet_val()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
     use, keep = order[:150], order[150:]
-    return nets.mobilenet_v1(), list(torch.from_numpy(images[use]).split(25)), _labelled(images[keep], labels[keep], 50)
+    return (
+        nets.mobilenet_v1(),
+        list(torch.from_numpy(images[use]).split(25)),
+        _labelled(images[keep], labels[keep], 50),
+    )
 
 
 def _labelled(images: object, labels: object, size: int = 250) -> Labelled:
@@ -70,18 +80,31 @@ HEAD = (
 
 
 def measure(
-    name: str, budgets: list[str], tiers: list[str], ranks: list[str], engine: rabbet.Engine, seed: int
+    name: str, budgets: list[str], tiers: list[str], ranks: list[str], jobs: rabbet.Jobs, seed: int
 ) -> None:
     """The rows of one network."""
     model, data, test = NETS[name]()
     whole = rabbet.accuracy(model, test)
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    row(name, "float32", "-", "-", "32", "32", f"{parameters:,}", "100", "100", "100", f"{whole:.2f}", *"-----")
+    row(
+        name,
+        "float32",
+        "-",
+        "-",
+        "32",
+        "32",
+        f"{parameters:,}",
+        "100",
+        "100",
+        "100",
+        f"{whole:.2f}",
+        *"-----",
+    )
     for budget, tier, rank in itertools.product(budgets, tiers, ranks):
         start = time.perf_counter()
         method = rabbet.QUALITY[tier]
         chosen = method if rank == "on" else replace(method, forms=())
-        result = rabbet.compress(model, budget, data, chosen, seed=seed, engine=engine)
+        result = rabbet.compress(model, budget, data, chosen, seed=seed, jobs=jobs)
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
@@ -96,32 +119,54 @@ def measure(
             f"{100 * cost.macs / base.macs:.1f}",
             f"{100 * cost.bops / base.bops:.3f}",
         )
-        quality = f"{found:.2f}", f"{whole - found:.2f}", f"{seconds:.0f}", f"{exported.bytes:,}", f"{ran:.2f}"
+        quality = (
+            f"{found:.2f}",
+            f"{whole - found:.2f}",
+            f"{seconds:.0f}",
+            f"{exported.bytes:,}",
+            f"{ran:.2f}",
+        )
         row(name, budget, tier, rank, *bits, f"{size:,}", *work, *quality)
-        print(f"{'; '.join((*result.notes, *exported.notes))}. {_layers(result)}", file=sys.stderr, flush=True)
+        print(
+            f"{'; '.join((*result.notes, *exported.notes))}. {_layers(result)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _layers(result: rabbet.Result) -> str:
-    return " ".join(line.body.partition(" |")[0].replace("dense@", "").replace(" ", "") for line in result.plan)
+    return " ".join(
+        line.body.partition(" |")[0].replace("dense@", "").replace(" ", "") for line in result.plan
+    )
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet56"])
     parser.add_argument("--budgets", nargs="+", default=TABLE)
     parser.add_argument("--tiers", nargs="+", choices=list(rabbet.QUALITY), default=["default"])
-    parser.add_argument("--ranks", nargs="+", choices=["on", "off"], default=["on"], help="off: dense candidates only")
+    parser.add_argument(
+        "--ranks",
+        nargs="+",
+        choices=["on", "off"],
+        default=["on"],
+        help="off: dense candidates only",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that solve layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="folder that keeps finished work between runs")
     args = parser.parse_args()
     print(f"seed {args.seed}; {machine()}\n")
     head(*HEAD)
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(
+        args.jobs, mp_context=multiprocessing.get_context("spawn")
+    ) as executor:
         for name in args.nets:
-            engine = rabbet.Engine(executor, folder=args.resume)
-            measure(name, args.budgets, args.tiers, args.ranks, engine, args.seed)
+            jobs = rabbet.Jobs(executor, folder=args.resume)
+            measure(name, args.budgets, args.tiers, args.ranks, jobs, args.seed)
 
 
 if __name__ == "__main__":

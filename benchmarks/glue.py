@@ -2,14 +2,16 @@
 
     python benchmarks/glue.py --keep FOLDER [--tasks SST-2 CoLA] [--ratios 10 20] [--methods joint ttqat]
 
-The teacher is MiniLM with a head of two classes, fine-tuned on the training split only. A part of that split is held
-back and chooses between epochs, of the teacher and of what is trained of it. The measure is GLUE's dev split: accuracy
-on SST-2 (872 sentences), Matthews correlation times 100 on CoLA (1,043, 16 of them in train but for capitals). The
-test split has no public labels. Float bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for
-the whole file; activations are float; accuracy is that of the written file, loaded again. Held-back sentences of SST-2
-are mostly phrases of sentences that are trained on. `tt` is `ttqat` with tables of words as matrices at low bits,
-`bits` the same with matrices alone. FOLDER keeps teachers, layers that were decomposed and what each setting came to,
-so that rows can be run one by one; what other code left there is not told from what this one left.
+The teacher is MiniLM with a head of two classes, fine-tuned on the training split only. A part of
+that split is held back and chooses between epochs, of the teacher and of what is trained of it. The
+measure is GLUE's dev split: accuracy on SST-2 (872 sentences), Matthews correlation times 100 on
+CoLA (1,043, 16 of them in train but for capitals). The test split has no public labels. Float
+bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for the whole file;
+activations are float; accuracy is that of the written file, loaded again. Held-back sentences of
+SST-2 are mostly phrases of sentences that are trained on. `tt` is `ttqat` with tables of words as
+matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, layers that were
+decomposed and what each setting came to, so that rows can be run one by one; what other code left
+there is not told from what this one left.
 """
 
 import functools
@@ -33,7 +35,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 import rabbet
 from rabbet import TTQAT, Joint, Task, Tuning
-from rabbet.engine import silent
+from rabbet.jobs import silent
 
 Batch = dict[str, Tensor]
 """`input_ids` and `attention_mask` [n, length], `labels` [n]."""
@@ -63,7 +65,11 @@ class Sentences:
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [PAD] is 0
         lengths = torch.tensor([len(r) for r in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([self.labels[k] for k in chunk])}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.tensor([self.labels[k] for k in chunk]),
+        }
 
 
 def matthews(found: Tensor, true: Tensor) -> float:
@@ -124,7 +130,9 @@ class Problem:
     def unlabelled(self, seed: int) -> Task:
         """A few sentences of the same."""
         found = self.train.part(0, SHOWN).batches(self.recipe.batch, random.Random(seed))
-        return Task([{k: b[k] for k in ("input_ids", "attention_mask")} for b in found], forward=scores)
+        return Task(
+            [{k: b[k] for k in ("input_ids", "attention_mask")} for b in found], forward=scores
+        )
 
 
 PROBLEMS = {"SST-2": (accuracy, Recipe(3)), "CoLA": (matthews, Recipe(8))}
@@ -139,7 +147,9 @@ def problem(name: str, seed: int, sentences: int | None, epochs: int | None) -> 
         rows = load.glue(name, split)
         if split == "train":
             random.Random(seed).shuffle(rows)
-        return Sentences(tokens([r["sentence"] for r in rows])["input_ids"], [int(r["label"]) for r in rows])
+        return Sentences(
+            tokens([r["sentence"] for r in rows])["input_ids"], [int(r["label"]) for r in rows]
+        )
 
     train = read("train")
     back = min(MOST, len(train.ids) // 10)
@@ -152,7 +162,9 @@ def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
     """MiniLM with a head, at its best epoch by the held-back sentences."""
     torch.manual_seed(seed)
     order, recipe = random.Random(seed), given.recipe
-    model = BertForSequenceClassification.from_pretrained(DATA / "minilm", num_labels=2, dtype=torch.float32)
+    model = BertForSequenceClassification.from_pretrained(
+        DATA / "minilm", num_labels=2, dtype=torch.float32
+    )
     adam = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay)
     total = recipe.epochs * math.ceil(len(given.train.ids) / recipe.batch)
     best, kept, start, step = -math.inf, {}, time.perf_counter(), 0
@@ -160,7 +172,9 @@ def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
         model.train()
         for batch in given.train.batches(recipe.batch, order):
             for group in adam.param_groups:
-                group["lr"] = recipe.rate * min((step + 1) / (total / 16), (total - step) / (total * 15 / 16))
+                group["lr"] = recipe.rate * min(
+                    (step + 1) / (total / 16), (total - step) / (total * 15 / 16)
+                )
             adam.zero_grad()
             F.cross_entropy(scores(model, batch), batch["labels"]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -177,7 +191,10 @@ def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
 
 def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
     """The fine-tuned network, from the folder if it lies there."""
-    path = folder / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}-epochs{given.recipe.epochs}"
+    path = (
+        folder
+        / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}-epochs{given.recipe.epochs}"
+    )
     if not path.exists():
         head("teacher", "epoch", "held back", "seconds")
         fine_tuned(given, seed, report=True).save_pretrained(path)
@@ -186,14 +203,29 @@ def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
     return found
 
 
-def lines(given: Problem, model: nn.Module, label: str, method: rabbet.methods.Method, args: Namespace) -> None:
+def lines(
+    given: Problem, model: nn.Module, label: str, method: rabbet.methods.Method, args: Namespace
+) -> None:
     """Compress to each ratio, write, load again, measure: a row each."""
     whole = given.score(model, given.dev)
     for ratio in args.ratios:
         setting = f"{given.name}, {len(given.train.ids)}, {given.recipe}, {ratio:g}, {method}"
-        found = known(args.keep, setting, args.seed, functools.partial(outcome, given, model, method, ratio, args))
+        found = known(
+            args.keep,
+            setting,
+            args.seed,
+            functools.partial(outcome, given, model, method, ratio, args),
+        )
         if "refused" in found:  # not every method goes as far
-            row(given.name, f"{label}, {ratio:g}x", *"-----", found["seconds"], "-", "-", found["refused"])
+            row(
+                given.name,
+                f"{label}, {ratio:g}x",
+                *"-----",
+                found["seconds"],
+                "-",
+                "-",
+                found["refused"],
+            )
             continue
         row(given.name, f"{label}, {ratio:g}x", f"{found['bytes']:,}", f"{found['ratio']:.2f}", f"{found['held']:.2f}",
             f"{found['dev']:.2f}", f"{whole - found['dev']:.2f}", found["seconds"], found["words"], found["layers"],
@@ -206,10 +238,12 @@ def outcome(
     """What a row says, or why there is none."""
     size = sum(p.numel() * 4 for p in model.parameters())
     task = given.task(args.seed) if isinstance(method, TTQAT) else given.unlabelled(args.seed)
-    engine = rabbet.Engine(folder=args.keep / "layers", progress=told if args.watch else silent)
+    jobs = rabbet.Jobs(folder=args.keep / "layers", progress=told if args.watch else silent)
     start = time.perf_counter()
     try:
-        result = rabbet.compress(model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, engine=engine)
+        result = rabbet.compress(
+            model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, jobs=jobs
+        )
     except rabbet.BudgetError as e:
         return {"refused": str(e), "seconds": round(time.perf_counter() - start)}
     seconds = round(time.perf_counter() - start)
@@ -243,14 +277,26 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=["joint", "ttqat"])
     parser.add_argument("--keep", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sentences", type=int, help="train on the first so many of a seeded shuffle; default: all")
-    parser.add_argument("--teaching", type=int, help="epochs of the teacher; default: 3 on SST-2, 8 on CoLA")
-    parser.add_argument("--epochs", type=int, default=0, help="of TTQAT, in float, where the plan has chains")
+    parser.add_argument(
+        "--sentences", type=int, help="train on the first so many of a seeded shuffle; default: all"
+    )
+    parser.add_argument(
+        "--teaching", type=int, help="epochs of the teacher; default: 3 on SST-2, 8 on CoLA"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="of TTQAT, in float, where the plan has chains"
+    )
     parser.add_argument("--finish", type=int, default=2, help="epochs of TTQAT on the grid")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[24, 48, 80, 128], help="that TTQAT chooses from")
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=[24, 48, 80, 128], help="that TTQAT chooses from"
+    )
     parser.add_argument("--rate", type=float, default=1e-2, help="of TTQAT")
-    parser.add_argument("--matrices", type=float, default=0.1, help="of TTQAT: share of the rate for matrices")
-    parser.add_argument("--tuning", type=int, default=200, help="steps of tuning after Joint, without labels")
+    parser.add_argument(
+        "--matrices", type=float, default=0.1, help="of TTQAT: share of the rate for matrices"
+    )
+    parser.add_argument(
+        "--tuning", type=int, default=200, help="steps of tuning after Joint, without labels"
+    )
     parser.add_argument("--watch", action="store_true", help="tell every step, on standard error")
     args = parser.parse_args()
     trained = TTQAT(
@@ -268,7 +314,9 @@ def main() -> None:
         given = problem(name, args.seed, args.sentences, args.teaching)
         model = teacher(given, args.seed, args.keep)
         size = sum(p.numel() * 4 for p in model.parameters())
-        print(f"{len(given.train.ids):,} sentences are trained on, {len(given.held.ids):,} held back\n")
+        print(
+            f"{len(given.train.ids):,} sentences are trained on, {len(given.held.ids):,} held back\n"
+        )
         head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop", "seconds", "words", "layers",
              "notes")  # fmt: skip
         whole = [f"{given.score(model, part):.2f}" for part in (given.held, given.dev)]

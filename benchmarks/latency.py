@@ -1,15 +1,17 @@
 """How fast exported files are: onnxruntime and OpenVINO, against float and against what other tools export.
 
-    python benchmarks/latency.py                               # ResNet-20, ResNet-18, MobileNet, MiniLM
+    # ResNet-20, ResNet-18, MobileNet, MiniLM
+    python benchmarks/latency.py
     python benchmarks/latency.py --nets minilm --threads 1
     python benchmarks/latency.py --nets resnet20 resnet18 --predict --grids 8c tucker@45 lowrank@45 cp@45
     python benchmarks/latency.py --nets resnet18 --grids 8c tucker@45 lowrank@45 cp@45 tucker@25
 
-Every file of a network is timed in turn in one run, one example at a time after warm-up, on all cores unless told
-otherwise: medians, the 95th percentile beside them, and the ratio to float onnxruntime. Peers: onnxruntime's static
-quantiser (QDQ, per channel, uint8 activations, int8 weights, after its own pre-processing), its dynamic one for
-transformers, NNCF's post-training int8 through OpenVINO with the precision pinned to float32, torch compiled.
-rabbet's weights are rounded to nearest here: rounding changes accuracy, not speed.
+Every file of a network is timed in turn in one run, one example at a time after warm-up, on all
+cores unless told otherwise: medians, the 95th percentile beside them, and the ratio to float
+onnxruntime. Peers: onnxruntime's static quantiser (QDQ, per channel, uint8 activations, int8
+weights, after its own pre-processing), its dynamic one for transformers, NNCF's post-training int8
+through OpenVINO with the precision pinned to float32, torch compiled. rabbet's weights are rounded
+to nearest here: rounding changes accuracy, not speed.
 """
 
 import argparse
@@ -32,17 +34,18 @@ from common import head, machine, reader, row
 from torch import Tensor, nn
 
 import rabbet
-from rabbet.bench import cpu, plain_int8
+from rabbet.choose.latency import Stopwatch
+from rabbet.core.layout import factor_shapes
+from rabbet.data.batches import head as first
+from rabbet.data.batches import tensors
+from rabbet.data.task import Task
 from rabbet.export.base import Parcel
-from rabbet.export.onnx import write_float, write_onnx, write_openvino
-from rabbet.grid import Quantised
-from rabbet.latency import Stopwatch
-from rabbet.layer import build
-from rabbet.layout import factor_shapes
-from rabbet.runtime import KERNELS, kernels
-from rabbet.site import Site
-from rabbet.task import Task, tensors
-from rabbet.task import head as first
+from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
+from rabbet.grids.grid import Quantised
+from rabbet.layers.site import Site
+from rabbet.model.build import build
+from rabbet.runtime.bench import cpu, plain_int8
+from rabbet.runtime.session import KERNELS, kernels
 from rabbet.workpiece import Workpiece
 
 Run = Callable[[], Any]
@@ -147,8 +150,11 @@ NETS: dict[str, Callable[[], Case]] = {
 
 def uniform(case: Case, kind: str) -> tuple[Workpiece, rabbet.Plan, nn.Module]:
     """A network with every weight on one grid, or in one form, and every input in 8 bits."""
-    piece = Workpiece.of(case.model, Task.of(case.data), rabbet.Engine())
-    lines = (rabbet.LayerPlan(s.name, (term(s, kind),), None if s.kind == "embedding" else 8) for s in piece.survey)
+    piece = Workpiece.of(case.model, Task.of(case.data), rabbet.Jobs())
+    lines = (
+        rabbet.LayerPlan(s.name, (term(s, kind),), None if s.kind == "embedding" else 8)
+        for s in piece.survey
+    )
     plan = rabbet.Plan(tuple(lines))
     student = build(piece.model, plan, piece.survey, numbers(piece, plan) if "@" in kind else None)
     rabbet.calibrate_ranges(student, piece.task)
@@ -160,7 +166,10 @@ def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
     piece, plan, student = uniform(case, kind)
     parcel = Parcel(student, plan, piece.survey, piece.rest(plan), piece.task)
     paths = {"onnx": folder / f"{kind}.onnx", "openvino": folder / f"{kind}.openvino.onnx"}
-    for note in (*write_onnx(parcel, paths["onnx"]).notes, *write_openvino(parcel, paths["openvino"]).notes):
+    for note in (
+        *write_onnx(parcel, paths["onnx"]).notes,
+        *write_openvino(parcel, paths["openvino"]).notes,
+    ):
         print(note, file=sys.stderr)
     share = piece.cost(plan).macs / piece.float_cost.macs
     print(f"{kind}: {100 * share:.1f} % of the MACs", file=sys.stderr)
@@ -174,7 +183,9 @@ def term(site: Site, kind: str) -> rabbet.Term:
     """
     form, _, share = kind.partition("@")
     if share and math.prod(site.shape[2:]) > 1 and site.shape[1] > 3:
-        offered = rabbet.Joint(grids=("8c",), adapters=(), forms=(form,), shares=(float(share) / 100,)).menu(site)
+        offered = rabbet.Joint(
+            grids=("8c",), adapters=(), forms=(form,), shares=(float(share) / 100,)
+        ).menu(site)
         return offered[-1][0]
     return rabbet.Term("dense", rabbet.Grid.parse("8c" if share else kind))
 
@@ -188,7 +199,10 @@ def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantise
         return Quantised.nearest(gain * torch.randn(shape, generator=generator), grid)
 
     return {
-        line.name: [[drawn(s, t.grid) for s in factor_shapes(piece.survey[line.name], t)] for t in line.terms]
+        line.name: [
+            [drawn(s, t.grid) for s in factor_shapes(piece.survey[line.name], t)]
+            for t in line.terms
+        ]
         for line in plan
     }
 
@@ -233,7 +247,9 @@ def nncf_file(case: Case, path: Path, folder: Path) -> Path:
     session = rabbet.Session(path, 1)
     data = nncf.Dataset([session.feed(first(batch, 1)) for batch in case.data])
     found = folder / "nncf.xml"
-    openvino.save_model(nncf.quantize(openvino.Core().read_model(path), data), found, compress_to_fp16=False)
+    openvino.save_model(
+        nncf.quantize(openvino.Core().read_model(path), data), found, compress_to_fp16=False
+    )
     return found
 
 
@@ -246,13 +262,18 @@ def dynamic_int8(path: Path, folder: Path) -> Path:
     return found
 
 
-def entries(name: str, case: Case, grids: list[str], threads: int, folder: Path) -> dict[str, tuple[Path | None, Make]]:
+def entries(
+    name: str, case: Case, grids: list[str], threads: int, folder: Path
+) -> dict[str, tuple[Path | None, Make]]:
     """What runs: the file that it is made of, if there is one, and how a run on a batch is made."""
     whole = folder / "float.onnx"
     write_float(case.model, Task.of(case.data), whole)
     older = folder / "older.onnx"  # onnxruntime's quantisers do not know the attention of opset 23
     write_float(case.model, Task.of(case.data), older, 21)
-    runtime, vino = partial(onnxruntime_run, threads=threads), partial(openvino_run, threads=threads)
+    runtime, vino = (
+        partial(onnxruntime_run, threads=threads),
+        partial(openvino_run, threads=threads),
+    )
     makers: dict[str, tuple[Callable[[], Path | None], Callable[..., Run]]] = {
         "float onnxruntime": (lambda: whole, runtime)
     }
@@ -273,8 +294,13 @@ def entries(name: str, case: Case, grids: list[str], threads: int, folder: Path)
             path = file()
             run(path, next(iter(case.timed.values())))()
             found[label] = path, partial(run, path)
-        except Exception as e:  # another tool may raise anything; one that is missing or fails says so
-            print(f"{label}: left out: {type(e).__name__}: {' '.join(str(e).split())[:300]}", file=sys.stderr)
+        except (
+            Exception
+        ) as e:  # another tool may raise anything; one that is missing or fails says so
+            print(
+                f"{label}: left out: {type(e).__name__}: {' '.join(str(e).split())[:300]}",
+                file=sys.stderr,
+            )
     return found
 
 
@@ -314,13 +340,25 @@ def predict(name: str, grids: list[str]) -> None:
             piece, plan, student = uniform(case, kind)
             piece.clock = Stopwatch(piece)
             guess, found = piece.cost(plan).time, piece.clock.network(student)
-            row(name, kind, f"{guess / 1e6:.3f}", f"{found / 1e6:.3f}", f"{100 * (guess / found - 1):+.0f} %")
+            row(
+                name,
+                kind,
+                f"{guess / 1e6:.3f}",
+                f"{found / 1e6:.3f}",
+                f"{100 * (guess / found - 1):+.0f} %",
+            )
 
 
-def report(name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]) -> None:
+def report(
+    name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]
+) -> None:
     """A line a run: median, 95th percentile, gain over float onnxruntime, bytes, and integer kernels of all."""
     base = statistics.median(times["float onnxruntime"])
-    dense = {r: statistics.median(t) for r in ("onnxruntime", "OpenVINO") if (t := times.get(f"rabbet 8c {r}"))}
+    dense = {
+        r: statistics.median(t)
+        for r in ("onnxruntime", "OpenVINO")
+        if (t := times.get(f"rabbet 8c {r}"))
+    }
     for what, found in times.items():
         path, median = files[what], statistics.median(found)
         path = path if path is not None and path.suffix == ".onnx" else None
@@ -330,19 +368,38 @@ def report(name: str, label: str, times: dict[str, list[float]], files: dict[str
         tail = float(np.percentile(found, 95))
         own = dense.get(what.rpartition(" ")[2])
         gain = f"{own / median:.2f}x" if own and what.startswith("rabbet") else "-"
-        row(name, label, what, f"{median:.3f}", f"{tail:.3f}", f"{base / median:.2f}x", gain, size, integer)
+        row(
+            name,
+            label,
+            what,
+            f"{median:.3f}",
+            f"{tail:.3f}",
+            f"{base / median:.2f}x",
+            gain,
+            size,
+            integer,
+        )
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet18", "mobilenet", "minilm"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--grids", nargs="+", default=["8c", "4c", "2hc"], help="grids of dense weights, or form@share of the MACs"
+        "--nets", nargs="+", choices=NETS, default=["resnet20", "resnet18", "mobilenet", "minilm"]
+    )
+    parser.add_argument(
+        "--grids",
+        nargs="+",
+        default=["8c", "4c", "2hc"],
+        help="grids of dense weights, or form@share of the MACs",
     )
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--predict", action="store_true", help="only compare predicted with measured latency")
+    parser.add_argument(
+        "--predict", action="store_true", help="only compare predicted with measured latency"
+    )
     args = parser.parse_args()
     facts = "; ".join(f"{k}: {v}" for k, v in cpu().items())
     print(f"{machine()}; {facts}; onnxruntime with {args.threads or 'all'} threads\n")

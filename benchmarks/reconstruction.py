@@ -1,9 +1,10 @@
 """Block reconstruction with learned rounding, in short: what `cora.py` compares with.
 
-AdaRound (arXiv 2004.10568) on the output of each block (BRECQ, arXiv 2102.05426), block after block, each for the
-inputs that the quantised blocks before it leave. Settings of the papers: Adam at 1e-3 for 20,000 iterations a block,
-at 1e-2 where there are 2,000; batch 32; regulariser 0.01, its exponent from 20 to 2 after a fifth of the iterations.
-Scales per channel of least squared error; inputs of all layers at `act` bits; no layer is exempt.
+AdaRound (arXiv 2004.10568) on the output of each block (BRECQ, arXiv 2102.05426), block after
+block, each for the inputs that the quantised blocks before it leave. Settings of the papers: Adam
+at 1e-3 for 20,000 iterations a block, at 1e-2 where there are 2,000; batch 32; regulariser 0.01,
+its exponent from 20 to 2 after a fifth of the iterations. Scales per channel of least squared
+error; inputs of all layers at `act` bits; no layer is exempt.
 """
 
 import math
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import rabbet
-from rabbet.calibrate import calibrate_ranges
-from rabbet.layer import Compressed, Factor, build
-from rabbet.site import KINDS
-from rabbet.task import Task
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.data.task import Task
+from rabbet.layers.site import KINDS
+from rabbet.model.build import build
+from rabbet.model.compressed import Compressed, Factor
 from rabbet.workpiece import Workpiece
 
 LOW, HIGH = -0.1, 1.1  # ends of the stretched sigmoid, eq. 23 of AdaRound
@@ -52,7 +54,7 @@ def reconstruct(
     model: nn.Module, data: Sequence[Tensor], bits: int, act: int, iterations: int, seed: int = 0
 ) -> tuple[nn.Module, int]:
     """A network quantised block by block, and the iterations that it took in all."""
-    piece = Workpiece.of(model, Task.of(data), rabbet.Engine(), seed)
+    piece = Workpiece.of(model, Task.of(data), rabbet.Jobs(), seed)
     plan = rabbet.Plan.parse("\n".join(f"{s.name} dense@{bits}c | act@{act}" for s in piece.survey))
     student = build(piece.model, plan, piece.survey)
     calibrate_ranges(student, piece.task, seed)
@@ -63,7 +65,10 @@ def reconstruct(
         unit = student.get_submodule(name)
         layers = [m for m in unit.modules() if isinstance(m, Compressed)]
         soft = [
-            _Soft(m.factors[0][0], KINDS[m.site.kind].weight(piece.model.get_submodule(m.site.name)).detach())
+            _Soft(
+                m.factors[0][0],
+                KINDS[m.site.kind].weight(piece.model.get_submodule(m.site.name)).detach(),
+            )
             for m in layers
         ]
         _fit(unit, soft, given, wanted, iterations, seed)
@@ -72,12 +77,16 @@ def reconstruct(
     return student, iterations * len(units)
 
 
-def _fit(unit: nn.Module, soft: list[_Soft], given: Tensor, wanted: Tensor, iterations: int, seed: int) -> None:
+def _fit(
+    unit: nn.Module, soft: list[_Soft], given: Tensor, wanted: Tensor, iterations: int, seed: int
+) -> None:
     adam = torch.optim.Adam([s.v for s in soft], 1e-3 if iterations >= 10_000 else 1e-2)
     generator = torch.Generator().manual_seed(seed)
     for k in range(iterations):
         chosen = torch.randperm(len(given), generator=generator)[:32]
-        loss = (unit(given[chosen]) - wanted[chosen]).square().flatten(1).sum(1).mean() / wanted[0, 0].numel()
+        loss = (unit(given[chosen]) - wanted[chosen]).square().flatten(1).sum(1).mean() / wanted[
+            0, 0
+        ].numel()
         progress = (k / iterations - 0.2) / 0.8
         if progress > 0:
             beta = 2 + 18 * 0.5 * (1 + math.cos(math.pi * progress))
@@ -91,7 +100,9 @@ def _fit(unit: nn.Module, soft: list[_Soft], given: Tensor, wanted: Tensor, iter
 def _passed(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
     """What a module is given and gives for all images."""
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = model.get_submodule(name).register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _, args, out: seen.append((args[0], out))
+    )
     with torch.no_grad():
         for part in images.split(100):
             model(part)

@@ -1,10 +1,11 @@
 """ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training in float, and its measures.
 
     python benchmarks/sentences.py --keep FOLDER [--seeds 0 1 2]     # only trains the dense models
-    python benchmarks/sentences.py --folds 0 1 2 3 4 --seeds 0 --width 240     # how settings are chosen
+    # how settings are chosen
+    python benchmarks/sentences.py --folds 0 1 2 3 4 --seeds 0 --width 240
 
-A tenth of the training sentences is held back and chooses the epoch (by `--folds` another tenth); dev and test together
-are the measure, and are not looked at with `--folds`.
+A tenth of the training sentences is held back and chooses the epoch (by `--folds` another tenth);
+dev and test together are the measure, and are not looked at with `--folds`.
 """
 
 import argparse
@@ -38,7 +39,10 @@ class Sentences:
 
     def batches(self, size: int, order: random.Random | None = None) -> list[Batch]:
         """Sentences of like length together; with `order`, drawn anew."""
-        return [self._batch(chunk) for chunk in alike([len(ids) for ids, _, _ in self.items], size, order)]
+        return [
+            self._batch(chunk)
+            for chunk in alike([len(ids) for ids, _, _ in self.items], size, order)
+        ]
 
     def _batch(self, chunk: Sequence[int]) -> Batch:
         longest = max(len(self.items[j][0]) for j in chunk)
@@ -65,7 +69,9 @@ class Corpus:
 
     def rates(self, words: float) -> Tensor:
         """How often each word is shown as the unknown one, [words], rare ones more (arXiv 1603.04351)."""
-        counts = torch.bincount(torch.tensor([w for ids, _, _ in self.train.items for w in ids]), minlength=self.words)
+        counts = torch.bincount(
+            torch.tensor([w for ids, _, _ in self.train.items for w in ids]), minlength=self.words
+        )
         found = words / (words + counts)
         found[: FIRST + 1] = 0
         return found
@@ -79,10 +85,14 @@ def shapes(words: Sequence[str]) -> list[str]:
 def corpus(fold: int = 0) -> Corpus:
     """ATIS, words by their `shapes`, with this tenth of the training sentences held back.
 
-    The vocabulary is that of the sentences that are trained on: held-back ones have unknown words like those of test.
+    The vocabulary is that of the sentences that are trained on: held-back ones have unknown words
+    like those of test.
     """
     load = reader("load")
-    raw = {split: [(shapes(s), ts, y) for s, ts, y in load.atis(split)] for split in ("train", "dev", "test")}
+    raw = {
+        split: [(shapes(s), ts, y) for s, ts, y in load.atis(split)]
+        for split in ("train", "dev", "test")
+    }
     order = list(range(len(raw["train"])))
     random.Random(0).shuffle(order)
     tenth = len(order) // 10
@@ -100,7 +110,9 @@ def corpus(fold: int = 0) -> Corpus:
         ]
         for split in raw
     }  # fmt: skip
-    parts = [[s for k, s in enumerate(found["train"]) if (k in held) == back] for back in (False, True)]
+    parts = [
+        [s for k, s in enumerate(found["train"]) if (k in held) == back] for back in (False, True)
+    ]
     kept, back, dev, test = (Sentences(x, tags) for x in (*parts, found["dev"], found["test"]))
     return Corpus(kept, back, dev, test, len(words) + 3, len(intents), len(tags))
 
@@ -124,7 +136,9 @@ class Tagger(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of intents [n, intents] and of slots [n, length, slots]."""
         found = self.encoder(ids, attention_mask=mask)
-        return self.intent(self.dropout(found.pooler_output)), self.slots(self.dropout(found.last_hidden_state))
+        return self.intent(self.dropout(found.pooler_output)), self.slots(
+            self.dropout(found.last_hidden_state)
+        )
 
 
 def loss(found: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) -> Tensor:
@@ -159,11 +173,22 @@ def score(model: nn.Module, *parts: Sentences) -> Score:
                 intent, scores = model(ids, mask)[:2]
                 right += int((intent.argmax(1) == intents).sum())
                 total += len(ids)
-                for row_found, row_true in zip(scores.argmax(2).tolist(), slots.tolist(), strict=True):
+                for row_found, row_true in zip(
+                    scores.argmax(2).tolist(), slots.tolist(), strict=True
+                ):
                     places = [k for k, label in enumerate(row_true) if label != IGNORED]
                     a = spans([part.tags[row_found[k]] for k in places])
-                    b = spans([part.tags[row_true[k]] if row_true[k] >= 0 else f"B-unseen{k}" for k in places])
-                    hits, found_spans, true_spans = hits + len(a & b), found_spans + len(a), true_spans + len(b)
+                    b = spans(
+                        [
+                            part.tags[row_true[k]] if row_true[k] >= 0 else f"B-unseen{k}"
+                            for k in places
+                        ]
+                    )
+                    hits, found_spans, true_spans = (
+                        hits + len(a & b),
+                        found_spans + len(a),
+                        true_spans + len(b),
+                    )
     return Score(100 * right / total, 200 * hits / max(found_spans + true_spans, 1))
 
 
@@ -201,7 +226,11 @@ def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
                 other = order.choice(values[kind.rpartition(".")[2]])
                 value = other if len(other) == 1 or f"I-{kind}" in place else value
             words += [*ids[done:first], *value]
-            marks += [*labels[done:first], place[f"B-{kind}"], *[place.get(f"I-{kind}", -1)] * (len(value) - 1)]
+            marks += [
+                *labels[done:first],
+                place[f"B-{kind}"],
+                *[place.get(f"I-{kind}", -1)] * (len(value) - 1),
+            ]
             done = last + 1
         items.append(([*words, *ids[done:]], [*marks, *labels[done:]], intent))
     return Sentences(items, data.tags)
@@ -216,8 +245,8 @@ def obscured(ids: Tensor, rates: Tensor, generator: torch.Generator | None = Non
 class Recipe:
     """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine.
 
-    words: w, for a word that is there n times to be shown as the unknown one with probability w / (w + n).
-    swaps: how often a value of a slot is exchanged for another, drawn anew in every epoch.
+    words: w, for a word that is there n times to be shown as the unknown one with probability w /
+    (w + n). swaps: how often a value of a slot is exchanged for another, drawn anew in every epoch.
     """
 
     epochs: int = 16
@@ -236,8 +265,13 @@ def train(
     torch.manual_seed(seed)
     order = random.Random(seed)
     model = Tagger(data, dropout=recipe.dropout, **shape)
-    adam = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay, betas=(0.9, 0.98))
-    total, rates = recipe.epochs * math.ceil(len(data.train.items) / recipe.batch), data.rates(recipe.words)
+    adam = torch.optim.AdamW(
+        model.parameters(), recipe.rate, weight_decay=recipe.decay, betas=(0.9, 0.98)
+    )
+    total, rates = (
+        recipe.epochs * math.ceil(len(data.train.items) / recipe.batch),
+        data.rates(recipe.words),
+    )
     best, kept, start, step = -1.0, {}, time.perf_counter(), 0
     for epoch in range(recipe.epochs):
         model.train()
@@ -256,7 +290,12 @@ def train(
         if found.mean > best or last:
             best, kept = found.mean, {k: v.clone() for k, v in model.state_dict().items()}
         if report:
-            row(epoch + 1, f"{found.intent:.2f}", f"{found.slots:.2f}", f"{time.perf_counter() - start:.0f}")
+            row(
+                epoch + 1,
+                f"{found.intent:.2f}",
+                f"{found.slots:.2f}",
+                f"{time.perf_counter() - start:.0f}",
+            )
     seconds = (time.perf_counter() - start) / recipe.epochs
     model.load_state_dict(kept)
     return model.eval(), seconds
@@ -280,29 +319,51 @@ def dense(
 
 def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
     """A name that other settings do not share."""
-    return "-".join(["atis", f"seed{seed}", *(f"{k}{v}" for k, v in (vars(recipe) | shape).items())]) + ".pt"
+    return (
+        "-".join(["atis", f"seed{seed}", *(f"{k}{v}" for k, v in (vars(recipe) | shape).items())])
+        + ".pt"
+    )
 
 
 def folds(tenths: list[int], recipe: Recipe, seeds: list[int], shape: dict[str, int]) -> None:
     """Train without each tenth, and print what is right in all of them at the last epoch's end."""
     parts = [corpus(k) for k in tenths]
-    found = [score(train(data, recipe, seed, last=True, **shape)[0], data.held) for data in parts for seed in seeds]
+    found = [
+        score(train(data, recipe, seed, last=True, **shape)[0], data.held)
+        for data in parts
+        for seed in seeds
+    ]
     head("held-back intent", "slots", "trained")
-    row(*(f"{statistics.mean(getattr(f, k) for f in found):.2f}" for k in ("intent", "slots")), len(found))
+    row(
+        *(f"{statistics.mean(getattr(f, k) for f in found):.2f}" for k in ("intent", "slots")),
+        len(found),
+    )
 
 
 def main() -> None:
     """Train and print each epoch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--folds", nargs="+", type=int, default=[], help="tenths to hold back, instead of the measure")
+    parser.add_argument(
+        "--folds",
+        nargs="+",
+        type=int,
+        default=[],
+        help="tenths to hold back, instead of the measure",
+    )
     parser.add_argument("--keep", type=Path)
     for name, value in vars(Recipe()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--width", type=int, default=768)
     args = parser.parse_args()
     recipe = Recipe(**{name: getattr(args, name) for name in vars(Recipe())})
-    shape = {} if args.width == 768 else {"width": args.width, "inner": 4 * args.width, "heads": args.width // 20}
+    shape = (
+        {}
+        if args.width == 768
+        else {"width": args.width, "inner": 4 * args.width, "heads": args.width // 20}
+    )
     print(f"{machine()} {recipe}\n")
     if args.folds:
         folds(args.folds, recipe, args.seeds, shape)

@@ -2,9 +2,10 @@
 
     python benchmarks/solver.py [--layers resnet20:layer3.1.conv1:134 resnet56:layer3.1.conv1:134 ...]
 
-Errors are relative, ||W - W'|| / ||W||, of the weight as it was trained (no BatchNorm folded in). Layers named
-`shape:OUT:RANK` are OUT x OUT x 3 x 3 of normal entries: no trained network of that size is at hand, so only their
-seconds mean something. All on the same threads, in turn, in one run. Seed 0.
+Errors are relative, ||W - W'|| / ||W||, of the weight as it was trained (no BatchNorm folded in).
+Layers named `shape:OUT:RANK` are OUT x OUT x 3 x 3 of normal entries: no trained network of that
+size is at hand, so only their seconds mean something. All on the same threads, in turn, in one run.
+Seed 0.
 """
 
 import argparse
@@ -21,22 +22,27 @@ from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from rabbet import Engine, Task
-from rabbet.candidates import solve_menu
+from rabbet import Jobs, Task
+from rabbet.core.plan import Term
 from rabbet.forms import FORMS, Aim
-from rabbet.grid import Grid, Quantised
-from rabbet.plan import Term
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.reconstruct.candidates import solve_menu
 from rabbet.solve import quantised_cp
 from rabbet.solve.admm import admm
 from rabbet.solve.als import CPProblem, Fit, als, random_start, sensitivity, solved, svd_start
 from rabbet.solve.cp import start
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import Rounded, alternate
-from rabbet.solve.metric import MetricCP, joined
+from rabbet.solve.metric_cp import MetricCP, joined
 from rabbet.solve.rounding import Metric
 from rabbet.workpiece import Workpiece
 
-LAYERS = ("resnet20:layer3.1.conv1:134", "resnet20:layer2.1.conv1:63", "resnet56:layer3.1.conv1:134", "shape:512:1141")
+LAYERS = (
+    "resnet20:layer3.1.conv1:134",
+    "resnet20:layer2.1.conv1:63",
+    "resnet56:layer3.1.conv1:134",
+    "shape:512:1141",
+)
 
 
 def kernel(text: str) -> tuple[Tensor, int]:
@@ -72,12 +78,16 @@ def solvers(text: str, bits: int) -> None:
         loose = loosened(problem, start, grids)
         ours = {
             "ALS, to nearest": lambda: nearest(problem, start, grids),
-            "ADMM from a random start": lambda: admm(problem, random_start(tensor.shape, rank), grids).error,
+            "ADMM from a random start": lambda: (
+                admm(problem, random_start(tensor.shape, rank), grids).error
+            ),
             "EPC, to nearest": lambda: nearest(problem, corrected, grids),
             "EPC, ADMM (the paper)": lambda: admm(problem, corrected.factors, grids).error,
             "EPC with slack, to nearest": lambda: nearest(problem, loose, grids),
             "EPC with slack, ADMM": lambda: admm(problem, loose.factors, grids).error,
-            "EPC with slack, rounded in turn": lambda: alternate(problem, loose.factors, grids).error,
+            "EPC with slack, rounded in turn": lambda: (
+                alternate(problem, loose.factors, grids).error
+            ),
         } | ours
         row(text, bits, f"float ALS, {start.steps} sweeps", f"{start.error:.4f}", f"{seconds:.2f}")
     for name, run in ours.items():
@@ -87,7 +97,10 @@ def solvers(text: str, bits: int) -> None:
 
 def nearest(problem: CPProblem, fit: Fit, grids: list[Grid]) -> float:
     """The error of factors rounded to nearest, each on its best scale."""
-    held = [Quantised.nearest(f.float(), g).values.double() for f, g in zip(fit.factors, grids, strict=True)]
+    held = [
+        Quantised.nearest(f.float(), g).values.double()
+        for f, g in zip(fit.factors, grids, strict=True)
+    ]
     return problem.relative(tuple(held))
 
 
@@ -96,7 +109,7 @@ def in_metric(text: str, bits: int) -> None:
     net, name, rank_text = text.split(":")
     rank = int(rank_text)
     model, data, _ = NETS[net]()
-    piece = Workpiece.of(model, Task.of(data), Engine())
+    piece = Workpiece.of(model, Task.of(data), Jobs())
     site, second = piece.survey[name], piece.moments()[name]
     weight = piece.weight(site)
     problem = MetricCP(weight.flatten(2), second[0])
@@ -124,14 +137,24 @@ def in_metric(text: str, bits: int) -> None:
     }.items():
         held, seconds = timed(run)
         row(text, bits, label, f"{chained(held):.4f}", f"{seconds:.2f}")
-    numbers, seconds = timed(lambda: solve_menu(site, weight, [(term,)], Metric(second), steps=120)[0])
-    row(text, bits, "as Joint does", f"{relative([q.values for q in numbers[0]]):.4f}", f"{seconds:.2f}")
+    numbers, seconds = timed(
+        lambda: solve_menu(site, weight, [(term,)], Metric(second), steps=120)[0]
+    )
+    row(
+        text,
+        bits,
+        "as Joint does",
+        f"{relative([q.values for q in numbers[0]]):.4f}",
+        f"{seconds:.2f}",
+    )
 
 
 def _filled(problem: MetricCP, small: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """A, B and C from rows B [R, in] and C [R, k]: A the best for them."""
     b, c = (s.double().mT for s in small)
-    gram, right, _ = problem.sides(MetricCP.split(torch.zeros(problem.shape[0], len(small[0])).double(), b, c), 0)
+    gram, right, _ = problem.sides(
+        MetricCP.split(torch.zeros(problem.shape[0], len(small[0])).double(), b, c), 0
+    )
     return solved(gram, right), b, c
 
 
@@ -141,7 +164,11 @@ def correction(bits: int) -> None:
     grids = [Grid(bits)] * 3
     bound, gain, off = [], [], []
     for module in model.modules():
-        if not isinstance(module, torch.nn.Conv2d) or module.in_channels == 3 or module.kernel_size == (1, 1):
+        if (
+            not isinstance(module, torch.nn.Conv2d)
+            or module.in_channels == 3
+            or module.kernel_size == (1, 1)
+        ):
             continue
         tensor = module.weight.detach().flatten(2)
         rank = int(tensor.numel() / sum(tensor.shape) / 2)
@@ -169,7 +196,9 @@ def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5)
         ours, seconds = timed(lambda: als(problem, start, sweeps, 0.0))
         spent["ours"].append(seconds / sweeps)
         given = CPTensor((torch.ones(rank, dtype=torch.float64), [f.clone() for f in start]))
-        theirs, seconds = timed(lambda given=given: parafac(tensor, rank, n_iter_max=sweeps, init=given, tol=0))
+        theirs, seconds = timed(
+            lambda given=given: parafac(tensor, rank, n_iter_max=sweeps, init=given, tol=0)
+        )
         spent["tensorly"].append(seconds / sweeps)
     assert isinstance(ours, Fit)
     theirs_error = float((tensorly.cp_to_tensor(theirs) - tensor).norm() / tensor.norm())
@@ -180,9 +209,13 @@ def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5)
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", nargs="+", default=LAYERS)
-    parser.add_argument("--metric", nargs="*", default=["resnet20:layer3.1.conv1:128"], help="layers of networks")
+    parser.add_argument(
+        "--metric", nargs="*", default=["resnet20:layer3.1.conv1:128"], help="layers of networks"
+    )
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
     args = parser.parse_args()
     many = torch.get_num_threads()
@@ -202,7 +235,16 @@ def main() -> None:
     for bits in args.bits:
         correction(bits)
     print()
-    head("layer", "threads", "sweeps", "our error", "tensorly's", "our ms a sweep", "tensorly's", "ratio")
+    head(
+        "layer",
+        "threads",
+        "sweeps",
+        "our error",
+        "tensorly's",
+        "our ms a sweep",
+        "tensorly's",
+        "ratio",
+    )
     for text in args.layers:
         for threads in (1, many):
             against_tensorly(text, threads, 5 if text.startswith("shape") else 30)

@@ -15,17 +15,25 @@ BUDGET = rabbet.Budget.parse("bytes <= 9%, bits <= 3")
 
 def main() -> None:
     """Plan, edit, fit, save, load, compare."""
-    network, batches = demo.model(), demo.calibration()  # a ConvNet for 8x8 digits, and images without labels
-    method = rabbet.Joint(tuning=rabbet.Tuning(steps=0))  # choose and round, without the tuning that follows
-    engine = rabbet.Engine()  # with one engine another budget finds what this one has solved
+    network, batches = (
+        demo.model(),
+        demo.calibration(),
+    )  # a ConvNet for 8x8 digits, and images without labels
+    method = rabbet.Joint(
+        tuning=rabbet.Tuning(steps=0)
+    )  # choose and round, without the tuning that follows
+    jobs = rabbet.Jobs()  # with one jobs another budget finds what this one has solved
 
-    plan = rabbet.plan(network, BUDGET, batches, method, engine=engine)
+    plan = rabbet.plan(network, BUDGET, batches, method, jobs=jobs)
     print(f"chosen:\n{plan}\n")
 
-    # A plan is text. Here the largest layer becomes a low-rank product, whatever the method chose for it.
+    # A plan is text. Here the largest layer becomes a low-rank product, whatever the method chose
+    # for it.
     edited = plan.with_layer(rabbet.LayerPlan.parse("last.0  lowrank[8]@6c | act@8"))
-    result = rabbet.fit(network, edited, batches, method, engine=engine)
-    BUDGET.check(result.cost, result.float_cost)  # a plan made by hand is held against a budget by hand
+    result = rabbet.fit(network, edited, batches, method, jobs=jobs)
+    BUDGET.check(
+        result.cost, result.float_cost
+    )  # a plan made by hand is held against a budget by hand
     print(f"fitted:\n{result}\n")
 
     path = Path("build/quickstart.safetensors")

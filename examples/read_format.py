@@ -12,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}
+TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+}
 TYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 Take = Callable[[str, int], np.ndarray]
 Core = Callable[[tuple[int, ...]], np.ndarray]
@@ -38,7 +46,11 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
 
     sites = {site[0]: site for site in json.loads(facts["survey"])["sites"]}
     for line in facts["plan"].split("\n"):
-        name, end = json.JSONDecoder().raw_decode(line) if line[0] == '"' else (line.split(" ")[0], line.index(" "))
+        name, end = (
+            json.JSONDecoder().raw_decode(line)
+            if line[0] == '"'
+            else (line.split(" ")[0], line.index(" "))
+        )
         _, _, shape, _, _, other = sites[name]
         terms, _, act = line[end + 1 :].partition(" | act@")
         weight, gaps = np.zeros(shape, np.float32), 0
@@ -50,7 +62,11 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
             rank, _, digits = inside.partition(":")
             r = int(rank)
             if form in ("tt", "ttm"):
-                own = [[int(n) for n in part.split("x")] for part in digits.split(":")] if digits else None
+                own = (
+                    [[int(n) for n in part.split("x")] for part in digits.split(":")]
+                    if digits
+                    else None
+                )
                 weight = weight + (table if form == "ttm" else train)(
                     r, own, shape, lambda size, g=grid: factor(size, g, take)
                 )
@@ -60,15 +76,30 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
             rule, sizes = {
                 "lowrank": ("r...,or->o...", [(r, *shape[1:]), (shape[0], r)]),
                 "cp": ("ri,r...,or->oi...", [(r, shape[1]), (r, *shape[2:]), (shape[0], r)]),
-                "tucker": ("ri,qr...,oq->oi...", [(r, shape[1]), (q, r, *shape[2:]), (shape[0], q)]),
+                "tucker": (
+                    "ri,qr...,oq->oi...",
+                    [(r, shape[1]), (q, r, *shape[2:]), (shape[0], q)],
+                ),
             }[form]
             weight = weight + np.einsum(rule, *(factor(size, grid, take) for size in sizes))
             gaps += len(sizes) - 1
-        bias = take("rabbet.biases", shape[0]) if other.get("bias", True) else np.zeros(0, np.float32)
+        bias = (
+            take("rabbet.biases", shape[0]) if other.get("bias", True) else np.zeros(0, np.float32)
+        )
         count = 1 + gaps if act else 0
-        scales, zeros = (take(f"rabbet.act_{part}", count) if act else [] for part in ("scales", "zeros"))
-        yield name, line[end + 1 :], weight, bias, list(zip(map(float, scales), map(int, zeros), strict=True))
-    assert all(used[n] == arrays[n].size for n in arrays if n.startswith("rabbet.")), "an array is too long"
+        scales, zeros = (
+            take(f"rabbet.act_{part}", count) if act else [] for part in ("scales", "zeros")
+        )
+        yield (
+            name,
+            line[end + 1 :],
+            weight,
+            bias,
+            list(zip(map(float, scales), map(int, zeros), strict=True)),
+        )
+    assert all(used[n] == arrays[n].size for n in arrays if n.startswith("rabbet.")), (
+        "an array is too long"
+    )
 
 
 def rows(text: str) -> list[int]:
@@ -98,10 +129,18 @@ def table(rank: int, digits: Digits | None, shape: list[int], core: Core) -> np.
         columns = factors(shape[1], 4)
         digits = sorted(rows, reverse=True), [*columns, *[1] * (4 - len(columns))][::-1]
     pairs, m = list(zip(*digits, strict=True)), len(digits[0]) // 2
-    most = math.inf if rank == min(math.prod(r * c for r, c in part) for part in (pairs[:m], pairs[m:])) else rank
+    most = (
+        math.inf
+        if rank == min(math.prod(r * c for r, c in part) for part in (pairs[:m], pairs[m:]))
+        else rank
+    )
     a, b = chain(rank, pairs[:m][::-1], most, core), chain(rank, pairs[m:], most, core)
-    a = a.transpose(0, *range(2 * m - 1, 0, -2), *range(2 * m, 0, -2)).reshape(rank, math.prod(digits[0][:m]), -1)
-    b = b.transpose(0, *range(1, b.ndim, 2), *range(2, b.ndim, 2)).reshape(rank, math.prod(digits[0][m:]), -1)
+    a = a.transpose(0, *range(2 * m - 1, 0, -2), *range(2 * m, 0, -2)).reshape(
+        rank, math.prod(digits[0][:m]), -1
+    )
+    b = b.transpose(0, *range(1, b.ndim, 2), *range(2, b.ndim, 2)).reshape(
+        rank, math.prod(digits[0][m:]), -1
+    )
     return np.einsum("ruc,rld->ulcd", a, b).reshape(-1, shape[1])[: shape[0]]
 
 
@@ -121,14 +160,18 @@ def factors(size: int, count: int) -> list[int]:
     for n in range(2, math.isqrt(size) + 1) if count > 1 else ():
         if size % n == 0:
             best = min(
-                best, sorted([n, *factors(size // n, count - 1)], reverse=True), key=lambda f: (sum(f), len(f), f)
+                best,
+                sorted([n, *factors(size // n, count - 1)], reverse=True),
+                key=lambda f: (sum(f), len(f), f),
             )
     return best
 
 
 def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:
     """One small tensor: its codes times its scales."""
-    ternary, unsigned, bits, half, sliced, axis = re.fullmatch(r"(?:(t)|(u?)(\d)(h?))(c(\d*))?", grid).groups()
+    ternary, unsigned, bits, half, sliced, axis = re.fullmatch(
+        r"(?:(t)|(u?)(\d)(h?))(c(\d*))?", grid
+    ).groups()
     count = math.prod(shape)
     if ternary:
         packed = take("rabbet.codes", -(-count // 5)).astype(int)
@@ -140,12 +183,23 @@ def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:
         codes = stream @ (1 << np.arange(width)) - (0.0 if unsigned else 2.0 ** (width - 1))
         codes += 0.5 if half or width == 1 else 0.0
     along = int(axis or 0) if sliced else None
-    scale = take("rabbet.scales", 1 if along is None else shape[along])  # the upper half of a float32
+    scale = take(
+        "rabbet.scales", 1 if along is None else shape[along]
+    )  # the upper half of a float32
     scale = (scale.astype(np.uint32) << 16).view(np.float32)
-    return codes.reshape(shape).astype(np.float32) * scale.reshape([-1 if k == along else 1 for k in range(len(shape))])
+    return codes.reshape(shape).astype(np.float32) * scale.reshape(
+        [-1 if k == along else 1 for k in range(len(shape))]
+    )
 
 
 if __name__ == "__main__":
-    for name, line, weight, bias, acts in read(Path(sys.argv[1] if len(sys.argv) > 1 else "build/digits.safetensors")):
-        print(f"{name or '(root)'}: {line}: {list(weight.shape)} in [{weight.min():.3f}, {weight.max():.3f}]", end="")
-        print(f", {len(bias)} biases, inputs {', '.join(f'{s:.4g} * (code - {z})' for s, z in acts) or 'float'}")
+    for name, line, weight, bias, acts in read(
+        Path(sys.argv[1] if len(sys.argv) > 1 else "build/digits.safetensors")
+    ):
+        print(
+            f"{name or '(root)'}: {line}: {list(weight.shape)} in [{weight.min():.3f}, {weight.max():.3f}]",
+            end="",
+        )
+        print(
+            f", {len(bias)} biases, inputs {', '.join(f'{s:.4g} * (code - {z})' for s, z in acts) or 'float'}"
+        )

@@ -26,7 +26,9 @@ DATA = Path(os.environ.get("RABBET_DATA", ROOT.parent / "shared" / "data"))
 
 def pytest_configure(config):
     # said by torch of the user's layer, once a process, while it runs inside rabbet's survey
-    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning")
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,9 @@ class Residual(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
         self.relu = nn.ReLU(inplace=True)
-        self.short = nn.Identity() if (width, stride) == (out, 1) else nn.Conv2d(width, out, 1, stride)
+        self.short = (
+            nn.Identity() if (width, stride) == (out, 1) else nn.Conv2d(width, out, 1, stride)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -177,8 +179,17 @@ def _stack() -> Case:
 
 
 def _residual() -> Case:
-    layers = [Residual(8, 8), Residual(8, 12, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)]
-    return Case(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *layers), images())
+    layers = [
+        Residual(8, 8),
+        Residual(8, 12, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+    ]
+    return Case(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *layers),
+        images(),
+    )
 
 
 def _padded() -> Case:
@@ -202,8 +213,16 @@ def _single() -> Case:
 
 
 def _sequence() -> Case:
-    conv = [nn.Conv1d(5, 10, 5, padding=2), nn.BatchNorm1d(10), nn.ReLU(), nn.Conv1d(10, 10, 3, 2, 2, 2, groups=5)]
-    return Case(nn.Sequential(*conv, nn.Flatten(), nn.Linear(50, 3)), [rand(5, 5, 9, seed=k) for k in range(2)])
+    conv = [
+        nn.Conv1d(5, 10, 5, padding=2),
+        nn.BatchNorm1d(10),
+        nn.ReLU(),
+        nn.Conv1d(10, 10, 3, 2, 2, 2, groups=5),
+    ]
+    return Case(
+        nn.Sequential(*conv, nn.Flatten(), nn.Linear(50, 3)),
+        [rand(5, 5, 9, seed=k) for k in range(2)],
+    )
 
 
 NETWORKS: dict[str, Callable[[], Case]] = {
@@ -215,10 +234,14 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "twice": lambda: Case(Twice(), [rand(6, 6, seed=k) for k in range(3)]),
     "tokens": lambda: Case(Tokens(), tokens()),
     "attention": lambda: Case(Attention(), [rand(4, 5, 6, seed=k) for k in range(2)]),
-    "opened": lambda: Case(rabbet.open_attention(Attention()), [rand(4, 5, 6, seed=k) for k in range(2)]),
+    "opened": lambda: Case(
+        rabbet.open_attention(Attention()), [rand(4, 5, 6, seed=k) for k in range(2)]
+    ),
     "tied": lambda: Case(TiedTable(), tokens()),
     "tables": lambda: Case(OneTable(), tokens()),
-    "keyword": lambda: Case(ByKeyword(), [{"left": rand(6, 6), "right": rand(6, 4, seed=1), "scale": 0.5}]),
+    "keyword": lambda: Case(
+        ByKeyword(), [{"left": rand(6, 6), "right": rand(6, 4, seed=1), "scale": 0.5}]
+    ),
 }
 
 
@@ -253,33 +276,49 @@ class OverTime(nn.Module):
 
 
 def _image_block(draw: st.DrawFn, width: int) -> tuple[nn.Module, int]:
-    kind = draw(st.sampled_from(["norm", "plain", "grouped", "depthwise", "residual", "strided", "pointwise"]))
+    kind = draw(
+        st.sampled_from(
+            ["norm", "plain", "grouped", "depthwise", "residual", "strided", "pointwise"]
+        )
+    )
     out = draw(st.sampled_from([4, 8, 12]))
     if kind == "norm":
         bias = draw(st.booleans())
         conv = nn.Conv2d(width, out, 3, padding=1, bias=bias)
         return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU(inplace=draw(st.booleans()))), out
     if kind == "grouped":
-        return nn.Sequential(nn.Conv2d(width, out, 3, padding=1, groups=2), nn.BatchNorm2d(out), nn.ReLU()), out
+        return nn.Sequential(
+            nn.Conv2d(width, out, 3, padding=1, groups=2), nn.BatchNorm2d(out), nn.ReLU()
+        ), out
     if kind == "depthwise":
-        return nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width), nn.ReLU6(inplace=True)), width
+        return nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, groups=width), nn.ReLU6(inplace=True)
+        ), width
     if kind == "residual":
         return Residual(width, out, draw(st.sampled_from([1, 2]))), out
     if kind == "strided":
         mode = draw(st.sampled_from(["zeros", "reflect", "circular"]))
         return nn.Conv2d(width, out, 3, stride=2, padding=1, padding_mode=mode), out
     if kind == "pointwise":
-        return nn.Sequential(nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out, affine=False), nn.SiLU()), out
-    return nn.Sequential(nn.Conv2d(width, out, draw(st.sampled_from([1, 3])), padding="same"), nn.ReLU()), out
+        return nn.Sequential(
+            nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out, affine=False), nn.SiLU()
+        ), out
+    return nn.Sequential(
+        nn.Conv2d(width, out, draw(st.sampled_from([1, 3])), padding="same"), nn.ReLU()
+    ), out
 
 
 def _token_block(draw: st.DrawFn, width: int) -> nn.Module:
     kind = draw(st.sampled_from(["mlp", "conv", "grouped", "transformer", "norm"]))
     if kind == "mlp":
         inner = draw(st.sampled_from([8, 20]))
-        return nn.Sequential(nn.Linear(width, inner, bias=draw(st.booleans())), nn.GELU(), nn.Linear(inner, width))
+        return nn.Sequential(
+            nn.Linear(width, inner, bias=draw(st.booleans())), nn.GELU(), nn.Linear(inner, width)
+        )
     if kind == "transformer":
-        return nn.TransformerEncoderLayer(width, 2, 16, batch_first=True, norm_first=draw(st.booleans()))
+        return nn.TransformerEncoderLayer(
+            width, 2, 16, batch_first=True, norm_first=draw(st.booleans())
+        )
     if kind == "norm":
         return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
     return OverTime(nn.Conv1d(width, width, 3, padding=1, groups=2 if kind == "grouped" else 1))
@@ -296,19 +335,26 @@ def image_networks(draw: st.DrawFn) -> Case:
         block, width = _image_block(draw, width)
         blocks.append(block)
     model = Chain(blocks, nn.Linear(width, draw(st.integers(1, 6))))
-    return Case(settled(model, draw(st.integers(0, 99))), images(count=draw(st.sampled_from([1, 4]))))
+    return Case(
+        settled(model, draw(st.integers(0, 99))), images(count=draw(st.sampled_from([1, 4])))
+    )
 
 
 @st.composite
 def token_networks(draw: st.DrawFn) -> Case:
     """Embedding, then one to three blocks over tokens; the head may be the table."""
     width = draw(st.sampled_from([8, 12]))
-    blocks = [nn.Embedding(20, width), *(_token_block(draw, width) for _ in range(draw(st.integers(1, 3))))]
+    blocks = [
+        nn.Embedding(20, width),
+        *(_token_block(draw, width) for _ in range(draw(st.integers(1, 3)))),
+    ]
     head = nn.Linear(width, draw(st.sampled_from([1, 3, 6, 20])), bias=draw(st.booleans()))
     if head.out_features == 20:
         head.weight = blocks[0].weight
     model = Chain(blocks, head)
-    return Case(settled(model, draw(st.integers(0, 99))), tokens(count=draw(st.sampled_from([1, 4]))))
+    return Case(
+        settled(model, draw(st.integers(0, 99))), tokens(count=draw(st.sampled_from([1, 4])))
+    )
 
 
 @st.composite

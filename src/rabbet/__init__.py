@@ -1,19 +1,21 @@
 """rabbet: make a trained PyTorch network fit a hard budget, the rank and the bits of every layer chosen together."""
 
-from rabbet.attention import open_attention
-from rabbet.compress import Result, calibrate_ranges, compress, fit, load, plan, price, reopen
-from rabbet.cost import Budget, Cost
-from rabbet.engine import Engine
+from rabbet._api import Result, calibrate_ranges, compress, fit, load, plan, price, reopen
+from rabbet.core.budget import Budget
+from rabbet.core.cost import Cost
+from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.core.survey import Survey
+from rabbet.data.task import Task, accuracy
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
-from rabbet.grid import Grid
-from rabbet.layer import build, plan_of
+from rabbet.grids.grid import Grid
+from rabbet.jobs import Jobs
 from rabbet.methods import ADMM, CGMQ, QUALITY, TTQAT, CoRa, Joint
-from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.runtime import Session
-from rabbet.search import Ranking
-from rabbet.survey import Survey, survey
-from rabbet.task import Task, accuracy
-from rabbet.train import Tuning
+from rabbet.methods.cora.search import Ranking
+from rabbet.model.attention import open_attention
+from rabbet.model.build import build, plan_of
+from rabbet.model.inspect import survey
+from rabbet.runtime.session import Session
+from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 __version__ = "0.1.0"
@@ -28,9 +30,9 @@ __all__ = [
     "CoRa",
     "Cost",
     "DataError",
-    "Engine",
     "FileError",
     "Grid",
+    "Jobs",
     "Joint",
     "LayerPlan",
     "ModelError",

@@ -1,7 +1,8 @@
 """The demo network: a small trained ConvNet for scikit-learn's 8x8 digits, with the data that goes with it.
 
-It is large enough to have one layer of every usual kind (stem, residual block, strided convolution, linear head),
-small enough to ship inside the package, and needs no download. `python -m rabbet.demo` trains it again.
+It is large enough to have one layer of every usual kind (stem, residual block, strided convolution,
+linear head), small enough to ship inside the package, and needs no download. `python -m
+rabbet.demo` trains it again.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class DigitsNet(nn.Module):
 def model() -> DigitsNet:
     """The trained network, in eval mode."""
     net = _initialised(seed=0)
-    net.load_state_dict(safetensors.torch.load((files("rabbet") / WEIGHTS).read_bytes()), strict=True)
+    net.load_state_dict(
+        safetensors.torch.load((files("rabbet") / WEIGHTS).read_bytes()), strict=True
+    )
     return net.eval()
 
 
@@ -88,29 +91,36 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def _initialised(seed: int) -> DigitsNet:
-    # Layers draw their first weights from the global generator: the caller's is put back afterwards.
+    # Layers draw their first weights from the global generator: the caller's is put back
+    # afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DigitsNet()
 
 
 def _split(held_out: bool) -> tuple[Tensor, Tensor]:
-    # Every fourth image of each class is held out, after a shuffle whose stream numpy has frozen for good: were a
-    # later library to draw another split, images that the shipped weights were trained on would count as held out.
+    # Every fourth image of each class is held out, after a shuffle whose stream numpy has frozen
+    # for good: were a later library to draw another split, images that the shipped weights were
+    # trained on would count as held out.
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the demo's images come with scikit-learn: pip install rabbet[demo]") from error
+        raise ImportError(
+            "the demo's images come with scikit-learn: pip install rabbet[demo]"
+        ) from error
     digits = load_digits()
     shuffled = np.random.RandomState(SPLIT_SEED).permutation(len(digits.target))
     by_class = shuffled[np.argsort(digits.target[shuffled], kind="stable")]
     chosen = shuffled[np.isin(shuffled, by_class[::4]) == held_out]
-    images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16  # [n, 1, 8, 8], pixels are 0..16
+    images = (
+        torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
+    )  # [n, 1, 8, 8], pixels are 0..16
     return images, torch.from_numpy(digits.target[chosen]).long()
 
 
 def _shifted(images: Tensor, draw: torch.Generator) -> Tensor:
-    # Each image is moved by up to one pixel either way, by cutting 8x8 windows out of a 10x10 frame.
+    # Each image is moved by up to one pixel either way, by cutting 8x8 windows out of a 10x10
+    # frame.
     n = len(images)
     down, right = torch.randint(3, (2, n, 1), generator=draw) + torch.arange(8)  # [n, 8] each
     framed = F.pad(images, (1, 1, 1, 1)).squeeze(1)  # [n, 10, 10]

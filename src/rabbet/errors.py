@@ -15,7 +15,13 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NUMBERS: dict[Any, type] = {int: Integral, float: Real}
-WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None"}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    NoneType: "None",
+}
 
 
 class RabbetError(Exception):
@@ -47,7 +53,9 @@ def check_fields(settings: Any) -> None:
     for name, kind in get_type_hints(type(settings)).items():
         found = getattr(settings, name)
         if not _allowed(found, kind):
-            raise PlanError(f"{name} is {'one of ' * (get_origin(kind) is Literal)}{_described(kind)}; found {found!r}")
+            raise PlanError(
+                f"{name} is {'one of ' * (get_origin(kind) is Literal)}{_described(kind)}; found {found!r}"
+            )
 
 
 def _allowed(found: Any, kind: Any) -> bool:

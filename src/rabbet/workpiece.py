@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rabbet.calibrate import second_moments
-from rabbet.cost import Cost, float_cost, layer_cost, plan_cost
-from rabbet.engine import Engine, content_key
+from rabbet.calibrate.moments import second_moments
+from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
+from rabbet.core.layout import RESERVED, Rest
+from rabbet.core.plan import LayerPlan, Plan
+from rabbet.core.survey import Survey
+from rabbet.data.batches import tensors
+from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
-from rabbet.fold import fold, norm_gain
-from rabbet.layout import RESERVED, Rest
-from rabbet.plan import LayerPlan, Plan
-from rabbet.site import KINDS, Site
-from rabbet.survey import Survey, own_tensors, stored_tensors
-from rabbet.survey import survey as look
-from rabbet.task import Task, tensors
+from rabbet.jobs import Jobs, content_key
+from rabbet.layers.site import KINDS, Site
+from rabbet.model.bn_fold import fold, norm_gain
+from rabbet.model.inspect import own_tensors, stored_tensors
+from rabbet.model.inspect import survey as look
 
 DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -69,17 +71,17 @@ class Norm:
 
 @dataclass
 class Workpiece:
-    """A float network on the bench: folded copy, survey, the user's task, the engine, the seed.
+    """A float network on the bench: folded copy, survey, the user's task, the jobs, the seed.
 
-    `types` are the original types of the tensors that stay as they are: a half-precision embedding that is left alone
-    is stored in half precision again. norms: by site, the BatchNorms that were folded. clock: times layers, if a budget
-    is about latency.
+    `types` are the original types of the tensors that stay as they are: a half-precision embedding
+    that is left alone is stored in half precision again. norms: by site, the BatchNorms that were
+    folded. clock: times layers, if a budget is about latency.
     """
 
     model: nn.Module
     survey: Survey
     task: Task
-    engine: Engine
+    jobs: Jobs
     seed: int
     types: dict[str, str]
     norms: dict[str, Norm] = field(default_factory=dict)
@@ -87,16 +89,24 @@ class Workpiece:
     _moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, task: Task, engine: Engine, seed: int = 0) -> "Workpiece":
+    def of(cls, model: nn.Module, task: Task, jobs: Jobs, seed: int = 0) -> "Workpiece":
         """Survey and fold a copy of a model; the model itself is not touched."""
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
         batches = task.read()
         found = look(model, batches[0], task)
-        types = {name: DTYPES[str(t.dtype)] for name, t in stored_tensors(model).items() if str(t.dtype) in DTYPES}
+        types = {
+            name: DTYPES[str(t.dtype)]
+            for name, t in stored_tensors(model).items()
+            if str(t.dtype) in DTYPES
+        }
         modules = dict(model.named_modules())
-        norms = {s.name: Norm.of(m) for s in found if s.norm and isinstance(m := modules[s.norm], _BatchNorm)}
-        return cls(fold(model, found), found, task, engine, seed, types, norms)
+        norms = {
+            s.name: Norm.of(m)
+            for s in found
+            if s.norm and isinstance(m := modules[s.norm], _BatchNorm)
+        }
+        return cls(fold(model, found), found, task, jobs, seed, types, norms)
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""
@@ -107,11 +117,15 @@ class Workpiece:
 
         Functions count by their names alone, as nobody can tell what is in them.
         """
-        inputs = {f"in{k}": t for k, t in enumerate(t for b in self.task.read() for t in tensors(b))}
+        inputs = {
+            f"in{k}": t for k, t in enumerate(t for b in self.task.read() for t in tensors(b))
+        }
         inputs |= {f"net.{name}": t for name, t in stored_tensors(self.model).items()}
         calls = [getattr(self.task, part) for part in ("forward", "loss", "vary", "evaluate")]
         names = [getattr(f, "__qualname__", type(f).__qualname__) for f in calls]
-        return content_key(name, {**given, **inputs}, {**settings, "seed": self.seed, "task": names})
+        return content_key(
+            name, {**given, **inputs}, {**settings, "seed": self.seed, "task": names}
+        )
 
     def held(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the network that stays as it is, on the values that a file holds it with."""
@@ -127,7 +141,10 @@ class Workpiece:
         cost = plan_cost(self.survey, plan, self.rest(plan))
         if self.clock is None:
             return cost
-        return replace(cost, time=self.clock.rest + sum(self.clock.layer(s, plan.get(s.name)) for s in self.survey))
+        return replace(
+            cost,
+            time=self.clock.rest + sum(self.clock.layer(s, plan.get(s.name)) for s in self.survey),
+        )
 
     def layer_cost(self, site: Site, layer: LayerPlan) -> Cost:
         """What one layer costs as planned, its time included if somebody measures it."""
@@ -137,7 +154,9 @@ class Workpiece:
     def moments(self) -> dict[str, Tensor]:
         """Second moments of the inputs of every site, measured once."""
         if not self._moments:
-            self._moments |= second_moments(self.model, self.survey, self.task, self.seed, self.engine.progress)
+            self._moments |= second_moments(
+                self.model, self.survey, self.task, self.seed, self.jobs.progress
+            )
         return self._moments
 
     @property
@@ -147,17 +166,25 @@ class Workpiece:
         return cost if self.clock is None else replace(cost, time=self.clock.whole)
 
 
-def rest_of(model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str]) -> tuple[Rest, ...]:
+def rest_of(
+    model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str]
+) -> tuple[Rest, ...]:
     """Tensors of a folded network that no line of the plan covers: layers left alone, and sites without a line."""
     covered = {name for layer in plan for name in own_tensors(survey[layer.name])}
-    folded = {f"{s.name}.{part}" for s in survey if s.norm is not None for part in ("weight", "bias")}
-    biases = {f"{s.name}.bias" for s in survey}  # one that was shared has no type of its own in the original
+    folded = {
+        f"{s.name}.{part}" for s in survey if s.norm is not None for part in ("weight", "bias")
+    }
+    biases = {
+        f"{s.name}.bias" for s in survey
+    }  # one that was shared has no type of its own in the original
     rest = []
     for name, tensor in stored_tensors(model).items():
         if name in covered:
             continue
         if name.startswith(RESERVED):
-            raise ModelError(f"the tensor {name!r} bears a name that the file keeps for itself; rename it")
+            raise ModelError(
+                f"the tensor {name!r} bears a name that the file keeps for itself; rename it"
+            )
         dtype = "F32" if name in folded else types.get(name, "F32" if name in biases else None)
         if dtype is None:
             raise ModelError(f"{name} is of type {tensor.dtype}, which a file cannot hold")

@@ -6,7 +6,7 @@ import pytest
 
 import rabbet
 from rabbet import demo
-from rabbet.methods import joint
+from rabbet.reconstruct import network as joint
 
 BUDGET = "bytes <= 10%"
 FAST = ("--quality", "fast")
@@ -41,7 +41,9 @@ def test_survey_says_what_is_left_alone_and_why(run, mine):
 
 
 def test_plan_prints_the_plan_and_nothing_else(run, kept, tmp_path):
-    code, out, err = run("plan", "--budget", BUDGET, "--out", tmp_path / "new" / "plan.txt", "--resume", kept)
+    code, out, err = run(
+        "plan", "--budget", BUDGET, "--out", tmp_path / "new" / "plan.txt", "--resume", kept
+    )
     assert code == 0
     assert str(rabbet.Plan.parse(out)) + "\n" == out == (tmp_path / "new" / "plan.txt").read_text()
     assert "allowed" in err
@@ -77,7 +79,9 @@ def test_compress_needs_nothing_but_a_file_to_write(run, kept, tmp_path):
 
 def test_compress_as_json_tells_what_was_measured_on_the_file(run, kept, tmp_path):
     path = tmp_path / "a.safetensors"
-    code, out, err = run("compress", "--output", path, "--budget", "bits <= 1.7", "--resume", kept, *FAST, "--json")
+    code, out, err = run(
+        "compress", "--output", path, "--budget", "bits <= 1.7", "--resume", kept, *FAST, "--json"
+    )
     facts = json.loads(out)
     assert (code, err) == (0, "")
     assert facts["bytes"] == facts["cost"]["bytes"] == path.stat().st_size
@@ -93,13 +97,17 @@ def test_a_plan_can_be_edited_and_fitted(run, kept, tmp_path):
     assert str(edited) + "\n" != text
     (tmp_path / "plan.txt").write_text(f"# by hand\n{edited}\n")
     path = tmp_path / "a.safetensors"
-    code, out, _ = run("compress", "--plan", tmp_path / "plan.txt", "--output", path, "--resume", kept, *FAST)
+    code, out, _ = run(
+        "compress", "--plan", tmp_path / "plan.txt", "--output", path, "--resume", kept, *FAST
+    )
     assert code == 0
     assert "allowed" not in out
     assert json.loads(run("show", path, "--json")[1])["plan"] == str(edited)
 
 
-def test_a_plan_over_the_budget_is_refused_before_anything_is_solved(run, kept, tmp_path, monkeypatch):
+def test_a_plan_over_the_budget_is_refused_before_anything_is_solved(
+    run, kept, tmp_path, monkeypatch
+):
     (tmp_path / "plan.txt").write_text("stem.0 dense@8c | act@8\n")
     monkeypatch.setattr(joint.Joint, "fit", lambda *_: pytest.fail("solved"))
     given = ("--plan", tmp_path / "plan.txt", "--budget", BUDGET)
@@ -132,7 +140,10 @@ def test_show_needs_no_network(run, small):
 def test_check_tells_by_exit_code_whether_a_file_is_within_a_budget(run, small):
     size = small.stat().st_size
     code, out, _ = run("check", small, "--budget", f"bytes <= {size + 3}")
-    assert (code, out) == (0, f"bytes <= {size + 3}: {size:,} of {size + 3:,} bytes, within, 3 to spare\n")
+    assert (code, out) == (
+        0,
+        f"bytes <= {size + 3}: {size:,} of {size + 3:,} bytes, within, 3 to spare\n",
+    )
     code, out, err = run("check", small, "--budget", f"bits <= 8, bytes <= {size - 1}")
     assert (code, err) == (1, "")
     assert "OVER by 1" in out
@@ -147,7 +158,10 @@ def test_check_counts_the_bytes_on_disk(run, small, tmp_path):
     length = int.from_bytes(content[:8], "little")
     # the header may end in any number of spaces: the file is whole, and longer than its plan needs
     longer.write_bytes(
-        (length + 800).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 800 + content[8 + length :]
+        (length + 800).to_bytes(8, "little")
+        + content[8 : 8 + length]
+        + b" " * 800
+        + content[8 + length :]
     )
     assert run("check", longer, "--budget", f"bytes <= {len(content)}")[0] == 1
     assert run("check", longer, "--budget", f"bytes <= {len(content) + 800}")[0] == 0
@@ -165,14 +179,20 @@ def test_a_damaged_file_is_exit_code_2(run, small, tmp_path, cut):
 
 def test_compare_shows_costs_accuracy_and_where_plans_differ(run, small, kept, tmp_path):
     other = tmp_path / "other.safetensors"
-    assert run("compress", "--output", other, "--budget", "bits <= 2", "--resume", kept, *FAST)[0] == 0
+    assert (
+        run("compress", "--output", other, "--budget", "bits <= 2", "--resume", kept, *FAST)[0] == 0
+    )
     code, out, err = run("compare", small, other, "--model", "rabbet.demo:model")
     assert (code, err) == (0, "")
     assert f"{small.stat().st_size:,}" in out
     assert "accuracy" in out
     facts = json.loads(run("compare", small, other, "--json")[1])
-    assert [f["cost"]["bytes"] for f in facts["files"]] == [p.stat().st_size for p in (small, other)]
-    plans = [rabbet.Plan.parse(json.loads(run("show", p, "--json")[1])["plan"]) for p in (small, other)]
+    assert [f["cost"]["bytes"] for f in facts["files"]] == [
+        p.stat().st_size for p in (small, other)
+    ]
+    plans = [
+        rabbet.Plan.parse(json.loads(run("show", p, "--json")[1])["plan"]) for p in (small, other)
+    ]
     differing = {a.name: [a.body, b.body] for a, b in zip(*plans, strict=True) if a != b}
     assert {d["layer"]: d["plans"] for d in facts["differences"]} == differing != {}
 
@@ -181,11 +201,15 @@ def test_compare_says_when_plans_are_the_same(run, small):
     assert "the plans are the same" in run("compare", small, small)[1]
 
 
-def test_compare_of_different_networks_tells_a_kept_layer_from_one_that_is_not_there(run, small, mine, tmp_path):
+def test_compare_of_different_networks_tells_a_kept_layer_from_one_that_is_not_there(
+    run, small, mine, tmp_path
+):
     (tmp_path / "plan.txt").write_text("0 dense@4c")
     own = (f"{mine}:net", "--data", f"{mine}:batches", "--plan", tmp_path / "plan.txt", *FAST)
     assert run("compress", *own, "--output", tmp_path / "a.safetensors")[0] == 0
-    found = json.loads(run("compare", tmp_path / "a.safetensors", small, "--json")[1])["differences"]
+    found = json.loads(run("compare", tmp_path / "a.safetensors", small, "--json")[1])[
+        "differences"
+    ]
     by_name = {d["layer"]: d["plans"] for d in found}
     assert by_name["0"] == ["dense@4c", "not in this file"]
     assert by_name["3"] == ["kept as it is", "not in this file"]
@@ -194,8 +218,18 @@ def test_compare_of_different_networks_tells_a_kept_layer_from_one_that_is_not_t
 
 @pytest.mark.parametrize("test", ["labelled", "judge"])
 def test_a_network_of_the_user_is_found_as_module_and_as_file(run, mine, tmp_path, test):
-    given = ("--data", f"{mine}:batches", "--test", f"{mine}:{test}", "--budget", "bytes <= 25%", *FAST)
-    code, out, err = run("compress", f"{mine}.py:net", *given, "--output", "a.safetensors", "--json")
+    given = (
+        "--data",
+        f"{mine}:batches",
+        "--test",
+        f"{mine}:{test}",
+        "--budget",
+        "bytes <= 25%",
+        *FAST,
+    )
+    code, out, err = run(
+        "compress", f"{mine}.py:net", *given, "--output", "a.safetensors", "--json"
+    )
     assert (code, err) == (0, "")
     facts = json.loads(out)["evaluation"]
     assert facts["quantity"] == {"labelled": "accuracy", "judge": "evaluation"}[test]

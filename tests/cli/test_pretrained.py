@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import rabbet
-from rabbet.layer import compressed_layers
+from rabbet.model.compressed import compressed_layers
 
 BATCHES = """
 import torch
@@ -33,7 +33,9 @@ def bert():
 
 
 def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=4))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    )
 
 
 NETWORKS = {"bert": bert, "gpt2": gpt2}
@@ -61,7 +63,9 @@ def here(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("method", ["joint tuning.steps=0", "ttqat rank=6 table=6 epochs=1 finish=1"])
+@pytest.mark.parametrize(
+    "method", ["joint tuning.steps=0", "ttqat rank=6 table=6 epochs=1 finish=1"]
+)
 def test_a_folder_is_surveyed_and_compressed_and_its_file_read_again(run, here, name, method):
     data = ("--data", "batches_of_user:batches")
     code, out, _ = run("survey", name, *data)
@@ -72,7 +76,9 @@ def test_a_folder_is_surveyed_and_compressed_and_its_file_read_again(run, here, 
     assert code == 0, err
     again = rabbet.load(here / "small.safetensors", NETWORKS[name]())
     assert compressed_layers(again)
-    code, out, err = run("export", "small.safetensors", "--model", name, *data, "--output", "small.onnx", "--json")
+    code, out, err = run(
+        "export", "small.safetensors", "--model", name, *data, "--output", "small.onnx", "--json"
+    )
     assert code == 0, err
 
 
@@ -84,12 +90,18 @@ def _edited(folder, **facts):
 MISTAKES = {
     "has no config.json": lambda folder: (folder / "config.json").unlink(),
     "cannot be read": lambda folder: (folder / "config.json").write_text("{"),
-    "architecture 'NinethNet', which transformers does not have": lambda f: _edited(f, architectures=["NinethNet"]),
+    "architecture 'NinethNet', which transformers does not have": lambda f: _edited(
+        f, architectures=["NinethNet"]
+    ),
     "architecture 'BertConfig'": lambda folder: _edited(folder, architectures=["BertConfig"]),
     "architecture ''": lambda folder: _edited(folder, architectures=None),
     "holds no *.safetensors": lambda folder: (folder / "model.safetensors").unlink(),
-    "cannot be read as BertForSequenceClassification": lambda f: (f / "model.safetensors").write_bytes(b"no"),
-    "lacks tensors of BertForMaskedLM": lambda folder: _edited(folder, architectures=["BertForMaskedLM"]),
+    "cannot be read as BertForSequenceClassification": lambda f: (
+        f / "model.safetensors"
+    ).write_bytes(b"no"),
+    "lacks tensors of BertForMaskedLM": lambda folder: _edited(
+        folder, architectures=["BertForMaskedLM"]
+    ),
     "rabbet[hf]": None,
 }
 

@@ -6,7 +6,7 @@ import pytest
 
 import rabbet
 from rabbet import demo
-from rabbet.runtime import KERNELS, kernels
+from rabbet.runtime.session import KERNELS, kernels
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,19 @@ def exported(small, tmp_path_factory):
     from rabbet.cli import main
 
     folder = tmp_path_factory.mktemp("exported")
-    assert main(["export", str(small), "--output", str(folder / "s.onnx"), "--float", str(folder / "float.onnx")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(small),
+                "--output",
+                str(folder / "s.onnx"),
+                "--float",
+                str(folder / "float.onnx"),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -30,7 +42,9 @@ def test_export_writes_a_file_that_runs_on_integer_kernels_and_the_float_one(run
 
 
 def test_export_takes_a_target_and_answers_in_json(run, small, tmp_path):
-    code, out, _ = run("export", small, "--output", tmp_path / "s.onnx", "--target", "openvino", "--json")
+    code, out, _ = run(
+        "export", small, "--output", tmp_path / "s.onnx", "--target", "openvino", "--json"
+    )
     facts = json.loads(out)
     assert code == 0
     assert (facts["target"], facts["notes"]) == ("openvino", [])
@@ -56,7 +70,16 @@ def test_compress_writes_for_a_runtime_and_says_how_good_that_file_is(run, kept,
 
 
 def test_bench_times_files_in_turn_and_counts_kernels(run, exported):
-    code, out, err = run("bench", exported / "s.onnx", "--against", exported / "float.onnx", "--batch", 4, "--runs", 2)
+    code, out, err = run(
+        "bench",
+        exported / "s.onnx",
+        "--against",
+        exported / "float.onnx",
+        "--batch",
+        4,
+        "--runs",
+        2,
+    )
     assert (code, err) == (0, "")
     rows = [line for line in out.splitlines() if "onnx" in line and " of " in line]
     assert len(rows) == 6  # two files and the plain int8 one, at two sizes
@@ -72,7 +95,10 @@ def test_bench_times_files_in_turn_and_counts_kernels(run, exported):
     ("arguments", "words"),
     [
         (("export", "SMALL", "--output", "x.xyz"), "must end in one of .safetensors, .onnx, .pt2"),
-        (("export", "SMALL", "--output", "x.onnx", "--target", "tflite"), "the targets are safetensors, onnx"),
+        (
+            ("export", "SMALL", "--output", "x.onnx", "--target", "tflite"),
+            "the targets are safetensors, onnx",
+        ),
         (("export", "none.safetensors", "--output", "x.onnx"), "there is no file"),
         (("eval", "none.onnx"), "there is no file none.onnx"),
         (("eval", "SMALL", "--model", "rabbet.demo:DigitsNet"), "say what to measure with"),

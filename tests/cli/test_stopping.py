@@ -8,14 +8,16 @@ import time
 
 import pytest
 
-from rabbet.methods import joint
+from rabbet.reconstruct import network as joint
 
 FAST = ("--quality", "fast")
 
 
 def _starts(*arguments, **kwargs):
     command = [sys.executable, "-m", "rabbet.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
 
 
 def test_a_write_that_fails_leaves_nothing_behind(run, kept, tmp_path, monkeypatch):
@@ -50,7 +52,9 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
     monkeypatch.setattr(joint, "solve_site", stops)
     code, out, err = run("compress", "--output", path, "--resume", folder, *FAST)
     assert (code, out) == (130, "")
-    assert err == f"stopped; finished work is kept in {folder}: run the same command again to go on\n"
+    assert (
+        err == f"stopped; finished work is kept in {folder}: run the same command again to go on\n"
+    )
     assert not path.exists()
     first = solved[:]
 

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from rabbet import Budget, Engine, Joint, Plan, Task, Tuning, accuracy, compress, fit, load, survey
-from rabbet.calibrate import calibrate_ranges
-from rabbet.candidates import canonical, read_numbers, solve_site
-from rabbet.engine import silent
-from rabbet.fold import fold
+from rabbet import Budget, Jobs, Joint, Plan, Task, Tuning, accuracy, fit, load
+from rabbet import _api as compress
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.core import survey
+from rabbet.core.plan import LayerPlan, Term
 from rabbet.forms import FORMS
-from rabbet.grid import Grid, Quantised
-from rabbet.layer import build
-from rabbet.plan import LayerPlan, Term
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.jobs import silent
+from rabbet.model.bn_fold import fold
+from rabbet.model.build import build
+from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
 from rabbet.solve.rounding import Metric
 from rabbet.workpiece import Workpiece
 
@@ -40,7 +42,9 @@ def calibration(real):
 @pytest.fixture(scope="module")
 def test(real):
     images, labels = real.load.cifar10("test", 1000)
-    return list(zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True))
+    return list(
+        zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def whole(net, test):
 
 @pytest.fixture(scope="module")
 def piece(net, calibration):
-    return Workpiece.of(net, Task(calibration), Engine())
+    return Workpiece.of(net, Task(calibration), Jobs())
 
 
 def test_every_batch_norm_is_folded_and_the_network_answers_as_before(net, test, whole):
@@ -69,7 +73,7 @@ def test_every_batch_norm_is_folded_and_the_network_answers_as_before(net, test,
 
 def test_eight_bits_for_weights_and_inputs_lose_next_to_nothing(piece, test, whole):
     plan = "\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey)
-    result = fit(piece.model, plan, piece.task, PLAIN, engine=piece.engine)
+    result = fit(piece.model, plan, piece.task, PLAIN, jobs=piece.jobs)
     assert accuracy(result.model, test) >= whole - 0.5
     assert result.cost.bytes < 0.28 * result.float_cost.bytes
 
@@ -77,7 +81,7 @@ def test_eight_bits_for_weights_and_inputs_lose_next_to_nothing(piece, test, who
 def test_three_bits_a_weight_lose_at_most_a_point_and_a_half_without_tuning(
     net, piece, calibration, test, whole, tmp_path
 ):
-    result = compress(net, "bits <= 3", calibration, PLAIN, engine=piece.engine)
+    result = compress(net, "bits <= 3", calibration, PLAIN, jobs=piece.jobs)
     found = accuracy(result.model, test)
     assert found >= whole - 1.5
     assert result.cost.bits <= 3
@@ -100,7 +104,9 @@ def test_error_feedback_rounding_beats_rounding_to_nearest_at_three_bits(piece, 
         return [[Quantised.nearest(piece.weight(site), grid)]]
 
     ours, plain = (
-        accuracy(build(piece.model, plan, piece.survey, {s.name: way(s) for s in piece.survey}), test)
+        accuracy(
+            build(piece.model, plan, piece.survey, {s.name: way(s) for s in piece.survey}), test
+        )
         for way in (feedback, nearest)
     )
     assert ours > plain + 5
@@ -111,7 +117,10 @@ def test_whitened_adapters_beat_plain_ones(piece, test):
     base, fine, form = Grid.parse("3c"), Grid.parse("8c"), FORMS["lowrank"]
     ranks = {s.name: max(1, round(0.08 * s.numel / (s.shape[0] + s.columns))) for s in piece.survey}
     plan = Plan(
-        tuple(LayerPlan(s.name, (Term("dense", base), Term("lowrank", fine, ranks[s.name]))) for s in piece.survey)
+        tuple(
+            LayerPlan(s.name, (Term("dense", base), Term("lowrank", fine, ranks[s.name])))
+            for s in piece.survey
+        )
     )
 
     def adapted(whiten):
@@ -119,7 +128,9 @@ def test_whitened_adapters_beat_plain_ones(piece, test):
         for s in piece.survey:
             weight, metric = piece.weight(s), Metric(moments[s.name])
             first = Quantised.nearest(weight, base)
-            parts = form.decompose(s, weight - first.values, ranks[s.name], metric.second if whiten else None)
+            parts = form.decompose(
+                s, weight - first.values, ranks[s.name], metric.second if whiten else None
+            )
             numbers[s.name] = [[first], [Quantised.nearest(p, fine) for p in parts]]
             delta = canonical(s, plan[s.name].terms, numbers[s.name]) - weight
             error += metric.error(s.matrix(delta)).sum().item()
@@ -141,7 +152,9 @@ def test_a_plan_of_real_layers_keeps_several_limits_at_once(piece):
 
 
 def test_ranges_hold_what_really_passes(piece, calibration):
-    plan = Plan(tuple(LayerPlan(s.name, (Term("dense", Grid.parse("8c")),), 8) for s in piece.survey))
+    plan = Plan(
+        tuple(LayerPlan(s.name, (Term("dense", Grid.parse("8c")),), 8) for s in piece.survey)
+    )
     student = build(piece.model, plan, piece.survey)
     calibrate_ranges(student, Task(calibration), progress=silent)
     with torch.no_grad():

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import rabbet
+from rabbet.core.plan import Term, quoted
+from rabbet.data.task import Task
 from rabbet.export.base import Parcel
 from rabbet.forms.dense import runs
-from rabbet.layer import build
-from rabbet.plan import Term, quoted
-from rabbet.task import Task
+from rabbet.model.build import build
 from rabbet.workpiece import Workpiece
 
 
@@ -54,7 +54,11 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.map, self.label = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1), nn.Linear(8, 3)
+        self.body, self.map, self.label = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 2, 1),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = F.gelu(self.body(x))
@@ -78,13 +82,23 @@ def _mobile() -> Case:
     conv = [Pad(), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
     for stride in (1, 2):
         pad, border = ([Pad()], 0) if stride == 2 else ([], 1)
-        conv += [*pad, nn.Conv2d(8, 8, 3, stride, border, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
+        conv += [
+            *pad,
+            nn.Conv2d(8, 8, 3, stride, border, groups=8, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU6(),
+        ]
         conv += [nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
     return _net(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5), size=16)
 
 
 def _imagenet() -> Case:
-    stem = [nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    stem = [
+        nn.Conv2d(3, 8, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     body = [networks.Residual(8, 8), networks.Residual(8, 12, 2)]
     return _net(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5), size=16)
 
@@ -115,7 +129,7 @@ def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Pa
 
     `even` and `odd` in a term stand for these outputs of the layer.
     """
-    piece = Workpiece.of(case.model, Task.of(case.batches), rabbet.Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), rabbet.Jobs())
     lines = []
     for site, pattern in zip(piece.survey, itertools.cycle(terms), strict=False):
         outs = range(site.shape[0])

@@ -10,11 +10,17 @@ from torch import nn
 
 import rabbet
 from rabbet import BudgetError, Joint, Tuning
-from rabbet.latency import Stopwatch
-from rabbet.plan import LayerPlan, Term
+from rabbet.choose.latency import Stopwatch
+from rabbet.core.plan import LayerPlan, Term
 from rabbet.workpiece import Workpiece
 
-JOINT = Joint(grids=("2hc", "8c"), adapters=(("2hc", 0.4),), forms=("cp",), shares=(0.5,), tuning=Tuning(steps=0))
+JOINT = Joint(
+    grids=("2hc", "8c"),
+    adapters=(("2hc", 0.4),),
+    forms=("cp",),
+    shares=(0.5,),
+    tuning=Tuning(steps=0),
+)
 
 
 class Clock:
@@ -34,7 +40,7 @@ class Clock:
 
 @pytest.fixture
 def clocked(monkeypatch):
-    monkeypatch.setattr(sys.modules["rabbet.compress"], "Stopwatch", Clock)
+    monkeypatch.setattr(sys.modules["rabbet._api"], "Stopwatch", Clock)
     return CASES["cifar resnet"]()
 
 
@@ -42,9 +48,15 @@ def test_a_latency_is_a_budget_like_any_other(clocked):
     layers = len(rabbet.survey(clocked.model, clocked.batches[0]).sites)
     for spare in range(3):
         most = 10 + layers + spare
-        result = rabbet.compress(clocked.model, f"latency <= {most} us, bits <= 6", clocked.batches, JOINT)
+        result = rabbet.compress(
+            clocked.model, f"latency <= {most} us, bits <= 6", clocked.batches, JOINT
+        )
         assert sum(len(line.terms) - 1 for line in result.plan) <= spare
-        assert result.cost.time == 10_000 + 1000 * sum(len(line.terms) for line in result.plan) <= 1000 * most
+        assert (
+            result.cost.time
+            == 10_000 + 1000 * sum(len(line.terms) for line in result.plan)
+            <= 1000 * most
+        )
         assert result.float_cost.time == 100_000
         assert "0.012 ms measured; float 0.100 ms" in result.notes[-1]
         assert f"{result.cost.time / 1e6:.3f} ms predicted" in result.notes[-1]
@@ -67,7 +79,10 @@ def test_a_table_takes_the_time_of_its_head_and_none_for_a_look_up(tmp_path, mon
     for name, heads in (("tied", 1), ("tokens", 0)):
         piece = _piece(network(name))
         watch, site = Stopwatch(piece), piece.survey["table"]
-        lines = [LayerPlan("table", (Term.parse(t),), 8 if heads else None) for t in ("dense@4c", "ttm[4]@8")]
+        lines = [
+            LayerPlan("table", (Term.parse(t),), 8 if heads else None)
+            for t in ("dense@4c", "ttm[4]@8")
+        ]
         assert [watch.layer(site, line) > 0 for line in (*lines, None)] == [heads > 0] * 3
 
 
@@ -80,13 +95,13 @@ def test_a_layer_deep_inside_is_timed_with_its_adapter(tmp_path, monkeypatch):
 
 
 def _piece(case):
-    return Workpiece.of(case.model, rabbet.Task(case.batches), rabbet.Engine())
+    return Workpiece.of(case.model, rabbet.Task(case.batches), rabbet.Jobs())
 
 
 def test_layers_are_timed_once_a_machine_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("RABBET_CACHE", str(tmp_path))
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-    piece = Workpiece.of(model.eval(), rabbet.Task([torch.rand(4, 3, 8, 8)]), rabbet.Engine())
+    piece = Workpiece.of(model.eval(), rabbet.Task([torch.rand(4, 3, 8, 8)]), rabbet.Jobs())
     plan = rabbet.Plan.parse("0 dense@3c + lowrank[2]@8c | act@8\n2 lowrank[4]@4c | act@8")
 
     def times():
@@ -102,7 +117,7 @@ def test_layers_are_timed_once_a_machine_and_kept(tmp_path, monkeypatch):
     assert first[0] > 0
     assert min(first[2:]) > 0
     kept = len(list(tmp_path.iterdir()))
-    monkeypatch.setattr("rabbet.latency.time_files", None)  # whoever measured again would fail
+    monkeypatch.setattr("rabbet.choose.latency.time_files", None)  # whoever measured again would fail
     assert times() == first
     assert len(list(tmp_path.iterdir())) == kept
     four = rabbet.Plan.parse("2 lowrank[4]@8c | act@8")["2"]

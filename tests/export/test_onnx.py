@@ -12,14 +12,15 @@ from torch import nn
 
 import rabbet
 from rabbet.cli.stored import opened
+from rabbet.data.batches import examples, first_examples, tensors
+from rabbet.data.task import Task
 from rabbet.errors import DataError, FileError, ModelError
-from rabbet.export import compare
-from rabbet.export.finish import finished
-from rabbet.export.onnx import write_float, write_onnx, write_openvino
-from rabbet.layer import compressed_layers
-from rabbet.pack import packed_bytes
-from rabbet.runtime import KERNELS, Session, kernels
-from rabbet.task import Task, examples, head, tensors
+from rabbet.export.onnx import compare
+from rabbet.export.onnx.merge import merged
+from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
+from rabbet.grids.pack import packed_bytes
+from rabbet.model.compressed import compressed_layers
+from rabbet.runtime.session import KERNELS, Session, kernels
 
 TERMS = {
     "dense": GRIDS,
@@ -44,10 +45,14 @@ def _apart(a, b):
 
 
 def _factors(parcel):
-    return [f for layer in compressed_layers(parcel.model).values() for t in layer.factors for f in t]
+    return [
+        f for layer in compressed_layers(parcel.model).values() for t in layer.factors for f in t
+    ]
 
 
-@pytest.fixture(scope="module", params=[(n, t) for n in CASES for t in TERMS], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=[(n, t) for n in CASES for t in TERMS], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def written(request, tmp_path_factory):
     """A case on a kind of terms with the file that was written of it."""
     name, kind = request.param
@@ -63,7 +68,7 @@ def test_the_file_answers_as_the_network_at_every_batch_size(written):
     session = Session(path)
     for batch in case.batches:
         for count in {1, examples(batch)}:
-            part = head(batch, count)
+            part = first_examples(batch, count)
             ours = session(*tensors(part))
             ours = list(ours) if isinstance(ours, tuple) else [ours]
             theirs = _answers(made.model, part)
@@ -79,7 +84,7 @@ def test_every_layer_runs_on_an_integer_kernel(written):
         f"{s.name}.{t}.{f}".lstrip(".")
         for s in made.survey
         if s.name in {line.name for line in made.plan} and s.multiplies
-        for t, term in enumerate(compressed_layers(finished(made.model))[s.name].factors)
+        for t, term in enumerate(compressed_layers(merged(made.model))[s.name].factors)
         for f in range(len(term))
     ]
     for name in multiplied:
@@ -97,7 +102,9 @@ def test_weights_take_their_packed_bytes_and_no_more(written):
     stored = onnx.load(path).graph.initializer
     found = sum(_size(i) for i in stored if i.name.endswith((".packed", ".int4")))
     wanted = sum(
-        packed_bytes(f.codes.numel(), f.grid.levels) for f in _factors(made) if f.grid.bits < 8 or f.grid.kind == "half"
+        packed_bytes(f.codes.numel(), f.grid.levels)
+        for f in _factors(made)
+        if f.grid.bits < 8 or f.grid.kind == "half"
     )
     assert found == wanted
 
@@ -126,7 +133,8 @@ def test_the_integers_in_the_runtime_are_exactly_the_codes(write, tmp_path):
     write(made, path)
     Session(path, 1, tmp_path / "optimised.onnx")
     constants = {
-        i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / "optimised.onnx").graph.initializer
+        i.name: onnx.numpy_helper.to_array(i)
+        for i in onnx.load(tmp_path / "optimised.onnx").graph.initializer
     }
     for name, layer in compressed_layers(made.model).items():
         (factor,) = layer.factors[0]
@@ -142,7 +150,10 @@ def test_inputs_of_fewer_bits_are_cut_to_their_codes(act, tmp_path):
     case = CASES["cifar resnet"]()
     made = parcel(case, ("dense@8c",), act)
     assert write_onnx(made, tmp_path / "small.onnx").notes == ()
-    found, wanted = Session(tmp_path / "small.onnx")(case.batches[0]), _answers(made.model, case.batches[0])[0]
+    found, wanted = (
+        Session(tmp_path / "small.onnx")(case.batches[0]),
+        _answers(made.model, case.batches[0])[0],
+    )
     assert _apart(found, wanted) < 0.1
 
 
@@ -156,7 +167,9 @@ def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path):
             return torch.relu(self.a(x)) + self.b(x)
 
     model, data = settled(Two()), images()
-    result = rabbet.fit(model, "a dense@8c | act@8\nb dense@8c | act@3", data, rabbet.QUALITY["fast"])
+    result = rabbet.fit(
+        model, "a dense@8c | act@8\nb dense@8c | act@3", data, rabbet.QUALITY["fast"]
+    )
     result.export(tmp_path / "small.onnx")
     found = Session(tmp_path / "small.onnx")(data[0])
     assert _apart(found, _answers(result.model, data[0])[0]) < 0.05
@@ -169,19 +182,25 @@ def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):
     assert all("runs in float" in n and "its plan has no act" in n for n in notes)
 
 
-@pytest.mark.parametrize("terms", [GRIDS, TERMS["trains"], TERMS["rows"]], ids=["dense", "trains", "rows"])
+@pytest.mark.parametrize(
+    "terms", [GRIDS, TERMS["trains"], TERMS["rows"]], ids=["dense", "trains", "rows"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_no_weight_that_meets_floats_is_dequantised_in_every_run(name, terms, tmp_path):
     case = CASES[name]()
     made = parcel(case, terms, "")
     notes = write_onnx(made, tmp_path / "small.onnx").notes
-    ours, theirs = (_answers(net, case.batches[0])[0] for net in (Session(tmp_path / "small.onnx"), made.model))
+    ours, theirs = (
+        _answers(net, case.batches[0])[0] for net in (Session(tmp_path / "small.onnx"), made.model)
+    )
     assert _apart(ours, theirs) < 0.1
     assert not any("unknown kernel" in n for n in notes)
     Session(tmp_path / "small.onnx", 1, tmp_path / "runs.onnx")
     graph = onnx.load(tmp_path / "runs.onnx").graph
     constants = {i.name for i in graph.initializer}
-    assert not [n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
+    assert not [
+        n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants
+    ]
 
 
 def test_a_dead_channel_keeps_its_bias(tmp_path):
@@ -193,25 +212,44 @@ def test_a_dead_channel_keeps_its_bias(tmp_path):
     case = Case(model, images())
     made = parcel(case, ("dense@8c", "dense@2hc"))
     write_onnx(made, tmp_path / "small.onnx")
-    assert _apart(Session(tmp_path / "small.onnx")(case.batches[0]), _answers(made.model, case.batches[0])[0]) < 0.05
+    assert (
+        _apart(
+            Session(tmp_path / "small.onnx")(case.batches[0]),
+            _answers(made.model, case.batches[0])[0],
+        )
+        < 0.05
+    )
 
 
 def test_a_float_network_is_written_as_it_is(tmp_path):
     case = CASES["imagenet resnet"]()
     write_float(case.model, Task.of(case.batches), tmp_path / "float.onnx")
-    assert _apart(Session(tmp_path / "float.onnx")(case.batches[0]), _answers(case.model, case.batches[0])[0]) < 1e-4
+    assert (
+        _apart(
+            Session(tmp_path / "float.onnx")(case.batches[0]),
+            _answers(case.model, case.batches[0])[0],
+        )
+        < 1e-4
+    )
     assert not set(kernels(tmp_path / "float.onnx").values()) & set(KERNELS)
 
 
 @pytest.fixture(scope="module")
 def result():
-    return rabbet.fit(TestThroughTheFrontDoor.MODEL, TestThroughTheFrontDoor.PLAN, TestThroughTheFrontDoor.DATA, QUICK)
+    return rabbet.fit(
+        TestThroughTheFrontDoor.MODEL,
+        TestThroughTheFrontDoor.PLAN,
+        TestThroughTheFrontDoor.DATA,
+        QUICK,
+    )
 
 
 class TestThroughTheFrontDoor:
     """What a user does."""
 
-    MODEL = settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)))
+    MODEL = settled(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    )
     DATA = images()
     PLAN = "0 dense@3c | act@8\n3 dense@4c | act@8"
 
@@ -225,18 +263,24 @@ class TestThroughTheFrontDoor:
 
     def test_what_is_reopened_is_the_file_whatever_it_is_looked_at_with(self, tmp_path):
         half = copy.deepcopy(self.MODEL).half()
-        result = rabbet.fit(half, "0 dense@3c | act@8", [x.half() for x in self.DATA], rabbet.QUALITY["fast"])
+        result = rabbet.fit(
+            half, "0 dense@3c | act@8", [x.half() for x in self.DATA], rabbet.QUALITY["fast"]
+        )
         size = result.save(tmp_path / "small.safetensors")
         again = rabbet.reopen(tmp_path / "small.safetensors", self.MODEL, self.DATA)
         assert again.cost == result.cost
         assert again.cost.bytes == again.save(tmp_path / "again.safetensors") == size
-        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
+        assert (tmp_path / "again.safetensors").read_bytes() == (
+            tmp_path / "small.safetensors"
+        ).read_bytes()
 
     @pytest.mark.parametrize("kind", [torch.half, torch.double])
     @pytest.mark.parametrize("end", ["onnx", "pt2"])
     def test_networks_and_batches_of_other_types_are_exported(self, kind, end, tmp_path):
         model = copy.deepcopy(self.MODEL).half() if kind == torch.half else self.MODEL
-        result = rabbet.fit(model, self.PLAN, [x.to(kind) for x in self.DATA], rabbet.QUALITY["fast"])
+        result = rabbet.fit(
+            model, self.PLAN, [x.to(kind) for x in self.DATA], rabbet.QUALITY["fast"]
+        )
         result.export(tmp_path / f"a.{end}")
         found = opened(tmp_path / f"a.{end}", model)(self.DATA[0])
         assert float((found - result.model(self.DATA[0])).norm() / found.norm()) < 0.05
@@ -248,7 +292,9 @@ class TestThroughTheFrontDoor:
                                       nn.Linear(outs * 16, outs * 16)))  # fmt: skip
         with torch.no_grad():
             for k in (2, 4):
-                model[k].weight *= torch.logspace(-1, 1, model[k].weight.shape[1]).view(1, -1, *[1] * (k == 2) * 2)
+                model[k].weight *= torch.logspace(-1, 1, model[k].weight.shape[1]).view(
+                    1, -1, *[1] * (k == 2) * 2
+                )
         plan = "2 dense@4c1 | act@8\n4 dense@4c1 | act@8"
         result = rabbet.fit(model, plan, self.DATA, rabbet.QUALITY["fast"])
         result.export(tmp_path / "a.onnx")
@@ -276,7 +322,9 @@ class TestThroughTheFrontDoor:
     def test_openvino_runs_its_file_on_integer_kernels(self, result, tmp_path):
         openvino = pytest.importorskip("openvino")
         result.export(tmp_path / "a.onnx", "openvino")
-        compiled = openvino.Core().compile_model(tmp_path / "a.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino.Core().compile_model(
+            tmp_path / "a.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
         found = torch.from_numpy(next(iter(compiled({0: self.DATA[0].numpy()}).values())))
         assert _apart(found, result.model(self.DATA[0])) < 0.1
         facts = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
@@ -284,7 +332,9 @@ class TestThroughTheFrontDoor:
         assert len(layers) == 2
         assert all("I8" in _said(f, "primitiveType") for f in layers)
 
-    def test_a_file_that_does_not_answer_alike_is_an_error_and_is_not_written(self, result, tmp_path, monkeypatch):
+    def test_a_file_that_does_not_answer_alike_is_an_error_and_is_not_written(
+        self, result, tmp_path, monkeypatch
+    ):
         (tmp_path / "a.onnx").write_text("mine")
         monkeypatch.setattr(compare, "NEAR", 0.0)
         with pytest.raises(ModelError, match=r"differs from the network's by .* first at"):
@@ -293,7 +343,7 @@ class TestThroughTheFrontDoor:
         assert (tmp_path / "a.onnx").read_text() == "mine"
 
     def test_missing_packages_are_named(self, result, tmp_path, monkeypatch):
-        monkeypatch.setattr("rabbet.runtime.find_spec", lambda name: None)
+        monkeypatch.setattr("rabbet.runtime.session.find_spec", lambda name: None)
         with pytest.raises(FileError, match=r"need onnx, .* install rabbet\[onnx\]"):
             result.export(tmp_path / "a.onnx")
 
@@ -307,7 +357,9 @@ class TestThroughTheFrontDoor:
             def forward(self, x):
                 return self.a(x) if x.sum() > 0 else -self.a(x)
 
-        found = rabbet.fit(settled(Moody()), "a dense@8c | act@8", [rand(4, 4)], rabbet.QUALITY["fast"])
+        found = rabbet.fit(
+            settled(Moody()), "a dense@8c | act@8", [rand(4, 4)], rabbet.QUALITY["fast"]
+        )
         with pytest.raises(ModelError, match="torch cannot export this network") as caught:
             found.export(tmp_path / "f", target)
         assert "\n" not in str(caught.value)
@@ -323,7 +375,9 @@ class TestThroughTheFrontDoor:
             def forward(self, x):
                 return self.a(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
 
-        found = rabbet.fit(settled(Counting()), "a dense@8c | act@8", [rand(6, 3, 4)], rabbet.QUALITY["fast"])
+        found = rabbet.fit(
+            settled(Counting()), "a dense@8c | act@8", [rand(6, 3, 4)], rabbet.QUALITY["fast"]
+        )
         with pytest.raises(ModelError, match=r"write x\.shape\[0\], not len\(x\)"):
             found.export(tmp_path / "f", target)
 
@@ -356,16 +410,27 @@ def test_axes_in_which_batches_differ_are_dynamic(tmp_path):
     session = Session(tmp_path / "small.onnx")
     for count, length in ((1, 5), (4, 13)):
         ids = torch.randint(40, (count, length))
-        assert session(input_ids=ids, attention_mask=torch.ones_like(ids))[0].shape == (count, length, 16)
+        assert session(input_ids=ids, attention_mask=torch.ones_like(ids))[0].shape == (
+            count,
+            length,
+            16,
+        )
 
 
 @pytest.mark.data
 def test_resnet20_keeps_its_accuracy_in_the_runtime(real, tmp_path: Path):
     train, _ = real.load.cifar10("train", 256)
     images, labels = real.load.cifar10("test", 500)
-    test = list(zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True))
-    made = parcel(Case(real.nets.cifar_resnet(20), list(torch.from_numpy(train).split(64))), ("dense@6c", "dense@8c"))
+    test = list(
+        zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True)
+    )
+    made = parcel(
+        Case(real.nets.cifar_resnet(20), list(torch.from_numpy(train).split(64))),
+        ("dense@6c", "dense@8c"),
+    )
     assert write_onnx(made, tmp_path / "small.onnx").notes == ()
     assert set(kernels(tmp_path / "small.onnx").values()) == {"QLinearConv", "QGemm"}
-    apart = rabbet.accuracy(Session(tmp_path / "small.onnx"), test) - rabbet.accuracy(made.model, test)
+    apart = rabbet.accuracy(Session(tmp_path / "small.onnx"), test) - rabbet.accuracy(
+        made.model, test
+    )
     assert abs(apart) <= 1.0

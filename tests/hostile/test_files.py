@@ -9,7 +9,8 @@ import torch
 from networks import NETWORKS, network, rand, settled
 from torch import nn
 
-from rabbet import FileError, Joint, Task, Tuning, compress, fit, load
+from rabbet import FileError, Joint, Task, Tuning, fit, load
+from rabbet import _api as compress
 
 NASTY = (
     None,
@@ -45,7 +46,9 @@ class Small(nn.Module):
         self.norm = nn.LayerNorm(2)
 
     def forward(self, x):
-        return self.norm(self.free(torch.relu(self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3))))))
+        return self.norm(
+            self.free(torch.relu(self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))))
+        )
 
 
 PLAN = "conv dense@2hc + lowrank[2]@8c | act@4\nfc dense@tc + dense@1 | act@8"
@@ -118,8 +121,12 @@ def test_no_flipped_bit_of_the_header_leads_to_another_error(whole, mask, tmp_pa
     size = 8 + int.from_bytes(whole[:8], "little")
     refused = 0
     for at in range(size):
-        refused += _refused(tmp_path / "f", whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
-    assert refused > 0.6 * size  # the rest are names, reasons and counts that a network does not contradict
+        refused += _refused(
+            tmp_path / "f", whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
+        )
+    assert (
+        refused > 0.6 * size
+    )  # the rest are names, reasons and counts that a network does not contradict
 
 
 def test_no_flipped_bit_of_the_values_leads_to_another_error(whole, tmp_path):
@@ -142,10 +149,22 @@ def test_no_flipped_bit_of_the_values_leads_to_another_error(whole, tmp_path):
         _joined({"__metadata__": {"format": "rabbet/2"}}, b""),
         _joined({"__metadata__": {"format": "rabbet/1"}}, b""),
         _joined({"__metadata__": {"format": "rabbet/1", "plan": "", "survey": ""}}, b""),
-        _joined({"__metadata__": {"format": "rabbet/1", "plan": "x dense@4c", "survey": "{}"}}, b""),
-        _joined({"__metadata__": {"format": "rabbet/1", "plan": "x dense@4c", "survey": "[" * 10**5}}, b""),
         _joined(
-            {"__metadata__": {"format": "rabbet/1", "plan": "x", "survey": '{"sites": [], "float_bytes": 1}'}}, b""
+            {"__metadata__": {"format": "rabbet/1", "plan": "x dense@4c", "survey": "{}"}}, b""
+        ),
+        _joined(
+            {"__metadata__": {"format": "rabbet/1", "plan": "x dense@4c", "survey": "[" * 10**5}},
+            b"",
+        ),
+        _joined(
+            {
+                "__metadata__": {
+                    "format": "rabbet/1",
+                    "plan": "x",
+                    "survey": '{"sites": [], "float_bytes": 1}',
+                }
+            },
+            b"",
         ),
         _joined(b"[" * 10**5, b""),
         struct.pack("<Q", 2**63) + b"{}",
@@ -165,7 +184,13 @@ def test_a_file_that_is_not_there_and_a_folder_are_refused(tmp_path):
 def _leaves(value, path=()):
     """The path of every value inside a JSON document, those that hold others included."""
     yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in inside:
         yield from _leaves(part, (*path, key))
 
@@ -202,8 +227,13 @@ def test_no_survey_that_is_made_up_leads_to_another_error(whole, tmp_path):
     ],
 )
 def test_no_fact_of_a_layer_that_is_made_up_leads_to_another_error(whole, key, tmp_path):
-    for site, value in itertools.product(range(3), (*NASTY, "conv", ["conv"], ["fc"], "fc", "free", "norm", "bn", 2)):
-        _refused(tmp_path / "f", _with_survey(whole, lambda s, i=site, v=value: s["sites"][i][5].__setitem__(key, v)))
+    for site, value in itertools.product(
+        range(3), (*NASTY, "conv", ["conv"], ["fc"], "fc", "free", "norm", "bn", 2)
+    ):
+        _refused(
+            tmp_path / "f",
+            _with_survey(whole, lambda s, i=site, v=value: s["sites"][i][5].__setitem__(key, v)),
+        )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +252,9 @@ def test_no_fact_of_a_layer_that_is_made_up_leads_to_another_error(whole, key, t
     ],
 )
 def test_facts_that_the_network_contradicts_are_refused(whole, key, value, tmp_path):
-    assert _refused(tmp_path / "f", _with_survey(whole, lambda s: s["sites"][0][5].__setitem__(key, value)))
+    assert _refused(
+        tmp_path / "f", _with_survey(whole, lambda s: s["sites"][0][5].__setitem__(key, value))
+    )
 
 
 def test_a_kind_that_the_network_contradicts_is_refused(whole, tmp_path):
@@ -265,7 +297,9 @@ ARRAYS = ("rabbet.biases", "rabbet.act_scales", "rabbet.scales", "rabbet.act_zer
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_an_array_that_is_missing_renamed_reshaped_or_of_another_type_is_refused(whole, name, tmp_path):
+def test_an_array_that_is_missing_renamed_reshaped_or_of_another_type_is_refused(
+    whole, name, tmp_path
+):
     header, values = _parts(whole)
     assert name in header
     entry = header[name]
@@ -277,13 +311,28 @@ def test_an_array_that_is_missing_renamed_reshaped_or_of_another_type_is_refused
 
     assert _refused(tmp_path / "f", with_entry(lambda h: h.pop(name)))
     assert _refused(tmp_path / "f", with_entry(lambda h: h.__setitem__("other", h.pop(name))))
-    assert _refused(tmp_path / "f", with_entry(lambda h: h[name].update(shape=[1, *entry["shape"]])))
+    assert _refused(
+        tmp_path / "f", with_entry(lambda h: h[name].update(shape=[1, *entry["shape"]]))
+    )
     assert _refused(tmp_path / "f", with_entry(lambda h: h[name].update(shape=[])))
     size = entry["data_offsets"][1] - entry["data_offsets"][0]
-    widths = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1}
+    widths = {
+        "F64": 8,
+        "F32": 4,
+        "I32": 4,
+        "F16": 2,
+        "BF16": 2,
+        "I16": 2,
+        "U8": 1,
+        "I8": 1,
+        "BOOL": 1,
+        "F8_E4M3": 1,
+    }
     for dtype, width in widths.items():
         if dtype != entry["dtype"] and size % width == 0:
-            data = with_entry(lambda h, d=dtype, w=width: h[name].update(dtype=d, shape=[size // w]))
+            data = with_entry(
+                lambda h, d=dtype, w=width: h[name].update(dtype=d, shape=[size // w])
+            )
             assert _refused(tmp_path / "f", data), dtype
 
 
@@ -295,7 +344,9 @@ def _overwritten(data, name, at, raw):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, -1.0])
 def test_an_input_scale_that_is_no_positive_number_is_refused(whole, value, tmp_path):
-    assert _refused(tmp_path / "f", _overwritten(whole, "rabbet.act_scales", 0, struct.pack("<f", value)))
+    assert _refused(
+        tmp_path / "f", _overwritten(whole, "rabbet.act_scales", 0, struct.pack("<f", value))
+    )
 
 
 @pytest.mark.parametrize("raw", [b"\xc0\x7f", b"\x80\x7f", b"\x80\xff"])
@@ -312,7 +363,9 @@ def test_a_file_of_another_network_is_refused(name, whole, tmp_path):
 def test_a_file_of_the_same_layers_in_other_sizes_is_refused(tmp_path):
     batch = [rand(4, 6)]
     tight = Joint(grids=("4c",), adapters=(), tuning=Tuning(steps=0))
-    compress(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).eval(), "bits <= 5", batch, tight).save(tmp_path / "f")
+    compress(
+        nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).eval(), "bits <= 5", batch, tight
+    ).save(tmp_path / "f")
     for other in (
         nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)),
         nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(3, 3)),

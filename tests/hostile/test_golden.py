@@ -6,12 +6,14 @@ import json
 import torch
 from torch import nn
 
-from rabbet import Plan, Task, load, survey
+from rabbet import Plan, Task, load
+from rabbet.core import survey
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
-from rabbet.fold import fold
-from rabbet.grid import Grid, Quantised
-from rabbet.layer import build, compressed_layers
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.model.bn_fold import fold
+from rabbet.model.build import build
+from rabbet.model.compressed import compressed_layers
 from rabbet.workpiece import DTYPES, rest_of
 
 
@@ -42,7 +44,9 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
         model.bias.copy_(torch.tensor([1.0, -2.0]))
     codes = torch.tensor([[-4.0, 3.0, 0.0], [1.0, -1.0, 2.0]])
     numbers = {"": [[Quantised(Grid.parse("3c"), codes, torch.tensor([0.5, -0.25]))]]}
-    found = _written(model, torch.zeros(1, 3), '"" dense@3c | act@8', numbers, [(0.125, 7)], tmp_path / "f")
+    found = _written(
+        model, torch.zeros(1, 3), '"" dense@3c | act@8', numbers, [(0.125, 7)], tmp_path / "f"
+    )
     header = (
         b'{"__metadata__":{"format":"rabbet/1","plan":"\\"\\" dense@3c | act@8",'
         b'"survey":"{\\"float_bytes\\":32,\\"sites\\":[[\\"\\",\\"linear\\",[2,3],1,1,{}]]}"},'
@@ -95,7 +99,9 @@ def test_a_file_with_a_thing_of_every_kind_has_these_bytes(tmp_path):
         model.bn.weight.fill_(0.5)
         model.bn.running_mean.fill_(0.25)
         model.bn.running_var.copy_(torch.tensor([0.25, 1.0, 4.0, 0.0625]) - model.bn.eps)
-    text = "table dense@tc\nmix dense@2hc + lowrank[2]@8c | act@6\nfc lowrank[1]@5 + dense@1c1 | act@6"
+    text = (
+        "table dense@tc\nmix dense@2hc + lowrank[2]@8c | act@6\nfc lowrank[1]@5 + dense@1c1 | act@6"
+    )
 
     def numbers(text, *shape):
         grid = Grid.parse(text)
@@ -107,7 +113,9 @@ def test_a_file_with_a_thing_of_every_kind_has_these_bytes(tmp_path):
         "mix": [[numbers("2hc", 6, 4, 2)], [numbers("8c", 2, 4, 2), numbers("8c", 6, 2)]],
         "fc": [[numbers("5", 1, 6), numbers("5", 3, 1)], [numbers("1c1", 3, 6)]],
     }
-    found = _written(model, torch.arange(5)[None], text, given, [(0.5, 3), (0.25, 60)], tmp_path / "f")
+    found = _written(
+        model, torch.arange(5)[None], text, given, [(0.5, 3), (0.25, 60)], tmp_path / "f"
+    )
     size = int.from_bytes(found[:8], "little")
     header = json.loads(found[8 : 8 + size])
     kinds = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}

@@ -17,8 +17,8 @@ from rabbet import (
     BudgetError,
     CoRa,
     DataError,
-    Engine,
     FileError,
+    Jobs,
     Joint,
     ModelError,
     PlanError,
@@ -28,14 +28,13 @@ from rabbet import (
     accuracy,
     build,
     calibrate_ranges,
-    compress,
     fit,
     load,
-    plan,
-    survey,
 )
-from rabbet.cost import METRICS
-from rabbet.task import tensors
+from rabbet import _api as compress
+from rabbet.core import plan, survey
+from rabbet.core.budget import METRICS
+from rabbet.data.batches import tensors
 
 QUICK = Joint(
     grids=("tc", "4c", "8c"),
@@ -47,8 +46,8 @@ QUICK = Joint(
 )
 
 
-class Idle(Engine):
-    """An engine that must not be asked for anything."""
+class Idle(Jobs):
+    """An jobs that must not be asked for anything."""
 
     def run(self, stage, jobs):
         raise AssertionError(f"work was done: {stage}")
@@ -62,7 +61,10 @@ X = rand(4, 3, 6, 6)
 
 
 def _facts(model):
-    return [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    return [
+        (n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+        for n, m in model.named_modules()
+    ]
 
 
 def test_images_without_a_batch_axis_are_named():
@@ -74,56 +76,79 @@ def test_images_without_a_batch_axis_are_named():
 # Budgets
 
 
-@pytest.mark.parametrize("metric", [m for m in METRICS if m != "latency"])  # that one is work: export/test_latency.py
+@pytest.mark.parametrize(
+    "metric", [m for m in METRICS if m != "latency"]
+)  # that one is work: export/test_latency.py
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_reached(name, metric):
+def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_reached(
+    name, metric
+):
     case = network(name)
     found = survey(case.model, case.batches[0])
-    for method in (QUICK, Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))):
+    for method in (
+        QUICK,
+        Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0)),
+    ):
         with pytest.raises(BudgetError, match="smallest reachable value") as caught:
-            compress(case.model, f"{metric} <= 0.001", case.batches, method, engine=Idle())
-        least = re.search(r"smallest reachable value is ([\d,.]+) ", str(caught.value))[1].replace(",", "")
+            compress(case.model, f"{metric} <= 0.001", case.batches, method, jobs=Idle())
+        least = re.search(r"smallest reachable value is ([\d,.]+) ", str(caught.value))[1].replace(
+            ",", ""
+        )
         assert any(s.name in str(caught.value) for s in found)
         means = metric in ("bits", "bpw")  # shown rounded
         slack = 0.001 if means else 0
-        result = compress(case.model, f"{metric} <= {float(least) + slack:.3f}", case.batches, method)
+        result = compress(
+            case.model, f"{metric} <= {float(least) + slack:.3f}", case.batches, method
+        )
         less = float(least) * 0.99 - 0.01 if means else int(least) - 1
         with pytest.raises(BudgetError, match="smallest reachable value"):
-            compress(case.model, f"{metric} <= {max(less, 0.001):.3f}", case.batches, method, engine=Idle())
+            compress(
+                case.model, f"{metric} <= {max(less, 0.001):.3f}", case.batches, method, jobs=Idle()
+            )
         assert METRICS[metric].amount(result.cost) > 0
 
 
 def test_limits_that_can_be_met_but_not_at_once_are_refused_before_any_work():
-    # 2 bits in fewer MACs than the layer has: of the two candidates one has too many bits, the other too many MACs
-    method = Joint(("8c",), (("1c", 0.1),), adapter_grid="2", forms=(), act=None, tuning=Tuning(steps=0))
-    model, data = settled(nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))), [rand(4, 40)]
+    # 2 bits in fewer MACs than the layer has: of the two candidates one has too many bits, the
+    # other too many MACs
+    method = Joint(
+        ("8c",), (("1c", 0.1),), adapter_grid="2", forms=(), act=None, tuning=Tuning(steps=0)
+    )
+    model, data = (
+        settled(nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))),
+        [rand(4, 40)],
+    )
     for budget in ("bits <= 2", "macs <= 100%"):
         compress(model, budget, data, method)
     with pytest.raises(BudgetError, match="but not all at once"):
-        compress(model, "bits <= 2, macs <= 100%", data, method, engine=Idle())
+        compress(model, "bits <= 2, macs <= 100%", data, method, jobs=Idle())
 
 
-@pytest.mark.parametrize("budget", ["size <= 10%", "bytes <= 10 kilo", "bytes", "", "bits <= four", None, 0.1])
+@pytest.mark.parametrize(
+    "budget", ["size <= 10%", "bytes <= 10 kilo", "bytes", "", "bits <= four", None, 0.1]
+)
 def test_a_budget_that_cannot_be_read_is_refused_before_the_data_is(budget):
     def batches():
         raise AssertionError("the data was read")
         yield
 
     with pytest.raises(BudgetError):
-        compress(_net(), budget, batches(), QUICK, engine=Idle())
+        compress(_net(), budget, batches(), QUICK, jobs=Idle())
 
 
 # Networks
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(("name", "index"), [("0.weight", (0, 1, 2, 0)), ("3.bias", (2,)), ("3.weight", (0, 0))])
+@pytest.mark.parametrize(
+    ("name", "index"), [("0.weight", (0, 1, 2, 0)), ("3.bias", (2,)), ("3.weight", (0, 0))]
+)
 def test_a_weight_that_is_not_finite_is_refused_by_name(name, index, value):
     model = _net()
     with torch.no_grad():
         model.get_parameter(name)[index] = value
     with pytest.raises(ModelError, match=re.escape(name)):
-        compress(model, "bits <= 4", [X], QUICK, engine=Idle())
+        compress(model, "bits <= 4", [X], QUICK, jobs=Idle())
 
 
 def test_a_buffer_that_is_not_finite_is_refused_by_name():
@@ -139,7 +164,12 @@ def test_a_scripted_network_is_refused_and_so_is_a_scripted_part(make):
     with pytest.raises(ModelError, match="the model is scripted"):
         compress(make(_net()), "bits <= 4", [X], QUICK)
     with pytest.raises(ModelError, match="body is scripted"):
-        compress(nn.Sequential(OrderedDict(body=make(_net()), head=nn.Linear(5, 3))), "bits <= 4", [X], QUICK)
+        compress(
+            nn.Sequential(OrderedDict(body=make(_net()), head=nn.Linear(5, 3))),
+            "bits <= 4",
+            [X],
+            QUICK,
+        )
 
 
 @pytest.mark.parametrize("other", [{"1": "meta"}, {"0": "meta", "1": "meta"}])
@@ -149,7 +179,9 @@ def test_a_network_on_several_devices_or_on_none_is_refused_by_name(other):
         compress(model, "bits <= 4", [rand(4, 6)], QUICK)
 
 
-@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(6), nn.Bilinear(3, 3, 2)])
+@pytest.mark.parametrize(
+    "model", [nn.ReLU(), nn.Sequential(), nn.LayerNorm(6), nn.Bilinear(3, 3, 2)]
+)
 def test_a_network_with_nothing_to_compress_is_refused(model):
     batch = (rand(4, 3), rand(4, 3)) if isinstance(model, nn.Bilinear) else rand(4, 6)
     with pytest.raises(ModelError, match="nothing in this network can be compressed"):
@@ -162,7 +194,9 @@ def test_a_network_whose_layers_cannot_be_swapped_says_why_of_each():
     tied[1].weight = tied[0].weight
     with pytest.raises(ModelError, match="nothing in this network"):
         survey(model, (rand(2, 3, 8),) * 3)
-    with pytest.raises(ModelError, match=r"0: its weight is shared with 1; 1: its weight is shared with 0"):
+    with pytest.raises(
+        ModelError, match=r"0: its weight is shared with 1; 1: its weight is shared with 0"
+    ):
         survey(tied, rand(2, 6))
 
 
@@ -171,7 +205,9 @@ def test_a_network_that_was_never_run_is_refused():
         compress(nn.Sequential(nn.LazyLinear(4)), "bits <= 4", [rand(4, 6)], QUICK)
 
 
-@pytest.mark.parametrize("model", [nn.Linear, None, "model.pt", lambda x: x, {"weight": rand(3, 3)}])
+@pytest.mark.parametrize(
+    "model", [nn.Linear, None, "model.pt", lambda x: x, {"weight": rand(3, 3)}]
+)
 def test_what_is_no_network_is_refused(model):
     with pytest.raises(ModelError, match=re.escape(type(model).__name__)):
         compress(model, "bits <= 4", [rand(4, 6)], QUICK)
@@ -193,7 +229,15 @@ def _raise(error):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError, KeyError, AttributeError, AssertionError, ZeroDivisionError, NotImplementedError]
+    "error",
+    [
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        ZeroDivisionError,
+        NotImplementedError,
+    ],
 )
 def test_a_network_whose_forward_fails_is_answered_with_its_own_words(error):
     model = Answers(lambda _: _raise(error("out of cheese")))
@@ -204,7 +248,8 @@ def test_a_network_whose_forward_fails_is_answered_with_its_own_words(error):
 
 
 @pytest.mark.parametrize(
-    "answer", [lambda _: None, lambda _: "yes", lambda y: y.argmax(1), lambda y: {"n": 3, "m": [y > 0]}]
+    "answer",
+    [lambda _: None, lambda _: "yes", lambda y: y.argmax(1), lambda y: {"n": 3, "m": [y > 0]}],
 )
 def test_a_network_without_a_floating_answer_is_refused(answer):
     with pytest.raises(DataError, match="without a floating tensor"):
@@ -269,7 +314,10 @@ def _fails(*_):
 
 FUNCTIONS = {
     "loss": (_fails, "KeyError: 'labels'"),
-    "loss of each example": (lambda out, b: F.mse_loss(out, torch.zeros_like(out), reduction="none"), "one number"),
+    "loss of each example": (
+        lambda out, b: F.mse_loss(out, torch.zeros_like(out), reduction="none"),
+        "one number",
+    ),
     "loss as a number": (lambda out, b: 3.0, "found float"),
     "evaluate": (lambda m: None, "evaluate"),
     "evaluate nan": (lambda m: float("nan"), "gave NaN"),
@@ -282,7 +330,10 @@ def test_functions_of_the_user_that_fail_are_named(name):
     function, words = FUNCTIONS[name]
     task = Task([rand(4, 6, seed=k) for k in range(3)], **{name.partition(" ")[0]: function})
     model = settled(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
-    methods = [TTQAT(rank=2, epochs=1, finish=1, blocks=("0", "2")), CGMQ(epochs=1, finish=1, steps=1, batch=2)]
+    methods = [
+        TTQAT(rank=2, epochs=1, finish=1, blocks=("0", "2")),
+        CGMQ(epochs=1, finish=1, steps=1, batch=2),
+    ]
     for method in methods[: 2 if name.startswith("loss") else 1]:
         with pytest.raises(DataError, match=re.escape(words)):
             compress(model, "bits <= 32", task, method)
@@ -313,7 +364,9 @@ def test_accuracy_wants_labels_and_leaves_the_network_as_it_was():
             accuracy(model, [(rand(4, 6), labels)])
     with pytest.raises(DataError, match=r"scores \[4\] are of classes on axis 1"):
         accuracy(nn.Flatten(0), [(rand(4, 1), torch.zeros(4))])
-    assert accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100  # a class for each place
+    assert (
+        accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100
+    )  # a class for each place
 
 
 def test_a_mask_of_infinities_among_the_buffers_is_no_fault(tmp_path):
@@ -354,28 +407,35 @@ def test_a_forward_that_counts_leaves_no_count():
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, None])
 def test_a_seed_that_cannot_be_is_refused(seed):
     with pytest.raises(PlanError, match="seed is a whole number from 0"):
-        compress(_net(), "bits <= 4", [X], QUICK, seed=seed, engine=Idle())
+        compress(_net(), "bits <= 4", [X], QUICK, seed=seed, jobs=Idle())
 
 
 def test_what_is_no_plan_is_refused_by_its_type(tmp_path):
     for given in (7, tmp_path):
-        with pytest.raises(PlanError, match=f"or its text, such as result.plan; found {type(given).__name__}"):
+        with pytest.raises(
+            PlanError, match=f"or its text, such as result.plan; found {type(given).__name__}"
+        ):
             fit(_net(), given, [X], QUICK)
 
 
 def test_a_folder_that_goes_away_is_named(tmp_path):
-    engine = Engine(folder=tmp_path / "work")
+    jobs = Jobs(folder=tmp_path / "work")
     (tmp_path / "work").rmdir()
     with pytest.raises(FileError, match="finished work cannot be kept in"):
-        compress(_net(), "bits <= 4", [X], QUICK, engine=engine)
+        compress(_net(), "bits <= 4", [X], QUICK, jobs=jobs)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", str(tmp_path / "file" / "deeper")):
         with pytest.raises(FileError, match="no folder that can be written to"):
-            Engine(folder=folder)
-    assert compress(_net(), "bits <= 4", [X], QUICK, engine=Engine(folder=str(tmp_path / "work"))).cost.bits <= 4
+            Jobs(folder=folder)
+    assert (
+        compress(
+            _net(), "bits <= 4", [X], QUICK, jobs=Jobs(folder=str(tmp_path / "work"))
+        ).cost.bits
+        <= 4
+    )
 
 
 def test_hidden_values_that_are_not_finite_are_refused_by_the_layer_that_met_them():
@@ -411,18 +471,29 @@ def test_hidden_values_that_are_not_finite_are_refused_by_the_layer_that_met_the
 )
 def test_data_without_an_example_is_refused(data):
     with pytest.raises(DataError):
-        compress(_net(), "bits <= 4", data, QUICK, engine=Idle())
+        compress(_net(), "bits <= 4", data, QUICK, jobs=Idle())
 
 
-@pytest.mark.parametrize("data", ["batches", b"batches", X, {"x": X}, None, 5, nn.Linear(2, 2), torch.zeros])
+@pytest.mark.parametrize(
+    "data", ["batches", b"batches", X, {"x": X}, None, 5, nn.Linear(2, 2), torch.zeros]
+)
 def test_what_is_no_iterable_of_batches_is_refused_by_its_type(data):
     with pytest.raises(DataError, match=type(data).__name__):
-        compress(_net(), "bits <= 4", data, QUICK, engine=Idle())
+        compress(_net(), "bits <= 4", data, QUICK, jobs=Idle())
 
 
 @pytest.mark.parametrize(
     "batch",
-    [rand(4, 3, 6, 5), rand(4, 2, 6, 6), rand(4, 3), (X, X), [X, X, X], {"y": X}, X.long(), torch.ones(4, 3, 6, 6) > 0],
+    [
+        rand(4, 3, 6, 5),
+        rand(4, 2, 6, 6),
+        rand(4, 3),
+        (X, X),
+        [X, X, X],
+        {"y": X},
+        X.long(),
+        torch.ones(4, 3, 6, 6) > 0,
+    ],
 )
 def test_a_batch_that_the_network_does_not_take_is_described(batch):
     for data in ([batch], [X, batch]):
@@ -445,7 +516,10 @@ def test_no_example_allowed_is_no_data():
 def test_batches_that_can_be_read_only_once_are_enough():
     once = (rand(4, 3, 6, 6, seed=k) for k in range(3))
     again = [rand(4, 3, 6, 6, seed=k) for k in range(3)]
-    assert compress(_net(), "bits <= 4", once, QUICK).plan == compress(_net(), "bits <= 4", again, QUICK).plan
+    assert (
+        compress(_net(), "bits <= 4", once, QUICK).plan
+        == compress(_net(), "bits <= 4", again, QUICK).plan
+    )
 
 
 def test_a_generator_that_was_used_up_is_told_from_data():
@@ -504,31 +578,41 @@ def test_accuracy_without_labels_is_refused():
 )
 def test_a_plan_that_does_not_fit_is_refused_by_its_line(text, word):
     with pytest.raises(PlanError, match=re.escape(word)):
-        fit(_net(), text, [X], QUICK, engine=Idle())
+        fit(_net(), text, [X], QUICK, jobs=Idle())
 
 
 @pytest.mark.parametrize(
     ("model", "batch", "text", "word"),
     [
-        (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), rand(2, 4, 5, 5), "0 lowrank[1]@4c", "lowrank does not fit"),
+        (
+            nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)),
+            rand(2, 4, 5, 5),
+            "0 lowrank[1]@4c",
+            "lowrank does not fit",
+        ),
         (
             nn.Sequential(nn.Embedding(5, 4)),
             torch.zeros(2, 3, dtype=torch.long),
             "0 lowrank[1]@4c",
             "lowrank does not fit",
         ),
-        (nn.Sequential(nn.Embedding(5, 4)), torch.zeros(2, 3, dtype=torch.long), "0 dense@4c | act@8", "is an index"),
+        (
+            nn.Sequential(nn.Embedding(5, 4)),
+            torch.zeros(2, 3, dtype=torch.long),
+            "0 dense@4c | act@8",
+            "is an index",
+        ),
     ],
 )
 def test_a_form_or_width_that_a_layer_cannot_take_is_refused(model, batch, text, word):
     with pytest.raises(PlanError, match=word):
-        fit(model, text, [batch], QUICK, engine=Idle())
+        fit(model, text, [batch], QUICK, jobs=Idle())
 
 
 def test_a_plan_of_another_network_is_refused():
     other = plan(network("residual").model, "bits <= 4", network("residual").batches, QUICK)
     with pytest.raises(PlanError, match="not a layer that can be compressed here"):
-        fit(_net(), other, [X], QUICK, engine=Idle())
+        fit(_net(), other, [X], QUICK, jobs=Idle())
     with pytest.raises(PlanError):
         build(_net(), other, survey(_net(), X))
 
@@ -590,10 +674,13 @@ def test_a_run_that_fails_leaves_the_network_as_it_was(stage, monkeypatch):
         batches = [X, bad]
     else:
         batches = [X]
-        target = {"solve": "rabbet.methods.joint.solve_site", "score": "rabbet.methods.joint.output_errors"}[stage]
+        target = {
+            "solve": "rabbet.methods.joint.solve_site",
+            "score": "rabbet.methods.joint.output_errors",
+        }[stage]
         monkeypatch.setattr(target, lambda *_, **__: _raise(DataError("stopped")))
         if stage == "solve":
-            monkeypatch.setattr(Engine, "run", lambda *_: _raise(DataError("stopped")))
+            monkeypatch.setattr(Jobs, "run", lambda *_: _raise(DataError("stopped")))
     with pytest.raises(DataError):
         compress(model, "bits <= 4", batches, QUICK)
     assert _facts(model) == before

@@ -15,7 +15,10 @@ MASKS = {
     "padding": {"key_padding_mask": torch.arange(5).expand(3, 5) > torch.tensor([[4], [2], [1]])},
     "causal": {"attn_mask": torch.ones(4, 5, dtype=torch.bool).triu(1), "is_causal": True},
     "numbers": {"attn_mask": rand(4, 5), "key_padding_mask": rand(3, 5, seed=1)},
-    "heads": {"attn_mask": rand(6, 4, 5) > 1.5, "key_padding_mask": torch.arange(5).expand(3, 5) > 2},
+    "heads": {
+        "attn_mask": rand(6, 4, 5) > 1.5,
+        "key_padding_mask": torch.arange(5).expand(3, 5) > 2,
+    },
 }
 BUILT = ({}, {"bias": False}, {"kdim": 6, "vdim": 10}, {"kdim": 6, "vdim": 10, "bias": False})
 
@@ -26,7 +29,9 @@ def test_it_answers_as_torch_does(built, mask):
     for first, weights, average in itertools.product((True, False), repeat=3):
         model = settled(nn.MultiheadAttention(8, 2, batch_first=first, **built))
         widths = (8, built.get("kdim", 8), built.get("vdim", 8))
-        given = [rand(3, n, w, seed=k) for k, (n, w) in enumerate(zip((4, 5, 5), widths, strict=True))]
+        given = [
+            rand(3, n, w, seed=k) for k, (n, w) in enumerate(zip((4, 5, 5), widths, strict=True))
+        ]
         given = given if first else [x.transpose(0, 1) for x in given]
         asked = {"need_weights": weights, "average_attn_weights": average, **MASKS[mask]}
         found, wanted = (m(*given, **asked) for m in (rabbet.open_attention(model), model))
@@ -36,8 +41,14 @@ def test_it_answers_as_torch_does(built, mask):
 def test_one_example_without_a_batch_axis():
     model = settled(nn.MultiheadAttention(8, 2))
     given = (rand(4, 8), rand(5, 8, seed=1), rand(5, 8, seed=2))
-    for asked in ({}, {"key_padding_mask": torch.arange(5) > 2}, {"attn_mask": rand(2, 4, 5), "need_weights": False}):
-        torch.testing.assert_close(rabbet.open_attention(model)(*given, **asked), model(*given, **asked))
+    for asked in (
+        {},
+        {"key_padding_mask": torch.arange(5) > 2},
+        {"attn_mask": rand(2, 4, 5), "need_weights": False},
+    ):
+        torch.testing.assert_close(
+            rabbet.open_attention(model)(*given, **asked), model(*given, **asked)
+        )
 
 
 def test_dropout_is_at_work_while_it_trains_and_gradients_flow():
@@ -53,9 +64,17 @@ def test_dropout_is_at_work_while_it_trains_and_gradients_flow():
     ("asked", "error", "words"),
     [
         ({"is_causal": True}, ValueError, "attn_mask"),
-        ({"attn_mask": torch.zeros(1, 4)}, ValueError, r"attn_mask has shape \[1, 4\], of 4 queries and 4 keys"),
+        (
+            {"attn_mask": torch.zeros(1, 4)},
+            ValueError,
+            r"attn_mask has shape \[1, 4\], of 4 queries and 4 keys",
+        ),
         ({"attn_mask": torch.zeros(2, 4, 4)}, ValueError, r"attn_mask has shape \[2, 4, 4\]"),
-        ({"key_padding_mask": torch.zeros(1, 4)}, ValueError, r"shape \[1, 4\], for 3 examples of 4 keys"),
+        (
+            {"key_padding_mask": torch.zeros(1, 4)},
+            ValueError,
+            r"shape \[1, 4\], for 3 examples of 4 keys",
+        ),
         ({"attn_mask": torch.zeros(4, 4, dtype=torch.long)}, TypeError, "found torch.int64"),
     ],
 )
@@ -81,7 +100,10 @@ def test_a_causal_hint_is_trusted_where_torch_trusts_it():
 
 def test_parameters_that_are_shared_stay_shared_and_what_is_frozen_stays_frozen():
     model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.MultiheadAttention(8, 2)})
-    model["b"].in_proj_weight, model["b"].in_proj_bias = model["a"].in_proj_weight, model["a"].in_proj_bias
+    model["b"].in_proj_weight, model["b"].in_proj_bias = (
+        model["a"].in_proj_weight,
+        model["a"].in_proj_bias,
+    )
     model["a"].in_proj_bias.requires_grad_(False)
     state = torch.get_rng_state()
     opened = rabbet.open_attention(model)
@@ -89,7 +111,9 @@ def test_parameters_that_are_shared_stay_shared_and_what_is_frozen_stays_frozen(
     assert opened["a"].k_proj is opened["b"].k_proj
     assert opened["a"].out_proj is not opened["b"].out_proj
     assert sum(p.numel() for p in opened.parameters()) == sum(p.numel() for p in model.parameters())
-    assert {n.rpartition(".")[2] for n, p in opened.named_parameters() if not p.requires_grad} == {"bias"}
+    assert {n.rpartition(".")[2] for n, p in opened.named_parameters() if not p.requires_grad} == {
+        "bias"
+    }
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
@@ -105,7 +129,9 @@ def test_attention_without_its_projection_is_looked_past():
     assert [s.name for s in rabbet.survey(rabbet.open_attention(model), rand(2, 8))] == ["0"]
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")  # what torch itself packs sentences into
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested"
+)  # what torch itself packs sentences into
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_encoder_and_decoder(padded):
     model = settled(nn.Transformer(8, 2, 2, 2, 16, batch_first=True))

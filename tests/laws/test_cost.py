@@ -10,23 +10,28 @@ from hypothesis import strategies as st
 from networks import NETWORKS, network
 from torch.utils.flop_counter import FlopCounterMode
 
-from rabbet.cost import METRICS, Budget, Cost, float_cost, layer_cost, plan_cost
-from rabbet.engine import Engine
+from rabbet.core.budget import METRICS, Budget
+from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
+from rabbet.core.layout import line_bytes
+from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.data.task import Task
 from rabbet.errors import BudgetError
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
 from rabbet.forms import FORMS, Contracted
-from rabbet.grid import Grid
-from rabbet.layer import ActQuant, build, compressed_layers, plan_of
-from rabbet.layout import line_bytes
-from rabbet.pack import packed_bytes
-from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.site import Site
-from rabbet.survey import survey
-from rabbet.task import Task
+from rabbet.grids.grid import Grid
+from rabbet.grids.pack import packed_bytes
+from rabbet.jobs import Jobs
+from rabbet.layers.site import Site
+from rabbet.model.build import build, plan_of
+from rabbet.model.compressed import ActQuant, compressed_layers
+from rabbet.model.inspect import survey
 from rabbet.workpiece import Workpiece
 
-PIECES = {name: Workpiece.of(network(name).model, Task(network(name).batches), Engine()) for name in NETWORKS}
+PIECES = {
+    name: Workpiece.of(network(name).model, Task(network(name).batches), Jobs())
+    for name in NETWORKS
+}
 
 
 def _terms(draw, site):
@@ -45,7 +50,11 @@ def _terms(draw, site):
 def _plans(draw, sites):
     chosen = [s for s in sites if draw(st.booleans())] or [sites[0]]
     acts = st.none() | st.integers(2, 8)
-    return Plan(tuple(LayerPlan(s.name, _terms(draw, s), draw(acts) if s.multiplies else None) for s in chosen))
+    return Plan(
+        tuple(
+            LayerPlan(s.name, _terms(draw, s), draw(acts) if s.multiplies else None) for s in chosen
+        )
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -58,7 +67,9 @@ def test_predicted_bytes_are_those_of_the_file(name, data, tmp_path_factory):
     for act in (m for m in student.modules() if isinstance(m, ActQuant)):
         act.set_range(torch.tensor(0.5), torch.tensor(1.0))
     path = tmp_path_factory.mktemp("bytes") / "file"
-    written = write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), path).bytes
+    written = write_native(
+        Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), path
+    ).bytes
     assert piece.cost(plan).bytes == written == path.stat().st_size
     assert plan_of(student, piece.survey) == plan
 
@@ -73,8 +84,12 @@ def test_predicted_macs_are_those_that_a_counter_sees(name, data):
     plan = Plan(tuple(LayerPlan(line.name, line.terms) for line in plan))
     count = len(next(iter(batch.values()))) if isinstance(batch, dict) else len(batch)
     built = build(piece.model, plan, piece.survey)
-    before, after = _counted(piece, piece.model, batch), _counted(piece, built, batch) - _putting_together(built)
-    # what no site holds (attention's own products) is counted by torch and not by rabbet: the same on both sides
+    before, after = (
+        _counted(piece, piece.model, batch),
+        _counted(piece, built, batch) - _putting_together(built),
+    )
+    # what no site holds (attention's own products) is counted by torch and not by rabbet: the same
+    # on both sides
     assert after - before == 2 * count * (piece.cost(plan).macs - piece.float_cost.macs)
 
 
@@ -91,7 +106,9 @@ def _putting_together(model):
 
 def _counted(piece, model, batch):
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused call hides its products from the counter
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # one fused call hides its products from the counter
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             piece.task.run(model, batch)
@@ -112,7 +129,9 @@ def test_bit_operations_are_macs_times_bits_of_weight_and_input():
     with_adapter = layer_cost(SITE, LayerPlan.parse("a.b dense@2c + lowrank[3]@8c | act@4"))
     inner, outer = 3 * 54 * 49, 3 * 8 * 49
     assert with_adapter.macs == macs + inner + outer
-    assert with_adapter.bops == macs * 2 * 4 + inner * 8 * 4 + outer * 8 * 8  # there are 8 bits between factors
+    assert (
+        with_adapter.bops == macs * 2 * 4 + inner * 8 * 4 + outer * 8 * 8
+    )  # there are 8 bits between factors
 
 
 def test_the_bytes_of_a_layer_are_its_numbers_and_its_line():
@@ -144,7 +163,9 @@ def test_a_layer_without_a_line_costs_what_it_did(name):
         found, whole = piece.cost(plan), piece.float_cost
         assert found.macs == whole.macs
         assert whole.bops - found.bops == site.macs * 32 * (32 - 4)
-        assert whole.code_bits - found.code_bits == 32 * site.numel - 8 * packed_bytes(site.numel, 16)
+        assert whole.code_bits - found.code_bits == 32 * site.numel - 8 * packed_bytes(
+            site.numel, 16
+        )
         assert found.weights == whole.weights
 
 
@@ -155,12 +176,18 @@ def test_every_tensor_is_in_the_bytes(name):
     found = survey(model, network(name).batches[0])
     state = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     sites = sum(
-        4 * (s.numel + (getattr(model.get_submodule(s.name), "bias", None) is not None) * s.shape[0]) for s in found
+        4
+        * (s.numel + (getattr(model.get_submodule(s.name), "bias", None) is not None) * s.shape[0])
+        for s in found
     )
     norms = [model.get_submodule(s.norm) for s in found if s.norm]
     folded = sum(t.numel() * t.element_size() for m in norms for t in m.state_dict().values())
     left = sum(x.bytes for x in found.left)
-    assert sites + folded + left == sum(t.numel() * t.element_size() for t in state.values()) == found.float_bytes
+    assert (
+        sites + folded + left
+        == sum(t.numel() * t.element_size() for t in state.values())
+        == found.float_bytes
+    )
     assert all(x.reason for x in found.left)
 
 
@@ -246,7 +273,9 @@ def test_all_limits_hold_at_once():
 
 
 def test_a_broken_budget_says_what_was_allowed_and_what_was_found():
-    with pytest.raises(BudgetError, match=r"'bytes <= 10%' allows 100 bytes, the network has 1,234"):
+    with pytest.raises(
+        BudgetError, match=r"'bytes <= 10%' allows 100 bytes, the network has 1,234"
+    ):
         Budget.parse("bytes <= 10%").check(Cost(bytes=1234), WHOLE)
     with pytest.raises(BudgetError, match=r"allows 3\.000 bits, the network has 3\.200"):
         Budget.parse("bits <= 3").check(Cost(code_bits=320), WHOLE)
@@ -311,7 +340,9 @@ def test_a_budget_is_read_once_and_written_as_it_was():
 
 def test_a_plan_of_every_network_costs_less_than_the_network():
     for piece in PIECES.values():
-        plan = Plan(tuple(LayerPlan(s.name, (Term("dense", Grid.parse("4c")),)) for s in piece.survey))
+        plan = Plan(
+            tuple(LayerPlan(s.name, (Term("dense", Grid.parse("4c")),)) for s in piece.survey)
+        )
         cost = plan_cost(piece.survey, plan, piece.rest(plan))
         assert cost.bops < piece.float_cost.bops or not piece.float_cost.macs
         assert cost.bits < 5

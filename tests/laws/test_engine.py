@@ -1,4 +1,4 @@
-"""Laws of the engine: order, memory, folders."""
+"""Laws of the jobs: order, memory, folders."""
 
 import concurrent.futures
 import multiprocessing
@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rabbet.candidates import solve_site
-from rabbet.engine import Engine, content_key
-from rabbet.grid import Grid
-from rabbet.plan import Term
-from rabbet.site import Site
+from rabbet.core.plan import Term
+from rabbet.grids.grid import Grid
+from rabbet.jobs import Jobs, content_key
+from rabbet.layers.site import Site
+from rabbet.reconstruct.candidates import solve_site
 
 RUNS: list[int] = []
 
@@ -44,14 +44,14 @@ def _jobs(count, **settings):
 
 
 def test_results_come_in_the_order_of_the_jobs():
-    found = Engine().run("s", _jobs(5, factor=3))
+    found = Jobs().run("s", _jobs(5, factor=3))
     assert [r["y"].tolist() for r in found] == [[3.0 * k, 3.0] for k in range(5)]
 
 
 def test_results_come_in_the_order_of_the_jobs_whatever_ends_first():
     jobs = [(counted, {"x": torch.tensor([float(k)])}, {"wait": 0.05 * (3 - k)}) for k in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        found = Engine(pool).run("s", jobs)
+        found = Jobs(pool).run("s", jobs)
     assert [r["y"].item() for r in found] == [0, 1, 2, 3]
 
 
@@ -65,38 +65,38 @@ def _layers():
 
 
 def test_every_executor_gives_the_same_numbers():
-    here = Engine().run("s", list(_layers()))
+    here = Jobs().run("s", list(_layers()))
     spawn = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ThreadPoolExecutor(3) as threads,
         concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as processes,
     ):
         for executor in (threads, processes):
-            for a, b in zip(here, Engine(executor).run("s", list(_layers())), strict=True):
+            for a, b in zip(here, Jobs(executor).run("s", list(_layers())), strict=True):
                 assert a.keys() == b.keys()
                 assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_finished_jobs_are_not_run_again(on_disk, tmp_path):
-    engine = Engine(folder=tmp_path if on_disk else None)
-    engine.run("s", _jobs(3))
-    found = engine.run("s", _jobs(5))
+    jobs = Jobs(folder=tmp_path if on_disk else None)
+    jobs.run("s", _jobs(3))
+    found = jobs.run("s", _jobs(5))
     assert RUNS == [0, 1, 2, 3, 4]
     assert [r["y"][0].item() for r in found] == [0, 1, 2, 3, 4]
 
 
 def test_a_job_that_is_given_twice_runs_once():
-    found = Engine().run("s", [*_jobs(2), *_jobs(2)])
+    found = Jobs().run("s", [*_jobs(2), *_jobs(2)])
     assert RUNS == [0, 1]
     assert [r["y"][0].item() for r in found] == [0, 1, 0, 1]
 
 
 def test_a_folder_outlives_the_engine(tmp_path):
-    Engine(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
-    found = Engine(folder=tmp_path / "deep" / "down").run("s", _jobs(3, factor=1))
+    Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
+    found = Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3, factor=1))
     assert RUNS == [0, 1, 2, 0, 1, 2]  # another setting is another job
-    found = Engine(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
+    found = Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
     assert RUNS == [0, 1, 2, 0, 1, 2]
     assert [r["y"][0].item() for r in found] == [0, 1, 2]
 
@@ -105,27 +105,28 @@ def test_what_was_finished_before_a_failure_is_kept(tmp_path):
     jobs = [*_jobs(2), (fails, {"x": torch.tensor([7.0])}, {})]
     for _ in range(2):
         with pytest.raises(ArithmeticError, match="no 7"):
-            Engine(folder=tmp_path).run("s", jobs)
+            Jobs(folder=tmp_path).run("s", jobs)
     assert RUNS == [0, 1]
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[8:]]
+    "damage",
+    [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[8:]],
 )
 def test_a_damaged_result_is_made_again(damage, tmp_path):
-    Engine(folder=tmp_path).run("s", _jobs(2))
+    Jobs(folder=tmp_path).run("s", _jobs(2))
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 2
     whole = files[0].read_bytes()
     files[0].write_bytes(damage(whole))
-    found = Engine(folder=tmp_path).run("s", _jobs(2))
+    found = Jobs(folder=tmp_path).run("s", _jobs(2))
     assert len(RUNS) == 3
     assert [r["y"][0].item() for r in found] == [0, 1]
     assert files[0].read_bytes() == whole
 
 
 def test_the_folder_holds_whole_safetensors_and_nothing_else(tmp_path):
-    Engine(folder=tmp_path).run("s", _jobs(3))
+    Jobs(folder=tmp_path).run("s", _jobs(3))
     files = sorted(tmp_path.iterdir())
     assert [f.suffix for f in files] == [".safetensors"] * 3
     assert all(set(load_file(f)) == {"y", "threads"} for f in files)
@@ -133,8 +134,8 @@ def test_the_folder_holds_whole_safetensors_and_nothing_else(tmp_path):
 
 def test_results_on_disk_need_not_be_contiguous(tmp_path):
     jobs = [(grows, {"x": torch.arange(6.0).view(2, 3).T}, {})]
-    first = Engine(folder=tmp_path).run("s", jobs)[0]["y"]
-    again = Engine(folder=tmp_path).run("s", jobs)[0]["y"]
+    first = Jobs(folder=tmp_path).run("s", jobs)[0]["y"]
+    again = Jobs(folder=tmp_path).run("s", jobs)[0]["y"]
     assert torch.equal(first, again)
 
 
@@ -171,7 +172,7 @@ def test_the_same_content_has_the_same_key_however_it_lies_in_memory():
 def test_a_job_runs_on_one_thread_and_leaves_the_threads_as_they_were():
     torch.set_num_threads(2)
     try:
-        assert Engine().run("s", _jobs(1))[0]["threads"].item() == 1
+        assert Jobs().run("s", _jobs(1))[0]["threads"].item() == 1
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -179,10 +180,10 @@ def test_a_job_runs_on_one_thread_and_leaves_the_threads_as_they_were():
 
 def test_jobs_leave_no_gradient():
     weight = torch.ones(3, requires_grad=True)
-    assert not Engine().run("s", [(grows, {"x": weight}, {})])[0]["y"].requires_grad
+    assert not Jobs().run("s", [(grows, {"x": weight}, {})])[0]["y"].requires_grad
 
 
 def test_progress_counts_up_to_all():
     seen = []
-    Engine(progress=lambda *step: seen.append(step)).run("stage", _jobs(3))
+    Jobs(progress=lambda *step: seen.append(step)).run("stage", _jobs(3))
     assert seen == [("stage", 1, 3), ("stage", 2, 3), ("stage", 3, 3)]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from networks import rand
 
-from rabbet.candidates import _tail, solve_site
-from rabbet.cost import layer_cost
+from rabbet.core.cost import layer_cost
+from rabbet.core.layout import factor_shapes
+from rabbet.core.plan import LayerPlan, Term
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS, Contracted
-from rabbet.grid import Grid, Quantised
-from rabbet.layout import factor_shapes
-from rabbet.plan import LayerPlan, Term
-from rabbet.site import Site
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.layers.site import Site
+from rabbet.reconstruct.candidates import _tail, solve_site
 from rabbet.solve import quantised_cp
 from rabbet.solve.admm import admm
 from rabbet.solve.als import (
@@ -29,7 +29,7 @@ from rabbet.solve.als import (
 )
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import alternate
-from rabbet.solve.metric import MetricCP, joined
+from rabbet.solve.metric_cp import MetricCP, joined
 from rabbet.solve.rounding import Metric
 from rabbet.solve.varpro import project
 
@@ -65,7 +65,9 @@ def test_the_error_of_every_mode_is_the_true_one(shape):
     problem = CPProblem(tensor)
     for mode in range(len(shape)):
         gram, right, rest = problem.sides(factors, mode)
-        assert problem.error(gram, right, rest, factors[mode]) == pytest.approx(apart(tensor, factors), rel=1e-6)
+        assert problem.error(gram, right, rest, factors[mode]) == pytest.approx(
+            apart(tensor, factors), rel=1e-6
+        )
 
 
 def test_the_error_of_a_tucker_chain_is_the_true_one():
@@ -117,7 +119,9 @@ def test_correction_keeps_the_bound_and_lowers_the_sensitivity(shape):
 def test_a_looser_bound_makes_less_sensitive_factors():
     problem = CPProblem(smooth((12, 10, 9)))
     start = als(problem, random_start((12, 10, 9), RANK), 60)
-    found = [sensitivity(epc(problem, start.factors, s * start.error).factors) for s in (1.01, 1.1, 1.3)]
+    found = [
+        sensitivity(epc(problem, start.factors, s * start.error).factors) for s in (1.01, 1.1, 1.3)
+    ]
     assert found[0] > found[1] > found[2]
 
 
@@ -125,9 +129,14 @@ def test_sensitivity_is_the_error_that_noise_makes():
     factors = random_start((12, 10, 9), RANK)
     noise = 1e-3
     g = torch.Generator().manual_seed(1)
-    noisy = [[f + noise * torch.randn(f.shape, generator=g, dtype=f.dtype) for f in factors] for _ in range(300)]
+    noisy = [
+        [f + noise * torch.randn(f.shape, generator=g, dtype=f.dtype) for f in factors]
+        for _ in range(300)
+    ]
     squares = [(full(fs) - full(factors)).square().sum() for fs in noisy]
-    assert float(torch.stack(squares).mean()) == pytest.approx(noise**2 * sensitivity(factors), rel=0.05)
+    assert float(torch.stack(squares).mean()) == pytest.approx(
+        noise**2 * sensitivity(factors), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("text", ["4", "6", "8"])
@@ -135,7 +144,9 @@ def test_the_predicted_error_is_the_one_of_rounding(text):
     tensor = smooth((24, 20, 9))
     problem, grids = CPProblem(tensor), [Grid.parse(text)] * 3
     fit = loosened(problem, als(problem, svd_start(tensor, 12), 80), grids)
-    assert predicted(problem, fit, grids) == pytest.approx(apart(tensor, on_grid(fit.factors, text)), rel=0.1)
+    assert predicted(problem, fit, grids) == pytest.approx(
+        apart(tensor, on_grid(fit.factors, text)), rel=0.1
+    )
 
 
 def test_fewer_bits_are_given_a_looser_bound():
@@ -198,7 +209,9 @@ def test_quantised_cp_says_its_error_and_is_deterministic(scales):
     values = [q.values.double() for q in found.factors]
     assert [list(v.shape) for v in values] == [[16, 10], [12, 10], [9, 10]]
     assert found.error == pytest.approx(apart(weight.flatten(2).double(), values), rel=1e-4)
-    assert all(torch.equal(a.codes, b.codes) for a, b in zip(found.factors, again.factors, strict=True))
+    assert all(
+        torch.equal(a.codes, b.codes) for a, b in zip(found.factors, again.factors, strict=True)
+    )
 
 
 REFUSED = [((8, 6, 1, 1), 3, "one place"), ((8, 6), 3, "one place"), ((8, 6, 3, 3), 0, "rank 0"),
@@ -227,7 +240,10 @@ def test_projection_gives_the_best_last_factor_and_lowers_the_loss():
 
 def test_a_ridge_keeps_the_factors_small():
     matrix = smooth((12, 90), 0.5).float()
-    found = [project(lambda s: s[0], [rand(6, 90, seed=4)], matrix, None, r, 40).last.norm() for r in (0.0, 0.3)]
+    found = [
+        project(lambda s: s[0], [rand(6, 90, seed=4)], matrix, None, r, 40).last.norm()
+        for r in (0.0, 0.3)
+    ]
     assert found[1] < found[0]
 
 
@@ -235,14 +251,31 @@ def test_a_ridge_keeps_the_factors_small():
 
 
 def _conv():
-    site = Site("x", "conv2d", (12, 10, 3, 3), stride=(1, 1), pads=(1,) * 4, dilation=(1, 1), positions=36, inputs=36)
+    site = Site(
+        "x",
+        "conv2d",
+        (12, 10, 3, 3),
+        stride=(1, 1),
+        pads=(1,) * 4,
+        dilation=(1, 1),
+        positions=36,
+        inputs=36,
+    )
     root = rand(90, 90, seed=2) + torch.eye(90)
     return site, smooth((12, 10, 9)).float().view(site.shape), (root @ root.mT / 90)[None]
 
 
 def _menu(site):
-    forms = [Term(f, Grid.parse(g), r) for f in ("cp", "tucker", "lowrank") for r in (2, 4, 6) for g in ("3c", "6c")]
-    return tuple([LayerPlan.parse(f"x dense@{g}").terms for g in ("tc", "3c", "4c", "6c")] + [(t,) for t in forms])
+    forms = [
+        Term(f, Grid.parse(g), r)
+        for f in ("cp", "tucker", "lowrank")
+        for r in (2, 4, 6)
+        for g in ("3c", "6c")
+    ]
+    return tuple(
+        [LayerPlan.parse(f"x dense@{g}").terms for g in ("tc", "3c", "4c", "6c")]
+        + [(t,) for t in forms]
+    )
 
 
 def test_what_is_pruned_is_worse_and_no_cheaper_than_something_that_stays():
@@ -268,7 +301,9 @@ def test_what_no_weight_of_a_rank_can_be_better_than(shape):
     metric = Metric((root @ root.mT)[None].float(), 0.01)
     weight = rand(*shape, seed=3)
     found = _tail(site, weight, metric)
-    values = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(metric.second[0].double()))
+    values = torch.linalg.svdvals(
+        weight.double() @ torch.linalg.cholesky(metric.second[0].double())
+    )
     wanted = torch.stack([values[rank:].square().sum() for rank in range(len(values) + 1)])
     assert found.shape == wanted.shape  # of a tall one, too: a table has 30,000 rows
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted[0]))
@@ -363,7 +398,9 @@ def test_rounding_in_the_metric_beats_rounding_to_nearest_there(solve):
     found = solve(problem, start, grids, 3)
     held = tuple(q.values.double() for q in found.factors)
     assert found.error == pytest.approx(apart_in(second, tensor, held), rel=1e-6)
-    nearest = tuple(Quantised.nearest(f.float(), g).values.double() for f, g in zip(start, grids, strict=True))
+    nearest = tuple(
+        Quantised.nearest(f.float(), g).values.double() for f, g in zip(start, grids, strict=True)
+    )
     assert found.error < 0.8 * apart_in(second, tensor, nearest)
     a, b, c = joined(found.factors)
     whole = full((a.values.double(), b.values.mT.double(), c.values.mT.double()))

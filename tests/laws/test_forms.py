@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from rabbet.forms import FORMS, Contracted
-from rabbet.site import KINDS
-from rabbet.survey import survey
+from rabbet.layers.site import KINDS
+from rabbet.model.inspect import survey
 
 LAYERS = {
     "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 5)),
@@ -20,13 +20,22 @@ LAYERS = {
     "conv2d dilated": (lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2), (2, 4, 7, 7)),
     "conv2d same": (lambda: nn.Conv2d(4, 6, 4, padding="same"), (2, 4, 7, 7)),
     "conv2d reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 7, 7)),
-    "conv2d circular": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular"), (2, 4, 7, 7)),
-    "conv2d replicate": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="replicate"), (2, 4, 7, 7)),
+    "conv2d circular": (
+        lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular"),
+        (2, 4, 7, 7),
+    ),
+    "conv2d replicate": (
+        lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="replicate"),
+        (2, 4, 7, 7),
+    ),
     "conv2d pointwise": (lambda: nn.Conv2d(6, 9, 1), (2, 6, 4, 4)),
     "conv2d grouped": (lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3), (2, 6, 5, 5)),
     "conv2d depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 5, 5)),
     "conv1d": (lambda: nn.Conv1d(5, 8, 3, stride=2, padding=2), (2, 5, 9)),
-    "conv1d same": (lambda: nn.Conv1d(5, 8, 4, padding="same", dilation=3, padding_mode="reflect"), (2, 5, 13)),
+    "conv1d same": (
+        lambda: nn.Conv1d(5, 8, 4, padding="same", dilation=3, padding_mode="reflect"),
+        (2, 5, 13),
+    ),
     "linear": (lambda: nn.Linear(12, 8), (3, 12)),
     "linear over places": (lambda: nn.Linear(6, 11, bias=False), (3, 5, 6)),
     "transposed linear": (lambda: Conv1D(8, 12), (3, 5, 12)),
@@ -108,7 +117,13 @@ def test_every_gap_between_factors_is_shown_once_in_order(form, name):
     _, site, weight, x = _case(name)
     seen = []
     rank = _ranks(form, site)[0]
-    FORMS[form].apply(site, x, FORMS[form].decompose(site, weight, rank, None), lambda k, t: seen.append(k) or t, None)
+    FORMS[form].apply(
+        site,
+        x,
+        FORMS[form].decompose(site, weight, rank, None),
+        lambda k, t: seen.append(k) or t,
+        None,
+    )
     assert seen == list(range(FORMS[form].gaps))
 
 
@@ -118,7 +133,9 @@ def test_what_happens_between_factors_reaches_the_output(form, name):
     factors = FORMS[form].decompose(site, weight, _ranks(form, site)[-1], None)
     plain = FORMS[form].apply(site, x, factors, lambda _, t: t, None)
     for gap in range(FORMS[form].gaps):
-        silenced = FORMS[form].apply(site, x, factors, lambda k, t, g=gap: t * 0 if k == g else t, None)
+        silenced = FORMS[form].apply(
+            site, x, factors, lambda k, t, g=gap: t * 0 if k == g else t, None
+        )
         assert not torch.allclose(silenced, plain)
         assert silenced.abs().max() < 1e-6
 
@@ -131,7 +148,9 @@ def test_stated_macs_are_those_a_counter_sees(form, name):
         with FlopCounterMode(display=False) as counter:
             FORMS[form].apply(site, x, factors, lambda _, t: t, None)
         seen = counter.get_total_flops()
-        if isinstance(FORMS[form], Contracted):  # putting the cores together does not depend on the input
+        if isinstance(
+            FORMS[form], Contracted
+        ):  # putting the cores together does not depend on the input
             with FlopCounterMode(display=False) as counter:
                 FORMS[form].finished(site, factors)
             seen -= counter.get_total_flops()
@@ -150,7 +169,9 @@ def test_the_macs_of_a_site_are_those_a_counter_sees(name):
 def test_a_site_runs_as_its_layer_does(name):
     layer, site, weight, x = _case(name)
     with torch.no_grad():
-        assert torch.allclose(site.run(x, weight, getattr(layer, "bias", None)), layer(x), atol=1e-5)
+        assert torch.allclose(
+            site.run(x, weight, getattr(layer, "bias", None)), layer(x), atol=1e-5
+        )
 
 
 @every_ranked_form
@@ -161,7 +182,8 @@ def test_the_error_falls_with_the_rank(form, name, weighted):
     metric = torch.eye(site.columns)[None] if second is None else second
     errors = []
     full = FORMS[form].full_rank(site)
-    # doubled each time: two ranks that lie side by side may change places where the solver is a local one
+    # doubled each time: two ranks that lie side by side may change places where the solver is a
+    # local one
     for rank in [*itertools.takewhile(lambda r: r < full, (2**k for k in itertools.count())), full]:
         found = FORMS[form].contract(site, FORMS[form].decompose(site, weight, rank, second))
         delta = site.matrix(found - weight)

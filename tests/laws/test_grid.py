@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from networks import rand
 
 from rabbet.errors import PlanError
-from rabbet.grid import Grid, Quantised, stored
+from rabbet.grids.grid import Grid, Quantised, stored
 
 TEXTS = (
     *(f"{b}{axis}" for b in range(2, 9) for axis in ("", "c", "c1")),
@@ -27,7 +27,9 @@ def _tensor(grid: Grid, seed: int = 0) -> torch.Tensor:
     return x.abs() if grid.kind == "unsigned" else x
 
 
-def _loss(grid: Grid, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+def _loss(
+    grid: Grid, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor | float = 1.0
+) -> torch.Tensor:
     return grid._rows((grid.project(x, scale) - x).square() * weight).double().sum(1)
 
 
@@ -42,7 +44,8 @@ def test_no_two_texts_are_one_grid():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "9", "16", "c", "h", "u", "u1", "1h0", "uh", "u4h", "4x", "4 c", "-4", "T", "4c-1"]
+    "text",
+    ["", "0", "9", "16", "c", "h", "u", "u1", "1h0", "uh", "u4h", "4x", "4 c", "-4", "T", "4c-1"],
 )
 def test_what_is_not_a_grid_is_refused(text):
     with pytest.raises(PlanError):
@@ -114,7 +117,11 @@ def test_a_scale_has_one_entry_a_slice_and_is_a_bfloat16(grid):
 @every_grid
 def test_minmax_covers_the_largest_magnitude(grid):
     x = _tensor(grid)
-    reach = grid.spread(grid.minmax(x), 3).abs() * (grid.levels - 1) / (1 if grid.kind == "unsigned" else 2)
+    reach = (
+        grid.spread(grid.minmax(x), 3).abs()
+        * (grid.levels - 1)
+        / (1 if grid.kind == "unsigned" else 2)
+    )
     assert (x.abs() <= reach * (1 + 2**-8)).all()  # to the rounding of a bfloat16
 
 
@@ -145,7 +152,10 @@ def test_a_refitted_scale_never_increases_the_error(grid):
         x = _tensor(grid, seed)
         scale = grid.minmax(x)
         codes = grid.codes(x, scale)
-        error = [grid._rows((grid.values(codes, s) - x).square()).sum(1) for s in (scale, grid.refit(x, codes, scale))]
+        error = [
+            grid._rows((grid.values(codes, s) - x).square()).sum(1)
+            for s in (scale, grid.refit(x, codes, scale))
+        ]
         assert (error[1] <= error[0] * (1 + 1e-6)).all()
 
 
@@ -156,7 +166,9 @@ def test_a_refitted_scale_is_the_least_squares_one(grid):
     codes = grid.codes(x, scale)
     z, rows = grid._rows(codes + grid.shift).double(), grid._rows(x).double()
     for found, start, a, b in zip(grid.refit(x, codes, scale), scale, z, rows, strict=True):
-        exact = torch.linalg.lstsq(a[:, None], b[:, None]).solution.item() if a.any() else start.item()
+        exact = (
+            torch.linalg.lstsq(a[:, None], b[:, None]).solution.item() if a.any() else start.item()
+        )
         assert found.item() == pytest.approx(exact, rel=2**-8)
 
 
@@ -207,7 +219,9 @@ def test_a_negative_scale_mirrors_the_grid():
     grid, scale = Grid.parse("3"), torch.tensor([0.5])
     x = torch.linspace(-3, 3, 41)
     assert torch.equal(grid.project(x, -scale), -grid.project(-x, scale))
-    assert grid.project(torch.tensor([9.0]), -scale).item() == 2.0  # -4 * -0.5: the long end now lies above
+    assert (
+        grid.project(torch.tensor([9.0]), -scale).item() == 2.0
+    )  # -4 * -0.5: the long end now lies above
 
 
 def test_a_grid_of_an_axis_that_is_not_there_is_refused():
@@ -215,7 +229,9 @@ def test_a_grid_of_an_axis_that_is_not_there_is_refused():
         Grid.parse("4c2").scale_shape((3, 4))
 
 
-@pytest.mark.parametrize(("text", "zero"), [("u8", 7.0), ("u8", 0.0), ("u8", 255.0), ("u4", 3.0), ("u2", 1.0)])
+@pytest.mark.parametrize(
+    ("text", "zero"), [("u8", 7.0), ("u8", 0.0), ("u8", 255.0), ("u4", 3.0), ("u2", 1.0)]
+)
 def test_with_a_zero_point_zero_stays_exactly_zero(text, zero):
     grid, scale = Grid.parse(text), torch.tensor([0.1372])
     assert grid.values(grid.codes(torch.zeros(3), scale, zero), scale, zero).tolist() == [0.0] * 3
@@ -225,7 +241,14 @@ def test_with_a_zero_point_zero_stays_exactly_zero(text, zero):
 def test_a_zero_point_shifts_the_range_of_an_unsigned_grid():
     grid, scale, zero = Grid.parse("u2"), torch.tensor([0.5]), 1.0
     x = torch.tensor([-9.0, -0.5, -0.2, 0.3, 0.9, 9.0])
-    assert grid.values(grid.codes(x, scale, zero), scale, zero).tolist() == [-0.5, -0.5, 0.0, 0.5, 1.0, 1.0]
+    assert grid.values(grid.codes(x, scale, zero), scale, zero).tolist() == [
+        -0.5,
+        -0.5,
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+    ]
 
 
 @every_grid
@@ -243,7 +266,8 @@ def _slopes(grid, x, scale, zero=0.0, pull=None):
 
 
 def test_the_gradient_of_fake_has_the_values_derived_by_hand():
-    # 3 bits, scale 0.5: the range is -2 .. 1.5. Esser et al. 2020, eq. 3: inside it round(x/s) - x/s, outside the end.
+    # 3 bits, scale 0.5: the range is -2 .. 1.5. Esser et al. 2020, eq. 3: inside it round(x/s) -
+    # x/s, outside the end.
     x = torch.tensor([0.6, -0.8, 5.0, -9.0])
     dx, ds = _slopes(Grid.parse("3"), x, torch.tensor([0.5]))
     assert dx.tolist() == [1.0, 1.0, 0.0, 0.0]
@@ -259,7 +283,8 @@ def test_the_gradient_of_fake_weighs_what_comes_from_above():
 
 
 def test_the_gradient_of_fake_counts_the_zero_point():
-    # u2, zero 1: codes 0..3 stand for -1..2 steps. x = -0.7 is code 0 (inside), x = 9 is code 3, two steps above zero.
+    # u2, zero 1: codes 0..3 stand for -1..2 steps. x = -0.7 is code 0 (inside), x = 9 is code 3,
+    # two steps above zero.
     x = torch.tensor([-0.7, 9.0])
     dx, ds = _slopes(Grid.parse("u2"), x, torch.tensor([1.0]), torch.tensor([1.0]))
     assert dx.tolist() == [1.0, 0.0]

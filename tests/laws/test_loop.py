@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rabbet.engine import Engine
-from rabbet.loop import Course, run
+from rabbet.jobs import Jobs
+from rabbet.train.loop import Course, run
 
 LAYOUTS = {
     "contiguous": lambda: torch.arange(24.0).view(4, 6),
     "transposed": lambda: torch.arange(24.0).view(6, 4).t(),
     "with holes": lambda: torch.arange(48.0).view(4, 12)[:, ::2],
-    "channels last": lambda: torch.arange(96.0).view(2, 4, 3, 4).to(memory_format=torch.channels_last),
+    "channels last": lambda: (
+        torch.arange(96.0).view(2, 4, 3, 4).to(memory_format=torch.channels_last)
+    ),
     "one number": lambda: torch.tensor(3.0),
 }
 
@@ -19,8 +21,14 @@ LAYOUTS = {
 class Bowl(Course):
     """A parameter that is drawn to zero, each number of it with a force of its own."""
 
-    def __init__(self, start: Tensor, fused: bool = True, dtype: torch.dtype = torch.float32, steps: int = 12) -> None:
-        self.steps, self.fused, self.p = steps, fused, torch.empty_strided(start.shape, start.stride(), dtype=dtype)
+    def __init__(
+        self, start: Tensor, fused: bool = True, dtype: torch.dtype = torch.float32, steps: int = 12
+    ) -> None:
+        self.steps, self.fused, self.p = (
+            steps,
+            fused,
+            torch.empty_strided(start.shape, start.stride(), dtype=dtype),
+        )
         self.p.copy_(start)
         self.groups = [{"params": [self.p], "base": 0.1}]
         self.force = torch.linspace(0.5, 2, start.numel(), dtype=dtype).view(start.shape)
@@ -34,7 +42,7 @@ class Bowl(Course):
 def test_one_kernel_moves_as_adam_does_however_parameters_lie(layout, dtype):
     plain, fused = (Bowl(LAYOUTS[layout](), way, dtype) for way in (False, True))
     for course in (plain, fused):
-        run(course, Engine(), "key", "moving")
+        run(course, Jobs(), "key", "moving")
     assert not torch.equal(plain.p.float(), LAYOUTS[layout]())
     near = 1e-6 if dtype != torch.bfloat16 else 1e-2
     torch.testing.assert_close(fused.p, plain.p, rtol=near, atol=near)
@@ -44,15 +52,21 @@ def test_one_kernel_moves_as_adam_does_however_parameters_lie(layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_that_stopped_goes_on_to_the_same_numbers(layout, fused, tmp_path):
     whole, first, again = (Bowl(LAYOUTS[layout](), fused) for _ in range(3))
-    run(whole, Engine(), "key", "moving")
+    run(whole, Jobs(), "key", "moving")
 
     def stops(_, done, __):
         if done == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(first, Engine(folder=tmp_path, progress=stops), "key", "moving", every=5)
+        run(first, Jobs(folder=tmp_path, progress=stops), "key", "moving", every=5)
     seen = []
-    run(again, Engine(folder=tmp_path, progress=lambda _, done, __: seen.append(done)), "key", "moving", every=5)
+    run(
+        again,
+        Jobs(folder=tmp_path, progress=lambda _, done, __: seen.append(done)),
+        "key",
+        "moving",
+        every=5,
+    )
     assert seen[0] == 6
     assert torch.equal(again.p, whole.p)

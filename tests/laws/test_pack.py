@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rabbet.pack import pack, packed_bytes, unpack
+from rabbet.grids.pack import pack, packed_bytes, unpack
 
 LEVELS = (2, 4, 8, 16, 32, 64, 128, 256, 3)
 every_width = pytest.mark.parametrize("levels", LEVELS)
@@ -16,7 +16,9 @@ every_width = pytest.mark.parametrize("levels", LEVELS)
 @every_width
 @given(data=st.data())
 def test_unpacking_gives_back_what_was_packed(levels, data):
-    codes = torch.tensor(data.draw(st.lists(st.integers(0, levels - 1), max_size=70)), dtype=torch.int64)
+    codes = torch.tensor(
+        data.draw(st.lists(st.integers(0, levels - 1), max_size=70)), dtype=torch.int64
+    )
     packed = pack(codes, levels)
     assert packed.dtype == torch.uint8
     assert packed.shape == (packed_bytes(len(codes), levels),)

@@ -4,14 +4,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rabbet.core.plan import LayerPlan, Plan, Term, quoted
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS
-from rabbet.grid import Grid
-from rabbet.plan import LayerPlan, Plan, Term, quoted
+from rabbet.grids.grid import Grid
 
 grids = st.builds(
     lambda text, axis: Grid.parse(text + axis),
-    st.sampled_from(["1", "t", *(f"{u}{b}" for b in range(2, 9) for u in ("", "u")), *(f"{b}h" for b in range(2, 9))]),
+    st.sampled_from(
+        [
+            "1",
+            "t",
+            *(f"{u}{b}" for b in range(2, 9) for u in ("", "u")),
+            *(f"{b}h" for b in range(2, 9)),
+        ]
+    ),
     st.sampled_from(["", "c", "c1", "c12"]),
 )
 ranks = st.integers(1, 10**6)
@@ -24,9 +31,18 @@ ODD = (
     "", " ", "a b", 'say "x"', "#1", "a#b", "a # b", "tab\there", "new\nline", "back\\slash", "|", "a|b", "+", "@", "é",
     "dense@4c", "x | act@8", "\u2028", "\x85", "a\x1cb", "'", '"', '""', "\\", "layer.0.weight", "🪵", "\x00", "=<>",
 )  # fmt: skip
-names = st.one_of(st.sampled_from(ODD), st.text(max_size=12), st.from_regex(r"[a-z0-9_.]{1,12}", fullmatch=True))
-layers = st.builds(LayerPlan, names, st.lists(terms, min_size=1, max_size=3).map(tuple), st.none() | st.integers(2, 8))
-plans = st.lists(layers, max_size=5, unique_by=lambda layer: layer.name).map(lambda found: Plan(tuple(found)))
+names = st.one_of(
+    st.sampled_from(ODD), st.text(max_size=12), st.from_regex(r"[a-z0-9_.]{1,12}", fullmatch=True)
+)
+layers = st.builds(
+    LayerPlan,
+    names,
+    st.lists(terms, min_size=1, max_size=3).map(tuple),
+    st.none() | st.integers(2, 8),
+)
+plans = st.lists(layers, max_size=5, unique_by=lambda layer: layer.name).map(
+    lambda found: Plan(tuple(found))
+)
 
 
 @given(plans)
@@ -43,7 +59,9 @@ def test_a_plan_is_its_compact_text(plan):
 
 @given(plans)
 def test_comments_and_blank_lines_say_nothing(plan):
-    commented = "# a plan\n\n" + "\n  # more\n\n".join(f"   {line}   # why" for line in str(plan).split("\n") if line)
+    commented = "# a plan\n\n" + "\n  # more\n\n".join(
+        f"   {line}   # why" for line in str(plan).split("\n") if line
+    )
     assert Plan.parse(commented) == plan
 
 

@@ -8,11 +8,12 @@ from networks import NETWORKS, network
 
 import rabbet
 from rabbet import Joint, Plan, Task, Tuning
+from rabbet.core.plan import Term
+from rabbet.data.batches import outputs
 from rabbet.errors import PlanError
 from rabbet.forms.dense import rows_of, runs
-from rabbet.layer import LayerPlan, compressed_layers
-from rabbet.plan import Term
-from rabbet.task import outputs
+from rabbet.model.build import LayerPlan
+from rabbet.model.compressed import compressed_layers
 
 ROWS = st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found)))
 QUICK = Joint(tuning=Tuning(steps=0))
@@ -26,7 +27,9 @@ def test_rows_are_their_text(rows):
     assert str(term) == f"dense[{runs(rows)}]@3c"
 
 
-@pytest.mark.parametrize("text", ["", "3-", "-3", "5,4", "4,4", "0-1,2", "1-1", "a", "0-99999999999", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "3-", "-3", "5,4", "4,4", "0-1,2", "1-1", "a", "0-99999999999", "9" * 5000]
+)
 def test_what_are_no_rows(text):
     with pytest.raises(PlanError, match=r"rows|no layer has so many"):
         rows_of(text)
@@ -40,7 +43,9 @@ def _split(plan, grids=("4c", "2hc")):
             lines.append(line)
             continue
         outs = range(site.shape[0])
-        terms = tuple(Term.parse(f"dense[{runs(outs[k::2])}]@{grid}") for k, grid in enumerate(grids))
+        terms = tuple(
+            Term.parse(f"dense[{runs(outs[k::2])}]@{grid}") for k, grid in enumerate(grids)
+        )
         lines.append(LayerPlan(line.name, terms, line.act))
     return Plan(tuple(lines))
 
@@ -57,8 +62,13 @@ def _plans(name, grid="4c"):
 def test_rows_on_one_grid_are_the_layer_on_it(name):
     case, _, whole, pairs = _plans(name)
     split = _split(pairs, ("4c", "4c"))
-    a, b = (rabbet.build(case.model, p, rabbet.survey(case.model, case.batches[0])) for p in (whole, split))
-    for one, other in zip(compressed_layers(a).values(), compressed_layers(b).values(), strict=True):
+    a, b = (
+        rabbet.build(case.model, p, rabbet.survey(case.model, case.batches[0]))
+        for p in (whole, split)
+    )
+    for one, other in zip(
+        compressed_layers(a).values(), compressed_layers(b).values(), strict=True
+    ):
         assert torch.equal(one.canonical, other.canonical)
         assert other.plan in split.layers
     costs = [rabbet.price(case.model, p, case.batches) for p in (whole, split)]
@@ -83,7 +93,10 @@ def test_a_network_of_rows_is_fitted_and_saved(name, tmp_path):
 
 def test_rows_are_solved_as_if_they_were_the_layer():
     case, _, whole, pairs = _plans("residual")
-    a, b = (rabbet.fit(case.model, p, case.batches, QUICK).model for p in (whole, _split(pairs, ("4c", "4c"))))
+    a, b = (
+        rabbet.fit(case.model, p, case.batches, QUICK).model
+        for p in (whole, _split(pairs, ("4c", "4c")))
+    )
     one, other = (next(iter(compressed_layers(m).values())).canonical for m in (a, b))
     assert (one - other).norm() < 0.02 * one.norm()
 

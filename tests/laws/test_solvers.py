@@ -6,12 +6,18 @@ import pytest
 import torch
 from networks import rand
 
-from rabbet import candidates
-from rabbet.candidates import canonical, read_numbers, round_rows_of, solve_menu, solve_site
+from rabbet.core.plan import LayerPlan
 from rabbet.errors import ModelError
-from rabbet.grid import Grid
-from rabbet.plan import LayerPlan
-from rabbet.site import Site
+from rabbet.grids.grid import Grid
+from rabbet.layers.site import Site
+from rabbet.reconstruct import candidates
+from rabbet.reconstruct.candidates import (
+    canonical,
+    read_numbers,
+    round_rows_of,
+    solve_menu,
+    solve_site,
+)
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, refit, round_rows, start
 from rabbet.solve.whiten import leading
 
@@ -21,7 +27,9 @@ every_grid = pytest.mark.parametrize("grid", [pytest.param(Grid.parse(t), id=t) 
 
 def _second(n, groups=1, seed=0):
     """What correlated inputs leave: a few strong directions over weak ones."""
-    x = rand(groups, 4 * n, n, seed=seed) @ (rand(groups, n, n, seed=seed + 1) / n**0.5 + 0.3 * torch.eye(n))
+    x = rand(groups, 4 * n, n, seed=seed) @ (
+        rand(groups, n, n, seed=seed + 1) / n**0.5 + 0.3 * torch.eye(n)
+    )
     return x.mT @ x / (4 * n)
 
 
@@ -44,7 +52,9 @@ def test_coordinate_descent_harms_no_row(grid):
     for seed, sweeps in itertools.product(range(2), (1, 3)):
         rows, metric = _rows(grid, seed=10 * seed)
         for given in (rows, feedback(rows, metric)):
-            assert (descend(given, metric, sweeps).error(metric) <= given.error(metric) * (1 + 1e-4)).all()
+            assert (
+                descend(given, metric, sweeps).error(metric) <= given.error(metric) * (1 + 1e-4)
+            ).all()
 
 
 def test_coordinate_descent_ends_where_no_single_step_helps():
@@ -102,7 +112,8 @@ def test_without_a_metric_rounding_is_that_in_the_identity_whatever_the_number_o
     target = rand(1, 2100, 8, seed=3)  # more rows than are rounded at once
     wanted = [(Grid.parse(text), target) for text in ("tc", "2hc", "3c", "8c")]
     plain, general = (
-        round_rows_of(wanted, metric) for metric in (Metric.plain(1, 8), Metric(torch.eye(8)[None], damping=0.0))
+        round_rows_of(wanted, metric)
+        for metric in (Metric.plain(1, 8), Metric(torch.eye(8)[None], damping=0.0))
     )
     for ours, theirs in zip(plain, general, strict=True):
         assert torch.equal(ours.codes, theirs.codes)
@@ -159,7 +170,9 @@ def test_whitened_factors_are_the_optimum_of_qera(rank, rows):
     exact = u[:, :rank] @ s[:rank].diag() @ vh[:rank] @ torch.linalg.inv(root)
     assert torch.allclose(left @ right, exact, atol=1e-8)
     delta = matrix - left @ right
-    assert ((delta @ second) * delta).sum().item() == pytest.approx(s[rank:].square().sum().item(), rel=1e-6)
+    assert ((delta @ second) * delta).sum().item() == pytest.approx(
+        s[rank:].square().sum().item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -187,13 +200,23 @@ def test_plain_factors_are_the_truncated_svd_and_are_balanced(shape):
 
 MENU = tuple(
     LayerPlan.parse(f"x {text}").terms
-    for text in ("dense@2c", "dense@3", "dense@tc", "dense@2c + lowrank[2]@8c", "dense@1c + lowrank[3]@4c + dense@2c")
+    for text in (
+        "dense@2c",
+        "dense@3",
+        "dense@tc",
+        "dense@2c + lowrank[2]@8c",
+        "dense@1c + lowrank[3]@4c + dense@2c",
+    )
 )
 
 
 def _layer(groups=1, kind="linear"):
     shape = (12, 20) if kind == "linear" else (12, 20 // groups, 1, 1)
-    space = {} if kind == "linear" else {"stride": (1, 1), "pads": (0,) * 4, "dilation": (1, 1), "groups": groups}
+    space = (
+        {}
+        if kind == "linear"
+        else {"stride": (1, 1), "pads": (0,) * 4, "dilation": (1, 1), "groups": groups}
+    )
     return Site("x", kind, shape, **space), rand(*shape)
 
 
@@ -240,7 +263,9 @@ def test_a_solved_menu_says_its_own_error_and_reads_back(groups):
             t.grid for t in terms for _ in range(1 if t.form == "dense" else 2)
         ]
         delta = site.matrix(canonical(site, terms, numbers) - weight)
-        assert result[f"{k}.error"].item() == pytest.approx(Metric(second).error(delta).sum().item(), rel=1e-3)
+        assert result[f"{k}.error"].item() == pytest.approx(
+            Metric(second).error(delta).sum().item(), rel=1e-3
+        )
         for q in itertools.chain.from_iterable(numbers):
             assert torch.equal(q.scale, q.scale.to(torch.bfloat16).float())
             assert q.grid.low <= q.codes.min()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rabbet import DataError, Task
-from rabbet.augment import Pool, split
-from rabbet.task import examples, head, join, replaced, suited, tensors
+from rabbet.data.augment import Pool, hold_back
+from rabbet.data.batches import examples, first_examples, join, replaced, suited, tensors
 
 Pair = namedtuple("Pair", ["x", "y"])
 SHARED = torch.arange(20.0).view(5, 4)  # such as positions, or a mask
@@ -42,7 +42,7 @@ def test_what_is_joined_and_cut_is_what_was_there(kind):
     whole = join([kind(rows(0, 8)), kind(rows(8, 11))])
     assert examples(whole) == 11
     assert same(whole, kind(rows(0, 11)))
-    assert same(head(whole, 4), kind(rows(0, 4)))
+    assert same(first_examples(whole, 4), kind(rows(0, 4)))
 
 
 def test_a_limit_holds_whatever_batches_are(kind):
@@ -60,7 +60,7 @@ def test_a_pool_draws_as_many_examples_as_are_asked_for(kind):
 
 
 def test_what_is_held_back_is_not_kept(kind):
-    kept, held = split([kind(rows(8 * k, 8 * k + 8)) for k in range(4)], 0.25)
+    kept, held = hold_back([kind(rows(8 * k, 8 * k + 8)) for k in range(4)], 0.25)
     first, last = (join(x) for x in (kept, held))
     assert same(first, kind(rows(0, 24)))
     assert same(last, kind(rows(24, 32)))

@@ -10,15 +10,17 @@ from torch import nn
 
 import rabbet
 from rabbet import DataError, Plan, PlanError, Term
+from rabbet.core.plan import LayerPlan
 from rabbet.forms.base import Aim
 from rabbet.forms.modes import balanced, covering, exactly
 from rabbet.forms.tt import TT
 from rabbet.forms.ttm import TTM
-from rabbet.plan import LayerPlan
-from rabbet.site import Site
-from rabbet.solve.tensor_train import bonds, half, halves, split
+from rabbet.layers.site import Site
+from rabbet.solve.tensor_train import bonds, half, halves, tt_svd
 
-ATTENTION, UP, DOWN = (Site("x", "linear", shape) for shape in ((768, 768), (3072, 768), (768, 3072)))
+ATTENTION, UP, DOWN = (
+    Site("x", "linear", shape) for shape in ((768, 768), (3072, 768), (768, 3072))
+)
 TABLE = Site("x", "embedding", (30522, 768))
 
 
@@ -67,31 +69,39 @@ def test_digits_make_the_size(size):
         assert 1 not in balanced(size, count) or size == 1
 
 
-@pytest.mark.parametrize("modes", [((2, 6), (4, 2)), ((12,), (8,)), ((3, 2, 2), (2, 2, 2)), ((2, 2, 3), (8,))])
+@pytest.mark.parametrize(
+    "modes", [((2, 6), (4, 2)), ((12,), (8,)), ((3, 2, 2), (2, 2, 2)), ((2, 2, 3), (8,))]
+)
 def test_any_digits_write_a_weight(modes):
     site, weight = Site("x", "linear", (8, 12)), rand(8, 12)
     form = TT(modes)
     factors = form.decompose(site, weight, 8, None)
     assert torch.allclose(form.contract(site, factors), weight, atol=1e-5)
     x = rand(5, 12, seed=1)
-    assert torch.allclose(form.apply(site, x, factors, lambda _, t: t, None), x @ weight.T, atol=1e-4)
+    assert torch.allclose(
+        form.apply(site, x, factors, lambda _, t: t, None), x @ weight.T, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("modes", [((3, 3), (2, 3)), ((3, 1, 4), (1, 6, 1)), ((2, 2, 2, 2), (1, 2, 3, 1))])
+@pytest.mark.parametrize(
+    "modes", [((3, 3), (2, 3)), ((3, 1, 4), (1, 6, 1)), ((2, 2, 2, 2), (1, 2, 3, 1))]
+)
 def test_any_digits_write_a_table(modes):
     site, table = Site("x", "embedding", (9, 6)), rand(9, 6)
     form = TTM(modes)
     factors = form.decompose(site, table, form.full_rank(site), None)
     assert torch.allclose(form.contract(site, factors), table, atol=1e-5)
     ids = torch.tensor([[0, 8, 3], [3, 5, 1]])
-    assert torch.allclose(form.apply(site, ids, factors, lambda _, t: t, None), table[ids], atol=1e-5)
+    assert torch.allclose(
+        form.apply(site, ids, factors, lambda _, t: t, None), table[ids], atol=1e-5
+    )
 
 
 def test_a_tensor_of_the_rank_is_found_again():
     sizes, ranks = (4, 3, 2), [3, 3, 2, 1]
     cores = [rand(a, n, b, seed=n) for a, n, b in zip(ranks[:-1], sizes, ranks[1:], strict=True)]
     assert bonds(sizes, 3, 3) == ranks
-    assert torch.allclose(half(split(half(cores), sizes, ranks)), half(cores), atol=1e-5)
+    assert torch.allclose(half(tt_svd(half(cores), sizes, ranks)), half(cores), atol=1e-5)
 
 
 def test_the_metric_is_followed():
@@ -113,7 +123,9 @@ def test_a_runtime_is_given_the_same_layer(form):
     name, modes, finished = form.finished(site, factors)
     term = Term(name, rabbet.Grid(8), len(finished[0]), modes)
     assert [tuple(f.shape) for f in finished] == list(term.how.shapes(site, term.rank))
-    assert torch.allclose(term.how.contract(site, finished), form.contract(site, factors), atol=1e-5)
+    assert torch.allclose(
+        term.how.contract(site, finished), form.contract(site, factors), atol=1e-5
+    )
 
 
 def test_digits_stand_in_the_plan_where_they_are_not_the_usual():
@@ -170,7 +182,11 @@ def test_an_index_that_a_table_does_not_have_is_refused(index):
 def test_more_steps_never_err_more():
     site, weight = Site("x", "linear", (24, 30)), rand(24, 30)
     errors = [
-        float((TT().contract(site, TT().decompose(site, weight, 5, None, Aim(steps=n))) - weight).square().sum())
+        float(
+            (TT().contract(site, TT().decompose(site, weight, 5, None, Aim(steps=n))) - weight)
+            .square()
+            .sum()
+        )
         for n in (0, 5, 40)
     ]
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
@@ -178,7 +194,8 @@ def test_more_steps_never_err_more():
 
 
 @pytest.mark.parametrize(
-    ("form", "site"), [(TT(), Site("x", "linear", (24, 30))), (TTM(), Site("x", "embedding", (90, 8)))]
+    ("form", "site"),
+    [(TT(), Site("x", "linear", (24, 30))), (TTM(), Site("x", "embedding", (90, 8)))],
 )
 def test_what_goes_on_from_factors_errs_no_more_than_they_do(form, site):
     weight = rand(*site.shape)
@@ -187,5 +204,7 @@ def test_what_goes_on_from_factors_errs_no_more_than_they_do(form, site):
         return float((form.contract(site, factors) - weight).square().sum())
 
     known = form.decompose(site, weight, 5, None, Aim(steps=60))
-    assert error(form.decompose(site, weight, 5, None, Aim(start=known, steps=0))) <= error(known) * (1 + 1e-6)
+    assert error(form.decompose(site, weight, 5, None, Aim(start=known, steps=0))) <= error(
+        known
+    ) * (1 + 1e-6)
     assert error(form.decompose(site, weight, 5, None, Aim(steps=0))) > 1.01 * error(known)

@@ -7,12 +7,15 @@ import pytest
 import torch
 from networks import network
 
-from rabbet import ADMM, Budget, Engine, compress, fit, load, plan
+from rabbet import ADMM, Budget, Jobs, fit, load
+from rabbet import _api as compress
+from rabbet.core import plan
+from rabbet.core.layout import factor_shapes
+from rabbet.data.task import Task
 from rabbet.errors import BudgetError, PlanError
-from rabbet.layer import build, compressed_layers
-from rabbet.layout import factor_shapes
-from rabbet.sequence import recalibrate_norms
-from rabbet.task import Task
+from rabbet.model.build import build
+from rabbet.model.compressed import compressed_layers
+from rabbet.reconstruct.sequential import recalibrate_norms
 from rabbet.workpiece import Workpiece
 
 SHORT = {"sweeps": 2, "inner": 4}
@@ -48,7 +51,9 @@ def test_a_higher_rate_leaves_fewer_parameters(rate):
     for line in result.plan:
         site, term = result.survey[line.name], line.terms[0]
         if term.form == "cp":
-            assert sum(torch.Size(s).numel() for s in factor_shapes(site, term)) <= site.numel / rate
+            assert (
+                sum(torch.Size(s).numel() for s in factor_shapes(site, term)) <= site.numel / rate
+            )
 
 
 def test_a_rank_of_a_layer_overrides_the_rate():
@@ -94,7 +99,7 @@ def test_the_ablations_change_the_error_as_the_paper_says():
 def test_several_processes_give_the_same_bytes(tmp_path):
     _run(ADMM(**SHORT)).save(tmp_path / "a")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        _run(ADMM(**SHORT), engine=Engine(pool)).save(tmp_path / "b")
+        _run(ADMM(**SHORT), jobs=Jobs(pool)).save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -127,21 +132,24 @@ def test_a_line_that_is_not_one_term_of_the_whole_weight_is_refused(terms):
 
 def test_a_linear_layer_is_factorised_by_a_plan_made_by_hand():
     case = network("single")
-    site = Workpiece.of(case.model, Task.of(case.batches), Engine()).survey.sites[0]
+    site = Workpiece.of(case.model, Task.of(case.batches), Jobs()).survey.sites[0]
     result = fit(case.model, f'"{site.name}" lowrank[2]@4c | act@8', case.batches, ADMM(**SHORT))
     assert result.plan[site.name].terms[0].rank == 2
 
 
 def test_norms_are_given_the_statistics_that_they_were_trained_to_give():
     case = network("residual")
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     chosen = ADMM(act=None, **SHORT).plan(piece, Budget.parse(ANY))
     student = build(piece.model, chosen, piece.survey)
     recalibrate_norms(student, piece, limit=10**6)
     seen = {}
     layers = compressed_layers(student)
     watched = {n: m for n, m in layers.items() if n in piece.norms}
-    hooks = [m.register_forward_hook(lambda _, __, out, n=n: seen.update({n: out.clone()})) for n, m in watched.items()]
+    hooks = [
+        m.register_forward_hook(lambda _, __, out, n=n: seen.update({n: out.clone()}))
+        for n, m in watched.items()
+    ]
     with torch.no_grad():
         piece.task.run(student, piece.task.gathered(10**6))
     for hook in hooks:

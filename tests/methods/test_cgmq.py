@@ -12,20 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import flat_networks, image_networks, network, token_networks
 
-from rabbet import CGMQ, Budget, Engine, LayerPlan, Plan, Task, accuracy, compress, demo, fit, load, plan
-from rabbet.calibrate import calibrate_ranges
-from rabbet.cost import Cost
+from rabbet import CGMQ, Budget, Jobs, LayerPlan, Plan, Task, accuracy, demo, fit, load
+from rabbet import _api as compress
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.core import plan
+from rabbet.core.cost import Cost
+from rabbet.data.batches import outputs
 from rabbet.errors import BudgetError, DataError, PlanError
-from rabbet.gates import Gates
-from rabbet.layer import build, compressed_layers
-from rabbet.loop import Course, run, shared
-from rabbet.methods import cgmq
-from rabbet.methods.cgmq import _Course, _Gated
-from rabbet.methods.joint import solved
-from rabbet.methods.rises import measure_rises
+from rabbet.methods.cgmq import method as cgmq
+from rabbet.methods.cgmq.course import FixedWidths, MovingGates
+from rabbet.methods.cgmq.gates import Gates
+from rabbet.methods.cgmq.probe import measure_sensitivity
+from rabbet.methods.cgmq.seat import seated
+from rabbet.model.build import build
+from rabbet.model.compressed import compressed_layers
+from rabbet.reconstruct.network import solved
 from rabbet.report import draw_gates
-from rabbet.seat import seated
-from rabbet.task import outputs
+from rabbet.train.loop import Course, run, shared
 from rabbet.workpiece import Workpiece
 
 SHORT = CGMQ(epochs=2, finish=1, steps=3, batch=6)
@@ -78,27 +81,33 @@ LIMITS = ["bops <= 0.39%", "bops <= 0.5%", "bops <= 1.3%", "bops <= 5%", "bytes 
 )
 def test_a_budget_is_kept_or_refused_at_once(case, method, budget):
     steps = []
-    engine = Engine(progress=lambda stage, *_: steps.append(stage))
+    jobs = Jobs(progress=lambda stage, *_: steps.append(stage))
     try:
-        result = compress(case.model, budget, case.batches, method, engine=engine)
+        result = compress(case.model, budget, case.batches, method, jobs=jobs)
     except BudgetError:
         assert not steps
         return
-    assert not any(limit.broken_by(result.cost, result.float_cost) for limit in Budget.parse(budget).limits)
+    assert not any(
+        limit.broken_by(result.cost, result.float_cost) for limit in Budget.parse(budget).limits
+    )
     allowed = {min(w, 8) for w in method.widths}
     assert {bits for bits, _ in _widths(result.plan)} <= allowed
 
 
 def test_the_floor_is_named_with_its_value():
-    with pytest.raises(BudgetError, match=r"smallest reachable value is .* \(0\.3906% of float32\)"):
+    with pytest.raises(
+        BudgetError, match=r"smallest reachable value is .* \(0\.3906% of float32\)"
+    ):
         _run(budget="bops <= 0.39%")
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_the_tightest_byte_budgets_are_kept_too(granularity):
     case = network("residual")
-    method = CGMQ(granularity=granularity, epochs=int(granularity == "channel"), finish=0, steps=1, batch=6)
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    method = CGMQ(
+        granularity=granularity, epochs=int(granularity == "channel"), finish=0, steps=1, batch=6
+    )
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     floor = Plan.parse("\n".join(f"{s.name} dense@2hc | act@2" for s in piece.survey))
     least = piece.cost(floor).bytes
     with pytest.raises(BudgetError):
@@ -112,10 +121,12 @@ def test_the_tightest_byte_budgets_are_kept_too(granularity):
 
 
 @pytest.mark.parametrize("name", ["residual", "tied", "padded"])
-@pytest.mark.parametrize("text", ["dense@2hc | act@3", "dense@tc | act@8", "dense@3 | act@4", "dense@4c"])
+@pytest.mark.parametrize(
+    "text", ["dense@2hc | act@3", "dense@tc | act@8", "dense@3 | act@4", "dense@4c"]
+)
 def test_training_starts_from_layers_that_are_solved_in_order(name, text):
     case = network(name)
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     given = Plan(tuple(
         LayerPlan.parse(f"{s.name} {text if s.multiplies else text.partition(' ')[0]}") for s in piece.survey
     ))  # fmt: skip
@@ -130,7 +141,7 @@ def test_training_starts_from_layers_that_are_solved_in_order(name, text):
 
 def test_the_nearer_the_start_the_smaller_the_steps_unless_a_rate_is_given(monkeypatch):
     case = network("residual")
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
 
     def rate(method, line):
         seen = []
@@ -142,7 +153,11 @@ def test_the_nearer_the_start_the_smaller_the_steps_unless_a_rate_is_given(monke
     near, far = (rate(method, line) for line in ("dense@8c | act@8", "dense@2hc | act@2"))
     assert 0 < near < 0.2 * far < 0.1
     fixed = replace(method, rate=0.5)
-    assert rate(fixed, "dense@8c | act@8") == rate(fixed, "dense@2hc | act@2") == pytest.approx(0.5, rel=0.05)
+    assert (
+        rate(fixed, "dense@8c | act@8")
+        == rate(fixed, "dense@2hc | act@2")
+        == pytest.approx(0.5, rel=0.05)
+    )
 
 
 def test_training_brings_the_network_nearer_to_float():
@@ -163,7 +178,9 @@ def test_labels_are_used_where_the_task_has_a_loss():
 
     batches = [(x, torch.zeros(len(x), dtype=torch.long)) for x in case.batches]
     task = Task(batches, forward=lambda m, b: m(b[0]), loss=loss)
-    result = compress(case.model, BUDGET, task, CGMQ(epochs=1, finish=4, steps=20, batch=6, rate=0.05))
+    result = compress(
+        case.model, BUDGET, task, CGMQ(epochs=1, finish=4, steps=20, batch=6, rate=0.05)
+    )
     out = outputs(result.model(torch.cat(case.batches)))[0]
     assert seen
     assert (out.argmax(1) == 0).float().mean() > 0.8
@@ -219,17 +236,17 @@ def test_other_labels_are_other_work(tmp_path):
     for label in (0, 3):
         batches = [(x, torch.full((len(x),), label)) for x in case.batches]
         task = Task(batches, lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1]))
-        result = compress(case.model, BUDGET, task, method, engine=Engine(folder=tmp_path))
+        result = compress(case.model, BUDGET, task, method, jobs=Jobs(folder=tmp_path))
         out = outputs(result.model(torch.cat(case.batches)))[0]
         assert (out.argmax(1) == label).float().mean() > 0.6
 
 
 def test_the_other_grid_of_two_bits_is_other_work(tmp_path):
     case = network("residual")
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine(folder=tmp_path))
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs(folder=tmp_path))
     for grid in ("tc", "2hc"):
         lines = Plan.parse("\n".join(f"{s.name} dense@{grid} | act@4" for s in piece.survey))
-        again = fit(case.model, lines, case.batches, SHORT, engine=Engine(folder=tmp_path))
+        again = fit(case.model, lines, case.batches, SHORT, jobs=Jobs(folder=tmp_path))
         alone = fit(case.model, lines, case.batches, SHORT)
         for a, b in zip(again.model.parameters(), alone.model.parameters(), strict=True):
             assert torch.equal(a, b)
@@ -240,27 +257,31 @@ def test_the_other_grid_of_two_bits_is_other_work(tmp_path):
 
 def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%", channels=False):
     case = network("residual")
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     lines = Plan.parse("\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey))
     student = build(piece.model, lines, piece.survey)
     weights = {s.name: piece.weight(s) for s in piece.survey}
     _, seats = seated(student, weights, dict.fromkeys(weights, dict.fromkeys(widths, (-1.0, 2.0))))
     for seat in seats.values():
         seat.bits, seat.act = [widths[-1]] * seat.gated(channels), widths[-1]
-    return Gates(list(seats.values()), widths, Budget.parse(budget), piece.float_cost, Cost()), piece
+    return Gates(
+        list(seats.values()), widths, Budget.parse(budget), piece.float_cost, Cost()
+    ), piece
 
 
 @pytest.mark.parametrize("scales", ["tensor", "channel"])
 @pytest.mark.parametrize("two", ["half", "ternary"])
 def test_gates_start_at_the_ranges_of_least_error_at_every_width(scales, two):
     case = network("residual")
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     method = CGMQ(scales=scales, two=two, epochs=0, finish=0, steps=1)
     axis = "c" if scales == "channel" else ""
     for bits in (2, 3, 4, 8):
         grid = {"ternary": "t", "half": "2h"}[two] if bits == 2 else str(bits)
-        lines = Plan.parse("\n".join(f"{s.name} dense@{grid}{axis} | act@{bits}" for s in piece.survey))
-        found = _Course(method, piece, list(lines), 0).network(piece, lines)
+        lines = Plan.parse(
+            "\n".join(f"{s.name} dense@{grid}{axis} | act@{bits}" for s in piece.survey)
+        )
+        found = FixedWidths(method, piece, list(lines), 0).network(piece, lines)
         wide = Plan.parse("\n".join(f"{s.name} dense@8{axis} | act@{bits}" for s in piece.survey))
         wanted = build(piece.model, wide, piece.survey)
         calibrate_ranges(wanted, piece.task)
@@ -342,11 +363,13 @@ def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind, channels)
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity):
     case, limits = network("residual"), Budget.parse(budget)
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     method = CGMQ(widths=(2, 3, 4, 5, 6, 8), granularity=granularity, epochs=1)
-    course = _Gated(method, piece, [method._line(k, s) for k, s in enumerate(piece.survey)], limits)
+    course = MovingGates(method, piece, [method._line(k, s) for k, s in enumerate(piece.survey)], limits)
     gates = course.gates
-    steps = [torch.rand(6, generator=torch.Generator().manual_seed(k)) for k in range(len(gates.spans))]
+    steps = [
+        torch.rand(6, generator=torch.Generator().manual_seed(k)) for k in range(len(gates.spans))
+    ]
     rises = [x.flip(0).cumsum(0).flip(0) - x[-1] for x in steps]  # fewer bits harm more
     each = [(x / s.count).expand(s.count, 6) for x, s in zip(rises, gates.spans, strict=True)]
     gates.rises = torch.cat(each).double()
@@ -354,7 +377,9 @@ def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity
     for land in (lambda: gates.move_to(course._allocated()), course.land):
         gates.set_levels([5] * len(gates))
         land()
-        assert not any(x.broken_by(piece.cost(course.plan), piece.float_cost) for x in limits.limits)
+        assert not any(
+            x.broken_by(piece.cost(course.plan), piece.float_cost) for x in limits.limits
+        )
         total.append(float(gates.rises.gather(1, torch.tensor(gates.levels)[:, None]).sum()))
     assert granularity == "channel" or total[0] <= total[1] + 1e-9
 
@@ -362,18 +387,20 @@ def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_widths_are_measured_once_for_all_budgets_and_nothing_is_changed(granularity):
     case, told = network("residual"), []
-    engine = Engine(progress=lambda stage, done, total: told.append((stage, done, total)))
-    piece = Workpiece.of(case.model, Task.of(case.batches), engine)
-    method = CGMQ(granularity=granularity, epochs=int(granularity == "channel"), finish=0, steps=1, batch=6)
+    jobs = Jobs(progress=lambda stage, done, total: told.append((stage, done, total)))
+    piece = Workpiece.of(case.model, Task.of(case.batches), jobs)
+    method = CGMQ(
+        granularity=granularity, epochs=int(granularity == "channel"), finish=0, steps=1, batch=6
+    )
     plans = [method.plan(piece, Budget.parse(f"bops <= {share}%")) for share in (0.5, 1, 5)]
     measured = [x[1:] for x in told if x[0] == "measuring widths"]
     spans = 2 * len(list(piece.survey))
     assert measured == [(k + 1, spans) for k in range(spans)]
     assert len(set(plans)) == 3
     lines = [method._line(k, s) for k, s in enumerate(piece.survey)]
-    course = _Gated(method, piece, lines, Budget.parse("bops <= 1%"))
+    course = MovingGates(method, piece, lines, Budget.parse("bops <= 1%"))
     before, levels = course.weights(), course.gates.levels
-    measure_rises(piece, course.gates, before, lambda: course.judged(128, labels=False))
+    measure_sensitivity(piece, course.gates, before, lambda: course.judged(128, labels=False))
     assert all(torch.equal(before[k], v) for k, v in course.weights().items())
     assert course.gates.levels == levels
     assert not any(seat.shown for seat in course.seats.values())
@@ -384,17 +411,21 @@ def test_widths_are_measured_once_for_all_budgets_and_nothing_is_changed(granula
 
 def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
     case = network("residual")
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     method = CGMQ(widths=(2, 8))
     lines = [method._line(k, s) for k, s in enumerate(piece.survey)]
-    course, nearest = (_Gated(method, piece, lines, Budget.parse("bops <= 1%")) for _ in range(2))
-    measure_rises(piece, course.gates, course.weights(), lambda: course.judged(128, labels=False))
+    course, nearest = (MovingGates(method, piece, lines, Budget.parse("bops <= 1%")) for _ in range(2))
+    measure_sensitivity(
+        piece, course.gates, course.weights(), lambda: course.judged(128, labels=False)
+    )
     for _ in nearest.gates.probe(lambda: nearest.judged(128, labels=False), lambda _: {}):
         pass
     spans = course.gates.spans
     weights, inputs = ([s.first for s in spans if s.inner == inner] for inner in (False, True))
     assert course.gates.rises[weights, 0].sum() < nearest.gates.rises[weights, 0].sum()
-    assert torch.allclose(course.gates.rises[inputs], nearest.gates.rises[inputs], rtol=0.5, atol=1e-3)
+    assert torch.allclose(
+        course.gates.rises[inputs], nearest.gates.rises[inputs], rtol=0.5, atol=1e-3
+    )
 
 
 def test_fewer_bits_are_never_taken_to_harm_less():
@@ -410,7 +441,9 @@ def test_fewer_bits_are_never_taken_to_harm_less():
 
 def test_every_epoch_ends_within_the_budget_and_is_told():
     case, told = network("residual"), []
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine(progress=lambda stage, *_: told.append(stage)))
+    piece = Workpiece.of(
+        case.model, Task.of(case.batches), Jobs(progress=lambda stage, *_: told.append(stage))
+    )
     found = SHORT.search(piece, Budget.parse(BUDGET))
     assert found.widths.shape == found.gates.shape == (4, len(found.names))
     assert (found.shares <= 1).all()
@@ -426,8 +459,11 @@ def test_every_epoch_ends_within_the_budget_and_is_told():
 @pytest.mark.parametrize(("suffix", "granularity"), [(".svg", "channel"), (".png", "layer")])
 def test_the_gates_are_drawn(tmp_path, suffix, granularity):
     case = network("residual")
-    piece = Workpiece.of(case.model, Task.of(case.batches), Engine())
-    draw_gates(replace(SHORT, granularity=granularity).search(piece, Budget.parse(BUDGET)), tmp_path / f"gates{suffix}")
+    piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
+    draw_gates(
+        replace(SHORT, granularity=granularity).search(piece, Budget.parse(BUDGET)),
+        tmp_path / f"gates{suffix}",
+    )
     assert (tmp_path / f"gates{suffix}").stat().st_size > 1000
 
 
@@ -446,11 +482,13 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, budget):
         return progress
 
     whole = _run(method, budget)
-    for k, at in enumerate([("training with gates", 9), ("training with gates", 14), ("training", 6)]):
+    for k, at in enumerate(
+        [("training with gates", 9), ("training with gates", 14), ("training", 6)]
+    ):
         folder = tmp_path / str(k)
         with pytest.raises(KeyboardInterrupt):
-            _run(method, budget, engine=Engine(folder=folder, progress=killer(at)))
-        again = _run(method, budget, engine=Engine(folder=folder))
+            _run(method, budget, jobs=Jobs(folder=folder, progress=killer(at)))
+        again = _run(method, budget, jobs=Jobs(folder=folder))
         assert again.plan == whole.plan
         state = again.model.state_dict()
         assert all(torch.equal(state[n], t) for n, t in whole.model.state_dict().items())
@@ -476,7 +514,7 @@ def _one_of_two(rank, folder):
     with pytest.raises(DataError, match="cannot be shared"):
         shared(torch.zeros(1, 2))
     course = _Parting(rank)
-    run(course, Engine(), "parting", "training")
+    run(course, Jobs(), "parting", "training")
     assert [float(v.detach().max()) < 1 for v in course.values] == [True, True, False]
     _run(CALM).save(Path(folder) / f"{rank}.safetensors")
     dist.destroy_process_group()
@@ -498,10 +536,10 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def test_blocks_count_where_the_float_network_teaches(loss):
     case, found = network("residual"), []
     for features in (0.0, 1.0):
-        piece = Workpiece.of(case.model, Task(case.batches, loss=loss), Engine())
+        piece = Workpiece.of(case.model, Task(case.batches, loss=loss), Jobs())
         method = CGMQ(features=features, batch=6)
         lines = [LayerPlan.parse(f"{s.name} dense@3c | act@4") for s in piece.survey]
-        found.append(_Course(method, piece, lines, 1).loss(0).item())
+        found.append(FixedWidths(method, piece, lines, 1).loss(0).item())
     assert (found[0] < found[1]) == (loss is None)
 
 
@@ -510,16 +548,21 @@ def test_an_epoch_of_batches_that_cannot_be_joined_shows_as_many_as_there_are():
     net = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Linear(6, 3)).eval()
     data = [torch.randint(9, (4, length), generator=generator) for length in (3, 4, 5, 6)]
     lines = [LayerPlan.parse("0 dense@3c"), LayerPlan.parse("1 dense@3c | act@4")]
-    course = _Course(CGMQ(), Workpiece.of(net, Task.of(data), Engine()), lines, 2)
+    course = FixedWidths(CGMQ(), Workpiece.of(net, Task.of(data), Jobs()), lines, 2)
     assert course.steps == 2 * len(course.pool.parts) == 8  # of the last batch some are held back
 
 
 def test_a_forward_that_no_gradient_passes_is_told():
     case = network("residual")
     task = Task(case.batches, forward=torch.no_grad()(lambda m, x: m(x)))
-    lines = "\n".join(f"{s.name} dense@3c" for s in Workpiece.of(case.model, task, Engine()).survey)
-    assert "3 steps, and no gradient came" in fit(case.model, lines, task, CGMQ(finish=1, steps=3)).notes[0]
-    assert "no gradient" not in fit(case.model, lines, case.batches, CGMQ(finish=1, steps=3)).notes[0]
+    lines = "\n".join(f"{s.name} dense@3c" for s in Workpiece.of(case.model, task, Jobs()).survey)
+    assert (
+        "3 steps, and no gradient came"
+        in fit(case.model, lines, task, CGMQ(finish=1, steps=3)).notes[0]
+    )
+    assert (
+        "no gradient" not in fit(case.model, lines, case.batches, CGMQ(finish=1, steps=3)).notes[0]
+    )
 
 
 def test_mistakes_are_named():
@@ -543,12 +586,16 @@ def test_mistakes_are_named():
             CGMQ(**fields)
     case = network("residual")
     first, *_ = chosen = plan(case.model, BUDGET, case.batches, SHORT)
-    mixed = chosen.with_layer(type(first).parse(f"{first.name} dense[0-3]@2hc + dense[4-7]@tc | act@8"))
+    mixed = chosen.with_layer(
+        type(first).parse(f"{first.name} dense[0-3]@2hc + dense[4-7]@tc | act@8")
+    )
     with pytest.raises(PlanError, match="on one signed grid"):
         fit(case.model, mixed, case.batches, SHORT)
     with pytest.raises(BudgetError, match="a latency needs gates of layers"):
         plan(case.model, "latency <= 90%", case.batches, replace(SHORT, granularity="channel"))
-    endless = Task(case.batches, loss=lambda out, _: out.sum() * (1 if torch.is_grad_enabled() else torch.inf))
+    endless = Task(
+        case.batches, loss=lambda out, _: out.sum() * (1 if torch.is_grad_enabled() else torch.inf)
+    )
     with pytest.raises(DataError, match="held-back examples is not finite"):
         compress(case.model, BUDGET, endless, SHORT)
     with pytest.raises(DataError, match="held back"):

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from networks import network
 
-from rabbet import Budget, CoRa, Engine, Ranking, Task, Tuning, compress, load, plan
+from rabbet import Budget, CoRa, Jobs, Ranking, Task, Tuning, load
+from rabbet import _api as compress
+from rabbet.core import plan
 from rabbet.errors import BudgetError, DataError, FileError, PlanError
-from rabbet.layer import compressed_layers
+from rabbet.methods.cora.search import Residual, butterworth, search_ranks
+from rabbet.model.compressed import compressed_layers
 from rabbet.report import draw_search
-from rabbet.search import Residual, butterworth, search_ranks
 from rabbet.workpiece import Workpiece
 
 SHORT = CoRa(bits=3, ranking=Ranking(steps=6, batch=6), tuning=Tuning(steps=0))
@@ -30,7 +32,9 @@ def _labelled(name="residual"):
     case = network(name)
     labels = torch.zeros(len(case.batches[0]), dtype=torch.long)
     batches = [(x, labels[: len(x)]) for x in case.batches]
-    task = Task(batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1]))
+    task = Task(
+        batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1])
+    )
     return case.model, task
 
 
@@ -54,11 +58,17 @@ def test_the_kernel_is_the_formula_of_the_paper(order, offset):
     gain = butterworth(torch.tensor(3.5, dtype=torch.float64), 9, order, offset)
     for i in range(9):
         # arXiv 2408.00923: with i / R over the normalised cut-off, R cancels
-        assert float(gain[i]) == pytest.approx((1 + ((i + offset) / 9 / (3.5 / 9)) ** (2 * order)) ** -0.5)
+        assert float(gain[i]) == pytest.approx(
+            (1 + ((i + offset) / 9 / (3.5 / 9)) ** (2 * order)) ** -0.5
+        )
 
 
-@pytest.mark.parametrize("method", [SHORT, replace(SHORT, ranks="heuristic"), PAPER], ids=["ours", "even", "paper"])
-@pytest.mark.parametrize("budget", [BUDGET, "bytes <= 20%", "bits <= 4.5, bops <= 4%", "macs <= 125%"])
+@pytest.mark.parametrize(
+    "method", [SHORT, replace(SHORT, ranks="heuristic"), PAPER], ids=["ours", "even", "paper"]
+)
+@pytest.mark.parametrize(
+    "budget", [BUDGET, "bytes <= 20%", "bits <= 4.5, bops <= 4%", "macs <= 125%"]
+)
 def test_every_layer_has_the_same_bits_and_the_budget_is_kept(method, budget):
     model, task = _labelled()
     result = compress(model, budget, task, method)
@@ -73,7 +83,8 @@ def test_a_search_lands_close_below_its_budget(method):
     model, task = _labelled()
     result = compress(model, BUDGET, task, method)
     assert any(_ranks(result.plan).values())
-    # a rank more of the cheapest adapter would not fit, or the search did not want it: within one layer's rank
+    # a rank more of the cheapest adapter would not fit, or the search did not want it: within one
+    # layer's rank
     assert 3.6 < result.cost.bits <= 4
 
 
@@ -83,25 +94,31 @@ def test_the_search_gives_rank_to_the_layer_that_needs_it():
     dead = torch.nn.Linear(16, 16, bias=False)
     model = torch.nn.Sequential(dead, torch.nn.Linear(16, 16, bias=False)).eval()
     x = [torch.randn(32, 16)]
-    piece = Workpiece.of(model, Task.of(x), Engine())
+    piece = Workpiece.of(model, Task.of(x), Jobs())
     wide = torch.linalg.svd(torch.randn(16, 16))
     price = torch.tensor([1.0], dtype=torch.float64)
     residuals = {
         "0": Residual(wide[0] * 1e-4, wide[2], torch.full((16,), 1e-4), price),
         "1": Residual(wide[0], wide[2], torch.ones(16), price),
     }
-    student = compress(model, "bits <= 8", x, CoRa(bits=8, tuning=Tuning(steps=0), ranks="heuristic")).model
+    student = compress(
+        model, "bits <= 8", x, CoRa(bits=8, tuning=Tuning(steps=0), ranks="heuristic")
+    ).model
     # the base is too small by its residual, so that letting it through brings the network back
     with torch.no_grad():
         for name, seat in compressed_layers(student).items():
             seat.terms[0][0].codes.zero_()
             seat.terms[0][0].scale.zero_()
-            piece.model.get_submodule(name).weight.copy_(residuals[name].left @ residuals[name].right)
+            piece.model.get_submodule(name).weight.copy_(
+                residuals[name].left @ residuals[name].right
+            )
             if name == "0":
                 seat.terms[0][0].codes.fill_(1)
                 seat.terms[0][0].scale.fill_(0.3)
                 piece.model.get_submodule(name).weight.add_(0.3)
-    found = search_ranks(student, piece, residuals, torch.tensor([0.6], dtype=torch.float64), Ranking(steps=40))
+    found = search_ranks(
+        student, piece, residuals, torch.tensor([0.6], dtype=torch.float64), Ranking(steps=40)
+    )
     assert found.ranks["1"] > 4 * found.ranks["0"]
     assert float(found.excess.abs().max()) < 0.05
     assert found.losses[-1] < found.losses[0]
@@ -109,8 +126,10 @@ def test_the_search_gives_rank_to_the_layer_that_needs_it():
 
 def test_the_hinge_brings_cut_offs_from_above_down_to_the_budget():
     model, task = _labelled()
-    piece = Workpiece.of(model, task, Engine())
-    found = replace(PAPER, ranking=replace(PAPER.ranking, steps=120, rate=0.02)).search(piece, Budget.parse(BUDGET))
+    piece = Workpiece.of(model, task, Jobs())
+    found = replace(PAPER, ranking=replace(PAPER.ranking, steps=120, rate=0.02)).search(
+        piece, Budget.parse(BUDGET)
+    )
     assert float(found.excess[0]) > 0.1
     assert float(found.excess[-1]) < 0.02
 
@@ -123,11 +142,11 @@ def test_one_seed_gives_one_plan_and_one_search():
 def test_a_search_that_was_kept_is_not_run_again(tmp_path):
     model, task = _labelled()
     seen = []
-    engine = Engine(folder=tmp_path, progress=lambda stage, *_: seen.append(stage))
-    first = plan(model, BUDGET, task, SHORT, engine=engine)
+    jobs = Jobs(folder=tmp_path, progress=lambda stage, *_: seen.append(stage))
+    first = plan(model, BUDGET, task, SHORT, jobs=jobs)
     assert "searching ranks" in seen
     seen.clear()
-    assert plan(model, BUDGET, task, SHORT, engine=engine) == first
+    assert plan(model, BUDGET, task, SHORT, jobs=jobs) == first
     assert "searching ranks" not in seen
 
 
@@ -136,16 +155,25 @@ def test_the_clipped_base_with_adapters_is_nearer_than_without():
     errors = []
     for budget in ("bits <= 3.01", "bits <= 6"):
         result = compress(model, budget, task, replace(PAPER, ranks="heuristic", ranking=Ranking()))
-        piece = Workpiece.of(model, task, Engine())
+        piece = Workpiece.of(model, task, Jobs())
         layers = compressed_layers(result.model)
-        errors.append(sum(float((layers[s.name].canonical - piece.weight(s)).square().sum()) for s in piece.survey))
+        errors.append(
+            sum(
+                float((layers[s.name].canonical - piece.weight(s)).square().sum())
+                for s in piece.survey
+            )
+        )
     assert errors[1] < 0.7 * errors[0]
 
 
 def test_ends_have_their_own_bits():
     model, task = _labelled()
     found = list(plan(model, "bits <= 8", task, replace(SHORT, bits=4, act=4, ends=8)))
-    assert [str(line.terms[0]) for line in (found[0], found[1], found[-1])] == ["dense@8c", "dense@4c", "dense@8c"]
+    assert [str(line.terms[0]) for line in (found[0], found[1], found[-1])] == [
+        "dense@8c",
+        "dense@4c",
+        "dense@8c",
+    ]
     assert [line.act for line in (found[0], found[1], found[-1])] == [8, 4, 8]
 
 
@@ -161,7 +189,7 @@ def test_the_file_holds_what_was_fitted(tmp_path):
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_the_search_is_drawn(tmp_path, suffix):
     model, task = _labelled()
-    found = SHORT.search(Workpiece.of(model, task, Engine()), Budget.parse(BUDGET))
+    found = SHORT.search(Workpiece.of(model, task, Jobs()), Budget.parse(BUDGET))
     draw_search(found, tmp_path / f"search{suffix}", found.names[0])
     assert (tmp_path / f"search{suffix}").stat().st_size > 1000
     with pytest.raises(PlanError, match="was not searched"):

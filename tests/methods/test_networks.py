@@ -8,10 +8,12 @@ from networks import NETWORKS, Case, Tokens, image_networks, network, rand, sett
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rabbet import Joint, Task, Tuning, compress, fit, load, plan_of, survey
-from rabbet.fold import fold
-from rabbet.layer import Compressed, compressed_layers
-from rabbet.task import outputs
+from rabbet import Joint, Task, Tuning, fit, load, plan_of
+from rabbet import _api as compress
+from rabbet.core import survey
+from rabbet.data.batches import outputs
+from rabbet.model.bn_fold import fold
+from rabbet.model.compressed import Compressed, compressed_layers
 
 QUICK = Joint(
     grids=("3c", "8c"),
@@ -65,7 +67,9 @@ def test_folding_changes_nothing_but_the_batch_norms(case):
     folded = fold(case.model, found)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     for batch in case.batches:
-        assert torch.allclose(run(folded, batch)[0], run(case.model, batch)[0], rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            run(folded, batch)[0], run(case.model, batch)[0], rtol=1e-5, atol=1e-5
+        )
 
 
 class Ends(nn.Module):
@@ -111,7 +115,9 @@ NOT_FOLDED = {
     "an activation lies between": lambda m, x: m.norm(F.relu(m.conv(x))),
     "another conv lies between": lambda m, x: m.norm(m.other(m.conv(x)).sigmoid()),
     "a view lies between": lambda m, x: m.norm(m.conv(x)[:, :, 1:]),
-    "the norm comes first": lambda m, x: m.norm(m.other(m.norm(torch.cat([x, x[:, :1]], 1)))) + 0 * m.conv(x),
+    "the norm comes first": lambda m, x: (
+        m.norm(m.other(m.norm(torch.cat([x, x[:, :1]], 1)))) + 0 * m.conv(x)
+    ),
     "the conv runs twice": lambda m, x: m.norm(m.conv(x)) + m.conv(x.flip(2)),
     "the norm runs twice": lambda m, x: m.norm(m.conv(x)) + m.norm(m.other(m.conv(x)).abs()),
 }
@@ -130,7 +136,9 @@ def test_a_batch_norm_is_not_folded_where(why, tmp_path):
     saved_and_loaded(result, model, tmp_path / "a")
 
 
-@pytest.mark.parametrize("norm", [{"track_running_stats": False}, {"affine": False}, {"eps": 0.5}, {}])
+@pytest.mark.parametrize(
+    "norm", [{"track_running_stats": False}, {"affine": False}, {"eps": 0.5}, {}]
+)
 def test_a_batch_norm_behind_its_conv_is_folded_if_it_has_statistics(norm):
     model = settled(Ends(lambda m, x: F.relu_(m.norm(m.conv(x))), **norm))
     x = rand(3, 3, 6, 6)
@@ -217,7 +225,9 @@ def test_layers_left_alone_keep_their_numbers(tmp_path):
         assert torch.equal(again.state_dict()[name], case.model.state_dict()[name])
 
 
-@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "make", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal]
+)
 def test_a_parametrised_layer_is_left_alone(make, tmp_path):
     model = settled(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
     make(model[0])
@@ -272,7 +282,9 @@ def _calls(monkeypatch):
     """Names of the compressed layers that run; hooks would do, but they turn torch's fused path off."""
     seen = []
     forward = Compressed.forward
-    monkeypatch.setattr(Compressed, "forward", lambda self, x: seen.append(self.site.name) or forward(self, x))
+    monkeypatch.setattr(
+        Compressed, "forward", lambda self, x: seen.append(self.site.name) or forward(self, x)
+    )
     return seen
 
 
@@ -295,7 +307,9 @@ class Padded(nn.Module):
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(20, 16)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2
+        )
         self.head = nn.Linear(16, 3)
 
     def forward(self, x):
@@ -336,7 +350,9 @@ def test_a_gpt2_of_transformers_is_compressed(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["stack", "tokens", "twice"])
-def test_a_checkpoint_of_another_precision_is_compressed_and_what_is_left_keeps_its_type(dtype, name, tmp_path):
+def test_a_checkpoint_of_another_precision_is_compressed_and_what_is_left_keeps_its_type(
+    dtype, name, tmp_path
+):
     case = network(name)
     model = case.model.to(dtype)
     result = compress(model, "bits <= 8.5", case.batches, EXACT)
@@ -387,7 +403,12 @@ class Positions(nn.Module):
 
     def __init__(self, flat):
         super().__init__()
-        self.words, self.places, self.head, self.flat = nn.Embedding(20, 8), nn.Embedding(7, 8), nn.Linear(8, 5), flat
+        self.words, self.places, self.head, self.flat = (
+            nn.Embedding(20, 8),
+            nn.Embedding(7, 8),
+            nn.Linear(8, 5),
+            flat,
+        )
 
     def forward(self, x):
         y = self.words(x) + self.places(torch.arange(7))
@@ -407,7 +428,11 @@ def test_images_of_different_sizes_are_taken():
     class Pooled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 4)
+            self.a, self.b, self.head = (
+                nn.Conv2d(3, 6, 3),
+                nn.Conv2d(6, 6, 3, padding=1),
+                nn.Linear(6, 4),
+            )
 
         def forward(self, x):
             return self.head(F.relu(self.b(F.relu(self.a(x)))).mean((2, 3)))
@@ -485,7 +510,9 @@ def test_more_bits_are_nearer_to_the_network():
     case = Case(settled(Tokens()), tokens())
     found = [
         error(
-            compress(case.model, f"bits <= {bits}", case.batches, Joint(tuning=Tuning(steps=0))).model,
+            compress(
+                case.model, f"bits <= {bits}", case.batches, Joint(tuning=Tuning(steps=0))
+            ).model,
             case.model,
             case.batches[0],
         )
@@ -527,7 +554,9 @@ def test_a_layer_that_no_gradient_reaches_is_not_free_to_be_harmed(make, tmp_pat
     bits = [line.terms[0].grid.bits for line in result.plan]
     assert min(bits) >= 3
     saved_and_loaded(result, model, tmp_path / "a")
-    saved_and_loaded(compress(model, "bits <= 4.5", [x], QUICK), model, tmp_path / "b")  # tuning finds nothing to do
+    saved_and_loaded(
+        compress(model, "bits <= 4.5", [x], QUICK), model, tmp_path / "b"
+    )  # tuning finds nothing to do
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

@@ -15,7 +15,7 @@ from torch import nn
 from rabbet import (
     Budget,
     Cost,
-    Engine,
+    Jobs,
     Joint,
     LayerPlan,
     ModelError,
@@ -23,25 +23,27 @@ from rabbet import (
     PlanError,
     Task,
     Tuning,
-    compress,
     fit,
-    plan,
     price,
-    survey,
 )
-from rabbet.allocate import Option, allocate, picked, require_feasible
-from rabbet.augment import Pool, cropped, mixed, split
-from rabbet.calibrate import calibrate_ranges, second_moments
-from rabbet.candidates import read_numbers, solve_site
+from rabbet import _api as compress
+from rabbet.calibrate.moments import second_moments
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.choose.program import Option, allocate, picked, require_feasible
+from rabbet.core import plan, survey
+from rabbet.data.augment import Pool, cropped, hold_back, mixed
+from rabbet.data.batches import examples, outputs, tensors
 from rabbet.errors import BudgetError
-from rabbet.fold import fold
-from rabbet.layer import ActQuant, build, compressed_layers
+from rabbet.layers.site import patches
 from rabbet.methods import METHODS
-from rabbet.methods.joint import solve_menus
-from rabbet.sequence import solve_in_order
-from rabbet.site import patches
-from rabbet.task import examples, outputs, tensors
-from rabbet.train import _Loop, block_names, judge, taught, tune
+from rabbet.model.bn_fold import fold
+from rabbet.model.build import build
+from rabbet.model.compressed import ActQuant, compressed_layers
+from rabbet.reconstruct.candidates import read_numbers, solve_site
+from rabbet.reconstruct.network import solve_menus
+from rabbet.reconstruct.sequential import solve_in_order
+from rabbet.train.losses import block_names, taught
+from rabbet.train.tuning import _Loop, judge, tune
 from rabbet.workpiece import Workpiece
 
 QUICK = Joint(
@@ -57,7 +59,13 @@ QUICK = Joint(
 # Every method
 
 # what each reaches on a network without factorisable kernels
-WITHIN = {"joint": "bits <= 4", "admm": "bits <= 8", "cora": "bits <= 8", "cgmq": "bops <= 3%", "ttqat": "bits <= 8"}
+WITHIN = {
+    "joint": "bits <= 4",
+    "admm": "bits <= 8",
+    "cora": "bits <= 8",
+    "cgmq": "bops <= 3%",
+    "ttqat": "bits <= 8",
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -67,7 +75,7 @@ def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
     assert method.__dataclass_params__.frozen
     assert METHODS[name]() == method
     case = network("stack")
-    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     budget = Budget.parse(WITHIN[name])
     chosen = method.plan(piece, budget)
     budget.check(piece.cost(chosen), piece.float_cost)
@@ -118,7 +126,9 @@ def test_a_result_prints_every_layer_every_quantity_and_what_was_left():
     result = compress(case.model, "bytes <= 200%, bits <= 4", case.batches, QUICK)
     text = str(result)
     for line in result.plan:
-        assert re.search(rf"^{re.escape(line.name)} +[\dx]+ +{re.escape(line.body)} ", text, re.MULTILINE)
+        assert re.search(
+            rf"^{re.escape(line.name)} +[\dx]+ +{re.escape(line.body)} ", text, re.MULTILINE
+        )
     for left in result.survey.left:
         assert f"left alone: {left.name}" in text
         assert left.reason in text
@@ -137,7 +147,10 @@ class Careless:
 
     def fit(self, piece, chosen):
         first = next(iter(chosen))
-        return QUICK.fit(piece, chosen.with_layer(LayerPlan.parse(f"{first.name} dense@8c + lowrank[1]@8c | act@8")))
+        return QUICK.fit(
+            piece,
+            chosen.with_layer(LayerPlan.parse(f"{first.name} dense@8c + lowrank[1]@8c | act@8")),
+        )
 
 
 def test_a_method_that_breaks_the_budget_is_caught():
@@ -146,8 +159,8 @@ def test_a_method_that_breaks_the_budget_is_caught():
         compress(case.model, "bits <= 3.5", case.batches, Careless())
 
 
-class Counting(Engine):
-    """An engine that counts the layers whose candidates it really solves."""
+class Counting(Jobs):
+    """An jobs that counts the layers whose candidates it really solves."""
 
     def run(self, stage, jobs):
         self.stage = stage
@@ -160,11 +173,11 @@ class Counting(Engine):
 
 def test_a_second_budget_finds_the_candidates_of_the_first():
     case = network("residual")
-    engine = Counting()
-    compress(case.model, "bits <= 4", case.batches, QUICK, engine=engine)
-    assert engine.ran == 7
-    compress(case.model, "bits <= 3.5, bops <= 5%", case.batches, QUICK, engine=engine)
-    assert engine.ran == 7
+    jobs = Counting()
+    compress(case.model, "bits <= 4", case.batches, QUICK, jobs=jobs)
+    assert jobs.ran == 7
+    compress(case.model, "bits <= 3.5, bops <= 5%", case.batches, QUICK, jobs=jobs)
+    assert jobs.ran == 7
 
 
 def test_a_killed_run_that_is_started_again_does_not_do_finished_work_twice(tmp_path):
@@ -177,10 +190,16 @@ def test_a_killed_run_that_is_started_again_does_not_do_finished_work_twice(tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(case.model, "bits <= 4", case.batches, QUICK, engine=Engine(folder=tmp_path / "k", progress=killer))
-    engine = Counting(folder=tmp_path / "k")
-    compress(case.model, "bits <= 4", case.batches, QUICK, engine=engine).save(tmp_path / "a")
-    assert engine.ran == 7 - 4
+        compress(
+            case.model,
+            "bits <= 4",
+            case.batches,
+            QUICK,
+            jobs=Jobs(folder=tmp_path / "k", progress=killer),
+        )
+    jobs = Counting(folder=tmp_path / "k")
+    compress(case.model, "bits <= 4", case.batches, QUICK, jobs=jobs).save(tmp_path / "a")
+    assert jobs.ran == 7 - 4
     compress(case.model, "bits <= 4", case.batches, QUICK).save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -193,7 +212,9 @@ def _table(draw):
     for layer in range(draw(st.integers(1, 4))):
         count = draw(st.integers(1, 4))
         lines = [LayerPlan.parse(f"layer{layer} lowrank[{k + 1}]@4c") for k in range(count)]
-        cost = st.builds(lambda b, m: Cost(bytes=b, macs=m, weights=1), st.integers(0, 60), st.integers(0, 60))
+        cost = st.builds(
+            lambda b, m: Cost(bytes=b, macs=m, weights=1), st.integers(0, 60), st.integers(0, 60)
+        )
         rows.append([Option(line, draw(cost)) for line in lines])
     scores = [[draw(st.integers(0, 1000)) / 8 for _ in row] for row in rows]
     return rows, scores
@@ -209,7 +230,9 @@ def _exact(rows, fixed=17):
 @given(data=st.data())
 def test_the_choice_is_the_best_of_all_that_keep_the_budget(data):
     rows, scores = _table(data.draw)
-    budget = Budget.parse(f"bytes <= {data.draw(st.integers(1, 200))}, macs <= {data.draw(st.integers(1, 200))}")
+    budget = Budget.parse(
+        f"bytes <= {data.draw(st.integers(1, 200))}, macs <= {data.draw(st.integers(1, 200))}"
+    )
     whole, exact = Cost(bytes=1000, macs=1000), _exact(rows)
     choices = itertools.product(*(range(len(row)) for row in rows))
     plans = {picked(rows, choice): choice for choice in choices}
@@ -232,7 +255,10 @@ def test_the_choice_is_the_best_of_all_that_keep_the_budget(data):
 
 
 def test_a_cost_that_is_more_than_the_sum_of_its_layers_still_keeps_the_budget():
-    rows = [[Option(LayerPlan.parse(f"l{i} lowrank[{b}]@4c"), Cost(bytes=b)) for b in (10, 20, 30)] for i in range(3)]
+    rows = [
+        [Option(LayerPlan.parse(f"l{i} lowrank[{b}]@4c"), Cost(bytes=b)) for b in (10, 20, 30)]
+        for i in range(3)
+    ]
     scores = [[2.0, 1.0, 0.0]] * 3
 
     def exact(plan):  # a file's header is padded: the program cannot see this
@@ -274,12 +300,14 @@ def test_second_moments_are_those_of_unfolded_patches(layer, x):
     found = second_moments(model, survey(model, x), Task([x, x + 1]))["0"]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     both = F.pad(torch.cat([x, x + 1]), layer._reversed_padding_repeated_twice, mode=mode)
-    rows = F.unfold(both, layer.kernel_size, layer.dilation, 0, layer.stride).mT.reshape(-1, found.shape[1])
+    rows = F.unfold(both, layer.kernel_size, layer.dilation, 0, layer.stride).mT.reshape(
+        -1, found.shape[1]
+    )
     assert torch.allclose(found[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_second_moments_of_very_many_examples_are_those_of_every_so_manieth_batch(monkeypatch):
-    monkeypatch.setattr("rabbet.calibrate.EXAMPLES", 12)
+    monkeypatch.setattr("rabbet.calibrate.moments.EXAMPLES", 12)
     model = nn.Sequential(nn.Linear(6, 3))
     for count, step in ((3, 1), (5, 1), (6, 2), (9, 3)):  # batches of 4 examples
         data = [rand(4, 6, seed=k) for k in range(count)]
@@ -326,7 +354,9 @@ def test_few_places_are_drawn_evenly_and_many_are_all_taken():
 
 def _ranged(model, batches, bits=8):
     found = survey(model, batches[0])
-    student = build(model, Plan(tuple(LayerPlan.parse(f"{s.name} dense@8c | act@{bits}") for s in found)), found)
+    student = build(
+        model, Plan(tuple(LayerPlan.parse(f"{s.name} dense@8c | act@{bits}") for s in found)), found
+    )
     calibrate_ranges(student, Task(batches))
     return student, [m for m in student.modules() if isinstance(m, ActQuant)]
 
@@ -358,16 +388,26 @@ def test_inputs_that_are_always_zero_have_a_range():
 
 def test_after_solving_in_order_every_channel_has_the_mean_and_deviation_of_the_float_network():
     model = settled(
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4))
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24, 4),
+        )
     )
     batches = [rand(64, 3, 6, 6)]
-    piece = Workpiece.of(model, Task(batches), Engine())
+    piece = Workpiece.of(model, Task(batches), Jobs())
     lines = [LayerPlan.parse(f"{s.name} dense@3c") for s in piece.survey]
     student = build(piece.model, Plan(tuple(lines)), piece.survey)
 
     def statistics(net):
         seen = []
-        hooks = [net.get_submodule(s.name).register_forward_hook(lambda _, __, y: seen.append(y)) for s in piece.survey]
+        hooks = [
+            net.get_submodule(s.name).register_forward_hook(lambda _, __, y: seen.append(y))
+            for s in piece.survey
+        ]
         with torch.no_grad():
             net(batches[0])
         for hook in hooks:
@@ -381,14 +421,18 @@ def test_after_solving_in_order_every_channel_has_the_mean_and_deviation_of_the_
     after = [(a - b).abs().max() for a, b in zip(statistics(student), (mean, spread), strict=True)]
     assert after[0] < 0.01 < before[0]
     assert after[1] < 0.01 < before[1]  # scales are bfloat16: three digits
-    for factor in (f for layer in compressed_layers(student).values() for fs in layer.factors for f in fs):
+    for factor in (
+        f for layer in compressed_layers(student).values() for fs in layer.factors for f in fs
+    ):
         assert torch.equal(factor.scale, factor.scale.to(torch.bfloat16).float())
 
 
 def test_solving_in_order_leaves_alone_what_runs_twice_and_matches_only_what_has_a_scale_per_output():
     case = network("twice")
-    piece = Workpiece.of(case.model, Task(case.batches), Engine())
-    student = build(piece.model, Plan.parse("stem dense@3\nbody dense@3c\nhead dense@3c"), piece.survey)
+    piece = Workpiece.of(case.model, Task(case.batches), Jobs())
+    student = build(
+        piece.model, Plan.parse("stem dense@3\nbody dense@3c\nhead dense@3c"), piece.survey
+    )
     before = {k: v.clone() for k, v in student.state_dict().items()}
     solve_in_order(student, piece)
     changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
@@ -401,11 +445,13 @@ def test_solving_in_order_brings_the_outputs_nearer_to_the_float_network():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)]
     model = settled(nn.Sequential(*layers))
-    piece = Workpiece.of(model, Task([rand(256, 3, 10, 10)]), Engine())
+    piece = Workpiece.of(model, Task([rand(256, 3, 10, 10)]), Jobs())
     plan = Plan(tuple(LayerPlan.parse(f"{s.name} dense@2hc") for s in piece.survey))
     menus = {line.name: (line.terms,) for line in plan}
     alone = solve_menus(piece, "solving", menus)
-    student = build(piece.model, plan, piece.survey, {n: read_numbers(alone[n], menus[n], 0) for n in menus})
+    student = build(
+        piece.model, plan, piece.survey, {n: read_numbers(alone[n], menus[n], 0) for n in menus}
+    )
     fresh = rand(64, 3, 10, 10)
     with torch.no_grad():
         goal = model(fresh)
@@ -418,10 +464,12 @@ def test_solving_in_order_brings_the_outputs_nearer_to_the_float_network():
 # Tuning
 
 
-def _piece(tmp_path=None, count=4, **engine):
-    model = settled(nn.Sequential(Residual(3, 8), Residual(8, 8), nn.Flatten(), nn.Linear(8 * 64, 5)))
+def _piece(tmp_path=None, count=4, **jobs):
+    model = settled(
+        nn.Sequential(Residual(3, 8), Residual(8, 8), nn.Flatten(), nn.Linear(8 * 64, 5))
+    )
     batches = [rand(16, 3, 8, 8, seed=k) for k in range(count)]
-    return Workpiece.of(model, Task(batches), Engine(folder=tmp_path, **engine))
+    return Workpiece.of(model, Task(batches), Jobs(folder=tmp_path, **jobs))
 
 
 def _student(piece, line="dense@2hc | act@8"):
@@ -447,7 +495,12 @@ def test_tuning_starts_from_the_codes_that_were_solved(line):
     piece = _piece()
     numbers = {
         s.name: read_numbers(
-            solve_site(piece.weight(s), piece.moments()[s.name], site=s, menu=(LayerPlan.parse(f"x {line}").terms,)),
+            solve_site(
+                piece.weight(s),
+                piece.moments()[s.name],
+                site=s,
+                menu=(LayerPlan.parse(f"x {line}").terms,),
+            ),
             (LayerPlan.parse(f"x {line}").terms,),
             0,
         )
@@ -460,7 +513,9 @@ def test_tuning_starts_from_the_codes_that_were_solved(line):
     after = {k: v for k, v in student.state_dict().items() if k in before}
     assert all(torch.equal(after[k].detach().round(), v) for k, v in before.items())
     moved = any(not torch.equal(after[k], v) for k, v in before.items())
-    assert moved == ("lowrank" not in line)  # a code of one term alone starts where the weight lies in its cell
+    assert moved == (
+        "lowrank" not in line
+    )  # a code of one term alone starts where the weight lies in its cell
 
 
 def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
@@ -468,11 +523,15 @@ def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
     student, batch = _student(piece), piece.task.read()[0]
     blocks = block_names(piece.survey)
     assert blocks
-    told = [float(taught(student, piece.model, piece.task, batch, blocks, share)) for share in (0, 1, 3)]
+    told = [
+        float(taught(student, piece.model, piece.task, batch, blocks, share)) for share in (0, 1, 3)
+    ]
     assert told[0] == judge(student, piece, [batch])
     assert told[2] - told[0] == pytest.approx(3 * (told[1] - told[0]), rel=1e-3)
     assert 0 < told[0] < told[1]
-    assert float(taught(piece.model, piece.model, piece.task, batch, blocks, 1.0)) == pytest.approx(0, abs=1e-6)
+    assert float(taught(piece.model, piece.model, piece.task, batch, blocks, 1.0)) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_tuning_that_harms_is_undone_to_the_last_bit():
@@ -484,7 +543,9 @@ def test_tuning_that_harms_is_undone_to_the_last_bit():
     assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
 
 
-@pytest.mark.parametrize(("count", "steps", "word"), [(1, 5, "too few examples"), (16, 0, "no steps")])
+@pytest.mark.parametrize(
+    ("count", "steps", "word"), [(1, 5, "too few examples"), (16, 0, "no steps")]
+)
 def test_tuning_says_why_it_did_nothing(count, steps, word):
     piece = _piece()
     piece.task._read[:] = [piece.task.read()[0][:count]]
@@ -516,7 +577,9 @@ def test_tuning_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
         tuned(tmp_path, killer)
     assert steps == list(range(1, 104))
     steps.clear()
-    resumed = tuned(tmp_path, lambda stage, done, _: steps.append(done) if stage == "tuning" else None)
+    resumed = tuned(
+        tmp_path, lambda stage, done, _: steps.append(done) if stage == "tuning" else None
+    )
     assert steps == [101, 102, 103, 104, 105]
     straight = tuned(None)
     assert all(torch.equal(resumed[k], straight[k]) for k in straight)
@@ -530,7 +593,7 @@ def test_tuning_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
 def test_splitting_batches_keeps_every_example_once_and_in_order(sizes, share):
     numbers = iter(torch.arange(sum(sizes)).split(sizes))
     batches = [{"x": n.float(), "scale": 2.0} for n in numbers]
-    kept, held = split(batches, share)
+    kept, held = hold_back(batches, share)
     both = [x for b in (*kept, *held) for x in b["x"].tolist()]
     assert both == list(range(sum(sizes)))
     assert held

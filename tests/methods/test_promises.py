@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, flat_networks, image_networks, network, token_networks
 
-from rabbet import Budget, Engine, Grid, Joint, Plan, Task, Tuning, build, compress, load, plan_of
-from rabbet.allocate import smallest
-from rabbet.cost import METRICS, plan_cost
+from rabbet import Budget, Grid, Jobs, Joint, Plan, Task, Tuning, build, load, plan_of
+from rabbet import _api as compress
+from rabbet.choose.program import smallest
+from rabbet.choose.scoring import scored
+from rabbet.core.budget import METRICS
+from rabbet.core.cost import plan_cost
+from rabbet.data.batches import outputs, tensors
 from rabbet.errors import BudgetError
-from rabbet.layer import compressed_layers
-from rabbet.methods.joint import scored
-from rabbet.task import outputs, tensors
+from rabbet.model.compressed import compressed_layers
 from rabbet.workpiece import Workpiece
 
 FAST = Joint(
@@ -39,11 +41,15 @@ TUNED = Joint(
     act=6,
     tuning=Tuning(steps=3, batch=4),
 )
-FLOAT = Joint(grids=("tc", "3c", "5", "8c"), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
+FLOAT = Joint(
+    grids=("tc", "3c", "5", "8c"), adapters=(), forms=(), act=None, tuning=Tuning(steps=0)
+)
 
 
 def _table(piece, method):
-    return [[method._option(piece, site, terms) for terms in method.menu(site)] for site in piece.survey]
+    return [
+        [method._option(piece, site, terms) for terms in method.menu(site)] for site in piece.survey
+    ]
 
 
 def _exact(piece, table, choice):
@@ -61,12 +67,16 @@ def _text(metric, cost, spare=0):
 def _budget(draw, case, method):
     """The least that can be reached of one quantity, or one to four limits that a random choice of options keeps.
 
-    Bytes then have a little room: a header is padded to 8 bytes and its numbers have more or fewer digits, which the
-    integer program does not see, so the last few bytes are not promised.
+    Bytes then have a little room: a header is padded to 8 bytes and its numbers have more or fewer
+    digits, which the integer program does not see, so the last few bytes are not promised.
     """
-    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     table = _table(piece, method)
-    metrics = draw(st.lists(st.sampled_from(["bytes", "bops", "bits", "macs"]), min_size=1, max_size=4, unique=True))
+    metrics = draw(
+        st.lists(
+            st.sampled_from(["bytes", "bops", "bits", "macs"]), min_size=1, max_size=4, unique=True
+        )
+    )
     if len(metrics) == 1 and draw(st.booleans()):
         return _text(metrics[0], _exact(piece, table, smallest(table, metrics[0])))
     choice = [draw(st.integers(0, len(row) - 1)) for row in table]
@@ -79,7 +89,12 @@ def _snapshot(model):
         (name, type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
         for name, m in model.named_modules()
     ]
-    return state, facts, [(p.requires_grad, p.grad) for p in model.parameters()], torch.get_rng_state()
+    return (
+        state,
+        facts,
+        [(p.requires_grad, p.grad) for p in model.parameters()],
+        torch.get_rng_state(),
+    )
 
 
 def _unchanged(model, before):
@@ -114,7 +129,9 @@ def _keeps_the_promises(case, budget, method, path):
     assert Plan.parse(str(result.plan)) == result.plan
     for layer in compressed_layers(result.model).values():
         for factor in (f for factors in layer.factors for f in factors):
-            assert torch.equal(factor.codes, factor.codes.round().clamp(factor.grid.low, factor.grid.high))
+            assert torch.equal(
+                factor.codes, factor.codes.round().clamp(factor.grid.low, factor.grid.high)
+            )
             assert torch.equal(factor.scale, factor.scale.to(torch.bfloat16).float())
     # what is read back is what was written, to the last bit
     again = load(path, case.model)
@@ -123,7 +140,8 @@ def _keeps_the_promises(case, budget, method, path):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     for batch in case.batches:
         assert all(
-            torch.equal(a, b) for a, b in zip(_outputs(result.model, batch), _outputs(again, batch), strict=True)
+            torch.equal(a, b)
+            for a, b in zip(_outputs(result.model, batch), _outputs(again, batch), strict=True)
         )
     assert _unchanged(case.model, before)
     return path.read_bytes()
@@ -149,7 +167,7 @@ def test_a_network_keeps_every_promise(networks, data, tmp_path_factory):
     first = _keeps_the_promises(case, budget, FAST, folder / "a.safetensors")
     # the same seed, other threads: the same bytes
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        result = compress(case.model, budget, case.batches, FAST, engine=Engine(pool, folder / "kept"))
+        result = compress(case.model, budget, case.batches, FAST, jobs=Jobs(pool, folder / "kept"))
         result.save(folder / "b.safetensors")
     assert (folder / "b.safetensors").read_bytes() == first
 
@@ -183,7 +201,9 @@ def test_other_processes_write_the_same_bytes(name, tmp_path):
     compress(case.model, "bits <= 4", case.batches, method).save(tmp_path / "a")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        compress(case.model, "bits <= 4", case.batches, method, engine=Engine(pool)).save(tmp_path / "b")
+        compress(case.model, "bits <= 4", case.batches, method, jobs=Jobs(pool)).save(
+            tmp_path / "b"
+        )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -208,7 +228,7 @@ def _harm(piece, method, budget):
 
 def test_more_budget_never_scores_worse():
     case = network("residual")
-    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     harm = [_harm(piece, FAST, f"bits <= {bits}") for bits in (1.5, 2, 3, 4, 6, 8)]
     assert all(b <= a * 1.001 for a, b in itertools.pairwise(harm))
     assert harm[-1] < 0.01 * harm[0]
@@ -216,7 +236,7 @@ def test_more_budget_never_scores_worse():
 
 def test_rank_in_the_menu_is_never_worse_and_reaches_what_bits_alone_do_not():
     case = network("residual")
-    piece = Workpiece.of(case.model, Task(case.batches), Engine())
+    piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     alone = dataclasses.replace(FAST, forms=(), adapters=())
     for budget in ("bits <= 2", "bits <= 4", "bytes <= 20%", "bops <= 2%"):
         assert _harm(piece, FAST, budget) <= _harm(piece, alone, budget) * 1.001
@@ -250,7 +270,9 @@ def test_the_hooks_of_the_user_stay_and_see_nothing_afterwards():
 def test_input_ranges_of_every_width_are_set():
     case = network("residual")
     for act in (2, 4, 8):
-        method = Joint(grids=("4c",), adapters=(("4c", 0.3),), forms=(), act=act, tuning=Tuning(steps=0))
+        method = Joint(
+            grids=("4c",), adapters=(("4c", 0.3),), forms=(), act=act, tuning=Tuning(steps=0)
+        )
         result = compress(case.model, "bits <= 32", case.batches, method)
         for layer in compressed_layers(result.model).values():
             first, *between = layer.quantisers

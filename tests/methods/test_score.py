@@ -7,9 +7,9 @@ from networks import rand, settled
 from torch import nn
 from torch.func import functional_call, jvp
 
-from rabbet import Engine, Task
-from rabbet.score import output_errors
-from rabbet.site import KINDS
+from rabbet import Jobs, Task
+from rabbet.choose.sensitivity import output_errors
+from rabbet.layers.site import KINDS
 from rabbet.workpiece import Workpiece
 
 
@@ -45,7 +45,9 @@ class Tied(nn.Module):
         self.head.weight = self.layer.weight
 
     def forward(self, x):
-        return torch.sin(self.head(torch.tanh(self.layer(x)))).flatten(1).square().sum(1, keepdim=True)
+        return (
+            torch.sin(self.head(torch.tanh(self.layer(x)))).flatten(1).square().sum(1, keepdim=True)
+        )
 
 
 CASES = {
@@ -80,7 +82,7 @@ def _true(model, x, change):
 def test_the_score_is_the_energy_of_the_derivative_along_the_change(name):
     model, x = CASES[name]()
     model = settled(model).requires_grad_(False)
-    piece = Workpiece.of(model, Task([x[:2], x[2:]]), Engine())
+    piece = Workpiece.of(model, Task([x[:2], x[2:]]), Jobs())
     site = piece.survey.sites[0]
     weight = KINDS[site.kind].weight(model.layer)
     changes = torch.stack([0.1 * rand(*weight.shape, seed=k) for k in range(3)])
@@ -95,29 +97,35 @@ def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_i
     change = 0.1 * rand(5, 6)
     found = []
     for seed in range(400):
-        piece = Workpiece.of(model, Task([x]), Engine(), seed)
+        piece = Workpiece.of(model, Task([x]), Jobs(), seed)
         found.append(output_errors(piece, {"layer": change[None]})["layer"].item())
     assert sum(found) / len(found) == pytest.approx(_true(model, x, change), rel=0.1)
 
 
 def test_the_score_of_several_outputs_is_right_in_the_mean():
-    model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(False)
+    model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(
+        False
+    )
     x = rand(64, 6)
     change = 0.1 * rand(8, 6)
-    exact = jvp(lambda w: functional_call(model, {"0.weight": w}, (x,)), (model[0].weight,), (change,))[1]
+    exact = jvp(
+        lambda w: functional_call(model, {"0.weight": w}, (x,)), (model[0].weight,), (change,)
+    )[1]
     wanted = (exact.square().sum() / model(x).square().sum()).item()
     found = []
     for seed in range(40):
-        piece = Workpiece.of(model, Task([x]), Engine(), seed)
+        piece = Workpiece.of(model, Task([x]), Jobs(), seed)
         found.append(output_errors(piece, {"0": change[None]})["0"].item())
     assert sum(found) / len(found) == pytest.approx(wanted, rel=0.1)
 
 
 def test_small_scores_foretell_small_errors():
-    model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(False)
+    model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(
+        False
+    )
     x = rand(256, 6)
     change = 0.01 * rand(8, 6)
-    piece = Workpiece.of(model, Task([x]), Engine())
+    piece = Workpiece.of(model, Task([x]), Jobs())
     score = output_errors(piece, {"0": change[None]})["0"].item()
     moved = functional_call(model, {"0.weight": model[0].weight + change}, (x,))
     real = F.mse_loss(moved, model(x)) / model(x).square().mean()

@@ -7,11 +7,12 @@ from networks import OneTable, network, rand, settled, tokens
 from torch import nn
 
 import rabbet
-from rabbet import CGMQ, TTQAT, CoRa, FileError, Joint, Task, Tuning, survey
-from rabbet.grid import Grid
-from rabbet.layer import Factor
-from rabbet.methods.latent import Latent
-from rabbet.runtime import Session
+from rabbet import CGMQ, TTQAT, CoRa, FileError, Joint, Task, Tuning
+from rabbet.core import survey
+from rabbet.grids.grid import Grid
+from rabbet.model.compressed import Factor
+from rabbet.runtime.session import Session
+from rabbet.train.qat import Latent
 from rabbet.workpiece import Workpiece
 
 EXACT = Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
@@ -92,12 +93,14 @@ def test_a_table_is_stored_once_in_a_file_for_a_runtime(tmp_path):
 def test_a_table_is_solved_for_both_of_its_uses():
     model = settled(Tied())
     data = tokens(30, count=64)
-    second = Workpiece.of(model, Task(data), rabbet.Engine()).moments()["table"][0]
+    second = Workpiece.of(model, Task(data), rabbet.Jobs()).moments()["table"][0]
     table = model.table.weight
     with torch.no_grad():
         x = torch.cat([F.relu(model.body(model.table(b)))[:, -1] for b in data])
         change = 0.1 * rand(30, 12)
-        apart = [(x @ w.T).square().sum() / (x @ table.T).square().sum() for w in (change, 2 * change)]
+        apart = [
+            (x @ w.T).square().sum() / (x @ table.T).square().sum() for w in (change, 2 * change)
+        ]
         rows = [w.square().sum() / table.square().sum() for w in (change, 2 * change)]
         found = [((w @ second) * w).sum() for w in (change, 2 * change)]
         unit = ((table @ second) * table).sum() / 2
@@ -156,7 +159,9 @@ def _other(padding=None, kind=nn.Embedding):
     return model
 
 
-@pytest.mark.parametrize("model", [_other(padding=1), _other(kind=Offset)], ids=["padding", "forward"])
+@pytest.mark.parametrize(
+    "model", [_other(padding=1), _other(kind=Offset)], ids=["padding", "forward"]
+)
 def test_look_ups_that_differ_are_left_alone_and_the_file_is_read_again(model, tmp_path):
     found = survey(model, tokens()[0])
     assert [s.name for s in found] == ["body"]
@@ -194,7 +199,10 @@ METHODS = {
     "joint": (Joint(tuning=Tuning(steps=2)), "bytes <= 60%"),
     "cora": (CoRa(), "bytes <= 60%"),
     "cgmq": (CGMQ(epochs=1, finish=1), "bops <= 2%"),
-    "ttqat": (TTQAT(rank=None, table=None, ranks=(2, 4), epochs=1, finish=1, blocks=("body",)), "bytes <= 60%"),
+    "ttqat": (
+        TTQAT(rank=None, table=None, ranks=(2, 4), epochs=1, finish=1, blocks=("body",)),
+        "bytes <= 60%",
+    ),
 }
 
 
@@ -208,7 +216,9 @@ def test_every_method_keeps_its_budget_on_a_shared_table(name, tmp_path):
     rabbet.Budget.parse(budget).check(result.cost, result.float_cost)
     assert (result.plan["table"].act is None) == (name == "ttqat")
     assert result.save(tmp_path / "a") == result.cost.bytes
-    assert torch.equal(rabbet.load(tmp_path / "a", model)(tokens(30)[0]), result.model(tokens(30)[0]))
+    assert torch.equal(
+        rabbet.load(tmp_path / "a", model)(tokens(30)[0]), result.model(tokens(30)[0])
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -260,6 +270,8 @@ def test_rows_that_are_looked_up_are_those_of_the_whole_table_and_learn_alike(gr
 @pytest.mark.parametrize("place", [-1, 30])
 def test_a_word_that_a_table_has_not_is_an_error(place):
     model = settled(Tied())
-    result = rabbet.fit(model, rabbet.Plan.parse("table dense@8c\nbody dense@8c"), tokens(30), EXACT)
+    result = rabbet.fit(
+        model, rabbet.Plan.parse("table dense@8c\nbody dense@8c"), tokens(30), EXACT
+    )
     with pytest.raises(IndexError, match="out of range"):
         result.model(torch.full((2, 7), place))

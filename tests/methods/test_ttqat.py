@@ -25,15 +25,16 @@ from transformers import (
 )
 
 import rabbet
-from rabbet import TTQAT, BudgetError, DataError, Engine, ModelError, PlanError, Task
-from rabbet.distil import Lesson, Look, Shown, Teacher, mask_of, stack
-from rabbet.engine import silent
-from rabbet.fold import leave_fast_path
-from rabbet.methods.joint import scored
-from rabbet.methods.latent import Latent, start_cores, together
-from rabbet.plan import Term
-from rabbet.runtime import Session
-from rabbet.site import Site
+from rabbet import TTQAT, BudgetError, DataError, Jobs, ModelError, PlanError, Task
+from rabbet.choose.scoring import scored
+from rabbet.core.plan import Term
+from rabbet.jobs import silent
+from rabbet.layers.site import Site
+from rabbet.methods.ttqat.start import start_cores
+from rabbet.model.surgery import leave_fast_path
+from rabbet.runtime.session import Session
+from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
+from rabbet.train.qat import Latent, together
 from rabbet.workpiece import Workpiece
 
 SHORT = {"rank": 6, "table": 6, "epochs": 3, "finish": 2, "scores": False}
@@ -81,13 +82,17 @@ def test_latents_that_are_rounded_together_are_what_each_is_alone_and_learn_the_
         latent.scale.requires_grad_()
     weights = [rand(*x.value.shape) for x in latents]
     alone = [x() for x in latents]
-    slopes = torch.autograd.grad(sum((a * w).sum() for a, w in zip(alone, weights, strict=True)), _learning(latents))
+    slopes = torch.autograd.grad(
+        sum((a * w).sum() for a, w in zip(alone, weights, strict=True)), _learning(latents)
+    )
     with together(latents):
         assert latents[0]() is latents[0]()
         shown = [x() for x in latents]
     assert latents[0]() is not latents[0]()
     assert all(torch.equal(a, b) for a, b in zip(alone, shown, strict=True))
-    found = torch.autograd.grad(sum((a * w).sum() for a, w in zip(shown, weights, strict=True)), _learning(latents))
+    found = torch.autograd.grad(
+        sum((a * w).sum() for a, w in zip(shown, weights, strict=True)), _learning(latents)
+    )
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(slopes, found, strict=True))
 
 
@@ -128,7 +133,9 @@ def test_the_same_seed_gives_the_same_bytes_and_the_model_is_not_touched(made, t
 def apart(result, model, data):
     with torch.no_grad():
         pairs = [(result.model(**b)[0], model(**b)[0]) for b in data]
-    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
+    return float(
+        sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+    )
 
 
 def test_teaching_brings_the_student_nearer():
@@ -166,14 +173,18 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rabbet.compress(model, "bytes <= 20%", data, method, engine=Engine(folder=tmp_path, progress=stops))
+        rabbet.compress(
+            model, "bytes <= 20%", data, method, jobs=Jobs(folder=tmp_path, progress=stops)
+        )
     steps = []
 
     def counted(stage, done, _):
         if stage.startswith("teaching"):
             steps.append(done)
 
-    again = rabbet.compress(model, "bytes <= 20%", data, method, engine=Engine(folder=tmp_path, progress=counted))
+    again = rabbet.compress(
+        model, "bytes <= 20%", data, method, jobs=Jobs(folder=tmp_path, progress=counted)
+    )
     assert steps[0] == 16  # batches are 6, one held back: a checkpoint every 5 steps
     whole.save(tmp_path / "a")
     again.save(tmp_path / "b")
@@ -184,17 +195,21 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path):
 @pytest.mark.parametrize("start", ["metric", "plain", "random"])
 def test_every_order_and_start_runs(order, start):
     model, data = bert(), sentences(3)
-    result = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT | {"order": order, "start": start}))
+    result = rabbet.compress(
+        model, "bytes <= 20%", data, TTQAT(**SHORT | {"order": order, "start": start})
+    )
     assert torch.isfinite(result.model(**data[0])[0]).all()
 
 
 def test_ranks_and_bits_are_chosen_under_the_budget():
     model, data = bert(), sentences()
-    method = TTQAT(bits=(2, 4, 8), rank=None, table=None, ranks=(2, 6, 12), epochs=1, finish=1, scores=False)
-    engine = Engine()
+    method = TTQAT(
+        bits=(2, 4, 8), rank=None, table=None, ranks=(2, 6, 12), epochs=1, finish=1, scores=False
+    )
+    jobs = Jobs()
     sizes, chosen = [], []
     for share in (12, 16, 30):
-        result = rabbet.compress(model, f"bytes <= {share}%", data, method, engine=engine)
+        result = rabbet.compress(model, f"bytes <= {share}%", data, method, jobs=jobs)
         sizes.append(result.cost.bytes / result.float_cost.bytes)
         assert sizes[-1] <= share / 100
         chosen.append({str(line.terms[0]) for line in result.plan})
@@ -217,8 +232,10 @@ def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
 
 def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
     model, data = bert(), sentences(3)
-    piece = Workpiece.of(model, Task(data), Engine())
-    menus = {s.name: tuple((Term.parse(t),) for t in ("dense@8c", "dense@1c")) for s in piece.survey}
+    piece = Workpiece.of(model, Task(data), Jobs())
+    menus = {
+        s.name: tuple((Term.parse(t),) for t in ("dense@8c", "dense@1c")) for s in piece.survey
+    }
     words, linear = "embeddings.word_embeddings", "encoder.layer.0.output.dense"
     menus[words] += ((Term.parse("ttm[1]@4"),),)
     menus[linear] += ((Term.parse("tt[1]@4"),),)
@@ -230,7 +247,9 @@ def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
         if site.name in (words, linear):
             eight, one, chain = ratios
             assert eight < 1.001
-            assert 1.02 < one < 2  # a sign and a size keep 2 / pi of a normal weight, and more where inputs are alike
+            assert (
+                1.02 < one < 2
+            )  # a sign and a size keep 2 / pi of a normal weight, and more where inputs are alike
             assert chain > 5
 
 
@@ -240,7 +259,9 @@ def test_matrices_alone_are_trained_under_a_budget_as_well():
     result = rabbet.compress(model, "bytes <= 15%", data, method)
     assert set(forms(result.plan).values()) == {"dense"}
     assert len({str(line.terms[0].grid) for line in result.plan}) > 1
-    assert f"taught {2 * (len(data) - 1)} steps" in result.notes[0]  # those in float would lead nowhere
+    assert (
+        f"taught {2 * (len(data) - 1)} steps" in result.notes[0]
+    )  # those in float would lead nowhere
 
 
 def test_matrices_move_as_slowly_as_they_are_told():
@@ -250,11 +271,18 @@ def test_matrices_move_as_slowly_as_they_are_told():
     before = model.embeddings.word_embeddings.weight.detach()
     moved = []
     for share in (1.0, 0.0):
-        result = rabbet.fit(model, plan, task, TTQAT(**SHORT | {"matrices": share, "rate": 0.2, "finish": 0}))
+        result = rabbet.fit(
+            model, plan, task, TTQAT(**SHORT | {"matrices": share, "rate": 0.2, "finish": 0})
+        )
         moved.append(float((result.model.embeddings.word_embeddings.weight - before).abs().max()))
     assert moved[1] < 0.01 * float(before.abs().max()) < moved[0]
-    on_grid = rabbet.fit(model, plan, task, TTQAT(**SHORT | {"matrices": 0.0, "rate": 0.2, "finish": 3}))
-    assert torch.equal(on_grid.model.embeddings.word_embeddings.weight, result.model.embeddings.word_embeddings.weight)
+    on_grid = rabbet.fit(
+        model, plan, task, TTQAT(**SHORT | {"matrices": 0.0, "rate": 0.2, "finish": 3})
+    )
+    assert torch.equal(
+        on_grid.model.embeddings.word_embeddings.weight,
+        result.model.embeddings.word_embeddings.weight,
+    )
 
 
 def test_scales_move_relative_to_themselves_however_small_they_are():
@@ -288,7 +316,9 @@ def test_a_score_may_be_any_number_and_leave_the_network_in_training_mode(score)
         m.train()
         return score
 
-    result = rabbet.compress(model, "bytes <= 20%", Task(sentences(3), evaluate=evaluate), TTQAT(**SHORT))
+    result = rabbet.compress(
+        model, "bytes <= 20%", Task(sentences(3), evaluate=evaluate), TTQAT(**SHORT)
+    )
     assert not result.model.training
     assert not any(m.training for m in result.model.modules() if isinstance(m, nn.Dropout))
     assert result.notes[0].endswith(f"{score:.4g} -> {score:.4g}")
@@ -305,7 +335,9 @@ def test_random_starts_of_layers_of_one_shape_differ():
 def test_parameters_that_are_whole_numbers_stay_as_they_are():
     model = bert()
     model.steps = nn.Parameter(torch.tensor([7]), requires_grad=False)
-    assert rabbet.compress(model, "bytes <= 20%", sentences(2), TTQAT(**SHORT)).model.steps.tolist() == [7]
+    assert rabbet.compress(
+        model, "bytes <= 20%", sentences(2), TTQAT(**SHORT)
+    ).model.steps.tolist() == [7]
 
 
 def test_a_budget_below_the_uniform_rank_is_refused_at_once():
@@ -313,7 +345,9 @@ def test_a_budget_below_the_uniform_rank_is_refused_at_once():
         raise AssertionError(stage)
 
     with pytest.raises(BudgetError, match="smallest reachable value"):
-        rabbet.compress(bert(), "bytes <= 2%", sentences(), TTQAT(**SHORT), engine=Engine(progress=never))
+        rabbet.compress(
+            bert(), "bytes <= 2%", sentences(), TTQAT(**SHORT), jobs=Jobs(progress=never)
+        )
 
 
 def test_layers_named_whole_stay_matrices():
@@ -324,7 +358,9 @@ def test_layers_named_whole_stay_matrices():
 
 def test_a_decoder_is_taught():
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=4)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    ).eval()
     data = [{"input_ids": torch.randint(0, 60, (4, 9))} for _ in range(4)]
     task = Task(data, forward=lambda m, b: m(**b, use_cache=False).logits)
     result = rabbet.compress(model, "bytes <= 60%", task, TTQAT(rank=6, epochs=2, finish=2))
@@ -375,7 +411,9 @@ def test_labels_teach_and_the_users_score_chooses():
 
     def evaluate(m):
         judged.append(m)
-        return float(len(judged) == 3)  # the second epoch on the grid, after the start and the first
+        return float(
+            len(judged) == 3
+        )  # the second epoch on the grid, after the start and the first
 
     seen = []
 
@@ -384,7 +422,9 @@ def test_labels_teach_and_the_users_score_chooses():
         return F.cross_entropy(out, batch[1])
 
     task = Task(data, forward=lambda m, b: m(b[0]), evaluate=evaluate, loss=loss)
-    result = rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=3))
+    result = rabbet.compress(
+        model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=3)
+    )
     assert len(judged) == 4
     assert len(seen) == 16
     assert result.notes == ("taught 16 steps; held-back score 0 -> 1",)
@@ -406,7 +446,9 @@ def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
     task = Task(data, forward=forward, vary=vary)
     rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=1))
     assert set(shown[False]) == {0}
-    assert sum(n > 0 for n in shown[True]) == 6  # the steps; held-back batches are shown as they are
+    assert (
+        sum(n > 0 for n in shown[True]) == 6
+    )  # the steps; held-back batches are shown as they are
     assert len({n for n in shown[True] if n}) > 1
 
 
@@ -422,7 +464,13 @@ def shown(seed, hidden=3):
 
 
 def test_a_lesson_is_zero_for_the_same_and_positive_else():
-    for lesson in (Lesson(), Lesson(1), Lesson(2, top=True), Lesson(scores=False), Lesson(answers=False)):
+    for lesson in (
+        Lesson(),
+        Lesson(1),
+        Lesson(2, top=True),
+        Lesson(scores=False),
+        Lesson(answers=False),
+    ):
         assert float(lesson.loss(shown(1), shown(1), None).abs()) < 1e-5
         assert float(lesson.loss(shown(1), shown(9), None)) > 0.01
 
@@ -434,9 +482,9 @@ def test_another_teacher_does_not_go_on_from_the_checkpoint_of_the_first(tmp_pat
         for layer in second.modules():
             if isinstance(layer, nn.Linear):
                 layer.weight.mul_(2)
-    engine = Engine(folder=tmp_path)
-    rabbet.compress(first, "bytes <= 20%", data, method, engine=engine)
-    found = rabbet.compress(second, "bytes <= 20%", data, method, engine=engine)
+    jobs = Jobs(folder=tmp_path)
+    rabbet.compress(first, "bytes <= 20%", data, method, jobs=jobs)
+    found = rabbet.compress(second, "bytes <= 20%", data, method, jobs=jobs)
     assert found.notes == rabbet.compress(second, "bytes <= 20%", data, method).notes
 
 
@@ -455,13 +503,17 @@ def test_the_score_that_is_told_is_that_of_what_is_handed_out(act, tmp_path):
     assert result.notes[0].endswith(f" -> {found:.4g}")
 
 
-@pytest.mark.parametrize(("lesson", "places"), [(Lesson(1), [0]), (Lesson(2), [0, 1]), (Lesson(1, top=True), [2])])
+@pytest.mark.parametrize(
+    ("lesson", "places"), [(Lesson(1), [0]), (Lesson(2), [0, 1]), (Lesson(1, top=True), [2])]
+)
 def test_only_the_chosen_depth_counts(lesson, places):
     ours, theirs = shown(1), shown(9)
     before = float(lesson.loss(ours, theirs, None))
     for k in range(3):
         hidden = [t + 1 if j == k else t for j, t in enumerate(ours.hidden)]
-        changed = float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)) != before
+        changed = (
+            float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)) != before
+        )
         assert changed == (k in places)
 
 
@@ -471,8 +523,12 @@ def test_places_that_the_mask_excludes_do_not_count():
     lesson = Lesson()
     before = float(lesson.loss(ours, theirs, mask))
     hidden = [t + 5 * (1 - mask)[..., None] for t in ours.hidden]
-    assert float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, mask)) == pytest.approx(before)
-    assert float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)) != pytest.approx(before)
+    assert float(
+        lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, mask)
+    ) == pytest.approx(before)
+    assert float(
+        lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)
+    ) != pytest.approx(before)
 
 
 def test_scores_of_as_many_classes_as_places_are_no_places():
@@ -486,7 +542,8 @@ def test_scores_of_as_many_classes_as_places_are_no_places():
 def test_one_number_an_example_or_a_place_is_compared_as_a_number():
     for shape in ((4, 1), (4, 3, 1), (4,)):
         ours, theirs = (
-            Shown([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)]) for s in (1, 2)
+            Shown([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)])
+            for s in (1, 2)
         )
         assert float(Lesson().loss(ours, theirs, None)) > 0.01
 
@@ -504,8 +561,17 @@ def test_the_mask_is_found_in_a_batch_of_any_make_and_is_that_of_the_places_that
 
 def test_a_sequence_that_is_decoded_is_taught_whatever_the_mask_of_the_first_says():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, use_cache=False)).eval()
+    sizes = {
+        "vocab_size": 60,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    model = T5ForConditionalGeneration(
+        T5Config(**sizes, decoder_start_token_id=0, use_cache=False)
+    ).eval()
     ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones(2, 8), "decoder_input_ids": ids}
     batch["attention_mask"][0, 3:] = 0
@@ -553,7 +619,9 @@ def test_an_encoder_of_one_block_that_runs_twice_is_found_and_taught():
         shown = Look(model, found)(lambda: model(ids))
         wanted = model(ids, output_hidden_states=True).hidden_states
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(shown.hidden, wanted, strict=True))
-    assert rabbet.compress(model, "bytes <= 95%", [{"input_ids": ids}] * 2, TTQAT(rank=4, table=4, epochs=1, finish=1))
+    assert rabbet.compress(
+        model, "bytes <= 95%", [{"input_ids": ids}] * 2, TTQAT(rank=4, table=4, epochs=1, finish=1)
+    )
 
 
 def test_a_list_of_blocks_is_preferred_to_a_block_that_runs_several_times():
@@ -591,7 +659,11 @@ def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_is_seen_in_fused_calls_as_in_plain_ones(causal):
     q, k, v = (rand(2, 3, 5, 4, seed=s) for s in (1, 2, 3))
-    bias = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf) if causal else 0
+    bias = (
+        torch.zeros(5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+        if causal
+        else 0
+    )
 
     class Fused(nn.Module):
         def forward(self, x):
@@ -625,7 +697,9 @@ class Answers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.blocks = nn.Sequential(
+            nn.Embedding(20, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)
+        )
         self.head = nn.Linear(16, 1)
 
     def forward(self, ids):
@@ -636,7 +710,9 @@ class Answers(nn.Module):
 def test_numbers_and_a_loss_among_the_outputs_are_no_hindrance():
     torch.manual_seed(0)
     data = [torch.randint(20, (4, 6)) for _ in range(12)]
-    found = rabbet.compress(Answers().eval(), "bytes <= 100%", data, TTQAT(8, 8, 8, epochs=12, finish=6, rate=5e-3))
+    found = rabbet.compress(
+        Answers().eval(), "bytes <= 100%", data, TTQAT(8, 8, 8, epochs=12, finish=6, rate=5e-3)
+    )
     before, after = (float(x) for x in found.notes[0].rpartition(" loss ")[2].split(" -> "))
     assert after < before
 
@@ -735,7 +811,9 @@ def test_a_network_without_blocks_is_refused():
     with pytest.raises(ModelError, match="no stack of blocks"):
         rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2))
     with pytest.raises(ModelError, match="no block 'nine'"):
-        rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("nine",)))
+        rabbet.compress(
+            model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("nine",))
+        )
     found = rabbet.compress(
         model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("first", "second"))
     )
@@ -755,4 +833,4 @@ def test_one_batch_is_not_enough():
 def test_a_plan_with_adapters_is_refused():
     plan = "pooler.dense dense@4c + lowrank[2]@8c"
     with pytest.raises(PlanError, match="one term"):
-        rabbet.fit(bert(), plan, sentences(), TTQAT(**SHORT), engine=Engine(progress=silent))
+        rabbet.fit(bert(), plan, sentences(), TTQAT(**SHORT), jobs=Jobs(progress=silent))

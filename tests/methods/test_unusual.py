@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from networks import rand, settled, tokens
 from torch import nn
 
-from rabbet import CGMQ, TTQAT, CoRa, Joint, Ranking, Task, Tuning, compress, load, plan_of, survey
-from rabbet.task import outputs
+from rabbet import CGMQ, TTQAT, CoRa, Joint, Ranking, Task, Tuning, load, plan_of
+from rabbet import _api as compress
+from rabbet.core import survey
+from rabbet.data.batches import outputs
 
 
 class Router(nn.Module):
@@ -32,7 +34,9 @@ class Router(nn.Module):
         chosen, scores = self.gate(x)
         out = torch.zeros_like(x)
         for k, expert in enumerate(self.experts):
-            out[chosen == k] = expert(x[chosen == k]) * scores[chosen == k].softmax(-1)[:, k : k + 1]
+            out[chosen == k] = (
+                expert(x[chosen == k]) * scores[chosen == k].softmax(-1)[:, k : k + 1]
+            )
         return self.head(out)
 
 
@@ -107,7 +111,12 @@ METHODS = {
     "cgmq": CGMQ(epochs=1, finish=1, steps=2, batch=4),
     "ttqat": TTQAT(4, rank=2, table=2, epochs=1, finish=1),
 }
-BUDGETS = {"cora": "bits <= 6", "cgmq": "bops <= 3%", "joint": "bits <= 5", "ttqat": "bytes <= 100%"}
+BUDGETS = {
+    "cora": "bits <= 6",
+    "cgmq": "bops <= 3%",
+    "joint": "bits <= 5",
+    "ttqat": "bytes <= 100%",
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,7 +127,9 @@ def test_a_method_takes_the_network_and_its_file_answers_as_it_does(name, method
     chosen = METHODS[method]
     if method == "ttqat" and name not in ("padded",):  # no stack of blocks is found: they are named
         named = {"router": ("stem", "gate"), "asking": ("table", "body")}
-        chosen = TTQAT(4, rank=2, table=2, epochs=1, finish=1, blocks=named.get(name, ("body", "head")))
+        chosen = TTQAT(
+            4, rank=2, table=2, epochs=1, finish=1, blocks=named.get(name, ("body", "head"))
+        )
     result = compress(model, BUDGETS[method], Task(batches), chosen)
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
     again = load(tmp_path / "a.safetensors", model)
@@ -145,7 +156,9 @@ class Sparing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "method", [Joint(adapters=(), tuning=Tuning(steps=0)), CGMQ(finish=1, steps=1)], ids=["joint", "cgmq"]
+    "method",
+    [Joint(adapters=(), tuning=Tuning(steps=0)), CGMQ(finish=1, steps=1)],
+    ids=["joint", "cgmq"],
 )
 def test_a_layer_that_only_later_examples_reach_is_compressed_too(method):
     x = rand(1500, 4)

@@ -9,7 +9,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_quickstart_runs(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "quickstart.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "examples" / "quickstart.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "bit for bit" in done.stdout

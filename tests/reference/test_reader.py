@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from networks import NETWORKS, network, settled
 from torch import nn
 
-from rabbet import Engine, Plan, Task, survey
+from rabbet import Jobs, Plan, Task
+from rabbet.core import survey
+from rabbet.core.plan import LayerPlan, Term
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
 from rabbet.forms import FORMS
-from rabbet.grid import Grid
-from rabbet.layer import build, compressed_layers
-from rabbet.plan import LayerPlan, Term
+from rabbet.grids.grid import Grid
+from rabbet.model.build import build
+from rabbet.model.compressed import compressed_layers
 from rabbet.workpiece import Workpiece
 
 ROOT = Path(__file__).parents[2]
@@ -40,24 +42,41 @@ def test_the_reader_knows_neither_torch_nor_rabbet():
     names = {a.name for n in tree if isinstance(n, ast.Import) for a in n.names}
     tree = ast.walk(ast.parse(READER.read_text()))
     names |= {n.module for n in tree if isinstance(n, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} <= {"json", "math", "re", "sys", "collections", "pathlib", "numpy"}
+    assert {name.split(".")[0] for name in names} <= {
+        "json",
+        "math",
+        "re",
+        "sys",
+        "collections",
+        "pathlib",
+        "numpy",
+    }
 
 
 def _terms(draw, site):
     terms = []
     for _ in range(draw(st.integers(1, 3))):
         form = draw(st.sampled_from([f for f in FORMS if FORMS[f].full_rank(site)]))
-        body = draw(st.sampled_from(["1", "t", "2", "2h", "3", "4", "5h", "6", "7", "8", "u3", "u8"]))
+        body = draw(
+            st.sampled_from(["1", "t", "2", "2h", "3", "4", "5h", "6", "7", "8", "u3", "u8"])
+        )
         rank = draw(st.integers(1, FORMS[form].full_rank(site))) if FORMS[form].ranked else None
-        modes = ((site.columns,), (site.shape[0],)) if form == "tt" and draw(st.booleans()) else None
+        modes = (
+            ((site.columns,), (site.shape[0],)) if form == "tt" and draw(st.booleans()) else None
+        )
         rows = None
         if form == "dense" and site.groups == 1 and draw(st.booleans()):
             rows = tuple(sorted(draw(st.sets(st.integers(0, site.shape[0] - 1), min_size=1))))
-        terms.append(Term(form, Grid.parse(body + draw(st.sampled_from(["", "c", "c1"]))), rank, modes, rows))
+        terms.append(
+            Term(form, Grid.parse(body + draw(st.sampled_from(["", "c", "c1"]))), rank, modes, rows)
+        )
     return tuple(terms)
 
 
-PIECES = {name: Workpiece.of(network(name).model, Task(network(name).batches), Engine()) for name in NETWORKS}
+PIECES = {
+    name: Workpiece.of(network(name).model, Task(network(name).batches), Jobs())
+    for name in NETWORKS
+}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -68,7 +87,10 @@ def test_the_reader_finds_every_number_of_every_layer(name, data, reader, tmp_pa
     sites = [s for s in piece.survey if data.draw(st.booleans())] or list(piece.survey)
     acts = st.none() | st.integers(2, 8)
     plan = Plan(
-        tuple(LayerPlan(s.name, _terms(data.draw, s), data.draw(acts) if s.multiplies else None) for s in sites)
+        tuple(
+            LayerPlan(s.name, _terms(data.draw, s), data.draw(acts) if s.multiplies else None)
+            for s in sites
+        )
     )
     student = build(piece.model, plan, piece.survey)
     layers = compressed_layers(student)
@@ -106,7 +128,9 @@ def test_every_value_lies_at_a_multiple_of_its_width(tmp_path):
     for name, piece in PIECES.items():
         plan = Plan((LayerPlan(piece.survey.sites[-1].name, (Term("dense", Grid.parse("3c")),)),))
         student = build(piece.model, plan, piece.survey)
-        write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), tmp_path / name)
+        write_native(
+            Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), tmp_path / name
+        )
         data = (tmp_path / name).read_bytes()
         size = int.from_bytes(data[:8], "little")
         entries = json.loads(data[8 : 8 + size])
@@ -130,12 +154,17 @@ def test_the_example_of_the_documentation_is_true(tmp_path):
             nn.Linear(128, 10),
         )
     )  # fmt: skip
-    found, plan = survey(model, torch.zeros(1, 3, 8, 8)), Plan.parse("0 dense@4c + lowrank[2]@8c | act@8\n5 dense@tc")
-    piece = Workpiece.of(model, Task([torch.zeros(1, 3, 8, 8)]), Engine())
+    found, plan = (
+        survey(model, torch.zeros(1, 3, 8, 8)),
+        Plan.parse("0 dense@4c + lowrank[2]@8c | act@8\n5 dense@tc"),
+    )
+    piece = Workpiece.of(model, Task([torch.zeros(1, 3, 8, 8)]), Jobs())
     student = build(model, plan, found)
     for act in (a for layer in compressed_layers(student).values() for a in layer.quantisers):
         act.set_range(torch.tensor(1.0), torch.tensor(0.0))
-    written = write_native(Parcel(student, plan, found, piece.rest(plan), piece.task), tmp_path / "f").bytes
+    written = write_native(
+        Parcel(student, plan, found, piece.rest(plan), piece.task), tmp_path / "f"
+    ).bytes
     data = (tmp_path / "f").read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     assert f"{header} bytes of header and {written - header:,} of values make {written:,}." in page

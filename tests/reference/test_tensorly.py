@@ -25,7 +25,9 @@ def test_mttkrp_is_tensorlys(shape):
     problem = CPProblem(tensor)
     for mode in range(len(shape)):
         _, right, _ = problem.sides(factors, mode)
-        wanted = tensorly.tenalg.unfolding_dot_khatri_rao(tensor, (torch.ones(4).double(), list(factors)), mode)
+        wanted = tensorly.tenalg.unfolding_dot_khatri_rao(
+            tensor, (torch.ones(4).double(), list(factors)), mode
+        )
         assert torch.allclose(right, wanted)
 
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from networks import rand
 from torch import nn
 
-from rabbet.grid import Grid, Quantised
-from rabbet.layer import ActQuant, build, compressed_layers
-from rabbet.plan import Plan
-from rabbet.survey import survey
+from rabbet.core.plan import Plan
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.model.build import build
+from rabbet.model.compressed import ActQuant, compressed_layers
+from rabbet.model.inspect import survey
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -43,7 +44,8 @@ def test_quantised_activations_and_their_gradient_are_those_of_torch(bits, zero)
     pull = rand(50, 20, seed=2)
     ours.backward(pull)
     theirs.backward(pull)
-    # within half a step outside the range torch still lets the gradient through, LSQ (eq. 3) does not
+    # within half a step outside the range torch still lets the gradient through, LSQ (eq. 3) does
+    # not
     code = (x / act.scale + zero).detach()
     near = ((code > -0.5) & (code < 0)) | ((code > 2**bits - 1) & (code < 2**bits - 0.5))
     assert torch.equal(x.grad[~near], y.grad[~near])
@@ -89,7 +91,9 @@ def test_a_compressed_layer_is_the_layer_with_its_canonical_weight():
     model = nn.Sequential(layer).eval()
     student = build(model, Plan.parse("0 dense@2hc + lowrank[3]@6c"), survey(model, x))
     weight = compressed_layers(student)["0"].weight
-    assert torch.allclose(student(x), F.conv2d(x, weight, layer.bias, padding=2, dilation=2), atol=1e-4)
+    assert torch.allclose(
+        student(x), F.conv2d(x, weight, layer.bias, padding=2, dilation=2), atol=1e-4
+    )
 
 
 def test_nearest_numbers_of_eight_bits_are_within_half_a_step():
@@ -105,7 +109,11 @@ def test_every_activation_between_factors_has_a_quantiser_of_its_own():
     model = nn.Sequential(layer).eval()
     line = "0 lowrank[2]@8c + dense@2hc + lowrank[3]@8c | act@8"
     seat = compressed_layers(build(model, Plan.parse(line), survey(model, x)))["0"]
-    ranges = [(0.05, 128.0), (0.5, 100.0), (0.25, 90.0)]  # the input, then between the factors of each lowrank
+    ranges = [
+        (0.05, 128.0),
+        (0.5, 100.0),
+        (0.25, 90.0),
+    ]  # the input, then between the factors of each lowrank
     for act, (scale, zero) in zip(seat.quantisers, ranges, strict=True):
         act.set_range(torch.tensor(scale), torch.tensor(zero))
 
@@ -114,5 +122,7 @@ def test_every_activation_between_factors_has_a_quantiser_of_its_own():
 
     (a, b), (dense,), (c, d) = ([f() for f in term] for term in seat.factors)
     rounded = on(0, x)
-    by_hand = on(1, rounded @ a.T) @ b.T + rounded @ dense.T + on(2, rounded @ c.T) @ d.T + layer.bias
+    by_hand = (
+        on(1, rounded @ a.T) @ b.T + rounded @ dense.T + on(2, rounded @ c.T) @ d.T + layer.bias
+    )
     assert torch.allclose(seat(x), by_hand, atol=1e-4)

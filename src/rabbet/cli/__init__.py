@@ -1,7 +1,8 @@
 """The command line: `rabbet survey`, `plan`, `compress`, `show`, `check`, `compare`, `export`, `eval`, `bench`.
 
-What was asked for goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a budget that is broken or cannot be
-met, 2 any other mistake, 130 stopped by hand. A mistake is one line that starts with `error:`.
+What was asked for goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a budget that is
+broken or cannot be met, 2 any other mistake, 130 stopped by hand. A mistake is one line that starts
+with `error:`.
 """
 
 import os
@@ -14,11 +15,13 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbet.cli import making, reading, running
-from rabbet.cli.working import Stopped
+from rabbet.cli import compressing as making
+from rabbet.cli import reading, running
+from rabbet.cli.terminal import Stopped
 from rabbet.errors import BudgetError, RabbetError
 
-# Newer versions of typer carry a click of their own: the root of its usage errors is found through what is public.
+# Newer versions of typer carry a click of their own: the root of its usage errors is found through
+# what is public.
 _Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 INTERRUPTED, CLOSED = 130, 141  # as shells count SIGINT and SIGPIPE
 
@@ -30,7 +33,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (making.survey, making.plan, making.compress, reading.show, reading.check, reading.compare):
+for command in (
+    making.survey,
+    making.plan,
+    making.compress,
+    reading.show,
+    reading.check,
+    reading.compare,
+):
     app.command()(command)
 app.command("export")(running.export)
 app.command("eval")(running.evaluate)
@@ -46,7 +56,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """What every command takes."""
@@ -58,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # the latter is typer's word for the former
-        # Whoever read our output has had enough, as `head` has; what is left in the buffer must not complain later.
+        # Whoever read our output has had enough, as `head` has; what is left in the buffer must not
+        # complain later.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     except Stopped as e:
@@ -71,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = e.format_message()  # empty where no command was given and the help was shown
         return _told(f"error: {message}", 2) if message else 2
     except BrokenExecutor:
-        return _told("error: a worker process died, perhaps for want of memory; try fewer --jobs", 2)
+        return _told(
+            "error: a worker process died, perhaps for want of memory; try fewer --jobs", 2
+        )
     except (RabbetError, OSError) as e:
         return _told(f"error: {e}", 2)
     except Exception:  # a mistake of ours: it is shown whole, and is no broken budget

@@ -9,12 +9,16 @@ import typer
 from torch import nn
 
 from rabbet.cli.judge import Judge, open_judge
-from rabbet.cli.names import made, told
 from rabbet.cli.pretrained import pretrained
+from rabbet.cli.references import reporting, resolve
+from rabbet.data.task import Task
 from rabbet.errors import DataError, RabbetError
-from rabbet.task import Task
 
-DEMO_MODEL, DEMO_DATA, DEMO_TEST = "rabbet.demo:model", "rabbet.demo:calibration", "rabbet.demo:test"
+DEMO_MODEL, DEMO_DATA, DEMO_TEST = (
+    "rabbet.demo:model",
+    "rabbet.demo:calibration",
+    "rabbet.demo:test",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
     if model == DEMO_MODEL:
         data, test = DEMO_DATA if data is None else data, DEMO_TEST if test is None else test
     if data is None:
-        raise typer.BadParameter(f"{model} needs batches: name a module:callable that gives them", param_hint="--data")
+        raise typer.BadParameter(
+            f"{model} needs batches: name a module:callable that gives them", param_hint="--data"
+        )
     network, task = open_network(model), open_task(data)
     return Inputs(network, task, open_judge(test, task))
 
@@ -52,18 +58,20 @@ def open_network(reference: str) -> nn.Module:
     """The network that a reference names, or that lies in a folder that `save_pretrained` wrote, in eval mode."""
     if reference and Path(reference).is_dir():
         return pretrained(Path(reference))
-    found = made(reference, "MODEL")
+    found = resolve(reference, "MODEL")
     if not isinstance(found, nn.Module):
-        raise typer.BadParameter(f"{reference} gives {type(found).__name__}, not a torch.nn.Module", param_hint="MODEL")
+        raise typer.BadParameter(
+            f"{reference} gives {type(found).__name__}, not a torch.nn.Module", param_hint="MODEL"
+        )
     return found.eval()
 
 
 def open_task(reference: str) -> Task:
     """The batches or the task that a reference names."""
     try:
-        found = Task.of(made(reference, "--data"))
+        found = Task.of(resolve(reference, "--data"))
     except DataError as e:
         raise typer.BadParameter(f"{reference}: {e}", param_hint="--data") from None
-    with told(reference, "--data"):  # a generator runs the user's code only now
+    with reporting(reference, "--data"):  # a generator runs the user's code only now
         found.read()
     return found

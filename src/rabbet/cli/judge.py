@@ -9,13 +9,16 @@ from typing import Any
 import typer
 from torch import nn
 
-from rabbet.cli.names import called, named, told
-from rabbet.task import Task, accuracy
+from rabbet.cli.references import attribute, reporting, resolve_value
+from rabbet.data.task import Task, accuracy
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One number for a network, larger is better. quantity: what the number is; unit: what follows it."""
+    """One number for a network, larger is better.
+
+    quantity: what the number is; unit: what follows it.
+    """
 
     quantity: str
     unit: str
@@ -24,7 +27,7 @@ class Judge:
 
     def __call__(self, network: nn.Module) -> float:
         """Judge a network; a usage error if the user's batches or function fail."""
-        with told(self.reference, "--test"):
+        with reporting(self.reference, "--test"):
             return float(self.run(network))
 
     def show(self, value: float) -> str:
@@ -37,8 +40,8 @@ def open_judge(reference: str | None, task: Task | None = None) -> Judge | None:
     if reference is None:
         own = None if task is None else task.evaluate
         return None if own is None else Judge("evaluation", "", own, "the task's evaluate")
-    found = named(reference, "--test")
-    value = found if _takes_one(found) else called(found, reference, "--test")
+    found = attribute(reference, "--test")
+    value = found if _takes_one(found) else resolve_value(found, reference, "--test")
     if callable(value) and not isinstance(value, Iterable):
         return Judge("evaluation", "", value, reference)
     if not isinstance(value, Iterable):

@@ -8,10 +8,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from rabbet.cost import Budget
+from rabbet.core.budget import Budget
+from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.methods import METHODS, QUALITY, Method
-from rabbet.plan import Plan
 
 DEFAULT_BUDGET = "bytes <= 10%"
 
@@ -27,20 +27,31 @@ REFERENCE = "module:callable or file.py:callable, called without arguments"
 NETWORK = f"{REFERENCE}, or a folder of Hugging Face's save_pretrained"
 
 Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help=f"The trained network: {NETWORK}. Default: the demo network.")
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help=f"The trained network: {NETWORK}. Default: the demo network."
+    ),
 ]
 Data = Annotated[str | None, typer.Option(help=f"Unlabelled batches or a Task: {REFERENCE}.")]
 Test = Annotated[
     str | None,
-    typer.Option(help="Batches of (inputs, labels), or a function from a model to a number, named likewise."),
+    typer.Option(
+        help="Batches of (inputs, labels), or a function from a model to a number, named likewise."
+    ),
 ]
 BudgetText = Annotated[str, typer.Option("--budget", help="Such as 'bytes <= 10%, bops <= 0.5%'.")]
 OptionalBudget = Annotated[
     str | None,
-    typer.Option("--budget", help=f"Such as 'bytes <= 10%, bops <= 0.5%'. Default without --plan: {DEFAULT_BUDGET}."),
+    typer.Option(
+        "--budget",
+        help=f"Such as 'bytes <= 10%, bops <= 0.5%'. Default without --plan: {DEFAULT_BUDGET}.",
+    ),
 ]
 Quality = Annotated[
-    str, typer.Option(callback=known_quality, metavar="|".join(QUALITY), help="How long to tune after the choice.")
+    str,
+    typer.Option(
+        callback=known_quality, metavar="|".join(QUALITY), help="How long to tune after the choice."
+    ),
 ]
 MethodText = Annotated[
     str | None,
@@ -51,13 +62,21 @@ MethodText = Annotated[
     ),
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", dir_okay=False, help="The file to write; its ending says what it is.")
+    Path,
+    typer.Option(
+        "--output", "-o", dir_okay=False, help="The file to write; its ending says what it is."
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same bytes.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same bytes.")
+]
 Resume = Annotated[
-    Path | None, typer.Option(metavar="DIR", file_okay=False, help="Keep finished work here and go on from it.")
+    Path | None,
+    typer.Option(metavar="DIR", file_okay=False, help="Keep finished work here and go on from it."),
 ]
-Jobs = Annotated[int, typer.Option(min=1, metavar="N", help="Processes that solve layers.")]
+Processes = Annotated[
+    int, typer.Option("--jobs", min=1, metavar="N", help="Processes that solve layers.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -72,15 +91,20 @@ def budget_of(text: str) -> Budget:
 def method_of(text: str | None, quality: str = "default") -> Method:
     """A method from its text, such as `cora bits=3 ranking.steps=50`; without any, `Joint` of a quality.
 
-    A usage error for a name or a setting that is not there, or a value that the setting does not take.
+    A usage error for a name or a setting that is not there, or a value that the setting does not
+    take.
     """
     if text is None:
         return QUALITY[quality]
     if quality != "default":
-        raise typer.BadParameter("it is a setting of the default method; leave it out", param_hint="--quality")
+        raise typer.BadParameter(
+            "it is a setting of the default method; leave it out", param_hint="--quality"
+        )
     name, *settings = text.split() or [""]
     if name not in METHODS:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(METHODS)}", param_hint="--method")
+        raise typer.BadParameter(
+            f"{name!r} is not one of {', '.join(METHODS)}", param_hint="--method"
+        )
     try:
         method: Any = METHODS[name]()
         for setting in settings:
@@ -96,7 +120,9 @@ def _with(settings: Any, name: str, value: str, text: str) -> Any:
     name, _, inner = name.partition(".")
     known = [f.name for f in fields(settings)]
     if name not in known:
-        raise typer.BadParameter(f"{text!r} is no setting; there are {', '.join(known)}", param_hint="--method")
+        raise typer.BadParameter(
+            f"{text!r} is no setting; there are {', '.join(known)}", param_hint="--method"
+        )
     old = getattr(settings, name)
     if inner and is_dataclass(old):
         return replace(settings, **{name: _with(old, inner, value, text)})
@@ -110,7 +136,9 @@ def _with(settings: Any, name: str, value: str, text: str) -> Any:
     whole = isinstance(new, int) and not isinstance(new, bool) and float in kinds
     if inner or (kinds and type(new) not in kinds and not whole):
         wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
-        raise typer.BadParameter(f"{text!r}: the value must be of type {wanted}", param_hint="--method")
+        raise typer.BadParameter(
+            f"{text!r}: the value must be of type {wanted}", param_hint="--method"
+        )
     return replace(settings, **{name: new})
 
 

@@ -14,13 +14,16 @@ from rabbet.errors import FileError
 def pretrained(folder: Path) -> nn.Module:
     """The network of a folder with `config.json` and safetensors, as the class that the config names, in eval mode.
 
-    It runs without a cache of keys and values, which is no output to compare. Code that lies in the folder is not run,
-    and nothing is downloaded or unpickled. Raises FileError without transformers, for a folder without a readable
-    config, of an architecture that transformers does not have, or whose weights are missing or damaged.
+    It runs without a cache of keys and values, which is no output to compare. Code that lies in the
+    folder is not run, and nothing is downloaded or unpickled. Raises FileError without
+    transformers, for a folder without a readable config, of an architecture that transformers does
+    not have, or whose weights are missing or damaged.
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise FileError(f"{folder} has no config.json: it is not a folder that save_pretrained wrote")
+        raise FileError(
+            f"{folder} has no config.json: it is not a folder that save_pretrained wrote"
+        )
     try:
         import transformers
     except ImportError:
@@ -31,7 +34,9 @@ def pretrained(folder: Path) -> nn.Module:
         raise FileError(f"{config} cannot be read: {e}") from None
     kind: Any = getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise FileError(f"{config} names the architecture {names[0]!r}, which transformers does not have")
+        raise FileError(
+            f"{config} names the architecture {names[0]!r}, which transformers does not have"
+        )
     if not any(folder.glob("*.safetensors")):
         raise FileError(f"{folder} holds no *.safetensors; save the network with save_pretrained")
     return _read(folder, kind)
@@ -48,7 +53,9 @@ def _read(folder: Path, kind: Any) -> nn.Module:
         raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
     if info["missing_keys"]:
         # transformers would make up what is not there
-        raise FileError(f"{folder} lacks tensors of {kind.__name__}: {', '.join(sorted(info['missing_keys']))}")
+        raise FileError(
+            f"{folder} lacks tensors of {kind.__name__}: {', '.join(sorted(info['missing_keys']))}"
+        )
     found.config.use_cache = False
     network: nn.Module = found.eval()
     return network

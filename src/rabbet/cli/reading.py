@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
+from rabbet._api import load
 from rabbet.cli import options, tables
 from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST, open_network
 from rabbet.cli.judge import Judge, open_judge
 from rabbet.cli.stored import Stored
-from rabbet.compress import load
-from rabbet.cost import METRICS, Cost, Limit
-from rabbet.plan import quoted
+from rabbet.core.budget import METRICS, Limit
+from rabbet.core.cost import Cost
+from rabbet.core.plan import quoted
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A native file, as compress writes it.")]
 
@@ -23,7 +24,9 @@ def show(file: File, as_json: options.Json = False) -> None:
         facts = tables.plan_facts(stored.survey, stored.plan, stored.cost, stored.float_cost)
         tables.print_json({"file": str(file)} | facts)
         return
-    tables.print_report(tables.console(), stored.survey, stored.plan, (stored.cost, stored.float_cost))
+    tables.print_report(
+        tables.console(), stored.survey, stored.plan, (stored.cost, stored.float_cost)
+    )
 
 
 def check(
@@ -34,7 +37,9 @@ def check(
     """Hold a file against a budget: exit code 0 if it is within, 1 if it is over."""
     limits = options.budget_of(budget)
     if any(limit.metric == "latency" for limit in limits.limits):
-        raise typer.BadParameter("a file does not say its latency; measure it with rabbet bench", param_hint="--budget")
+        raise typer.BadParameter(
+            "a file does not say its latency; measure it with rabbet bench", param_hint="--budget"
+        )
     stored = Stored.read(file)
     over = any(limit.broken_by(stored.cost, stored.float_cost) for limit in limits.limits)
     if as_json:
@@ -50,7 +55,9 @@ def check(
 def _verdict(limit: Limit, cost: Cost, whole: Cost) -> str:
     metric, allowed = METRICS[limit.metric], limit.amount(whole)
     found = metric.amount(cost)
-    shown, most, apart = (metric.show(n, whole.weights) for n in (found, allowed, abs(found - allowed)))
+    shown, most, apart = (
+        metric.show(n, whole.weights) for n in (found, allowed, abs(found - allowed))
+    )
     verdict = f"OVER by {apart}" if found > allowed else f"within, {apart} to spare"
     return f"{limit.text}: {shown} of {most} {limit.metric}, {verdict}"
 
@@ -59,12 +66,22 @@ def _held(limit: Limit, cost: Cost, whole: Cost) -> dict[str, Any]:
     """One limit for JSON, in whole numbers; those of `bits` are the bits of all weights together."""
     found, allowed = METRICS[limit.metric].amount(cost), limit.amount(whole)
     over = max(found - allowed, 0)
-    return {"limit": limit.text, "metric": limit.metric, "found": found, "allowed": allowed, "over": over}
+    return {
+        "limit": limit.text,
+        "metric": limit.metric,
+        "found": found,
+        "allowed": allowed,
+        "over": over,
+    }
 
 
 def compare(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Native files, two or more.")],
-    model: Annotated[str | None, typer.Option(help=f"The network that they hold: {options.NETWORK}.")] = None,
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Native files, two or more.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help=f"The network that they hold: {options.NETWORK}.")
+    ] = None,
     test: options.Test = None,
     as_json: options.Json = False,
 ) -> None:
@@ -76,17 +93,35 @@ def compare(
     differing = differences(stored)
     if as_json:
         listed = [
-            {"file": str(s.path), "share": s.cost.bytes / s.float_cost.bytes, "cost": tables.cost_facts(s.cost)}
+            {
+                "file": str(s.path),
+                "share": s.cost.bytes / s.float_cost.bytes,
+                "cost": tables.cost_facts(s.cost),
+            }
             | ({judge.quantity: score} if judge else {})
             for s, score in zip(stored, scores, strict=True)
         ]
         tables.print_json(
-            {"files": listed, "differences": [{"layer": name, "plans": bodies} for name, *bodies in differing]}
+            {
+                "files": listed,
+                "differences": [{"layer": name, "plans": bodies} for name, *bodies in differing],
+            }
         )
         return
     out = tables.console()
-    heads = ["file", "bytes", "of float32", "MACs", "BOPs", "bits", *([judge.quantity] if judge else [])]
-    lines = [_line(s) + ([judge.show(score)] if judge else []) for s, score in zip(stored, scores, strict=True)]
+    heads = [
+        "file",
+        "bytes",
+        "of float32",
+        "MACs",
+        "BOPs",
+        "bits",
+        *([judge.quantity] if judge else []),
+    ]
+    lines = [
+        _line(s) + ([judge.show(score)] if judge else [])
+        for s, score in zip(stored, scores, strict=True)
+    ]
     out.print(tables.table(heads, lines))
     out.print()
     if not differing:
@@ -97,13 +132,17 @@ def compare(
     out.print(tables.table(columns, rows, len(columns)))
 
 
-def _scores(files: list[Path], model: str | None, test: str | None) -> tuple[Judge | None, list[float]]:
+def _scores(
+    files: list[Path], model: str | None, test: str | None
+) -> tuple[Judge | None, list[float]]:
     """What judges, and its number for every file (zeros where nothing judges)."""
     if model == DEMO_MODEL:
         test = DEMO_TEST if test is None else test
     if (model is None) != (test is None):
         missing, given = ("--model", "--test") if model is None else ("--test", "--model")
-        raise typer.BadParameter(f"{given} needs {missing}: accuracy is measured with both", param_hint=missing)
+        raise typer.BadParameter(
+            f"{given} needs {missing}: accuracy is measured with both", param_hint=missing
+        )
     judge = None if model is None else open_judge(test)
     if model is None or judge is None:
         return None, [0.0] * len(files)
@@ -134,4 +173,6 @@ def _becomes(stored: Stored, name: str) -> str:
     line = stored.plan.get(name)
     if line is not None:
         return line.body
-    return "kept as it is" if any(site.name == name for site in stored.survey) else "not in this file"
+    return (
+        "kept as it is" if any(site.name == name for site in stored.survey) else "not in this file"
+    )

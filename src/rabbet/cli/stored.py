@@ -8,15 +8,15 @@ import torch
 import typer
 from torch import nn
 
-from rabbet.compress import load
-from rabbet.cost import Cost, float_cost, plan_cost
+from rabbet._api import load
+from rabbet.core.cost import Cost, float_cost, plan_cost
+from rabbet.core.layout import arrays, lengths
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Survey
 from rabbet.errors import FileError
 from rabbet.export import ENDINGS, target_of
 from rabbet.export.native import kept_as_it_is, read_parts
-from rabbet.layout import arrays, lengths
-from rabbet.plan import Plan
-from rabbet.runtime import Session
-from rabbet.survey import Survey
+from rabbet.runtime.session import Session
 from rabbet.workpiece import DTYPES
 
 
@@ -37,7 +37,9 @@ class Stored:
         for name, dtype, count in arrays(lengths(survey, plan)):
             found = values.pop(name, None)
             if found is None or found.shape != (count,) or DTYPES.get(str(found.dtype)) != dtype:
-                raise FileError(f"{path} is damaged: its plan wants {count} entries of {dtype} in {name}")
+                raise FileError(
+                    f"{path} is damaged: its plan wants {count} entries of {dtype} in {name}"
+                )
         cost = plan_cost(survey, plan, kept_as_it_is(values, path))
         return cls(path, survey, plan, replace(cost, bytes=path.stat().st_size), float_cost(survey))
 
@@ -45,7 +47,9 @@ class Stored:
 def ready(output: Path, target: str | None = None) -> str:
     """The target of a file to write; an unknown ending, or a place that is no folder, is refused before any work."""
     if target is None and output.suffix not in ENDINGS:
-        raise typer.BadParameter(f"{output} must end in one of {', '.join(ENDINGS)}", param_hint="--output")
+        raise typer.BadParameter(
+            f"{output} must end in one of {', '.join(ENDINGS)}", param_hint="--output"
+        )
     found = target_of(output, target)
     writable(output)
     return found
@@ -70,6 +74,8 @@ def opened(path: Path, network: nn.Module) -> nn.Module:
         try:
             module: nn.Module = torch.export.load(path).module()
         except Exception as e:  # torch says in many ways that a file is not what it should be
-            raise FileError(f"{path} is damaged or not a torch program: {type(e).__name__}: {e}") from e
+            raise FileError(
+                f"{path} is damaged or not a torch program: {type(e).__name__}: {e}"
+            ) from e
         return module
     return load(path, network)

@@ -1,11 +1,14 @@
-"""Files: each export is `(parcel, path) -> Written`. A new one is a file here and a line in EXPORTS."""
+"""Files: each export is `(parcel, path) -> Written`.
+
+A new one is a file here and a line in EXPORTS.
+"""
 
 from pathlib import Path
 
 from rabbet.errors import FileError
 from rabbet.export.base import Export, Written
 from rabbet.export.native import write_native
-from rabbet.export.onnx import write_onnx, write_openvino
+from rabbet.export.onnx.write import write_onnx, write_openvino
 from rabbet.export.torch import write_torch
 
 EXPORTS: dict[str, Export] = {
@@ -26,7 +29,9 @@ def target_of(path: Path, target: str | None = None) -> str:
     if target is None and path.suffix in ENDINGS:
         return ENDINGS[path.suffix]
     if target not in EXPORTS:
-        asked = f"to {target!r}" if target is not None else f"to a file that ends in {path.suffix!r}"
+        asked = (
+            f"to {target!r}" if target is not None else f"to a file that ends in {path.suffix!r}"
+        )
         raise FileError(
             f"cannot export {asked}; the targets are {', '.join(EXPORTS)}, the endings {', '.join(ENDINGS)}"
         )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from rabbet.layout import Rest
-from rabbet.plan import Plan
-from rabbet.survey import Survey
-from rabbet.task import Task
+from rabbet.core.layout import Rest
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Survey
+from rabbet.data.task import Task
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,10 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Written:
-    """What an export did. bytes: of the file. notes: what its owner should know, such as layers that stay in float."""
+    """What an export did.
+
+    bytes: of the file. notes: what its owner should know, such as layers that stay in float.
+    """
 
     bytes: int
     notes: tuple[str, ...] = ()

@@ -9,15 +9,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rabbet.core.layout import VERSION, WIDTHS, Rest, arrays, file_bytes, header, lengths
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, Written, write_beside
-from rabbet.fold import copied, drop_norms, own_biases
-from rabbet.layer import Compressed, Factor, compressed_layers, empty, install, validate
-from rabbet.layout import VERSION, WIDTHS, Rest, arrays, file_bytes, header, lengths
-from rabbet.pack import pack, packed_bytes, unpack
-from rabbet.plan import Plan
-from rabbet.site import KINDS, Site, kind_of
-from rabbet.survey import Survey, alike, stored_tensors
+from rabbet.grids.pack import pack, packed_bytes, unpack
+from rabbet.layers.site import KINDS, Site, kind_of
+from rabbet.model.bn_fold import drop_norms, own_biases
+from rabbet.model.build import empty, install, validate
+from rabbet.model.compressed import Compressed, Factor, compressed_layers
+from rabbet.model.inspect import alike, stored_tensors
+from rabbet.model.surgery import copied
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -28,18 +31,28 @@ TYPES = {
 def write_native(parcel: Parcel, path: Path) -> Written:
     """Write the native file; its length is the plan's cost in bytes.
 
-    Raises PlanError, and writes nothing, if a tensor that is kept as it is has gone or has another shape by now.
+    Raises PlanError, and writes nothing, if a tensor that is kept as it is has gone or has another
+    shape by now.
     """
     found = stored_tensors(parcel.model)
     for r in parcel.rest:
         if r.name not in found or tuple(found[r.name].shape) != r.shape:
-            raise PlanError(f"the network was changed: {r.name} is not what was compressed; compress it again")
-    values = {r.name: (r.dtype, found[r.name].detach().cpu().to(TYPES[r.dtype])) for r in parcel.rest}
+            raise PlanError(
+                f"the network was changed: {r.name} is not what was compressed; compress it again"
+            )
+    values = {
+        r.name: (r.dtype, found[r.name].detach().cpu().to(TYPES[r.dtype])) for r in parcel.rest
+    }
     values |= {name: (dtype, tensor) for name, dtype, tensor in _packed(parcel)}
     order = sorted(sorted(parcel.rest, key=lambda r: r.name), key=lambda r: -WIDTHS[r.dtype])
-    names = [r.name for r in order] + [name for name, _, _ in arrays(lengths(parcel.survey, parcel.plan))]
+    names = [r.name for r in order] + [
+        name for name, _, _ in arrays(lengths(parcel.survey, parcel.plan))
+    ]
     names.sort(key=lambda name: -WIDTHS[values[name][0]])
-    parts = [header(parcel.survey, parcel.plan, parcel.rest), *(_raw(values[name][1]) for name in names)]
+    parts = [
+        header(parcel.survey, parcel.plan, parcel.rest),
+        *(_raw(values[name][1]) for name in names),
+    ]
     size, expected = sum(map(len, parts)), file_bytes(parcel.survey, parcel.plan, parcel.rest)
     if size != expected:
         raise FileError(
@@ -85,7 +98,9 @@ def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, 
     survey, plan, values = read_parts(path)
     result = _skeleton(model, survey, plan, path)
     wanted = arrays(lengths(survey, plan))
-    streams = {name: _Stream(values.pop(name, None), dtype, name, path) for name, dtype, _ in wanted}
+    streams = {
+        name: _Stream(values.pop(name, None), dtype, name, path) for name, dtype, _ in wanted
+    }
     layers = compressed_layers(result)
     with torch.no_grad():
         for line in plan:
@@ -99,9 +114,15 @@ def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, 
 def kept_as_it_is(values: Mapping[str, Tensor], path: Path) -> tuple[Rest, ...]:
     """What a file holds beside the numbers of its plan; raises FileError for a type that no file has."""
     names = {kind: name for name, kind in TYPES.items()}
-    if strange := next((name for name, tensor in values.items() if tensor.dtype not in names), None):
-        raise FileError(f"{path} is not a rabbet file: {strange} is of type {values[strange].dtype}")
-    return tuple(Rest(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in values.items())
+    if strange := next(
+        (name for name, tensor in values.items() if tensor.dtype not in names), None
+    ):
+        raise FileError(
+            f"{path} is not a rabbet file: {strange} is of type {values[strange].dtype}"
+        )
+    return tuple(
+        Rest(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in values.items()
+    )
 
 
 def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
@@ -110,8 +131,13 @@ def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             if facts.get("format") != VERSION:
-                raise FileError(f"it is of format {facts.get('format')!r}, this version reads {VERSION!r}")
-            survey, plan = Survey.from_json(facts.get("survey", "")), Plan.parse(facts.get("plan", ""))
+                raise FileError(
+                    f"it is of format {facts.get('format')!r}, this version reads {VERSION!r}"
+                )
+            survey, plan = (
+                Survey.from_json(facts.get("survey", "")),
+                Plan.parse(facts.get("plan", "")),
+            )
             validate(plan, survey)
             return survey, plan, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
@@ -148,14 +174,21 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
     kind = kind_of(layer)
     if kind != site.kind:
         return f"{site.name!r} is a {type(layer).__name__}, the file says {site.kind}"
-    facts: dict[str, object] = {"shape": tuple(KINDS[kind].weight(layer).shape), **KINDS[kind].facts(layer)}
+    facts: dict[str, object] = {
+        "shape": tuple(KINDS[kind].weight(layer).shape),
+        **KINDS[kind].facts(layer),
+    }
     facts["bias"] = bool(norm) or getattr(layer, "bias", None) is not None
     for fact, found in facts.items():
         if getattr(site, fact) != found:
             return f"{site.name!r} has {fact} {found}, the file says {getattr(site, fact)}"
     if any(modules[name] is not layer and not alike(layer, modules[name]) for name in site.tied):
         return f"{site.name!r} is not the same layer as {', '.join(map(repr, site.tied))}"
-    apart = [n for n in site.heads if kind_of(modules[n]) != "linear" or modules[n].weight is not layer.weight]
+    apart = [
+        n
+        for n in site.heads
+        if kind_of(modules[n]) != "linear" or modules[n].weight is not layer.weight
+    ]
     if apart:
         return f"{', '.join(map(repr, apart))} does not share the table of {site.name!r}"
     if any(not isinstance(modules[name], _BatchNorm | nn.Identity) for name in norm):
@@ -168,26 +201,35 @@ class _Stream:
 
     def __init__(self, values: Tensor | None, dtype: str, name: str, path: Path) -> None:
         if values is None or values.ndim != 1 or values.dtype != TYPES[dtype]:
-            raise FileError(f"{path} is damaged: the array {name} is missing, not flat or not of type {dtype}")
+            raise FileError(
+                f"{path} is damaged: the array {name} is missing, not flat or not of type {dtype}"
+            )
         self.values, self.name, self.path, self.at = values, name, path, 0
 
     def take(self, count: int) -> Tensor:
         part = self.values[self.at : self.at + count]
         if len(part) != count:
-            raise FileError(f"{self.path} is damaged: {self.name} ends after {len(self.values)} entries")
+            raise FileError(
+                f"{self.path} is damaged: {self.name} ends after {len(self.values)} entries"
+            )
         self.at += count
         return part
 
     def close(self) -> None:
         if self.at != len(self.values):
-            raise FileError(f"{self.path} is damaged: {self.name} has {len(self.values)} entries, the plan {self.at}")
+            raise FileError(
+                f"{self.path} is damaged: {self.name} has {len(self.values)} entries, the plan {self.at}"
+            )
 
 
 def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
     for factor in layer_factors(layer):
         levels, count = factor.grid.levels, factor.codes.numel()
         try:
-            codes = unpack(streams["rabbet.codes"].take(packed_bytes(count, levels)), levels, count) + factor.grid.low
+            codes = (
+                unpack(streams["rabbet.codes"].take(packed_bytes(count, levels)), levels, count)
+                + factor.grid.low
+            )
         except ValueError as e:
             raise FileError(f"{path} is damaged: the codes of {layer.site.name!r}: {e}") from None
         factor.codes.copy_(codes.view(factor.codes.shape))
@@ -195,18 +237,28 @@ def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
     if layer.bias is not None:
         layer.bias.copy_(streams["rabbet.biases"].take(len(layer.bias)))
     for act in layer.quantisers:
-        act.set_range(streams["rabbet.act_scales"].take(1), streams["rabbet.act_zeros"].take(1).float())
+        act.set_range(
+            streams["rabbet.act_scales"].take(1), streams["rabbet.act_zeros"].take(1).float()
+        )
         if not bool(torch.isfinite(act.scale).all() and (act.scale > 0).all()):
-            raise FileError(f"{path} is damaged: an input scale of {layer.site.name!r} is not a positive number")
+            raise FileError(
+                f"{path} is damaged: an input scale of {layer.site.name!r} is not a positive number"
+            )
         if float(act.zero) > act.grid.high:
-            raise FileError(f"{path} is damaged: a zero point of {layer.site.name!r} is above {act.grid.high}")
+            raise FileError(
+                f"{path} is damaged: a zero point of {layer.site.name!r} is above {act.grid.high}"
+            )
     if not all(torch.isfinite(f.scale).all() for f in layer_factors(layer)):
         raise FileError(f"{path} is damaged: a scale of {layer.site.name!r} is not finite")
 
 
 def _fill_rest(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
     own = [f"{name}." for name, m in model.named_modules() if isinstance(m, Compressed)]
-    wanted = {n: t for n, t in stored_tensors(model).items() if not any(n.startswith(o) for o in own if o != ".")}
+    wanted = {
+        n: t
+        for n, t in stored_tensors(model).items()
+        if not any(n.startswith(o) for o in own if o != ".")
+    }
     if isinstance(model, Compressed):
         wanted = {}
     if missing := sorted(wanted.keys() ^ values.keys()):

@@ -1,7 +1,7 @@
 """A torch program: the compressed network as plain torch operations on float weights, for code that knows no rabbet.
 
-It computes what `result.model` computes, rounding of activations included, and is not smaller than the float network:
-it is there to be read, run and lowered by torch's own tools.
+It computes what `result.model` computes, rounding of activations included, and is not smaller than
+the float network: it is there to be read, run and lowered by torch's own tools.
 """
 
 import copy
@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rabbet.data.batches import replaced, suited, tensors
+from rabbet.data.task import Task, call
 from rabbet.errors import ModelError
 from rabbet.export.base import Parcel, Written, write_beside
-from rabbet.export.calling import Flat, axes, quiet, reason, two
-from rabbet.layer import ActQuant, Factor, compressed_layers
-from rabbet.task import Task, call, replaced, suited, tensors
+from rabbet.export.signature import Flat, axes, quiet, reason, two
+from rabbet.model.compressed import ActQuant, Factor, compressed_layers
 
 
 def write_torch(parcel: Parcel, path: Path) -> Written:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rabbet.forms.modes import Modes
-from rabbet.site import Site
+from rabbet.layers.site import Site
 
 Between = Callable[[int, Tensor], Tensor]
 """What happens to the tensor between contraction i and the next: `Compressed` quantises it there."""
@@ -18,9 +18,9 @@ Between = Callable[[int, Tensor], Tensor]
 class Aim:
     """What else a decomposition may know; forms that are solved in closed form need none of it.
 
-    noise: relative squared error that rounding will make of a factor: terms that cancel one another are kept so small
-    that it does not matter more than it must. start: factors of a problem alike, to go on from. steps: how often the
-    error may be evaluated.
+    noise: relative squared error that rounding will make of a factor: terms that cancel one another
+    are kept so small that it does not matter more than it must. start: factors of a problem alike,
+    to go on from. steps: how often the error may be evaluated.
     """
 
     noise: float = 0.0
@@ -34,9 +34,10 @@ PLAIN = Aim()
 class Form(Protocol):
     """How a weight is written as factors; knows nothing of grids and budgets.
 
-    Factors are listed in the order in which `apply` contracts the input with them. The first axis of the first factor
-    is the rank, if there is one: `plan_of` reads it there. Unless the form is `Contracted`, the last factor is
-    [out, rank]: solvers solve it for what the others became, and `sequence` puts the gain of a channel there.
+    Factors are listed in the order in which `apply` contracts the input with them. The first axis
+    of the first factor is the rank, if there is one: `plan_of` reads it there. Unless the form is
+    `Contracted`, the last factor is [out, rank]: solvers solve it for what the others became, and
+    `sequence` puts the gain of a channel there.
     """
 
     @property
@@ -71,7 +72,14 @@ class Form(Protocol):
         """The canonical weight that factors stand for."""
         ...
 
-    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        site: Site,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        between: Between,
+        bias: Tensor | None,
+    ) -> Tensor:
         """The layer, one contraction after the other, the weight never rebuilt."""
         ...
 
@@ -85,7 +93,9 @@ class Contracted(Form, Protocol):
         """How the axes of the weight are read as digits; None: chosen from the shape."""
         ...
 
-    def finished(self, site: Site, factors: Sequence[Tensor]) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
+    def finished(
+        self, site: Site, factors: Sequence[Tensor]
+    ) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
         """What a runtime is given in place of the cores: the name of a form, its modes, and its factors."""
         ...
 

@@ -1,8 +1,9 @@
 """Three factors: 1x1, depthwise, 1x1 (quantisation-aware CP, arXiv 2308.04595).
 
-The kernel [out, in, k * k] is `sum_r a_r o b_r o c_r`. The layer is a chain of three: B [rank, in] mixes channels where
-the input lies, C [rank, *k] filters each of them and carries stride, padding and dilation, A [out, rank] mixes again.
-A kernel with one place has only two factors to be written as: that is `lowrank`.
+The kernel [out, in, k * k] is `sum_r a_r o b_r o c_r`. The layer is a chain of three: B [rank, in]
+mixes channels where the input lies, C [rank, *k] filters each of them and carries stride, padding
+and dilation, A [out, rank] mixes again. A kernel with one place has only two factors to be written
+as: that is `lowrank`.
 """
 
 import math
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.site import Site
-from rabbet.solve.cp import rows, start
+from rabbet.layers.site import Site
+from rabbet.solve.cp import khatri_rao_rows, start
 from rabbet.solve.varpro import project
 
 
@@ -57,19 +58,32 @@ class CP:
         if aim.start is not None:
             small, steps = (aim.start[0], aim.start[1].flatten(1)), aim.steps
         elif rank >= channels * places:  # every entry of an input patch has a term of its own
-            small, steps = (torch.eye(channels).repeat_interleave(places, 0), torch.eye(places).repeat(channels, 1)), 0
+            small, steps = (
+                (
+                    torch.eye(channels).repeat_interleave(places, 0),
+                    torch.eye(places).repeat(channels, 1),
+                ),
+                0,
+            )
         else:
             small = start(matrix, metric, channels, rank)
             steps = 0 if rank == self.full_rank(site) else aim.steps
-        found = project(rows, small, matrix, metric, aim.noise, steps)
+        found = project(khatri_rao_rows, small, matrix, metric, aim.noise, steps)
         return _evened(site, found.small, found.last, metric)
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """A (B khatri-rao C), in the shape of the weight."""
         b, c, a = factors
-        return (a @ rows((b, c.flatten(1)))).view(a.shape[0], b.shape[1], *c.shape[1:])
+        return (a @ khatri_rao_rows((b, c.flatten(1)))).view(a.shape[0], b.shape[1], *c.shape[1:])
 
-    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        site: Site,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        between: Between,
+        bias: Tensor | None,
+    ) -> Tensor:
         """Three layers, as they will be exported."""
         b, c, a = factors
         inner = between(0, pointwise(site, x, b))
@@ -81,18 +95,22 @@ def _depthwise(site: Site, rank: int) -> Site:
     return replace(site, shape=(rank, 1, *site.shape[2:]), groups=rank)
 
 
-def _evened(site: Site, small: Sequence[Tensor], last: Tensor, metric: Tensor | None) -> tuple[Tensor, ...]:
+def _evened(
+    site: Site, small: Sequence[Tensor], last: Tensor, metric: Tensor | None
+) -> tuple[Tensor, ...]:
     """The same product, each term scaled so that 8 bits serve all channels alike.
 
-    Channels between B and C get the same mean square, columns of A the same norm: the rounding of the tensor between
-    C and A then weighs the same in each.
+    Channels between B and C get the same mean square, columns of A the same norm: the rounding of
+    the tensor between C and A then weighs the same in each.
     """
     b, c = small
     places = c.shape[1]
     if metric is None:
         power = b.square().sum(1)
     else:
-        per_place = metric.view(b.shape[1], places, b.shape[1], places).diagonal(dim1=1, dim2=3).mean(2)
+        per_place = (
+            metric.view(b.shape[1], places, b.shape[1], places).diagonal(dim1=1, dim2=3).mean(2)
+        )
         power = ((b @ per_place) * b).sum(1)
     first = power.clamp_min(1e-20).sqrt()[:, None]
     norm = last.square().mean(0).clamp_min(1e-20).sqrt()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rabbet.errors import PlanError
 from rabbet.forms.base import PLAIN, Aim, Between
-from rabbet.site import Site
+from rabbet.layers.site import Site
 
 DIGITS = 6  # of the number of an output
 
@@ -17,8 +17,9 @@ DIGITS = 6  # of the number of an output
 class Dense:
     """One factor, the canonical weight [out, in / groups, *kernel], or some rows of it.
 
-    rows: the outputs that the term makes, in rising order; None: all. Terms of different rows give the outputs of one
-    layer different grids. Layers with groups have no such terms: their groups would not come out even.
+    rows: the outputs that the term makes, in rising order; None: all. Terms of different rows give
+    the outputs of one layer different grids. Layers with groups have no such terms: their groups
+    would not come out even.
     """
 
     rows: tuple[int, ...] | None = None
@@ -30,7 +31,9 @@ class Dense:
         if self.rows is None:
             return 1
         if self.rows[-1] >= site.shape[0]:
-            raise PlanError(f"there is no output {self.rows[-1]}; the layer has {site.shape[0]}, counted from 0")
+            raise PlanError(
+                f"there is no output {self.rows[-1]}; the layer has {site.shape[0]}, counted from 0"
+            )
         return int(site.groups == 1)
 
     def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
@@ -51,7 +54,14 @@ class Dense:
         """The factor itself; zeros in the rows that it does not have."""
         return factors[0] if self.rows is None else self._spread(site, factors[0], 0)
 
-    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        site: Site,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        between: Between,
+        bias: Tensor | None,
+    ) -> Tensor:
         """The layer itself."""
         if self.rows is None or site.kind == "embedding":
             return site.run(x, self.contract(site, factors), bias)
@@ -88,7 +98,9 @@ def rows_of(text: str) -> tuple[int, ...]:
         if not (first.isdecimal() and (last.isdecimal() or not bar)):
             raise PlanError(f"{text!r} are not rows; write them in rising order, such as 0-5,9")
         if max(len(first), len(last)) > DIGITS:  # a text must not be able to ask for all memory
-            raise PlanError(f"there is no output {max(first, last, key=len)[:20]}; no layer has so many")
+            raise PlanError(
+                f"there is no output {max(first, last, key=len)[:20]}; no layer has so many"
+            )
         found += range(int(first), int(last or first) + 1)
     if not found or sorted(set(found)) != found or runs(found) != text:
         raise PlanError(f"{text!r} are not rows in rising order; write such as 0-5,9")

@@ -1,7 +1,7 @@
 """Two factors: the layer with `rank` outputs, then a 1x1 mix of them (CoRa, arXiv 2408.00923, theorem 1).
 
-The weight's first unfolding [out, in * k * k] is B A with A [rank, in, *k], which carries stride and padding, and
-B [out, rank].
+The weight's first unfolding [out, in * k * k] is B A with A [rank, in, *k], which carries stride
+and padding, and B [out, rank].
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.site import Site
+from rabbet.layers.site import Site
 from rabbet.solve.whiten import leading
 
 
@@ -23,7 +23,9 @@ class LowRank:
 
     def full_rank(self, site: Site) -> int:
         """min(out, in * k * k); 0 for grouped convs (a factor would mix the groups) and for tables."""
-        return 0 if site.groups > 1 or site.kind == "embedding" else min(site.shape[0], site.columns)
+        return (
+            0 if site.groups > 1 or site.kind == "embedding" else min(site.shape[0], site.columns)
+        )
 
     def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
         """A, then B."""
@@ -48,7 +50,14 @@ class LowRank:
         a, b = factors
         return (b @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
 
-    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        site: Site,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        between: Between,
+        bias: Tensor | None,
+    ) -> Tensor:
         """Two layers, as they will be exported: never the product."""
         a, b = factors
         inner = between(0, site.run(x, a))  # [batch, rank, *places] or [..., rank]

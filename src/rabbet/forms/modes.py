@@ -13,7 +13,9 @@ Modes = tuple[tuple[int, ...], tuple[int, ...]]
 @functools.cache  # asked for at every run of a layer
 def balanced(size: int, count: int) -> tuple[int, ...]:
     """Factors of a size, at most `count`, none of them 1, in falling order, of least sum: 768 is 12 x 8 x 8."""
-    return min((f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f), f), default=(size,))
+    return min(
+        (f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f), f), default=(size,)
+    )
 
 
 def exactly(size: int, count: int) -> tuple[int, ...]:
@@ -47,7 +49,10 @@ def _factors(size: int, count: int, least: int) -> list[tuple[int, ...]]:
     if count > 1:
         for n in range(least, math.isqrt(size) + 1):
             if size % n == 0:
-                found += [tuple(sorted((n, *rest), reverse=True)) for rest in _factors(size // n, count - 1, n)]
+                found += [
+                    tuple(sorted((n, *rest), reverse=True))
+                    for rest in _factors(size // n, count - 1, n)
+                ]
     return found
 
 

@@ -1,8 +1,9 @@
 """Tensor train: a low-rank layer whose two factors are chains of cores (arXiv 2306.01076).
 
-The weight as a matrix [out, in] is `P^T R`, with R [rank, in] made of cores over digits of the input and P [rank, out]
-of cores over digits of the output. Cores do not depend on the input: they are contracted first, then the layer is that
-of `lowrank`. Digits are those of the paper, 12x8x8 and 8x8x12 for 768: the outermost are the largest.
+The weight as a matrix [out, in] is `P^T R`, with R [rank, in] made of cores over digits of the
+input and P [rank, out] of cores over digits of the output. Cores do not depend on the input: they
+are contracted first, then the layer is that of `lowrank`. Digits are those of the paper, 12x8x8 and
+8x8x12 for 768: the outermost are the largest.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from rabbet.forms.base import PLAIN, Aim, Between
 from rabbet.forms.lowrank import LowRank
 from rabbet.forms.modes import Modes, balanced, check
-from rabbet.site import Site
+from rabbet.layers.site import Site
 from rabbet.solve.tensor_train import bonds, half, halves, refine
 
 DIGITS = 3  # of each axis: six cores, as in the paper
@@ -25,8 +26,9 @@ FLAT = LowRank()
 class TT:
     """Cores of the input side, then of the output side, each [bond, digit, bond] from the middle outwards.
 
-    modes: digits of input and output, the most significant first; None: three each, chosen from the shape. The two
-    innermost cores meet at the rank; no bond is larger, unless the rank is the full one.
+    modes: digits of input and output, the most significant first; None: three each, chosen from the
+    shape. The two innermost cores meet at the rank; no bond is larger, unless the rank is the full
+    one.
     """
 
     modes: Modes | None = None
@@ -41,7 +43,10 @@ class TT:
 
     def sizes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Digits of input and output from the middle outwards: the least significant of the input lies innermost."""
-        ins, outs = self.modes or (balanced(site.columns, DIGITS), balanced(site.shape[0], DIGITS)[::-1])
+        ins, outs = self.modes or (
+            balanced(site.columns, DIGITS),
+            balanced(site.shape[0], DIGITS)[::-1],
+        )
         return ins[::-1], outs
 
     def _bonds(self, site: Site, rank: int) -> tuple[list[int], list[int]]:
@@ -70,7 +75,10 @@ class TT:
         ins, outs = self.sizes(site)
         right, left = self._bonds(site, rank)
         # columns in the order of the digits from the middle outwards
-        turned, order = self._turned(site, matrix), self._turned(site, torch.arange(site.columns)[None])[0]
+        turned, order = (
+            self._turned(site, matrix),
+            self._turned(site, torch.arange(site.columns)[None])[0],
+        )
         aimed = None if metric is None else metric[order][:, order]
         power = ((turned if aimed is None else turned @ aimed) * turned).sum().clamp_min(1e-30)
         wanted = turned if aimed is None else turned @ aimed
@@ -104,7 +112,9 @@ class TT:
         right = right.view(len(right), *ins).permute(0, *axes).reshape(len(right), *site.shape[1:])
         return right, half(factors[len(ins) :]).mT
 
-    def finished(self, site: Site, factors: Sequence[Tensor]) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
+    def finished(
+        self, site: Site, factors: Sequence[Tensor]
+    ) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
         """What a runtime is given: `lowrank`."""
         return "lowrank", None, self.flat(site, factors)
 
@@ -112,6 +122,13 @@ class TT:
         """The weight."""
         return FLAT.contract(site, self.flat(site, factors))
 
-    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        site: Site,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        between: Between,
+        bias: Tensor | None,
+    ) -> Tensor:
         """The two halves, one after the other."""
         return FLAT.apply(site, x, self.flat(site, factors), between, bias)

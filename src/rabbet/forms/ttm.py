@@ -1,7 +1,8 @@
 """Tensor-train matrix: a table whose rows are read as digits and looked up core by core (arXiv 2306.01076).
 
-Entry (v, d) of the table is a product of cores, one for each digit of v and d together. The cores of the more and of
-the less significant half of the digits are contracted first; a row is then the product of one row of each.
+Entry (v, d) of the table is a product of cores, one for each digit of v and d together. The cores
+of the more and of the less significant half of the digits are contracted first; a row is then the
+product of one row of each.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 from rabbet.errors import DataError, PlanError
 from rabbet.forms.base import PLAIN, Aim, Between
 from rabbet.forms.modes import Modes, check, covering, exactly
-from rabbet.site import Site
+from rabbet.layers.site import Site
 from rabbet.solve.tensor_train import bonds, half, halves, refine
 
 DIGITS = 4  # of a row: four cores, as in the paper
@@ -25,8 +26,8 @@ DIGITS = 4  # of a row: four cores, as in the paper
 class TTM:
     """Cores [bond, rows, columns, bond], from the middle outwards: of the more significant digits, then of the less.
 
-    modes: digits of rows (their product may be more than there are) and as many of columns, the most significant
-    first; None: four, chosen from the shape.
+    modes: digits of rows (their product may be more than there are) and as many of columns, the
+    most significant first; None: four, chosen from the shape.
     """
 
     modes: Modes | None = None
@@ -40,12 +41,17 @@ class TTM:
         if self.modes is not None:
             check(self.modes, site.shape, ("rows", "columns"), covers=True)
             if len(self.modes[0]) != len(self.modes[1]) or len(self.modes[0]) < 2:
-                raise PlanError("a table needs at least two digits, and as many of rows as of columns")
+                raise PlanError(
+                    "a table needs at least two digits, and as many of rows as of columns"
+                )
         a, b = (math.prod(r * c for r, c in part) for part in self.sizes(site))
         return min(a, b)
 
     def _digits(self, site: Site) -> list[tuple[int, int]]:
-        rows, columns = self.modes or (covering(site.shape[0], DIGITS), exactly(site.shape[1], DIGITS)[::-1])
+        rows, columns = self.modes or (
+            covering(site.shape[0], DIGITS),
+            exactly(site.shape[1], DIGITS)[::-1],
+        )
         return list(zip(rows, columns, strict=True))
 
     def sizes(self, site: Site) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -63,7 +69,9 @@ class TTM:
         assert rank is not None
         found: list[tuple[int, ...]] = []
         for digits, ranks in zip(self.sizes(site), self._bonds(site, rank), strict=True):
-            found += [(b, r, c, e) for b, (r, c), e in zip(ranks[:-1], digits, ranks[1:], strict=True)]
+            found += [
+                (b, r, c, e) for b, (r, c), e in zip(ranks[:-1], digits, ranks[1:], strict=True)
+            ]
         return tuple(found)
 
     def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
@@ -102,13 +110,17 @@ class TTM:
         matrix = turned.reshape(math.prod(r * c for r, c in upper), -1)
         sizes = tuple([r * c for r, c in part] for part in (upper, lower))
         a, b = halves(matrix, (sizes[0], sizes[1]), (ranks[0], ranks[1]))
-        return [c.reshape(shape) for c, shape in zip([*a, *b], self.shapes(site, rank), strict=True)]
+        return [
+            c.reshape(shape) for c, shape in zip([*a, *b], self.shapes(site, rank), strict=True)
+        ]
 
     def tables(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the halves stand for: [upper rows, upper columns, rank] and [lower rows, rank, lower columns]."""
         upper, lower = self.sizes(site)
         a, b = (
-            half([c.flatten(1, 2) for c in part]).view(len(part[0]), *[n for pair in digits for n in pair])
+            half([c.flatten(1, 2) for c in part]).view(
+                len(part[0]), *[n for pair in digits for n in pair]
+            )
             for part, digits in ((factors[: len(upper)], upper), (factors[len(upper) :], lower))
         )
         # upper: the innermost digit is the least significant
@@ -116,12 +128,17 @@ class TTM:
         a = a.permute(*range(2 * n - 1, 0, -2), *range(2 * n, 0, -2), 0)
         b = b.permute(*range(1, 2 * m, 2), 0, *range(2, 2 * m + 1, 2))
         rows, columns = (math.prod(p[k] for p in upper) for k in (0, 1))
-        return a.reshape(rows, columns, -1), b.reshape(math.prod(p[0] for p in lower), len(factors[0]), -1)
+        return a.reshape(rows, columns, -1), b.reshape(
+            math.prod(p[0] for p in lower), len(factors[0]), -1
+        )
 
-    def finished(self, site: Site, factors: Sequence[Tensor]) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
+    def finished(
+        self, site: Site, factors: Sequence[Tensor]
+    ) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
         """What a runtime is given: two cores; the table itself where heads multiply with it, so that it is there once.
 
-        By halves a head would take about rank / columns of a half times the MACs: as many at rank 28 of 768 columns.
+        By halves a head would take about rank / columns of a half times the MACs: as many at rank
+        28 of 768 columns.
         """
         if site.heads:
             return "dense", None, (self.contract(site, factors),)
@@ -134,9 +151,21 @@ class TTM:
         a, b = self.tables(site, factors)
         (u, c, rank), (v, _, d) = a.shape, b.shape
         found = a.reshape(u * c, rank) @ b.transpose(0, 1).reshape(rank, v * d)
-        return found.view(u, c, v, d).permute(0, 2, 1, 3).reshape(u * v, c * d).narrow(0, 0, site.shape[0])
+        return (
+            found.view(u, c, v, d)
+            .permute(0, 2, 1, 3)
+            .reshape(u * v, c * d)
+            .narrow(0, 0, site.shape[0])
+        )
 
-    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        site: Site,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        between: Between,
+        bias: Tensor | None,
+    ) -> Tensor:
         """Rows of the table for indices of any shape, or what a head does; raises DataError for an index outside."""
         if site.kind == "embedding" and not torch.compiler.is_compiling():
             _inside(x, site.shape[0])
@@ -146,7 +175,9 @@ class TTM:
         upper = torch.div(x, len(b), rounding_mode="floor")
         # rows of flat tables are looked up as any embedding's are, by every runtime
         rows = F.embedding(upper, a.flatten(1)).unflatten(-1, a.shape[1:])
-        found: Tensor = rows @ F.embedding(x - upper * len(b), b.flatten(1)).unflatten(-1, b.shape[1:])
+        found: Tensor = rows @ F.embedding(x - upper * len(b), b.flatten(1)).unflatten(
+            -1, b.shape[1:]
+        )
         return found.flatten(-2)
 
 
@@ -158,4 +189,6 @@ def _energy(rows: Tensor, second: Tensor | None) -> Tensor:
 
 def _inside(x: Tensor, rows: int) -> None:
     if x.numel() and (int(x.min()) < 0 or int(x.max()) >= rows):
-        raise DataError(f"an index of {int(x.max())} is asked of a table of {rows} rows; indices are 0 to {rows - 1}")
+        raise DataError(
+            f"an index of {int(x.max())} is asked of a table of {rows} rows; indices are 0 to {rows - 1}"
+        )

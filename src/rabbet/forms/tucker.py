@@ -1,7 +1,8 @@
 """Tucker-2, three factors: 1x1, a small kernel, 1x1.
 
-The kernel [out, in, *k] is a core [r2, r1, *k] between two mixes of channels, r1 <= in and r2 <= out. One rank says
-both: r1 is the rank, r2 the same share of the outputs. A kernel with one place needs no core: that is `lowrank`.
+The kernel [out, in, *k] is a core [r2, r1, *k] between two mixes of channels, r1 <= in and r2 <=
+out. One rank says both: r1 is the rank, r2 the same share of the outputs. A kernel with one place
+needs no core: that is `lowrank`.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.site import Site
+from rabbet.layers.site import Site
 from rabbet.solve.varpro import project
 from rabbet.solve.whiten import principal
 
@@ -57,7 +58,8 @@ class Tucker:
             small = (mix.contiguous(), mix @ inner)
             steps = 0 if rank == self.full_rank(site) else aim.steps
         found = project(_rows, small, matrix, metric, aim.noise, steps)
-        # columns of V to one norm: rounding the tensor before it then weighs the same in each channel
+        # columns of V to one norm: rounding the tensor before it then weighs the same in each
+        # channel
         norm = found.last.square().mean(0).clamp_min(1e-20).sqrt()
         return found.small[0], (found.small[1] * norm[:, None, None]).view(core), found.last / norm
 
@@ -66,7 +68,14 @@ class Tucker:
         u, core, v = factors
         return (v @ _rows((u, core.flatten(2)))).view(v.shape[0], u.shape[1], *core.shape[2:])
 
-    def apply(self, site: Site, x: Tensor, factors: Sequence[Tensor], between: Between, bias: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        site: Site,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        between: Between,
+        bias: Tensor | None,
+    ) -> Tensor:
         """Three layers, as they will be exported."""
         u, core, v = factors
         inner = between(0, pointwise(site, x, u))

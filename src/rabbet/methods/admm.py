@@ -1,8 +1,9 @@
 """Quantised CP factorisation by ADMM, post-training and without labels (arXiv 2308.04595).
 
-Every conv with a kernel of more than one place, the first layer apart, becomes three factors at one rate and one
-bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm statistics are re-estimated, inputs quantised.
-The paper allocates nothing: the budget is only checked. What the paper left open is a setting each.
+Every conv with a kernel of more than one place, the first layer apart, becomes three factors at one
+rate and one bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm statistics are
+re-estimated, inputs quantised. The paper allocates nothing: the budget is only checked. What the
+paper left open is a setting each.
 """
 
 from bisect import bisect_right
@@ -12,21 +13,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rabbet.calibrate import calibrate_ranges
-from rabbet.cost import Budget
-from rabbet.engine import Job, Tensors
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.core.budget import Budget
+from rabbet.core.layout import factor_shapes
+from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields
 from rabbet.forms import FORMS
-from rabbet.grid import Grid, Quantised
-from rabbet.layer import Numbers, build, validate
-from rabbet.layout import factor_shapes
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.jobs import Job, Tensors
+from rabbet.layers.site import Site
 from rabbet.methods.base import Fitted
-from rabbet.methods.unfolded import folded, nearest, unfolded
-from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.sequence import recalibrate_norms
-from rabbet.site import Site
+from rabbet.methods.bn_gain import round_to_nearest, with_gain, without_gain
+from rabbet.model.build import build, validate
+from rabbet.model.compressed import Numbers
+from rabbet.reconstruct.sequential import recalibrate_norms
 from rabbet.solve.admm import admm
-from rabbet.solve.als import CPProblem, Factors, Problem, Tucker2Problem, als, random_start, svd_start
+from rabbet.solve.als import (
+    CPProblem,
+    Factors,
+    Problem,
+    Tucker2Problem,
+    als,
+    random_start,
+    svd_start,
+)
 from rabbet.solve.epc import epc, loosened
 from rabbet.solve.feedback import Rounded, alternate
 from rabbet.workpiece import Workpiece
@@ -40,13 +50,15 @@ SOLVED = ("dense", "lowrank", "cp", "tucker")  # forms that a plan may have here
 class ADMM:
     """The method of the paper; its defaults are the paper's, but for 20 x 20 iterations in place of 1,000 x 1,000.
 
-    bits: of the factors. rate: how many times fewer parameters a factorised layer has; ranks: (layer, rank) that differ
-    from it. start: factors that ADMM begins with; slack: EPC's bound as a multiple of the ALS error (1: the paper's;
-    None: the best by closed form). solver: "feedback" is error-feedback rounding, "nearest" leaves ADMM out.
-    form: "cp" or "tucker" (Tucker-2, from start "svd"). scales: one per factor, or per channel of it. rest: bits of the
-    layers that are not factorised. act: bits of inputs and of tensors between factors.
+    bits: of the factors. rate: how many times fewer parameters a factorised layer has; ranks:
+    (layer, rank) that differ from it. start: factors that ADMM begins with; slack: EPC's bound as a
+    multiple of the ALS error (1: the paper's; None: the best by closed form). solver: "feedback" is
+    error-feedback rounding, "nearest" leaves ADMM out. form: "cp" or "tucker" (Tucker-2, from start
+    "svd"). scales: one per factor, or per channel of it. rest: bits of the layers that are not
+    factorised. act: bits of inputs and of tensors between factors.
 
-    The file stores a scale per channel in either case: the gain of the BatchNorm is folded into them.
+    The file stores a scale per channel in either case: the gain of the BatchNorm is folded into
+    them.
     """
 
     bits: int = 4
@@ -69,16 +81,22 @@ class ADMM:
         if self.act is not None:
             Grid(self.act, "unsigned")
         if self.rate <= 0:
-            raise PlanError(f"a rate divides the parameters of a layer and must be positive; found {self.rate}")
+            raise PlanError(
+                f"a rate divides the parameters of a layer and must be positive; found {self.rate}"
+            )
         if self.form == "tucker" and self.start != "svd":
-            raise PlanError(f"Tucker-2 starts from singular vectors only; write start='svd' (found {self.start!r})")
+            raise PlanError(
+                f"Tucker-2 starts from singular vectors only; write start='svd' (found {self.start!r})"
+            )
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """The same form, rate and bits for every kernel; raises BudgetError where that is more than the budget."""
         known = {s.name for s in piece.survey}
         for name, _ in self.ranks:
             if name not in known:
-                raise PlanError(f"ranks name {name!r}, which is not a layer that can be compressed here")
+                raise PlanError(
+                    f"ranks name {name!r}, which is not a layer that can be compressed here"
+                )
         plan = Plan(tuple(self._line(site, first=k == 0) for k, site in enumerate(piece.survey)))
         validate(plan, piece.survey)
         budget.check(piece.cost(plan), piece.float_cost)
@@ -89,7 +107,9 @@ class ADMM:
         validate(plan, piece.survey)
         other = next((x for x in plan if len(x.terms) > 1 or not _solvable(x.terms[0])), None)
         if other is not None:
-            raise PlanError(f"ADMM fits one term of {', '.join(SOLVED)}, of all outputs; {other} is not that")
+            raise PlanError(
+                f"ADMM fits one term of {', '.join(SOLVED)}, of all outputs; {other} is not that"
+            )
         chains = [layer for layer in plan if FORMS[layer.terms[0].form].ranked]
         found = dict(zip((c.name for c in chains), self._solved(piece, chains), strict=True))
         numbers: dict[str, Numbers] = {}
@@ -98,14 +118,16 @@ class ADMM:
             if layer.name in found:
                 numbers[layer.name] = [_read(piece, site, term, found[layer.name])]
             else:
-                numbers[layer.name] = [[nearest(piece, site, term.grid)]]
+                numbers[layer.name] = [[round_to_nearest(piece, site, term.grid)]]
         student = build(piece.model, plan, piece.survey, numbers)
-        calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
+        calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
         recalibrate_norms(student, piece)
         calibrate_ranges(student, piece.task, piece.seed)
         errors = [float(r["error"]) for r in found.values()]
         mean = sum(errors) / max(len(errors), 1)
-        return Fitted(student, (f"{len(errors)} kernels factorised, mean relative error {mean:.3f}",))
+        return Fitted(
+            student, (f"{len(errors)} kernels factorised, mean relative error {mean:.3f}",)
+        )
 
     def _line(self, site: Site, first: bool) -> LayerPlan:
         act = self.act if site.multiplies else None
@@ -116,19 +138,23 @@ class ADMM:
         grid = Grid(self.bits, axis=0)
 
         def entries(rank: int) -> int:
-            return sum(torch.Size(s).numel() for s in factor_shapes(site, Term(self.form, grid, rank)))
+            return sum(
+                torch.Size(s).numel() for s in factor_shapes(site, Term(self.form, grid, rank))
+            )
 
         # floor(numel / (I + J + K) / rate) in the case of CP
         rank = bisect_right(range(1, full + 1), site.numel / self.rate, key=entries)
-        return LayerPlan(site.name, (Term(self.form, grid, dict(self.ranks).get(site.name, max(rank, 1))),), act)
+        return LayerPlan(
+            site.name, (Term(self.form, grid, dict(self.ranks).get(site.name, max(rank, 1))),), act
+        )
 
     def _solved(self, piece: Workpiece, chains: list[LayerPlan]) -> list[Tensors]:
         jobs: list[Job] = []
         for layer in chains:
-            weight = unfolded(piece, piece.survey[layer.name], layer.terms[0].grid)
+            weight = without_gain(piece, piece.survey[layer.name], layer.terms[0].grid)
             settings = {"term": layer.terms[0], "method": self, "seed": piece.seed}
             jobs.append((solve_kernel, {"weight": weight}, settings))
-        return piece.engine.run("factorising layers", jobs)
+        return piece.jobs.run("factorising layers", jobs)
 
 
 def _solvable(term: Term) -> bool:
@@ -136,7 +162,7 @@ def _solvable(term: Term) -> bool:
 
 
 def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tensors:
-    """Quantised factors of one kernel [out, in, *k], in its own error: a job for an engine.
+    """Quantised factors of one kernel [out, in, *k], in its own error: a job for an jobs.
 
     Returns codes and scale of each factor by its place, the relative error, and its history.
     """
@@ -158,11 +184,14 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
 def _problem(weight: Tensor, term: Term, method: ADMM) -> tuple[Problem, list[Grid]]:
     """The least-squares problems, factors in the order of the tensor's axes, and the grid of each.
 
-    A column of B or C is a row of the form's factor, so a scale per channel is one per column there.
+    A column of B or C is a row of the form's factor, so a scale per channel is one per column
+    there.
     """
     bits, kind = term.grid.bits, term.grid.kind
     whole = Grid(bits, kind)
-    rows, columns = (Grid(bits, kind, 0), Grid(bits, kind, 1)) if method.scales == "channel" else (whole, whole)
+    rows, columns = (
+        (Grid(bits, kind, 0), Grid(bits, kind, 1)) if method.scales == "channel" else (whole, whole)
+    )
     if term.form == "lowrank":
         return CPProblem(weight.flatten(1)), [rows, columns]
     if term.form == "tucker":
@@ -170,7 +199,9 @@ def _problem(weight: Tensor, term: Term, method: ADMM) -> tuple[Problem, list[Gr
     return CPProblem(weight.flatten(2)), [rows, columns, columns]
 
 
-def _start(problem: Problem, weight: Tensor, grids: list[Grid], term: Term, method: ADMM, seed: int) -> Factors:
+def _start(
+    problem: Problem, weight: Tensor, grids: list[Grid], term: Term, method: ADMM, seed: int
+) -> Factors:
     assert term.rank is not None
     if not isinstance(problem, CPProblem):
         u, core, v = _hosvd(weight.flatten(2), term.rank)
@@ -193,7 +224,9 @@ def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [in, p], the core [k, q * p] and V [out, q] of a kernel [out, in, k]: the leading vectors of both modes."""
     x = tensor.double()
     out, channels, _ = x.shape
-    v = torch.linalg.eigh(x.flatten(1) @ x.flatten(1).mT)[1].flip(1)[:, : -(-rank * out // channels)]
+    v = torch.linalg.eigh(x.flatten(1) @ x.flatten(1).mT)[1].flip(1)[
+        :, : -(-rank * out // channels)
+    ]
     wide = x.transpose(0, 1).flatten(1)
     u = torch.linalg.eigh(wide @ wide.mT)[1].flip(1)[:, :rank]
     return u, torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1), v
@@ -208,8 +241,12 @@ def _read(piece: Workpiece, site: Site, term: Term, found: Tensors) -> list[Quan
         (u, us), (core, cs) = small
         small = [(u.mT, us), (core.mT.reshape(shapes[1]), cs)]
     else:
-        small = [(codes.mT.reshape(shape), scale) for (codes, scale), shape in zip(small, shapes, strict=False)]
+        small = [
+            (codes.mT.reshape(shape), scale)
+            for (codes, scale), shape in zip(small, shapes, strict=False)
+        ]
     first = [
-        Quantised(grid, codes, scale.expand(grid.scale_shape(tuple(codes.shape))).clone()) for codes, scale in small
+        Quantised(grid, codes, scale.expand(grid.scale_shape(tuple(codes.shape))).clone())
+        for codes, scale in small
     ]
-    return [*first, folded(piece, site, grid, *last)]
+    return [*first, with_gain(piece, site, grid, *last)]

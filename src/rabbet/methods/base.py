@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import nn
 
-from rabbet.cost import Budget
-from rabbet.plan import Plan
+from rabbet.core.budget import Budget
+from rabbet.core.plan import Plan
 from rabbet.workpiece import Workpiece
 
 

@@ -1,32 +1,28 @@
 """One integer program over the rank and the bits of every layer; post-training, without labels.
 
-Per layer every candidate is solved once in the metric of the layer's inputs and scored by what it does to the
-network's output; the program picks one candidate a layer under all limits at once. Then input ranges are chosen, the
-layers are solved once more in their order, each for the inputs that those before it leave, and a short tuning follows.
+Per layer every candidate is solved once in the metric of the layer's inputs and scored by what it
+does to the network's output; the program picks one candidate a layer under all limits at once. Then
+input ranges are chosen, the layers are solved once more in their order, each for the inputs that
+those before it leave, and a short tuning follows.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from rabbet.allocate import Option, allocate, require_feasible
-from rabbet.calibrate import calibrate_ranges
-from rabbet.candidates import Terms, canonical, read_numbers, solve_site
-from rabbet.cost import Budget
-from rabbet.engine import Job, Tensors
+from rabbet.choose.program import Option, allocate, require_feasible
+from rabbet.choose.scoring import scored
+from rabbet.core.budget import Budget
+from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields
 from rabbet.forms import FORMS
-from rabbet.grid import Grid
-from rabbet.layer import build, validate
+from rabbet.grids.grid import Grid
+from rabbet.layers.site import Site
 from rabbet.methods.base import Fitted
-from rabbet.plan import LayerPlan, Plan, Term
-from rabbet.score import output_errors
-from rabbet.sequence import solve_in_order
-from rabbet.site import Site
-from rabbet.train import Tuning, tune
+from rabbet.model.build import validate
+from rabbet.reconstruct.candidates import Terms
+from rabbet.reconstruct.network import solved
+from rabbet.train.tuning import Tuning, tune
 from rabbet.workpiece import Workpiece
 
 
@@ -34,14 +30,20 @@ from rabbet.workpiece import Workpiece
 class Joint:
     """The default method.
 
-    grids: what a dense weight may lie on. adapters: (grid of the weight, share of the layer's entries that a low-rank
-    adapter may have); its factors lie on `adapter_grid`. forms: what may take the place of a weight, at ranks that
-    bring the layer's MACs to the `shares`, on `factor_grids`. act: bits of every layer's input, None for float.
-    tuning: the loop at the end; `Tuning(steps=0)` leaves it out.
+    grids: what a dense weight may lie on. adapters: (grid of the weight, share of the layer's
+    entries that a low-rank adapter may have); its factors lie on `adapter_grid`. forms: what may
+    take the place of a weight, at ranks that bring the layer's MACs to the `shares`, on
+    `factor_grids`. act: bits of every layer's input, None for float. tuning: the loop at the end;
+    `Tuning(steps=0)` leaves it out.
     """
 
     grids: tuple[str, ...] = ("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c", "8c")
-    adapters: tuple[tuple[str, float], ...] = (("2hc", 0.05), ("2hc", 0.1), ("3c", 0.05), ("3c", 0.1))
+    adapters: tuple[tuple[str, float], ...] = (
+        ("2hc", 0.05),
+        ("2hc", 0.1),
+        ("3c", 0.05),
+        ("3c", 0.1),
+    )
     adapter_grid: str = "8c"
     forms: tuple[str, ...] = ("cp", "tucker", "lowrank")
     shares: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25)
@@ -55,8 +57,15 @@ class Joint:
             raise PlanError("Joint needs at least one grid to choose from")
         strange = next((form for form in self.forms if form not in FORMS or form == "dense"), None)
         if strange is not None:
-            raise PlanError(f"forms are of {', '.join(f for f in FORMS if f != 'dense')}; found {strange!r}")
-        for text in (*self.grids, self.adapter_grid, *self.factor_grids, *(g for g, _ in self.adapters)):
+            raise PlanError(
+                f"forms are of {', '.join(f for f in FORMS if f != 'dense')}; found {strange!r}"
+            )
+        for text in (
+            *self.grids,
+            self.adapter_grid,
+            *self.factor_grids,
+            *(g for g, _ in self.adapters),
+        ):
             Grid.parse(text)
         if self.act is not None:
             Grid(self.act, "unsigned")
@@ -67,7 +76,7 @@ class Joint:
         for site in piece.survey:
             table.append([self._option(piece, site, terms) for terms in self.menu(site)])
             if piece.clock is not None:  # then every option is exported and timed
-                piece.engine.progress("timing layers", len(table), len(piece.survey.sites))
+                piece.jobs.progress("timing layers", len(table), len(piece.survey.sites))
 
         require_feasible(table, budget, piece.float_cost, piece.cost)
         # what is no cheaper by any count may still be faster
@@ -101,7 +110,12 @@ class Joint:
             form = FORMS[name]
             full = form.full_rank(site)
             for share in self.shares if full else ():
-                rank = bisect_right(range(full + 1), share * site.macs, key=lambda r: sum(form.macs(site, r))) - 1
+                rank = (
+                    bisect_right(
+                        range(full + 1), share * site.macs, key=lambda r: sum(form.macs(site, r))
+                    )
+                    - 1
+                )
                 rank -= rank % _vector(rank)
                 if rank >= 1:
                     yield from ((Term(name, Grid.parse(g), rank),) for g in self.factor_grids)
@@ -111,70 +125,11 @@ class Joint:
         return Option(plan, piece.layer_cost(site, plan))
 
 
-def solved(piece: Workpiece, plan: Plan) -> nn.Module:
-    """The network on the plan's grids without any training: layers solved, inputs calibrated, then solved in order.
-
-    Each line is solved for itself: the same plan gives the same numbers, chosen here or made by hand.
-    """
-    menus = {line.name: (line.terms,) for line in plan}
-    results = solve_menus(piece, "solving the plan", menus)
-    student = build(piece.model, plan, piece.survey, {n: read_numbers(results[n], menus[n], 0) for n in menus})
-    calibrate_ranges(student, piece.task, piece.seed, progress=piece.engine.progress)
-    solve_in_order(student, piece)
-    return student
-
-
-def scored(
-    piece: Workpiece, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False, learns: bool = False
-) -> tuple[list[list[float]], list[list[int]]]:
-    """For each layer what each entry of its menu that was solved does to the network's output, and which those are.
-
-    learns: of a network that trains afterwards, where it counts what is left to go on from: the error is divided by the
-    share of the layer's own output that is left.
-    """
-    results = solve_menus(piece, "solving layers", menus, prune)
-    changes: dict[str, Tensor] = {}
-    kept: list[list[int]] = []
-    for site in piece.survey:
-        menu, weight, result = menus[site.name], piece.weight(site), results[site.name]
-        kept.append([k for k in range(len(menu)) if f"{k}.error" in result])
-        solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in kept[-1]]
-        changes[site.name] = torch.stack(solved) - weight
-    errors = output_errors(piece, changes)
-    if learns:
-        errors = {s.name: errors[s.name] / _left(piece, s, changes[s.name]) for s in piece.survey}
-    return [errors[s.name].tolist() for s in piece.survey], kept
-
-
-def _left(piece: Workpiece, site: Site, changes: Tensor) -> Tensor:
-    """What each change [candidates, ...] leaves of a layer's output, a share of its mean square of at least 1/1000."""
-    second = piece.moments().get(site.name)
-
-    def energy(weight: Tensor) -> float:
-        rows = site.matrix(weight).double()
-        return float(((rows if second is None else rows @ second.double()) * rows).sum())
-
-    whole = max(energy(piece.weight(site)), 1e-30)
-    return torch.tensor([max(1 - energy(change) / whole, 1e-3) for change in changes], dtype=torch.float64)
-
-
-def solve_menus(
-    piece: Workpiece, stage: str, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False
-) -> dict[str, Tensors]:
-    """Every entry of the menus, a job a layer."""
-    moments = piece.moments()
-    jobs: list[Job] = []
-    for name, menu in menus.items():
-        site = piece.survey[name]
-        given = {"weight": piece.weight(site)} | ({"second": moments[name]} if name in moments else {})
-        jobs.append((solve_site, given, {"site": site, "menu": menu, "prune": prune}))
-    return dict(zip(menus, piece.engine.run(stage, jobs), strict=True))
-
-
 def _vector(rank: int) -> int:
     """What a rank should be a multiple of: 16 where that is a small part of it, so that a runtime's vectors are full.
 
-    Measured (benchmarks/latency.py): a chain of rank 134 is slower than one of 128 by far more than the MACs say.
+    Measured (benchmarks/latency.py): a chain of rank 134 is slower than one of 128 by far more than
+    the MACs say.
     """
     return min(16, 1 << max(0, (rank // 4).bit_length() - 1))
 

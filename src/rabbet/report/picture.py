@@ -6,18 +6,18 @@ from typing import Any
 import torch
 
 from rabbet.errors import FileError, PlanError
-from rabbet.gates import Gating
-from rabbet.search import Search, butterworth
-from rabbet.seat import WIDEST
+from rabbet.methods.cgmq.gates import Gating
+from rabbet.methods.cgmq.seat import WIDEST
+from rabbet.methods.cora.search import Search, butterworth
 
 
 def draw_search(found: Search, path: str | Path, layer: str | None = None) -> None:
     """Write a picture of a rank search; the ending of the path says which kind (.svg, .png, .pdf).
 
-    Above: the cut-off of every layer over the iterations, and the loss. Below: the singular values of one layer
-    (default: the one that ends with the highest cut-off), and the share of each that the soft threshold lets through.
-    Raises ImportError without matplotlib, PlanError for a layer that was not searched, FileError for a path that
-    cannot be written.
+    Above: the cut-off of every layer over the iterations, and the loss. Below: the singular values
+    of one layer (default: the one that ends with the highest cut-off), and the share of each that
+    the soft threshold lets through. Raises ImportError without matplotlib, PlanError for a layer
+    that was not searched, FileError for a path that cannot be written.
     """
     name = max(found.ranks, key=lambda n: found.ranks[n]) if layer is None else layer
     if name not in found.names:
@@ -32,19 +32,30 @@ def draw_search(found: Search, path: str | Path, layer: str | None = None) -> No
 def draw_gates(found: Gating, path: str | Path) -> None:
     """Write a picture of a search by gates, a column an epoch; the ending of the path says which kind.
 
-    Above: the bits of every tensor, and its gate. Below: how much of the budget was used, and the loss of held-back
-    examples. Raises ImportError without matplotlib, FileError for a path that cannot be written.
+    Above: the bits of every tensor, and its gate. Below: how much of the budget was used, and the
+    loss of held-back examples. Raises ImportError without matplotlib, FileError for a path that
+    cannot be written.
     """
     figure = _figure()
     above, below = figure.subplots(2, 1, height_ratios=(2, 1))
-    shown = above.imshow(found.widths.T.clamp(max=WIDEST).numpy(), aspect="auto", interpolation="nearest")
+    shown = above.imshow(
+        found.widths.T.clamp(max=WIDEST).numpy(), aspect="auto", interpolation="nearest"
+    )
     figure.colorbar(shown, ax=above, label="bits")
     # of the outputs of a layer the first speaks for all
-    ticks = {k: n.removesuffix("[0]") for k, n in enumerate(found.names) if not n.endswith("]") or n.endswith("[0]")}
+    ticks = {
+        k: n.removesuffix("[0]")
+        for k, n in enumerate(found.names)
+        if not n.endswith("]") or n.endswith("[0]")
+    }
     above.set_yticks(list(ticks), list(ticks.values()), fontsize=5)
     for k, gates in enumerate(found.gates.T.tolist()):
         # each gate in its own row, its whole way as high as the row
-        above.plot([k + 0.5 - g / float(found.gates.max() + 0.5) for g in gates], color="white", linewidth=0.6)
+        above.plot(
+            [k + 0.5 - g / float(found.gates.max() + 0.5) for g in gates],
+            color="white",
+            linewidth=0.6,
+        )
     above.set(xlabel="epoch")
     below.plot((100 * found.shares).numpy(), color="grey")
     below.set(xlabel="epoch", ylabel="% of the budget")

@@ -1,12 +1,13 @@
 """Factors on a grid by ADMM, one factor at a time (arXiv 2308.04595, after AO-ADMM).
 
-For one factor with Gram matrix G and right-hand side F, a least-squares copy and an on-grid copy H are driven together
-by a scaled dual U:
+For one factor with Gram matrix G and right-hand side F, a least-squares copy and an on-grid copy H
+are driven together by a scaled dual U:
 
     X = (F + rho (H + U)) (G + rho I)^-1,   H = grid(X - U),   U = U + H - X,   rho = tr(G) / R
 
-The grid is not convex: at this rho the residuals settle without vanishing and a larger rho only gives worse factors
-(measured), so the best on-grid copy by true objective is kept, inside and outside.
+The grid is not convex: at this rho the residuals settle without vanishing and a larger rho only
+gives worse factors (measured), so the best on-grid copy by true objective is kept, inside and
+outside.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rabbet.grid import Grid, Quantised
+from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.als import Factors, Problem
 from rabbet.solve.feedback import Rounded
 
@@ -22,11 +23,17 @@ SMALL = 1e-8  # of both residuals: the rule of the paper, met only on fine grids
 
 
 def admm(
-    problem: Problem, start: Factors, grids: Sequence[Grid], sweeps: int = 20, inner: int = 20, tolerance: float = 1e-5
+    problem: Problem,
+    start: Factors,
+    grids: Sequence[Grid],
+    sweeps: int = 20,
+    inner: int = 20,
+    tolerance: float = 1e-5,
 ) -> Rounded:
     """Alternate over the factors, each by ADMM with the scale chosen anew (MSE) at every projection.
 
-    Stops when a sweep changes the error by less than `tolerance`, or when it has grown by 1e-3 in five sweeps.
+    Stops when a sweep changes the error by less than `tolerance`, or when it has grown by 1e-3 in
+    five sweeps.
     """
     held = [Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True)]
     values = tuple(q.values.double() for q in held)
@@ -37,8 +44,12 @@ def admm(
     for _ in range(sweeps):
         for mode, grid in enumerate(grids):
             gram, right, _ = problem.sides(values, mode)
-            held[mode], duals[mode], r, s = _inner(gram, right, held[mode], duals[mode], grid, inner)
-            values = tuple(held[mode].values.double() if k == mode else v for k, v in enumerate(values))
+            held[mode], duals[mode], r, s = _inner(
+                gram, right, held[mode], duals[mode], grid, inner
+            )
+            values = tuple(
+                held[mode].values.double() if k == mode else v for k, v in enumerate(values)
+            )
             primal.append(r)
             dual.append(s)
         history.append(problem.relative(values))
@@ -47,7 +58,9 @@ def admm(
         stalled = abs(history[-2] - history[-1]) < tolerance
         if stalled or (len(history) > 5 and history[-1] > history[-6] * (1 + 1e-3)):
             break
-    return Rounded(tuple(best), least, len(history) - 1, stalled, tuple(history), tuple(primal), tuple(dual))
+    return Rounded(
+        tuple(best), least, len(history) - 1, stalled, tuple(history), tuple(primal), tuple(dual)
+    )
 
 
 def _inner(

@@ -1,9 +1,10 @@
 """Alternating least squares, and the problems that it and its refinements solve.
 
-A tensor X [I, J, ...] is written as `sum_r a_r o b_r o ...` with factors A [I, R], B [J, R], ... in the order of its
-axes (CP; a matrix is the case of two), or as a Tucker-2 chain. Given all other factors, one factor [n, R] solves a
-least-squares problem with Gram matrix G [R, R] and right-hand side F [n, R]: all that the other solvers do is to solve
-that differently (`epc`: with least norms at a given error; `admm` and `feedback`: on a grid).
+A tensor X [I, J, ...] is written as `sum_r a_r o b_r o ...` with factors A [I, R], B [J, R], ... in
+the order of its axes (CP; a matrix is the case of two), or as a Tucker-2 chain. Given all other
+factors, one factor [n, R] solves a least-squares problem with Gram matrix G [R, R] and right-hand
+side F [n, R]: all that the other solvers do is to solve that differently (`epc`: with least norms
+at a given error; `admm` and `feedback`: on a grid).
 """
 
 import math
@@ -20,8 +21,8 @@ Factors = tuple[Tensor, ...]
 class Fit:
     """What a solver found: factors, relative error ||X - X'|| / ||X||, sweeps taken, and whether it stopped gaining.
 
-    stalled: the last sweeps changed nothing worth another; False means that the sweeps allowed ran out first.
-    history: the relative error after each sweep.
+    stalled: the last sweeps changed nothing worth another; False means that the sweeps allowed ran
+    out first. history: the relative error after each sweep.
     """
 
     factors: Factors
@@ -84,13 +85,16 @@ class CPProblem(Problem):
             gram = gram if k == mode else gram * (f.mT @ f)
         if mode == 0:
             return gram, self.flat @ khatri_rao(factors[1:]), self.power
-        # X_(1)^T A serves all modes but the first: they run after one another, and A does not change between them
+        # X_(1)^T A serves all modes but the first: they run after one another, and A does not
+        # change between them
         if self._seen is not factors[0]:
             self._seen, self._inner = factors[0], self.flat.mT @ factors[0]
         inner = self._inner.view(*self.shape[1:], -1)
         for k in reversed(range(1, len(factors))):
             if k != mode:  # behind axis k are the mode's own, if it comes later, and the rank
-                inner = (inner * factors[k].view(-1, *[1] * (mode > k), factors[k].shape[1])).sum(k - 1)
+                inner = (inner * factors[k].view(-1, *[1] * (mode > k), factors[k].shape[1])).sum(
+                    k - 1
+                )
         return gram, inner, self.power
 
 
@@ -146,8 +150,12 @@ def sensitivity(factors: Factors) -> float:
 
 def weights(factors: Factors, mode: int) -> Tensor:
     """What |a_r|^2 is multiplied with in the sensitivity: for three modes K |b_r|^2 + J |c_r|^2."""
-    norms = [torch.ones_like(f[0]) if k == mode else f.square().sum(0) for k, f in enumerate(factors)]
-    return torch.stack([len(f) * _others(norms, k) for k, f in enumerate(factors) if k != mode]).sum(0)
+    norms = [
+        torch.ones_like(f[0]) if k == mode else f.square().sum(0) for k, f in enumerate(factors)
+    ]
+    return torch.stack(
+        [len(f) * _others(norms, k) for k, f in enumerate(factors) if k != mode]
+    ).sum(0)
 
 
 def _others(norms: Sequence[Tensor], mode: int) -> Tensor:
@@ -186,9 +194,16 @@ def als(problem: Problem, start: Factors, sweeps: int = 50, tolerance: float = 1
             found = solved(gram, right)
             if mode == len(factors) - 1:
                 history.append(problem.error(gram, right, rest, found))
-            # norms gather in the factor that was solved last: shared out again, no column underflows
+            # norms gather in the factor that was solved last: shared out again, no column
+            # underflows
             factors = tuple(found if k == mode else f for k, f in enumerate(factors))
         factors = problem.balanced(factors)
         if len(history) > 1 and abs(history[-2] - history[-1]) < tolerance:
             return Fit(factors, history[-1], len(history), True, tuple(history))
-    return Fit(factors, history[-1] if history else problem.relative(factors), len(history), False, tuple(history))
+    return Fit(
+        factors,
+        history[-1] if history else problem.relative(factors),
+        len(history),
+        False,
+        tuple(history),
+    )

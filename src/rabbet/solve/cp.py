@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rabbet.errors import PlanError
-from rabbet.grid import Grid
+from rabbet.grids.grid import Grid
 from rabbet.solve.als import CPProblem, balanced
 from rabbet.solve.feedback import Rounded, alternate
 from rabbet.solve.varpro import project
@@ -17,7 +17,7 @@ from rabbet.solve.whiten import principal
 STEPS = 2**38  # multiplications that `quantised_cp` may spend on the float factors
 
 
-def rows(small: Sequence[Tensor]) -> Tensor:
+def khatri_rao_rows(small: Sequence[Tensor]) -> Tensor:
     """The Khatri-Rao product of B [rank, in] and C [rank, k] as rows [rank, in * k]."""
     b, c = small
     return (b[:, :, None] * c[:, None]).flatten(1)
@@ -33,23 +33,36 @@ def start(matrix: Tensor, metric: Tensor | None, channels: int, rank: int) -> tu
 
 
 def quantised_cp(
-    weight: Tensor, rank: int, bits: int, scales: Literal["tensor", "column"] = "tensor", sweeps: int = 10
+    weight: Tensor,
+    rank: int,
+    bits: int,
+    scales: Literal["tensor", "column"] = "tensor",
+    sweeps: int = 10,
 ) -> Rounded:
     """The best quantised CP factors found for a single kernel, in its own error: A [out, R], B [in, R], C [k * k, R].
 
-    weight: [out, in, *kernel]. Variable projection with a ridge that stands for the rounding to come, then the factors
-    rounded in turn. scales: one for each factor, or one for each column of each. Deterministic. Raises PlanError for a
-    kernel that CP does not fit, or a rank that it cannot have.
+    weight: [out, in, *kernel]. Variable projection with a ridge that stands for the rounding to
+    come, then the factors rounded in turn. scales: one for each factor, or one for each column of
+    each. Deterministic. Raises PlanError for a kernel that CP does not fit, or a rank that it
+    cannot have.
     """
     if weight.ndim < 3 or (places := math.prod(weight.shape[2:])) == 1:
-        raise PlanError(f"CP needs a kernel [out, in, *k] of more than one place; found shape {list(weight.shape)}")
+        raise PlanError(
+            f"CP needs a kernel [out, in, *k] of more than one place; found shape {list(weight.shape)}"
+        )
     out, channels = weight.shape[:2]
     if not 1 <= rank <= min(out, channels * places) * min(channels, places):
-        raise PlanError(f"rank {rank} is not one that a kernel of shape {list(weight.shape)} can have")
+        raise PlanError(
+            f"rank {rank} is not one that a kernel of shape {list(weight.shape)} can have"
+        )
     grid = Grid(bits, axis=1 if scales == "column" else None)
     flat = weight.detach().float().flatten(1)
-    each = 3 * rank * channels * places * (rank + out)  # multiplications of one evaluation, forward and backward
+    each = (
+        3 * rank * channels * places * (rank + out)
+    )  # multiplications of one evaluation, forward and backward
     steps = max(30, min(250, STEPS // each))
-    found = project(rows, start(flat, None, channels, rank), flat, None, 4.0 / grid.levels**2, steps)
+    found = project(
+        khatri_rao_rows, start(flat, None, channels, rank), flat, None, 4.0 / grid.levels**2, steps
+    )
     factors = balanced((found.last, found.small[0].mT, found.small[1].mT))
     return alternate(CPProblem(weight.detach().flatten(2)), factors, [grid] * 3, sweeps)

@@ -1,8 +1,9 @@
 """Factors on a grid, one at a time, by error-feedback rounding: what takes the place of ADMM.
 
-Given all other factors, the best factor on a grid is an integer least-squares problem with a Gram matrix G that all of
-its rows share. Rounding it column by column, each error spread over the columns to come (GPTQ, arXiv 2210.17323),
-solves that nearly as well as ADMM from a good start, far better from a bad one, and needs no penalty.
+Given all other factors, the best factor on a grid is an integer least-squares problem with a Gram
+matrix G that all of its rows share. Rounding it column by column, each error spread over the
+columns to come (GPTQ, arXiv 2210.17323), solves that nearly as well as ADMM from a good start, far
+better from a bad one, and needs no penalty.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rabbet.grid import Grid, Quantised
+from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.als import Factors, Problem, solved
 from rabbet.solve.rounding import Metric, Rows, descend, feedback
 
@@ -34,7 +35,9 @@ class Rounded:
     dual: tuple[float, ...] = ()
 
 
-def rounded_factor(target: Tensor, scale: Tensor, grid: Grid, gram: Tensor, sweeps: int = 2) -> Quantised:
+def rounded_factor(
+    target: Tensor, scale: Tensor, grid: Grid, gram: Tensor, sweeps: int = 2
+) -> Quantised:
     """A factor [n, R] on a grid of given scale, nearest to target in `tr(D G D^T)`, G [R, R].
 
     grid.axis: None, 0 (a scale per row) or 1 (per column).
@@ -43,18 +46,24 @@ def rounded_factor(target: Tensor, scale: Tensor, grid: Grid, gram: Tensor, swee
     per_row = torch.ones(1) if grid.axis == 1 else scale
     metric = Metric((gram.float() * wide * wide.mT)[None], DAMPING)
     plain = Grid(grid.bits, grid.kind, 0)
-    rows = Rows.of((target.float() / wide)[None], per_row.expand(len(target))[None].contiguous(), plain)
+    rows = Rows.of(
+        (target.float() / wide)[None], per_row.expand(len(target))[None].contiguous(), plain
+    )
     rows = descend(feedback(rows, metric), metric, sweeps)
     return Quantised(grid, rows.codes[0], scale)
 
 
 def alternate(
-    problem: Problem, start: Factors, grids: Sequence[Grid], sweeps: int = 10, tolerance: float = 1e-3
+    problem: Problem,
+    start: Factors,
+    grids: Sequence[Grid],
+    sweeps: int = 10,
+    tolerance: float = 1e-3,
 ) -> Rounded:
     """Round each factor in turn for what the others are by now; the best state is returned.
 
-    Two scales are tried for each factor, the one it has and the best for its least-squares solution. Errors are those
-    of the rounded factors.
+    Two scales are tried for each factor, the one it has and the best for its least-squares
+    solution. Errors are those of the rounded factors.
     """
     state = [Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True)]
     best = list(state)
@@ -66,10 +75,15 @@ def alternate(
         for mode, grid in enumerate(grids):
             gram, right, rest = problem.sides(values, mode)
             ideal = solved(gram, right, DAMPING).float()
-            trials = [rounded_factor(ideal, scale, grid, gram) for scale in (state[mode].scale, grid.mse(ideal))]
+            trials = [
+                rounded_factor(ideal, scale, grid, gram)
+                for scale in (state[mode].scale, grid.mse(ideal))
+            ]
             errors = [problem.error(gram, right, rest, q.values.double()) for q in trials]
             error, state[mode] = min(zip(errors, trials, strict=True), key=lambda pair: pair[0])
-            values = tuple(state[mode].values.double() if k == mode else v for k, v in enumerate(values))
+            values = tuple(
+                state[mode].values.double() if k == mode else v for k, v in enumerate(values)
+            )
             if error < least:
                 least, best = error, list(state)
         history.append(least)

@@ -1,9 +1,9 @@
 """Rounding a weight so that the layer's output, not the weight, changes least.
 
-With H the second moment of the inputs, the error of row w is `(w - q) H (w - q)^T`. Rows are independent given H, so
-all bit-widths of a layer are rounded in one pass: a `Rows` holds any number of rows, each with the bounds and the shift
-of a grid of its own.
-Matrices come as [groups, rows, columns]; a grouped conv has an H per group.
+With H the second moment of the inputs, the error of row w is `(w - q) H (w - q)^T`. Rows are
+independent given H, so all bit-widths of a layer are rounded in one pass: a `Rows` holds any number
+of rows, each with the bounds and the shift of a grid of its own. Matrices come as [groups, rows,
+columns]; a grouped conv has an H per group.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rabbet.errors import ModelError
-from rabbet.grid import Grid, stored
+from rabbet.grids.grid import Grid, stored
 
 BLOCK = 64  # columns whose updates are gathered into one matrix product
 
@@ -20,7 +20,8 @@ BLOCK = 64  # columns whose updates are gathered into one matrix product
 class Metric:
     """A damped second moment [groups, n, n], its factors made once.
 
-    damping: added to the diagonal as a share of its mean (0.01: the default of GPTQ, arXiv 2210.17323).
+    damping: added to the diagonal as a share of its mean (0.01: the default of GPTQ, arXiv
+    2210.17323).
     """
 
     def __init__(self, second: Tensor, damping: float = 0.01) -> None:
@@ -38,7 +39,8 @@ class Metric:
     def plain(cls, groups: int, columns: int) -> "Metric":
         """The identity: the weight's own error, where nothing is known of the inputs."""
         found = cls(torch.eye(columns).expand(groups, columns, columns), damping=0.0)
-        found.identity = True  # then no column can make good what another lost: a large table is not worked in vain
+        # then no column can make good what another lost: a large table is not worked in vain
+        found.identity = True
         return found
 
     @property
@@ -67,7 +69,9 @@ def _inverse_factor(second: Tensor) -> Tensor:
             if not info.any():
                 factor: Tensor = upper.float()
                 return factor
-    raise ModelError("the second moment of the inputs is not positive definite; are the inputs finite?")
+    raise ModelError(
+        "the second moment of the inputs is not positive definite; are the inputs finite?"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,15 @@ class Rows:
     @classmethod
     def stack(cls, parts: list["Rows"]) -> "Rows":
         """All rows of several, in order."""
-        return cls(*(torch.cat([getattr(p, f) for p in parts], 1) for f in cls.__dataclass_fields__))
+        return cls(
+            *(torch.cat([getattr(p, f) for p in parts], 1) for f in cls.__dataclass_fields__)
+        )
 
     def split(self, rows: int) -> list["Rows"]:
         """The inverse of `stack` for parts of equal size."""
-        columns = zip(*(getattr(self, f).split(rows, 1) for f in type(self).__dataclass_fields__), strict=True)
+        columns = zip(
+            *(getattr(self, f).split(rows, 1) for f in type(self).__dataclass_fields__), strict=True
+        )
         return [type(self)(*fields) for fields in columns]
 
     @property
@@ -152,7 +160,9 @@ def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
     """Cyclic coordinate descent on the codes: each step is the exact minimum over one column, so none can harm."""
     h = metric.second
     codes, scale = rows.codes.clone(), rows.scale
-    pull = (rows.target - rows.values) @ h  # [groups, rows, n]: minus half the gradient by the values
+    pull = (
+        rows.target - rows.values
+    ) @ h  # [groups, rows, n]: minus half the gradient by the values
     for _ in range(sweeps):
         for start in range(0, h.shape[1], BLOCK):
             stop = min(start + BLOCK, h.shape[1])
@@ -173,7 +183,9 @@ def refit(rows: Rows, metric: Metric) -> Rows:
     z = rows.codes + rows.shift[..., None]
     hz = metric.times(z)
     top, bottom = (hz * rows.target).sum(2), (hz * z).sum(2)
-    return replace(rows, scale=torch.where(bottom > 0, stored(top / bottom.clamp_min(1e-30)), rows.scale))
+    return replace(
+        rows, scale=torch.where(bottom > 0, stored(top / bottom.clamp_min(1e-30)), rows.scale)
+    )
 
 
 def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> Rows:
@@ -187,7 +199,7 @@ def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> R
     return Rows.of(target, -scale if mirror else scale, grid)
 
 
-def nearest(rows: Rows) -> Rows:
+def round_nearest(rows: Rows) -> Rows:
     """The codes nearest to the target, as they are best in the identity."""
     low, high = rows.low[..., None], rows.high[..., None]
     codes = (rows.target / rows.scale[..., None] - rows.shift[..., None]).round_().clamp_(low, high)
@@ -198,7 +210,7 @@ def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> 
     """Alternate error-feedback rounding, coordinate descent and the refit of the scale; each row keeps its best."""
     best = rows
     for _ in range(rounds):
-        trial = nearest(rows) if metric.identity else feedback(rows, metric)
+        trial = round_nearest(rows) if metric.identity else feedback(rows, metric)
         trial = descend(trial, metric, sweeps) if sweeps and not metric.identity else trial
         best = best.better(trial, metric)
         rows = refit(best, metric)

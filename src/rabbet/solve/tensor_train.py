@@ -1,8 +1,9 @@
 """Chains of small cores for a matrix whose two axes are read as several digits each (tensor trains).
 
-A matrix [m, n] of rank r is a product of two halves, [m, r] and [r, n]; each half is a chain of cores that starts at
-the middle. Core j of a half is [b, a, c]: a is the size of its digit, b the bond towards the middle and c the outward
-one; the outermost has c = 1. Digits are listed from the middle outwards, the innermost varying slowest.
+A matrix [m, n] of rank r is a product of two halves, [m, r] and [r, n]; each half is a chain of
+cores that starts at the middle. Core j of a half is [b, a, c]: a is the size of its digit, b the
+bond towards the middle and c the outward one; the outermost has c = 1. Digits are listed from the
+middle outwards, the innermost varying slowest.
 """
 
 import math
@@ -27,7 +28,8 @@ def bonds(sizes: Sequence[int], rank: int, most: int | None) -> list[int]:
 def half(cores: Sequence[Tensor]) -> Tensor:
     """What a chain stands for, [r, a_1 * ... * a_d].
 
-    Contracted from the outside inwards: two thirds of the MACs of the other way for 768 as 8 x 8 x 12 at rank 20.
+    Contracted from the outside inwards: two thirds of the MACs of the other way for 768 as 8 x 8 x
+    12 at rank 20.
     """
     found = cores[-1]
     for core in cores[-2::-1]:
@@ -36,7 +38,7 @@ def half(cores: Sequence[Tensor]) -> Tensor:
     return found.reshape(len(cores[0]), -1)
 
 
-def split(matrix: Tensor, sizes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
+def tt_svd(matrix: Tensor, sizes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
     """The cores of a half [r, n] by truncated SVDs from the outside inwards (TT-SVD, Oseledets 2011, algorithm 1)."""
     cores: list[Tensor] = []
     rest = matrix
@@ -56,26 +58,30 @@ def halves(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Cores of the left [r, m] and the right half [r, n] of a matrix [m, n], near in `tr(D H D^T)`, H = second [n, n].
 
-    The middle is split by the SVD whitened by H; the right half becomes a chain, the left one the least-squares
-    solution for what that became, in whose own metric it becomes a chain in turn.
+    The middle is split by the SVD whitened by H; the right half becomes a chain, the left one the
+    least-squares solution for what that became, in whose own metric it becomes a chain in turn.
     """
     rank = ranks[0][0]
     exact = matrix.double()
     metric = None if second is None else second.double()
-    right = split(principal(exact, metric, rank).mT @ exact, sizes[1], ranks[1])
+    right = tt_svd(principal(exact, metric, rank).mT @ exact, sizes[1], ranks[1])
     rows = half(right)
     seen = rows if metric is None else rows @ metric
     gram = seen @ rows.mT
     gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(rank, dtype=gram.dtype)
     root = torch.linalg.cholesky(gram)  # gram = C C^T: an error E of the left half weighs |C^T E|
-    best = torch.linalg.solve_triangular(root, seen @ exact.mT, upper=False)  # C^T times the solution [r, m]
-    left = split(best, sizes[0], ranks[0])
+    best = torch.linalg.solve_triangular(
+        root, seen @ exact.mT, upper=False
+    )  # C^T times the solution [r, m]
+    left = tt_svd(best, sizes[0], ranks[0])
     inner = torch.linalg.solve_triangular(root.mT, left[0].flatten(1), upper=True)
     left[0] = inner.view_as(left[0])
     return [c.to(matrix.dtype) for c in left], [c.to(matrix.dtype) for c in right]
 
 
-def refine(cores: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], evaluations: int) -> list[Tensor]:
+def refine(
+    cores: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], evaluations: int
+) -> list[Tensor]:
     """All cores at once, brought down by L-BFGS, then scaled to one deviation of their entries."""
     return evened(minimised(evened(cores), loss, evaluations))
 

@@ -1,9 +1,9 @@
 """Factors in the metric of a layer's inputs, by variable projection.
 
-A weight [out, n] is written as `A M`: the rows of M [rank, n] are made of small factors, and A [out, rank] is free.
-Given M, the best A is a least-squares solution; put in, what is left is a smooth function of the small factors alone,
-which L-BFGS brings down in some tens of steps. No rate is to be chosen, and no mode waits for the others as in
-alternating least squares.
+A weight [out, n] is written as `A M`: the rows of M [rank, n] are made of small factors, and A
+[out, rank] is free. Given M, the best A is a least-squares solution; put in, what is left is a
+smooth function of the small factors alone, which L-BFGS brings down in some tens of steps. No rate
+is to be chosen, and no mode waits for the others as in alternating least squares.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,12 +28,18 @@ class Projected:
 
 
 def project(
-    basis: Basis, start: Sequence[Tensor], matrix: Tensor, second: Tensor | None, ridge: float, evaluations: int
+    basis: Basis,
+    start: Sequence[Tensor],
+    matrix: Tensor,
+    second: Tensor | None,
+    ridge: float,
+    evaluations: int,
 ) -> Projected:
     """Small factors of least error `tr(D H D^T)`, D = A M - matrix.
 
-    matrix: [out, n]; second: H [n, n], None for the plain error. ridge: weight of |A|^2, with rows of M of norm 1 in
-    H. It stands for the rounding error that A will suffer, so that terms which cancel one another do not pay.
+    matrix: [out, n]; second: H [n, n], None for the plain error. ridge: weight of |A|^2, with rows
+    of M of norm 1 in H. It stands for the rounding error that A will suffer, so that terms which
+    cancel one another do not pay.
     """
     problem = _Problem(basis, matrix, second, ridge)
     found = minimised(start, lambda small: problem(small)[0], evaluations)
@@ -49,7 +55,11 @@ def minimised(
     moving = [s.detach().contiguous().clone().requires_grad_() for s in start]
     if evaluations:
         optimiser = torch.optim.LBFGS(
-            moving, max_iter=evaluations, max_eval=evaluations, line_search_fn="strong_wolfe", tolerance_change=1e-12
+            moving,
+            max_iter=evaluations,
+            max_eval=evaluations,
+            line_search_fn="strong_wolfe",
+            tolerance_change=1e-12,
         )
 
         def closure() -> Tensor:
@@ -61,7 +71,11 @@ def minimised(
         with torch.enable_grad():
             optimiser.step(closure)
     found = tuple(s.detach() for s in moving)
-    return found if all(torch.isfinite(s).all() for s in found) else tuple(s.detach().clone() for s in start)
+    return (
+        found
+        if all(torch.isfinite(s).all() for s in found)
+        else tuple(s.detach().clone() for s in start)
+    )
 
 
 class _Problem:
@@ -75,7 +89,9 @@ class _Problem:
         rows = self.basis(small)
         seen = rows if self.second is None else rows @ self.second
         norm = (seen * rows).sum(1).clamp_min(1e-30).rsqrt()
-        gram = (seen @ rows.mT) * norm * norm[:, None] + self.ridge * torch.eye(len(rows), dtype=rows.dtype)
+        gram = (seen @ rows.mT) * norm * norm[:, None] + self.ridge * torch.eye(
+            len(rows), dtype=rows.dtype
+        )
         right = (rows @ self.aim) * norm[:, None]
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
         loss: Tensor = 1 - (right * solution).sum() / self.power

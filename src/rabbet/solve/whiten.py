@@ -7,9 +7,10 @@ from torch import Tensor
 def leading(matrix: Tensor, rank: int, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Balanced factors (left [..., m, rank], right [..., rank, n]) with `left @ right` nearest to matrix [..., m, n].
 
-    Nearest in `tr(D H D^T)` with H = second [n, n], the inputs' full second moment (None: plain). The exact minimiser
-    of the expected output error is the SVD whitened by H^(1/2) (QERA, arXiv 2410.06040, theorem 1); its left singular
-    vectors are eigenvectors of `M H M^T` and its right factor is `U^T M`, so H is never inverted.
+    Nearest in `tr(D H D^T)` with H = second [n, n], the inputs' full second moment (None: plain).
+    The exact minimiser of the expected output error is the SVD whitened by H^(1/2) (QERA, arXiv
+    2410.06040, theorem 1); its left singular vectors are eigenvectors of `M H M^T` and its right
+    factor is `U^T M`, so H is never inverted.
     """
     left = principal(matrix, second, rank)
     right = left.mT @ matrix
@@ -20,21 +21,27 @@ def leading(matrix: Tensor, rank: int, second: Tensor | None = None) -> tuple[Te
 def principal(matrix: Tensor, second: Tensor | None = None, count: int | None = None) -> Tensor:
     """The first `count` left singular vectors (None: all) of matrix [..., m, n] whitened by `second`, [..., m, count].
 
-    Of a tall matrix at most n follow from the small side, which is far faster; the others have no singular value.
+    Of a tall matrix at most n follow from the small side, which is far faster; the others have no
+    singular value.
     """
     m, n = matrix.shape[-2:]
     if count is not None and count <= n < m:
         vectors: Tensor = torch.linalg.svd(_whitened(matrix, second), full_matrices=False).U
     else:
         weighted = matrix if second is None else matrix @ second
-        vectors = torch.linalg.eigh((weighted @ matrix.mT).double()).eigenvectors.flip(-1)  # eigh sorts upwards
+        vectors = torch.linalg.eigh((weighted @ matrix.mT).double()).eigenvectors.flip(
+            -1
+        )  # eigh sorts upwards
     return vectors[..., :count].to(matrix.dtype)
 
 
 def spectrum(matrix: Tensor, second: Tensor) -> Tensor:
     """Squared singular values of matrix [m, n] whitened by `second` [n, n], [min(m, n)], the largest first."""
     m, n = matrix.shape
-    exact, tall = matrix.double(), _whitened(matrix, second) if m > n else None  # the small side of both
+    exact, tall = (
+        matrix.double(),
+        _whitened(matrix, second) if m > n else None,
+    )  # the small side of both
     gram = exact @ second.double() @ exact.mT if tall is None else tall.mT @ tall
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(0).flip(0)

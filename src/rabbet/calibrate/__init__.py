@@ -1,0 +1,1 @@
+"""What calibration batches tell: second moments of inputs, and ranges of activations."""

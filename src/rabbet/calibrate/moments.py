@@ -1,0 +1,99 @@
+"""One pass over the user's batches: the second moment of the inputs of each layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.core.survey import Survey
+from rabbet.data.batches import Batch, examples
+from rabbet.data.task import Task
+from rabbet.errors import DataError
+from rabbet.jobs import Progress, silent
+from rabbet.layers.site import KINDS, Site, patches
+
+ROWS = 2**17  # most rows that one second moment is averaged over
+ENTRIES = 2**24  # rows times columns, beyond which more rows cost more than they tell
+EXAMPLES = 4096  # from which rows are drawn, about: more only take longer
+
+
+@dataclass
+class _Moment:
+    """The running mean of x x^T over patches, [groups, n, n], summed in double."""
+
+    site: Site
+    places: int
+    generator: torch.Generator
+    total: Tensor | None = None
+    rows: int = 0
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found = patches(self.site, args[0].detach().float(), self.places, self.generator)
+        if not torch.isfinite(found).all():
+            raise DataError(
+                f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; check the batches"
+            )
+        part = (found.mT @ found).double()
+        self.total = part if self.total is None else self.total + part
+        self.rows += found.shape[1]
+
+    @property
+    def mean(self) -> Tensor:
+        assert self.total is not None
+        return (self.total / self.rows).float().cpu()
+
+
+def second_moments(
+    model: nn.Module, survey: Survey, task: Task, seed: int = 0, progress: Progress = silent
+) -> dict[str, Tensor]:
+    """Mean of patch patch^T for the inputs of every site that has some, [groups, n, n] on the CPU.
+
+    Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and
+    fewer where they are wide (2^24 entries, but 8 for each column), drawn evenly from all batches,
+    or from every so-manieth where there are 8,192 examples or more, so that about 4,096 remain.
+    Memory is one batch and the moments. A table without heads has none; one with heads those of
+    their inputs, and as much again for being looked up. Raises DataError, naming the site, for
+    inputs that are not finite.
+    """
+    batches = task.read()
+    batches = batches[:: max(1, sum(map(examples, batches)) // EXAMPLES)]
+    count = sum(map(examples, batches))
+    moments: dict[str, _Moment] = {}
+    hooks = []
+    for site in survey:
+        if not site.multiplies:
+            continue
+        met = site.head if site.heads else site
+        rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
+        places = max(1, -(-rows // (count * met.calls)))
+        moments[site.name] = _Moment(met, places, torch.Generator().manual_seed(seed))
+        layers = [model.get_submodule(name) for name in site.heads or (site.name,)]
+        hooks += [layer.register_forward_pre_hook(moments[site.name]) for layer in layers]
+    try:
+        run_through(model, task, batches, progress, "measuring inputs")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: moment.mean for name, moment in moments.items() if moment.rows}
+    for site in survey:
+        if site.heads and site.name in found:
+            table = KINDS[site.kind].weight(model.get_submodule(site.name)).detach().cpu().float()
+            found[site.name] = _twofold(table, found[site.name])
+    return found
+
+
+def _twofold(table: Tensor, second: Tensor) -> Tensor:
+    """The metric of a table that is looked up and multiplied with: the relative errors of both, added."""
+    share = ((table @ second[0]) * table).sum() / table.square().sum().clamp_min(1e-30)
+    return second + share * torch.eye(len(second[0]))
+
+
+def run_through(
+    model: nn.Module, task: Task, batches: Sequence[Batch], progress: Progress, stage: str
+) -> None:
+    """Run a network on every batch, without gradients; `stage` names this to whoever watches."""
+    with torch.no_grad():
+        for k, batch in enumerate(batches):
+            task.run(model, batch)
+            progress(stage, k + 1, len(batches))

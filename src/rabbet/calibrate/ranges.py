@@ -1,0 +1,133 @@
+"""One pass over the user's batches: the range of each quantised activation."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.calibrate.moments import run_through
+from rabbet.data.batches import examples
+from rabbet.data.task import Task
+from rabbet.grids.grid import Grid
+from rabbet.jobs import Progress, silent
+from rabbet.model.compressed import ActQuant, Compressed, compressed_layers
+
+VALUES = 2**16  # activations that a range is chosen from
+
+
+class Sample:
+    """A random sample of the values that pass, at most `per_call` of each tensor, and their extremes."""
+
+    def __init__(self, per_call: int, generator: torch.Generator) -> None:
+        self.per_call, self.generator = per_call, generator
+        self.low = self.high = 0.0  # zero always lies in the range: padding must be exact
+        self.kept: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        """Look at a tensor of any shape."""
+        flat = x.detach().reshape(-1)
+        if not len(flat):  # an expert that no place was sent to
+            return
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        chosen = torch.randint(
+            len(flat), (min(self.per_call, len(flat)),), generator=self.generator
+        )
+        self.kept.append(flat[chosen.to(flat.device)].float().cpu())
+
+    def range(self, grid: Grid, steps: int = 100) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of least squared error among shrunken versions of the extremes."""
+        best, least = (torch.ones(1), torch.zeros(1)), torch.inf
+        if self.high == self.low:
+            return best
+        values = torch.cat(self.kept)
+        for k in range(steps):
+            share = 1 - k / steps * 0.9
+            scale = torch.tensor([(self.high - self.low) * share / grid.high])
+            zero = (-self.low * share / scale).round().clamp(0, grid.high)
+            error = float(
+                (grid.values(grid.codes(values, scale, zero), scale, zero) - values).square().mean()
+            )
+            if error < least:
+                best, least = (scale, zero), error
+        return best
+
+
+def calibrate_ranges(
+    model: nn.Module, task: Task, seed: int = 0, limit: int = 512, progress: Progress = silent
+) -> None:
+    """Choose scale and zero point of every activation quantiser of a compressed network, in place.
+
+    One pass with activations in float over about `limit` examples; ranges minimise the squared
+    error.
+    """
+    acts = [m for m in model.modules() if isinstance(m, ActQuant)]
+    _calibrate(model, acts, task, seed, limit, progress)
+
+
+def range_ends(
+    model: nn.Module, task: Task, widths: Iterable[int], seed: int = 0
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """The ends of each input's range as `calibrate_ranges` finds them at several widths, by layer and bits.
+
+    The quantisers of the model are left at the last of the widths.
+    """
+    layers = compressed_layers(model)
+    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in layers}
+    for bits in sorted(widths):
+        for layer in layers.values():
+            for act in layer.quantisers:
+                act.grid = Grid(bits, "unsigned")
+        calibrate_ranges(model, task, seed)
+        for name, layer in layers.items():
+            for act in layer.quantisers:
+                scale, zero = float(act.scale), float(act.zero)
+                found[name][bits] = -zero * scale, (act.grid.high - zero) * scale
+    return found
+
+
+def calibrate_inner(model: nn.Module, task: Task, seed: int = 0, limit: int = 512) -> None:
+    """The same for the tensors between factors only, for factors that have changed; inputs stay quantised."""
+    acts = [act for layer in compressed_layers(model).values() for act in layer.quantisers[1:]]
+    _calibrate(model, acts, task, seed, limit, silent)
+
+
+def calibrate_between(layer: Compressed, x: Tensor, seed: int = 0) -> None:
+    """The tensors between the factors of one layer, for a batch of its quantised or unquantised input."""
+    samples = {
+        act: Sample(VALUES, torch.Generator().manual_seed(seed)) for act in layer.quantisers[1:]
+    }
+    if samples:
+        _observed(samples, lambda: layer.forward(x))
+
+
+def _calibrate(
+    model: nn.Module,
+    acts: Sequence[ActQuant],
+    task: Task,
+    seed: int,
+    limit: int,
+    progress: Progress,
+) -> None:
+    if not acts:
+        return
+    sizes = list(itertools.accumulate(map(examples, task.read())))
+    count = next((k + 1 for k, total in enumerate(sizes) if total >= limit), len(sizes))
+    generator = torch.Generator().manual_seed(seed)
+    samples = {act: Sample(-(-VALUES // count), generator) for act in acts}
+    _observed(
+        samples, lambda: run_through(model, task, task.read()[:count], progress, "measuring ranges")
+    )
+
+
+def _observed(samples: Mapping[ActQuant, Sample], run: Callable[[], object]) -> None:
+    """Show each quantiser's inputs to its sample while something runs, then set the ranges."""
+    try:
+        for act, sample in samples.items():
+            act.observer = sample
+        run()
+    finally:
+        for act in samples:
+            act.observer = None
+    for act, sample in samples.items():
+        act.set_range(*(t.to(act.scale.device) for t in sample.range(act.grid)))

@@ -1,0 +1,189 @@
+"""How long layers take on this machine, so that milliseconds can be a budget like bytes.
+
+A layer is timed as onnxruntime will run it: exported alone, with integers in and integers out, one
+example at a time on all cores. What no choice changes (pools, additions, the runtime's own
+overhead) is the time of the whole network with every layer dense in 8 bits, less what its layers
+take alone. Bits cost no time, because a runtime unpacks them when it loads a file; forms and ranks
+do. Each time is measured once a machine and kept in a folder.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.core.layout import factor_shapes
+from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.data.batches import first_examples, tensors
+from rabbet.data.task import Task
+from rabbet.export.onnx.write import assemble, assemble_alone, float_content
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.jobs import Jobs, content_key
+from rabbet.layers.site import Site
+from rabbet.model.build import build
+from rabbet.model.compressed import Compressed, Head
+from rabbet.runtime.bench import cpu, time_files
+from rabbet.runtime.session import Session, require_onnx
+from rabbet.workpiece import Workpiece
+
+GRID = Grid.parse("8c")
+
+
+def folder() -> Path:
+    """Where times are kept: RABBET_CACHE, or the user's cache."""
+    return Path(os.environ.get("RABBET_CACHE", Path.home() / ".cache" / "rabbet"))
+
+
+class Stopwatch:
+    """Times one network and its layers; see `rabbet.workpiece.Clock`."""
+
+    def __init__(self, piece: Workpiece) -> None:
+        require_onnx()
+        self.piece = piece
+        self.kept = Jobs(folder=folder())
+        self.machine = {"machine": sorted(cpu().items())}
+        self.inputs = _inputs(piece)
+        self._layers: dict[LayerPlan, int] = {}
+
+    @functools.cached_property
+    def whole(self) -> int:
+        """The float network, in nanoseconds."""
+        return self._timed(
+            lambda: float_content(self.piece.model, self.piece.task),
+            self._example,
+            {"whole": "float"},
+        )
+
+    @functools.cached_property
+    def rest(self) -> int:
+        """The network in 8 bits without its layers."""
+        lines = [_like(s, (Term("dense", GRID),), 8) for s in self.piece.survey]
+        student = build(self.piece.model, Plan(tuple(lines)), self.piece.survey)
+        calibrate_ranges(student, self.piece.task)
+        time = self._timed(
+            lambda: assemble(student, self.piece.task).content, self._example, {"whole": "8 bits"}
+        )
+        return time - sum(
+            self.layer(s, line) for s, line in zip(self.piece.survey, lines, strict=True)
+        )
+
+    def layer(self, site: Site, layer: LayerPlan | None) -> int:
+        """One layer alone, in nanoseconds; a look-up in a table is taken to cost nothing, its heads what they take."""
+        if site.name not in self.inputs:
+            return 0
+        alike = _like(
+            site, () if layer is None else layer.terms, None if layer is None else layer.act
+        )
+        if alike not in self._layers:
+            alone = replace(site, name="", tied=(), norm=None)
+            if site.heads:
+                alone = replace(alone, name="table", heads=("head",))
+            made = (
+                self.piece.model.get_submodule(_runner(site))
+                if layer is None
+                else _random(alone, alike)
+            )
+            given = torch.rand(self.inputs[site.name])
+            task = Task([torch.cat([given, given])])
+            facts = {"site": alone, "plan": alike.body, "input": given.shape}
+            content = functools.partial(assemble_alone, made, task)
+            self._layers[alike] = self._timed(content, [given], facts) * max(1, len(site.heads))
+        return self._layers[alike]
+
+    def network(self, model: nn.Module) -> int:
+        """A compressed network as its exported file runs, in nanoseconds: timed now, whatever was kept."""
+        return _time(assemble(model, self.piece.task).content, self._example)
+
+    @property
+    def _example(self) -> list[Tensor]:
+        return tensors(first_examples(self.piece.task.read()[0], 1))
+
+    def _timed(
+        self, content: Callable[[], bytes], given: list[Tensor], facts: dict[str, Any]
+    ) -> int:
+        found = (
+            self._network if "whole" in facts else {}
+        )  # a layer's time depends on its shapes alone
+        key = content_key("latency", found, facts | self.machine)
+        kept = self.kept.kept(key)
+        if kept is None:
+            kept = {"nanoseconds": torch.tensor([_time(content(), given)])}
+            self.kept.keep(key, kept)
+        return int(kept["nanoseconds"].item())
+
+    @property
+    def _network(self) -> dict[str, Tensor]:
+        """What the time of a whole network depends on: everything in it."""
+        state = {k: v for k, v in self.piece.model.state_dict().items() if isinstance(v, Tensor)}
+        return state | {f"in{k}": t for k, t in enumerate(self._example)}
+
+
+def _time(content: bytes, given: list[Tensor]) -> int:
+    if any(place.type == "tensor(uint8)" for place in Session(content).session.get_inputs()):
+        given = [(t * 255).to(torch.uint8) for t in given]
+    return round(1e6 * time_files({"": content}, given)[""].median)
+
+
+def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
+    """The shape of the input of each site that multiplies, for one example."""
+    found: dict[str, torch.Size] = {}
+
+    def seen(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.setdefault(name, args[0].shape)
+
+        return hook
+
+    timed = [s for s in piece.survey if s.multiplies]
+    hooks = [
+        piece.model.get_submodule(_runner(s)).register_forward_pre_hook(seen(s.name)) for s in timed
+    ]
+    try:
+        with torch.no_grad():
+            piece.task.run(piece.model, first_examples(piece.task.read()[0], 1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _runner(site: Site) -> str:
+    """Which layer multiplies with the weight; all heads of a table do so alike."""
+    return site.heads[0] if site.heads else site.name
+
+
+def _like(site: Site, terms: tuple[Term, ...], act: int | None) -> LayerPlan:
+    """A line of the same form and ranks, in 8 bits: what layers that take the same time have in common."""
+    return LayerPlan(
+        site.name, tuple(replace(t, grid=GRID) for t in terms), act if site.multiplies else None
+    )
+
+
+class _Multiplied(nn.Module):
+    """A table with its head, which runs alone."""
+
+    def __init__(self, table: Compressed) -> None:
+        super().__init__()
+        self.table, self.head = table, Head(table, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(x)
+        return scores
+
+
+def _random(site: Site, line: LayerPlan) -> nn.Module:
+    """A layer with any numbers, as the whole of a network; of a table its head."""
+    terms = [
+        [Quantised.nearest(torch.rand(shape) - 0.5, t.grid) for shape in factor_shapes(site, t)]
+        for t in line.terms
+    ]
+    made = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)
+    for act in made.quantisers:
+        act.set_range(torch.tensor(1 / 255), torch.tensor(0.0))
+    return (_Multiplied(made) if site.heads else made).eval()

@@ -1,0 +1,51 @@
+"""What every candidate of every layer does to the output of the network."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rabbet.choose.sensitivity import output_errors
+from rabbet.layers.site import Site
+from rabbet.reconstruct.candidates import Terms, canonical, read_numbers
+from rabbet.reconstruct.network import solve_menus
+from rabbet.workpiece import Workpiece
+
+
+def scored(
+    piece: Workpiece,
+    menus: Mapping[str, tuple[Terms, ...]],
+    prune: bool = False,
+    learns: bool = False,
+) -> tuple[list[list[float]], list[list[int]]]:
+    """For each layer what each entry of its menu that was solved does to the network's output, and which those are.
+
+    learns: of a network that trains afterwards, where it counts what is left to go on from: the
+    error is divided by the share of the layer's own output that is left.
+    """
+    results = solve_menus(piece, "solving layers", menus, prune)
+    changes: dict[str, Tensor] = {}
+    kept: list[list[int]] = []
+    for site in piece.survey:
+        menu, weight, result = menus[site.name], piece.weight(site), results[site.name]
+        kept.append([k for k in range(len(menu)) if f"{k}.error" in result])
+        solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in kept[-1]]
+        changes[site.name] = torch.stack(solved) - weight
+    errors = output_errors(piece, changes)
+    if learns:
+        errors = {s.name: errors[s.name] / _left(piece, s, changes[s.name]) for s in piece.survey}
+    return [errors[s.name].tolist() for s in piece.survey], kept
+
+
+def _left(piece: Workpiece, site: Site, changes: Tensor) -> Tensor:
+    """What each change [candidates, ...] leaves of a layer's output, a share of its mean square of at least 1/1000."""
+    second = piece.moments().get(site.name)
+
+    def energy(weight: Tensor) -> float:
+        rows = site.matrix(weight).double()
+        return float(((rows if second is None else rows @ second.double()) * rows).sum())
+
+    whole = max(energy(piece.weight(site)), 1e-30)
+    return torch.tensor(
+        [max(1 - energy(change) / whole, 1e-3) for change in changes], dtype=torch.float64
+    )

@@ -1,0 +1,153 @@
+"""How much the network's output suffers from a change of one weight, for every candidate at the price of one pass.
+
+The score of a change D of one weight is the expected relative error of the outputs to first order,
+`E ||J D||^2 / E ||y||^2`, with J the Jacobian of the outputs by that weight, one example at a time.
+For a random sign vector v, `E (v . J D)^2 = ||J D||^2`, and `v . J D` is the inner product of D
+with the gradient of `v . y`: one backward pass gives the gradients of all layers, and then every
+candidate costs one inner product. Unlike a Fisher-weighted error of the layer's output this keeps
+what different places and channels do together.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.data.batches import examples, outputs
+from rabbet.errors import DataError
+from rabbet.layers.site import Site, patches
+from rabbet.workpiece import Workpiece
+
+ENTRIES = 2**25  # gradient entries held at once
+EVERY = 2**40  # more places than any input has
+
+
+def output_errors(
+    piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 256
+) -> dict[str, Tensor]:
+    """Relative squared error of the outputs for each change of each site alone, {name: [candidates]}.
+
+    changes: differences of canonical weights, {name: [candidates, out, in / groups, *kernel]}.
+    About `limit` examples are used. A layer that no gradient reaches (it runs under
+    `torch.no_grad`) counts with the relative error of its own output. Raises DataError if the
+    outputs of the network are not finite.
+    """
+    generator = torch.Generator().manual_seed(piece.seed)
+    total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
+    power, count = 0.0, 0
+    sites = [s for s in piece.survey if s.name in changes]
+    for batch in piece.task.read():
+        calls, result = _recorded(piece, sites, batch)
+        found = outputs(result)
+        signs = [
+            torch.randint(0, 2, t.shape, generator=generator).to(t.device, t.dtype) * 2 - 1
+            for t in found
+        ]
+        if not all(torch.isfinite(t).all() for t in found):
+            raise DataError(
+                "the network's outputs hold NaN or infinite values on the given batches"
+            )
+        objective = torch.stack([(s * t).sum() for s, t in zip(signs, found, strict=True)]).sum()
+        flat = [out for site in sites for _, _, out in calls[site.name]]
+        reached = (
+            torch.autograd.grad(objective, flat, allow_unused=True)
+            if objective.requires_grad
+            else [None] * len(flat)
+        )
+        slopes = iter(reached)
+        energy = sum(float(t.detach().double().square().sum()) for t in found)
+        for site in sites:
+            met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
+            if any(g is not None for _, _, g in met):
+                total[site.name] += _projected(site, met, changes[site.name], examples(batch))
+            else:
+                total[site.name] += energy * _own_error(piece.weight(site), met, changes[site.name])
+        power += energy
+        count += examples(batch)
+        piece.jobs.progress("scoring", min(count, limit), limit)
+        if count >= limit:
+            break
+    return {name: t / max(power, 1e-30) for name, t in total.items()}
+
+
+Met = tuple[Site, Tensor, Tensor | None]
+"""What a layer was in one call (a table or its head), its input, and its output or the gradient by that."""
+
+
+def _recorded(
+    piece: Workpiece, sites: Sequence[Site], batch: object
+) -> tuple[dict[str, list[Any]], object]:
+    """What each site was in every call, its input and output, the outputs inside the graph of the result."""
+    calls: dict[str, list[Any]] = {s.name: [] for s in sites}
+
+    def hook(role: Site) -> Callable[..., Tensor]:
+        def seen(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            out = out if out.requires_grad else out.requires_grad_()
+            calls[role.name].append((role, args[0].detach(), out))
+            return out.clone()  # what follows may work in place
+
+        return seen
+
+    roles = [(s.name, s) for s in sites] + [(head, s.head) for s in sites for head in s.heads]
+    hooks = [
+        piece.model.get_submodule(name).register_forward_hook(hook(role)) for name, role in roles
+    ]
+    try:
+        with torch.enable_grad():
+            return calls, piece.task.run(piece.model, batch)
+    finally:
+        for h in hooks:
+            h.remove()
+
+
+def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
+    """Relative error of a layer's own output, [candidates]."""
+
+    def energy(w: Tensor) -> float:
+        return sum(float(role.run(x, w.to(x.device)).double().square().sum()) for role, x, _ in met)
+
+    with torch.no_grad():
+        return torch.tensor([energy(d) for d in changes], dtype=torch.float64) / max(
+            energy(weight), 1e-30
+        )
+
+
+def _projected(site: Site, met: Sequence[Met], changes: Tensor, batch: int) -> Tensor:
+    """Sum over examples of (gradient . change)^2, [candidates].
+
+    A first axis of several rows an example (windows, frames or tokens flattened into it) is split
+    evenly. One that the batch does not divide counts as one example: the signs of examples are
+    independent, so the expectation is the same.
+    """
+    used = [(role, x, g) for role, x, g in met if g is not None]
+    count = batch if all(g.ndim > 1 and len(x) % batch == 0 for _, x, g in used) else 1
+    step = max(1, min(count, ENTRIES // site.numel))
+    total = torch.zeros(len(changes), dtype=torch.float64)
+    flat = changes.flatten(1)  # [candidates, numel]
+    for start in range(0, count, step):
+        n = min(step, count - start)
+        parts = []
+        for role, x, g in used:
+            share = len(x) // count
+            part = slice(start * share, (start + n) * share)
+            parts.append(_gradients(role, x[part], g[part], n))
+        inner = torch.stack(parts).sum(0) @ flat.to(parts[0].device).T  # [examples, candidates]
+        total += inner.double().square().sum(0).cpu()
+    return total
+
+
+def _gradients(site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
+    """The gradient by the weight for each of n examples, [n, numel]; the first axis holds the same share of each."""
+    if site.kind == "embedding":
+        table = slope.new_zeros(n, *site.shape)
+        index = x.reshape(n, -1, 1).expand(-1, -1, site.shape[1])
+        return table.scatter_add_(1, index, slope.reshape(n, -1, site.shape[1])).flatten(1)
+    rows = patches(site, x, EVERY, torch.Generator()).view(site.groups, n, -1, site.columns)
+    if site.stride:
+        out = site.shape[0] // site.groups
+        slope = slope.reshape(n, -1, site.groups, out, slope[0, 0].numel()).permute(2, 0, 3, 1, 4)
+        slope = slope.reshape(site.groups, n, out, -1)
+    else:
+        slope = slope.reshape(1, n, -1, site.shape[0]).mT
+    return (slope @ rows).transpose(0, 1).reshape(n, -1)

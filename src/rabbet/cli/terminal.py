@@ -1,0 +1,88 @@
+"""The jobs that a command works with: progress bars, worker processes, and a folder to go on from."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from rabbet.jobs import Jobs, silent
+from rabbet.jobs import Progress as Report
+
+
+class Stopped(Exception):  # noqa: N818 (no error: the user wanted it)
+    """The user pressed Ctrl-C; the message says how to go on."""
+
+
+@contextlib.contextmanager
+def working(folder: Path | None, processes: int, quiet: bool) -> Iterator[Jobs]:
+    """An jobs for one command. Ctrl-C raises Stopped, and takes the worker processes along."""
+    try:
+        with contextlib.ExitStack() as stack:
+            progress = silent if quiet else stack.enter_context(bars())
+            executor = stack.enter_context(workers(processes)) if processes > 1 else None
+            yield Jobs(executor, folder, progress)
+    except KeyboardInterrupt:
+        raise Stopped(
+            "stopped; with --resume DIR a run keeps what it has finished and can go on from there"
+            if folder is None
+            else f"stopped; finished work is kept in {folder}: run the same command again to go on"
+        ) from None
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Report]:
+    """A progress bar a stage on stderr, gone at the end; silent where stderr is not a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as shown:
+        stages: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            name = stage.partition(": ")[0]
+            if name not in stages:
+                stages[name] = shown.add_task(stage, total=total)
+            shown.update(stages[name], completed=done, total=total, description=stage)
+
+        yield report
+
+
+@contextlib.contextmanager
+def workers(processes: int) -> Iterator[Executor]:
+    """Processes that start afresh: a fork of a process in which torch has started threads may hang."""
+    executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    # Ctrl-C reaches the whole process group. The parent ends the workers, which would only print
+    # tracebacks: they are born deaf, since a signal may come while they are still importing. A
+    # submission each starts them all.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(processes):
+        executor.submit(os.getpid)
+    signal.signal(signal.SIGINT, before)
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    executor.shutdown()

@@ -1,0 +1,163 @@
+"""What the native file holds for a plan: every array, its type and its length, before any number is known.
+
+The writer and the cost both read this, so predicted and written bytes cannot disagree.
+docs/format.md is the specification; the numbers of all layers lie in five arrays, because a header
+entry a tensor would outweigh the scales.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.core.survey import Survey
+from rabbet.grids.pack import packed_bytes
+from rabbet.layers.site import Site
+
+VERSION = "rabbet/1"
+FINISHED = 8  # bits of what a runtime is given in place of cores
+BETWEEN = 8  # bits of what lies between two factors
+RESERVED = "rabbet."
+WIDTHS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A tensor that the file holds as it is: its name, safetensors type and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its values."""
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * WIDTHS[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Entries that a layer, or a network, puts into the five arrays."""
+
+    codes: int = 0
+    scales: int = 0
+    biases: int = 0
+    acts: int = 0
+
+    def __add__(self, other: "Lengths") -> "Lengths":
+        return Lengths(
+            self.codes + other.codes,
+            self.scales + other.scales,
+            self.biases + other.biases,
+            self.acts + other.acts,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the values: codes uint8, scales bfloat16, biases float32, input scale float32 and zero uint8."""
+        return self.codes + 2 * self.scales + 4 * self.biases + 5 * self.acts
+
+
+def factor_shapes(site: Site, term: Term) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the factors of a term on a site."""
+    return term.how.shapes(site, term.rank)
+
+
+def term_lengths(site: Site, term: Term) -> Lengths:
+    """Codes (packed, each factor in whole bytes) and scales of a term."""
+    total = Lengths()
+    for shape in factor_shapes(site, term):
+        count = 1
+        for n in shape:
+            count *= n
+        total += Lengths(packed_bytes(count, term.grid.levels), term.grid.scale_shape(shape)[0])
+    return total
+
+
+def act_bits(layer: LayerPlan) -> list[int]:
+    """Widths of the quantised activations: of the input, then of each tensor between two factors of a term.
+
+    Between factors it is 8 bits whatever the input has: no plan chose that tensor to be coarse, an
+    integer runtime has it on 8 bits, and of an adapter it never comes to be, as that is added to
+    the weight beside it.
+    """
+    return (
+        [] if layer.act is None else [layer.act, *[BETWEEN] * sum(t.how.gaps for t in layer.terms)]
+    )
+
+
+def layer_lengths(site: Site, layer: LayerPlan) -> Lengths:
+    """Everything that a compressed layer puts into the arrays."""
+    total = Lengths(biases=site.shape[0] if site.bias else 0, acts=len(act_bits(layer)))
+    for term in layer.terms:
+        total += term_lengths(site, term)
+    return total
+
+
+def lengths(survey: Survey, plan: Plan) -> Lengths:
+    """Everything that a plan puts into the arrays."""
+    total = Lengths()
+    for layer in plan:
+        total += layer_lengths(survey[layer.name], layer)
+    return total
+
+
+def arrays(total: Lengths) -> Iterator[tuple[str, str, int]]:
+    """Name, type and length of the arrays, in their order in the file; an empty one is not stored."""
+    found = (
+        ("rabbet.biases", "F32", total.biases),
+        ("rabbet.act_scales", "F32", total.acts),
+        ("rabbet.scales", "BF16", total.scales),
+        ("rabbet.act_zeros", "U8", total.acts),
+        ("rabbet.codes", "U8", total.codes),
+    )
+    return (entry for entry in found if entry[2])
+
+
+def header(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> bytes:
+    """The file up to its first value: the header's length as uint64, then JSON padded with spaces to 8 bytes.
+
+    rest: tensors kept as they are. Wide types come first so that every value is aligned.
+    """
+    facts = {"format": VERSION, "plan": plan.compact, "survey": survey.to_json()}
+    entries: dict[str, object] = {"__metadata__": facts}
+    offset = 0
+    whole = [
+        (r.name, r.dtype, list(r.shape), r.bytes)
+        for r in sorted(rest, key=lambda r: (-WIDTHS[r.dtype], r.name))
+    ]
+    packed = [
+        (name, dtype, [n], n * WIDTHS[dtype]) for name, dtype, n in arrays(lengths(survey, plan))
+    ]
+    for name, dtype, shape, size in sorted([*whole, *packed], key=lambda e: -WIDTHS[e[1]]):
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_bytes(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> int:
+    """The exact length of the file."""
+    return (
+        len(header(survey, plan, rest)) + sum(r.bytes for r in rest) + lengths(survey, plan).bytes
+    )
+
+
+def line_bytes(layer: LayerPlan) -> int:
+    """Bytes of the header that a line of the plan takes: its JSON text and the escaped end of line."""
+    return len(json.dumps(str(layer))) - 2 + 2

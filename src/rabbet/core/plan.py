@@ -1,0 +1,207 @@
+"""The central value: what becomes of every layer. A plan holds every decision and no tensor.
+
+One line a layer: its name, the terms that its weight is the sum of, and the bits of its input.
+
+    conv1     dense@4c | act@8
+    layer1.0  dense@3c + lowrank[6]@8c | act@8
+    query     tt[20]@4                 | act@8
+    value     tt[20:24x32:32x24]@4     | act@8
+    fc        dense@tc
+    head      dense[0-5,9]@4c + dense[6-8]@2hc | act@8
+
+Behind the rank of a tensor train may stand how inputs and outputs are read as digits, if not in the
+usual way. A dense term may be of some outputs only, counted from 0.
+
+A layer without a line stays as it is. `#` starts a comment. A name that holds spaces, or is empty
+(the network is one layer), stands in double quotes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rabbet.errors import PlanError
+from rabbet.forms import FORMS, Contracted, Dense, Form, Modes
+from rabbet.forms.dense import rows_of, runs
+from rabbet.grids.grid import Grid
+
+_TERM = re.compile(r"([a-z]+)(?:\[([\d:x,-]+)\])?@(\w+)")
+_RANK = re.compile(r"(\d+)(?::(\d+(?:x\d+)*):(\d+(?:x\d+)*))?")
+_LINE = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"]\S*)\s+(.*)')
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_PLAIN = re.compile(r'[^\s"#]+')
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One part of a weight: a form, its rank (None for a form without one), and the grid of its factors.
+
+    modes: of a tensor train, digits of inputs and outputs that are not the ones chosen from the
+    shape. rows: outputs that a dense term makes; None: all.
+    """
+
+    form: str
+    grid: Grid
+    rank: int | None = None
+    modes: Modes | None = None
+    rows: tuple[int, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Term":
+        """Read `dense@4c` or `lowrank[6]@8c`; raises PlanError for anything else."""
+        m = _TERM.fullmatch(text.strip())
+        form, inside, grid = m.groups() if m else ("", None, "")
+        if m and form not in FORMS:
+            raise PlanError(
+                f"unknown form {form!r} in {text.strip()!r}; there are {', '.join(FORMS)}"
+            )
+        if m and isinstance(FORMS[form], Dense):
+            return cls(form, Grid.parse(grid), rows=None if inside is None else rows_of(inside))
+        inner = _RANK.fullmatch(inside or "0")
+        if m is None or inner is None:
+            raise PlanError(
+                f"{text.strip()!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c"
+            )
+        if not int(inner[1]):
+            raise PlanError(f"{text.strip()!r}: {form} takes a rank of at least 1 in brackets")
+        if inner[2] and not isinstance(FORMS[form], Contracted):
+            raise PlanError(f"{text.strip()!r}: {form} takes no modes, only a rank in brackets")
+        modes = (_digits(inner[2]), _digits(inner[3])) if inner[2] else None
+        return cls(form, Grid.parse(grid), int(inner[1]), modes)
+
+    @property
+    def how(self) -> Form:
+        """The line of FORMS, with the modes or rows of this term."""
+        form = FORMS[self.form]
+        own = {k: v for k, v in (("modes", self.modes), ("rows", self.rows)) if v is not None}
+        return replace(form, **own) if own else form  # type: ignore[type-var]
+
+    def __str__(self) -> str:
+        modes = (
+            ""
+            if self.modes is None
+            else ":" + ":".join("x".join(map(str, part)) for part in self.modes)
+        )
+        inside = (
+            f"{self.rank}{modes}"
+            if self.rank is not None
+            else ""
+            if self.rows is None
+            else runs(self.rows)
+        )
+        return f"{self.form}[{inside}]@{self.grid}" if inside else f"{self.form}@{self.grid}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What becomes of one layer: its terms, and the bits of its input (None: not quantised)."""
+
+    name: str
+    terms: tuple[Term, ...]
+    act: int | None = None
+
+    @classmethod
+    def parse(cls, line: str) -> "LayerPlan":
+        """Read one line; raises PlanError, quoting the line."""
+        m = _LINE.fullmatch(line.strip())
+        if m is None:
+            raise PlanError(
+                f"{line.strip()!r} is not a line of a plan; write: name  form@grid | act@8"
+            )
+        name, rest = m.groups()
+        terms, bar, act = rest.partition("|")
+        try:
+            bits = _parse_act(act.strip()) if bar else None
+            plain = json.loads(name) if name.startswith('"') else name
+            return cls(plain, tuple(Term.parse(t) for t in terms.split("+")), bits)
+        except (PlanError, ValueError) as e:
+            raise PlanError(f"{line.strip()!r}: {e}") from None
+
+    def __str__(self) -> str:
+        return f"{quoted(self.name)} {self.body}"
+
+    @property
+    def body(self) -> str:
+        """The line without its name."""
+        act = "" if self.act is None else f" | act@{self.act}"
+        return " + ".join(map(str, self.terms)) + act
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Layer plans in the order in which the layers run; compared by value."""
+
+    layers: tuple[LayerPlan, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice is not None:
+            raise PlanError(f"the plan has two lines for {quoted(twice)}; keep one")
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """Read a plan; raises PlanError naming the line that cannot be read."""
+        lines = [
+            line for raw in text.splitlines() if (line := raw.strip()) and not line.startswith("#")
+        ]
+        return cls(tuple(LayerPlan.parse(_uncommented(line)) for line in lines))
+
+    def __str__(self) -> str:
+        width = max((len(quoted(layer.name)) for layer in self.layers), default=0)
+        return "\n".join(f"{quoted(layer.name):<{width}}  {layer.body}" for layer in self.layers)
+
+    @property
+    def compact(self) -> str:
+        """The same text without alignment, as the file stores it."""
+        return "\n".join(map(str, self.layers))
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        found = self.get(name)
+        if found is None:
+            raise PlanError(f"the plan has no line for {quoted(name)}")
+        return found
+
+    def get(self, name: str) -> LayerPlan | None:
+        """The line of a layer, or None if the layer stays as it is."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def with_layer(self, layer: LayerPlan) -> "Plan":
+        """The same plan with a layer's line exchanged, or added if it had none."""
+        if self.get(layer.name) is None:
+            return replace(self, layers=(*self.layers, layer))
+        return replace(
+            self, layers=tuple(layer if old.name == layer.name else old for old in self.layers)
+        )
+
+
+def quoted(name: str) -> str:
+    """A layer's name as a plan writes it."""
+    return name if _PLAIN.fullmatch(name) else json.dumps(name)
+
+
+def _uncommented(line: str) -> str:
+    m = _QUOTED.match(line)
+    name = m[0] if m else ""
+    return name + re.sub(r"\s#.*$", "", line[len(name) :])
+
+
+def _digits(text: str) -> tuple[int, ...]:
+    found = tuple(map(int, text.split("x")))
+    if not all(found):
+        raise PlanError(f"{text!r}: a mode is at least 1")
+    return found
+
+
+def _parse_act(text: str) -> int:
+    m = re.fullmatch(r"act@([2-8])", text)
+    if m is None:
+        raise PlanError(f"{text!r} is not an input width; write act@2 to act@8")
+    return int(m[1])

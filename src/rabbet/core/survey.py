@@ -1,0 +1,70 @@
+"""What a look at a network tells: its layers, what is left alone and why. Values only; `model.inspect` looks."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rabbet.errors import FileError, PlanError
+from rabbet.layers.site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A layer or tensor that stays as it is: why, and the bytes that it takes in any file."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The sites of a network in the order in which they run, and what is left alone."""
+
+    sites: tuple[Site, ...]
+    left: tuple[Left, ...]
+    float_bytes: int
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        found = next((s for s in self.sites if s.name == name), None)
+        if found is None:
+            raise PlanError(
+                f"{name!r} is not a layer that can be compressed here; see the survey for those that are"
+            )
+        return found
+
+    @property
+    def weights(self) -> int:
+        """Entries of all weights that can be compressed."""
+        return sum(s.numel for s in self.sites)
+
+    def to_json(self) -> str:
+        """The facts that a file needs to be read again."""
+        facts = {"float_bytes": self.float_bytes, "sites": [s.to_json() for s in self.sites]}
+        if self.left:
+            facts["left"] = [[left.name, left.reason, left.bytes] for left in self.left]
+        return json.dumps(facts, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Survey":
+        """The inverse of `to_json`; raises FileError for text that is not a survey's."""
+        try:
+            facts = json.loads(text)
+            sites = tuple(Site.from_json(s) for s in facts["sites"])
+            left = tuple(Left(str(n), str(r), int(b)) for n, r, b in facts.get("left", ()))
+            found = cls(sites, left, int(facts["float_bytes"]))
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as e:
+            raise FileError(f"the survey in the header cannot be read: {e}") from None
+        if len({s.name for s in sites}) < len(sites):
+            raise FileError("the survey in the header describes a layer twice")
+        return found

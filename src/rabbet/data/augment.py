@@ -1,0 +1,125 @@
+"""Versions of images that the calibration set does not hold: crops, flips, mixtures. No label is ever used."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rabbet.data.batches import (
+    Batch,
+    examples,
+    first_examples,
+    inner_shapes,
+    join,
+    replaced,
+    tensors,
+)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Examples to draw batches from: one joined batch if shapes agree, and the place of its image, if it has one."""
+
+    parts: tuple[Batch, ...]
+    image: int | None
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> "Pool":
+        """Join batches whose shapes agree; others stay as they are and are drawn whole."""
+        shapes = {tuple(inner_shapes(b)) for b in batches}
+        if len(shapes) > 1:
+            return cls(tuple(batches), None)
+        joined = join(batches)
+        found = tensors(joined)
+        images = [
+            k
+            for k, t in enumerate(found)
+            if t.ndim == 4 and t.is_floating_point() and min(t.shape[2:]) >= 8
+        ]
+        return cls((joined,), images[0] if len(images) == 1 else None)
+
+    def draws(self, size: int) -> int:
+        """How many of such a size show as many examples as there are."""
+        return len(self.parts) if len(self.parts) > 1 else max(1, examples(self.parts[0]) // size)
+
+    def draw(self, size: int, generator: torch.Generator, augment: bool = True) -> Batch:
+        """A batch of random examples, its images augmented; of batches that could not be joined, one as it is."""
+        if len(self.parts) > 1:
+            return self.parts[int(torch.randint(len(self.parts), (1,), generator=generator))]
+        whole = self.parts[0]
+        count = examples(whole)
+        index = torch.randperm(count, generator=generator)[:size]
+        place = iter(range(len(tensors(whole))))
+
+        def take(t: Tensor) -> Tensor:
+            k = next(place)
+            if not t.ndim or len(t) != count:
+                return t
+            chosen = t[index.to(t.device)]
+            return (
+                mixed(cropped(chosen, generator), generator)
+                if augment and k == self.image
+                else chosen
+            )
+
+        return replaced(whole, take)
+
+
+def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random shifts by up to an eighth of the image, reflected at the border, and random flips; [n, c, h, w]."""
+    n, _, h, w = images.shape
+    reach = [max(1, min(h, w) // 8)] * 4
+    wide = F.pad(images, reach, mode="reflect")
+    tops, lefts = (
+        torch.randint(0, 2 * reach[0] + 1, (n,), generator=generator).tolist() for _ in range(2)
+    )
+    cut = torch.stack(
+        [wide[i, :, a : a + h, b : b + w] for i, (a, b) in enumerate(zip(tops, lefts, strict=True))]
+    )
+    flip = (torch.rand(n, generator=generator) < 0.5).to(images.device).view(-1, 1, 1, 1)
+    return torch.where(flip, cut.flip(3), cut)
+
+
+def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A quarter blended with another image (mixup), a quarter with a rectangle of another (cutmix); [n, c, h, w]."""
+    n, _, h, w = images.shape
+    other = images[torch.randperm(n, generator=generator).to(images.device)]
+    kind, share = torch.rand(n, generator=generator), torch.rand(n, generator=generator)
+    sides = torch.randint(h // 4, h * 3 // 4 + 1, (n, 2), generator=generator)
+    corner = torch.rand(n, 2, generator=generator)
+    ys, xs = torch.arange(h), torch.arange(w)
+    top, left = (corner * (torch.tensor([h, w]) - sides.clamp(max=min(h, w)))).long().unbind(1)
+    inside = ((ys >= top[:, None]) & (ys < (top + sides[:, 0])[:, None]))[:, :, None] & (
+        (xs >= left[:, None]) & (xs < (left + sides[:, 1])[:, None])
+    )[:, None, :]
+    weight = torch.where(
+        (kind < 0.25)[:, None, None],
+        share[:, None, None],
+        ((kind < 0.5)[:, None, None] & inside).float(),
+    )
+    weight = weight[:, None].to(images.device, images.dtype)
+    return images * (1 - weight) + other * weight
+
+
+def hold_back(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+    """The first examples, and at least one last batch or example of about `share` of them, held back."""
+    total = sum(map(examples, batches))
+    keep, kept, held, seen = total - max(1, round(total * share)), [], [], 0
+    for batch in batches:
+        size = examples(batch)
+        if seen + size <= keep:
+            kept.append(batch)
+        elif seen >= keep:
+            held.append(batch)
+        else:
+            kept.append(first_examples(batch, keep - seen))
+            held.append(_tail(batch, size - (keep - seen)))
+        seen += size
+    return kept, held
+
+
+def _tail(batch: Batch, count: int) -> Batch:
+    size = examples(batch)
+    return replaced(batch, lambda t: t[size - count :] if t.ndim and len(t) == size else t)

@@ -1,0 +1,220 @@
+"""What the user brings besides the network: batches, and how the network is run and judged on them."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.data.batches import (
+    Batch,
+    describe,
+    examples,
+    first_examples,
+    inner_shapes,
+    join,
+    outputs,
+    suited,
+    tensors,
+)
+from rabbet.errors import DataError, RabbetError
+
+Forward = Callable[[nn.Module, Batch], Any]
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """Pass a batch as the model's arguments: a tensor, a tuple or list (positional), or a mapping (by keyword)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The user's batches and, where the defaults do not fit, how to use them.
+
+    batches: unlabelled examples as `forward` takes them; a one-shot iterable is read once. forward:
+    runs a model on a batch; the default passes the batch as arguments. evaluate: model -> one
+    number, larger is better; reports use it where it is given. loss: (outputs, batch) -> a scalar
+    to be made small, for methods that train on labels; the batch then holds them. vary: (batch,
+    generator) -> a batch of the same shapes that asks for the same answers, such as with words
+    dropped; methods that learn from batches as they are show it to the student, and the batch
+    itself to its teacher. limit: examples used at most; the rest of a longer iterable is not read.
+    """
+
+    batches: Iterable[Batch]
+    forward: Forward = call
+    evaluate: Callable[[nn.Module], float] | None = None
+    limit: int = 2048
+    loss: Callable[[Any, Batch], Tensor] | None = None
+    vary: Callable[[Batch, torch.Generator], Batch] | None = None
+    _read: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = self.batches
+        if isinstance(found, Tensor | str | bytes | Mapping) or not isinstance(found, Iterable):
+            raise DataError(
+                f"data must be an iterable of batches or a Task, found {type(found).__name__}; "
+                "for one batch write [batch]"
+            )
+        if self.limit < 1:
+            raise DataError(
+                f"limit is the number of examples to use, at least 1; found {self.limit}"
+            )
+
+    @classmethod
+    def of(cls, data: "Task | Iterable[Batch]") -> "Task":
+        """A task from bare batches; a task stays what it is.
+
+        Raises DataError for what is not an iterable of batches.
+        """
+        return data if isinstance(data, Task) else cls(data)
+
+    def read(self) -> list[Batch]:
+        """The batches up to the limit, as a list, each checked to hold a tensor with at least one example.
+
+        Raises DataError for none, for one that is not a tensor, tuple, list or mapping with
+        tensors, or for NaN.
+        """
+        if not self._read:
+            found, count = list[Batch](), 0
+            for batch in self.batches:
+                size = examples(batch)
+                if any(bool(t.isnan().any()) for t in tensors(batch) if t.is_floating_point()):
+                    raise DataError(
+                        f"batch {len(found)} of the data, counted from 0, holds NaN; clean the data"
+                    )
+                found.append(
+                    batch
+                    if count + size <= self.limit
+                    else first_examples(batch, self.limit - count)
+                )
+                count += size
+                if count >= self.limit:
+                    break
+            if not count:
+                raise DataError(
+                    "data holds no batch; give at least one (a generator can be read only once)"
+                )
+            self._read.extend(found)  # all or nothing: what was read before an error is no data
+        return self._read
+
+    def gathered(self, limit: int) -> Batch:
+        """About `limit` examples as one batch: the first batches joined, as long as their shapes agree."""
+        batches = self.read()
+        parts, count = [batches[0]], examples(batches[0])
+        for batch in batches[1:]:
+            if count >= limit or inner_shapes(batch) != inner_shapes(parts[0]):
+                break
+            parts.append(batch)
+            count += examples(batch)
+        return first_examples(join(parts), limit)
+
+    def run(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's output on a batch, its tensors moved to the model's device and floating type.
+
+        Raises DataError, with the cause, if the model does not accept the batch.
+        """
+        batch = suited(batch, model)
+        try:
+            return self.forward(model, batch)
+        except RabbetError:
+            raise
+        except Exception as e:  # the forward is the user's: it may raise anything
+            raise DataError(
+                f"the model does not run on a batch of {describe(batch)}: {e}. A batch is passed as the model's "
+                "arguments (tensor, tuple or mapping); use Task(batches, forward=...) for anything else"
+            ) from e
+
+    def judge(self, model: nn.Module, found: Any, batch: Batch) -> Tensor:
+        """The task's own loss of what a model made of a batch, a scalar; the batch comes in the model's floating type.
+
+        Raises DataError unless it is one number.
+        """
+        assert self.loss is not None
+        with _asked("loss"):
+            value = self.loss(found, suited(batch, model))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = describe(value) if isinstance(value, Tensor) else type(value).__name__
+            raise DataError(
+                f"Task(loss=...) must return one number for a batch, as a tensor; found {shown}"
+            )
+        return value.reshape(())
+
+    def score(self, model: nn.Module) -> float:
+        """The user's own number for a model in eval mode, larger is better; raises DataError unless it is one.
+
+        The model is left in the mode that it was in, whatever the user's function sets.
+        """
+        assert self.evaluate is not None
+        with evaluating(model), _asked("evaluate"):
+            found = float(self.evaluate(model))
+        if math.isnan(found):
+            raise DataError("Task(evaluate=...) gave NaN; it must give a number, larger is better")
+        return found
+
+    def varied(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """What a student is shown of a batch."""
+        if self.vary is None:
+            return batch
+        with _asked("vary"):
+            return self.vary(batch, generator)
+
+
+@contextlib.contextmanager
+def _asked(name: str) -> Iterator[None]:
+    """What goes wrong in a function of the user's becomes a DataError that names it."""
+    try:
+        yield
+    except RabbetError:
+        raise
+    except Exception as e:
+        raise DataError(f"Task({name}=...) failed: {type(e).__name__}: {e}") from e
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode; every module of it is left in the mode that it was in."""
+    modes = {m: m.training for m in model.modules()}
+    for module in modes:  # an exported program has no `eval`
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 accuracy in per cent over (inputs, labels), in eval mode; the model is left in the mode that it was in.
+
+    Raises DataError for batches that are no such pairs.
+    """
+    right = total = 0
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            if (
+                not isinstance(batch, tuple | list)
+                or len(batch) != 2
+                or not isinstance(batch[1], Tensor)
+            ):
+                raise DataError(
+                    f"accuracy needs batches of (inputs, labels), found {describe(batch)}"
+                )
+            x, y = batch
+            scores = outputs(call(model, suited(x, model)))[0]
+            if scores.shape[:1] + scores.shape[2:] != y.shape or scores.ndim < 2:
+                raise DataError(
+                    f"scores {list(scores.shape)} are of classes on axis 1 and need labels "
+                    f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; found {describe(y)}"
+                )
+            right += int((scores.argmax(1).cpu() == y.cpu()).sum())
+            total += y.numel()
+    if not total:
+        raise DataError("no labelled batch to measure accuracy on")
+    return 100 * right / total

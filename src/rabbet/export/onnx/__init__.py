@@ -1,0 +1,1 @@
+"""ONNX files: weights at their bits on disk, integer kernels at work."""

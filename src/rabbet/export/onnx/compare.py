@@ -1,0 +1,109 @@
+"""Whether a file answers as the network does, and if not, where they part."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rabbet.data.batches import first_examples, suited, tensors
+from rabbet.data.task import Task
+from rabbet.errors import ModelError
+from rabbet.export.onnx.graph import Graph
+from rabbet.model.compressed import ActQuant
+from rabbet.runtime.session import Session
+
+EXAMPLES = 8
+SAME = 1e-3  # relative error that float arithmetic in another order may have
+NEAR = 0.25  # relative error that further 8-bit tensors may bring; a broken kernel brings far more
+
+
+def compare_plain(plain: bytes, model: nn.Module, task: Task) -> None:
+    """What the exporter made must answer as the network does while nothing is rounded."""
+    acts = [m for m in model.modules() if isinstance(m, ActQuant)]
+    batch = first_examples(task.read()[0], EXAMPLES)
+    for act in acts:
+        act.observer = _ignore
+    try:
+        wanted = _answer(model, task, batch)
+    finally:
+        for act in acts:
+            act.observer = None
+    session = Session(plain)
+    found = session.run(session.feed(_flat(model, batch)))
+    error = _error(found, wanted)
+    if not error <= SAME:
+        raise ModelError(
+            f"torch's exporter made another network: its output differs by {100 * error:.3g} % before anything is "
+            "rounded; look for code in the forward that depends on values or on the batch size"
+        )
+
+
+def _ignore(_: Tensor) -> None:
+    """An observer that only keeps a quantiser from rounding."""
+
+
+def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> None:
+    """The file must answer as the compressed network does; an error names the first node that does not."""
+    batch = first_examples(task.read()[0], EXAMPLES)
+    flat = _flat(model, batch)
+    session = Session(content)
+    error = _error(session.run(session.feed(flat)), _answer(model, task, batch))
+    if error <= NEAR:
+        return
+    whole, exact = Graph.read(content), Graph.read(plain)
+    made = {str(out.name): str(node.name) for node in whole.nodes for out in node.outputs}
+    names = [
+        n
+        for n in (str(out.name) for node in exact.nodes for out in node.outputs)
+        if f"{n}.quantised" in made
+    ]
+    ours, theirs = (
+        _inner(whole, [f"{n}.quantised" for n in names], flat),
+        _inner(exact, names, flat),
+    )
+    bad = next(
+        (n for n, a, b in zip(names, ours, theirs, strict=True) if not _error([a], [b]) <= NEAR),
+        None,
+    )
+    where = f"first at {bad}" if bad else "after the last quantised value"
+    raise ModelError(
+        f"the file's output differs from the network's by {100 * error:.3g} %, {where}: "
+        "more representative batches give better ranges; if that does not help, act@8 may be too coarse here"
+    )
+
+
+def _inner(graph: Graph, names: Sequence[str], flat: Sequence[Tensor]) -> list[Any]:
+    graph.expose([out for node in graph.nodes for out in node.outputs if out.name in set(names)])
+    session = Session(graph.bytes())
+    return session.run(session.feed(flat), names)
+
+
+def _answer(model: nn.Module, task: Task, batch: Any) -> list[NDArray[Any]]:
+    with torch.no_grad():
+        return [t.detach().cpu().numpy() for t in tensors(task.run(model, batch))]
+
+
+def _flat(model: nn.Module, batch: Any) -> list[Tensor]:
+    return [t.float() if t.is_floating_point() else t for t in tensors(suited(batch, model))]
+
+
+def _error(found: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """The largest relative error among the floating outputs; infinite where shapes or non-finite places differ."""
+    worst = 0.0
+    for a, b in zip(found, wanted, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if np.issubdtype(b.dtype, np.floating):
+            known = np.isfinite(b)
+            if (
+                not np.array_equal(a[~known], b[~known], equal_nan=True)
+                or not np.isfinite(a[known]).all()
+            ):
+                return float("inf")
+            square = float(np.square(b[known], dtype=np.float64).sum())
+            off = float(np.square(a[known].astype(np.float64) - b[known]).sum())
+            worst = max(worst, (off / max(square, 1e-12)) ** 0.5)
+    return worst

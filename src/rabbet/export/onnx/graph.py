@@ -1,0 +1,241 @@
+"""An ONNX graph and the few moves that an export makes on it: all that knows the library that edits graphs."""
+
+import itertools
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rabbet.export.onnx.placeholders import DOMAIN, name_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 23  # the first with attention as one node; 4-bit integers came with 21
+IR_VERSION = 11
+WHOLE = (
+    "float"  # how the name of a weight ends that a runtime puts into float when it loads the file
+)
+CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
+
+
+class Graph:
+    """A model whose nodes are added in any order: `bytes` sorts them and drops those that nobody uses.
+
+    functions_known: whether the runtime that it is for reads functions that a file brings along.
+    """
+
+    def __init__(self, model: "ir.Model", functions_known: bool = True) -> None:
+        self.model, self.functions_known = model, functions_known
+        self.functions: dict[str, str] = {}
+        self.carried: list[Any] = []  # functions of a file that was read
+        self.known: dict[str, ir.Value] = {}
+
+    @classmethod
+    def read(cls, content: bytes) -> "Graph":
+        """A graph from the bytes of a file."""
+        import onnx
+        import onnx_ir as ir
+
+        proto = onnx.load_from_string(content)
+        carried = list(proto.functions)
+        del proto.functions[:]
+        found = cls(ir.from_proto(proto))
+        found.carried = carried
+        return found
+
+    def copy(self) -> "Graph":
+        """The same graph again, to be changed in another way."""
+        import onnx_ir as ir
+
+        return Graph(ir.from_proto(ir.to_proto(self.model)))
+
+    def all_values(self) -> "list[ir.Value]":
+        """Inputs, and what every node makes."""
+        return [*self.inputs, *(out for node in self.nodes for out in node.outputs)]
+
+    @property
+    def nodes(self) -> "list[ir.Node]":
+        """The nodes in order."""
+        self.model.graph.sort()
+        return list(self.model.graph)
+
+    @property
+    def inputs(self) -> "list[ir.Value]":
+        """What the network is given."""
+        return list(self.model.graph.inputs)
+
+    @property
+    def outputs(self) -> "list[ir.Value]":
+        """What the network answers."""
+        return list(self.model.graph.outputs)
+
+    def placeholders(self, op: str) -> "Iterator[tuple[str, ir.Node]]":
+        """The placeholders of one kind that tracing left, with the name that each bears."""
+        for node in self.nodes:
+            if node.domain == DOMAIN and node.op_type == op:
+                yield name_of(node), node
+
+    def constant(self, name: str, array: NDArray[Any], kind: str | None = None) -> "ir.Value":
+        """An initializer; asked for again under the same name, the same one. kind: INT4 for what numpy lacks."""
+        import onnx_ir as ir
+
+        found = self.model.graph.initializers.get(name)
+        if found is None:
+            dtype = None if kind is None else ir.DataType[kind]
+            content = ir.tensor(
+                array if dtype is None else array.astype(dtype.numpy()), dtype=dtype, name=name
+            )
+            found = ir.Value(
+                name=name, type=ir.TensorType(content.dtype), shape=ir.Shape(array.shape)
+            )
+            found.const_value = content
+            self.model.graph.register_initializer(found)
+        return found
+
+    def call(
+        self, op: str, *inputs: "ir.Value", name: str, domain: str = "", **attributes: Any
+    ) -> "ir.Value":
+        """A new node with one output, which bears `name`; asked for again under the same name, the same value."""
+        import onnx_ir as ir
+
+        if name not in self.known:
+            self.known[name] = ir.Value(name=name)
+            node = ir.node(
+                op, inputs, attributes, domain=domain, outputs=[self.known[name]], name=name
+            )
+            self.model.graph.append(node)
+        return self.known[name]
+
+    def function(self, name: str, text: str) -> None:
+        """Have the file define a function; text: in ONNX's own syntax."""
+        self.functions[name] = text
+
+    def swap(
+        self,
+        old: "ir.Value",
+        new: "ir.Value",
+        keep: "Collection[ir.Node]" = (),
+        outputs: bool = True,
+    ) -> None:
+        """Every use of a value becomes one of another, but for the nodes in `keep` and, if told so, graph outputs.
+
+        An output keeps its name.
+        """
+        for use in list(old.uses()):
+            if use.node not in keep:
+                use.node.replace_input_with(use.idx, new)
+        if not outputs:
+            return
+        ends = self.model.graph.outputs
+        for k, value in enumerate(ends):
+            if value is old:
+                if not old.is_graph_input():  # the name is the user's and goes with the output
+                    new.name, old.name = old.name, f"{old.name}.inner"
+                new.type, new.shape = old.type, old.shape
+                ends[k] = new
+
+    def strip(self) -> None:
+        """Take the conversions between floats and integers off both ends: integers go in and come out."""
+        import onnx_ir as ir
+
+        inputs, outputs = self.model.graph.inputs, self.model.graph.outputs
+        for k, value in enumerate(inputs):
+            uses = list(value.uses())
+            if len(uses) == 1 and uses[0].node.op_type == "QuantizeLinear":
+                codes = uses[0].node.outputs[0]
+                inputs[k] = ir.Value(
+                    name=value.name, type=ir.TensorType(ir.DataType.UINT8), shape=value.shape
+                )
+                value.name = f"{value.name}.float"
+                codes.replace_all_uses_with(inputs[k])
+                self.model.graph.remove(uses[0].node, safe=True)
+        for k, value in enumerate(outputs):
+            node = value.producer()
+            if (
+                node is not None
+                and node.op_type == "DequantizeLinear"
+                and node.inputs[0] is not None
+            ):
+                outputs[k] = node.inputs[0]
+                outputs[k].type, outputs[k].shape = ir.TensorType(ir.DataType.UINT8), value.shape
+
+    def expose(self, values: "Collection[ir.Value]") -> None:
+        """Make values outputs of the network, after its own."""
+        known = set(self.model.graph.outputs)
+        self.model.graph.outputs.extend(v for v in values if v not in known)
+
+    def shorten(self) -> None:
+        """Number the values between nodes, and leave conversions nameless and attributes at their defaults out.
+
+        In a network of many small layers names take more room than weights. Layers and weights keep
+        theirs.
+        """
+        taken = {v.name for v in (*self.inputs, *self.outputs)} | set(self.model.graph.initializers)
+        free = (name for k in itertools.count() if (name := f"{k:x}") not in taken)
+        for node in self.nodes:
+            for out in node.outputs:
+                if out.name and not out.is_graph_output() and not _holds_weight(out):
+                    out.name = next(free)
+            if node.op_type in CONVERSIONS:
+                node.name = ""
+            if node.op_type == "Conv":
+                for name in [a.name for a in node.attributes.values() if _usual(a)]:
+                    del node.attributes[name]
+
+    def bytes(self) -> bytes:
+        """The file, as onnxruntime and OpenVINO read it."""
+        import onnx
+        import onnx_ir as ir
+        from onnx_ir.passes import common
+
+        self.model.graph.sort()
+        common.ClearMetadataAndDocStringPass()(self.model)
+        common.RemoveUnusedNodesPass()(self.model)
+        for value in self.model.graph.all_nodes():
+            for out in value.outputs:
+                if not out.is_graph_output():
+                    out.type = out.shape = (
+                        None  # the runtime infers them; in a file they only take room
+                    )
+        proto = ir.to_proto(self.model)
+        proto.ir_version = IR_VERSION
+        proto.producer_name, proto.producer_version = DOMAIN, ""
+        del proto.graph.value_info[:]  # what is left speaks of constants, which know their shapes
+        del proto.functions[:]
+        proto.functions.extend(self.carried)
+        proto.functions.extend(onnx.parser.parse_function(text) for text in self.functions.values())
+        kept = [o for o in proto.opset_import if o.domain == ""]
+        del proto.opset_import[:]
+        proto.opset_import.extend(kept)
+        if proto.functions:
+            proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+        return bytes(proto.SerializeToString())
+
+
+def _holds_weight(value: "ir.Value") -> bool:
+    """Whether a runtime will have this value as a layer's weight, by whose name the layer is known."""
+    node = value.producer()
+    if node is not None and node.op_type == "Mul" and str(value.name).endswith(f".{WHOLE}"):
+        return True
+    made = node is not None and node.op_type == "QuantizeLinear"
+    return not made and any(
+        use.node.op_type == "DequantizeLinear" and use.idx == 0 for use in value.uses()
+    )
+
+
+def _usual(attribute: "ir.Attr") -> bool:
+    """Whether an attribute of a conv says what its absence says."""
+    if attribute.name in ("strides", "dilations"):
+        return set(attribute.as_ints()) == {1}
+    if attribute.name == "pads":
+        return set(attribute.as_ints()) == {0}
+    if attribute.name == "group":
+        return attribute.as_int() == 1
+    return attribute.name == "auto_pad" and attribute.as_string() == "NOTSET"
+
+
+def values(array: Any) -> NDArray[Any]:
+    """A constant value's content."""
+    return np.asarray(array.const_value.numpy())

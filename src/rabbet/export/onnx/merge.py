@@ -1,0 +1,118 @@
+"""What a runtime is given of terms that need not run one by one.
+
+Chains of cores are put together into two matrices. An adapter is added to the dense weight beside
+it, which runs anyhow; rows on different grids become one weight. The file holds cores and terms as
+they are; what they make, on 8 bits, is made when a runtime loads it: an adapter costs bytes and no
+time, a tensor train the time of its two matrices and the bytes of its cores.
+"""
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from rabbet.core.layout import FINISHED
+from rabbet.core.plan import LayerPlan, Term
+from rabbet.forms import FORMS, Contracted, Dense
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.model.build import install
+from rabbet.model.compressed import Compressed, Factor, Numbers, compressed_layers
+
+SUMMED = {"dense", "lowrank"}
+Make = Callable[[Sequence[Any]], Any]
+
+
+class Merged(Factor):
+    """A weight on 8 bits that a file holds as several factors: `make` puts them together."""
+
+    def __init__(self, factors: Sequence[Factor], make: Make, grid: Grid) -> None:
+        super().__init__(Quantised.nearest(make([f() for f in factors]), grid))
+        self.factors, self.make = list(factors), make
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of a compressed network in which tensor trains are two matrices and adapters part of their layers.
+
+    Both are on 8 bits, one scale for each output of a layer, one for each table of a look-up. A
+    network without such terms is returned as it is.
+    """
+    layers = [
+        layer for layer in compressed_layers(model).values() if _summed(layer) or _chained(layer)
+    ]
+    if not layers:
+        return model
+    result = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in layers:
+            result = install(
+                result, layer.site, _sum(layer) if _summed(layer) else _contracted(layer)
+            )
+    return result
+
+
+def _summed(layer: Compressed) -> bool:
+    """Whether some terms only add to the weight of another, which runs anyhow, or have only some of its rows."""
+    several = len(layer.terms) > 1 or any(
+        isinstance(form, Dense) and form.rows is not None for form in layer.forms
+    )
+    return several and "dense" in layer.form_names and SUMMED.issuperset(layer.form_names)
+
+
+def _chained(layer: Compressed) -> bool:
+    """Whether there are chains, not finished yet."""
+    folded = any(isinstance(f, Merged) for factors in layer.factors for f in factors)
+    return not folded and any(isinstance(form, Contracted) for form in layer.forms)
+
+
+def _sum(layer: Compressed) -> Compressed:
+    def make(factors: Sequence[Any]) -> Any:
+        left = iter(factors)
+        parts = [
+            form.contract(layer.site, [next(left) for _ in held])
+            for form, held in zip(layer.forms, layer.factors, strict=True)
+        ]
+        return functools.reduce(operator.add, parts)
+
+    every = [f for factors in layer.factors for f in factors]
+    whole = Merged(every, make, Grid(FINISHED, axis=0))
+    return _made(layer, [Term("dense", whole.grid)], [[whole]], 1)
+
+
+def _contracted(layer: Compressed) -> Compressed:
+    terms: list[Term] = []
+    factors: list[list[Factor]] = []
+    for term, form, held in zip(layer.plan.terms, layer.forms, layer.factors, strict=True):
+        if not isinstance(form, Contracted):
+            terms.append(term)
+            factors.append(held)
+            continue
+        name, modes, made = form.finished(layer.site, [f() for f in held])
+        grid = Grid(FINISHED, axis=None if name == "ttm" else 0)
+        terms.append(Term(name, grid, len(made[0]) if FORMS[name].ranked else None, modes))
+        factors.append(
+            [Merged(held, functools.partial(_part, form, layer, k), grid) for k in range(len(made))]
+        )
+    return _made(layer, terms, factors, None)
+
+
+def _part(form: Contracted, layer: Compressed, place: int, factors: Sequence[Any]) -> Any:
+    return form.finished(layer.site, factors)[2][place]
+
+
+def _made(
+    layer: Compressed, terms: list[Term], factors: list[list[Factor]], acts: int | None
+) -> Compressed:
+    """A layer of other terms with the same bias and, of the quantisers, the first so many."""
+    numbers: Numbers = [[f.numbers for f in held] for held in factors]
+    found = Compressed(
+        layer.site, LayerPlan(layer.site.name, tuple(terms), layer.plan.act), numbers, layer.bias
+    )
+    for term, held in zip(found.terms, factors, strict=True):
+        for k, factor in enumerate(held):
+            cast(nn.ModuleList, term)[k] = factor
+    found.acts = copy.deepcopy(layer.acts[:acts])
+    return found.to(next(layer.buffers()).device)

@@ -1,0 +1,277 @@
+"""Weights in an ONNX file: low bits on disk, 8-bit integers once a runtime has folded its constants.
+
+A code c becomes the integer q = c (signed, unsigned and ternary grids) or q = 2c + 1 on half the
+scale (half-step grids), so that what follows is `DequantizeLinear(q)` and every runtime that has
+int8 kernels finds them. 8 bits are stored as they are, 4 signed bits in ONNX's own type, all others
+as the native file packs them (`rabbet.pack`), undone by a function that the file brings along:
+nothing but integer arithmetic on a constant, done once at load. For a runtime that reads no
+functions (OpenVINO), integers take 4 bits where they fit, else 8.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rabbet.export.onnx.expression import Expression, Names, shape_of
+from rabbet.export.onnx.graph import OPSET, Graph
+from rabbet.export.onnx.merge import Make, Merged
+from rabbet.export.onnx.placeholders import DOMAIN
+from rabbet.grids.grid import Grid
+from rabbet.grids.pack import pack
+from rabbet.model.compressed import Factor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_INT8 = 3  # onnx.TensorProto.INT8
+
+
+@dataclass(frozen=True)
+class Move:
+    """A weight in another layout: `Transpose` by an order of axes, or `Reshape` to sizes."""
+
+    op: str
+    to: tuple[int, ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The same of a tensor."""
+        return tensor.permute(self.to) if self.op == "Transpose" else tensor.reshape(self.to)
+
+    def on(self, graph: Graph, value: "ir.Value", name: str) -> "ir.Value":
+        """The same of a constant of a graph."""
+        if self.op == "Transpose":
+            return graph.call("Transpose", value, name=name, perm=list(self.to))
+        return graph.call("Reshape", value, shape_of(graph, self.to), name=name)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The codes of one factor in the layout in which a node uses them.
+
+    axis: where its scales lie, None for one scale. scale: of the integers q, half the grid's where
+    they are 2c + 1. parts, make: of a weight that is put together when a file is loaded, what it is
+    made of and how, and the steps of its rounding; moves: what has been done to its layout since.
+    root: the table that it is another layout of, if a file holds it as a table already; shared:
+    whether it is such a table.
+    """
+
+    name: str
+    grid: Grid
+    codes: Tensor
+    scale: Tensor
+    axis: int | None
+    parts: tuple["Weight", ...] = ()
+    make: Make | None = None
+    steps: Tensor | None = None
+    moves: tuple[Move, ...] = ()
+    shared: bool = False
+    root: "Weight | None" = None
+
+    @classmethod
+    def of(cls, name: str, factor: Factor, shared: bool = False) -> "Weight":
+        """A factor in its own layout."""
+        scale = factor.scale.detach().cpu().float()
+        scale = scale / 2 if factor.grid.kind == "half" else scale
+        found = cls(
+            name, factor.grid, factor.codes.detach().cpu(), scale, factor.grid.axis, shared=shared
+        )
+        if not isinstance(factor, Merged):
+            return found
+        # two halves of one chain share its cores, and their names
+        parts = [
+            cls.of(f"{name.rpartition('.')[0]}.part{k}", f) for k, f in enumerate(factor.factors)
+        ]
+        return replace(found, parts=tuple(parts), make=factor.make, steps=scale)
+
+    def moved(self, move: Move) -> "Weight":
+        """The same after a transposition or another shape."""
+        codes = move(self.codes)
+        axis = self.axis
+        if axis is not None:
+            shape = [-1 if d == axis else 1 for d in range(self.codes.ndim)]
+            slices = move(torch.arange(len(self.scale)).view(shape).expand(self.codes.shape))
+            axis = next(
+                d
+                for d in range(codes.ndim)
+                if codes.shape[d] == len(self.scale)
+                and bool((slices.movedim(d, -1) == torch.arange(len(self.scale))).all())
+            )
+        moves, root = (*self.moves, move), self.root or (self if self.shared else None)
+        return replace(
+            self, name=f"{self.name}.moved", codes=codes, axis=axis, moves=moves, root=root
+        )
+
+    def with_room(self, bias: NDArray[Any], place: str) -> "Weight":
+        """The same with scales on which a bias, in units of the input's scale, fits into 31 bits; one is for the sum.
+
+        Only scales of channels that hardly depend on their inputs grow: 2^30 of their steps are
+        less than the bias.
+        """
+        least = torch.from_numpy(np.abs(bias) / 2**30).float()
+        least = least if self.axis is not None else least.max().reshape(1)
+        raised = torch.where(self.scale.abs() < least, least, self.scale)
+        return (
+            self
+            if raised.equal(self.scale)
+            else replace(self, name=f"{self.name}.{place}", scale=raised)
+        )
+
+    @property
+    def kind(self) -> str:
+        """The type of the integers."""
+        return "uint8" if self.grid.kind == "unsigned" and self.grid.bits == 8 else "int8"
+
+    def integers(self, graph: Graph) -> "ir.Value":
+        """The integers q, as a runtime will hold them."""
+        if self.root is not None:
+            found = self.root.integers(graph)
+            for k, move in enumerate(self.moves, 1):
+                found = move.on(
+                    graph, found, self.name if k == len(self.moves) else f"{self.name}.{k}"
+                )
+            return found
+        if self.make is not None and graph.functions_known:
+            return self._put_together(graph)
+        gain, shift = (2, 1) if self.grid.kind == "half" else (1, 0)
+        codes = (gain * self.codes + shift).numpy()
+        if self.kind == "uint8" or (self.grid.bits == 8 and gain == 1):
+            return graph.constant(self.name, codes.astype(self.kind))
+        short = gain * self.grid.low + shift >= -8 and gain * self.grid.high + shift <= 7
+        if short and (self.grid.bits == 4 or not graph.functions_known):
+            stored = graph.constant(f"{self.name}.int4", codes.astype(np.int8), "INT4")
+            return graph.call("Cast", stored, name=self.name, to=_INT8)
+        if not graph.functions_known:
+            return graph.constant(self.name, codes.astype(self.kind))
+        return _unpacked(graph, self.name, self.grid, self.codes)
+
+    def _put_together(self, graph: Graph) -> "ir.Value":
+        """What the parts make, rounded: constants that a runtime folds at load."""
+        assert self.make is not None
+        assert self.steps is not None
+        names = Names(self.name)
+        made: Expression = self.make(
+            [Expression(graph, w.values(graph), tuple(w.codes.shape), names) for w in self.parts]
+        )
+        wide = [-1 if d == self.grid.axis else 1 for d in range(len(made.shape))]
+        if self.steps.equal(self.scale):
+            steps = graph.call(
+                "Reshape", self.scales(graph), shape_of(graph, tuple(wide)), name=names.next()
+            )
+        else:
+            steps = graph.constant(f"{self.name}.steps", self.steps.view(wide).numpy())
+        rounded = graph.call(
+            "Round", graph.call("Div", made.value, steps, name=names.next()), name=names.next()
+        )
+        ends = [
+            graph.constant(f"end.{end}", np.array(end, np.float32))
+            for end in (self.grid.low, self.grid.high)
+        ]
+        found = graph.call("Clip", rounded, *ends, name=names.next())
+        for move in self.moves:
+            found = move.on(graph, found, names.next())
+        return graph.call("Cast", found, name=self.name, to=_INT8)
+
+    def values(self, graph: Graph, ending: str = "values") -> "ir.Value":
+        """The weight in float by plain arithmetic, which a runtime folds, as it does not a DequantizeLinear."""
+        wide = graph.call("Cast", self.integers(graph), name=f"{self.name}.wide", to=1)
+        shape = [-1 if d == self.axis else 1 for d in range(self.codes.ndim)]
+        if self.root is None and self.make is None:
+            scale = graph.constant(f"{self.name}.scale", self.scale.view(shape).numpy())
+        else:  # the scales are there for another use, too
+            scale = graph.call(
+                "Reshape", self.scales(graph), shape_of(graph, shape), name=f"{self.name}.scales"
+            )
+        return graph.call("Mul", wide, scale, name=f"{self.name}.{ending}")
+
+    def scales(self, graph: Graph) -> "ir.Value":
+        """The scale as a constant, [] or [slices]."""
+        if self.root is not None and self.scale.equal(self.root.scale):
+            return self.root.scales(graph)
+        found = self.scale.numpy()
+        return graph.constant(
+            f"{self.name}.scale", found.reshape(()) if self.axis is None else found
+        )
+
+    def dequantised(self, graph: Graph, spread: int | None = None) -> "ir.Value":
+        """The weight in float, as the output of a DequantizeLinear.
+
+        spread: the axis along which one scale is repeated; onnxruntime fuses a product with floats
+        only with such.
+        """
+        q, scale, axis = self.integers(graph), self.scales(graph), self.axis
+        if spread is not None:
+            sizes = shape_of(graph, (self.codes.shape[spread],))
+            scale, axis = graph.call("Expand", scale, sizes, name=f"{self.name}.scales"), spread
+        shape = () if axis is None else (self.codes.shape[axis],)
+        zero = zeros(graph, shape, self.kind)
+        extra: dict[str, Any] = {} if axis is None else {"axis": axis}
+        return graph.call("DequantizeLinear", q, scale, zero, name=f"{self.name}.float", **extra)
+
+
+def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
+    """A zero point that is zero: onnxruntime finds no kernel for a Gemm without one. Shared by all that fit."""
+    return graph.constant(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
+
+
+def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
+    placeholder = {"half": "h", "unsigned": "u", "ternary": "t"}.get(grid.kind, "")
+    function = f"unpack{grid.bits}{placeholder}"
+    graph.function(function, _unpacking(function, grid))
+    stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
+    return graph.call(
+        function, stored, shape_of(graph, tuple(codes.shape)), name=name, domain=DOMAIN
+    )
+
+
+def _unpacking(name: str, grid: Grid) -> str:
+    """The function `(packed uint8 [bytes], shape) -> int8 [*shape]` of a grid, in ONNX's syntax.
+
+    A byte is split into its digits: of base 2^bits where that divides a byte evenly, of base 3 for
+    ternary codes, else into bits, of which `bits` in a row are a code again.
+    """
+    ternary, even = grid.kind == "ternary", 8 % grid.bits == 0
+    base, each = (3, 5) if ternary else (2**grid.bits, 8 // grid.bits) if even else (2, 8)
+    powers = ",".join(str(base**k) for k in range(each))
+    join = (
+        "codes = Identity(digits)"
+        if ternary or even
+        else f"""
+        width = Constant <value = int64[1] {{{grid.bits}}}> ()
+        used = Mul(count, width)
+        stream = Slice(digits, zero, used)
+        rows = Constant <value = int64[2] {{-1,{grid.bits}}}> ()
+        bits = Reshape(stream, rows)
+        weights = Constant <value = int32[{grid.bits}] {{{",".join(str(2**k) for k in range(grid.bits))}}}> ()
+        weighted = Mul(bits, weights)
+        axis = Constant <value = int64[1] {{1}}> ()
+        codes = ReduceSum <keepdims = 0> (weighted, axis)"""
+    )
+    gain, shift = (2, 2 * grid.low + 1) if grid.kind == "half" else (1, grid.low)
+    return f"""
+    <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+    {name} (packed, shape) => (integers)
+    {{
+        count = ReduceProd <keepdims = 1> (shape)
+        zero = Constant <value = int64[1] {{0}}> ()
+        column = Constant <value = int64[2] {{-1,1}}> ()
+        flat = Constant <value = int64[1] {{-1}}> ()
+        wide = Cast <to = 6> (packed)
+        tall = Reshape(wide, column)
+        powers = Constant <value = int32[{each}] {{{powers}}}> ()
+        base = Constant <value = int32[1] {{{base}}}> ()
+        shifted = Div(tall, powers)
+        cut = Mod(shifted, base)
+        digits = Reshape(cut, flat)
+        {join}
+        wanted = Slice(codes, zero, count)
+        gain = Constant <value = int32[1] {{{gain}}}> ()
+        low = Constant <value = int32[1] {{{shift}}}> ()
+        scaled = Mul(wanted, gain)
+        moved = Add(scaled, low)
+        shaped = Reshape(moved, shape)
+        integers = Cast <to = {_INT8}> (shaped)
+    }}"""

@@ -1,0 +1,257 @@
+"""Where activations are quantised in an exported graph, and with which range.
+
+A runtime has an integer kernel for a node only if everything around the node is quantised: a conv
+needs a quantised output as well as a quantised input, a residual add needs both of its inputs. A
+plan only knows the inputs of its layers. The rest follows from the graph: what a conv makes, and
+what lies between quantised tensors on a way that the runtime can go in integers, is quantised too,
+in 8 unsigned bits, with a range measured on the user's batches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rabbet.export.onnx.graph import Graph, values
+from rabbet.export.onnx.padding import adds_zeros
+from rabbet.export.onnx.placeholders import DOMAIN, is_placeholder, name_of
+from rabbet.model.compressed import ActQuant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# What moves or picks values and changes none: one range serves both sides.
+PASSING = {
+    "DepthToSpace", "Expand", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
+    "Tile", "Transpose", "Unsqueeze",
+}  # fmt: skip
+# What a layer's input may go through between its quantisation and the layer: a border that is not
+# made of zeros.
+BORDER = {"Concat", "Pad", "Slice"}
+# What onnxruntime computes in integers if inputs and output are quantised.
+INTEGER = {"Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid"}
+# What only cuts off: an output that is quantised after it needs no quantisation before it.
+CUTTING = {"Clip", "Relu"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Unsigned integers of `bits` bits around a zero point: `value = scale * (code - zero)`."""
+
+    scale: float
+    zero: int
+    bits: int = 8
+
+    @classmethod
+    def of(cls, act: ActQuant) -> "Range":
+        """The range of a layer's input, as it was calibrated and tuned."""
+        return cls(float(act.scale), int(act.zero), act.grid.bits)
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def union(self, other: "Range") -> "Range":
+        """The range that holds both; both have the same bits."""
+        low = min(-self.zero * self.scale, -other.zero * other.scale)
+        high = max((self.top - self.zero) * self.scale, (other.top - other.zero) * other.scale)
+        scale = (high - low) / self.top
+        return Range(scale, round(-low / scale), self.bits)
+
+    def within(self, floor: float, ceiling: float) -> "Range":
+        """The same without what no value reaches: a runtime then drops the ReLU or the clip before it."""
+        if self.zero and floor >= 0:
+            return Range((self.top - self.zero) * self.scale / self.top, 0, self.bits).within(
+                floor, ceiling
+            )
+        if self.zero or self.scale * self.top <= ceiling:
+            return self
+        return Range(
+            float(np.nextafter(np.float32(ceiling / self.top), np.float32(0))), 0, self.bits
+        )
+
+
+class QDQPlacement:
+    """The quantised values of a marked graph, grouped by the range that they share."""
+
+    def __init__(self, graph: Graph, acts: Mapping[str, Range]) -> None:
+        self.graph, self.acts = graph, acts
+        self.nodes = graph.nodes
+        self.pins: dict[ir.Value, list[ir.Node]] = {}
+        for _, placeholder in graph.placeholders("act"):
+            self.pins.setdefault(_first(placeholder), []).append(placeholder)
+        self._wanted: dict[ir.Value, bool] = {}
+        self.root: dict[ir.Value, ir.Value] = {}
+        self.made: set[ir.Value] = (
+            set()
+        )  # by an integer kernel, so that they exist in integers only
+        for node in self.nodes:
+            self._visit(node)
+
+    @property
+    def open(self) -> "list[ir.Value]":
+        """One value of each group that no layer's plan gives a range to: these must be measured."""
+        pinned = {self._root(v) for v in self.pins}
+        return [v for v in self.root if self._root(v) is v and v not in pinned]
+
+    def insert(self, measured: Mapping[str, Range]) -> None:
+        """Put a quantise-dequantise pair behind every quantised value and take the placeholders away."""
+        ranges = self._ranges(measured)
+        for value in self.root:
+            found = ranges[self._root(value)].within(*_ends(self._root(value)))
+            quantised = self._pair(value, found, str(value.name))
+            for k, placeholder in enumerate(self.pins.get(value, ())):
+                own = self.acts[name_of(placeholder)]
+                # inputs of one tensor that differ in bits are quantised once more, each for itself
+                seen = (
+                    quantised
+                    if own.bits == found.bits
+                    else self._rounded(quantised, own, f"{value.name}.{k}")
+                )
+                self.graph.swap(placeholder.outputs[0], seen)
+                placeholder.graph.remove(placeholder, safe=True)  # type: ignore[union-attr]
+
+    def _visit(self, node: "ir.Node") -> None:
+        """Whether what a node makes is quantised; nodes come in order."""
+        data = [v for v in node.inputs if v is not None and v.const_value is None]
+        if node.domain == DOMAIN:
+            if node.op_type == "act":
+                self._take(_first(node))
+        elif (
+            node.op_type == "Conv"
+            and _bordered(node.inputs[0])
+            and is_placeholder(node.inputs[1], "weight")
+        ):
+            self._make(_settled(node.outputs[0]))
+        elif node.op_type in BORDER and all(map(_bordered, data)):
+            self._make(node.outputs[0], _source(data[0]))
+        elif _passes(node) and data and data[0] in self.root:
+            for out in filter(self._is_wanted, node.outputs):
+                self._make(out, data[0])
+        elif all(v in self.root for v in data):
+            if node.op_type in INTEGER and len(data) == len(node.inputs) and self._pays(node, data):
+                self._make(_settled(node.outputs[0]))
+            elif node.op_type in CUTTING and self._is_wanted(node.outputs[0]):
+                self._make(node.outputs[0])
+
+    def _pays(self, node: "ir.Node", data: "list[ir.Value]") -> bool:
+        """Whether a node should run in integers: on the way to a layer, or where floats would have to be made first."""
+        output = node.outputs[0]
+        inside = all(v in self.made for v in data) and not _settled(output).is_graph_output()
+        return self._is_wanted(output) or inside
+
+    def _make(self, value: "ir.Value", source: "ir.Value | None" = None) -> None:
+        """A value that comes out of an integer kernel; of one that only moves values, on the range of its source."""
+        self.made.add(value)
+        self._take(value)
+        if source is not None:
+            self.root[self._root(value)] = self._root(source)
+
+    def _take(self, value: "ir.Value") -> None:
+        self.root.setdefault(value, value)
+
+    def _root(self, value: "ir.Value") -> "ir.Value":
+        while self.root[value] is not value:
+            value = self.root[value]
+        return value
+
+    def _is_wanted(self, value: "ir.Value") -> bool:
+        """Whether some way onward in integers leads to the input of a layer."""
+        if value not in self._wanted:
+            self._wanted[value] = any(
+                is_placeholder(use.node.outputs[0], "act")
+                or (
+                    (_passes(use.node) or use.node.op_type in INTEGER | CUTTING)
+                    and any(map(self._is_wanted, use.node.outputs))
+                )
+                for use in value.uses()
+            )
+        return self._wanted[value]
+
+    def _ranges(self, measured: Mapping[str, Range]) -> "dict[ir.Value, Range]":
+        """The range of each group: the plan's if a layer reads a member of it, the widest if several do."""
+        found: dict[ir.Value, Range] = {}
+        for value, placeholders in self.pins.items():
+            root = self._root(value)
+            for own in (self.acts[name_of(placeholder)] for placeholder in placeholders):
+                seen = found.get(root)
+                if seen is None or own.bits > seen.bits:
+                    found[root] = own
+                elif own.bits == seen.bits and own != seen:
+                    found[root] = seen.union(own)
+        return found | {v: measured[str(v.name)] for v in self.open}
+
+    def _pair(self, value: "ir.Value", found: Range, name: str) -> "ir.Value":
+        """A pair that all who can read integers read in the place of a value."""
+        known = {use.node for use in value.uses()}
+        result = self._rounded(value, found, name)
+        keep = {
+            *(use.node for use in value.uses() if use.node not in known),
+            *self.pins.get(value, ()),
+        }
+        if (
+            value not in self.made
+        ):  # its float value is there anyway: whoever wants floats goes on reading that
+            keep |= {node for node in known if not any(map(self.root.__contains__, node.outputs))}
+        self.graph.swap(value, result, keep, outputs=value in self.made)
+        return result
+
+    def _rounded(self, value: "ir.Value", found: Range, name: str) -> "ir.Value":
+        graph = self.graph
+        scale = graph.constant(f"{name}.scale", np.array(found.scale, np.float32))
+        zero = graph.constant(f"zero.{found.zero}", np.array(found.zero, np.uint8))
+        codes = graph.call("QuantizeLinear", value, scale, zero, name=f"{name}.codes")
+        if found.bits < 8:
+            ends = (graph.constant(f"zero.{k}", np.array(k, np.uint8)) for k in (0, found.top))
+            codes = graph.call("Clip", codes, *ends, name=f"{name}.cut")
+        return graph.call("DequantizeLinear", codes, scale, zero, name=f"{name}.quantised")
+
+
+def _passes(node: "ir.Node") -> bool:
+    """Whether a node only moves values; padding with zeros does."""
+    return node.op_type in PASSING or adds_zeros(node)
+
+
+def _bordered(value: "ir.Value | None") -> bool:
+    """Whether a value is a quantised input of a layer, with or without a border."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type in BORDER:
+        return all(_bordered(v) for v in node.inputs if v is not None and v.const_value is None)
+    return is_placeholder(value, "act")
+
+
+def _source(value: "ir.Value") -> "ir.Value":
+    """What a bordered value was before it was marked."""
+    node = value.producer()
+    assert node is not None
+    return _first(node) if is_placeholder(value, "act") else _source(_first(node))
+
+
+def _first(node: "ir.Node") -> "ir.Value":
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _settled(value: "ir.Value") -> "ir.Value":
+    """Behind a cut that is the only user of a value."""
+    uses = list(value.uses())
+    if len(uses) == 1 and uses[0].node.op_type in CUTTING and not value.is_graph_output():
+        return _settled(uses[0].node.outputs[0])
+    return value
+
+
+def _ends(value: "ir.Value") -> tuple[float, float]:
+    """What a value never goes below and never above, if it comes from a ReLU or a clip."""
+    node = value.producer()
+    if node is None or node.op_type not in CUTTING:
+        return -np.inf, np.inf
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    low, high = [*node.inputs, None, None][1:3]
+    return (
+        -np.inf if low is None or low.const_value is None else float(values(low)),
+        np.inf if high is None or high.const_value is None else float(values(high)),
+    )

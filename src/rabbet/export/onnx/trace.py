@@ -1,0 +1,100 @@
+"""A compressed network as an ONNX graph in which every weight and every input range is still a placeholder.
+
+Marks are nodes that no optimiser can fold: what stands for a weight of any form, or for the place
+where an input is quantised, is found again by its name, however the exporter has moved or
+transposed it.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rabbet.data.batches import suited, tensors
+from rabbet.data.task import Task
+from rabbet.errors import ModelError
+from rabbet.export.onnx.graph import OPSET, Graph
+from rabbet.export.onnx.padding import absorb_borders
+from rabbet.export.onnx.placeholders import DOMAIN
+from rabbet.export.signature import Flat, axes, input_names, output_names, quiet, reason, two
+from rabbet.model.compressed import ActQuant, Factor, compressed_layers
+
+
+def trace(
+    model: nn.Module, task: Task, opset: int = OPSET
+) -> tuple[Graph, dict[str, Factor], dict[str, ActQuant]]:
+    """The graph, and what its placeholders `weight` and `act` stand for, by name.
+
+    The batch axis is dynamic, and so is every axis in which the user's batches differ. Raises
+    ModelError if torch's exporter cannot follow the network.
+    """
+    marked = copy.deepcopy(model)
+    weights: dict[str, Factor] = {}
+    acts: dict[str, ActQuant] = {}
+    for name, layer in compressed_layers(marked).items():
+        for t, term in enumerate(layer.factors):
+            for f, factor in enumerate(term):
+                key = f"{name}.{t}.{f}".lstrip(".")
+                weights[key] = factor
+                cast(nn.ModuleList, layer.terms[t])[f] = _Weight(key, factor)
+        for k, act in enumerate(layer.quantisers):
+            key = f"{name}.in.{k}".lstrip(".")
+            acts[key] = act
+            layer.acts[k] = _Act(key, act.grid.bits)
+    batch = suited(two(task.read()[0]), model)
+    flat = Flat(marked, task, batch)
+    names = input_names(model, task, batch)
+    with torch.no_grad():
+        outs = output_names(task.run(model, batch))
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                flat,
+                tuple(t.clone() for t in tensors(batch)),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=names,
+                output_names=outs,
+                dynamic_shapes=(tuple(axes(task, batch)),),
+            )
+    except Exception as e:  # the exporter runs the user's code: anything may come
+        raise ModelError(f"torch cannot export this network to ONNX: {reason(e)}") from e
+    assert program is not None
+    graph = Graph(program.model)
+    absorb_borders(graph)
+    return graph, weights, acts
+
+
+class _Weight(Factor):
+    def __init__(self, name: str, factor: Factor) -> None:
+        super().__init__(factor.numbers)
+        self.name = name
+
+    def forward(self) -> Tensor:
+        found: dict[str, Any] = {"name": self.name}
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::weight",
+            (),
+            attrs=found,
+            dtype=torch.float32,
+            shape=tuple(self.codes.shape),
+            version=1,
+        )
+
+    def rows(self, places: Tensor) -> Tensor:
+        return F.embedding(places, self())
+
+
+class _Act(ActQuant):
+    def __init__(self, name: str, bits: int) -> None:
+        super().__init__(bits)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: dict[str, Any] = {"name": self.name}
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::act", (x,), attrs=found, dtype=x.dtype, shape=x.shape, version=1
+        )

@@ -1,0 +1,150 @@
+"""Every weight of a marked graph is written as packed integers, every bias beside one as 32-bit integers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rabbet.export.onnx.graph import WHOLE, Graph, values
+from rabbet.export.onnx.packed import Move, Weight, zeros
+from rabbet.export.onnx.placeholders import MOVING
+from rabbet.model.compressed import Factor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]:
+    """Replace every weight placeholder by packed integers, and the biases beside them by 32-bit integers.
+
+    Returns the factor that each constant was made of, by the constant's name; tables apart, which
+    nothing multiplies.
+    """
+    written: dict[str, str] = {}
+    placeholders = list(graph.placeholders("weight"))
+    tables = {
+        name
+        for name, placeholder in placeholders
+        if any(_looks_up(use.node, use.idx) for use in placeholder.outputs[0].uses())
+    }
+    for name, placeholder in placeholders:
+        for weight in _write_weight(
+            graph, Weight.of(name, factors[name], name in tables), placeholder.outputs[0]
+        ):
+            written[weight.name] = name
+    return written
+
+
+def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[Weight]:
+    for use in list(place.uses()):
+        node = use.node
+        move = _move(node)
+        if move is not None:
+            yield from _write_weight(graph, weight.moved(move), node.outputs[0])
+        elif _looks_up(node, use.idx):
+            _write_table(graph, weight, node)
+        elif _in_float(node, use.idx, weight):
+            found = weight.values(graph, WHOLE)
+            node.replace_input_with(use.idx, found)
+            yield replace(weight, name=str(found.name))
+        else:
+            unit = _unit(node) if node.op_type in ("Conv", "Gemm") and use.idx == 1 else None
+            if unit is not None and (bias := _bias(node)) is not None:
+                weight = weight.with_room(bias / float(values(unit)), str(node.name))
+                _write_bias(graph, weight, node, bias, unit)
+            alone = (
+                weight.axis is None
+                and node.op_type == "MatMul"
+                and use.idx == 1
+                and _unit(node) is None
+            )
+            node.replace_input_with(use.idx, weight.dequantised(graph, 1 if alone else None))
+            yield weight
+
+
+def _looks_up(node: "ir.Node", place: int) -> bool:
+    """Whether a node takes rows out of what is at a place of its inputs."""
+    return node.op_type == "Gather" and place == 0
+
+
+def _in_float(node: "ir.Node", place: int, weight: Weight) -> bool:
+    """Whether a weight at a place of a node's inputs is best put into float when the file is loaded.
+
+    Runtimes take the scales of what they multiply with to be those of the outputs, wherever they
+    lie. Of what meets floats, onnxruntime fuses the MatMul; anything else would dequantise its
+    weight in every run.
+    """
+    if weight.axis is not None and weight.axis != _outputs(node, place, weight.axis):
+        return True
+    return place == 1 and _unit(node) is None and node.op_type != "MatMul"
+
+
+def _outputs(node: "ir.Node", place: int, usual: int) -> int:
+    """The axis of a weight, at this place of a node's inputs, that the outputs lie on; the usual one of other nodes."""
+    if node.op_type == "Gemm":
+        flipped = node.attributes.get("transB")
+        return 0 if flipped is not None and flipped.as_int() else 1
+    return {"Conv": 0, "MatMul": place}.get(node.op_type, usual)
+
+
+def _move(node: "ir.Node") -> Move | None:
+    """What a node does to a weight that it only gives another layout."""
+    if node.op_type not in MOVING:
+        return None
+    if node.op_type == "Transpose":
+        return Move("Transpose", tuple(node.attributes["perm"].as_ints()))
+    shape = node.outputs[0].shape
+    assert shape is not None  # a weight's shape is a constant
+    return Move("Reshape", tuple(int(n) for n in shape))  # type: ignore[arg-type]
+
+
+def _unit(node: "ir.Node") -> "ir.Value | None":
+    """The scale of a node's input, if that is quantised."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return source.inputs[1] if source is not None and source.op_type == "DequantizeLinear" else None
+
+
+def _bias(node: "ir.Node") -> NDArray[Any] | None:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return None if bias is None or bias.const_value is None else values(bias)
+
+
+def _write_bias(
+    graph: Graph, weight: Weight, node: "ir.Node", bias: NDArray[Any], unit: "ir.Value"
+) -> None:
+    """A bias as int32, on the product of the scales of weight and input as integer kernels want it."""
+    real = weight.scale.numpy().astype(np.float64) * float(values(unit))
+    shape = () if weight.axis is None else real.shape
+    codes = np.round(bias / real)
+    axis: dict[str, Any] = {} if weight.axis is None else {"axis": 0}
+    product = graph.call("Mul", weight.scales(graph), unit, name=f"{node.name}.unit")
+    parts = (
+        graph.constant(f"{node.name}.bias", codes.astype(np.int32)),
+        product,
+        zeros(graph, shape, "int32"),
+    )
+    node.replace_input_with(
+        2, graph.call("DequantizeLinear", *parts, name=f"{node.name}.bias.float", **axis)
+    )
+
+
+def _write_table(graph: Graph, weight: Weight, node: "ir.Node") -> None:
+    """An embedding: rows of integers are looked up, and only those are put into float."""
+    index = node.inputs[1]
+    assert index is not None
+    rows = graph.call("Gather", weight.integers(graph), index, name=f"{node.name}.rows", axis=0)
+    scale = weight.scales(graph)
+    if weight.axis == 0:
+        # a constant of its own: onnxruntime does not fuse a classifier whose scales are read
+        # elsewhere, too
+        each = graph.call(
+            "Unsqueeze",
+            scale,
+            graph.constant("axis.last", np.array([-1])),
+            name=f"{node.name}.scales",
+        )
+        scale = graph.call("Gather", each, index, name=f"{node.name}.scale", axis=0)
+    wide = graph.call("Cast", rows, name=f"{node.name}.wide", to=1)
+    graph.swap(node.outputs[0], graph.call("Mul", wide, scale, name=f"{node.name}.values"))

@@ -1,0 +1,161 @@
+"""The ONNX file: weights at their bits on disk, integer kernels at work; measured and compared before it is written."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rabbet.calibrate.ranges import Sample
+from rabbet.data.batches import examples, tensors
+from rabbet.data.task import Task
+from rabbet.export.base import Parcel, Written, write_beside
+from rabbet.export.onnx.compare import compare, compare_plain
+from rabbet.export.onnx.graph import OPSET, Graph
+from rabbet.export.onnx.merge import merged
+from rabbet.export.onnx.qdq import QDQPlacement, Range
+from rabbet.export.onnx.trace import trace
+from rabbet.export.onnx.weights import write_weights
+from rabbet.grids.grid import Grid
+from rabbet.model.compressed import Factor, compressed_layers
+from rabbet.runtime.session import KERNELS, Session, kernels, require_onnx
+
+EXAMPLES = 256  # of the user's, that ranges are measured on
+CHUNK = 8  # examples at a time: every quantised tensor of theirs is held at once
+VALUES = 2**16  # sampled of each tensor
+
+
+def write_onnx(parcel: Parcel, path: Path) -> Written:
+    """Write a file for onnxruntime; notes name the layers that do not run on an integer kernel there, and why.
+
+    Raises FileError if the packages are missing; ModelError if torch cannot export the network, or
+    if the file's output is not the network's, naming the value where they part.
+    """
+    return _write(parcel, path, functions=True)
+
+
+def write_openvino(parcel: Parcel, path: Path) -> Written:
+    """The same for OpenVINO, which knows no functions in a file: weights take 4 bits where they fit, else 8."""
+    return _write(parcel, path, functions=False)
+
+
+def write_float(model: nn.Module, task: Task, path: Path, opset: int = OPSET) -> Written:
+    """Write a float network as it is, as the measure of what an export gains. Raises as `write_onnx` does.
+
+    opset: an older one for tools that do not know the newest.
+    """
+    require_onnx()
+    return Written(write_beside(path, [float_content(model, task, opset)]))
+
+
+def float_content(model: nn.Module, task: Task, opset: int = OPSET) -> bytes:
+    """A float network as the bytes of a file."""
+    return trace(model, task, opset)[0].bytes()
+
+
+def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
+    require_onnx()
+    parcel = replace(parcel, model=merged(parcel.model))
+    made = assemble(parcel.model, parcel.task, functions)
+    compare_plain(made.plain, parcel.model, parcel.task)
+    compare(made.content, made.plain, parcel.model, parcel.task)
+    short = Graph.read(made.content)
+    short.shorten()
+    content = short.bytes()
+    Session(content)  # opens
+    return Written(write_beside(path, [content]), _floats(made.content, parcel, made.written))
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A compressed network as bytes, the same in float, and the factor that each constant was made of."""
+
+    content: bytes
+    plain: bytes
+    written: dict[str, str]
+
+
+def assemble(model: nn.Module, task: Task, functions: bool = True) -> Assembled:
+    """Trace, measure, quantise; nothing is compared yet."""
+    graph, factors, acts = trace(merged(model), task)
+    graph.functions_known = functions
+    plain = _plain(graph, factors)
+    placement = QDQPlacement(graph, {name: Range.of(act) for name, act in acts.items()})
+    placement.insert(_measure(plain, [str(v.name) for v in placement.open], task))
+    written = write_weights(graph, factors)
+    return Assembled(graph.bytes(), plain, written)
+
+
+def assemble_alone(layer: nn.Module, task: Task) -> bytes:
+    """One layer as it runs amid others: where it is quantised, integers go in, and out of a conv."""
+    graph, factors, acts = trace(merged(layer), task)
+    placement = QDQPlacement(graph, {name: Range.of(act) for name, act in acts.items()})
+    placement.insert({str(v.name): Range(0.05, 128) for v in placement.open})
+    write_weights(graph, factors)
+    graph.strip()
+    return graph.bytes()
+
+
+def _plain(graph: Graph, factors: Mapping[str, Factor]) -> bytes:
+    """The network in float: dequantised weights, nothing rounded on the way."""
+    graph = graph.copy()
+    for name, placeholder in list(graph.placeholders("weight")):
+        graph.swap(
+            placeholder.outputs[0], graph.constant(name, factors[name]().detach().cpu().numpy())
+        )
+    for _, placeholder in list(graph.placeholders("act")):
+        source = placeholder.inputs[0]
+        assert source is not None
+        graph.swap(placeholder.outputs[0], source)
+    return graph.bytes()
+
+
+def _measure(plain: bytes, names: Sequence[str], task: Task) -> dict[str, Range]:
+    """Ranges of least squared error for the given values of the float graph."""
+    if not names:
+        return {}
+    graph = Graph.read(plain)
+    graph.expose([v for v in graph.all_values() if v.name in set(names)])
+    session = Session(graph.bytes())
+    chunks = list(itertools.islice(_chunks(task), EXAMPLES // CHUNK))
+    generator = torch.Generator().manual_seed(0)
+    samples = {name: Sample(-(-VALUES // len(chunks)), generator) for name in names}
+    for chunk in chunks:
+        for name, array in zip(names, session.run(session.feed(chunk), names), strict=True):
+            samples[name](torch.from_numpy(array))
+    grid = Grid(8, "unsigned")
+    found = {name: sample.range(grid) for name, sample in samples.items()}
+    return {name: Range(float(scale), int(zero)) for name, (scale, zero) in found.items()}
+
+
+def _chunks(task: Task) -> Any:
+    """The user's batches, a few examples at a time."""
+    for batch in task.read():
+        parts, size = (
+            [t.float() if t.is_floating_point() else t for t in tensors(batch)],
+            examples(batch),
+        )
+        for start in range(0, size, CHUNK):
+            yield [t[start : start + CHUNK] if t.ndim and len(t) == size else t for t in parts]
+
+
+def _floats(content: bytes, parcel: Parcel, written: Mapping[str, str]) -> tuple[str, ...]:
+    """The layers that do not run on an integer kernel, and why."""
+    found = kernels(content)
+    layers = compressed_layers(parcel.model)
+    notes = []
+    for weight, name in written.items():
+        # onnxruntime names what it transposes itself
+        kernel = found.get(weight, found.get(f"{weight}_T", "unknown kernel"))
+        if kernel not in KERNELS:
+            layer = layers[name.rpartition(".")[0].rpartition(".")[0]]
+            why = (
+                "onnxruntime has no integer kernel for it here"
+                if layer.quantisers
+                else "its plan has no act"
+            )
+            notes.append(f"{layer.site.name or 'the network'} runs in float ({kernel}): {why}")
+    return tuple(dict.fromkeys(notes))

@@ -1,0 +1,106 @@
+"""How a network is called while torch's exporters look at it: example, dynamic axes, names."""
+
+import contextlib
+import inspect
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.data.batches import Batch, examples, first_examples, join, replaced, tensors
+from rabbet.data.task import Task, call
+
+
+class Flat(nn.Module):
+    """The user's forward, given the tensors of a batch one by one and giving those of the answer."""
+
+    def __init__(self, model: nn.Module, task: Task, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.task, self.batch = model, task, batch
+
+    def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the answer."""
+        given = iter(parts)
+        return tuple(
+            tensors(self.task.forward(self.model, replaced(self.batch, lambda _: next(given))))
+        )
+
+
+def two(batch: Batch) -> Batch:
+    """Two examples: with one, the exporter would take the batch axis for a constant."""
+    return first_examples(batch if examples(batch) > 1 else join([batch, batch]), 2)
+
+
+def axes(task: Task, batch: Batch) -> Iterator[dict[int, Any]]:
+    """The dynamic axes of each tensor of a batch."""
+    size = examples(batch)
+    shapes = [[t.shape for t in tensors(b)] for b in task.read()]
+    for k, tensor in enumerate(tensors(batch)):
+        same = [s[k] for s in shapes if len(s) > k and len(s[k]) == tensor.ndim]
+        differing = {d for d in range(1, tensor.ndim) if len({s[d] for s in same}) > 1}
+        batched = {0} if tensor.ndim and len(tensor) == size else set()
+        yield dict.fromkeys(sorted(batched | differing), torch.export.Dim.DYNAMIC)
+
+
+def input_names(model: nn.Module, task: Task, batch: Batch) -> list[str]:
+    """The names of a batch's tensors: keys of a mapping, parameters of the forward, or just numbers."""
+    parts: list[tuple[str, Any]] = []
+    if isinstance(batch, Mapping):
+        parts = [(str(k), v) for k, v in batch.items()]
+    elif task.forward is call:
+        names = [
+            p.name
+            for p in inspect.signature(model.forward).parameters.values()
+            if p.kind != p.VAR_POSITIONAL
+        ]
+        given = batch if isinstance(batch, tuple | list) else (batch,)
+        parts = list(zip(names, given, strict=False))
+    named = [name for name, v in parts if isinstance(v, Tensor)]
+    count = len(tensors(batch))
+    return named if len(named) == count else [f"input_{k}" for k in range(count)]
+
+
+def output_names(value: Any) -> list[str]:
+    """The names of an answer's tensors."""
+    count = len(tensors(value))
+    if isinstance(value, dict) and len(value) == count:
+        return [str(k) for k in value]
+    return ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter talks of its own affairs: packages that it misses, values that it could not fold."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+FIXED = ("inferred a static shape", "specialized it to be a constant")
+"""What torch's exporters say of a network for which an axis that varies is one number."""
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of the innermost cause, the exporter wraps an error into pages; and what to do, if known."""
+    chain = list(itertools.takewhile(lambda e: e is not None, _causes(error)))
+    text = " ".join(str(chain[-1]).split())
+    fixed = ". Where the network makes a number of a size that varies, write x.shape[0], not len(x) or int(x.shape[0])"
+    return (text[:300] or type(chain[-1]).__name__) + (
+        fixed if any(said in text for said in FIXED) else ""
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,1 @@
+"""Numbers on few bits: grids, and how their codes are packed."""

@@ -1,0 +1,1 @@
+"""The kinds of layer whose weights can be compressed."""

@@ -1,0 +1,353 @@
+"""Training at widths that stay, and training while gates move the widths.
+
+A state is remembered only after its cost was counted in whole numbers, so the budget holds whatever
+the training does.
+"""
+
+import itertools
+import math
+import statistics
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.calibrate.ranges import range_ends
+from rabbet.choose.program import Option, allocate
+from rabbet.core.budget import Budget
+from rabbet.core.cost import Cost
+from rabbet.core.plan import LayerPlan, Plan
+from rabbet.data.augment import Pool, hold_back
+from rabbet.data.batches import outputs, tensors
+from rabbet.errors import DataError
+from rabbet.layers.site import Site
+from rabbet.methods.cgmq.gates import Gates, Gating
+from rabbet.methods.cgmq.probe import measure_sensitivity
+from rabbet.methods.cgmq.seat import WIDEST, seated, widest
+from rabbet.methods.cgmq.settings import Settings
+from rabbet.model.build import build
+from rabbet.model.compressed import compressed_layers
+from rabbet.train.loop import Course, average, run, shared
+from rabbet.train.losses import block_names, divergence, taught
+from rabbet.workpiece import Workpiece
+
+HELD = 0.1  # share of the examples that choose between epochs and are not trained on
+GOALS = 2**26  # entries that the float network's answers to held-back examples may take, to be kept
+RATE = 1e-2  # of Adam where gates move
+# of Adam by the root of the divergence where solved layers start; chosen in docs/architecture.md
+NEAR = 0.02
+# held-back examples that tell how much a level is worth; with 128 plans come out a tenth worse
+PROBE = 500
+
+
+def is_image(place: int, site: Site) -> bool:
+    """Whether a layer's input is the network's own; indices, which a table has, are no numbers to be rounded."""
+    return place == 0 and site.kind != "embedding"
+
+
+def cache_key(piece: Workpiece, method: Settings, plan: str) -> str:
+    """Where the weights that a search ended with are kept, for the fit that follows."""
+    weights = {s.name: piece.weight(s) for s in piece.survey}
+    return piece.key("cgmq", weights, {"method": method, "plan": plan})
+
+
+class FixedWidths(Course):
+    """Training at widths that stay: the seats, the batches, the loss, and the best state by held-back examples."""
+
+    def __init__(
+        self, method: Settings, piece: Workpiece, lines: list[LayerPlan], epochs: int
+    ) -> None:
+        self.method, self.piece = method, piece
+        self.blocks = block_names(piece.survey)
+        kept, held = hold_back(piece.task.read(), HELD)
+        if not kept:
+            raise DataError("training needs at least two examples, one of them to be held back")
+        self.pool, self.held = Pool.of(kept), held
+        self.epoch = method.steps or self.pool.draws(method.batch)
+        self.steps = epochs * self.epoch
+        student = build(piece.model, Plan(tuple(widest(line) for line in lines)), piece.survey)
+        weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
+        widths = {
+            WIDEST,
+            *(b for b in method.widths if b < WIDEST),
+            *(x.act for x in lines if x.act is not None),
+        }
+        self.student, seats = seated(
+            student, weights, range_ends(student, piece.task, widths, piece.seed)
+        )
+        self.seats = {
+            line.name: seats[line.name] for line in lines
+        }  # in the order of the lines: that of running
+        for line in lines:
+            self.seats[line.name].two = method.two
+            self.seats[line.name].take(line)
+        sizes = [pair for seat in self.seats.values() for pair in seat.sizes()]
+        self.groups = [{"params": [p], "base": size} for p, size in sizes]
+        self.pace = RATE if method.rate is None else method.rate
+        self.goals: dict[int, list[Tensor]] = {}
+        self.best: dict[str, Tensor] = {}
+        self.least = torch.tensor(math.inf)
+        self.now = math.nan
+
+    def rate(self, step: int) -> float:
+        """See `Course.rate`."""
+        return self.pace * super().rate(step)
+
+    def loss(self, step: int) -> Tensor:
+        """See `Course.loss`."""
+        task = self.piece.task
+        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
+        batch = shared(
+            self.pool.draw(
+                self.method.batch, generator, augment=self.method.augment and task.loss is None
+            )
+        )
+        if task.loss is None:
+            found = taught(
+                self.student, self.piece.model, task, batch, self.blocks, self.method.features
+            )
+        else:
+            found = task.judge(self.student, task.run(self.student, batch), batch)
+        if not torch.isfinite(found):
+            raise DataError(
+                f"the loss of step {step + 1} is not finite; a smaller rate may help, or check the batches"
+            )
+        self.now = float(found.detach())
+        return found
+
+    def _on_held(self, place: int, labels: bool = True) -> Tensor:
+        """The loss of a held-back batch; without labels what it is apart from the float network, that is asked once."""
+        task, batch = self.piece.task, self.held[place]
+        found = task.run(self.student, batch)
+        if labels and task.loss is not None:
+            return task.judge(self.student, found, batch)
+        goal = (
+            self.goals[place] if place in self.goals else outputs(task.run(self.piece.model, batch))
+        )
+        if sum(t.numel() for t in goal) * len(self.held) <= GOALS:
+            self.goals[place] = goal
+        return divergence(outputs(found), goal)
+
+    def judged(self, limit: float = math.inf, labels: bool = True) -> float:
+        """Mean loss of held-back batches, the first of them up to a limit; or how far they are from float."""
+        total, seen = [], 0
+        with torch.no_grad():
+            for place, batch in enumerate(self.held):
+                total.append(self._on_held(place, labels))
+                seen += len(tensors(batch)[0])
+                if seen >= limit:
+                    break
+        mean = float(torch.stack(total).mean())
+        if not math.isfinite(mean):
+            raise DataError(
+                "the loss of held-back examples is not finite; check the batches and the loss"
+            )
+        return mean
+
+    def weights(self) -> dict[str, Tensor]:
+        """The numbers of all seats."""
+        return {
+            f"{n}/{k}": p.detach().clone()
+            for n, s in self.seats.items()
+            for k, p in s.named_parameters()
+        }
+
+    def take(self, kept: dict[str, Tensor]) -> None:
+        """The inverse of `weights`."""
+        with torch.no_grad():
+            for name, seat in self.seats.items():
+                for part, p in seat.named_parameters():
+                    p.copy_(kept[f"{name}/{part}"])
+
+    def remember(self) -> float:
+        """Keep the state if it is the best so far; its held-back loss."""
+        found = self.judged()
+        if found < float(self.least):
+            self.least, self.best = torch.tensor(found), self.weights()
+        return found
+
+    def train_fixed(self, piece: Workpiece) -> tuple[float, float]:
+        """Train to the end and go back to the best epoch; the held-back losses before and after."""
+        self.remember()
+        before = float(self.least)
+        if self.steps:
+            widths = [(s.two, s.bits, s.act) for s in self.seats.values()]
+            key = piece.key("cgmq train", self.weights(), {"method": self.method, "widths": widths})
+            run(self, piece.jobs, key, "training", self.epoch)
+        self.take(self.best)
+        return before, float(self.least)
+
+    def stepped(self, step: int) -> None:
+        """See `Course.stepped`."""
+        if (step + 1) % self.epoch == 0:
+            self.remember()
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Course.state`."""
+        return {"least": self.least} | {f"best.{k}": v for k, v in self.best.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """See `Course.restore`."""
+        self.least = state["least"]
+        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+
+    def network(self, piece: Workpiece, plan: Plan) -> nn.Module:
+        """The network as it is handed out."""
+        numbers = {name: seat.numbers(plan[name]) for name, seat in self.seats.items()}
+        found = build(piece.model, plan, piece.survey, numbers)
+        for name, layer in compressed_layers(found).items():
+            self.seats[name].hand_over(layer)
+        return found
+
+
+class MovingGates(FixedWidths):
+    """The same with gates that move."""
+
+    def __init__(
+        self, method: Settings, piece: Workpiece, lines: list[LayerPlan], budget: Budget
+    ) -> None:
+        super().__init__(method, piece, lines, 2 * method.epochs)
+        for k, seat in enumerate(self.seats.values()):
+            seat.bits = [method.widths[-1]] * seat.gated(method.granularity == "channel")
+            if seat.high is not None and not (
+                isinstance(method.image, int) and is_image(k, seat.site)
+            ):
+                seat.act = method.widths[-1]
+            else:
+                seat.fixed = seat.act
+            seat.watched = method.direction < 3
+        whole = piece.float_cost
+        rest = piece.cost(Plan(tuple(lines)))
+        own = sum(piece.layer_cost(piece.survey[x.name], x).bytes for x in lines)
+        fixed = replace(Cost(), bytes=rest.bytes - own)
+        self.gates = Gates(list(self.seats.values()), method.widths, budget, whole, fixed)
+        self.budget = budget
+        self.over = True
+        self.levels: list[int] = []
+        self.seen: list[
+            Tensor
+        ] = []  # after each epoch: gates, widths, share of the budget, held-back loss
+
+    def rate(self, step: int) -> float:
+        """See `Course.rate`."""
+        return self.pace * min(1.0, (step + 1) / 10)
+
+    @property
+    def plan(self) -> Plan:
+        """The widths as a plan."""
+        return Plan(tuple(seat.line() for seat in self.seats.values()))
+
+    def train(self, piece: Workpiece) -> Gating:
+        """Train to the end, and go back to the best state that kept the budget."""
+        if self.method.direction == 3 or self.method.start == "program":
+            measure_sensitivity(
+                piece, self.gates, self.weights(), lambda: self.judged(PROBE, labels=False)
+            )
+        if self.method.start == "program":
+            self.gates.move_to(self._allocated())
+        key = piece.key(
+            "cgmq gates", self.weights(), {"method": self.method, "budget": str(self.budget)}
+        )
+        run(self, piece.jobs, key, "training with gates", self.epoch)
+        if not self.seen:  # no epoch: the start, landed
+            self.land()
+            self.remember()
+        self.take(self.best)
+        self.gates.set_levels(self.levels)
+        count = len(self.gates)
+        seen = torch.stack(self.seen)
+        return Gating(
+            self.plan,
+            self.gates.names,
+            seen[:, :count],
+            seen[:, count:-2],
+            seen[:, -2],
+            seen[:, -1],
+        )
+
+    @property
+    def detail(self) -> str:
+        """See `Course.detail`."""
+        gates = self.gates
+        weights = " ".join(f"{statistics.mean(s.bits):.3g}" for s in gates.seats)
+        inputs = " ".join(str(s.seat.act) for s in gates.spans if s.inner)
+        share = 100 * (1 + gates.excess())
+        return (
+            f"loss {self.now:.3g}, {share:.0f} % of the budget, weights {weights}, inputs {inputs}"
+        )
+
+    def stepped(self, step: int) -> None:
+        """See `Course.stepped`."""
+        epoch, place = divmod(step, self.epoch)
+        moving = epoch % 2 == 0 or self.method.updates == "continuous"
+        if moving:
+            if place == 0:
+                self.over = self.gates.excess() > 0
+            self.gates.measured()
+            average([self.gates.slopes])
+            self.gates.move(self.method.direction, self.method.gates / self.epoch, self.over)
+            self.gates.follow()
+        if place + 1 < self.epoch:
+            return
+        if moving:
+            self.land()
+        self.remember()
+
+    def land(self) -> None:
+        """Bring the widths under the budget, counted on the whole file."""
+        self.gates.land(self.method.direction)
+        whole, fixed = self.piece.float_cost, self.gates.fixed
+        while any(
+            limit.broken_by(self.piece.cost(self.plan), whole) for limit in self.budget.limits
+        ):
+            self.gates.fixed = replace(
+                self.gates.fixed, bytes=self.gates.fixed.bytes + 64
+            )  # the header is padded
+            self.gates.land(self.method.direction)
+        self.gates.fixed = fixed
+
+    def _allocated(self) -> list[int]:
+        """The levels of least rise of the loss under the budget, weight and input of a layer chosen together."""
+        harms = self.gates.harms()
+        table, scores = list[list[Option]](), list[list[float]]()
+        for site in self.piece.survey:
+            seat, weight, given = self.seats[site.name], *harms[site.name]
+            pairs = list(itertools.product(weight, given))
+            lines = [seat.line([bits], act) for bits, act in pairs]
+            table.append([Option(line, self.piece.layer_cost(site, line)) for line in lines])
+            scores.append([weight[bits] + given[act] for bits, act in pairs])
+        found = allocate(scores, table, self.budget, self.piece.float_cost, self.piece.cost)
+        return self.gates.levels_of(found)
+
+    def remember(self) -> float:
+        """See `FixedWidths.remember`."""
+        least = float(self.least)
+        found = super().remember()
+        if float(self.least) < least:
+            self.levels = self.gates.levels
+        gates = self.gates
+        bits = [float(gates.widths[k]) for k in gates.levels]
+        self.seen.append(
+            torch.tensor(
+                [*gates.values.tolist(), *bits, 1 + gates.excess(), found], dtype=torch.float64
+            )
+        )
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Course.state`."""
+        kept = super().state() | {f"gates.{k}": v for k, v in self.gates.state().items()}
+        kept |= {"seen": torch.stack(self.seen)} if self.seen else {}
+        return kept | {
+            "over": torch.tensor(self.over),
+            "levels": torch.tensor(self.levels, dtype=torch.long),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """See `Course.restore`."""
+        super().restore(state)
+        self.gates.restore(
+            {k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")}
+        )
+        self.over, self.levels = bool(state["over"]), state["levels"].tolist()
+        self.seen = list(state["seen"]) if "seen" in state else []

@@ -1,0 +1,99 @@
+"""CGMQ: bit-widths of weights and inputs that train themselves under a constraint (arXiv 2409.20138).
+
+Epochs in which gates move alternate with epochs in which they rest; weights, biases and ranges
+train in both. A state is handed on only after its cost was counted in whole numbers, so the budget
+holds whatever the training does. Where the integer program puts the gates, from what each width
+does to the output, they need not move (docs/architecture.md).
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from rabbet.choose.program import Option, require_feasible
+from rabbet.core.budget import Budget
+from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.errors import BudgetError, PlanError
+from rabbet.grids.grid import Grid
+from rabbet.layers.site import Site
+from rabbet.methods.base import Fitted
+from rabbet.methods.cgmq.course import NEAR, PROBE, FixedWidths, MovingGates, cache_key, is_image
+from rabbet.methods.cgmq.gates import Gating
+from rabbet.methods.cgmq.seat import WIDEST, seatable
+from rabbet.methods.cgmq.settings import Settings
+from rabbet.model.build import validate
+from rabbet.model.compressed import compressed_layers
+from rabbet.reconstruct.network import solved
+from rabbet.workpiece import Workpiece
+
+
+@dataclass(frozen=True)
+class CGMQ(Settings):
+    """Gates under a budget, usually `bops`; its fields are those of `Settings`."""
+
+    def plan(self, piece: Workpiece, budget: Budget) -> Plan:
+        """Train with gates; the plan of the best state met that keeps the budget. See `Method.plan`."""
+        return self.search(piece, budget).plan
+
+    def search(self, piece: Workpiece, budget: Budget) -> Gating:
+        """The same, with what was seen on the way; `rabbet.report.draw_gates` draws it."""
+        lines = [self._line(k, site) for k, site in enumerate(piece.survey)]
+        if self.granularity == "channel" and any(
+            limit.metric == "latency" for limit in budget.limits
+        ):
+            raise BudgetError(
+                "outputs of several widths run apart, and take longer: a latency needs gates of layers"
+            )
+        self._require(piece, budget, lines)
+        course = MovingGates(self, piece, lines, budget)
+        found = course.train(piece)
+        if self.epochs:
+            piece.jobs.keep(cache_key(piece, self, found.plan.compact), course.weights())
+        return found
+
+    def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
+        """Train at the plan's widths, from where gates that moved ended with it, else solved in order; see `Method`."""
+        validate(plan, piece.survey)
+        other = next((x for x in plan if not seatable(piece.survey[x.name], x)), None)
+        if other is not None:
+            raise PlanError(
+                f"CGMQ trains dense weights, every output on one signed grid; {other} is not one"
+            )
+        course = FixedWidths(
+            self, piece, [plan[s.name] for s in piece.survey if plan.get(s.name)], self.finish
+        )
+        kept = piece.jobs.kept(cache_key(piece, self, plan.compact))
+        if kept is not None:
+            course.take(kept)
+        else:
+            for name, layer in compressed_layers(solved(piece, plan)).items():
+                course.seats[name].adopt(layer)
+            if self.rate is None:
+                course.pace = NEAR * math.sqrt(max(0.0, course.judged(PROBE, labels=False)))
+        before, after = course.train_fixed(piece)
+        return Fitted(course.network(piece, plan), (f"trained {course.walked} at these widths: held-back loss "
+                                                    f"{before:.4g} -> {after:.4g}",))  # fmt: skip
+
+    def _line(self, place: int, site: Site) -> LayerPlan:
+        """A layer at the widest that a file holds: what a gate starts with."""
+        own = self.image if is_image(place, site) else "gate"
+        act = None if not site.multiplies else WIDEST if isinstance(own, str) else own
+        return LayerPlan(site.name, (Term("dense", self._grid(WIDEST)),), act)
+
+    def _grid(self, bits: int) -> Grid:
+        kind = self.two if bits == 2 else "signed"
+        return Grid(bits, kind, 0 if self.scales == "channel" else None)
+
+    def _require(self, piece: Workpiece, budget: Budget, lines: list[LayerPlan]) -> None:
+        """Refuse a budget below the smallest widths at once."""
+        stored = [b for b in self.widths if b <= WIDEST]
+        table = []
+        for k, line in enumerate(lines):
+            fixed = self.image != "gate" and is_image(k, piece.survey[line.name])
+            acts = [line.act] if line.act is None or fixed else stored
+            plans = [
+                LayerPlan(line.name, (Term("dense", self._grid(b)),), a)
+                for b, a in itertools.product(stored, acts)
+            ]
+            table.append([Option(p, piece.layer_cost(piece.survey[line.name], p)) for p in plans])
+        require_feasible(table, budget, piece.float_cost, piece.cost)

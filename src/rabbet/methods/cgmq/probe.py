@@ -1,0 +1,44 @@
+"""What each width of each tensor does to the output, measured before anything is trained."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from rabbet.core.plan import Term
+from rabbet.methods.cgmq.gates import Gates
+from rabbet.methods.cgmq.seat import WIDEST, Seat
+from rabbet.reconstruct.candidates import canonical, read_numbers
+from rabbet.reconstruct.network import solve_menus
+from rabbet.workpiece import Workpiece
+
+
+def measure_sensitivity(
+    piece: Workpiece, gates: Gates, start: Mapping[str, Tensor], loss: Callable[[], float]
+) -> None:
+    """Fill `gates.rises`: every tensor alone at every width; the jobs remembers them, for other budgets too.
+
+    start: the numbers of the seats. Weights are rounded with error feedback in the second moment of
+    their inputs. Training mends what rounding breaks in a weight and little of what it breaks in an
+    input; with weights rounded to nearest, they would be given the bits that inputs need
+    (docs/architecture.md).
+    """
+    held = [b for b in gates.widths if b <= WIDEST]
+    menus = {s.site.name: tuple((Term("dense", s.grid(b)),) for b in held) for s in gates.seats}
+    key = piece.key("rises", start, {"menus": menus, "gates": gates.names, "widths": gates.widths})
+    kept = piece.jobs.kept(key)
+    if kept is None:
+        results = solve_menus(piece, "rounding", menus)
+
+        def rounded(seat: Seat) -> dict[int, Tensor]:
+            menu, found = menus[seat.site.name], results[seat.site.name]
+            weights = (
+                canonical(seat.site, terms, read_numbers(found, menu, k))
+                for k, terms in enumerate(menu)
+            )
+            return {b: w.to(seat.latent.device) for b, w in zip(held, weights, strict=True)}
+
+        for done in gates.probe(loss, rounded):
+            piece.jobs.progress("measuring widths", done, len(gates.spans))
+        kept = {"rises": gates.rises}
+        piece.jobs.keep(key, kept)
+    gates.rises = kept["rises"].clone()

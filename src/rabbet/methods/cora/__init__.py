@@ -1,0 +1,1 @@
+"""CoRa: adapters with ranks found by gradient (arXiv 2408.00923)."""

@@ -1,0 +1,282 @@
+"""CoRa: one bit-width for all layers, and low-rank convolutional adapters on what that leaves (arXiv 2408.00923).
+
+The adapters' ranks are found by gradient, all at once, in a hundred batches (`search`); then the
+integer program lands them under the budget, and the plan is fitted: as the paper does it, nothing
+trained, or as `Joint` fits any plan.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.choose.program import Option, allocate, require_feasible
+from rabbet.core.budget import METRICS, Budget
+from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.errors import PlanError, check_fields
+from rabbet.forms import FORMS
+from rabbet.grids.grid import Grid, Quantised
+from rabbet.layers.site import Site
+from rabbet.methods.base import Fitted
+from rabbet.methods.bn_gain import clipped, gain_of
+from rabbet.methods.cora.search import Ranking, Residual, Search, heuristic, search_ranks
+from rabbet.methods.joint import Joint
+from rabbet.model.build import build, validate
+from rabbet.model.compressed import Numbers
+from rabbet.reconstruct.candidates import read_numbers
+from rabbet.reconstruct.network import solve_menus
+from rabbet.reconstruct.sequential import recalibrate_norms
+from rabbet.solve.whiten import principal
+from rabbet.train.tuning import Tuning
+from rabbet.workpiece import Workpiece
+
+RANKS = 128  # options that a layer has in the integer program
+
+
+@dataclass(frozen=True)
+class CoRa:
+    """Adapters on a uniformly quantised network, their ranks by gradient.
+
+    bits, act: of weights and inputs of every layer; ends: of both in the first and the last layer
+    (None: no other). base: "feedback" rounds per channel in the metric of the inputs; "clipped" is
+    the paper's, one scale for mean +- `sigmas` deviations, nothing solved or tuned after it. svd:
+    of the residual, "whitened" by the inputs' second moment or "plain". ranks: by "gradient"
+    (CoRa-O), or the same share of every layer's channels (CoRa-H, "heuristic"). adapter_grid: of
+    the adapters' factors. linears: whether they have adapters, too. tuning: after the fit.
+
+    As in the paper: `CoRa(base="clipped", svd="plain", ranking=Ranking(250, 32, 4, 0.0, 0.9,
+    "hinge", 0.01, 1.0, "labels", "batch"), linears=False)`.
+    """
+
+    bits: int = 4
+    act: int | None = 8
+    ends: int | None = None
+    base: Literal["feedback", "clipped"] = "feedback"
+    sigmas: float = 3.0
+    svd: Literal["whitened", "plain"] = "whitened"
+    ranks: Literal["gradient", "heuristic"] = "gradient"
+    adapter_grid: str = "8c"
+    linears: bool = True
+    ranking: Ranking = Ranking()  # noqa: RUF009 (frozen)
+    tuning: Tuning = Tuning(steps=140)  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for bits in (self.bits, *([] if self.ends is None else [self.ends])):
+            Grid(bits)
+        if self.act is not None:
+            Grid(self.act, "unsigned")
+        Grid.parse(self.adapter_grid)
+        if self.sigmas <= 0:
+            raise PlanError(
+                f"sigmas is a number of standard deviations and must be positive; found {self.sigmas}"
+            )
+
+    def plan(self, piece: Workpiece, budget: Budget) -> Plan:
+        """The same bits everywhere, and ranks that keep the budget; see `Method.plan`."""
+        bases = self._bases(piece)
+        table = [self._options(piece, line) for line in bases]
+        require_feasible(table, budget, piece.float_cost, piece.cost)
+        if self.ranks == "heuristic":
+            return self._even(piece, bases, budget)
+        wanted = self._wanted(self.search(piece, budget))
+        # options near the ranks that the search found, the fewest ranks always among them: the
+        # budget was found feasible with those
+        table = [_near(row, wanted.get(row[0].plan.name, 0.0)) for row in table]
+        prices = {
+            r[0].plan.name: (r[-1].cost.bytes - r[0].cost.bytes) / max(_rank(r[-1]), 1)
+            for r in table
+        }
+        most = max([*prices.values(), 1e-9])
+        scores = [
+            [
+                ((_rank(o) - wanted.get(o.plan.name, 0.0)) * prices[o.plan.name] / most) ** 2
+                for o in row
+            ]
+            for row in table
+        ]
+        return allocate(scores, table, budget, piece.float_cost, piece.cost)
+
+    def search(self, piece: Workpiece, budget: Budget) -> Search:
+        """Only find cut-offs under a budget: what `plan` does before it lands ranks under it."""
+        bases = Plan(self._bases(piece))
+        numbers = self._rounded(piece, bases)
+        residuals, room = self._residuals(piece, bases, numbers, budget)
+        if not residuals:
+            raise PlanError("no layer of this network can have an adapter; use Joint")
+        student = build(piece.model, bases, piece.survey, numbers)
+        return search_ranks(student, piece, residuals, room, self.ranking)
+
+    def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
+        """The numbers of a plan; see `Method.fit`."""
+        if self.base == "feedback":
+            return Joint(tuning=self.tuning).fit(piece, plan)
+        validate(plan, piece.survey)
+        numbers = {
+            line.name: self._clipped_with_adapters(piece, piece.survey[line.name], line)
+            for line in plan
+        }
+        student = build(piece.model, plan, piece.survey, numbers)
+        calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
+        if self.ranking.norm == "batch":
+            recalibrate_norms(student, piece)
+            calibrate_ranges(student, piece.task, piece.seed)
+        return Fitted(student, ("not tuned: the paper trains no weight",))
+
+    def _bases(self, piece: Workpiece) -> tuple[LayerPlan, ...]:
+        """Every layer without adapters."""
+        sites = piece.survey.sites
+        lines = []
+        for k, site in enumerate(sites):
+            end = self.ends is not None and k in (0, len(sites) - 1)
+            act = self.ends if end and self.act is not None else self.act
+            bits = self.ends if end and self.ends is not None else self.bits
+            lines.append(
+                LayerPlan(
+                    site.name,
+                    (Term("dense", Grid(bits, axis=0)),),
+                    act if site.multiplies else None,
+                )
+            )
+        return tuple(lines)
+
+    def _options(self, piece: Workpiece, line: LayerPlan) -> list[Option]:
+        """The layer without an adapter, then with one of every rank."""
+        site = piece.survey[line.name]
+        full = FORMS["lowrank"].full_rank(site) if self.linears or site.stride else 0
+        lines = [line, *(self._adapted(line, rank) for rank in range(1, full))]
+        return [Option(one, piece.layer_cost(site, one)) for one in lines]
+
+    def _adapted(self, line: LayerPlan, rank: int) -> LayerPlan:
+        if rank < 1:
+            return line
+        adapter = Term("lowrank", Grid.parse(self.adapter_grid), rank)
+        return LayerPlan(line.name, (*line.terms, adapter), line.act)
+
+    def _even(self, piece: Workpiece, bases: tuple[LayerPlan, ...], budget: Budget) -> Plan:
+        """The largest share of the channels of all layers that keeps the budget, to a thousandth."""
+        hosts = [line for line in bases if len(self._options(piece, line)) > 1]
+        sites = [piece.survey[line.name] for line in hosts]
+
+        def at(share: float) -> Plan:
+            ranks = dict(zip((s.name for s in sites), heuristic(sites, share), strict=True))
+            return Plan(tuple(self._adapted(line, ranks.get(line.name, 0)) for line in bases))
+
+        def over(thousandths: int) -> bool:
+            cost = piece.cost(at(thousandths / 1000))
+            return any(limit.broken_by(cost, piece.float_cost) for limit in budget.limits)
+
+        return at((bisect_right(range(1, 1000), False, key=over)) / 1000)
+
+    def _wanted(self, found: Search) -> dict[str, float]:
+        """Ranks to be landed; the paper rounds them up."""
+        if self.ranking.offset:
+            return found.ranks
+        return {name: float(torch.tensor(rank).ceil()) for name, rank in found.ranks.items()}
+
+    def _rounded(self, piece: Workpiece, bases: Plan) -> dict[str, Numbers]:
+        if self.base == "clipped":
+            return {
+                line.name: [
+                    [clipped(piece, piece.survey[line.name], line.terms[0].grid, self.sigmas)]
+                ]
+                for line in bases
+            }
+        results = solve_menus(piece, "rounding", {line.name: (line.terms,) for line in bases})
+        return {line.name: read_numbers(results[line.name], (line.terms,), 0) for line in bases}
+
+    def _residuals(
+        self, piece: Workpiece, bases: Plan, numbers: Mapping[str, Numbers], budget: Budget
+    ) -> tuple[dict[str, Residual], Tensor]:
+        """What rounding leaves of every layer that can have an adapter, and the room that the budget has for them.
+
+        The unit of a limit is what all these layers would cost dense on the adapters' grid: of
+        bytes, about the number of their weights, so that a price is the paper's share of
+        parameters.
+        """
+        hosts = {line.name: row for line in bases if len(row := self._options(piece, line)) > 1}
+        wide = {
+            n: LayerPlan(n, (Term("dense", Grid.parse(self.adapter_grid)),), r[0].plan.act)
+            for n, r in hosts.items()
+        }
+        whole, least = piece.float_cost, piece.cost(bases)
+        units, room = [], []
+        for limit in budget.limits:
+            amount = METRICS[limit.metric].amount
+            units.append(
+                sum(amount(piece.layer_cost(piece.survey[n], line)) for n, line in wide.items())
+            )
+            room.append((limit.amount(whole) - amount(least)) / max(units[-1], 1))
+        residuals = {}
+        for name, row in hosts.items():
+            left, right, values = self._decomposed(piece, piece.survey[name], numbers[name][0][0])
+            each = [
+                METRICS[x.metric].amount(row[-1].cost) - METRICS[x.metric].amount(row[0].cost)
+                for x in budget.limits
+            ]
+            prices = [
+                len(values) * p / _rank(row[-1]) / max(u, 1)
+                for p, u in zip(each, units, strict=True)
+            ]
+            residuals[name] = Residual(
+                left, right, values, torch.tensor(prices, dtype=torch.float64)
+            )
+        return residuals, torch.tensor(room, dtype=torch.float64)
+
+    def _decomposed(
+        self, piece: Workpiece, site: Site, base: Quantised
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Left [out, full], right [full, n] and the singular values of what a base leaves of the folded weight."""
+        residual = (piece.weight(site) - base.values).flatten(1)
+        moment = (
+            piece.moments().get(site.name) if self.svd == "whitened" else None
+        )  # none if nothing was sent there
+        second = None if moment is None else moment[0]
+        gain = (
+            gain_of(piece, site, base.grid) if self.base == "clipped" and second is None else None
+        )
+        if gain is not None:
+            residual = residual / gain[:, None]
+        left = principal(residual, second, min(residual.shape))
+        right = left.mT @ residual
+        seen = right if second is None else right @ second
+        values = (seen * right).sum(1).clamp_min(0).sqrt()
+        return (left if gain is None else left * gain[:, None]), right, values
+
+    def _clipped_with_adapters(
+        self, piece: Workpiece, site: Site, line: LayerPlan
+    ) -> list[list[Quantised]]:
+        """The paper's numbers: the base, and an adapter that halves the singular values between its factors."""
+        forms = [t.form for t in line.terms]
+        if forms not in (["dense"], ["dense", "lowrank"]) or line.terms[0].rows is not None:
+            raise PlanError(
+                f"{line}: CoRa with a clipped base fits a dense term with an adapter, if any"
+            )
+        base = clipped(piece, site, line.terms[0].grid, self.sigmas)
+        if len(forms) == 1:
+            return [[base]]
+        term = line.terms[1]
+        left, right, _ = self._decomposed(piece, site, base)
+        norms = right[: term.rank].norm(dim=1).clamp_min(1e-20).sqrt()
+        a = (right[: term.rank] / norms[:, None]).view(-1, *site.shape[1:])
+        return [
+            [base],
+            [
+                Quantised.nearest(a, term.grid),
+                Quantised.nearest(left[:, : term.rank] * norms, term.grid),
+            ],
+        ]
+
+
+def _rank(option: Option) -> int:
+    return option.plan.terms[1].rank or 0 if len(option.plan.terms) > 1 else 0
+
+
+def _near(row: Sequence[Option], wanted: float) -> list[Option]:
+    """No adapter, and the ranks nearest to the one that is wanted."""
+    start = min(max(1, round(wanted) - RANKS // 2), max(1, len(row) - RANKS))
+    return [row[0], *row[start : start + RANKS]]

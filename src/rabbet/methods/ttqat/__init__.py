@@ -1,0 +1,1 @@
+"""TTQAT: transformers as tensor trains (arXiv 2306.01076)."""

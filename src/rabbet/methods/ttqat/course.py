@@ -1,0 +1,316 @@
+"""How a student of tensor trains is taught: what learns, from what, and which epoch is kept."""
+
+import math
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.core.plan import Plan
+from rabbet.data.batches import Batch, examples
+from rabbet.errors import DataError
+from rabbet.forms import Contracted
+from rabbet.grids.grid import stored
+from rabbet.jobs import Job
+from rabbet.methods.ttqat.settings import Settings
+from rabbet.methods.ttqat.start import start_cores
+from rabbet.model.build import build
+from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_layers
+from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
+from rabbet.train.loop import Course, run, shared
+from rabbet.train.qat import Latent, together
+from rabbet.workpiece import Workpiece
+
+HELD = 0.1  # share of the batches that choose between epochs and are not trained on
+
+
+class Teaching(Course):
+    """A student of latents, its teacher, and the best state on the grid."""
+
+    fused = True
+
+    def __init__(self, method: Settings, piece: Workpiece, plan: Plan) -> None:
+        self.method, self.piece, self.plan = method, piece, plan
+        batches = piece.task.read()
+        order = torch.randperm(
+            len(batches), generator=torch.Generator().manual_seed(piece.seed)
+        ).tolist()
+        count = 0 if piece.task.evaluate is not None else max(1, round(HELD * len(batches)))
+        if len(batches) <= count:
+            raise DataError(
+                "teaching needs at least two batches, one of them to be held back; make them smaller"
+            )
+        self.held = [batches[k] for k in order[:count]]
+        self.batches = [batches[k] for k in order[count:]]
+        chains = any(isinstance(line.terms[0].how, Contracted) for line in plan)
+        self.turn = (
+            method.epochs * len(self.batches) if chains else 0
+        )  # matrices start where these lead
+        self.steps = self.turn + method.finish * len(self.batches)
+        self.student = build(piece.model, plan, piece.survey)
+        self.layers = compressed_layers(self.student)
+        self._seat()
+        names = list(method.blocks) or stack(piece.model, piece.survey)
+        self.decodes = bool(
+            getattr(getattr(piece.model, "config", None), "is_encoder_decoder", False)
+        )
+        self.whole = Lesson(
+            scores=method.scores,
+            hidden=method.hidden,
+            attention=method.attention,
+            weight=method.answers,
+        )
+        self.look = Look(self.student, names)
+        self.teacher = Teacher(Look(piece.model, names), method.memory)
+        shown = self._theirs(shared(self.batches[0]), 0)
+        self.depth, self.blind = len(shown.hidden), bool(method.attention) and not shown.attention
+        for (
+            latent
+        ) in self._latents():  # scales have their size, and so their rate, before they are used
+            latent.settle()
+            latent.on = False
+        if self._acts:
+            calibrate_ranges(self.student, piece.task, piece.seed)
+        self.groups = [{"params": [p], "base": method.rate * size} for p, size in self._sizes()]
+        self.best: dict[str, Tensor] = {}
+        self.most = torch.tensor(-math.inf, dtype=torch.float64)
+        self.now = math.nan
+
+    @property
+    def measure(self) -> str:
+        """What chooses between epochs, in words."""
+        return "loss" if self.piece.task.evaluate is None else "score"
+
+    def _seat(self) -> None:
+        """Latents in place of all factors, at their start."""
+        piece, moments = self.piece, self.piece.moments() if self.method.start == "metric" else {}
+        jobs: list[Job] = []
+        for place, line in enumerate(self.plan):
+            site = piece.survey[line.name]
+            given = {"weight": piece.weight(site)} | (
+                {"second": moments[site.name]} if site.name in moments else {}
+            )
+            term = line.terms[0]
+            seed = piece.seed * 1_000_003 + place  # layers of one shape do not start alike
+            settings = {"site": site, "term": term, "start": self.method.start, "seed": seed}
+            jobs.append((start_cores, given, settings))
+        for line, found in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
+            layer = self.layers[line.name]
+            parts = cast(nn.ModuleList, layer.terms[0])
+            for k, factor in enumerate(layer.factors[0]):
+                parts[k] = Latent(found[str(k)], factor.grid).to(factor.codes.device)
+
+    def _latents(self) -> list[Latent]:
+        return [latent for layer in self.layers.values() for latent in self._of(layer)]
+
+    @staticmethod
+    def _of(layer: Compressed) -> list[Latent]:
+        return [cast(Latent, f) for f in layer.factors[0]]
+
+    @property
+    def _acts(self) -> list[ActQuant]:
+        return [act for layer in self.layers.values() for act in layer.quantisers]
+
+    def _sizes(self) -> list[tuple[Tensor, float]]:
+        """Everything that moves, and the size that its rate refers to: of scales and ranges their own."""
+        found: list[tuple[Tensor, float]] = []
+        for layer in self.layers.values():
+            share = self.method.matrices if layer.form_names == ["dense"] else 1.0
+            for latent in self._of(layer):
+                found += [
+                    (latent.value, share * _spread(latent.value)),
+                    (latent.scale, share * _mean(latent.scale)),
+                ]
+            found += [] if layer.bias is None else [(layer.bias, share * _spread(layer.bias))]
+        found += [(act.scale, _mean(act.scale)) for act in self._acts]
+        inside = {
+            id(p)
+            for m in self.student.modules()
+            if isinstance(m, Compressed)
+            for p in m.parameters()
+        }
+        free = [
+            p for p in self.student.parameters() if id(p) not in inside and p.is_floating_point()
+        ]
+        return found + [(p, _spread(p)) for p in free]
+
+    def _learning(self) -> list[Tensor]:
+        return [p for p, _ in self._sizes()]
+
+    def rate(self, step: int) -> float:
+        """A cosine over the epochs in float, and half as high a one over those on the grid."""
+        first = step < self.turn
+        place, whole = (step, self.turn) if first else (step - self.turn, self.steps - self.turn)
+        height = 1.0 if first else 0.5
+        return (
+            height
+            * max(0.5 * (1 + math.cos(math.pi * place / whole)), 0.01)
+            * min(1.0, (place + 1) / 50)
+        )
+
+    def loss(self, step: int) -> Tensor:
+        """See `Course.loss`."""
+        if step == self.turn:
+            self._settle()
+        epoch, place = divmod(step, len(self.batches))
+        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
+        k = int(torch.randperm(len(self.batches), generator=generator)[place])
+        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
+        found = self.on(shared(self.batches[k]), k, self._lesson(step), generator)
+        self.now = float(found.detach())
+        return found
+
+    def _lesson(self, step: int) -> Lesson:
+        if self.method.order == "all":
+            return self.whole
+        each = max(1, self.steps // (2 * (self.depth - 1)))  # half the steps walk the blocks
+        depth = min(1 + step // each, self.depth)
+        top = self.method.order == "top"
+        return replace(self.whole, depth=depth, top=top, answers=depth == self.depth)
+
+    def on(
+        self, batch: Batch, place: int, lesson: Lesson, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The loss of a batch; `place` tells the teacher which it is; generator: for what the student is shown."""
+        task, theirs = self.piece.task, self._theirs(batch, place)
+        given = batch if generator is None else task.varied(batch, generator)
+        held: list[object] = []
+
+        def ours() -> object:
+            with together(self._latents()):
+                held.append(task.run(self.student, given))
+            return held[0]
+
+        shown = self.look(ours)
+        mask = mask_of(batch, self.decodes)
+        found = lesson.loss(
+            shown, theirs, None if mask is None else mask.to(shown.outputs[0].device)
+        )
+        if task.loss is not None and lesson.answers and self.method.labels:
+            found = found + self.method.labels * task.judge(self.student, held[0], batch)
+        return found
+
+    def _theirs(self, batch: Batch, place: int) -> Shown:
+        """What the float network shows of a batch."""
+        return self.teacher.show(place, lambda: self.piece.task.run(self.piece.model, batch))
+
+    def _settle(self) -> None:
+        """From float onto the grids."""
+        with torch.no_grad():
+            for latent in self._latents():
+                latent.settle()
+            if self._acts:
+                calibrate_ranges(self.student, self.piece.task, self.piece.seed)
+
+    def judged(self) -> float:
+        """The user's own score of the student, or the negative loss of held-back batches; larger is better."""
+        task = self.piece.task
+        if task.evaluate is not None:
+            with torch.no_grad(), together(self._latents()):
+                return task.score(self.student)
+        with torch.no_grad():
+            found = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
+        weights = torch.tensor([float(examples(b)) for b in self.held])
+        return -float((torch.stack(found).cpu() * weights).sum() / weights.sum())
+
+    def stepped(self, step: int) -> None:
+        """See `Course.stepped`."""
+        if step >= self.turn and (step + 1) % len(self.batches) == 0:
+            self.remember()
+
+    def remember(self) -> None:
+        """Keep the state, as a file holds it, if it is the best so far; training goes on from the exact one."""
+        exact = self._copies()
+        self._round()
+        found = self.judged()
+        if math.isnan(found):
+            raise DataError(
+                "the loss of held-back examples is not a number; check the batches and the loss"
+            )
+        if found > float(self.most) or not self.best:  # a score may be -inf
+            self.most = torch.tensor(found, dtype=torch.float64)
+            self.best = self._copies()
+        self._take(exact)
+
+    def _round(self) -> None:
+        """Everything that is not on a grid to the types of the file."""
+        inside = {id(p) for layer in self.layers.values() for p in layer.parameters()}
+        with torch.no_grad():
+            for name, p in self.student.named_parameters():
+                if id(p) not in inside:
+                    p.copy_(self.piece.held(name, p))
+            for latent in self._latents():
+                latent.scale.copy_(stored(latent.scale))
+            for act in self._acts:
+                act.scale.clamp_(min=1e-12)
+
+    def train(self) -> tuple[float, float]:
+        """Train to the end and go back to the best epoch; how the start and the end are judged."""
+        piece = self.piece
+        for act in self._acts:
+            act.observer = _unseen
+        before = self.judged()
+        key = piece.key("ttqat", self._copies(), {"method": self.method, "plan": self.plan.compact})
+        if self.steps:
+            run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))
+        if not self.best:  # no epoch on the grid
+            self._settle()
+            self.remember()
+        self._take(self.best)
+        sign = 1 if piece.task.evaluate is not None else -1
+        return sign * before, sign * float(self.most)
+
+    def _copies(self) -> dict[str, Tensor]:
+        """What learns, as it is now; the inverse of `_take`."""
+        return {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
+
+    def _take(self, kept: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for k, p in enumerate(self._learning()):
+                p.copy_(kept[str(k)])
+
+    @property
+    def detail(self) -> str:
+        """See `Course.detail`."""
+        return f"loss {self.now:.3g}"
+
+    def state(self) -> dict[str, Tensor]:
+        """The best state, and whether the latents are on their grids."""
+        kept = {"most": self.most, "on": torch.tensor(any(x.on for x in self._latents()))}
+        kept |= {f"zero.{k}": z for k, z in enumerate(act.zero for act in self._acts)}
+        return kept | {f"best.{k}": v for k, v in self.best.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """See `Course.restore`."""
+        self.most = state["most"]
+        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+        for k, act in enumerate(self._acts):
+            act.zero.copy_(state[f"zero.{k}"])
+            if state["on"]:
+                act.observer, act.ready = None, True
+        for latent in self._latents():
+            latent.on = bool(state["on"])
+
+    def network(self) -> nn.Module:
+        """The student with integers in place of the latents, and what stays as it is on the types of the file."""
+        for layer in self.layers.values():
+            parts = cast(nn.ModuleList, layer.terms[0])
+            for k, latent in enumerate(self._of(layer)):
+                parts[k] = Factor(latent.numbers).to(latent.codes.device)
+        return self.student.requires_grad_(False)
+
+
+def _unseen(_: Tensor) -> None:
+    """Lets activations pass while a network learns in float."""
+
+
+def _spread(p: Tensor) -> float:
+    """The deviation, but neither that of a bias that starts at zero nor that of a norm's gain."""
+    return float(p.detach().square().mean().sqrt().clamp(0.02, 0.2))
+
+
+def _mean(scale: Tensor) -> float:
+    """Of scales: per-channel ones are a thousandth of what they scale, and moved as it is they would change sign."""
+    return float(scale.detach().abs().mean())

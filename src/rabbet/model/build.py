@@ -1,0 +1,129 @@
+"""A compressed network from a plan, and the plan read back from a compressed network."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.core.layout import factor_shapes
+from rabbet.core.plan import LayerPlan, Plan, Term, quoted
+from rabbet.core.survey import Survey
+from rabbet.errors import PlanError
+from rabbet.grids.grid import Quantised
+from rabbet.layers.site import KINDS, Site
+from rabbet.model.bn_fold import fold
+from rabbet.model.compressed import Compressed, Head, Numbers, compressed_layers
+from rabbet.model.surgery import leave_fast_path, replace_module
+
+
+def validate(plan: Plan, survey: Survey) -> None:
+    """Raise PlanError if a plan does not fit a network: an unknown layer, a form or rank that a layer cannot take."""
+    known = {s.name: s for s in survey}
+    if not len(plan):
+        raise PlanError("the plan is empty; it must have a line for at least one layer")
+    for layer in plan:
+        site = known.get(layer.name)
+        if site is None:
+            raise PlanError(
+                f"the plan has a line for {quoted(layer.name)}, which is not a layer that can be compressed here"
+            )
+        if layer.act is not None and not site.multiplies:
+            raise PlanError(
+                f"{layer}: the input of an embedding is an index and cannot be quantised; remove act"
+            )
+        for term in layer.terms:
+            full = _full_rank(layer, term, site)
+            if full == 0:
+                raise PlanError(
+                    f"{layer}: {term.form} does not fit this {site.kind} of shape {list(site.shape)}"
+                )
+            if term.rank is not None and term.rank > full:
+                raise PlanError(
+                    f"{layer}: rank {term.rank} is more than the {full} that this layer can have"
+                )
+            for shape in factor_shapes(site, term):
+                term.grid.scale_shape(shape)
+
+
+def _full_rank(layer: LayerPlan, term: Term, site: Site) -> int:
+    try:
+        return term.how.full_rank(site)
+    except PlanError as e:
+        raise PlanError(f"{layer}: {e}") from None
+
+
+def build(
+    model: nn.Module, plan: Plan, survey: Survey, numbers: Mapping[str, Numbers] | None = None
+) -> nn.Module:
+    """A copy of a float network with a `Compressed` at every line of the plan, its BatchNorms folded.
+
+    numbers: the factors of each layer; a layer without any is decomposed and rounded to nearest,
+    one term on what the terms before it leave. Input ranges are not calibrated yet. Raises
+    PlanError if the plan does not fit.
+    """
+    validate(plan, survey)
+    result = fold(model, survey)
+    given = numbers or {}
+    with torch.no_grad():
+        for site in (s for s in survey if plan.get(s.name) is not None):
+            layer, line = result.get_submodule(site.name), plan[site.name]
+            terms = given.get(site.name) or rounded_to_nearest(
+                site, KINDS[site.kind].weight(layer), line
+            )
+            bias = getattr(layer, "bias", None)
+            seat = Compressed(site, line, terms, bias if isinstance(bias, Tensor) else None)
+            result = install(result, site, seat.to(KINDS[site.kind].weight(layer).device))
+    return result
+
+
+FACTS = (
+    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+    "groups", "padding_mode", "num_embeddings", "embedding_dim", "padding_idx", "nf", "nx",
+)  # fmt: skip
+"""What a network may ask one of its layers besides its weight and bias."""
+
+
+def install(model: nn.Module, site: Site, seat: nn.Module) -> nn.Module:
+    """Seat a layer under all names of its site, and heads that share it under theirs, in place."""
+    seat.eval()
+    known = vars(model.get_submodule(site.name))
+    vars(seat).update({name: known[name] for name in FACTS if name in known})
+    for name in site.names:
+        model = replace_module(model, name, seat)
+    for name in site.heads:
+        bias = cast(nn.Parameter | None, model.get_submodule(name).bias)
+        model = replace_module(model, name, Head(seat, bias).eval())
+    leave_fast_path(model)
+    return model
+
+
+def rounded_to_nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list[Quantised]]:
+    """The simplest numbers of a layer: each term decomposed plainly and rounded to nearest."""
+    left, terms = weight, []
+    for term in plan.terms:
+        form = term.how
+        factors = [
+            Quantised.nearest(f, term.grid) for f in form.decompose(site, left, term.rank, None)
+        ]
+        left = left - form.contract(site, [f.values for f in factors])
+        terms.append(factors)
+    return terms
+
+
+def plan_of(model: nn.Module, survey: Survey) -> Plan:
+    """The plan, read back from a network: it cannot disagree with what runs."""
+    found = compressed_layers(model)
+    return Plan(tuple(found[s.name].plan for s in survey if s.name in found))
+
+
+def empty(site: Site, plan: LayerPlan) -> Compressed:
+    """A layer of the right shapes without numbers, to load a file into."""
+    terms = [
+        [
+            Quantised(t.grid, torch.zeros(shape), torch.ones(t.grid.scale_shape(shape)))
+            for shape in factor_shapes(site, t)
+        ]
+        for t in plan.terms
+    ]
+    return Compressed(site, plan, terms, torch.zeros(site.shape[0]) if site.bias else None)

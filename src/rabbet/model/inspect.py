@@ -1,0 +1,359 @@
+"""One look at a network: which layers can be compressed, what each is, what is left alone and why.
+
+Nothing is traced or compiled: hooks see every layer during one ordinary forward pass, and a
+function mode sees who uses the output of a conv, which tells whether the BatchNorm behind it may be
+folded into it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.utils.parametrize import is_parametrized
+
+from rabbet.core.survey import Left, Survey
+from rabbet.data.batches import Batch, examples, tensors
+from rabbet.data.task import Task, evaluating
+from rabbet.errors import DataError, ModelError
+from rabbet.layers.site import KINDS, Site, kind_of
+from rabbet.model.watch import Watch, buffers_kept
+
+
+def survey(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
+    """Run the model once on a batch and read the facts of its layers. The model is not changed.
+
+    batch: as the model takes it (tensor, tuple or mapping), or as `task.forward` takes it. Raises
+    ModelError for a scripted or device-mixed model, for non-finite weights, or if there is nothing
+    to compress; DataError if the model does not run on the batch.
+    """
+    check(model)
+    watch = Watch(model)
+    try:
+        with evaluating(model), buffers_kept(model), torch.no_grad(), watch:
+            result = (task or Task(())).run(model, batch)
+    finally:
+        watch.remove()
+    return _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
+
+
+def check(model: nn.Module) -> None:
+    """Raise ModelError for a model that cannot be compressed, naming the layer that stands in the way."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    for name, module in model.named_modules():
+        hidden = "scripted" if isinstance(module, torch.jit.ScriptModule) else ""
+        hidden = "compiled" if hasattr(module, "_orig_mod") else hidden
+        if hidden:
+            raise ModelError(
+                f"{name or 'the model'} is {hidden}, which hides its layers; pass the eager module it was made from"
+            )
+    devices: dict[torch.device, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise ModelError(
+                f"{name} is not initialised yet; run the model once before compressing it"
+            )
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        found = " and ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ModelError(f"the model lies on several devices ({found}); move it to one")
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    numbers = {id(t) for t in itertools.chain(model.parameters(), *(m.buffers() for m in norms))}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} lies on the meta device and holds no numbers; load the weights first"
+            )
+        masks = id(tensor) not in numbers  # a buffer may mask with infinities
+        if (
+            tensor.is_floating_point()
+            and not (~tensor.isnan() if masks else tensor.isfinite()).all()
+        ):
+            raise ModelError(
+                f"{name} holds NaN or infinite values; a network must be finite to be compressed"
+            )
+
+
+FOLDING = (
+    "conv1d",
+    "conv2d",
+    "linear",
+)  # outputs lie on the first axis of their weights; a bias takes the rest
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a user has put hooks on a layer: torch has no public way to ask."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+
+
+def opens(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether this is torch's attention, and no more than four linears and what lies between them."""
+    if (
+        type(module) is not nn.MultiheadAttention
+        or module.bias_k is not None
+        or module.add_zero_attn
+    ):
+        return False
+    if (
+        kind_of(module.out_proj) != "linear"
+        or len([*module.children()]) > 1
+        or "forward" in vars(module)
+    ):
+        return False  # somebody has made it their own
+    return not any(is_parametrized(m) or hooked(m) for m in (module, module.out_proj))
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a layer of a known kind must stay as it is."""
+    if is_parametrized(module):
+        return "its weight is parametrised; remove the parametrisation first"
+    if hooked(module):
+        return "it has forward hooks of its own, which a replacement would lose"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "an embedding with max_norm rewrites its table"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode not in (
+        "zeros",
+        "reflect",
+        "replicate",
+        "circular",
+    ):
+        return f"padding mode {module.padding_mode} is not known"
+    return None
+
+
+def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) -> Survey:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    owners: dict[int, list[nn.Module]] = {}
+    for module in names:
+        for _, parameter in (
+            () if is_parametrized(module) else module.named_parameters(recurse=False)
+        ):
+            owners.setdefault(id(parameter), []).append(module)
+    _join_tables(owners, names, watch)
+    heads = _heads(owners, names, watch)
+    of_tables = {head: table for table, found in heads.items() for head in found}
+    norms = {
+        id(given): m
+        for m, calls in watch.calls.items()
+        if isinstance(m, _BatchNorm)
+        for given, _ in calls
+    }
+    sites: list[Site] = []
+    reasons = {
+        names[m][0]: "its input is passed by keyword; pass it by position" for m in watch.by_keyword
+    }
+    for module, calls in watch.calls.items():
+        kind, name = kind_of(module), names[module][0]
+        if kind is None:
+            continue
+        if module in of_tables:
+            reasons[name] = (
+                f"the bias of a head that shares the table of {names[of_tables[module]][0]}"
+            )
+            continue
+        own = heads.get(module, [])
+        sharing = [
+            names[m][0] or "the network itself"
+            for m in owners.get(id(module.weight), [])
+            if m is not module and m not in own
+        ]
+        reason = f"its weight is shared with {', '.join(sharing)}" if sharing else _why_not(module)
+        if reason is not None:
+            reasons = (
+                dict.fromkeys(sharing, f"its weight is shared with {name}")
+                | reasons
+                | {name: reason}
+            )
+            continue
+        _with_batch_axis(name, kind, module, calls, None if sites else batch)
+        norm = _foldable(module, calls, watch, norms, returned) if kind in FOLDING else None
+        norm = (
+            norm if norm is not None and len(names[norm]) == 1 else None
+        )  # another name of it would stay behind
+        facts: dict[str, Any] = KINDS[kind].facts(module)
+        positions, inputs = (_positions(module, watch, batch, k) for k in (1, 0))
+        sites.append(
+            Site(
+                name=name,
+                kind=kind,
+                shape=tuple(KINDS[kind].weight(module).shape),
+                bias=norm is not None or getattr(module, "bias", None) is not None,
+                positions=max(1, positions),
+                inputs=max(1, inputs),
+                calls=len(calls),
+                tied=tuple(names[module][1:]),
+                norm=None if norm is None else names[norm][0],
+                heads=tuple(names[m][0] for m in own),
+                head_positions=sum(max(1, _positions(m, watch, batch)) for m in own),
+                **facts,
+            )
+        )
+    reasons = _unopened(names) | reasons
+    if not sites:
+        detail = (
+            "; ".join(f"{n}: {r}" for n, r in reasons.items())
+            or "no conv, linear or embedding ran on the batch"
+        )
+        raise ModelError(f"nothing in this network can be compressed ({detail})")
+    return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+
+
+def _join_tables(
+    owners: Mapping[int, list[nn.Module]], names: dict[nn.Module, list[str]], watch: Watch
+) -> None:
+    """Make one layer, the first, of embeddings that share a table, in place: a look-up is the same in each."""
+    first: dict[nn.Module, nn.Module] = {}
+    for modules in owners.values():
+        tables = [m for m in modules if kind_of(m) != "linear"]
+        if all(alike(tables[0], m) and m not in watch.by_keyword for m in tables):
+            for other in tables[1:]:
+                first[other] = tables[0]
+                names[tables[0]] += names.pop(other)
+                modules.remove(other)
+    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    for module, found in watch.calls.items():
+        calls.setdefault(first.get(module, module), []).extend(found)
+    watch.calls = calls
+
+
+def alike(table: nn.Module, other: nn.Module) -> bool:
+    """Whether one embedding can stand for another of its table: code may ask it for what does not change answers."""
+    if (
+        not type(table) is type(other) is nn.Embedding
+        or table.weight is not other.weight
+        or _why_not(other)
+    ):
+        return False
+    own = [{k for k in vars(m) if not k.startswith("_")} for m in (table, other)]
+    plain = not any([*m.buffers(), *m.children()] for m in (table, other))
+    return plain and own[0] == own[1] and table.padding_idx == other.padding_idx
+
+
+def _unopened(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:
+    """What to say of torch's attention, and of the linear in it."""
+    why = (
+        "its weights are read and never called; rabbet.open_attention(model) makes linears of them"
+    )
+    return {
+        names[m][0]: why for module in names if opens(module) for m in (module, module.out_proj)
+    }
+
+
+def _with_batch_axis(
+    name: str, kind: str, module: nn.Module, calls: list[tuple[Tensor, Tensor]], batch: int | None
+) -> None:
+    """Raise DataError for an example without a batch axis; batch: of the layer that runs first."""
+    axes = KINDS[kind].weight(module).ndim if kind.startswith("conv") else 0
+    if kind == "linear" and calls[0][0].shape == (batch,):  # its entries would count as examples
+        axes = 2
+    bare = next((given for given, _ in calls if given.ndim < axes), None)
+    if bare is not None:
+        raise DataError(
+            f"{name or 'the network'} is given {list(bare.shape)}, which has no batch axis; "
+            f"batches for it have the shape [n, {', '.join(map(str, bare.shape))}]"
+        )
+
+
+def _heads(
+    owners: Mapping[int, list[nn.Module]], names: Mapping[nn.Module, list[str]], watch: Watch
+) -> dict[nn.Module, list[nn.Module]]:
+    """Tables that linears share, with those: each ran, bears one name, and may be replaced."""
+    found = {}
+    for modules in owners.values():
+        tables = [m for m in modules if kind_of(m) == "embedding"]
+        others = [m for m in modules if m not in tables]
+        ready = all(m in watch.calls and _why_not(m) is None for m in modules)
+        fit = all(kind_of(m) == "linear" and len(names[m]) == 1 for m in others)
+        if len(tables) == 1 and others and ready and fit:
+            found[tables[0]] = others
+    return found
+
+
+def _positions(module: nn.Module, watch: Watch, batch: int, part: int = 1) -> int:
+    """Places per example of a layer's outputs, or of its inputs (part 0), over all calls."""
+    kind = kind_of(module)
+    assert kind is not None
+    return sum(_places(kind, call[part]) for call in watch.calls[module]) // batch
+
+
+def _places(kind: str, value: Tensor) -> int:
+    """Examples times places of a layer's input or output (an embedding's input has no feature axis)."""
+    if kind.startswith("conv"):
+        return len(value) * math.prod(value.shape[2:])
+    return value.numel() if not value.is_floating_point() else math.prod(value.shape[:-1])
+
+
+def _foldable(
+    module: nn.Module,
+    calls: list[tuple[Tensor, Tensor]],
+    watch: Watch,
+    norms: Mapping[int, nn.Module],
+    returned: set[int],
+) -> nn.Module | None:
+    """The BatchNorm that is the only one to see this layer's only output, if there is one."""
+    out = calls[0][1]
+    norm = norms.get(id(out))
+    if norm is None or len(calls) > 1 or id(out) in returned or watch.uses[id(out)] != 1:
+        return None
+    if (
+        len(watch.calls[norm]) > 1
+        or norm.running_mean is None
+        or type(norm).forward is not _BatchNorm.forward
+    ):
+        return None
+    if hooked(norm) or (isinstance(module, nn.Linear) and out.ndim != 2):
+        return None  # on [n, places, features] BatchNorm1d works on another axis than the linear
+    return norm
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer once, under its first name."""
+    seen: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and id(value) not in seen:
+            seen[id(value)] = name
+            found[name] = value
+    return found
+
+
+def _float_bytes(model: nn.Module) -> int:
+    return sum(
+        t.numel() * (4 if t.is_floating_point() else t.element_size())
+        for t in stored_tensors(model).values()
+    )
+
+
+def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Iterator[Left]:
+    gone = {name for s in sites for name in own_tensors(s)}
+    norms = {s.norm for s in sites if s.norm is not None}
+    modules = dict(model.named_modules())
+    bytes_of: dict[str, int] = {}
+    for name, tensor in stored_tensors(model).items():
+        owner = name.rpartition(".")[0]
+        if name not in gone and owner not in norms:
+            bytes_of[owner] = bytes_of.get(owner, 0) + tensor.numel() * tensor.element_size()
+    for owner, size in bytes_of.items():
+        module = modules[owner]
+        kind = type(module).__name__
+        unknown = f"{kind} is not a kind of layer that can be compressed"
+        yield Left(
+            owner,
+            reasons.get(
+                owner, unknown if kind_of(module) is None else f"{kind} never ran on the batch"
+            ),
+            size,
+        )
+
+
+def own_tensors(site: Site) -> list[str]:
+    """The names under which a network may hold a site's weight and bias."""
+    names = (*(f"{name}.weight" for name in (*site.names, *site.heads)), f"{site.name}.bias")
+    return [name.lstrip(".") for name in names]

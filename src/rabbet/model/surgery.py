@@ -1,0 +1,40 @@
+"""Changes to a copy of a network: modules exchanged, and nothing left that runs a layer without calling it."""
+
+import copy
+
+from torch import nn
+
+from rabbet.errors import ModelError
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; raises ModelError for a model that holds what cannot be copied."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, found {model!r}")
+    try:
+        return copy.deepcopy(model)
+    except Exception as e:
+        raise ModelError(
+            f"the model cannot be copied ({e}); a compressed network is a changed copy"
+        ) from e
+
+
+def leave_fast_path(model: nn.Module) -> None:
+    """Keep torch's encoder, in place, from its fused layer, which reads weights and never calls the linears.
+
+    Only that layer can take the packed sentences that the encoder makes of a mask of padding.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Seat a module under a name, in place; the root ("") is replaced by returning the new module."""
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model

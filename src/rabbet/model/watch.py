@@ -1,0 +1,77 @@
+"""One forward pass, watched: who is called with what, and who uses what a layer gives."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from rabbet.data.batches import tensors
+from rabbet.layers.site import kind_of
+
+
+class Watch(TorchFunctionMode):
+    """Counts the uses of every conv and linear output, and the calls and shapes of every layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[
+            nn.Module, list[tuple[Tensor, Tensor]]
+        ] = {}  # module -> (input, output) of each call
+        self.uses: dict[int, int] = {}
+        self.by_keyword: set[nn.Module] = set()
+        self.hooks = [
+            m.register_forward_hook(self._seen, with_kwargs=True)
+            for m in model.modules()
+            if _watched(m)
+        ]
+
+    def _seen(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        given = next(iter(tensors(args)), None)
+        if given is None and tensors(kwargs):
+            self.by_keyword.add(module)
+        if isinstance(output, Tensor) and given is not None:
+            self.calls.setdefault(module, []).append(
+                (given, output)
+            )  # held, so that ids stay unique
+            self.uses.setdefault(id(output), 0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if tensors(result):
+            for tensor in tensors([args, kwargs or {}]):
+                if id(tensor) in self.uses:
+                    self.uses[id(tensor)] += 1
+        return result
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _watched(module: nn.Module) -> bool:
+    return kind_of(module) is not None or isinstance(module, _BatchNorm)
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward does to buffers, such as counting, they are what they were."""
+    before = [
+        (module, name, t, t.clone())
+        for module in model.modules()
+        for name, t in module.named_buffers("", False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, tensor, values in before:
+                if not tensor.equal(values):  # one that is expanded cannot be written to
+                    tensor.copy_(values)
+                setattr(module, name, tensor)

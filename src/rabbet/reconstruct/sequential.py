@@ -1,0 +1,208 @@
+"""The layers in the order in which they run, each solved again for the inputs that it will really meet.
+
+Candidates are solved for the float network's inputs, so that all layers can be solved at once.
+Behind layers that are quantised already the inputs are others: x' for x. The best weight for them
+is not W but the least-squares solution of `W' x' = W x`, and rounding it in the second moment of x'
+lets each layer make good what those before it broke.
+
+Then each channel's mean and deviation are made those of the float network: the gain goes into the
+scales, the shift into the bias, nothing is added. Unlike re-estimated batch-norm statistics this
+harms no network that is healthy.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.calibrate.ranges import calibrate_between
+from rabbet.forms import Contracted, Dense
+from rabbet.grids.grid import stored
+from rabbet.layers.site import Site, patches
+from rabbet.model.compressed import Compressed, compressed_layers
+from rabbet.reconstruct.candidates import DAMPING, solve_menu
+from rabbet.solve.rounding import Metric
+from rabbet.workpiece import Workpiece
+
+GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
+ENTRIES = 2**29  # floats that the float network's inputs may take
+PATCHES = 2**24  # entries of the patches of one layer
+# evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
+STEPS = 120
+BETWEEN = 128  # examples that choose the ranges between the factors of a layer
+
+
+@dataclass(frozen=True)
+class _Met:
+    """What the float network's layer met and made: its input, and the mean and deviation of each channel."""
+
+    given: Tensor
+    mean: Tensor
+    spread: Tensor
+
+
+def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
+    """Solve and correct every layer of a compressed network in place, in one pass over about `limit` examples.
+
+    Layers that run more than once and tables stay as they are; statistics are matched where every
+    term has a scale for each output channel.
+    """
+    layers = compressed_layers(student)
+    sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and s.kind != "embedding"]
+    batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
+    met = _meet(piece, sites, batch)
+    sites = [s for s in sites if s.name in met]  # other examples may be sent another way
+    hooks: list[Any] = []
+    for site in sites:
+        layer = layers[site.name]
+        weight = piece.weight(site)
+        hooks.append(
+            layer.register_forward_pre_hook(_solver(piece, site, weight, met[site.name].given))
+        )
+        if _gained(layer) and len(met[site.name].given):
+            hooks.append(
+                layer.register_forward_hook(
+                    _matcher(met[site.name].mean, met[site.name].spread, GAIN)
+                )
+            )
+    _run(student, piece, batch, hooks)
+
+
+def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
+    """Re-estimate the statistics of folded BatchNorms on the compressed network's own activations, in place.
+
+    What arXiv 2308.04595 does after factorising: each output gets the mean and deviation that its
+    BatchNorm was trained to give, layer by layer in one pass. It saves broken networks and harms
+    healthy ones (docs/architecture.md).
+    """
+    layers = compressed_layers(student)
+    sites = [s for s in piece.survey if s.name in layers and s.name in piece.norms and s.calls == 1]
+    batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
+    hooks: list[Any] = []
+    for site in sites:
+        layer, norm = layers[site.name], piece.norms[site.name]
+        if _gained(layer):
+            hooks.append(
+                layer.register_forward_hook(_matcher(norm.mean, norm.spread, (0.0, math.inf)))
+            )
+    _run(student, piece, batch, hooks)
+
+
+def _gained(layer: Compressed) -> bool:
+    """Whether every term has a scale for each output channel, which can take a gain."""
+    ends = zip(layer.forms, layer.factors, strict=True)
+    return all(
+        factors[-1].grid.axis == 0 and not isinstance(form, Contracted) for form, factors in ends
+    )
+
+
+def _affordable(piece: Workpiece, sites: list[Site]) -> int:
+    """Examples whose inputs of all layers fit into memory."""
+    each = sum(s.inputs * (s.shape[1] * s.groups if s.stride else s.columns) for s in sites)
+    return max(1, ENTRIES // max(1, each))
+
+
+def _meet(piece: Workpiece, sites: list[Site], batch: Any) -> dict[str, _Met]:
+    met: dict[str, _Met] = {}
+
+    def seen(site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            met[site.name] = _Met(args[0].detach().clone(), *_statistics(out, site))
+
+        return hook
+
+    hooks = [piece.model.get_submodule(s.name).register_forward_hook(seen(s)) for s in sites]
+    _run(piece.model, piece, batch, hooks)
+    return met
+
+
+def _run(model: nn.Module, piece: Workpiece, batch: Any, hooks: list[Any]) -> None:
+    try:
+        with torch.no_grad():
+            piece.task.run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Callable[..., None]:
+    def hook(layer: Compressed, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape != wanted.shape or not len(
+            wanted
+        ):  # an expert that is shown other places, or none
+            return
+        found = layer.quantisers[0](args[0]) if layer.quantisers else args[0]
+        second, cross = _moments(site, found, wanted, piece.seed)
+        metric = Metric(second, DAMPING)
+        target = site.matrix(weight)
+        # W' = W E[x x'^T] (E[x' x'^T] + damping)^-1, written as a step from W so that damping pulls
+        # towards W
+        step = torch.linalg.solve(
+            metric.second.double(), (target @ (cross - second)).double().mT
+        ).mT.float()
+        aim = (target + step).reshape(site.shape)
+        held = [[f.numbers for f in factors] for factors in layer.factors]
+        numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], STEPS)[0]
+        for factors, solved in zip(layer.factors, numbers, strict=True):
+            for factor, q in zip(factors, solved, strict=True):
+                factor.codes.copy_(q.codes)
+                factor.scale.copy_(q.scale)
+        calibrate_between(layer, args[0][:BETWEEN], piece.seed)
+
+    return hook
+
+
+def _moments(site: Site, found: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Means of x' x'^T and of x x'^T over the same places, [groups, n, n]."""
+    rows = max(PATCHES // site.columns, 8 * site.columns)
+    places = max(1, -(-rows // len(found)))
+    ours, theirs = (
+        patches(site, x, places, torch.Generator().manual_seed(seed)) for x in (found, wanted)
+    )
+    count = ours.shape[1]
+    return (ours.mT @ ours).cpu() / count, (theirs.mT @ ours).cpu() / count
+
+
+def _matcher(
+    wanted_mean: Tensor, wanted_spread: Tensor, limits: tuple[float, float]
+) -> Callable[[Compressed, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that gives a layer's channels a mean and a deviation, the gain between limits; returns the new output."""
+
+    def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not len(out):
+            return out
+        mean, spread = _statistics(out, layer.site)
+        gain = torch.where(spread > 1e-8, wanted_spread / spread.clamp_min(1e-8), 1.0).clamp(
+            *limits
+        )
+        old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
+        first = layer.factors[0][-1].scale.clone()
+        for form, factors in zip(layer.forms, layer.factors, strict=True):
+            own = (
+                gain[list(form.rows)] if isinstance(form, Dense) and form.rows is not None else gain
+            )
+            factors[-1].scale.copy_(stored(factors[-1].scale * own))
+        new = old if layer.bias is None else wanted_mean - (mean - old) * gain
+        if layer.bias is not None:
+            layer.bias.data = new
+        if len(layer.factors) > 1 or len(first) < len(
+            gain
+        ):  # each term's scales were rounded for themselves
+            return layer.forward(args[0])
+        ratio = layer.factors[0][-1].scale / first
+        channel = [
+            -1 if d == (1 if layer.site.stride else out.ndim - 1) else 1 for d in range(out.ndim)
+        ]
+        return (out - old.view(channel)) * ratio.view(channel) + new.view(channel)
+
+    return hook
+
+
+def _statistics(out: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    flat = out.movedim(1 if site.stride else -1, 0).reshape(site.shape[0], -1)
+    if not flat.shape[1]:  # an expert that no place was sent to
+        return torch.zeros_like(flat.sum(1)), torch.zeros_like(flat.sum(1))
+    return flat.mean(1), flat.std(1) if flat.shape[1] > 1 else torch.zeros_like(flat[:, 0])

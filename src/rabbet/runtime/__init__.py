@@ -1,0 +1,1 @@
+"""Exported files at work: as networks, and timed."""

@@ -1,0 +1,120 @@
+"""How fast files are in onnxruntime: timed in turn, against float and against a plain int8 export."""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rabbet.data.batches import Batch
+from rabbet.errors import FileError
+from rabbet.runtime.session import Session, require_onnx
+
+WARM = 5
+BURST = 3  # runs of one file in a row, after one that only brings its data back into the caches
+SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run: the median, and what 95 of 100 runs stay below."""
+
+    median: float
+    p95: float
+
+
+def time_files(
+    files: Mapping[str, Path | bytes], batch: Batch, threads: int = 0, runs: int = 60
+) -> dict[str, Timing]:
+    """Time files on one batch, in turn: every round runs each of them a few times, in an order that turns.
+
+    threads: 0 for all cores. runs: of each file, at least. Raises FileError for what onnxruntime
+    does not take, DataError for a batch that does not fit.
+    """
+    sessions = {name: Session(source, threads) for name, source in files.items()}
+    feeds = {name: session.feed(batch) for name, session in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in files}
+    for name, session in sessions.items():
+        for _ in range(WARM):
+            session.run(feeds[name])
+    names = list(files)
+    for k in range(-(-runs // BURST)):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            session, feed = sessions[name], feeds[name]
+            session.run(feed)
+            for _ in range(BURST):
+                start = time.perf_counter()
+                session.run(feed)
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {n: Timing(float(np.median(t)), float(np.percentile(t, 95))) for n, t in times.items()}
+
+
+def plain_int8(source: Path, batches: Sequence[Batch], folder: Path) -> Path:
+    """What onnxruntime's own static quantiser makes of a float file, at its best settings for x86.
+
+    Quantise-dequantise pairs, unsigned activations, signed weights with a scale per channel, after
+    its own pre-processing. Raises FileError if it cannot.
+    """
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantType,
+        quant_pre_process,
+        quantize_static,
+    )
+
+    session = Session(source, 1)
+    feeds = iter([session.feed(batch) for batch in batches])
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, Any] | None:
+            return next(feeds, None)
+
+    source, folder = source.resolve(), folder.resolve()
+    ready, made = folder / "ready.onnx", folder / "plain.onnx"
+    try:
+        with contextlib.chdir(folder):  # what it cannot finish it leaves where it runs
+            _prepare(quant_pre_process, source, ready)
+            kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+            quantize_static(ready, made, Reader(), per_channel=True, **kinds)
+    except Exception as e:  # it has no error of its own
+        raise FileError(
+            f"onnxruntime's quantiser does not take {source}: {' '.join(str(e).split())[:300]}"
+        ) from e
+    return made
+
+
+def _prepare(quant_pre_process: Callable[..., None], source: Path, ready: Path) -> None:
+    try:
+        quant_pre_process(source, ready)
+    except (
+        Exception
+    ):  # its symbolic shapes do not follow every attention mask; it knows how to do without
+        quant_pre_process(source, ready, skip_symbolic_shape=True)
+
+
+def cpu() -> dict[str, str]:
+    """What a time depends on: processor, cores, the best instruction set for integers, onnxruntime's version."""
+    require_onnx("onnxruntime")
+    import onnxruntime
+
+    facts = _cpuinfo()
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    return {
+        "processor": facts.get("model name", platform.processor() or platform.machine()),
+        "cores": str(os.cpu_count()),
+        "instructions": next((s for s in SETS if s in flags), "unknown"),
+        "onnxruntime": str(onnxruntime.__version__),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor in the system's list, where there is one."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    pairs = (line.partition(":") for line in reversed(text.splitlines()) if ":" in line)
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -1,0 +1,1 @@
+"""Training: one loop, what is minimised, and weights that train on their grids."""
