@@ -6,7 +6,6 @@ import pytest
 
 import rabbet
 from rabbet import demo
-from rabbet.reconstruct import network as joint
 
 BUDGET = "bytes <= 10%"
 FAST = ("--quality", "fast")
@@ -109,7 +108,7 @@ def test_a_plan_over_the_budget_is_refused_before_anything_is_solved(
     run, kept, tmp_path, monkeypatch
 ):
     (tmp_path / "plan.txt").write_text("stem.0 dense@8c | act@8\n")
-    monkeypatch.setattr(joint.Joint, "fit", lambda *_: pytest.fail("solved"))
+    monkeypatch.setattr(rabbet.Joint, "fit", lambda *_: pytest.fail("solved"))
     given = ("--plan", tmp_path / "plan.txt", "--budget", BUDGET)
     code, out, err = run("compress", *given, "-o", tmp_path / "a.safetensors", *FAST)
     assert (code, out) == (1, "")
@@ -131,7 +130,7 @@ def test_show_needs_no_network(run, small):
     assert "dense@" in out
     facts = json.loads(run("show", small, "--json")[1])
     assert facts["cost"]["bytes"] == small.stat().st_size
-    result = rabbet.compress(demo.model(), BUDGET, demo.calibration(), joint.QUALITY["fast"])
+    result = rabbet.compress(demo.model(), BUDGET, demo.calibration(), rabbet.QUALITY["fast"])
     assert facts["plan"] == str(result.plan)
     assert facts["cost"]["bops"] == result.cost.bops
     assert facts["float"]["bytes"] == result.float_cost.bytes

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from rabbet.reconstruct import network as joint
+import rabbet
+from rabbet.reconstruct import network
 
 FAST = ("--quality", "fast")
 
@@ -40,7 +41,7 @@ def test_a_write_that_fails_leaves_nothing_behind(run, kept, tmp_path, monkeypat
 
 def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch):
     folder, path = tmp_path / "work", tmp_path / "a.safetensors"
-    solve, solved = joint.solve_site, []
+    solve, solved = network.solve_site, []
 
     def stops(**given):
         if len(solved) == 3:
@@ -49,7 +50,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
         return solve(**given)
 
     stops.__module__, stops.__qualname__ = solve.__module__, solve.__qualname__
-    monkeypatch.setattr(joint, "solve_site", stops)
+    monkeypatch.setattr(network, "solve_site", stops)
     code, out, err = run("compress", "--output", path, "--resume", folder, *FAST)
     assert (code, out) == (130, "")
     assert (
@@ -63,7 +64,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
         return solve(**given)
 
     counted.__module__, counted.__qualname__ = solve.__module__, solve.__qualname__
-    monkeypatch.setattr(joint, "solve_site", counted)
+    monkeypatch.setattr(network, "solve_site", counted)
     assert run("compress", "--output", path, "--resume", folder, *FAST)[0] == 0
     # each layer's candidates once over both runs, then the lines of the plan
     assert solved[:3] == first
@@ -76,7 +77,7 @@ def test_a_stop_without_a_folder_tells_of_resume(run, tmp_path, monkeypatch):
     def stops(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(joint.Joint, "plan", stops)
+    monkeypatch.setattr(rabbet.Joint, "plan", stops)
     code, out, err = run("compress", "--output", tmp_path / "a.safetensors", *FAST)
     assert (code, out) == (130, "")
     assert "--resume DIR" in err

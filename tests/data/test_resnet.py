@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from rabbet import Budget, Jobs, Joint, Plan, Task, Tuning, accuracy, fit, load
-from rabbet import _api as compress
+from rabbet import Budget, Jobs, Joint, Plan, Task, Tuning, accuracy, compress, fit, load, survey
 from rabbet.calibrate.ranges import calibrate_ranges
-from rabbet.core import survey
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.forms import FORMS
 from rabbet.grids.grid import Grid, Quantised

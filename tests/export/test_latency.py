@@ -117,7 +117,9 @@ def test_layers_are_timed_once_a_machine_and_kept(tmp_path, monkeypatch):
     assert first[0] > 0
     assert min(first[2:]) > 0
     kept = len(list(tmp_path.iterdir()))
-    monkeypatch.setattr("rabbet.choose.latency.time_files", None)  # whoever measured again would fail
+    monkeypatch.setattr(
+        "rabbet.choose.latency.time_files", None
+    )  # whoever measured again would fail
     assert times() == first
     assert len(list(tmp_path.iterdir())) == kept
     four = rabbet.Plan.parse("2 lowrank[4]@8c | act@8")["2"]

@@ -9,8 +9,7 @@ import torch
 from networks import NETWORKS, network, rand, settled
 from torch import nn
 
-from rabbet import FileError, Joint, Task, Tuning, fit, load
-from rabbet import _api as compress
+from rabbet import FileError, Joint, Task, Tuning, compress, fit, load
 
 NASTY = (
     None,

@@ -6,8 +6,7 @@ import json
 import torch
 from torch import nn
 
-from rabbet import Plan, Task, load
-from rabbet.core import survey
+from rabbet import Plan, Task, load, survey
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
 from rabbet.grids.grid import Grid, Quantised

@@ -28,11 +28,12 @@ from rabbet import (
     accuracy,
     build,
     calibrate_ranges,
+    compress,
     fit,
     load,
+    plan,
+    survey,
 )
-from rabbet import _api as compress
-from rabbet.core import plan, survey
 from rabbet.core.budget import METRICS
 from rabbet.data.batches import tensors
 
@@ -675,8 +676,8 @@ def test_a_run_that_fails_leaves_the_network_as_it_was(stage, monkeypatch):
     else:
         batches = [X]
         target = {
-            "solve": "rabbet.methods.joint.solve_site",
-            "score": "rabbet.methods.joint.output_errors",
+            "solve": "rabbet.reconstruct.network.solve_site",
+            "score": "rabbet.choose.scoring.output_errors",
         }[stage]
         monkeypatch.setattr(target, lambda *_, **__: _raise(DataError("stopped")))
         if stage == "solve":

@@ -7,9 +7,7 @@ import pytest
 import torch
 from networks import network
 
-from rabbet import ADMM, Budget, Jobs, fit, load
-from rabbet import _api as compress
-from rabbet.core import plan
+from rabbet import ADMM, Budget, Jobs, compress, fit, load, plan
 from rabbet.core.layout import factor_shapes
 from rabbet.data.task import Task
 from rabbet.errors import BudgetError, PlanError

@@ -12,10 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import flat_networks, image_networks, network, token_networks
 
-from rabbet import CGMQ, Budget, Jobs, LayerPlan, Plan, Task, accuracy, demo, fit, load
-from rabbet import _api as compress
+from rabbet import (
+    CGMQ,
+    Budget,
+    Jobs,
+    LayerPlan,
+    Plan,
+    Task,
+    accuracy,
+    compress,
+    demo,
+    fit,
+    load,
+    plan,
+)
 from rabbet.calibrate.ranges import calibrate_ranges
-from rabbet.core import plan
 from rabbet.core.cost import Cost
 from rabbet.data.batches import outputs
 from rabbet.errors import BudgetError, DataError, PlanError
@@ -365,7 +376,9 @@ def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity
     case, limits = network("residual"), Budget.parse(budget)
     piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     method = CGMQ(widths=(2, 3, 4, 5, 6, 8), granularity=granularity, epochs=1)
-    course = MovingGates(method, piece, [method._line(k, s) for k, s in enumerate(piece.survey)], limits)
+    course = MovingGates(
+        method, piece, [method._line(k, s) for k, s in enumerate(piece.survey)], limits
+    )
     gates = course.gates
     steps = [
         torch.rand(6, generator=torch.Generator().manual_seed(k)) for k in range(len(gates.spans))
@@ -414,7 +427,9 @@ def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
     piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     method = CGMQ(widths=(2, 8))
     lines = [method._line(k, s) for k, s in enumerate(piece.survey)]
-    course, nearest = (MovingGates(method, piece, lines, Budget.parse("bops <= 1%")) for _ in range(2))
+    course, nearest = (
+        MovingGates(method, piece, lines, Budget.parse("bops <= 1%")) for _ in range(2)
+    )
     measure_sensitivity(
         piece, course.gates, course.weights(), lambda: course.judged(128, labels=False)
     )

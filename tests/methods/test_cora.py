@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from networks import network
 
-from rabbet import Budget, CoRa, Jobs, Ranking, Task, Tuning, load
-from rabbet import _api as compress
-from rabbet.core import plan
+from rabbet import Budget, CoRa, Jobs, Ranking, Task, Tuning, compress, load, plan
 from rabbet.errors import BudgetError, DataError, FileError, PlanError
 from rabbet.methods.cora.search import Residual, butterworth, search_ranks
 from rabbet.model.compressed import compressed_layers

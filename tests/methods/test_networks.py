@@ -8,9 +8,7 @@ from networks import NETWORKS, Case, Tokens, image_networks, network, rand, sett
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rabbet import Joint, Task, Tuning, fit, load, plan_of
-from rabbet import _api as compress
-from rabbet.core import survey
+from rabbet import Joint, Task, Tuning, compress, fit, load, plan_of, survey
 from rabbet.data.batches import outputs
 from rabbet.model.bn_fold import fold
 from rabbet.model.compressed import Compressed, compressed_layers

@@ -23,14 +23,15 @@ from rabbet import (
     PlanError,
     Task,
     Tuning,
+    compress,
     fit,
+    plan,
     price,
+    survey,
 )
-from rabbet import _api as compress
 from rabbet.calibrate.moments import second_moments
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.program import Option, allocate, picked, require_feasible
-from rabbet.core import plan, survey
 from rabbet.data.augment import Pool, cropped, hold_back, mixed
 from rabbet.data.batches import examples, outputs, tensors
 from rabbet.errors import BudgetError

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, flat_networks, image_networks, network, token_networks
 
-from rabbet import Budget, Grid, Jobs, Joint, Plan, Task, Tuning, build, load, plan_of
-from rabbet import _api as compress
+from rabbet import Budget, Grid, Jobs, Joint, Plan, Task, Tuning, build, compress, load, plan_of
 from rabbet.choose.program import smallest
 from rabbet.choose.scoring import scored
 from rabbet.core.budget import METRICS

@@ -7,8 +7,7 @@ from networks import OneTable, network, rand, settled, tokens
 from torch import nn
 
 import rabbet
-from rabbet import CGMQ, TTQAT, CoRa, FileError, Joint, Task, Tuning
-from rabbet.core import survey
+from rabbet import CGMQ, TTQAT, CoRa, FileError, Joint, Task, Tuning, survey
 from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor
 from rabbet.runtime.session import Session

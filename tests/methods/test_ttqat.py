@@ -31,6 +31,7 @@ from rabbet.core.plan import Term
 from rabbet.jobs import silent
 from rabbet.layers.site import Site
 from rabbet.methods.ttqat.start import start_cores
+from rabbet.model.compressed import compressed_layers
 from rabbet.model.surgery import leave_fast_path
 from rabbet.runtime.session import Session
 from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
@@ -152,7 +153,7 @@ def test_inputs_are_quantised_where_asked(act, tmp_path):
     model, data = bert(), sentences()
     result = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT | {"act": act}))
     assert {line.act for line in result.plan if "embeddings" not in line.name} == {act}
-    for layer in rabbet.layer.compressed_layers(result.model).values():
+    for layer in compressed_layers(result.model).values():
         widths = [q.grid.bits for q in layer.quantisers]
         assert widths == ([act, 8] if layer.form_names == ["tt"] else [act] if widths else [])
     if act == 8:
@@ -437,7 +438,7 @@ def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
     shown = {True: [], False: []}
 
     def forward(m, ids):
-        shown[bool(rabbet.layer.compressed_layers(m))].append(int((ids == 0).sum()))
+        shown[bool(compressed_layers(m))].append(int((ids == 0).sum()))
         return m(ids)
 
     def vary(ids, generator):

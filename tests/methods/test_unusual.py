@@ -6,9 +6,7 @@ import torch.nn.functional as F
 from networks import rand, settled, tokens
 from torch import nn
 
-from rabbet import CGMQ, TTQAT, CoRa, Joint, Ranking, Task, Tuning, load, plan_of
-from rabbet import _api as compress
-from rabbet.core import survey
+from rabbet import CGMQ, TTQAT, CoRa, Joint, Ranking, Task, Tuning, compress, load, plan_of, survey
 from rabbet.data.batches import outputs
 
 

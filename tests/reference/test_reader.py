@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, network, settled
 from torch import nn
 
-from rabbet import Jobs, Plan, Task
-from rabbet.core import survey
+from rabbet import Jobs, Plan, Task, survey
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
