@@ -128,7 +128,7 @@ def widths(result: rabbet.Result) -> str:
     """Bits of weights and inputs, a layer each; of weights the mean where outputs differ."""
     found = []
     for line in result.plan:
-        bits = [t.grid.bits for t in line.terms for _ in t.rows or (0,)]
+        bits = [t.grid.bits for t in line.terms for _ in getattr(t.form, "rows", None) or (0,)]
         found.append(f"{statistics.mean(bits):.2g}/{line.act or 32}")
     return " ".join(found)
 

@@ -41,8 +41,9 @@ from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.export.base import Parcel
 from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
+from rabbet.forms import Dense
 from rabbet.grids.grid import Quantised
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.runtime.bench import cpu, plain_int8
 from rabbet.runtime.session import KERNELS, kernels
@@ -187,7 +188,7 @@ def term(site: Site, kind: str) -> rabbet.Term:
             grids=("8c",), adapters=(), forms=(form,), shares=(float(share) / 100,)
         ).menu(site)
         return offered[-1][0]
-    return rabbet.Term("dense", rabbet.Grid.parse("8c" if share else kind))
+    return rabbet.Term(Dense(), rabbet.Grid.parse("8c" if share else kind))
 
 
 def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantised]]]:

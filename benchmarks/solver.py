@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rabbet import Jobs, Task
 from rabbet.core.plan import Term
-from rabbet.forms import FORMS, Aim
+from rabbet.forms import CP, Aim
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.reconstruct.candidates import solve_menu
 from rabbet.solve import quantised_cp
@@ -114,7 +114,8 @@ def in_metric(text: str, bits: int) -> None:
     weight = piece.weight(site)
     problem = MetricCP(weight.flatten(2), second[0])
     grids = MetricCP.grids(rank, bits)
-    form, term = FORMS["cp"], Term("cp", Grid(bits, axis=0), rank)
+    term = Term(CP(rank), Grid(bits, axis=0))
+    form = term.form
 
     def relative(factors: Sequence[Tensor]) -> float:
         delta = (form.contract(site, factors) - weight).flatten(1).double()
@@ -127,7 +128,7 @@ def in_metric(text: str, bits: int) -> None:
     small = start(weight.flatten(1), second[0], site.shape[1], rank)
     first, seconds = timed(lambda: als(problem, MetricCP.split(*_filled(problem, small)), 50))
     row(text, bits, f"float ALS, {first.steps} sweeps", f"{first.error:.4f}", f"{seconds:.2f}")
-    fit, seconds = timed(lambda: form.decompose(site, weight, rank, second, Aim(0.0, None, 120)))
+    fit, seconds = timed(lambda: form.decompose(site, weight, second, Aim(0.0, None, 120)))
     row(text, bits, "float variable projection", f"{relative(fit):.4f}", f"{seconds:.2f}")
     kept, seconds = timed(lambda: epc(problem, first.factors, 1.05 * first.error, 20))
     row(text, bits, "float EPC, bound 1.05", f"{kept.error:.4f}", f"{seconds:.2f}")

@@ -225,12 +225,45 @@ def _sequence() -> Case:
     )
 
 
+def _upsampled() -> Case:
+    """An encoder and a decoder: transposed convs with batch norms, groups and cut borders."""
+    layers = [
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 12, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),
+        nn.ConvTranspose2d(12, 6, (3, 2), stride=(1, 2), padding=(1, 0), groups=3),
+        nn.ReLU(),
+        nn.Conv2d(6, 3, 1),
+    ]
+    return Case(nn.Sequential(*layers), images())
+
+
+def _volumes() -> Case:
+    """Convs and a transposed conv over three axes."""
+    layers = [
+        nn.Conv3d(2, 6, 3, padding=1, bias=False),
+        nn.BatchNorm3d(6),
+        nn.ReLU(inplace=True),
+        nn.ConvTranspose3d(6, 4, 2, stride=2),
+        nn.ReLU(),
+        nn.Conv3d(4, 4, (1, 3, 3), stride=2, groups=2),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ]
+    return Case(nn.Sequential(*layers), [rand(4, 2, 4, 5, 5, seed=100 + k) for k in range(2)])
+
+
 NETWORKS: dict[str, Callable[[], Case]] = {
     "stack": _stack,
     "residual": _residual,
     "padded": _padded,
     "single": _single,
     "sequence": _sequence,
+    "upsampled": _upsampled,
+    "volumes": _volumes,
     "twice": lambda: Case(Twice(), [rand(6, 6, seed=k) for k in range(3)]),
     "tokens": lambda: Case(Tokens(), tokens()),
     "attention": lambda: Case(Attention(), [rand(4, 5, 6, seed=k) for k in range(2)]),

@@ -17,7 +17,7 @@ from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
 from rabbet.jobs import Jobs, content_key
-from rabbet.layers.site import KINDS, Site
+from rabbet.layers import Site
 from rabbet.model.bn_fold import fold, norm_gain
 from rabbet.model.inspect import own_tensors, stored_tensors
 from rabbet.model.inspect import survey as look
@@ -110,7 +110,7 @@ class Workpiece:
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""
-        return KINDS[site.kind].weight(self.model.get_submodule(site.name)).detach().cpu()
+        return site.kind.weight(self.model.get_submodule(site.name)).detach().cpu()
 
     def key(self, name: str, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
         """What work on this task is remembered by: `content_key` with the network, the seed, every batch, and calls.

@@ -6,7 +6,7 @@ import torch
 from rabbet import Budget, Jobs, Joint, Plan, Task, Tuning, accuracy, compress, fit, load, survey
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import LayerPlan, Term
-from rabbet.forms import FORMS
+from rabbet.forms import Dense, LowRank
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import silent
 from rabbet.model.bn_fold import fold
@@ -91,7 +91,7 @@ def test_three_bits_a_weight_lose_at_most_a_point_and_a_half_without_tuning(
 
 def test_error_feedback_rounding_beats_rounding_to_nearest_at_three_bits(piece, test):
     moments, grid = piece.moments(), Grid.parse("3c")
-    terms = (Term("dense", grid),)
+    terms = (Term(Dense(), grid),)
     plan = Plan(tuple(LayerPlan(s.name, terms) for s in piece.survey))
 
     def feedback(site):
@@ -112,11 +112,11 @@ def test_error_feedback_rounding_beats_rounding_to_nearest_at_three_bits(piece, 
 
 def test_whitened_adapters_beat_plain_ones(piece, test):
     moments = piece.moments()
-    base, fine, form = Grid.parse("3c"), Grid.parse("8c"), FORMS["lowrank"]
+    base, fine = Grid.parse("3c"), Grid.parse("8c")
     ranks = {s.name: max(1, round(0.08 * s.numel / (s.shape[0] + s.columns))) for s in piece.survey}
     plan = Plan(
         tuple(
-            LayerPlan(s.name, (Term("dense", base), Term("lowrank", fine, ranks[s.name])))
+            LayerPlan(s.name, (Term(Dense(), base), Term(LowRank(ranks[s.name]), fine)))
             for s in piece.survey
         )
     )
@@ -126,8 +126,8 @@ def test_whitened_adapters_beat_plain_ones(piece, test):
         for s in piece.survey:
             weight, metric = piece.weight(s), Metric(moments[s.name])
             first = Quantised.nearest(weight, base)
-            parts = form.decompose(
-                s, weight - first.values, ranks[s.name], metric.second if whiten else None
+            parts = LowRank(ranks[s.name]).decompose(
+                s, weight - first.values, metric.second if whiten else None
             )
             numbers[s.name] = [[first], [Quantised.nearest(p, fine) for p in parts]]
             delta = canonical(s, plan[s.name].terms, numbers[s.name]) - weight
@@ -151,7 +151,7 @@ def test_a_plan_of_real_layers_keeps_several_limits_at_once(piece):
 
 def test_ranges_hold_what_really_passes(piece, calibration):
     plan = Plan(
-        tuple(LayerPlan(s.name, (Term("dense", Grid.parse("8c")),), 8) for s in piece.survey)
+        tuple(LayerPlan(s.name, (Term(Dense(), Grid.parse("8c")),), 8) for s in piece.survey)
     )
     student = build(piece.model, plan, piece.survey)
     calibrate_ranges(student, Task(calibration), progress=silent)

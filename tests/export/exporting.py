@@ -135,7 +135,7 @@ def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Pa
         outs = range(site.shape[0])
         text = pattern.replace("even", runs(outs[::2])).replace("odd", runs(outs[1::2]))
         asked = [Term.parse(t) for t in text.split(" + ")]
-        fits = all((t.rank or 1) <= t.how.full_rank(site) for t in asked)
+        fits = all((t.form.rank or 1) <= t.form.full_rank(site) for t in asked)
         tail = "" if not site.multiplies or not act else f" | {act}"
         lines.append(f"{quoted(site.name)} {text if fits else 'dense@8c'}{tail}")
     plan = rabbet.Plan.parse("\n".join(lines))

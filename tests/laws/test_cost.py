@@ -18,11 +18,12 @@ from rabbet.data.task import Task
 from rabbet.errors import BudgetError
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
-from rabbet.forms import FORMS, Contracted
+from rabbet.forms import FORMS, RANKED, Dense
 from rabbet.grids.grid import Grid
 from rabbet.grids.pack import packed_bytes
 from rabbet.jobs import Jobs
-from rabbet.layers.site import Site
+from rabbet.layers import Site
+from rabbet.layers.conv import Conv
 from rabbet.model.build import build, plan_of
 from rabbet.model.compressed import ActQuant, compressed_layers
 from rabbet.model.inspect import survey
@@ -35,14 +36,15 @@ PIECES = {
 
 
 def _terms(draw, site):
-    fitting = [f for f in FORMS if FORMS[f].full_rank(site)]
+    full = {n: f(*[1] * (n in RANKED)).full_rank(site) for n, f in FORMS.items()}
+    fitting = [name for name in FORMS if full[name]]
     grids = ["1", "t", "2h", "3", "4", "5", "8"]
     terms = []
     for _ in range(draw(st.integers(1, 3))):
         form = draw(st.sampled_from(fitting))
         grid = Grid.parse(draw(st.sampled_from(grids)) + draw(st.sampled_from(["", "c", "c1"])))
-        rank = draw(st.integers(1, FORMS[form].full_rank(site))) if FORMS[form].ranked else None
-        terms.append(Term(form, grid, rank))
+        rank = [draw(st.integers(1, full[form]))] if form in RANKED else []
+        terms.append(Term(FORMS[form](*rank), grid))
     return tuple(terms)
 
 
@@ -99,8 +101,8 @@ def _putting_together(model):
         for layer in compressed_layers(model).values():
             for form, factors in zip(layer.forms, layer.factors, strict=True):
                 calls = layer.site.calls + len(layer.site.heads)
-                for _ in range(calls if isinstance(form, Contracted) else 0):
-                    form.finished(layer.site, [f() for f in factors])
+                for _ in range(calls if form.contracted else 0):
+                    form.for_runtime(layer.site, [f() for f in factors])
     return counter.get_total_flops()
 
 
@@ -117,7 +119,7 @@ def _counted(piece, model, batch):
     return counter.get_total_flops()
 
 
-SITE = Site("a.b", "conv2d", (8, 6, 3, 3), (1, 1), (1,) * 4, "zeros", (1, 1), 1, True, 49, 49)
+SITE = Site("a.b", Conv(2), (8, 6, 3, 3), (1, 1), (1,) * 4, "zeros", (1, 1), 1, True, 49, 49)
 
 
 def test_bit_operations_are_macs_times_bits_of_weight_and_input():
@@ -144,8 +146,8 @@ def test_the_bytes_of_a_layer_are_its_numbers_and_its_line():
 
 @given(st.text(max_size=8))
 def test_a_line_takes_the_bytes_that_it_is_said_to_take(name):
-    one = LayerPlan(name, (Term("dense", Grid.parse("4c")),), 8)
-    other = LayerPlan(name + "x", (Term("dense", Grid.parse("4c")),), 8)
+    one = LayerPlan(name, (Term(Dense(), Grid.parse("4c")),), 8)
+    other = LayerPlan(name + "x", (Term(Dense(), Grid.parse("4c")),), 8)
     both, alone = Plan((one, other)), Plan((other,))
     assert len(json.dumps(both.compact)) - len(json.dumps(alone.compact)) == line_bytes(one)
 
@@ -159,7 +161,7 @@ def test_the_cost_of_the_float_network_is_four_bytes_an_entry_and_32_bits_a_side
 def test_a_layer_without_a_line_costs_what_it_did(name):
     piece = PIECES[name]
     for site in piece.survey:
-        plan = Plan((LayerPlan(site.name, (Term("dense", Grid.parse("4c")),)),))
+        plan = Plan((LayerPlan(site.name, (Term(Dense(), Grid.parse("4c")),)),))
         found, whole = piece.cost(plan), piece.float_cost
         assert found.macs == whole.macs
         assert whole.bops - found.bops == site.macs * 32 * (32 - 4)
@@ -341,7 +343,7 @@ def test_a_budget_is_read_once_and_written_as_it_was():
 def test_a_plan_of_every_network_costs_less_than_the_network():
     for piece in PIECES.values():
         plan = Plan(
-            tuple(LayerPlan(s.name, (Term("dense", Grid.parse("4c")),)) for s in piece.survey)
+            tuple(LayerPlan(s.name, (Term(Dense(), Grid.parse("4c")),)) for s in piece.survey)
         )
         cost = plan_cost(piece.survey, plan, piece.rest(plan))
         assert cost.bops < piece.float_cost.bops or not piece.float_cost.macs

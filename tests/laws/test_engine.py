@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from rabbet.core.plan import Term
+from rabbet.forms import Dense
 from rabbet.grids.grid import Grid
 from rabbet.jobs import Jobs, content_key
-from rabbet.layers.site import Site
+from rabbet.layers import Site
+from rabbet.layers.linear import Linear
 from rabbet.reconstruct.candidates import solve_site
 
 RUNS: list[int] = []
@@ -56,12 +58,12 @@ def test_results_come_in_the_order_of_the_jobs_whatever_ends_first():
 
 
 def _layers():
-    menu = tuple((Term("dense", Grid.parse(t)),) for t in ("2c", "3c"))
+    menu = tuple((Term(Dense(), Grid.parse(t)),) for t in ("2c", "3c"))
     generator = torch.Generator().manual_seed(0)
     for n in (8, 30, 70):
         x = torch.randn(200, n, generator=generator)
         given = {"weight": torch.randn(6, n, generator=generator), "second": (x.T @ x)[None]}
-        yield solve_site, given, {"site": Site("", "linear", (6, n)), "menu": menu}
+        yield solve_site, given, {"site": Site("", Linear(), (6, n)), "menu": menu}
 
 
 def test_every_executor_gives_the_same_numbers():

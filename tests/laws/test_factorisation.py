@@ -10,9 +10,11 @@ from rabbet.core.cost import layer_cost
 from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.errors import PlanError
-from rabbet.forms import FORMS, Contracted
+from rabbet.forms import RANKED
 from rabbet.grids.grid import Grid, Quantised
-from rabbet.layers.site import Site
+from rabbet.layers import Site
+from rabbet.layers.conv import Conv
+from rabbet.layers.linear import Linear
 from rabbet.reconstruct.candidates import _tail, solve_site
 from rabbet.solve import quantised_cp
 from rabbet.solve.admm import admm
@@ -253,7 +255,7 @@ def test_a_ridge_keeps_the_factors_small():
 def _conv():
     site = Site(
         "x",
-        "conv2d",
+        Conv(2),
         (12, 10, 3, 3),
         stride=(1, 1),
         pads=(1,) * 4,
@@ -267,7 +269,7 @@ def _conv():
 
 def _menu(site):
     forms = [
-        Term(f, Grid.parse(g), r)
+        Term(RANKED[f](r), Grid.parse(g))
         for f in ("cp", "tucker", "lowrank")
         for r in (2, 4, 6)
         for g in ("3c", "6c")
@@ -296,7 +298,7 @@ def test_what_is_pruned_is_worse_and_no_cheaper_than_something_that_stays():
 
 @pytest.mark.parametrize("shape", [(20, 6), (6, 20)])
 def test_what_no_weight_of_a_rank_can_be_better_than(shape):
-    site = Site("x", "linear", shape, positions=1, inputs=1)
+    site = Site("x", Linear(), shape, positions=1, inputs=1)
     root = rand(shape[1], shape[1], seed=2).double()
     metric = Metric((root @ root.mT)[None].float(), 0.01)
     weight = rand(*shape, seed=3)
@@ -309,26 +311,26 @@ def test_what_no_weight_of_a_rank_can_be_better_than(shape):
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted[0]))
 
 
-FITTING = [f for f in FORMS if FORMS[f].ranked and FORMS[f].full_rank(_conv()[0])]
+FITTING = [f for f in RANKED if RANKED[f](1).full_rank(_conv()[0])]
 
 
 @pytest.mark.parametrize("form", FITTING)
 def test_more_bits_leave_less_error_of_a_factorised_weight(form):
     site, weight, second = _conv()
-    menu = tuple((Term(form, Grid.parse(f"{b}c"), 6),) for b in (2, 3, 4, 6, 8))
+    menu = tuple((Term(RANKED[form](6), Grid.parse(f"{b}c")),) for b in (2, 3, 4, 6, 8))
     result = solve_site(weight, second, site=site, menu=menu)
     errors = [float(result[f"{k}.error"]) for k in range(len(menu))]
     assert all(b < a for a, b in itertools.pairwise(errors))
 
 
-@pytest.mark.parametrize("form", [f for f in FITTING if not isinstance(FORMS[f], Contracted)])
+@pytest.mark.parametrize("form", [f for f in FITTING if not RANKED[f].contracted])
 def test_the_last_factor_makes_good_what_rounding_the_others_broke(form):
     site, weight, second = _conv()
-    term = Term(form, Grid.parse("3c"), 6)
+    term = Term(RANKED[form](6), Grid.parse("3c"))
     result = solve_site(weight, second, site=site, menu=((term,),))
-    factors = FORMS[form].decompose(site, weight, 6, second)
+    factors = term.form.decompose(site, weight, second)
     assert tuple(tuple(f.shape) for f in factors) == factor_shapes(site, term)
-    plain = FORMS[form].contract(site, [Quantised.nearest(f, term.grid).values for f in factors])
+    plain = term.form.contract(site, [Quantised.nearest(f, term.grid).values for f in factors])
     delta = (plain - weight).flatten(1)
     assert float(result["0.error"]) < 0.9 * float(((delta @ second[0]) * delta).sum())
 

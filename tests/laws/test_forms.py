@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from rabbet.forms import FORMS, Contracted
-from rabbet.layers.site import KINDS
+from rabbet.forms import FORMS, RANKED
+from rabbet.layers import KINDS, kind_of
 from rabbet.model.inspect import survey
 
 LAYERS = {
@@ -36,6 +36,19 @@ LAYERS = {
         lambda: nn.Conv1d(5, 8, 4, padding="same", dilation=3, padding_mode="reflect"),
         (2, 5, 13),
     ),
+    "conv3d": (lambda: nn.Conv3d(4, 5, (3, 2, 3), stride=(1, 2, 1), padding=1), (2, 4, 4, 5, 3)),
+    "conv3d pointwise": (lambda: nn.Conv3d(4, 6, 1), (2, 4, 2, 3, 3)),
+    "transposed conv1d": (
+        lambda: nn.ConvTranspose1d(5, 8, 4, stride=3, output_padding=2, dilation=2),
+        (2, 5, 6),
+    ),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(6, 8, 3, 2, 1, 1), (2, 6, 4, 5)),
+    "transposed conv2d cut": (lambda: nn.ConvTranspose2d(6, 4, 2, 2, 1, bias=False), (2, 6, 4, 3)),
+    "transposed conv2d grouped": (
+        lambda: nn.ConvTranspose2d(6, 9, (3, 2), (2, 1), groups=3),
+        (2, 6, 4, 3),
+    ),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(4, 5, 2, 2), (2, 4, 2, 3, 2)),
     "linear": (lambda: nn.Linear(12, 8), (3, 12)),
     "linear over places": (lambda: nn.Linear(6, 11, bias=False), (3, 5, 6)),
     "transposed linear": (lambda: Conv1D(8, 12), (3, 5, 12)),
@@ -51,18 +64,26 @@ def _case(name):
             p.copy_(rand(*p.shape, seed=p.ndim))
     x = torch.arange(15).view(3, 5) % 9 if name == "embedding" else rand(*shape, seed=4)
     site = survey(layer, x).sites[0]
-    return layer, site, KINDS[site.kind].weight(layer).detach(), x
+    return layer, site, site.kind.weight(layer).detach(), x
 
 
-FITTING = [(f, n) for f, n in itertools.product(FORMS, LAYERS) if FORMS[f].full_rank(_case(n)[1])]
-RANKED = [(f, n) for f, n in FITTING if FORMS[f].ranked]
+def _form(form, rank=1):
+    """A form at a rank, if it has one."""
+    return RANKED[form](rank) if form in RANKED else FORMS[form]()
+
+
+FITTING = [(f, n) for f, n in itertools.product(FORMS, LAYERS) if _form(f).full_rank(_case(n)[1])]
 every_form = pytest.mark.parametrize(("form", "name"), FITTING)
-every_ranked_form = pytest.mark.parametrize(("form", "name"), RANKED)
+every_ranked_form = pytest.mark.parametrize(
+    ("form", "name"), [(f, n) for f, n in FITTING if f in RANKED]
+)
 
 
-def _ranks(form, site):
-    full = FORMS[form].full_rank(site)
-    return sorted({1, max(1, full // 2), full}) if FORMS[form].ranked else [None]
+def _forms(form, site):
+    """A form at a low, a middle and the full rank."""
+    full = _form(form).full_rank(site)
+    ranks = sorted({1, max(1, full // 2), full}) if form in RANKED else [1]
+    return [_form(form, rank) for rank in ranks]
 
 
 def _second(site, columns_of=None):
@@ -75,7 +96,11 @@ def test_every_form_fits_some_layer_and_dense_fits_all():
     assert [n for f, n in FITTING if f == "dense"] == list(LAYERS)
 
 
-@pytest.mark.parametrize("name", ["conv2d grouped", "conv2d depthwise"])
+def test_every_kind_of_layer_is_among_the_cases():
+    assert {kind_of(make()) for make, _ in LAYERS.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if "grouped" in n or "depthwise" in n])
 def test_a_grouped_conv_takes_dense_only(name):
     assert [f for f, n in FITTING if n == name] == ["dense"]
 
@@ -83,18 +108,27 @@ def test_a_grouped_conv_takes_dense_only(name):
 @every_form
 def test_the_stated_shapes_are_those_of_the_factors(form, name):
     _, site, weight, _ = _case(name)
-    for rank, second in itertools.product(_ranks(form, site), (None, _second(site))):
-        factors = FORMS[form].decompose(site, weight, rank, second)
-        assert tuple(tuple(f.shape) for f in factors) == FORMS[form].shapes(site, rank)
-        assert len(FORMS[form].macs(site, rank)) == FORMS[form].gaps + 1
+    for one, second in itertools.product(_forms(form, site), (None, _second(site))):
+        shapes = tuple(tuple(f.shape) for f in one.decompose(site, weight, second))
+        assert shapes == one.shapes(site)
+        assert one.observed(shapes) == one
+        assert len(one.macs(site)) == one.gaps + 1
+
+
+@every_form
+def test_a_form_is_its_text(form, name):
+    _, site, _, _ = _case(name)
+    for one in _forms(form, site):
+        assert FORMS[form].read(one.inside or None) == one
+        assert str(one) == (f"{form}[{one.inside}]" if one.inside else form)
 
 
 @every_form
 def test_at_full_rank_the_factors_are_the_weight(form, name):
     _, site, weight, _ = _case(name)
-    full = FORMS[form].full_rank(site) if FORMS[form].ranked else None
+    full = _forms(form, site)[-1]
     for second in (None, _second(site)):
-        found = FORMS[form].contract(site, FORMS[form].decompose(site, weight, full, second))
+        found = full.contract(site, full.decompose(site, weight, second))
         assert found.shape == weight.shape
         assert torch.allclose(found, weight, atol=1e-4)
 
@@ -103,12 +137,11 @@ def test_at_full_rank_the_factors_are_the_weight(form, name):
 def test_applying_factors_is_the_layer_with_the_contracted_weight(form, name):
     layer, site, weight, x = _case(name)
     bias = getattr(layer, "bias", None)
-    for rank in _ranks(form, site):
-        factors = FORMS[form].decompose(site, weight, rank, None)
-        found = FORMS[form].apply(site, x, factors, lambda _, t: t, bias)
-        contracted = FORMS[form].contract(site, factors)
+    for one in _forms(form, site):
+        factors = one.decompose(site, weight, None)
+        found = one.apply(site, x, factors, lambda _, t: t, bias)
         with torch.no_grad():
-            layer.weight.copy_(contracted.T if site.kind == "transposed linear" else contracted)
+            layer.weight.copy_(site.native(one.contract(site, factors)))
             assert torch.allclose(found, layer(x), atol=1e-4, rtol=1e-4)
 
 
@@ -116,26 +149,20 @@ def test_applying_factors_is_the_layer_with_the_contracted_weight(form, name):
 def test_every_gap_between_factors_is_shown_once_in_order(form, name):
     _, site, weight, x = _case(name)
     seen = []
-    rank = _ranks(form, site)[0]
-    FORMS[form].apply(
-        site,
-        x,
-        FORMS[form].decompose(site, weight, rank, None),
-        lambda k, t: seen.append(k) or t,
-        None,
-    )
-    assert seen == list(range(FORMS[form].gaps))
+    one = _forms(form, site)[0]
+    factors = one.decompose(site, weight, None)
+    one.apply(site, x, factors, lambda k, t: seen.append(k) or t, None)
+    assert seen == list(range(one.gaps))
 
 
 @every_form
 def test_what_happens_between_factors_reaches_the_output(form, name):
     _, site, weight, x = _case(name)
-    factors = FORMS[form].decompose(site, weight, _ranks(form, site)[-1], None)
-    plain = FORMS[form].apply(site, x, factors, lambda _, t: t, None)
-    for gap in range(FORMS[form].gaps):
-        silenced = FORMS[form].apply(
-            site, x, factors, lambda k, t, g=gap: t * 0 if k == g else t, None
-        )
+    one = _forms(form, site)[-1]
+    factors = one.decompose(site, weight, None)
+    plain = one.apply(site, x, factors, lambda _, t: t, None)
+    for gap in range(one.gaps):
+        silenced = one.apply(site, x, factors, lambda k, t, g=gap: t * 0 if k == g else t, None)
         assert not torch.allclose(silenced, plain)
         assert silenced.abs().max() < 1e-6
 
@@ -143,18 +170,16 @@ def test_what_happens_between_factors_reaches_the_output(form, name):
 @every_form
 def test_stated_macs_are_those_a_counter_sees(form, name):
     _, site, weight, x = _case(name)
-    for rank in _ranks(form, site):
-        factors = FORMS[form].decompose(site, weight, rank, None)
+    for one in _forms(form, site):
+        factors = one.decompose(site, weight, None)
         with FlopCounterMode(display=False) as counter:
-            FORMS[form].apply(site, x, factors, lambda _, t: t, None)
+            one.apply(site, x, factors, lambda _, t: t, None)
         seen = counter.get_total_flops()
-        if isinstance(
-            FORMS[form], Contracted
-        ):  # putting the cores together does not depend on the input
+        if one.contracted:  # putting the cores together does not depend on the input
             with FlopCounterMode(display=False) as counter:
-                FORMS[form].finished(site, factors)
+                one.for_runtime(site, factors)
             seen -= counter.get_total_flops()
-        assert 2 * len(x) * sum(FORMS[form].macs(site, rank)) == seen
+        assert 2 * len(x) * sum(one.macs(site)) == seen
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -169,9 +194,33 @@ def test_the_macs_of_a_site_are_those_a_counter_sees(name):
 def test_a_site_runs_as_its_layer_does(name):
     layer, site, weight, x = _case(name)
     with torch.no_grad():
-        assert torch.allclose(
-            site.run(x, weight, getattr(layer, "bias", None)), layer(x), atol=1e-5
-        )
+        ours = site.run(x, weight, getattr(layer, "bias", None))
+        assert torch.allclose(ours, layer(x), atol=1e-5)
+        assert torch.equal(site.native(weight), layer.weight)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n != "embedding"])
+def test_rows_times_the_weight_are_the_output(name):
+    _, site, weight, x = _case(name)
+    with torch.no_grad():
+        products = site.rows(x, None, torch.Generator()) @ site.matrix(weight).mT
+        # [groups, examples * places, out / groups] -> [examples, places, out]
+        products = products.view(site.groups, len(x), -1, products.shape[2])
+        ours = products.permute(1, 2, 0, 3).flatten(2)
+        theirs = site.channels_last(site.run(x, weight)).reshape(ours.shape)
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_torch_example_by_example(name):
+    _, site, weight, x = _case(name)
+    weight = weight.clone().requires_grad_()
+    out = site.run(x, weight)
+    slope = rand(*out.shape, seed=3)
+    found = site.gradients(x, slope, len(x))
+    for k in range(len(x)):
+        wanted = torch.autograd.grad((out[k] * slope[k]).sum(), weight, retain_graph=True)[0]
+        assert torch.allclose(found[k].view_as(wanted), wanted, atol=1e-4)
 
 
 @every_ranked_form
@@ -181,12 +230,12 @@ def test_the_error_falls_with_the_rank(form, name, weighted):
     second = _second(site) if weighted else None
     metric = torch.eye(site.columns)[None] if second is None else second
     errors = []
-    full = FORMS[form].full_rank(site)
+    full = _form(form).full_rank(site)
     # doubled each time: two ranks that lie side by side may change places where the solver is a
     # local one
     for rank in [*itertools.takewhile(lambda r: r < full, (2**k for k in itertools.count())), full]:
-        found = FORMS[form].contract(site, FORMS[form].decompose(site, weight, rank, second))
-        delta = site.matrix(found - weight)
+        one = _form(form, rank)
+        delta = site.matrix(one.contract(site, one.decompose(site, weight, second)) - weight)
         errors.append(((delta @ metric) * delta).sum().item())
     slack = 1e-5 * errors[0]
     assert all(b <= a + slack for a, b in itertools.pairwise(errors))
@@ -197,11 +246,20 @@ def test_the_error_falls_with_the_rank(form, name, weighted):
 def test_a_metric_makes_the_error_it_sees_smaller(form, name):
     _, site, weight, _ = _case(name)
     second = _second(site)
-    rank = max(1, FORMS[form].full_rank(site) // 8)
+    one = _form(form, max(1, _form(form).full_rank(site) // 8))
 
     def error(given):
-        factors = FORMS[form].decompose(site, weight, rank, given)
-        delta = site.matrix(FORMS[form].contract(site, factors) - weight)
+        delta = site.matrix(one.contract(site, one.decompose(site, weight, given)) - weight)
         return ((delta @ second) * delta).sum().item()
 
     assert error(second) < error(None)
+
+
+@every_ranked_form
+def test_a_weight_has_no_higher_rank_than_its_form_says(form, name):
+    _, site, weight, _ = _case(name)
+    for one in _forms(form, site):
+        most = one.matrix_rank(site)
+        if most is not None:
+            matrix = one.contract(site, one.decompose(site, weight, None)).flatten(1)
+            assert torch.linalg.matrix_rank(matrix, rtol=1e-5) <= most

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rabbet.core.plan import LayerPlan, Plan, Term, quoted
 from rabbet.errors import PlanError
-from rabbet.forms import FORMS
+from rabbet.forms import FORMS, RANKED, Dense
 from rabbet.grids.grid import Grid
 
 grids = st.builds(
@@ -22,11 +22,13 @@ grids = st.builds(
     st.sampled_from(["", "c", "c1", "c12"]),
 )
 ranks = st.integers(1, 10**6)
-terms = st.sampled_from(list(FORMS)).flatmap(
-    lambda form: st.builds(Term, st.just(form), grids, ranks if FORMS[form].ranked else st.none())
-) | st.sets(st.integers(0, 40), min_size=1).flatmap(
-    lambda rows: st.builds(Term, st.just("dense"), grids, rows=st.just(tuple(sorted(rows))))
+rows = st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found)))
+forms = st.one_of(
+    st.builds(Dense),
+    st.builds(Dense, rows),
+    *(st.builds(form, ranks) for form in RANKED.values()),
 )
+terms = st.builds(Term, forms, grids)
 ODD = (
     "", " ", "a b", 'say "x"', "#1", "a#b", "a # b", "tab\there", "new\nline", "back\\slash", "|", "a|b", "+", "@", "é",
     "dense@4c", "x | act@8", "\u2028", "\x85", "a\x1cb", "'", '"', '""', "\\", "layer.0.weight", "🪵", "\x00", "=<>",

@@ -23,7 +23,7 @@ QUICK = Joint(tuning=Tuning(steps=0))
 def test_rows_are_their_text(rows):
     assert rows_of(runs(rows)) == rows
     term = Term.parse(f"dense[{runs(rows)}]@3c")
-    assert term.rows == rows
+    assert term.form.rows == rows
     assert str(term) == f"dense[{runs(rows)}]@3c"
 
 

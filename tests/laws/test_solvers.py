@@ -9,7 +9,9 @@ from networks import rand
 from rabbet.core.plan import LayerPlan
 from rabbet.errors import ModelError
 from rabbet.grids.grid import Grid
-from rabbet.layers.site import Site
+from rabbet.layers import Site
+from rabbet.layers.conv import Conv
+from rabbet.layers.linear import Linear
 from rabbet.reconstruct import candidates
 from rabbet.reconstruct.candidates import (
     canonical,
@@ -210,14 +212,12 @@ MENU = tuple(
 )
 
 
-def _layer(groups=1, kind="linear"):
-    shape = (12, 20) if kind == "linear" else (12, 20 // groups, 1, 1)
-    space = (
-        {}
-        if kind == "linear"
-        else {"stride": (1, 1), "pads": (0,) * 4, "dilation": (1, 1), "groups": groups}
-    )
-    return Site("x", kind, shape, **space), rand(*shape)
+def _layer(groups=None):
+    """A linear, or a conv of one tap with groups."""
+    if groups is None:
+        return Site("x", Linear(), (12, 20)), rand(12, 20)
+    shape, kind = (12, 20 // groups, 1, 1), Conv(2)
+    return Site("x", kind, shape, **kind.usual(shape) | {"groups": groups}), rand(*shape)
 
 
 def test_several_terms_beat_their_first_one_alone():
@@ -253,7 +253,7 @@ def test_alternating_over_terms_longer_never_ends_worse(monkeypatch):
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_a_solved_menu_says_its_own_error_and_reads_back(groups):
-    site, weight = _layer(groups, "conv2d")
+    site, weight = _layer(groups)
     menu = MENU if groups == 1 else MENU[:3]
     second = _second(20 // groups, groups)
     result = solve_site(weight, second, site=site, menu=menu)

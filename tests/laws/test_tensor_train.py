@@ -9,23 +9,25 @@ from networks import rand
 from torch import nn
 
 import rabbet
-from rabbet import DataError, Plan, PlanError, Term
+from rabbet import DataError, Plan, PlanError
 from rabbet.core.plan import LayerPlan
 from rabbet.forms.base import Aim
 from rabbet.forms.modes import balanced, covering, exactly
 from rabbet.forms.tt import TT
 from rabbet.forms.ttm import TTM
-from rabbet.layers.site import Site
+from rabbet.layers import Site
+from rabbet.layers.embedding import Embedding
+from rabbet.layers.linear import Linear
 from rabbet.solve.tensor_train import bonds, half, halves, tt_svd
 
 ATTENTION, UP, DOWN = (
-    Site("x", "linear", shape) for shape in ((768, 768), (3072, 768), (768, 3072))
+    Site("x", Linear(), shape) for shape in ((768, 768), (3072, 768), (768, 3072))
 )
-TABLE = Site("x", "embedding", (30522, 768))
+TABLE = Site("x", Embedding(), (30522, 768))
 
 
-def _entries(form, site, rank):
-    return sum(math.prod(shape) for shape in form.shapes(site, rank))
+def _entries(form, site):
+    return sum(math.prod(shape) for shape in form.shapes(site))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def _entries(form, site, rank):
     ],
 )
 def test_the_usual_shapes_are_those_of_the_paper(site, ranks, digits):
-    shapes = TT().shapes(site, 20)
+    shapes = TT(20).shapes(site)
     assert [s[0] for s in shapes] == ranks
     assert [s[1] for s in shapes] == digits
 
@@ -55,8 +57,8 @@ def test_the_usual_shapes_are_those_of_the_paper(site, ranks, digits):
     ],
 )
 def test_there_are_as_many_entries_as_the_paper_counts(site, rank, modes, entries):
-    form = TTM if site.kind == "embedding" else TT
-    assert _entries(form(modes), site, rank) == entries
+    form = TTM if site.looks_up else TT
+    assert _entries(form(rank, modes), site) == entries
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 23, 26, 768, 870, 3072, 30522])
@@ -73,9 +75,9 @@ def test_digits_make_the_size(size):
     "modes", [((2, 6), (4, 2)), ((12,), (8,)), ((3, 2, 2), (2, 2, 2)), ((2, 2, 3), (8,))]
 )
 def test_any_digits_write_a_weight(modes):
-    site, weight = Site("x", "linear", (8, 12)), rand(8, 12)
-    form = TT(modes)
-    factors = form.decompose(site, weight, 8, None)
+    site, weight = Site("x", Linear(), (8, 12)), rand(8, 12)
+    form = TT(8, modes)
+    factors = form.decompose(site, weight, None)
     assert torch.allclose(form.contract(site, factors), weight, atol=1e-5)
     x = rand(5, 12, seed=1)
     assert torch.allclose(
@@ -87,9 +89,9 @@ def test_any_digits_write_a_weight(modes):
     "modes", [((3, 3), (2, 3)), ((3, 1, 4), (1, 6, 1)), ((2, 2, 2, 2), (1, 2, 3, 1))]
 )
 def test_any_digits_write_a_table(modes):
-    site, table = Site("x", "embedding", (9, 6)), rand(9, 6)
-    form = TTM(modes)
-    factors = form.decompose(site, table, form.full_rank(site), None)
+    site, table = Site("x", Embedding(), (9, 6)), rand(9, 6)
+    form = TTM(TTM(1, modes).full_rank(site), modes)
+    factors = form.decompose(site, table, None)
     assert torch.allclose(form.contract(site, factors), table, atol=1e-5)
     ids = torch.tensor([[0, 8, 3], [3, 5, 1]])
     assert torch.allclose(
@@ -116,22 +118,19 @@ def test_the_metric_is_followed():
     assert error(second) < error(None)
 
 
-@pytest.mark.parametrize("form", [TT(), TTM()])
+@pytest.mark.parametrize("form", [TT(3), TTM(3)])
 def test_a_runtime_is_given_the_same_layer(form):
-    site = Site("x", "embedding" if isinstance(form, TTM) else "linear", (24, 12))
-    factors = form.decompose(site, rand(24, 12), 3, None)
-    name, modes, finished = form.finished(site, factors)
-    term = Term(name, rabbet.Grid(8), len(finished[0]), modes)
-    assert [tuple(f.shape) for f in finished] == list(term.how.shapes(site, term.rank))
-    assert torch.allclose(
-        term.how.contract(site, finished), form.contract(site, factors), atol=1e-5
-    )
+    site = Site("x", Embedding() if isinstance(form, TTM) else Linear(), (24, 12))
+    factors = form.decompose(site, rand(24, 12), None)
+    other, parts = form.for_runtime(site, factors)
+    assert [tuple(f.shape) for f in parts] == list(other.shapes(site))
+    assert torch.allclose(other.contract(site, parts), form.contract(site, factors), atol=1e-5)
 
 
 def test_digits_stand_in_the_plan_where_they_are_not_the_usual():
     text = "fc tt[3:2x6:4x2]@4 + tt[2]@8 | act@8"
     assert str(LayerPlan.parse(text)) == text
-    assert LayerPlan.parse(text).terms[0].modes == ((2, 6), (4, 2))
+    assert LayerPlan.parse(text).terms[0].form.modes == ((2, 6), (4, 2))
     model = nn.Sequential(nn.Linear(12, 8))
     built = rabbet.build(model, Plan.parse(f"0 {text[3:]}"), rabbet.survey(model, rand(2, 12)))
     assert rabbet.plan_of(built, rabbet.survey(model, rand(2, 12))) == Plan.parse(f"0 {text[3:]}")
@@ -180,10 +179,10 @@ def test_an_index_that_a_table_does_not_have_is_refused(index):
 
 
 def test_more_steps_never_err_more():
-    site, weight = Site("x", "linear", (24, 30)), rand(24, 30)
+    site, weight, form = Site("x", Linear(), (24, 30)), rand(24, 30), TT(5)
     errors = [
         float(
-            (TT().contract(site, TT().decompose(site, weight, 5, None, Aim(steps=n))) - weight)
+            (form.contract(site, form.decompose(site, weight, None, Aim(steps=n))) - weight)
             .square()
             .sum()
         )
@@ -195,7 +194,7 @@ def test_more_steps_never_err_more():
 
 @pytest.mark.parametrize(
     ("form", "site"),
-    [(TT(), Site("x", "linear", (24, 30))), (TTM(), Site("x", "embedding", (90, 8)))],
+    [(TT(5), Site("x", Linear(), (24, 30))), (TTM(5), Site("x", Embedding(), (90, 8)))],
 )
 def test_what_goes_on_from_factors_errs_no_more_than_they_do(form, site):
     weight = rand(*site.shape)
@@ -203,8 +202,8 @@ def test_what_goes_on_from_factors_errs_no_more_than_they_do(form, site):
     def error(factors):
         return float((form.contract(site, factors) - weight).square().sum())
 
-    known = form.decompose(site, weight, 5, None, Aim(steps=60))
-    assert error(form.decompose(site, weight, 5, None, Aim(start=known, steps=0))) <= error(
-        known
-    ) * (1 + 1e-6)
-    assert error(form.decompose(site, weight, 5, None, Aim(steps=0))) > 1.01 * error(known)
+    known = form.decompose(site, weight, None, Aim(steps=60))
+    assert error(form.decompose(site, weight, None, Aim(start=known, steps=0))) <= error(known) * (
+        1 + 1e-6
+    )
+    assert error(form.decompose(site, weight, None, Aim(steps=0))) > 1.01 * error(known)

@@ -37,7 +37,7 @@ def test_every_kernel_but_the_first_is_factorised_at_the_rate_and_the_rest_has_8
         if term.form == "cp":
             # arXiv 2308.04595: floor(numel / (I + J + K) / rate)
             i, j, k = site.shape[0], site.shape[1], site.shape[2] * site.shape[3]
-            assert term.rank == max(1, i * j * k // (i + j + k) // 2)
+            assert term.form.rank == max(1, i * j * k // (i + j + k) // 2)
             assert term.grid.bits == 4
         else:
             assert str(term) == "dense@8c"
@@ -57,7 +57,7 @@ def test_a_higher_rate_leaves_fewer_parameters(rate):
 def test_a_rank_of_a_layer_overrides_the_rate():
     name = next(line.name for line in _run(ADMM(**SHORT)).plan if line.terms[0].form == "cp")
     result = _run(ADMM(ranks=((name, 3),), **SHORT))
-    assert result.plan[name].terms[0].rank == 3
+    assert result.plan[name].terms[0].form.rank == 3
 
 
 SETTINGS = [
@@ -132,7 +132,7 @@ def test_a_linear_layer_is_factorised_by_a_plan_made_by_hand():
     case = network("single")
     site = Workpiece.of(case.model, Task.of(case.batches), Jobs()).survey.sites[0]
     result = fit(case.model, f'"{site.name}" lowrank[2]@4c | act@8', case.batches, ADMM(**SHORT))
-    assert result.plan[site.name].terms[0].rank == 2
+    assert result.plan[site.name].terms[0].form.rank == 2
 
 
 def test_norms_are_given_the_statistics_that_they_were_trained_to_give():

@@ -37,7 +37,7 @@ def _labelled(name="residual"):
 
 
 def _ranks(found):
-    return {line.name: line.terms[1].rank if len(line.terms) > 1 else 0 for line in found}
+    return {line.name: line.terms[1].form.rank if len(line.terms) > 1 else 0 for line in found}
 
 
 def test_the_kernel_passes_the_first_values_and_halves_the_square_at_the_cut_off():

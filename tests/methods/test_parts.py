@@ -35,7 +35,6 @@ from rabbet.choose.program import Option, allocate, picked, require_feasible
 from rabbet.data.augment import Pool, cropped, hold_back, mixed
 from rabbet.data.batches import examples, outputs, tensors
 from rabbet.errors import BudgetError
-from rabbet.layers.site import patches
 from rabbet.methods import METHODS
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
@@ -344,9 +343,9 @@ def test_few_places_are_drawn_evenly_and_many_are_all_taken():
     layer = nn.Conv2d(2, 3, 3, padding=1)
     site = survey(layer, rand(1, 2, 6, 6)).sites[0]
     x = rand(4, 2, 6, 6)
-    every = patches(site, x, 10**6, torch.Generator())
+    every = site.rows(x, 10**6, torch.Generator())
     assert every.shape == (1, 4 * 36, 18)
-    few = patches(site, x, 5, torch.Generator().manual_seed(1))
+    few = site.rows(x, 5, torch.Generator().manual_seed(1))
     assert few.shape == (1, 4 * 5, 18)
     known = {tuple(row.tolist()) for row in every[0]}
     assert all(tuple(row.tolist()) in known for row in few[0])

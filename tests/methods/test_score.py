@@ -9,7 +9,6 @@ from torch.func import functional_call, jvp
 
 from rabbet import Jobs, Task
 from rabbet.choose.sensitivity import output_errors
-from rabbet.layers.site import KINDS
 from rabbet.workpiece import Workpiece
 
 
@@ -84,7 +83,7 @@ def test_the_score_is_the_energy_of_the_derivative_along_the_change(name):
     model = settled(model).requires_grad_(False)
     piece = Workpiece.of(model, Task([x[:2], x[2:]]), Jobs())
     site = piece.survey.sites[0]
-    weight = KINDS[site.kind].weight(model.layer)
+    weight = site.kind.weight(model.layer)
     changes = torch.stack([0.1 * rand(*weight.shape, seed=k) for k in range(3)])
     found = output_errors(piece, {site.name: changes})[site.name]
     exact = [_true(model, x, change) for change in changes]

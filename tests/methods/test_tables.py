@@ -251,7 +251,7 @@ def test_rows_that_are_looked_up_are_those_of_the_whole_table_and_learn_alike(gr
     learnt = [made.value, made.scale] if trains else []
     places, weights = torch.randint(0, 9, (4, 5)), rand(4, 5, 6)
     found, grads = [], []
-    for look_up in (factor.rows, lambda x: F.embedding(x, factor())):
+    for look_up in (factor.lookup, lambda x: F.embedding(x, factor())):
         for p in learnt:
             p.requires_grad_()
             p.grad = None

@@ -29,7 +29,9 @@ from rabbet import TTQAT, BudgetError, DataError, Jobs, ModelError, PlanError, T
 from rabbet.choose.scoring import scored
 from rabbet.core.plan import Term
 from rabbet.jobs import silent
-from rabbet.layers.site import Site
+from rabbet.layers import Site
+from rabbet.layers.embedding import Embedding
+from rabbet.layers.linear import Linear
 from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.compressed import compressed_layers
 from rabbet.model.surgery import leave_fast_path
@@ -155,7 +157,7 @@ def test_inputs_are_quantised_where_asked(act, tmp_path):
     assert {line.act for line in result.plan if "embeddings" not in line.name} == {act}
     for layer in compressed_layers(result.model).values():
         widths = [q.grid.bits for q in layer.quantisers]
-        assert widths == ([act, 8] if layer.form_names == ["tt"] else [act] if widths else [])
+        assert widths == ([act, 8] if layer.forms[0].name == "tt" else [act] if widths else [])
     if act == 8:
         written = result.export(tmp_path / "small.onnx")
         assert written.notes == ()
@@ -220,14 +222,14 @@ def test_ranks_and_bits_are_chosen_under_the_budget():
 
 def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
     method = TTQAT(bits=(2, 4), rank=None, table=None, ranks=(2, 6), whole=("kept",))
-    table, linear = Site("x", "embedding", (90, 48)), Site("x", "linear", (48, 96))
+    table, linear = Site("x", Embedding(), (90, 48)), Site("x", Linear(), (48, 96))
     for site, form in ((table, "ttm"), (linear, "tt")):
         found = {str(term) for (term,) in method.menu(site)}
         assert {"dense@tc", "dense@2hc", "dense@8c", f"{form}[2]@4", f"{form}[6]@2h"} <= found
     matrices = TTQAT(rank=None, table=None, forms=("tt",), grids=("tc",))
     assert [str(t) for (t,) in matrices.menu(table)] == ["dense@tc", "dense@8c"]
     assert "tt[6]@4" in {str(t) for (t,) in matrices.menu(linear)}
-    assert [str(t) for (t,) in method.menu(Site("kept", "linear", (48, 96)))] == ["dense@8c"]
+    assert [str(t) for (t,) in method.menu(Site("kept", Linear(), (48, 96)))] == ["dense@8c"]
     assert [str(t) for (t,) in TTQAT(bits=4, rank=6).menu(linear)] == ["tt[6]@4"]
 
 
@@ -762,12 +764,12 @@ def test_a_teacher_keeps_what_fits():
 
 @pytest.mark.parametrize(("form", "shape"), [("tt", (24, 30)), ("ttm", (90, 48))])
 def test_random_cores_make_weights_of_the_stated_deviation(form, shape):
-    site = Site("x", "embedding" if form == "ttm" else "linear", shape)
+    site = Site("x", Embedding() if form == "ttm" else Linear(), shape)
     term = Term.parse(f"{form}[8]@4")
     weights = []
     for seed in range(20):
         found = start_cores(torch.zeros(shape), site=site, term=term, start="random", seed=seed)
-        weights.append(term.how.contract(site, [found[str(k)] for k in range(len(found))]))
+        weights.append(term.form.contract(site, [found[str(k)] for k in range(len(found))]))
     wanted = 1 / shape[1] if form == "ttm" else 1 / sum(shape)
     assert float(torch.stack(weights).var()) == pytest.approx(wanted, rel=0.4)
 

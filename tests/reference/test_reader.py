@@ -18,7 +18,7 @@ from rabbet import Jobs, Plan, Task, survey
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
-from rabbet.forms import FORMS
+from rabbet.forms import FORMS, RANKED, Dense
 from rabbet.grids.grid import Grid
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
@@ -55,20 +55,19 @@ def test_the_reader_knows_neither_torch_nor_rabbet():
 def _terms(draw, site):
     terms = []
     for _ in range(draw(st.integers(1, 3))):
-        form = draw(st.sampled_from([f for f in FORMS if FORMS[f].full_rank(site)]))
+        full = {n: f(*[1] * (n in RANKED)).full_rank(site) for n, f in FORMS.items()}
+        form = draw(st.sampled_from([name for name in FORMS if full[name]]))
         body = draw(
             st.sampled_from(["1", "t", "2", "2h", "3", "4", "5h", "6", "7", "8", "u3", "u8"])
         )
-        rank = draw(st.integers(1, FORMS[form].full_rank(site))) if FORMS[form].ranked else None
-        modes = (
-            ((site.columns,), (site.shape[0],)) if form == "tt" and draw(st.booleans()) else None
-        )
-        rows = None
+        settings = [draw(st.integers(1, full[form]))] if form in RANKED else []
+        if form == "tt" and draw(st.booleans()):
+            settings.append(((site.columns,), (site.shape[0],)))
         if form == "dense" and site.groups == 1 and draw(st.booleans()):
-            rows = tuple(sorted(draw(st.sets(st.integers(0, site.shape[0] - 1), min_size=1))))
-        terms.append(
-            Term(form, Grid.parse(body + draw(st.sampled_from(["", "c", "c1"]))), rank, modes, rows)
-        )
+            rows = draw(st.sets(st.integers(0, site.shape[0] - 1), min_size=1))
+            settings.append(tuple(sorted(rows)))
+        grid = Grid.parse(body + draw(st.sampled_from(["", "c", "c1"])))
+        terms.append(Term(FORMS[form](*settings), grid))
     return tuple(terms)
 
 
@@ -112,7 +111,7 @@ def test_the_reader_finds_every_number_of_every_layer(name, data, reader, tmp_pa
 @pytest.mark.parametrize("name", NETWORKS)
 def test_safetensors_itself_reads_what_is_kept_as_it_is(name, tmp_path):
     piece = PIECES[name]
-    plan = Plan((LayerPlan(piece.survey.sites[0].name, (Term("dense", Grid.parse("4c")),)),))
+    plan = Plan((LayerPlan(piece.survey.sites[0].name, (Term(Dense(), Grid.parse("4c")),)),))
     student = build(piece.model, plan, piece.survey)
     write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), tmp_path / "f")
     state = student.state_dict()
@@ -125,7 +124,7 @@ def test_safetensors_itself_reads_what_is_kept_as_it_is(name, tmp_path):
 
 def test_every_value_lies_at_a_multiple_of_its_width(tmp_path):
     for name, piece in PIECES.items():
-        plan = Plan((LayerPlan(piece.survey.sites[-1].name, (Term("dense", Grid.parse("3c")),)),))
+        plan = Plan((LayerPlan(piece.survey.sites[-1].name, (Term(Dense(), Grid.parse("3c")),)),))
         student = build(piece.model, plan, piece.survey)
         write_native(
             Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), tmp_path / name

@@ -11,7 +11,7 @@ from rabbet.data.batches import Batch, examples
 from rabbet.data.task import Task
 from rabbet.errors import DataError
 from rabbet.jobs import Progress, silent
-from rabbet.layers.site import KINDS, Site, patches
+from rabbet.layers import Site
 
 ROWS = 2**17  # most rows that one second moment is averaged over
 ENTRIES = 2**24  # rows times columns, beyond which more rows cost more than they tell
@@ -29,7 +29,7 @@ class _Moment:
     rows: int = 0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found = patches(self.site, args[0].detach().float(), self.places, self.generator)
+        found = self.site.rows(args[0].detach().float(), self.places, self.generator)
         if not torch.isfinite(found).all():
             raise DataError(
                 f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; check the batches"
@@ -78,7 +78,7 @@ def second_moments(
     found = {name: moment.mean for name, moment in moments.items() if moment.rows}
     for site in survey:
         if site.heads and site.name in found:
-            table = KINDS[site.kind].weight(model.get_submodule(site.name)).detach().cpu().float()
+            table = site.kind.weight(model.get_submodule(site.name)).detach().cpu().float()
             found[site.name] = _twofold(table, found[site.name])
     return found
 

@@ -23,9 +23,10 @@ from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.data.batches import first_examples, tensors
 from rabbet.data.task import Task
 from rabbet.export.onnx.write import assemble, assemble_alone, float_content
+from rabbet.forms import Dense
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Jobs, content_key
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.model.compressed import Compressed, Head
 from rabbet.runtime.bench import cpu, time_files
@@ -63,7 +64,7 @@ class Stopwatch:
     @functools.cached_property
     def rest(self) -> int:
         """The network in 8 bits without its layers."""
-        lines = [_like(s, (Term("dense", GRID),), 8) for s in self.piece.survey]
+        lines = [_like(s, (Term(Dense(), GRID),), 8) for s in self.piece.survey]
         student = build(self.piece.model, Plan(tuple(lines)), self.piece.survey)
         calibrate_ranges(student, self.piece.task)
         time = self._timed(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rabbet.choose.sensitivity import output_errors
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.reconstruct.candidates import Terms, canonical, read_numbers
 from rabbet.reconstruct.network import solve_menus
 from rabbet.workpiece import Workpiece

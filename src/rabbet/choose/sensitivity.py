@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from rabbet.data.batches import examples, outputs
 from rabbet.errors import DataError
-from rabbet.layers.site import Site, patches
+from rabbet.layers import Site
 from rabbet.workpiece import Workpiece
 
 ENTRIES = 2**25  # gradient entries held at once
-EVERY = 2**40  # more places than any input has
 
 
 def output_errors(
@@ -131,23 +130,7 @@ def _projected(site: Site, met: Sequence[Met], changes: Tensor, batch: int) -> T
         for role, x, g in used:
             share = len(x) // count
             part = slice(start * share, (start + n) * share)
-            parts.append(_gradients(role, x[part], g[part], n))
+            parts.append(role.gradients(x[part], g[part], n))
         inner = torch.stack(parts).sum(0) @ flat.to(parts[0].device).T  # [examples, candidates]
         total += inner.double().square().sum(0).cpu()
     return total
-
-
-def _gradients(site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
-    """The gradient by the weight for each of n examples, [n, numel]; the first axis holds the same share of each."""
-    if site.kind == "embedding":
-        table = slope.new_zeros(n, *site.shape)
-        index = x.reshape(n, -1, 1).expand(-1, -1, site.shape[1])
-        return table.scatter_add_(1, index, slope.reshape(n, -1, site.shape[1])).flatten(1)
-    rows = patches(site, x, EVERY, torch.Generator()).view(site.groups, n, -1, site.columns)
-    if site.stride:
-        out = site.shape[0] // site.groups
-        slope = slope.reshape(n, -1, site.groups, out, slope[0, 0].numel()).permute(2, 0, 3, 1, 4)
-        slope = slope.reshape(site.groups, n, out, -1)
-    else:
-        slope = slope.reshape(1, n, -1, site.shape[0]).mT
-    return (slope @ rows).transpose(0, 1).reshape(n, -1)

@@ -35,7 +35,7 @@ def survey(
         return
     out = tables.console()
     heads = ("layer", "kind", "shape", "MACs", "positions", "float bytes")
-    kinds = [", ".join((s.kind, *s.heads)) for s in found]
+    kinds = [", ".join((s.kind.name, *s.heads)) for s in found]
     lines = [
         (
             quoted(s.name),
@@ -188,7 +188,7 @@ def _survey_facts(found: Survey) -> dict[str, Any]:
     sites = [
         {
             "name": s.name,
-            "kind": s.kind,
+            "kind": s.kind.name,
             "shape": list(s.shape),
             "macs": s.macs,
             "positions": s.positions,

@@ -21,8 +21,7 @@ from rabbet.core.layout import (
 )
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
-from rabbet.forms import Contracted
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 
 FLOAT_BITS = 32
 SCALE_BITS = 16
@@ -59,10 +58,10 @@ def layer_cost(site: Site, layer: LayerPlan) -> Cost:
     macs = bops = code_bits = scale_bits = 0
     act = layer.act or FLOAT_BITS
     for term in layer.terms:
-        first, *later = term.how.macs(site, term.rank)
+        first, *later = term.form.macs(site)
         macs += first + sum(later)
         # cores are put together once, and what they make runs on 8 bits
-        bits = FINISHED if isinstance(term.how, Contracted) else term.grid.bits
+        bits = FINISHED if term.form.contracted else term.grid.bits
         bops += bits * (first * act + sum(later) * (FLOAT_BITS if layer.act is None else BETWEEN))
         lengths = term_lengths(site, term)
         code_bits += 8 * lengths.codes

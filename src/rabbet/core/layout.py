@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.core.survey import Survey
 from rabbet.grids.pack import packed_bytes
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 
 VERSION = "rabbet/1"
 FINISHED = 8  # bits of what a runtime is given in place of cores
@@ -74,7 +74,7 @@ class Lengths:
 
 def factor_shapes(site: Site, term: Term) -> tuple[tuple[int, ...], ...]:
     """Shapes of the factors of a term on a site."""
-    return term.how.shapes(site, term.rank)
+    return term.form.shapes(site)
 
 
 def term_lengths(site: Site, term: Term) -> Lengths:
@@ -96,7 +96,7 @@ def act_bits(layer: LayerPlan) -> list[int]:
     the weight beside it.
     """
     return (
-        [] if layer.act is None else [layer.act, *[BETWEEN] * sum(t.how.gaps for t in layer.terms)]
+        [] if layer.act is None else [layer.act, *[BETWEEN] * sum(t.form.gaps for t in layer.terms)]
     )
 
 

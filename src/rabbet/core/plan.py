@@ -22,12 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rabbet.errors import PlanError
-from rabbet.forms import FORMS, Contracted, Dense, Form, Modes
-from rabbet.forms.dense import rows_of, runs
+from rabbet.forms import FORMS, Form
 from rabbet.grids.grid import Grid
 
 _TERM = re.compile(r"([a-z]+)(?:\[([\d:x,-]+)\])?@(\w+)")
-_RANK = re.compile(r"(\d+)(?::(\d+(?:x\d+)*):(\d+(?:x\d+)*))?")
 _LINE = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"]\S*)\s+(.*)')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _PLAIN = re.compile(r'[^\s"#]+')
@@ -35,62 +33,31 @@ _PLAIN = re.compile(r'[^\s"#]+')
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One part of a weight: a form, its rank (None for a form without one), and the grid of its factors.
+    """One part of a weight: a form and the grid of its factors."""
 
-    modes: of a tensor train, digits of inputs and outputs that are not the ones chosen from the
-    shape. rows: outputs that a dense term makes; None: all.
-    """
-
-    form: str
+    form: Form
     grid: Grid
-    rank: int | None = None
-    modes: Modes | None = None
-    rows: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Term":
         """Read `dense@4c` or `lowrank[6]@8c`; raises PlanError for anything else."""
-        m = _TERM.fullmatch(text.strip())
-        form, inside, grid = m.groups() if m else ("", None, "")
-        if m and form not in FORMS:
+        text = text.strip()
+        match = _TERM.fullmatch(text)
+        if match is None:
             raise PlanError(
-                f"unknown form {form!r} in {text.strip()!r}; there are {', '.join(FORMS)}"
+                f"{text!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c"
             )
-        if m and isinstance(FORMS[form], Dense):
-            return cls(form, Grid.parse(grid), rows=None if inside is None else rows_of(inside))
-        inner = _RANK.fullmatch(inside or "0")
-        if m is None or inner is None:
-            raise PlanError(
-                f"{text.strip()!r} is not a term; write form@grid or form[rank]@grid, such as dense@4c"
-            )
-        if not int(inner[1]):
-            raise PlanError(f"{text.strip()!r}: {form} takes a rank of at least 1 in brackets")
-        if inner[2] and not isinstance(FORMS[form], Contracted):
-            raise PlanError(f"{text.strip()!r}: {form} takes no modes, only a rank in brackets")
-        modes = (_digits(inner[2]), _digits(inner[3])) if inner[2] else None
-        return cls(form, Grid.parse(grid), int(inner[1]), modes)
-
-    @property
-    def how(self) -> Form:
-        """The line of FORMS, with the modes or rows of this term."""
-        form = FORMS[self.form]
-        own = {k: v for k, v in (("modes", self.modes), ("rows", self.rows)) if v is not None}
-        return replace(form, **own) if own else form  # type: ignore[type-var]
+        name, inside, grid = match.groups()
+        if name not in FORMS:
+            raise PlanError(f"unknown form {name!r} in {text!r}; there are {', '.join(FORMS)}")
+        try:
+            form = FORMS[name].read(inside)
+        except PlanError as e:
+            raise PlanError(f"{text!r}: {e}") from None
+        return cls(form, Grid.parse(grid))
 
     def __str__(self) -> str:
-        modes = (
-            ""
-            if self.modes is None
-            else ":" + ":".join("x".join(map(str, part)) for part in self.modes)
-        )
-        inside = (
-            f"{self.rank}{modes}"
-            if self.rank is not None
-            else ""
-            if self.rows is None
-            else runs(self.rows)
-        )
-        return f"{self.form}[{inside}]@{self.grid}" if inside else f"{self.form}@{self.grid}"
+        return f"{self.form}@{self.grid}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +158,6 @@ def _uncommented(line: str) -> str:
     m = _QUOTED.match(line)
     name = m[0] if m else ""
     return name + re.sub(r"\s#.*$", "", line[len(name) :])
-
-
-def _digits(text: str) -> tuple[int, ...]:
-    found = tuple(map(int, text.split("x")))
-    if not all(found):
-        raise PlanError(f"{text!r}: a mode is at least 1")
-    return found
 
 
 def _parse_act(text: str) -> int:

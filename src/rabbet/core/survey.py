@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rabbet.errors import FileError, PlanError
-from rabbet.layers.site import Site
+from rabbet.layers import Site
+from rabbet.layers.files import site_from_json, site_to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Survey:
 
     def to_json(self) -> str:
         """The facts that a file needs to be read again."""
-        facts = {"float_bytes": self.float_bytes, "sites": [s.to_json() for s in self.sites]}
+        facts = {"float_bytes": self.float_bytes, "sites": [site_to_json(s) for s in self.sites]}
         if self.left:
             facts["left"] = [[left.name, left.reason, left.bytes] for left in self.left]
         return json.dumps(facts, separators=(",", ":"))
@@ -53,7 +54,7 @@ class Survey:
         """The inverse of `to_json`; raises FileError for text that is not a survey's."""
         try:
             facts = json.loads(text)
-            sites = tuple(Site.from_json(s) for s in facts["sites"])
+            sites = tuple(site_from_json(s) for s in facts["sites"])
             left = tuple(Left(str(n), str(r), int(b)) for n, r, b in facts.get("left", ()))
             found = cls(sites, left, int(facts["float_bytes"]))
         except (

@@ -15,7 +15,7 @@ from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, Written, write_beside
 from rabbet.grids.pack import pack, packed_bytes, unpack
-from rabbet.layers.site import KINDS, Site, kind_of
+from rabbet.layers import Site, shares_table
 from rabbet.model.bn_fold import drop_norms, own_biases
 from rabbet.model.build import empty, install, validate
 from rabbet.model.compressed import Compressed, Factor, compressed_layers
@@ -171,12 +171,11 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
         if name not in modules:
             return f"the model has no layer {name!r}"
     layer = modules[site.name]
-    kind = kind_of(layer)
-    if kind != site.kind:
-        return f"{site.name!r} is a {type(layer).__name__}, the file says {site.kind}"
+    if not site.kind.fits(layer):
+        return f"{site.name!r} is a {type(layer).__name__}, the file says {site.kind.name}"
     facts: dict[str, object] = {
-        "shape": tuple(KINDS[kind].weight(layer).shape),
-        **KINDS[kind].facts(layer),
+        "shape": tuple(site.kind.weight(layer).shape),
+        **site.kind.facts(layer),
     }
     facts["bias"] = bool(norm) or getattr(layer, "bias", None) is not None
     for fact, found in facts.items():
@@ -187,7 +186,7 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
     apart = [
         n
         for n in site.heads
-        if kind_of(modules[n]) != "linear" or modules[n].weight is not layer.weight
+        if not shares_table(modules[n]) or modules[n].weight is not layer.weight
     ]
     if apart:
         return f"{', '.join(map(repr, apart))} does not share the table of {site.name!r}"

@@ -1,14 +1,16 @@
-"""What a form is."""
+"""What a form is: one way to write a weight as factors."""
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from rabbet.forms.modes import Modes
-from rabbet.layers.site import Site
+from rabbet.errors import PlanError
+from rabbet.layers import Site
+from rabbet.solve.als import Problem
 
 Between = Callable[[int, Tensor], Tensor]
 """What happens to the tensor between contraction i and the next: `Compressed` quantises it there."""
@@ -31,47 +33,83 @@ class Aim:
 PLAIN = Aim()
 
 
-class Form(Protocol):
-    """How a weight is written as factors; knows nothing of grids and budgets.
+class Form(ABC):
+    """How a weight is written as factors: a value, compared by its fields; knows nothing of grids.
 
-    Factors are listed in the order in which `apply` contracts the input with them. The first axis
-    of the first factor is the rank, if there is one: `plan_of` reads it there. Unless the form is
-    `Contracted`, the last factor is [out, rank]: solvers solve it for what the others became, and
-    `sequence` puts the gain of a channel there.
+    Factors are listed in the order in which `apply` contracts the input with them. Of a form with a
+    rank it is the first axis of the first factor. Unless the form is `contracted`, the last factor
+    is [out, ...]: solvers solve it for what the others became, and a gain for each output goes into
+    its scales.
     """
 
-    @property
-    def ranked(self) -> bool:
-        """Whether the form has a rank."""
-        ...
+    name: ClassVar[str]
+    """What stands in a plan."""
+    gaps: ClassVar[int] = 0
+    """Tensors of activations between the contractions: one less than those."""
+    contracted: ClassVar[bool] = False
+    """Whether factors are put together before they meet the input, as chains of small cores are."""
+    adds: ClassVar[bool] = False
+    """Whether a runtime may be given the sum of this weight and the one of the term beside it."""
+    channel_axes: ClassVar[tuple[int | None, ...]] = ()
+    """For each factor of `problem` the axis of its channels, along which it may have scales."""
+
+    rank: int | None = None
+
+    @classmethod
+    def read(cls, inside: str | None) -> Self:
+        """The form of what stands in the brackets of a term; raises PlanError."""
+        if inside is not None:
+            raise PlanError(f"{cls.name} takes nothing in brackets")
+        return cls()
 
     @property
-    def gaps(self) -> int:
-        """Tensors of activations between the contractions: one less than those."""
-        ...
+    def inside(self) -> str:
+        """What stands in the brackets of a term; empty for none."""
+        return ""
 
+    def __str__(self) -> str:
+        return f"{self.name}[{self.inside}]" if self.inside else self.name
+
+    @abstractmethod
     def full_rank(self, site: Site) -> int:
-        """The rank from which any weight of this site is written exactly; 0 if the form does not fit the site."""
-        ...
+        """The rank from which any weight of this site is written exactly.
 
-    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+        1 if the form has no rank, 0 if it does not fit the site. Raises PlanError, saying why, for
+        settings that do not fit.
+        """
+
+    def require(self, site: Site) -> None:
+        """Raise PlanError unless the form, at its rank, fits a site."""
+        full = self.full_rank(site)
+        if full == 0:
+            raise PlanError(
+                f"{self.name} does not fit this {site.kind.name} of shape {list(site.shape)}"
+            )
+        if self.rank is not None and self.rank > full:
+            raise PlanError(f"rank {self.rank} is more than the {full} that this layer can have")
+
+    @abstractmethod
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """Shape of each factor."""
-        ...
 
-    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
+    @abstractmethod
+    def macs(self, site: Site) -> tuple[int, ...]:
         """Multiply-accumulates per example of each contraction with the input."""
-        ...
 
+    @abstractmethod
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
+        self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
-        """Factors of a canonical weight, of least error in the metric of its inputs (None: plain)."""
-        ...
+        """Factors of a canonical weight, of least error in the metric of its inputs.
 
+        second: [groups, n, n], the second moment of the inputs; None for the plain error.
+        """
+
+    @abstractmethod
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """The canonical weight that factors stand for."""
-        ...
 
+    @abstractmethod
     def apply(
         self,
         site: Site,
@@ -81,29 +119,78 @@ class Form(Protocol):
         bias: Tensor | None,
     ) -> Tensor:
         """The layer, one contraction after the other, the weight never rebuilt."""
-        ...
 
+    def observed(self, shapes: Sequence[Sequence[int]]) -> Self:
+        """The form as the shapes of factors say: what a plan reads back from a network."""
+        return self
 
-@runtime_checkable
-class Contracted(Form, Protocol):
-    """A form whose factors are put together, input or not, before they meet the input: a chain of small cores."""
+    def matrix_rank(self, site: Site) -> int | None:
+        """The largest rank that a weight of this form has as a matrix [out, in * k].
+
+        None if nothing is known that is worth it.
+        """
+        return None
+
+    def for_runtime(
+        self, site: Site, factors: Sequence[Tensor]
+    ) -> "tuple[Form, tuple[Tensor, ...]]":
+        """What a runtime is given in place of these factors: of chains, what they make."""
+        return self, tuple(factors)
+
+    # Forms of some outputs only.
 
     @property
-    def modes(self) -> Modes | None:
-        """How the axes of the weight are read as digits; None: chosen from the shape."""
-        ...
+    def partial(self) -> bool:
+        """Whether only some outputs are made."""
+        return False
 
-    def finished(
-        self, site: Site, factors: Sequence[Tensor]
-    ) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
-        """What a runtime is given in place of the cores: the name of a form, its modes, and its factors."""
-        ...
+    def outputs(self, site: Site) -> tuple[int, ...]:
+        """The outputs that are made, in rising order."""
+        return tuple(range(site.shape[0]))
+
+    def of_outputs(self, values: Tensor) -> Tensor:
+        """The part of a tensor [out, ...] that concerns the outputs that are made."""
+        return values
+
+    # Forms that solvers which alternate over factors (`solve.als`) can find.
+
+    def problem(self, weight: Tensor) -> Problem | None:
+        """The least-squares problems of the factors, matrices in the order of the tensor's axes."""
+        return None
+
+    def arranged(self, site: Site, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The factors of this form from the matrices of its `problem`."""
+        raise NotImplementedError(f"{self.name} is not found by alternating over factors")
 
 
-def pointwise(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Mix channels: weight [out, in] at every place of x, [batch, in, *places] of a conv or [..., in]."""
-    if not site.stride:
-        return F.linear(x, weight, bias)
-    mix = F.conv1d if len(site.stride) == 1 else F.conv2d
-    result: Tensor = mix(x, weight.view(*weight.shape, *[1] * len(site.stride)), bias)
-    return result
+_RANK = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Ranked(Form):
+    """A form with one rank in brackets."""
+
+    rank: int
+
+    @classmethod
+    def read(cls, inside: str | None) -> Self:
+        """See `Form.read`."""
+        if inside is not None and ":" in inside:
+            raise PlanError(f"{cls.name} takes no modes, only a rank in brackets")
+        return cls(cls.read_rank(inside))
+
+    @classmethod
+    def read_rank(cls, text: str | None) -> int:
+        """A rank from its text; raises PlanError."""
+        if text is None or not _RANK.fullmatch(text) or not int(text):
+            raise PlanError(f"{cls.name} takes a rank of at least 1 in brackets")
+        return int(text)
+
+    @property
+    def inside(self) -> str:
+        """The rank."""
+        return str(self.rank)
+
+    def observed(self, shapes: Sequence[Sequence[int]]) -> Self:
+        """The rank is the first axis of the first factor."""
+        return replace(self, rank=shapes[0][0])

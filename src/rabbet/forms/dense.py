@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from rabbet.errors import PlanError
-from rabbet.forms.base import PLAIN, Aim, Between
-from rabbet.layers.site import Site
+from rabbet.forms.base import PLAIN, Aim, Between, Form
+from rabbet.layers import Site
 
 DIGITS = 6  # of the number of an output
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Form):
     """One factor, the canonical weight [out, in / groups, *kernel], or some rows of it.
 
     rows: the outputs that the term makes, in rising order; None: all. Terms of different rows give
@@ -23,11 +24,38 @@ class Dense:
     """
 
     rows: tuple[int, ...] | None = None
-    ranked: bool = False
-    gaps: int = 0
+
+    name: ClassVar[str] = "dense"
+    adds: ClassVar[bool] = True
+
+    @classmethod
+    def read(cls, inside: str | None) -> Self:
+        """Outputs, such as `0-5,9`; none for all."""
+        return cls(None if inside is None else rows_of(inside))
+
+    @property
+    def inside(self) -> str:
+        """The outputs, if they are not all."""
+        return "" if self.rows is None else runs(self.rows)
+
+    @property
+    def partial(self) -> bool:
+        """Whether rows are named."""
+        return self.rows is not None
+
+    def outputs(self, site: Site) -> tuple[int, ...]:
+        """The rows, or all."""
+        return super().outputs(site) if self.rows is None else self.rows
+
+    def of_outputs(self, values: Tensor) -> Tensor:
+        """The rows of a tensor."""
+        return values if self.rows is None else values[list(self.rows)]
 
     def full_rank(self, site: Site) -> int:
-        """1: the form fits every site, with rows those without groups; raises PlanError for a row that is not there."""
+        """1: the form fits every site, with rows those without groups.
+
+        Raises PlanError for a row that is not there.
+        """
         if self.rows is None:
             return 1
         if self.rows[-1] >= site.shape[0]:
@@ -36,19 +64,20 @@ class Dense:
             )
         return int(site.groups == 1)
 
-    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """The weight's own shape."""
         return (site.shape if self.rows is None else (len(self.rows), *site.shape[1:]),)
 
-    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
+    def macs(self, site: Site) -> tuple[int, ...]:
         """The layer's own MACs."""
-        return (site.macs if self.rows is None else site.macs * len(self.rows) // site.shape[0],)
+        whole = site.macs
+        return (whole if self.rows is None else whole * len(self.rows) // site.shape[0],)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
+        self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """The weight itself."""
-        return (weight if self.rows is None else weight[list(self.rows)],)
+        return (self.of_outputs(weight),)
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """The factor itself; zeros in the rows that it does not have."""
@@ -63,45 +92,48 @@ class Dense:
         bias: Tensor | None,
     ) -> Tensor:
         """The layer itself."""
-        if self.rows is None or site.kind == "embedding":
+        if self.rows is None or site.looks_up:
             return site.run(x, self.contract(site, factors), bias)
-        axis = 1 if site.stride else -1
-        made = self._spread(site, site.run(x, factors[0], None), axis)
-        return made if bias is None else made + bias.view(-1, *[1] * len(site.stride))
+        output = self._spread(site, site.run(x, factors[0], None), site.kind.channel_axis)
+        return output if bias is None else output + site.per_channel(bias)
 
-    def _spread(self, site: Site, made: Tensor, axis: int) -> Tensor:
-        """Every row at its place along an axis: one is picked for each place, then what does not belong is cut off."""
+    def _spread(self, site: Site, values: Tensor, axis: int) -> Tensor:
+        """Every row at its place along an axis.
+
+        One is picked for each place, then what does not belong is cut off.
+        """
         assert self.rows is not None
-        place, there = torch.zeros(site.shape[0], dtype=torch.long), torch.zeros(site.shape[0])
+        place = torch.zeros(site.shape[0], dtype=torch.long)
+        there = torch.zeros(site.shape[0])
         place[list(self.rows)], there[list(self.rows)] = torch.arange(len(self.rows)), 1.0
-        wide = [1] * len(made.shape)
+        wide = [1] * len(values.shape)
         wide[axis] = site.shape[0]
-        return made.index_select(axis, place.to(made.device)) * there.to(made.device).view(wide)
+        picked = values.index_select(axis, place.to(values.device))
+        return picked * there.to(values.device).view(wide)
 
 
 def runs(rows: Sequence[int]) -> str:
     """Rows as text, those that follow one another as `first-last`."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for row in rows:
-        if found and row == found[-1][1] + 1:
-            found[-1][1] = row
+        if ranges and row == ranges[-1][1] + 1:
+            ranges[-1][1] = row
         else:
-            found.append([row, row])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+            ranges.append([row, row])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def rows_of(text: str) -> tuple[int, ...]:
     """The inverse of `runs`; raises PlanError for anything else."""
-    found: list[int] = []
+    rows: list[int] = []
     for part in text.split(","):
         first, bar, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not bar)):
             raise PlanError(f"{text!r} are not rows; write them in rising order, such as 0-5,9")
         if max(len(first), len(last)) > DIGITS:  # a text must not be able to ask for all memory
-            raise PlanError(
-                f"there is no output {max(first, last, key=len)[:20]}; no layer has so many"
-            )
-        found += range(int(first), int(last or first) + 1)
-    if not found or sorted(set(found)) != found or runs(found) != text:
+            longest = max(first, last, key=len)[:20]
+            raise PlanError(f"there is no output {longest}; no layer has so many")
+        rows += range(int(first), int(last or first) + 1)
+    if not rows or sorted(set(rows)) != rows or runs(rows) != text:
         raise PlanError(f"{text!r} are not rows in rising order; write such as 0-5,9")
-    return tuple(found)
+    return tuple(rows)

@@ -1,49 +1,53 @@
-"""Two factors: the layer with `rank` outputs, then a 1x1 mix of them (CoRa, arXiv 2408.00923, theorem 1).
+"""Two factors: the layer with `rank` outputs, then a 1x1 mix of them.
 
-The weight's first unfolding [out, in * k * k] is B A with A [rank, in, *k], which carries stride
-and padding, and B [out, rank].
+The weight's first unfolding [out, in * k * k] is B A with A [rank, in, *k], which carries stride and
+padding, and B [out, rank] (CoRa, arXiv 2408.00923, theorem 1).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.layers.site import Site
+from rabbet.forms.base import PLAIN, Aim, Between, Ranked
+from rabbet.layers import Site
+from rabbet.solve.als import CPProblem, Problem
 from rabbet.solve.whiten import leading
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Ranked):
     """Factors A [rank, in, *kernel] and B [out, rank]."""
 
-    ranked: bool = True
-    gaps: int = 1
+    name: ClassVar[str] = "lowrank"
+    gaps: ClassVar[int] = 1
+    adds: ClassVar[bool] = True
+    channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1)
 
     def full_rank(self, site: Site) -> int:
-        """min(out, in * k * k); 0 for grouped convs (a factor would mix the groups) and for tables."""
-        return (
-            0 if site.groups > 1 or site.kind == "embedding" else min(site.shape[0], site.columns)
-        )
+        """min(out, in * k * k); 0 for grouped convs (a factor would mix them) and for tables."""
+        return 0 if site.groups > 1 or site.looks_up else min(site.shape[0], site.columns)
 
-    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """A, then B."""
-        assert rank is not None
-        return ((rank, *site.shape[1:]), (site.shape[0], rank))
+        return ((self.rank, *site.shape[1:]), (site.shape[0], self.rank))
 
-    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
-        """Both run at the output's places: the stride sits in A."""
-        assert rank is not None
-        return (rank * site.columns * site.positions, rank * site.shape[0] * site.positions)
+    def macs(self, site: Site) -> tuple[int, ...]:
+        """A runs where the layer's kernel does, B at the places of the output."""
+        first = self.rank * site.columns * site.kernel_positions
+        return (first, self.rank * site.shape[0] * site.positions)
+
+    def matrix_rank(self, site: Site) -> int | None:
+        """The rank."""
+        return self.rank
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
+        self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
-        """The truncated SVD whitened by the full second moment (QERA-exact, arXiv 2410.06040, theorem 1)."""
-        assert rank is not None
-        left, right = leading(weight.flatten(1), rank, None if second is None else second[0])
-        return right.view(rank, *site.shape[1:]), left
+        """The truncated SVD whitened by the second moment (QERA, arXiv 2410.06040, theorem 1)."""
+        left, right = leading(weight.flatten(1), self.rank, None if second is None else second[0])
+        return right.view(self.rank, *site.shape[1:]), left
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """B A, in the shape of the weight."""
@@ -61,4 +65,13 @@ class LowRank:
         """Two layers, as they will be exported: never the product."""
         a, b = factors
         inner = between(0, site.run(x, a))  # [batch, rank, *places] or [..., rank]
-        return pointwise(site, inner, b, bias)
+        return site.pointwise(inner, b, bias)
+
+    def problem(self, weight: Tensor) -> Problem:
+        """B [out, R] and A [in * k, R] of the weight as a matrix."""
+        return CPProblem(weight.flatten(1))
+
+    def arranged(self, site: Site, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A, then B."""
+        b, a = matrices
+        return a.mT.reshape(self.shapes(site)[0]), b

@@ -1,66 +1,112 @@
-"""How the axes of a matrix are read as digits of a tensor train."""
+"""How the axes of a matrix are read as digits of a tensor train, and forms that do so."""
 
 import functools
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from rabbet.errors import PlanError
+from rabbet.forms.base import Ranked
 
 Modes = tuple[tuple[int, ...], tuple[int, ...]]
-"""Sizes of the digits: of the inputs and of the outputs of a layer, or of the rows and columns of a table."""
+"""Sizes of the digits: of a layer's inputs and outputs, or of a table's rows and columns."""
+
+_MODES = re.compile(r"(\d+):(\d+(?:x\d+)*):(\d+(?:x\d+)*)")
+
+
+@dataclass(frozen=True)
+class Chain(Ranked):
+    """A form whose factors are small cores, put together before they meet the input.
+
+    modes: how the axes of the weight are read as digits; None: chosen from the shape.
+    """
+
+    modes: Modes | None = None
+
+    contracted: ClassVar[bool] = True
+
+    @classmethod
+    def read(cls, inside: str | None) -> Self:
+        """A rank, behind which modes may stand: `20` or `20:24x32:32x24`."""
+        match = _MODES.fullmatch(inside or "")
+        if match is None:
+            return cls(cls.read_rank(inside))
+        return cls(cls.read_rank(match[1]), (_digits(match[2]), _digits(match[3])))
+
+    @property
+    def inside(self) -> str:
+        """The rank, and modes that are not the usual ones."""
+        parts = ["x".join(map(str, part)) for part in self.modes or ()]
+        return ":".join([str(self.rank), *parts])
+
+
+def _digits(text: str) -> tuple[int, ...]:
+    digits = tuple(map(int, text.split("x")))
+    if not all(digits):
+        raise PlanError(f"{text!r}: a mode is at least 1")
+    return digits
 
 
 @functools.cache  # asked for at every run of a layer
 def balanced(size: int, count: int) -> tuple[int, ...]:
-    """Factors of a size, at most `count`, none of them 1, in falling order, of least sum: 768 is 12 x 8 x 8."""
+    """Factors of a size, none of them 1, in falling order, of least sum: 768 is 12 x 8 x 8.
+
+    There are at most `count`.
+    """
     return min(
         (f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f), f), default=(size,)
     )
 
 
 def exactly(size: int, count: int) -> tuple[int, ...]:
-    """Exactly `count` factors of a size, in falling order, of least sum; ones where it has too few."""
-    found = balanced(size, count)
-    return (*found, *[1] * (count - len(found)))
+    """Exactly `count` factors of a size, in falling order; ones where it has too few."""
+    factors = balanced(size, count)
+    return (*factors, *[1] * (count - len(factors)))
 
 
 @functools.cache
 def covering(size: int, count: int) -> tuple[int, ...]:
-    """`count` numbers in falling order, all alike, whose product is no less than a size: 870 fits 6 x 6 x 5 x 5."""
-    left, found = size, []
+    """`count` numbers in falling order, all alike, whose product is no less than a size.
+
+    870 fits 6 x 6 x 5 x 5.
+    """
+    left, digits = size, []
     for k in range(count, 0, -1):
-        found.append(max(1, _root(left, k)))
-        left = -(-left // found[-1])
-    return tuple(sorted(found, reverse=True))
+        digits.append(max(1, _root(left, k)))
+        left = -(-left // digits[-1])
+    return tuple(sorted(digits, reverse=True))
 
 
 def _root(size: int, k: int) -> int:
     """The smallest number whose k-th power is no less than a size."""
-    found = 1
-    while found**k < size:
-        found += 1
-    return found
+    root = 1
+    while root**k < size:
+        root += 1
+    return root
 
 
 def _factors(size: int, count: int, least: int) -> list[tuple[int, ...]]:
     if size == 1:
         return []
-    found: list[tuple[int, ...]] = [(size,)]
+    results: list[tuple[int, ...]] = [(size,)]
     if count > 1:
         for n in range(least, math.isqrt(size) + 1):
             if size % n == 0:
-                found += [
-                    tuple(sorted((n, *rest), reverse=True))
-                    for rest in _factors(size // n, count - 1, n)
-                ]
-    return found
+                rest = _factors(size // n, count - 1, n)
+                results += [tuple(sorted((n, *r), reverse=True)) for r in rest]
+    return results
 
 
 def check(modes: Modes, sizes: Sequence[int], names: Sequence[str], covers: bool = False) -> None:
-    """Raise PlanError if modes do not multiply to the sizes of a layer; covers: the first may be larger."""
+    """Raise PlanError if modes do not multiply to the sizes of a layer.
+
+    covers: the first may be larger.
+    """
     for k, (digits, size, name) in enumerate(zip(modes, sizes, names, strict=True)):
-        found = math.prod(digits)
-        if found != size and not (covers and k == 0 and found > size):
+        product = math.prod(digits)
+        if product != size and not (covers and k == 0 and product > size):
             wanted = "at least " if covers and k == 0 else ""
             text = "x".join(map(str, digits))
-            raise PlanError(f"the modes {text} make {found} {name}; the layer has {wanted}{size}")
+            raise PlanError(f"the modes {text} make {product} {name}; the layer has {wanted}{size}")

@@ -8,38 +8,42 @@ are contracted first, then the layer is that of `lowrank`. Digits are those of t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rabbet.forms.base import PLAIN, Aim, Between
+from rabbet.forms.base import PLAIN, Aim, Between, Form
 from rabbet.forms.lowrank import LowRank
-from rabbet.forms.modes import Modes, balanced, check
-from rabbet.layers.site import Site
+from rabbet.forms.modes import Chain, balanced, check
+from rabbet.layers import Site
 from rabbet.solve.tensor_train import bonds, half, halves, refine
 
 DIGITS = 3  # of each axis: six cores, as in the paper
-FLAT = LowRank()
 
 
 @dataclass(frozen=True)
-class TT:
-    """Cores of the input side, then of the output side, each [bond, digit, bond] from the middle outwards.
+class TT(Chain):
+    """Cores of the input side, then of the output side, from the middle outwards.
 
-    modes: digits of input and output, the most significant first; None: three each, chosen from the
-    shape. The two innermost cores meet at the rank; no bond is larger, unless the rank is the full
-    one.
+    Each is [bond, digit, bond]. modes: digits of input and output, the most significant first;
+    None: three each, chosen from the shape. The two innermost cores meet at the rank; no bond is
+    larger, unless the rank is the full one.
     """
 
-    modes: Modes | None = None
-    ranked: bool = True
-    gaps: int = 1
+    name: ClassVar[str] = "tt"
+    gaps: ClassVar[int] = 1
+
+    @property
+    def flat(self) -> LowRank:
+        """What the contracted halves are."""
+        return LowRank(self.rank)
 
     def full_rank(self, site: Site) -> int:
         """As `lowrank`; raises PlanError for modes that do not multiply to the layer's size."""
         if self.modes is not None:
             check(self.modes, (site.columns, site.shape[0]), ("inputs", "outputs"))
-        return FLAT.full_rank(site)
+        return self.flat.full_rank(site)
 
     def sizes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Digits of input and output from the middle outwards: the least significant of the input lies innermost."""
@@ -49,31 +53,29 @@ class TT:
         )
         return ins[::-1], outs
 
-    def _bonds(self, site: Site, rank: int) -> tuple[list[int], list[int]]:
-        most = None if rank == self.full_rank(site) else rank
+    def _bonds(self, site: Site) -> tuple[list[int], list[int]]:
+        most = None if self.rank == self.full_rank(site) else self.rank
         ins, outs = self.sizes(site)
-        return bonds(ins, rank, most), bonds(outs, rank, most)
+        return bonds(ins, self.rank, most), bonds(outs, self.rank, most)
 
-    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """Cores of the input from the middle outwards, then of the output."""
-        assert rank is not None
-        found = []
-        for digits, ranks in zip(self.sizes(site), self._bonds(site, rank), strict=True):
-            found += list(zip(ranks[:-1], digits, ranks[1:], strict=True))
-        return tuple(found)
+        shapes: list[tuple[int, ...]] = []
+        for digits, ranks in zip(self.sizes(site), self._bonds(site), strict=True):
+            shapes += list(zip(ranks[:-1], digits, ranks[1:], strict=True))
+        return tuple(shapes)
 
-    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
+    def macs(self, site: Site) -> tuple[int, ...]:
         """Of the two contracted halves; the cores are contracted once, whatever is put in."""
-        return FLAT.macs(site, rank)
+        return self.flat.macs(site)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
+        self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """TT-SVD, plain or in the metric, whichever errs less there; then all cores at once by L-BFGS."""
-        assert rank is not None
         matrix, metric = weight.flatten(1), None if second is None else second[0]
         ins, outs = self.sizes(site)
-        right, left = self._bonds(site, rank)
+        right, left = self._bonds(site)
         # columns in the order of the digits from the middle outwards
         turned, order = (
             self._turned(site, matrix),
@@ -86,8 +88,8 @@ class TT:
         def loss(cores: Sequence[Tensor]) -> Tensor:
             r, p = half(cores[: len(ins)]), half(cores[len(ins) :])
             gram = (r if aimed is None else r @ aimed) @ r.mT
-            found: Tensor = 1 + ((gram * (p @ p.mT)).sum() - 2 * ((p @ wanted) * r).sum()) / power
-            return found
+            error: Tensor = 1 + ((gram * (p @ p.mT)).sum() - 2 * ((p @ wanted) * r).sum()) / power
+            return error
 
         starts = []
         for used in (None, aimed) if aimed is not None else (None,):
@@ -96,7 +98,7 @@ class TT:
         if aim.start is not None:
             starts.append(list(aim.start))
         best = min(starts, key=lambda cores: float(loss(cores)))
-        return tuple(refine(best, loss, 0 if rank == self.full_rank(site) else aim.steps))
+        return tuple(refine(best, loss, 0 if self.rank == self.full_rank(site) else aim.steps))
 
     def _turned(self, site: Site, rows: Tensor) -> Tensor:
         """Columns [n, in] in natural order brought into that of the digits from the middle outwards."""
@@ -104,7 +106,7 @@ class TT:
         axes = range(len(ins), 0, -1)
         return rows.view(len(rows), *ins[::-1]).permute(0, *axes).reshape(len(rows), -1)
 
-    def flat(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def flat_factors(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The factors of `lowrank` that the cores stand for: R [rank, in, *kernel] and P^T [out, rank]."""
         ins = self.sizes(site)[0]
         right = half(factors[: len(ins)])
@@ -112,15 +114,13 @@ class TT:
         right = right.view(len(right), *ins).permute(0, *axes).reshape(len(right), *site.shape[1:])
         return right, half(factors[len(ins) :]).mT
 
-    def finished(
-        self, site: Site, factors: Sequence[Tensor]
-    ) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
-        """What a runtime is given: `lowrank`."""
-        return "lowrank", None, self.flat(site, factors)
+    def for_runtime(self, site: Site, factors: Sequence[Tensor]) -> tuple[Form, tuple[Tensor, ...]]:
+        """`lowrank`."""
+        return self.flat, self.flat_factors(site, factors)
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """The weight."""
-        return FLAT.contract(site, self.flat(site, factors))
+        return self.flat.contract(site, self.flat_factors(site, factors))
 
     def apply(
         self,
@@ -131,4 +131,4 @@ class TT:
         bias: Tensor | None,
     ) -> Tensor:
         """The two halves, one after the other."""
-        return FLAT.apply(site, x, self.flat(site, factors), between, bias)
+        return self.flat.apply(site, x, self.flat_factors(site, factors), between, bias)

@@ -8,35 +8,36 @@ product of one row of each.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rabbet.errors import DataError, PlanError
-from rabbet.forms.base import PLAIN, Aim, Between
-from rabbet.forms.modes import Modes, check, covering, exactly
-from rabbet.layers.site import Site
+from rabbet.forms.base import PLAIN, Aim, Between, Form
+from rabbet.forms.dense import Dense
+from rabbet.forms.modes import Chain, check, covering, exactly
+from rabbet.layers import Site
 from rabbet.solve.tensor_train import bonds, half, halves, refine
 
 DIGITS = 4  # of a row: four cores, as in the paper
 
 
 @dataclass(frozen=True)
-class TTM:
-    """Cores [bond, rows, columns, bond], from the middle outwards: of the more significant digits, then of the less.
+class TTM(Chain):
+    """Cores [bond, rows, columns, bond], from the middle outwards.
 
-    modes: digits of rows (their product may be more than there are) and as many of columns, the
-    most significant first; None: four, chosen from the shape.
+    First those of the more significant digits, then of the less. modes: digits of rows (their
+    product may be more than there are) and as many of columns, the most significant first; None:
+    four, chosen from the shape.
     """
 
-    modes: Modes | None = None
-    ranked: bool = True
-    gaps: int = 0
+    name: ClassVar[str] = "ttm"
 
     def full_rank(self, site: Site) -> int:
         """What the two halves of a table can have; 0 for all but tables. Raises PlanError for unfit modes."""
-        if site.kind != "embedding":
+        if not site.looks_up:
             return 0
         if self.modes is not None:
             check(self.modes, site.shape, ("rows", "columns"), covers=True)
@@ -60,34 +61,31 @@ class TTM:
         middle = len(digits) // 2
         return digits[:middle][::-1], digits[middle:]
 
-    def _bonds(self, site: Site, rank: int) -> list[list[int]]:
-        most = None if rank == self.full_rank(site) else rank
-        return [bonds([r * c for r, c in part], rank, most) for part in self.sizes(site)]
+    def _bonds(self, site: Site) -> list[list[int]]:
+        most = None if self.rank == self.full_rank(site) else self.rank
+        return [bonds([r * c for r, c in part], self.rank, most) for part in self.sizes(site)]
 
-    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """Cores of the more significant half from the middle outwards, then of the other."""
-        assert rank is not None
-        found: list[tuple[int, ...]] = []
-        for digits, ranks in zip(self.sizes(site), self._bonds(site, rank), strict=True):
-            found += [
+        shapes: list[tuple[int, ...]] = []
+        for digits, ranks in zip(self.sizes(site), self._bonds(site), strict=True):
+            shapes += [
                 (b, r, c, e) for b, (r, c), e in zip(ranks[:-1], digits, ranks[1:], strict=True)
             ]
-        return tuple(found)
+        return tuple(shapes)
 
-    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
+    def macs(self, site: Site) -> tuple[int, ...]:
         """One product of two rows for each look-up; with heads those of the table, put together once for both."""
         if site.heads:
             return (site.macs,)
-        assert rank is not None
-        return (rank * site.shape[1] * site.positions,)
+        return (self.rank * site.shape[1] * site.positions,)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
+        self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
         """TT-SVD of the table, or what there is to go on from; then all cores at once by L-BFGS over the real rows."""
-        assert rank is not None
-        whole = rank == self.full_rank(site)
-        start = self._cut(site, weight, rank) if aim.start is None or whole else aim.start
+        whole = self.rank == self.full_rank(site)
+        start = self._cut(site, weight) if aim.start is None or whole else aim.start
         power = _energy(weight, second).clamp_min(1e-30)
 
         def loss(cores: Sequence[Tensor]) -> Tensor:
@@ -95,10 +93,10 @@ class TTM:
 
         return tuple(refine(start, loss, 0 if whole else aim.steps))
 
-    def _cut(self, site: Site, weight: Tensor, rank: int) -> list[Tensor]:
+    def _cut(self, site: Site, weight: Tensor) -> list[Tensor]:
         """TT-SVD of a table, the rows that it lacks as zeros."""
         upper, lower = self.sizes(site)
-        ranks = self._bonds(site, rank)
+        ranks = self._bonds(site)
         full = math.prod(r for r, _ in (*upper, *lower))
         padded = torch.cat([weight, weight.new_zeros(full - len(weight), weight.shape[1])])
         # [rows, columns] -> [digits of the upper half outwards, digits of the lower half outwards]
@@ -110,9 +108,7 @@ class TTM:
         matrix = turned.reshape(math.prod(r * c for r, c in upper), -1)
         sizes = tuple([r * c for r, c in part] for part in (upper, lower))
         a, b = halves(matrix, (sizes[0], sizes[1]), (ranks[0], ranks[1]))
-        return [
-            c.reshape(shape) for c, shape in zip([*a, *b], self.shapes(site, rank), strict=True)
-        ]
+        return [c.reshape(shape) for c, shape in zip([*a, *b], self.shapes(site), strict=True)]
 
     def tables(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What the halves stand for: [upper rows, upper columns, rank] and [lower rows, rank, lower columns]."""
@@ -132,19 +128,17 @@ class TTM:
             math.prod(p[0] for p in lower), len(factors[0]), -1
         )
 
-    def finished(
-        self, site: Site, factors: Sequence[Tensor]
-    ) -> tuple[str, Modes | None, tuple[Tensor, ...]]:
-        """What a runtime is given: two cores; the table itself where heads multiply with it, so that it is there once.
+    def for_runtime(self, site: Site, factors: Sequence[Tensor]) -> tuple[Form, tuple[Tensor, ...]]:
+        """Two cores; the table itself where heads multiply with it, so that it is there once.
 
         By halves a head would take about rank / columns of a half times the MACs: as many at rank
         28 of 768 columns.
         """
         if site.heads:
-            return "dense", None, (self.contract(site, factors),)
+            return Dense(), (self.contract(site, factors),)
         a, b = self.tables(site, factors)
-        modes = (len(a), len(b)), (a.shape[1], b.shape[2])
-        return "ttm", modes, (a.permute(2, 0, 1)[..., None], b.transpose(0, 1)[..., None])
+        cores = (a.permute(2, 0, 1)[..., None], b.transpose(0, 1)[..., None])
+        return TTM(len(cores[0]), ((len(a), len(b)), (a.shape[1], b.shape[2]))), cores
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """The table."""
@@ -167,9 +161,9 @@ class TTM:
         bias: Tensor | None,
     ) -> Tensor:
         """Rows of the table for indices of any shape, or what a head does; raises DataError for an index outside."""
-        if site.kind == "embedding" and not torch.compiler.is_compiling():
+        if site.looks_up and not torch.compiler.is_compiling():
             _inside(x, site.shape[0])
-        if site.kind != "embedding" or site.heads:
+        if not site.looks_up or site.heads:
             return site.run(x, self.contract(site, factors), bias)
         a, b = self.tables(site, factors)
         upper = torch.div(x, len(b), rounding_mode="floor")

@@ -1,52 +1,60 @@
 """Tucker-2, three factors: 1x1, a small kernel, 1x1.
 
-The kernel [out, in, *k] is a core [r2, r1, *k] between two mixes of channels, r1 <= in and r2 <=
-out. One rank says both: r1 is the rank, r2 the same share of the outputs. A kernel with one place
+The kernel [out, in, *k] is a core [r2, r1, *k] between two mixes of channels, r1 <= in and
+r2 <= out. One rank says both: r1 is the rank, r2 the same share of the outputs. A kernel of one tap
 needs no core: that is `lowrank`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
-from rabbet.forms.base import PLAIN, Aim, Between, pointwise
-from rabbet.layers.site import Site
+from rabbet.forms.base import PLAIN, Aim, Between, Ranked
+from rabbet.layers import Site
+from rabbet.solve.als import Problem, Tucker2Problem
 from rabbet.solve.varpro import project
 from rabbet.solve.whiten import principal
 
 
 @dataclass(frozen=True)
-class Tucker:
+class Tucker(Ranked):
     """Factors U [rank, in], the core [r2, rank, *kernel] and V [out, r2]."""
 
-    ranked: bool = True
-    gaps: int = 2
+    name: ClassVar[str] = "tucker"
+    gaps: ClassVar[int] = 2
+    channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, None)
 
     def full_rank(self, site: Site) -> int:
-        """The input channels; 0 for kernels with one place, and for groups."""
-        if site.groups > 1 or not site.stride or math.prod(site.shape[2:]) == 1:
-            return 0
-        return site.shape[1]
+        """The input channels; 0 for kernels of one tap, and for groups."""
+        return 0 if site.groups > 1 or site.taps == 1 else site.shape[1]
 
-    def shapes(self, site: Site, rank: int | None) -> tuple[tuple[int, ...], ...]:
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """U, core, V."""
-        assert rank is not None
         out, channels = site.shape[:2]
-        inner = -(-rank * out // channels)
-        return ((rank, channels), (inner, rank, *site.shape[2:]), (out, inner))
+        inner = self._inner(site)
+        return ((self.rank, channels), (inner, self.rank, *site.shape[2:]), (out, inner))
 
-    def macs(self, site: Site, rank: int | None) -> tuple[int, ...]:
-        """U runs where the input lies, the other two where the output does."""
-        u, core, v = (math.prod(shape) for shape in self.shapes(site, rank))
-        return (u * site.inputs, core * site.positions, v * site.positions)
+    def _inner(self, site: Site) -> int:
+        """The rank of the outputs."""
+        return -(-self.rank * site.shape[0] // site.shape[1])
+
+    def macs(self, site: Site) -> tuple[int, ...]:
+        """U runs where the input lies, the core where the kernel does, V where the output does."""
+        u, core, v = (math.prod(shape) for shape in self.shapes(site))
+        return (u * site.inputs, core * site.kernel_positions, v * site.positions)
+
+    def matrix_rank(self, site: Site) -> int | None:
+        """The rank of the outputs."""
+        return self._inner(site)
 
     def decompose(
-        self, site: Site, weight: Tensor, rank: int | None, second: Tensor | None, aim: Aim = PLAIN
+        self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
-        """Variable projection in the metric, from the leading singular vectors of both modes (HOSVD)."""
-        u, core, _ = self.shapes(site, rank)
+        """Variable projection in the metric, from the leading singular vectors of both modes."""
+        u, core, _ = self.shapes(site)
         metric = None if second is None else second[0]
         matrix = weight.flatten(1)
         if aim.start is not None:
@@ -56,17 +64,18 @@ class Tucker:
             inner = (left.mT @ matrix).view(core[0], site.shape[1], -1)
             mix = principal(inner.transpose(0, 1).flatten(1), count=u[0]).mT
             small = (mix.contiguous(), mix @ inner)
-            steps = 0 if rank == self.full_rank(site) else aim.steps
-        found = project(_rows, small, matrix, metric, aim.noise, steps)
+            steps = 0 if self.rank == self.full_rank(site) else aim.steps
+        solution = project(_rows, small, matrix, metric, aim.noise, steps)
         # columns of V to one norm: rounding the tensor before it then weighs the same in each
-        # channel
-        norm = found.last.square().mean(0).clamp_min(1e-20).sqrt()
-        return found.small[0], (found.small[1] * norm[:, None, None]).view(core), found.last / norm
+        norm = solution.last.square().mean(0).clamp_min(1e-20).sqrt()
+        kernel = (solution.small[1] * norm[:, None, None]).view(core)
+        return solution.small[0], kernel, solution.last / norm
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:
         """V core U, in the shape of the weight."""
         u, core, v = factors
-        return (v @ _rows((u, core.flatten(2)))).view(v.shape[0], u.shape[1], *core.shape[2:])
+        rows = _rows((u, core.flatten(2)))
+        return (v @ rows).view(v.shape[0], u.shape[1], *core.shape[2:])
 
     def apply(
         self,
@@ -78,9 +87,18 @@ class Tucker:
     ) -> Tensor:
         """Three layers, as they will be exported."""
         u, core, v = factors
-        inner = between(0, pointwise(site, x, u))
+        inner = between(0, site.pointwise(x, u))
         inner = between(1, replace(site, shape=tuple(core.shape)).run(inner, core))
-        return pointwise(site, inner, v, bias)
+        return site.pointwise(inner, v, bias)
+
+    def problem(self, weight: Tensor) -> Problem:
+        """V [out, r2], U [in, rank] and the core [k, r2 * rank] of the kernel [out, in, k]."""
+        return Tucker2Problem(weight.flatten(2))
+
+    def arranged(self, site: Site, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """U, core, V."""
+        v, u, core = matrices
+        return u.mT, core.mT.reshape(self.shapes(site)[1]), v
 
 
 def _rows(small: Sequence[Tensor]) -> Tensor:

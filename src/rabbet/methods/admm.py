@@ -6,6 +6,7 @@ re-estimated, inputs quantised. The paper allocates nothing: the budget is only 
 paper left open is a setting each.
 """
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
@@ -15,13 +16,12 @@ from torch import Tensor
 
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.budget import Budget
-from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields
-from rabbet.forms import FORMS
+from rabbet.forms import RANKED, Dense
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Job, Tensors
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.methods.bn_gain import round_to_nearest, with_gain, without_gain
 from rabbet.model.build import build, validate
@@ -32,7 +32,6 @@ from rabbet.solve.als import (
     CPProblem,
     Factors,
     Problem,
-    Tucker2Problem,
     als,
     random_start,
     svd_start,
@@ -43,7 +42,7 @@ from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
 Solver = Literal["admm", "feedback", "nearest"]
-SOLVED = ("dense", "lowrank", "cp", "tucker")  # forms that a plan may have here
+SOLVED = ("dense", *(name for name, form in RANKED.items() if form.channel_axes))
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class ADMM:
             raise PlanError(
                 f"ADMM fits one term of {', '.join(SOLVED)}, of all outputs; {other} is not that"
             )
-        chains = [layer for layer in plan if FORMS[layer.terms[0].form].ranked]
+        chains = [layer for layer in plan if layer.terms[0].form.channel_axes]
         found = dict(zip((c.name for c in chains), self._solved(piece, chains), strict=True))
         numbers: dict[str, Numbers] = {}
         for layer in plan:
@@ -131,22 +130,19 @@ class ADMM:
 
     def _line(self, site: Site, first: bool) -> LayerPlan:
         act = self.act if site.multiplies else None
-        form = FORMS[self.form]
-        full = 0 if first else form.full_rank(site)
+        form = RANKED[self.form]
+        full = 0 if first else form(1).full_rank(site)
         if not full:
-            return LayerPlan(site.name, (Term("dense", Grid(self.rest, axis=0)),), act)
+            return LayerPlan(site.name, (Term(Dense(), Grid(self.rest, axis=0)),), act)
         grid = Grid(self.bits, axis=0)
 
         def entries(rank: int) -> int:
-            return sum(
-                torch.Size(s).numel() for s in factor_shapes(site, Term(self.form, grid, rank))
-            )
+            return sum(math.prod(shape) for shape in form(rank).shapes(site))
 
         # floor(numel / (I + J + K) / rate) in the case of CP
         rank = bisect_right(range(1, full + 1), site.numel / self.rate, key=entries)
-        return LayerPlan(
-            site.name, (Term(self.form, grid, dict(self.ranks).get(site.name, max(rank, 1))),), act
-        )
+        rank = dict(self.ranks).get(site.name, max(rank, 1))
+        return LayerPlan(site.name, (Term(form(rank), grid),), act)
 
     def _solved(self, piece: Workpiece, chains: list[LayerPlan]) -> list[Tensors]:
         jobs: list[Job] = []
@@ -158,7 +154,7 @@ class ADMM:
 
 
 def _solvable(term: Term) -> bool:
-    return term.form in SOLVED and term.rows is None
+    return term.form == Dense() or bool(term.form.channel_axes)
 
 
 def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tensors:
@@ -166,8 +162,10 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
 
     Returns codes and scale of each factor by its place, the relative error, and its history.
     """
-    problem, grids = _problem(weight, term, method)
-    start = _start(problem, weight, grids, term, method, seed)
+    problem, grids = term.form.problem(weight), _grids(term, method)
+    assert problem is not None
+    assert term.form.rank is not None
+    start = _start(problem, grids, term.form.rank, method, seed)
     if method.solver == "admm":
         found = admm(problem, start, grids, method.sweeps, method.inner)
     elif method.solver == "feedback":
@@ -181,43 +179,29 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
     return result
 
 
-def _problem(weight: Tensor, term: Term, method: ADMM) -> tuple[Problem, list[Grid]]:
-    """The least-squares problems, factors in the order of the tensor's axes, and the grid of each.
-
-    A column of B or C is a row of the form's factor, so a scale per channel is one per column
-    there.
-    """
+def _grids(term: Term, method: ADMM) -> list[Grid]:
+    """The grid of each factor, in the order of the tensor's axes."""
     bits, kind = term.grid.bits, term.grid.kind
-    whole = Grid(bits, kind)
-    rows, columns = (
-        (Grid(bits, kind, 0), Grid(bits, kind, 1)) if method.scales == "channel" else (whole, whole)
-    )
-    if term.form == "lowrank":
-        return CPProblem(weight.flatten(1)), [rows, columns]
-    if term.form == "tucker":
-        return Tucker2Problem(weight.flatten(2)), [rows, columns, whole]
-    return CPProblem(weight.flatten(2)), [rows, columns, columns]
+    each = method.scales == "channel"
+    return [Grid(bits, kind, axis if each else None) for axis in term.form.channel_axes]
 
 
-def _start(
-    problem: Problem, weight: Tensor, grids: list[Grid], term: Term, method: ADMM, seed: int
-) -> Factors:
-    assert term.rank is not None
+def _start(problem: Problem, grids: list[Grid], rank: int, method: ADMM, seed: int) -> Factors:
+    tensor = problem.flat.view(problem.shape)
     if not isinstance(problem, CPProblem):
-        u, core, v = _hosvd(weight.flatten(2), term.rank)
+        u, core, v = _hosvd(tensor, rank)
         return (v, u, core)
-    tensor = weight.flatten(1 if term.form == "lowrank" else 2)
     if method.start == "random":
-        return random_start(tensor.shape, term.rank, seed)
-    start = svd_start(tensor, term.rank, seed)
+        return random_start(tensor.shape, rank, seed)
+    start = svd_start(tensor, rank, seed)
     if method.start == "svd":
         return als(problem, start, sweeps=1).factors
-    found = als(problem, start)
+    fit = als(problem, start)
     if method.start == "als":
-        return found.factors
+        return fit.factors
     if method.slack is None:
-        return loosened(problem, found, grids).factors
-    return epc(problem, found.factors, method.slack * found.error).factors
+        return loosened(problem, fit, grids).factors
+    return epc(problem, fit.factors, method.slack * fit.error).factors
 
 
 def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,21 +216,13 @@ def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1), v
 
 
-def _read(piece: Workpiece, site: Site, term: Term, found: Tensors) -> list[Quantised]:
+def _read(piece: Workpiece, site: Site, term: Term, solved: Tensors) -> list[Quantised]:
     """The factors as the form orders them, the BatchNorm's gain back in the scales of the last."""
-    grid, shapes = term.grid, factor_shapes(site, term)
-    parts = [(found[f"{k}.codes"].float(), found[f"{k}.scale"]) for k in range(len(shapes))]
-    (last, *small) = parts
-    if term.form == "tucker":
-        (u, us), (core, cs) = small
-        small = [(u.mT, us), (core.mT.reshape(shapes[1]), cs)]
-    else:
-        small = [
-            (codes.mT.reshape(shape), scale)
-            for (codes, scale), shape in zip(small, shapes, strict=False)
-        ]
+    grid, count = term.grid, len(term.form.channel_axes)
+    codes = term.form.arranged(site, [solved[f"{k}.codes"].float() for k in range(count)])
+    last, *scales = (solved[f"{k}.scale"] for k in range(count))
     first = [
-        Quantised(grid, codes, scale.expand(grid.scale_shape(tuple(codes.shape))).clone())
-        for codes, scale in small
+        Quantised(grid, part, scale.expand(grid.scale_shape(tuple(part.shape))).clone())
+        for part, scale in zip(codes[:-1], scales, strict=True)
     ]
-    return [*first, with_gain(piece, site, grid, *last)]
+    return [*first, with_gain(piece, site, grid, codes[-1], last)]

@@ -7,7 +7,7 @@ the scales, and the codes are the paper's.
 from torch import Tensor
 
 from rabbet.grids.grid import Grid, Quantised, stored
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.workpiece import Norm, Workpiece
 
 

@@ -15,9 +15,9 @@ from rabbet.choose.scoring import scored
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields
-from rabbet.forms import FORMS
+from rabbet.forms import RANKED, Dense, LowRank
 from rabbet.grids.grid import Grid
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.model.build import validate
 from rabbet.reconstruct.candidates import Terms
@@ -55,11 +55,9 @@ class Joint:
         check_fields(self)
         if not self.grids:
             raise PlanError("Joint needs at least one grid to choose from")
-        strange = next((form for form in self.forms if form not in FORMS or form == "dense"), None)
+        strange = next((form for form in self.forms if form not in RANKED), None)
         if strange is not None:
-            raise PlanError(
-                f"forms are of {', '.join(f for f in FORMS if f != 'dense')}; found {strange!r}"
-            )
+            raise PlanError(f"forms are of {', '.join(RANKED)}; found {strange!r}")
         for text in (
             *self.grids,
             self.adapter_grid,
@@ -94,31 +92,28 @@ class Joint:
 
     def menu(self, site: Site) -> tuple[Terms, ...]:
         """Every candidate of a layer: dense on each grid, and dense with an adapter where a rank fits."""
-        dense = [(Term("dense", Grid.parse(g)),) for g in self.grids]
-        full = FORMS["lowrank"].full_rank(site)
+        dense = [(Term(Dense(), Grid.parse(g)),) for g in self.grids]
+        full = LowRank(1).full_rank(site)
         grid = Grid.parse(self.adapter_grid)
         with_adapter = []
         for base, share in self.adapters:
             rank = round(share * site.numel / (site.shape[0] + site.columns))
             if 1 <= rank < full:
-                with_adapter.append((Term("dense", Grid.parse(base)), Term("lowrank", grid, rank)))
+                with_adapter.append((Term(Dense(), Grid.parse(base)), Term(LowRank(rank), grid)))
         return tuple(dict.fromkeys([*dense, *with_adapter, *self._factorised(site)]))
 
     def _factorised(self, site: Site) -> Iterator[Terms]:
         """Each form at the ranks that bring the layer's MACs to the shares."""
         for name in self.forms:
-            form = FORMS[name]
-            full = form.full_rank(site)
+            form = RANKED[name]
+            full = form(1).full_rank(site)
             for share in self.shares if full else ():
-                rank = (
-                    bisect_right(
-                        range(full + 1), share * site.macs, key=lambda r: sum(form.macs(site, r))
-                    )
-                    - 1
-                )
+                ranks = range(1, full + 1)
+                # the largest that keeps the share, 0 if there is none
+                rank = bisect_right(ranks, share * site.macs, key=lambda r: sum(form(r).macs(site)))
                 rank -= rank % _vector(rank)
                 if rank >= 1:
-                    yield from ((Term(name, Grid.parse(g), rank),) for g in self.factor_grids)
+                    yield from ((Term(form(rank), Grid.parse(g)),) for g in self.factor_grids)
 
     def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
         plan = LayerPlan(site.name, terms, self.act if site.multiplies else None)

@@ -15,7 +15,7 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
     """
     folded = own_biases(copied(model).float().eval().requires_grad_(False), survey)
     leave_fast_path(folded)
-    tables = [s for s in survey if s.kind == "embedding"]
+    tables = [s for s in survey if s.looks_up]
     for name, first in (
         (n, s.name) for s in tables for n in s.tied
     ):  # that share one are one layer
@@ -36,9 +36,10 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
             else layer.bias.double() - norm.running_mean.double()
         )
         bias = bias * gain if norm.bias is None else bias * gain + norm.bias.double()
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        weight.data = (weight.double() * gain.view(-1, *[1] * (weight.ndim - 1))).float()
+        weight = site.kind.weight(layer)
+        scaled = (weight.double() * gain.view(-1, *[1] * (weight.ndim - 1))).float()
+        # a transposed conv stores another layout; the copy is its own
+        layer.weight.data = site.native(scaled).contiguous()
         layer.bias = nn.Parameter(bias.float(), requires_grad=False)
     return drop_norms(folded, survey)
 
@@ -54,7 +55,7 @@ def own_biases(model: nn.Module, survey: Survey) -> nn.Module:
     """Give every site a bias of its own, in place: layers may share one, and a plan may cover only some of them."""
     for site in survey:
         layer = model.get_submodule(site.name)
-        if isinstance(layer.bias if site.kind != "embedding" else None, nn.Parameter):
+        if isinstance(getattr(layer, "bias", None), nn.Parameter):
             layer.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)  # type: ignore[operator]
     return model
 

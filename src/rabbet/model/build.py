@@ -11,7 +11,7 @@ from rabbet.core.plan import LayerPlan, Plan, Term, quoted
 from rabbet.core.survey import Survey
 from rabbet.errors import PlanError
 from rabbet.grids.grid import Quantised
-from rabbet.layers.site import KINDS, Site
+from rabbet.layers import Site
 from rabbet.model.bn_fold import fold
 from rabbet.model.compressed import Compressed, Head, Numbers, compressed_layers
 from rabbet.model.surgery import leave_fast_path, replace_module
@@ -33,22 +33,14 @@ def validate(plan: Plan, survey: Survey) -> None:
                 f"{layer}: the input of an embedding is an index and cannot be quantised; remove act"
             )
         for term in layer.terms:
-            full = _full_rank(layer, term, site)
-            if full == 0:
-                raise PlanError(
-                    f"{layer}: {term.form} does not fit this {site.kind} of shape {list(site.shape)}"
-                )
-            if term.rank is not None and term.rank > full:
-                raise PlanError(
-                    f"{layer}: rank {term.rank} is more than the {full} that this layer can have"
-                )
+            _require(layer, term, site)
             for shape in factor_shapes(site, term):
                 term.grid.scale_shape(shape)
 
 
-def _full_rank(layer: LayerPlan, term: Term, site: Site) -> int:
+def _require(layer: LayerPlan, term: Term, site: Site) -> None:
     try:
-        return term.how.full_rank(site)
+        term.form.require(site)
     except PlanError as e:
         raise PlanError(f"{layer}: {e}") from None
 
@@ -68,12 +60,10 @@ def build(
     with torch.no_grad():
         for site in (s for s in survey if plan.get(s.name) is not None):
             layer, line = result.get_submodule(site.name), plan[site.name]
-            terms = given.get(site.name) or rounded_to_nearest(
-                site, KINDS[site.kind].weight(layer), line
-            )
+            terms = given.get(site.name) or rounded_to_nearest(site, site.kind.weight(layer), line)
             bias = getattr(layer, "bias", None)
             seat = Compressed(site, line, terms, bias if isinstance(bias, Tensor) else None)
-            result = install(result, site, seat.to(KINDS[site.kind].weight(layer).device))
+            result = install(result, site, seat.to(site.kind.weight(layer).device))
     return result
 
 
@@ -102,10 +92,8 @@ def rounded_to_nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list
     """The simplest numbers of a layer: each term decomposed plainly and rounded to nearest."""
     left, terms = weight, []
     for term in plan.terms:
-        form = term.how
-        factors = [
-            Quantised.nearest(f, term.grid) for f in form.decompose(site, left, term.rank, None)
-        ]
+        form = term.form
+        factors = [Quantised.nearest(f, term.grid) for f in form.decompose(site, left, None)]
         left = left - form.contract(site, [f.values for f in factors])
         terms.append(factors)
     return terms

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rabbet.core.layout import act_bits
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.errors import ModelError
-from rabbet.forms import Contracted, Dense
+from rabbet.forms import Dense
 from rabbet.grids.grid import Grid, Quantised
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 
 Numbers = Sequence[Sequence[Quantised]]
 """The factors of each term of one layer."""
@@ -38,7 +38,7 @@ class Factor(nn.Module):
         """The values, with straight-through gradients while the codes are tuned."""
         return self.show(self.held, self.scale)
 
-    def rows(self, places: Tensor) -> Tensor:
+    def lookup(self, places: Tensor) -> Tensor:
         """The rows of a table at some places, [..., columns], where each has a scale of its own."""
         flat = places.flatten()
         found = self.show(F.embedding(flat, self.held), self.scale.index_select(0, flat))
@@ -109,8 +109,7 @@ class Compressed(nn.Module):
     def __init__(self, site: Site, plan: LayerPlan, terms: Numbers, bias: Tensor | None) -> None:
         super().__init__()
         self.site = site
-        self.forms = [t.how for t in plan.terms]
-        self.form_names = [t.form for t in plan.terms]
+        self.forms = [t.form for t in plan.terms]
         self.terms = nn.ModuleList(nn.ModuleList(Factor(q) for q in factors) for factors in terms)
         self.acts = nn.ModuleList(ActQuant(bits) for bits in act_bits(plan))
         self.bias = (
@@ -134,12 +133,12 @@ class Compressed(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which it may be given)
         """The layer's output."""
         table = self._table
-        return self._run(self.site, input, self.bias) if table is None else table.rows(input)
+        return self._run(self.site, input, self.bias) if table is None else table.lookup(input)
 
     @property
     def _table(self) -> Factor | None:
         """The table of a look-up, if it is there as it is: a few of 30,000 rows are all that has to be known."""
-        if self.site.kind != "embedding" or self.forms != [Dense()]:
+        if not self.site.looks_up or self.forms != [Dense()]:
             return None
         found = self.factors[0][0]
         return found if isinstance(found, Factor) and found.grid.axis == 0 else None
@@ -150,7 +149,7 @@ class Compressed(nn.Module):
         return self._run(self.head, x, bias)
 
     def _run(self, site: Site, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.acts and site.kind != "embedding":
+        if self.acts and not site.looks_up:
             x = self.acts[0](x)
         if self.whole:
             return site.run(x, self.canonical, bias)
@@ -186,11 +185,9 @@ class Compressed(nn.Module):
     def plan(self) -> LayerPlan:
         """The decisions, read back from the tensors."""
         terms = []
-        for name, form, factors in zip(self.form_names, self.forms, self.factors, strict=True):
-            rank = factors[0].codes.shape[0] if form.ranked else None
-            modes = form.modes if isinstance(form, Contracted) else None
-            rows = form.rows if isinstance(form, Dense) else None
-            terms.append(Term(name, factors[0].grid, rank, modes, rows))
+        for form, factors in zip(self.forms, self.factors, strict=True):
+            shapes = [tuple(f.codes.shape) for f in factors]
+            terms.append(Term(form.observed(shapes), factors[0].grid))
         acts = self.quantisers
         return LayerPlan(self.site.name, tuple(terms), acts[0].grid.bits if acts else None)
 

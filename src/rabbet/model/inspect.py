@@ -6,8 +6,7 @@ folded into it.
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -20,7 +19,7 @@ from rabbet.core.survey import Left, Survey
 from rabbet.data.batches import Batch, examples, tensors
 from rabbet.data.task import Task, evaluating
 from rabbet.errors import DataError, ModelError
-from rabbet.layers.site import KINDS, Site, kind_of
+from rabbet.layers import LayerKind, Site, kind_of, looks_up, shares_table
 from rabbet.model.watch import Watch, buffers_kept
 
 
@@ -79,13 +78,6 @@ def check(model: nn.Module) -> None:
             )
 
 
-FOLDING = (
-    "conv1d",
-    "conv2d",
-    "linear",
-)  # outputs lie on the first axis of their weights; a bias takes the rest
-
-
 def hooked(module: nn.Module) -> bool:
     """Whether a user has put hooks on a layer: torch has no public way to ask."""
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
@@ -100,7 +92,7 @@ def opens(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     ):
         return False
     if (
-        kind_of(module.out_proj) != "linear"
+        not shares_table(module.out_proj)
         or len([*module.children()]) > 1
         or "forward" in vars(module)
     ):
@@ -114,16 +106,8 @@ def _why_not(module: nn.Module) -> str | None:
         return "its weight is parametrised; remove the parametrisation first"
     if hooked(module):
         return "it has forward hooks of its own, which a replacement would lose"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "an embedding with max_norm rewrites its table"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode not in (
-        "zeros",
-        "reflect",
-        "replicate",
-        "circular",
-    ):
-        return f"padding mode {module.padding_mode} is not known"
-    return None
+    kind = kind_of(module)
+    return None if kind is None else kind.obstacle(module)
 
 
 def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) -> Survey:
@@ -173,17 +157,16 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
             )
             continue
         _with_batch_axis(name, kind, module, calls, None if sites else batch)
-        norm = _foldable(module, calls, watch, norms, returned) if kind in FOLDING else None
-        norm = (
-            norm if norm is not None and len(names[norm]) == 1 else None
-        )  # another name of it would stay behind
-        facts: dict[str, Any] = KINDS[kind].facts(module)
-        positions, inputs = (_positions(module, watch, batch, k) for k in (1, 0))
+        norm = _foldable(kind, module, calls, watch, norms, returned)
+        if norm is not None and len(names[norm]) > 1:  # another name of it would stay behind
+            norm = None
+        facts: dict[str, Any] = kind.facts(module)
+        positions, inputs = (_positions(kind, watch.calls[module], batch, k) for k in (1, 0))
         sites.append(
             Site(
                 name=name,
                 kind=kind,
-                shape=tuple(KINDS[kind].weight(module).shape),
+                shape=tuple(kind.weight(module).shape),
                 bias=norm is not None or getattr(module, "bias", None) is not None,
                 positions=max(1, positions),
                 inputs=max(1, inputs),
@@ -191,7 +174,9 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
                 tied=tuple(names[module][1:]),
                 norm=None if norm is None else names[norm][0],
                 heads=tuple(names[m][0] for m in own),
-                head_positions=sum(max(1, _positions(m, watch, batch)) for m in own),
+                head_positions=sum(
+                    max(1, _positions(kind.head, watch.calls[m], batch)) for m in own
+                ),
                 **facts,
             )
         )
@@ -211,7 +196,7 @@ def _join_tables(
     """Make one layer, the first, of embeddings that share a table, in place: a look-up is the same in each."""
     first: dict[nn.Module, nn.Module] = {}
     for modules in owners.values():
-        tables = [m for m in modules if kind_of(m) != "linear"]
+        tables = [m for m in modules if not shares_table(m)]
         if all(alike(tables[0], m) and m not in watch.by_keyword for m in tables):
             for other in tables[1:]:
                 first[other] = tables[0]
@@ -247,12 +232,16 @@ def _unopened(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:
 
 
 def _with_batch_axis(
-    name: str, kind: str, module: nn.Module, calls: list[tuple[Tensor, Tensor]], batch: int | None
+    name: str,
+    kind: LayerKind,
+    module: nn.Module,
+    calls: list[tuple[Tensor, Tensor]],
+    batch: int | None,
 ) -> None:
     """Raise DataError for an example without a batch axis; batch: of the layer that runs first."""
-    axes = KINDS[kind].weight(module).ndim if kind.startswith("conv") else 0
-    if kind == "linear" and calls[0][0].shape == (batch,):  # its entries would count as examples
-        axes = 2
+    axes = kind.least_axes(module)
+    if not kind.looks_up and calls[0][0].shape == (batch,):  # its entries would count as examples
+        axes = max(axes, 2)
     bare = next((given for given, _ in calls if given.ndim < axes), None)
     if bare is not None:
         raise DataError(
@@ -267,30 +256,24 @@ def _heads(
     """Tables that linears share, with those: each ran, bears one name, and may be replaced."""
     found = {}
     for modules in owners.values():
-        tables = [m for m in modules if kind_of(m) == "embedding"]
+        tables = [m for m in modules if looks_up(m)]
         others = [m for m in modules if m not in tables]
         ready = all(m in watch.calls and _why_not(m) is None for m in modules)
-        fit = all(kind_of(m) == "linear" and len(names[m]) == 1 for m in others)
+        fit = all(shares_table(m) and len(names[m]) == 1 for m in others)
         if len(tables) == 1 and others and ready and fit:
             found[tables[0]] = others
     return found
 
 
-def _positions(module: nn.Module, watch: Watch, batch: int, part: int = 1) -> int:
+def _positions(
+    kind: LayerKind, calls: Sequence[tuple[Tensor, Tensor]], batch: int, part: int = 1
+) -> int:
     """Places per example of a layer's outputs, or of its inputs (part 0), over all calls."""
-    kind = kind_of(module)
-    assert kind is not None
-    return sum(_places(kind, call[part]) for call in watch.calls[module]) // batch
-
-
-def _places(kind: str, value: Tensor) -> int:
-    """Examples times places of a layer's input or output (an embedding's input has no feature axis)."""
-    if kind.startswith("conv"):
-        return len(value) * math.prod(value.shape[2:])
-    return value.numel() if not value.is_floating_point() else math.prod(value.shape[:-1])
+    return sum(kind.places(call[part]) for call in calls) // batch
 
 
 def _foldable(
+    kind: LayerKind,
     module: nn.Module,
     calls: list[tuple[Tensor, Tensor]],
     watch: Watch,
@@ -302,15 +285,10 @@ def _foldable(
     norm = norms.get(id(out))
     if norm is None or len(calls) > 1 or id(out) in returned or watch.uses[id(out)] != 1:
         return None
-    if (
-        len(watch.calls[norm]) > 1
-        or norm.running_mean is None
-        or type(norm).forward is not _BatchNorm.forward
-    ):
+    own = type(norm).forward is _BatchNorm.forward
+    if len(watch.calls[norm]) > 1 or norm.running_mean is None or not own or hooked(norm):
         return None
-    if hooked(norm) or (isinstance(module, nn.Linear) and out.ndim != 2):
-        return None  # on [n, places, features] BatchNorm1d works on another axis than the linear
-    return norm
+    return norm if kind.foldable(module, out) else None
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from rabbet.data.batches import tensors
-from rabbet.layers.site import kind_of
+from rabbet.layers import kind_of
 
 
 class Watch(TorchFunctionMode):

@@ -6,18 +6,16 @@ each term in turn is solved for what the others leave, and the best state is kep
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rabbet.core.cost import layer_cost
-from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Term
-from rabbet.forms import Aim, Contracted
+from rabbet.forms import Aim, Dense, Form
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Tensors
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.model.compressed import Numbers
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, round_rows, start
 from rabbet.solve.whiten import spectrum
@@ -53,7 +51,7 @@ def solve_site(
     solved: dict[int, float] = {}
     result: Tensors = {}
     # one form after the other, so that what is solved already can rule out what is to come
-    for _, group in itertools.groupby(range(len(menu)), key=lambda k: menu[k][0].form):
+    for _, group in itertools.groupby(range(len(menu)), key=lambda k: menu[k][0].form.name):
         wanted = [k for k in group if tail is None or not _hopeless(site, menu, k, tail, solved)]
         entries = [menu[k] for k in wanted]
         for k, terms, numbers in zip(
@@ -80,10 +78,10 @@ def _hopeless(
     site: Site, menu: Sequence[Terms], k: int, tail: Tensor, solved: dict[int, float]
 ) -> bool:
     """Whether a solved entry costs no more by any count and errs less than entry k ever can (Eckart-Young)."""
-    if len(menu[k]) > 1 or not menu[k][0].how.ranked or isinstance(menu[k][0].how, Contracted):
-        return False  # a chain of rank r makes matrices of any rank
-    inner = factor_shapes(site, menu[k][0])[-1][1]
-    least = float(tail[min(inner, len(tail) - 1)])
+    rank = menu[k][0].form.matrix_rank(site) if len(menu[k]) == 1 else None
+    if rank is None:
+        return False
+    least = float(tail[min(rank, len(tail) - 1)])
     cost = _counts(site, menu[k])
     return any(
         error <= least and all(a <= b for a, b in zip(_counts(site, menu[j]), cost, strict=True))
@@ -114,7 +112,7 @@ def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
 def canonical(site: Site, terms: Terms, numbers: Numbers) -> Tensor:
     """The weight that terms add up to."""
     parts = [
-        t.how.contract(site, [q.values for q in qs]) for t, qs in zip(terms, numbers, strict=True)
+        t.form.contract(site, [q.values for q in qs]) for t, qs in zip(terms, numbers, strict=True)
     ]
     return torch.stack(parts).sum(0)
 
@@ -138,7 +136,7 @@ def solve_menu(
         for k, numbers in enumerate(held)
         for t, qs in enumerate(numbers)
     }
-    starts = {replace(t, grid=Grid(8)): tuple(values) for t, values in known.items()}
+    starts = {t.form: tuple(values) for t, values in known.items()}
     states: list[list[list[Quantised] | None]] = [[None] * len(terms) for terms in menu]
     best: list[tuple[float, Numbers]] = [(torch.inf, [])] * len(menu)
     for turn in range(ALTERNATIONS):
@@ -182,7 +180,7 @@ def _error(site: Site, weight: Tensor, terms: Terms, numbers: Numbers, metric: M
     return metric.error(site.matrix(canonical(site, terms, numbers) - weight)).sum()
 
 
-Starts = dict[Term, tuple[Tensor, ...]]
+Starts = dict[Form, tuple[Tensor, ...]]
 """Factors of an earlier problem alike, by the term on no matter which grid."""
 
 
@@ -201,7 +199,7 @@ def _solve_terms(
 
 
 def _together(term: Term) -> bool:
-    return term.form == "dense" and term.rows is None and term.grid.axis == 0
+    return term.form == Dense() and term.grid.axis == 0
 
 
 def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
@@ -238,12 +236,11 @@ def _solve_term(
     site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts, steps: int
 ) -> list[Quantised]:
     """Decompose, round all factors but the last to nearest, then solve the last again for what those became."""
-    form, grid = term.how, term.grid
-    key = replace(term, grid=Grid(8))
-    aim = Aim(noise(grid), starts.get(key), steps if key in starts else COLD)
-    factors = form.decompose(site, left, term.rank, metric.second, aim)
-    starts[key] = factors  # for the other grids of the same rank
-    if isinstance(form, Contracted):
+    form, grid = term.form, term.grid
+    aim = Aim(noise(grid), starts.get(form), steps if form in starts else COLD)
+    factors = form.decompose(site, left, metric.second, aim)
+    starts[form] = factors  # for the other grids of the same rank
+    if form.contracted:
         return [Quantised.nearest(f, grid) for f in factors]
     *first, last = factors
     small = [Quantised.nearest(f, grid) for f in first]

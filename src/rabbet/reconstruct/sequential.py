@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
-from rabbet.forms import Contracted, Dense
 from rabbet.grids.grid import stored
-from rabbet.layers.site import Site, patches
+from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, compressed_layers
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
 from rabbet.solve.rounding import Metric
@@ -51,7 +50,7 @@ def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> N
     term has a scale for each output channel.
     """
     layers = compressed_layers(student)
-    sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and s.kind != "embedding"]
+    sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
     batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
     met = _meet(piece, sites, batch)
     sites = [s for s in sites if s.name in met]  # other examples may be sent another way
@@ -94,14 +93,12 @@ def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -
 def _gained(layer: Compressed) -> bool:
     """Whether every term has a scale for each output channel, which can take a gain."""
     ends = zip(layer.forms, layer.factors, strict=True)
-    return all(
-        factors[-1].grid.axis == 0 and not isinstance(form, Contracted) for form, factors in ends
-    )
+    return all(factors[-1].grid.axis == 0 and not form.contracted for form, factors in ends)
 
 
 def _affordable(piece: Workpiece, sites: list[Site]) -> int:
     """Examples whose inputs of all layers fit into memory."""
-    each = sum(s.inputs * (s.shape[1] * s.groups if s.stride else s.columns) for s in sites)
+    each = sum(s.inputs * s.shape[1] * s.groups for s in sites)
     return max(1, ENTRIES // max(1, each))
 
 
@@ -160,7 +157,7 @@ def _moments(site: Site, found: Tensor, wanted: Tensor, seed: int) -> tuple[Tens
     rows = max(PATCHES // site.columns, 8 * site.columns)
     places = max(1, -(-rows // len(found)))
     ours, theirs = (
-        patches(site, x, places, torch.Generator().manual_seed(seed)) for x in (found, wanted)
+        site.rows(x, places, torch.Generator().manual_seed(seed)) for x in (found, wanted)
     )
     count = ours.shape[1]
     return (ours.mT @ ours).cpu() / count, (theirs.mT @ ours).cpu() / count
@@ -181,28 +178,23 @@ def _matcher(
         old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
         first = layer.factors[0][-1].scale.clone()
         for form, factors in zip(layer.forms, layer.factors, strict=True):
-            own = (
-                gain[list(form.rows)] if isinstance(form, Dense) and form.rows is not None else gain
-            )
+            own = form.of_outputs(gain)
             factors[-1].scale.copy_(stored(factors[-1].scale * own))
         new = old if layer.bias is None else wanted_mean - (mean - old) * gain
         if layer.bias is not None:
             layer.bias.data = new
-        if len(layer.factors) > 1 or len(first) < len(
-            gain
-        ):  # each term's scales were rounded for themselves
+        # each term's scales were rounded for themselves
+        if len(layer.factors) > 1 or len(first) < len(gain):
             return layer.forward(args[0])
         ratio = layer.factors[0][-1].scale / first
-        channel = [
-            -1 if d == (1 if layer.site.stride else out.ndim - 1) else 1 for d in range(out.ndim)
-        ]
-        return (out - old.view(channel)) * ratio.view(channel) + new.view(channel)
+        channel = layer.site.per_channel
+        return (out - channel(old)) * channel(ratio) + channel(new)
 
     return hook
 
 
 def _statistics(out: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-    flat = out.movedim(1 if site.stride else -1, 0).reshape(site.shape[0], -1)
+    flat = out.movedim(site.kind.channel_axis, 0).reshape(site.shape[0], -1)
     if not flat.shape[1]:  # an expert that no place was sent to
         return torch.zeros_like(flat.sum(1)), torch.zeros_like(flat.sum(1))
     return flat.mean(1), flat.std(1) if flat.shape[1] > 1 else torch.zeros_like(flat[:, 0])

@@ -21,6 +21,7 @@ KERNELS = {
 FLOAT = dict.fromkeys(
     (
         "Conv",
+        "ConvTranspose",
         "FusedConv",
         "FusedGemm",
         "FusedMatMul",

@@ -11,8 +11,8 @@ from rabbet.calibrate.ranges import calibrate_inner
 from rabbet.data.augment import Pool, hold_back
 from rabbet.data.batches import Batch, examples, outputs
 from rabbet.errors import check_fields, check_least
+from rabbet.forms import Dense
 from rabbet.grids.grid import stored
-from rabbet.layers.site import KINDS
 from rabbet.model.compressed import Compressed, compressed_layers
 from rabbet.train.loop import Course, Group, run, shared
 from rabbet.train.losses import block_names, divergence, taught
@@ -106,9 +106,7 @@ class _Loop(Course):
         self.groups: list[Group] = []
         with torch.no_grad():
             for name, layer in self.layers.items():
-                _start_latents(
-                    layer, KINDS[layer.site.kind].weight(piece.model.get_submodule(name))
-                )
+                _start_latents(layer, layer.site.kind.weight(piece.model.get_submodule(name)))
         self._collect()
 
     def _collect(self) -> None:
@@ -132,7 +130,7 @@ class _Loop(Course):
         chains = [
             layer
             for layer in self.layers.values()
-            if layer.site.stride and any(f.gaps for f in layer.forms)
+            if layer.site.space and any(f.gaps for f in layer.forms)
         ]
         try:
             for layer in chains:
@@ -159,11 +157,7 @@ def _start_latents(layer: Compressed, weight: Tensor) -> None:
     A code that error feedback chose against the nearest one starts in the middle of its cell: at
     the edge, the first noise would undo what makes good the errors of others.
     """
-    if (
-        len(layer.terms) > 1
-        or layer.form_names != ["dense"]
-        or layer.plan.terms[0].rows is not None
-    ):
+    if layer.forms != [Dense()]:
         return
     factor = layer.factors[0][0]
     exact = weight / factor.grid.spread(factor.scale, weight.ndim) - factor.grid.shift

@@ -17,12 +17,11 @@ from torch import nn
 
 from rabbet.core.layout import FINISHED
 from rabbet.core.plan import LayerPlan, Term
-from rabbet.forms import FORMS, Contracted, Dense
+from rabbet.forms import Dense, Form
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.model.build import install
 from rabbet.model.compressed import Compressed, Factor, Numbers, compressed_layers
 
-SUMMED = {"dense", "lowrank"}
 Make = Callable[[Sequence[Any]], Any]
 
 
@@ -55,17 +54,19 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def _summed(layer: Compressed) -> bool:
-    """Whether some terms only add to the weight of another, which runs anyhow, or have only some of its rows."""
-    several = len(layer.terms) > 1 or any(
-        isinstance(form, Dense) and form.rows is not None for form in layer.forms
-    )
-    return several and "dense" in layer.form_names and SUMMED.issuperset(layer.form_names)
+    """Whether some terms only add to the weight of another, or have only some of its rows.
+
+    The whole weight runs anyhow, so what is added to it costs no time.
+    """
+    several = len(layer.terms) > 1 or any(form.partial for form in layer.forms)
+    whole = any(form.name == Dense.name for form in layer.forms)
+    return several and whole and all(form.adds for form in layer.forms)
 
 
 def _chained(layer: Compressed) -> bool:
-    """Whether there are chains, not finished yet."""
-    folded = any(isinstance(f, Merged) for factors in layer.factors for f in factors)
-    return not folded and any(isinstance(form, Contracted) for form in layer.forms)
+    """Whether there are chains that are not merged yet."""
+    merged = any(isinstance(f, Merged) for factors in layer.factors for f in factors)
+    return not merged and any(form.contracted for form in layer.forms)
 
 
 def _sum(layer: Compressed) -> Compressed:
@@ -79,28 +80,28 @@ def _sum(layer: Compressed) -> Compressed:
 
     every = [f for factors in layer.factors for f in factors]
     whole = Merged(every, make, Grid(FINISHED, axis=0))
-    return _made(layer, [Term("dense", whole.grid)], [[whole]], 1)
+    return _made(layer, [Term(Dense(), whole.grid)], [[whole]], 1)
 
 
 def _contracted(layer: Compressed) -> Compressed:
     terms: list[Term] = []
     factors: list[list[Factor]] = []
-    for term, form, held in zip(layer.plan.terms, layer.forms, layer.factors, strict=True):
-        if not isinstance(form, Contracted):
+    for term, held in zip(layer.plan.terms, layer.factors, strict=True):
+        if not term.form.contracted:
             terms.append(term)
             factors.append(held)
             continue
-        name, modes, made = form.finished(layer.site, [f() for f in held])
-        grid = Grid(FINISHED, axis=None if name == "ttm" else 0)
-        terms.append(Term(name, grid, len(made[0]) if FORMS[name].ranked else None, modes))
-        factors.append(
-            [Merged(held, functools.partial(_part, form, layer, k), grid) for k in range(len(made))]
-        )
+        form, parts = term.form.for_runtime(layer.site, [f() for f in held])
+        # what is still a chain is looked up core by core: no axis of a core is that of the outputs
+        grid = Grid(FINISHED, axis=None if form.contracted else 0)
+        terms.append(Term(form, grid))
+        make = [functools.partial(_part, term.form, layer, k) for k in range(len(parts))]
+        factors.append([Merged(held, one, grid) for one in make])
     return _made(layer, terms, factors, None)
 
 
-def _part(form: Contracted, layer: Compressed, place: int, factors: Sequence[Any]) -> Any:
-    return form.finished(layer.site, factors)[2][place]
+def _part(form: Form, layer: Compressed, place: int, factors: Sequence[Any]) -> Any:
+    return form.for_runtime(layer.site, factors)[1][place]
 
 
 def _made(

@@ -87,22 +87,32 @@ class Weight:
         ]
         return replace(found, parts=tuple(parts), make=factor.make, steps=scale)
 
+    def can_move(self, move: Move) -> bool:
+        """Whether the scales still lie along one axis after a transposition or another shape."""
+        return self.axis is None or self._moved_axis(move) is not None
+
+    def _moved_axis(self, move: Move) -> int | None:
+        """The axis along which the scales lie afterwards, if there is one."""
+        count = len(self.scale)
+        shape = [-1 if d == self.axis else 1 for d in range(self.codes.ndim)]
+        slices = move(torch.arange(count).view(shape).expand(self.codes.shape))
+        for axis, size in enumerate(slices.shape):
+            along = slices.movedim(axis, -1)
+            if size == count and bool((along == torch.arange(count)).all()):
+                return axis
+        return None
+
     def moved(self, move: Move) -> "Weight":
-        """The same after a transposition or another shape."""
-        codes = move(self.codes)
-        axis = self.axis
-        if axis is not None:
-            shape = [-1 if d == axis else 1 for d in range(self.codes.ndim)]
-            slices = move(torch.arange(len(self.scale)).view(shape).expand(self.codes.shape))
-            axis = next(
-                d
-                for d in range(codes.ndim)
-                if codes.shape[d] == len(self.scale)
-                and bool((slices.movedim(d, -1) == torch.arange(len(self.scale))).all())
-            )
+        """The same after a transposition or another shape that `can_move` allows."""
+        axis = None if self.axis is None else self._moved_axis(move)
         moves, root = (*self.moves, move), self.root or (self if self.shared else None)
         return replace(
-            self, name=f"{self.name}.moved", codes=codes, axis=axis, moves=moves, root=root
+            self,
+            name=f"{self.name}.moved",
+            codes=move(self.codes),
+            axis=axis,
+            moves=moves,
+            root=root,
         )
 
     def with_room(self, bias: NDArray[Any], place: str) -> "Weight":

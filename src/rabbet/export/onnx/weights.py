@@ -15,6 +15,9 @@ from rabbet.model.compressed import Factor
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+INTEGER = {"Conv", "Gemm", "MatMul"}
+"""What a runtime multiplies with a weight in integers, if its input is quantised."""
+
 
 def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]:
     """Replace every weight placeholder by packed integers, and the biases beside them by 32-bit integers.
@@ -41,7 +44,12 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
     for use in list(place.uses()):
         node = use.node
         move = _move(node)
-        if move is not None:
+        if move is not None and not weight.can_move(move):
+            # its scales lie on no axis of the new layout: put into float first, when the file is loaded
+            whole = weight.values(graph, WHOLE)
+            node.replace_input_with(use.idx, whole)
+            yield replace(weight, name=str(whole.name))
+        elif move is not None:
             yield from _write_weight(graph, weight.moved(move), node.outputs[0])
         elif _looks_up(node, use.idx):
             _write_table(graph, weight, node)
@@ -78,7 +86,8 @@ def _in_float(node: "ir.Node", place: int, weight: Weight) -> bool:
     """
     if weight.axis is not None and weight.axis != _outputs(node, place, weight.axis):
         return True
-    return place == 1 and _unit(node) is None and node.op_type != "MatMul"
+    integer = node.op_type in INTEGER and _unit(node) is not None
+    return place == 1 and not integer and node.op_type != "MatMul"
 
 
 def _outputs(node: "ir.Node", place: int, usual: int) -> int:
@@ -86,7 +95,7 @@ def _outputs(node: "ir.Node", place: int, usual: int) -> int:
     if node.op_type == "Gemm":
         flipped = node.attributes.get("transB")
         return 0 if flipped is not None and flipped.as_int() else 1
-    return {"Conv": 0, "MatMul": place}.get(node.op_type, usual)
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": place}.get(node.op_type, usual)
 
 
 def _move(node: "ir.Node") -> Move | None:

@@ -20,7 +20,7 @@ from rabbet.core.plan import LayerPlan, Plan
 from rabbet.data.augment import Pool, hold_back
 from rabbet.data.batches import outputs, tensors
 from rabbet.errors import DataError
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.methods.cgmq.gates import Gates, Gating
 from rabbet.methods.cgmq.probe import measure_sensitivity
 from rabbet.methods.cgmq.seat import WIDEST, seated, widest
@@ -42,7 +42,7 @@ PROBE = 500
 
 def is_image(place: int, site: Site) -> bool:
     """Whether a layer's input is the network's own; indices, which a table has, are no numbers to be rounded."""
-    return place == 0 and site.kind != "embedding"
+    return place == 0 and not site.looks_up
 
 
 def cache_key(piece: Workpiece, method: Settings, plan: str) -> str:

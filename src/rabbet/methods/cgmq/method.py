@@ -14,8 +14,9 @@ from rabbet.choose.program import Option, require_feasible
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import BudgetError, PlanError
+from rabbet.forms import Dense
 from rabbet.grids.grid import Grid
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.methods.cgmq.course import NEAR, PROBE, FixedWidths, MovingGates, cache_key, is_image
 from rabbet.methods.cgmq.gates import Gating
@@ -78,7 +79,7 @@ class CGMQ(Settings):
         """A layer at the widest that a file holds: what a gate starts with."""
         own = self.image if is_image(place, site) else "gate"
         act = None if not site.multiplies else WIDEST if isinstance(own, str) else own
-        return LayerPlan(site.name, (Term("dense", self._grid(WIDEST)),), act)
+        return LayerPlan(site.name, (Term(Dense(), self._grid(WIDEST)),), act)
 
     def _grid(self, bits: int) -> Grid:
         kind = self.two if bits == 2 else "signed"
@@ -92,7 +93,7 @@ class CGMQ(Settings):
             fixed = self.image != "gate" and is_image(k, piece.survey[line.name])
             acts = [line.act] if line.act is None or fixed else stored
             plans = [
-                LayerPlan(line.name, (Term("dense", self._grid(b)),), a)
+                LayerPlan(line.name, (Term(Dense(), self._grid(b)),), a)
                 for b, a in itertools.product(stored, acts)
             ]
             table.append([Option(p, piece.layer_cost(piece.survey[line.name], p)) for p in plans])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from rabbet.core.plan import Term
+from rabbet.forms import Dense
 from rabbet.methods.cgmq.gates import Gates
 from rabbet.methods.cgmq.seat import WIDEST, Seat
 from rabbet.reconstruct.candidates import canonical, read_numbers
@@ -23,7 +24,7 @@ def measure_sensitivity(
     (docs/architecture.md).
     """
     held = [b for b in gates.widths if b <= WIDEST]
-    menus = {s.site.name: tuple((Term("dense", s.grid(b)),) for b in held) for s in gates.seats}
+    menus = {s.site.name: tuple((Term(Dense(), s.grid(b)),) for b in held) for s in gates.seats}
     key = piece.key("rises", start, {"menus": menus, "gates": gates.names, "widths": gates.widths})
     kept = piece.jobs.kept(key)
     if kept is None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.core.plan import LayerPlan, Term
+from rabbet.forms import Dense
 from rabbet.grids.grid import Grid, Kind, Quantised, stored
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.model.build import install
 from rabbet.model.compressed import Compressed, Numbers, compressed_layers
 
@@ -64,7 +65,7 @@ class Seat(nn.Module):
         return self._run(self.site.head, x, bias)
 
     def _run(self, site: Site, x: Tensor, bias: Tensor | None) -> Tensor:
-        if site.kind == "embedding":
+        if site.looks_up:
             return site.run(x, self._rounded(), bias)
         if self.high is not None and self.act <= WIDEST:
             scale, zero = self.act_range(self.act)
@@ -152,11 +153,11 @@ class Seat(nn.Module):
     def take(self, line: LayerPlan) -> None:
         """Take over the widths of a line, its dense terms making every output once."""
         self.axis = line.terms[0].grid.axis
-        self.bits = [FLOAT] * (1 if line.terms[0].rows is None else len(self.latent))
+        self.bits = [FLOAT] * (len(self.latent) if line.terms[0].form.partial else 1)
         for term in line.terms:
             if term.grid.bits == 2:
                 self.two = term.grid.kind
-            for row in term.rows or (0,):
+            for row in term.form.outputs(self.site) if term.form.partial else (0,):
                 self.bits[row] = term.grid.bits
         self.act = line.act or FLOAT
 
@@ -165,11 +166,9 @@ class Seat(nn.Module):
         found = []
         for term in line.terms:
             scale = stored(self.scale(term.grid.bits).detach())
-            rows = slice(None) if term.rows is None else list(term.rows)
-            scale = scale if term.grid.axis is None else scale[rows]
-            found.append(
-                [Quantised(term.grid, term.grid.codes(self.latent.detach()[rows], scale), scale)]
-            )
+            scale = scale if term.grid.axis is None else term.form.of_outputs(scale)
+            latent = term.form.of_outputs(self.latent.detach())
+            found.append([Quantised(term.grid, term.grid.codes(latent, scale), scale)])
         return found
 
     def adopt(self, layer: Compressed) -> None:
@@ -178,7 +177,8 @@ class Seat(nn.Module):
             self.latent.copy_(layer.canonical)
             for term, (factor,) in zip(layer.plan.terms, layer.factors, strict=True):
                 grid = self.grid(term.grid.bits)
-                rows = slice(None) if term.rows is None or grid.axis is None else list(term.rows)
+                partial = term.form.partial and grid.axis is not None
+                rows = list(term.form.outputs(self.site)) if partial else slice(None)
                 self.reach[rows] = factor.scale * (grid.levels - 1) / (2 * self._share(grid)[rows])
             if self.bias is not None and layer.bias is not None:
                 self.bias.copy_(layer.bias)
@@ -199,14 +199,14 @@ class Seat(nn.Module):
     def line(self, bits: Sequence[int] | None = None, act: int | None = None) -> LayerPlan:
         """The layer's line of a plan at these widths, or at its own; those that no file holds at 8 bits."""
         held = [min(b, WIDEST) for b in (self.bits if bits is None else bits)]
-        terms = tuple(Term("dense", self.grid(b), rows=rows) for b, rows in _parts(held))
+        terms = tuple(Term(Dense(rows), self.grid(b)) for b, rows in _parts(held))
         act = min(self.act if act is None else act, WIDEST)
         return LayerPlan(self.site.name, terms, act if self.high is not None else None)
 
 
 def seatable(site: Site, line: LayerPlan) -> bool:
     """Whether dense terms make every output of a layer once, on grids that gates can choose."""
-    rows = [row for t in line.terms for row in (range(site.shape[0]) if t.rows is None else t.rows)]
+    rows = [row for t in line.terms for row in t.form.outputs(site)]
     known = all(
         t.grid.kind == "signed" or (t.grid.bits == 2 and t.grid.kind != "unsigned")
         for t in line.terms
@@ -214,7 +214,7 @@ def seatable(site: Site, line: LayerPlan) -> bool:
     alike = {t.grid.axis for t in line.terms} in ({None}, {0})
     alike = alike and len({t.grid.kind for t in line.terms if t.grid.bits == 2}) < 2
     return (
-        {t.form for t in line.terms} == {"dense"}
+        {t.form.name for t in line.terms} == {Dense.name}
         and sorted(rows) == list(range(site.shape[0]))
         and known
         and alike
@@ -224,7 +224,7 @@ def seatable(site: Site, line: LayerPlan) -> bool:
 def widest(line: LayerPlan) -> LayerPlan:
     """The line at 8 bits: what a seat is built from, and what ranges are calibrated for."""
     grid = replace(line.terms[0].grid, bits=WIDEST, kind="signed")
-    return LayerPlan(line.name, (Term("dense", grid),), None if line.act is None else WIDEST)
+    return LayerPlan(line.name, (Term(Dense(), grid),), None if line.act is None else WIDEST)
 
 
 def _parts(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:

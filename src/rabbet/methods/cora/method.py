@@ -18,9 +18,9 @@ from rabbet.choose.program import Option, allocate, require_feasible
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields
-from rabbet.forms import FORMS
+from rabbet.forms import Dense, LowRank
 from rabbet.grids.grid import Grid, Quantised
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.methods.bn_gain import clipped, gain_of
 from rabbet.methods.cora.search import Ranking, Residual, Search, heuristic, search_ranks
@@ -138,7 +138,7 @@ class CoRa:
             lines.append(
                 LayerPlan(
                     site.name,
-                    (Term("dense", Grid(bits, axis=0)),),
+                    (Term(Dense(), Grid(bits, axis=0)),),
                     act if site.multiplies else None,
                 )
             )
@@ -147,14 +147,14 @@ class CoRa:
     def _options(self, piece: Workpiece, line: LayerPlan) -> list[Option]:
         """The layer without an adapter, then with one of every rank."""
         site = piece.survey[line.name]
-        full = FORMS["lowrank"].full_rank(site) if self.linears or site.stride else 0
+        full = LowRank(1).full_rank(site) if self.linears or site.space else 0
         lines = [line, *(self._adapted(line, rank) for rank in range(1, full))]
         return [Option(one, piece.layer_cost(site, one)) for one in lines]
 
     def _adapted(self, line: LayerPlan, rank: int) -> LayerPlan:
         if rank < 1:
             return line
-        adapter = Term("lowrank", Grid.parse(self.adapter_grid), rank)
+        adapter = Term(LowRank(rank), Grid.parse(self.adapter_grid))
         return LayerPlan(line.name, (*line.terms, adapter), line.act)
 
     def _even(self, piece: Workpiece, bases: tuple[LayerPlan, ...], budget: Budget) -> Plan:
@@ -200,7 +200,7 @@ class CoRa:
         """
         hosts = {line.name: row for line in bases if len(row := self._options(piece, line)) > 1}
         wide = {
-            n: LayerPlan(n, (Term("dense", Grid.parse(self.adapter_grid)),), r[0].plan.act)
+            n: LayerPlan(n, (Term(Dense(), Grid.parse(self.adapter_grid)),), r[0].plan.act)
             for n, r in hosts.items()
         }
         whole, least = piece.float_cost, piece.cost(bases)
@@ -251,8 +251,8 @@ class CoRa:
         self, piece: Workpiece, site: Site, line: LayerPlan
     ) -> list[list[Quantised]]:
         """The paper's numbers: the base, and an adapter that halves the singular values between its factors."""
-        forms = [t.form for t in line.terms]
-        if forms not in (["dense"], ["dense", "lowrank"]) or line.terms[0].rows is not None:
+        forms = [t.form.name for t in line.terms]
+        if forms not in (["dense"], ["dense", "lowrank"]) or line.terms[0].form.partial:
             raise PlanError(
                 f"{line}: CoRa with a clipped base fits a dense term with an adapter, if any"
             )
@@ -261,19 +261,21 @@ class CoRa:
             return [[base]]
         term = line.terms[1]
         left, right, _ = self._decomposed(piece, site, base)
-        norms = right[: term.rank].norm(dim=1).clamp_min(1e-20).sqrt()
-        a = (right[: term.rank] / norms[:, None]).view(-1, *site.shape[1:])
+        rank = term.form.rank
+        norms = right[:rank].norm(dim=1).clamp_min(1e-20).sqrt()
+        a = (right[:rank] / norms[:, None]).view(-1, *site.shape[1:])
         return [
             [base],
             [
                 Quantised.nearest(a, term.grid),
-                Quantised.nearest(left[:, : term.rank] * norms, term.grid),
+                Quantised.nearest(left[:, :rank] * norms, term.grid),
             ],
         ]
 
 
 def _rank(option: Option) -> int:
-    return option.plan.terms[1].rank or 0 if len(option.plan.terms) > 1 else 0
+    """Of the adapter of an option; 0 if it has none."""
+    return sum(term.form.rank or 0 for term in option.plan.terms[1:])
 
 
 def _near(row: Sequence[Option], wanted: float) -> list[Option]:

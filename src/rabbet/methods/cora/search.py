@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rabbet.data.augment import Pool
 from rabbet.data.batches import outputs
 from rabbet.errors import DataError, check_fields, check_least
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.model.build import install
 from rabbet.model.compressed import compressed_layers
 from rabbet.train.losses import divergence
@@ -252,11 +252,11 @@ class _Soft(nn.Module):
         out = self.site.run(x, self.canonical(), self.bias)  # type: ignore[arg-type]
         if self.norm is None:
             return out
-        moved = out.movedim(1, -1) if self.site.stride else out
+        moved = self.site.channels_last(out)
         flat = moved.reshape(-1, moved.shape[-1])
         mean, spread = self.norm.mean.to(out.device), self.norm.spread.to(out.device)
         fresh = F.batch_norm(flat, None, None, spread, mean, training=True).view(moved.shape)
-        return fresh.movedim(-1, 1) if self.site.stride else fresh
+        return self.site.channels_back(fresh)
 
 
 class _Steering:

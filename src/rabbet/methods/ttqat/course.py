@@ -11,7 +11,7 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Plan
 from rabbet.data.batches import Batch, examples
 from rabbet.errors import DataError
-from rabbet.forms import Contracted
+from rabbet.forms import Dense
 from rabbet.grids.grid import stored
 from rabbet.jobs import Job
 from rabbet.methods.ttqat.settings import Settings
@@ -44,7 +44,7 @@ class Teaching(Course):
             )
         self.held = [batches[k] for k in order[:count]]
         self.batches = [batches[k] for k in order[count:]]
-        chains = any(isinstance(line.terms[0].how, Contracted) for line in plan)
+        chains = any(line.terms[0].form.contracted for line in plan)
         self.turn = (
             method.epochs * len(self.batches) if chains else 0
         )  # matrices start where these lead
@@ -117,7 +117,7 @@ class Teaching(Course):
         """Everything that moves, and the size that its rate refers to: of scales and ranges their own."""
         found: list[tuple[Tensor, float]] = []
         for layer in self.layers.values():
-            share = self.method.matrices if layer.form_names == ["dense"] else 1.0
+            share = self.method.matrices if layer.forms[0].name == Dense.name else 1.0
             for latent in self._of(layer):
                 found += [
                     (latent.value, share * _spread(latent.value)),

@@ -13,9 +13,9 @@ from rabbet.core.budget import Budget
 from rabbet.core.layout import term_lengths
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError
-from rabbet.forms import FORMS
+from rabbet.forms import TT, TTM, Chain, Dense
 from rabbet.grids.grid import Grid
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.methods.ttqat.course import Teaching
 from rabbet.methods.ttqat.settings import Settings
@@ -46,20 +46,25 @@ class TTQAT(Settings):
         Where the rank is to be chosen, the layer itself stands beside them, on `grids` and on
         `rest` bits.
         """
-        plain = Term("dense", Grid(self.rest, axis=0))
-        name, given = ("ttm", self.table) if site.kind == "embedding" else ("tt", self.rank)
+        plain = Term(Dense(), Grid(self.rest, axis=0))
+        chain: type[Chain] = TTM if site.looks_up else TT
+        given = self.table if site.looks_up else self.rank
         if site.name in self.whole:
             return ((plain,),)
-        full = 0 if site.stride or name not in self.forms else FORMS[name].full_rank(site)
-        found = []
+        full = 0 if site.space or chain.name not in self.forms else chain(1).full_rank(site)
+        entries: list[tuple[Term, ...]] = []
         for rank in self.ranks if given is None else (given,):
             for bits in self.widths:
-                term = Term(name, Grid(bits, "half" if bits == 2 else "signed"), min(rank, full))
-                if full and term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
-                    found.append((term,))
+                if not full:
+                    continue
+                grid = Grid(bits, "half" if bits == 2 else "signed")
+                term = Term(chain(min(rank, full)), grid)
+                if term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
+                    entries.append((term,))
         if given is None:
-            found += [(Term("dense", Grid.parse(text)),) for text in self.grids]
-        return tuple(dict.fromkeys([*found, *([(plain,)] if given is None or not found else [])]))
+            entries += [(Term(Dense(), Grid.parse(text)),) for text in self.grids]
+        plainly = [(plain,)] if given is None or not entries else []
+        return tuple(dict.fromkeys([*entries, *plainly]))
 
     def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
         line = LayerPlan(site.name, terms, self.act if site.multiplies else None)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from rabbet.core.plan import Term
-from rabbet.forms import Aim, Contracted
+from rabbet.forms import Aim
 from rabbet.jobs import Tensors
-from rabbet.layers.site import Site
+from rabbet.layers import Site
 
 STEPS = 60  # evaluations of the error of one decomposition
 
@@ -21,19 +21,16 @@ def start_cores(
     Random ones are normal, the variance of the weight that they make 1 / (inputs + outputs), of a
     table 1 / columns.
     """
-    form = term.how
-    if start == "random" and isinstance(form, Contracted):
-        shapes = form.shapes(site, term.rank)
+    form = term.form
+    if start == "random" and form.contracted:
+        shapes = form.shapes(site)
         # each bond is summed over once, and is an end of two cores
         paths = math.sqrt(math.prod(s[0] * s[-1] for s in shapes))
-        variance = 1 / (site.shape[1] if site.kind == "embedding" else site.columns + site.shape[0])
+        variance = 1 / (site.shape[1] if site.looks_up else site.columns + site.shape[0])
         deviation = (variance / paths) ** (0.5 / len(shapes))
         generator = torch.Generator().manual_seed(seed)
         return {
             str(k): deviation * torch.randn(s, generator=generator) for k, s in enumerate(shapes)
         }
     metric = second if start == "metric" else None
-    return {
-        str(k): f
-        for k, f in enumerate(form.decompose(site, weight, term.rank, metric, Aim(steps=STEPS)))
-    }
+    return {str(k): f for k, f in enumerate(form.decompose(site, weight, metric, Aim(steps=STEPS)))}

@@ -1,0 +1,98 @@
+"""The facts of a layer as a file holds them."""
+
+import json
+from typing import Any
+
+from rabbet.errors import FileError
+from rabbet.layers import KINDS, LayerKind, Site
+
+FACTS = (
+    "stride",
+    "pads",
+    "padding_mode",
+    "dilation",
+    "groups",
+    "bias",
+    "calls",
+    "tied",
+    "norm",
+    "heads",
+    "head_positions",
+    "output_padding",
+)
+
+
+def _usual(kind: LayerKind, shape: list[int]) -> dict[str, Any]:
+    """What most layers of a kind are: they have a bias and run once."""
+    others = {"bias": True, "calls": 1, "tied": (), "norm": None, "heads": (), "head_positions": 0}
+    return kind.usual(shape) | others
+
+
+def site_to_json(site: Site) -> list[Any]:
+    """Name, kind, shape, positions, inputs, and the facts that are not the usual ones.
+
+    They are in every file, so what most layers are is left out.
+    """
+    usual = _usual(site.kind, list(site.shape))
+    other = {k: v for k in FACTS if (v := getattr(site, k)) != usual[k]}
+    return [site.name, site.kind.name, list(site.shape), site.positions, site.inputs, other]
+
+
+def site_from_json(facts: list[Any]) -> Site:
+    """The inverse of `site_to_json`; raises FileError for facts that are not a site's."""
+    try:
+        name, named, shape, positions, inputs, other = facts
+        kind = next(kind for kind in KINDS if kind.name == named)
+        told = {k: tuple(v) if isinstance(v, list) else v for k, v in other.items()}
+        site = Site(
+            name=name,
+            kind=kind,
+            shape=tuple(shape),
+            positions=positions,
+            inputs=inputs,
+            **(_usual(kind, shape) | told),
+        )
+        if _sound(site):
+            return site
+    except (TypeError, ValueError, KeyError, AttributeError, StopIteration):
+        pass
+    raise FileError(f"{json.dumps(facts)} does not describe a layer")
+
+
+def _sound(site: Site) -> bool:
+    """Whether facts are of the right types and lengths; a network may still contradict them."""
+    counts = (
+        *site.shape,
+        *site.stride,
+        *site.dilation,
+        site.groups,
+        site.positions,
+        site.inputs,
+        site.calls,
+    )
+    texts = (
+        site.name,
+        site.padding_mode,
+        *site.tied,
+        *site.heads,
+        "" if site.norm is None else site.norm,
+    )
+    least = (*site.pads, *site.output_padding, site.head_positions)
+    tuples = (
+        site.stride,
+        site.dilation,
+        site.pads,
+        site.output_padding,
+        site.tied,
+        site.heads,
+    )
+    return (
+        all(type(n) is int and n > 0 for n in counts)
+        and all(type(n) is int and n >= 0 for n in least)
+        and all(type(t) is tuple for t in tuples)
+        and bool(site.heads) == (site.head_positions > 0)
+        and (site.looks_up or not site.heads)
+        and all(type(t) is str for t in texts)
+        and type(site.bias) is bool
+        and site.kind.sound(site)
+    )

@@ -1,0 +1,69 @@
+"""Linears, and linears that store their transpose."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rabbet.layers.base import LayerKind, Site
+
+
+@dataclass(frozen=True)
+class Linear(LayerKind):
+    """[..., in] -> [..., out]."""
+
+    name: str = "linear"
+    shares_table: ClassVar[bool] = True
+
+    def fits(self, module: nn.Module) -> bool:
+        """See `LayerKind.fits`."""
+        return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+    def foldable(self, module: nn.Module, output: Tensor) -> bool:
+        """On [n, places, features] BatchNorm1d works on another axis than the linear."""
+        return output.ndim == 2
+
+    def run(self, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product."""
+        return F.linear(x, weight, bias)
+
+    def rows(self, site: Site, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
+        """The feature vectors; of many, random ones, as many as there are places asked for."""
+        rows = x.reshape(-1, x.shape[-1])
+        if places is None or len(rows) <= places * x.shape[0]:
+            return rows[None]
+        chosen = torch.randperm(len(rows), generator=generator)[: places * x.shape[0]]
+        return rows[chosen.to(x.device)][None]
+
+    def gradients(self, site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
+        """Inputs times slopes, place by place."""
+        rows = x.reshape(1, n, -1, site.columns)
+        slope = slope.reshape(1, n, -1, site.shape[0]).mT
+        return (slope @ rows).transpose(0, 1).reshape(n, -1)
+
+
+@dataclass(frozen=True)
+class TransposedLinear(Linear):
+    """transformers' Conv1D: a linear whose module stores [in, out]."""
+
+    name: str = "transposed linear"
+    shares_table: ClassVar[bool] = False
+
+    def fits(self, module: nn.Module) -> bool:
+        """By name and by what it holds: transformers is not a dependency."""
+        kind = type(module)
+        return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """[in, out] -> [out, in]."""
+        return super().weight(module).T
+
+    def native(self, weight: Tensor, groups: int = 1) -> Tensor:
+        """[out, in] -> [in, out]."""
+        return weight.T
+
+    def foldable(self, module: nn.Module, output: Tensor) -> bool:
+        """No network is known that has a BatchNorm behind one."""
+        return False
