@@ -249,9 +249,9 @@ def _volumes() -> Case:
         nn.ConvTranspose3d(6, 4, 2, stride=2),
         nn.ReLU(),
         nn.Conv3d(4, 4, (1, 3, 3), stride=2, groups=2),
-        nn.AdaptiveAvgPool3d(1),
+        nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(4, 3),
+        nn.Linear(4 * 4 * 4 * 4, 3),
     ]
     return Case(nn.Sequential(*layers), [rand(4, 2, 4, 5, 5, seed=100 + k) for k in range(2)])
 

@@ -20,6 +20,7 @@ from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
 from rabbet.grids.pack import packed_bytes
 from rabbet.model.compressed import compressed_layers
+from rabbet.runtime.bench import cpu
 from rabbet.runtime.session import KERNELS, Session, kernels
 
 TERMS = {
@@ -33,6 +34,9 @@ TERMS = {
 
 
 QUICK = rabbet.QUALITY["fast"]
+# without one of these instructions onnxruntime's int8 kernels saturate at 16 bits (docs/onnx.md)
+EXACT = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp")
+MOST_APART = 0.2 if cpu()["instructions"] in EXACT else 0.4
 
 
 def _answers(model, batch):
@@ -73,17 +77,19 @@ def test_the_file_answers_as_the_network_at_every_batch_size(written):
             ours = list(ours) if isinstance(ours, tuple) else [ours]
             theirs = _answers(made.model, part)
             assert [t.shape for t in ours] == [t.shape for t in theirs]
-            assert all(_apart(a, b) < 0.2 for a, b in zip(ours, theirs, strict=True))
+            assert all(_apart(a, b) < MOST_APART for a, b in zip(ours, theirs, strict=True))
 
 
 def test_every_layer_runs_on_an_integer_kernel(written):
     _, made, found, path = written
-    assert found.notes == ()
+    floats = [s for s in made.survey if not s.kind.integer_kernel]
+    assert len(found.notes) == len(floats)
+    assert all(f"{s.name} runs in float (ConvTranspose)" in "".join(found.notes) for s in floats)
     ran = kernels(path)
     multiplied = [
         f"{s.name}.{t}.{f}".lstrip(".")
         for s in made.survey
-        if s.name in {line.name for line in made.plan} and s.multiplies
+        if s.name in {line.name for line in made.plan} and s.multiplies and s not in floats
         for t, term in enumerate(compressed_layers(merged(made.model))[s.name].factors)
         for f in range(len(term))
     ]

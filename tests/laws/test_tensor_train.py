@@ -145,7 +145,7 @@ def test_digits_stand_in_the_plan_where_they_are_not_the_usual():
         ("0 ttm[2]@4", "ttm does not fit this linear"),
         ("0 tt[3:0x6:4x2]@4", "a mode is at least 1"),
         ("0 lowrank[3:2x6:4x2]@4", "lowrank takes no modes"),
-        ("0 tt[3:2x6]@4", "is not a term"),
+        ("0 tt[3:2x6]@4", "takes a rank, and modes of both axes"),
         ("1 ttm[2:2x2:2x3]@4", "the modes 2x2 make 4 rows; the layer has at least 9"),
         ("1 ttm[2:3x3:3x3]@4", "the modes 3x3 make 9 columns; the layer has 6"),
         ("1 ttm[2:3x3:6]@4", "as many of rows as of columns"),

@@ -31,6 +31,10 @@ class Chain(Ranked):
     def read(cls, inside: str | None) -> Self:
         """A rank, behind which modes may stand: `20` or `20:24x32:32x24`."""
         match = _MODES.fullmatch(inside or "")
+        if match is None and ":" in (inside or ""):
+            raise PlanError(
+                f"{cls.name} takes a rank, and modes of both axes if any, such as 20:24x32:32x24"
+            )
         if match is None:
             return cls(cls.read_rank(inside))
         return cls(cls.read_rank(match[1]), (_digits(match[2]), _digits(match[3])))

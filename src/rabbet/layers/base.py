@@ -169,6 +169,12 @@ class LayerKind(ABC):
     """Where the channels of inputs and outputs lie."""
     looks_up: ClassVar[bool] = False
     """Whether the layer is given indices of rows of its weight."""
+    operator: ClassVar[str] = "MatMul"
+    """What an ONNX graph runs it as."""
+    output_axis: ClassVar[int | None] = None
+    """The axis of that operator's weight on which the outputs lie, if it is always the same."""
+    integer_kernel: ClassVar[bool] = True
+    """Whether onnxruntime has an integer kernel for that operator."""
     shares_table: ClassVar[bool] = False
     """Whether a layer of this kind may have the table of a look-up as its weight."""
 

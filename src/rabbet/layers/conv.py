@@ -22,6 +22,8 @@ class Conv(LayerKind):
 
     space: int
     channel_axis: ClassVar[int] = 1
+    operator: ClassVar[str] = "Conv"
+    output_axis: ClassVar[int | None] = 0
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ class ConvTranspose(Conv):
     whole number: a conv of stride 1, its taps in reverse order, over the inputs with `stride` - 1
     zeros between them.
     """
+
+    operator: ClassVar[str] = "ConvTranspose"
+    output_axis: ClassVar[int | None] = 1
+    integer_kernel: ClassVar[bool] = False
 
     @property
     def name(self) -> str:  # type: ignore[override]

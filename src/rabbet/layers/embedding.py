@@ -17,6 +17,7 @@ class Embedding(LayerKind):
 
     name: str = "embedding"
     looks_up: ClassVar[bool] = True
+    operator: ClassVar[str] = "Gather"
 
     @property
     def head(self) -> LayerKind:

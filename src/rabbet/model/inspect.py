@@ -7,7 +7,7 @@ folded into it.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -138,9 +138,8 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
         if kind is None:
             continue
         if module in of_tables:
-            reasons[name] = (
-                f"the bias of a head that shares the table of {names[of_tables[module]][0]}"
-            )
+            table = names[of_tables[module]][0]
+            reasons[name] = f"the bias of a head that shares the table of {table}"
             continue
         own = heads.get(module, [])
         sharing = [
@@ -150,36 +149,14 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
         ]
         reason = f"its weight is shared with {', '.join(sharing)}" if sharing else _why_not(module)
         if reason is not None:
-            reasons = (
-                dict.fromkeys(sharing, f"its weight is shared with {name}")
-                | reasons
-                | {name: reason}
-            )
+            theirs = dict.fromkeys(sharing, f"its weight is shared with {name}")
+            reasons = theirs | reasons | {name: reason}
             continue
         _with_batch_axis(name, kind, module, calls, None if sites else batch)
         norm = _foldable(kind, module, calls, watch, norms, returned)
         if norm is not None and len(names[norm]) > 1:  # another name of it would stay behind
             norm = None
-        facts: dict[str, Any] = kind.facts(module)
-        positions, inputs = (_positions(kind, watch.calls[module], batch, k) for k in (1, 0))
-        sites.append(
-            Site(
-                name=name,
-                kind=kind,
-                shape=tuple(kind.weight(module).shape),
-                bias=norm is not None or getattr(module, "bias", None) is not None,
-                positions=max(1, positions),
-                inputs=max(1, inputs),
-                calls=len(calls),
-                tied=tuple(names[module][1:]),
-                norm=None if norm is None else names[norm][0],
-                heads=tuple(names[m][0] for m in own),
-                head_positions=sum(
-                    max(1, _positions(kind.head, watch.calls[m], batch)) for m in own
-                ),
-                **facts,
-            )
-        )
+        sites.append(_site(module, kind, names, watch, (norm, own, batch)))
     reasons = _unopened(names) | reasons
     if not sites:
         detail = (
@@ -188,6 +165,34 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
         )
         raise ModelError(f"nothing in this network can be compressed ({detail})")
     return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+
+
+def _site(
+    module: nn.Module,
+    kind: LayerKind,
+    names: Mapping[nn.Module, list[str]],
+    watch: Watch,
+    rest: tuple[nn.Module | None, list[nn.Module], int],
+) -> Site:
+    """The facts of one layer; rest: the BatchNorm behind it, its heads, examples of the batch."""
+    norm, heads, batch = rest
+    calls = watch.calls[module]
+    positions, inputs = (_positions(kind, calls, batch, k) for k in (1, 0))
+    at_heads = [_positions(kind.head, watch.calls[m], batch) for m in heads]
+    return Site(
+        name=names[module][0],
+        kind=kind,
+        shape=tuple(kind.weight(module).shape),
+        bias=norm is not None or getattr(module, "bias", None) is not None,
+        positions=max(1, positions),
+        inputs=max(1, inputs),
+        calls=len(calls),
+        tied=tuple(names[module][1:]),
+        norm=None if norm is None else names[norm][0],
+        heads=tuple(names[m][0] for m in heads),
+        head_positions=sum(max(1, n) for n in at_heads),
+        **kind.facts(module),
+    )
 
 
 def _join_tables(

@@ -16,6 +16,7 @@ import numpy as np
 from rabbet.export.onnx.graph import Graph, values
 from rabbet.export.onnx.padding import adds_zeros
 from rabbet.export.onnx.placeholders import DOMAIN, is_placeholder, name_of
+from rabbet.layers import KINDS
 from rabbet.model.compressed import ActQuant
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ PASSING = {
 BORDER = {"Concat", "Pad", "Slice"}
 # What onnxruntime computes in integers if inputs and output are quantised.
 INTEGER = {"Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid"}
+# Of these an integer kernel wants a quantised output, too.
+CONVS = {kind.operator for kind in KINDS if kind.space and kind.integer_kernel}
 # What only cuts off: an output that is quantised after it needs no quantisation before it.
 CUTTING = {"Clip", "Relu"}
 
@@ -120,7 +123,7 @@ class QDQPlacement:
             if node.op_type == "act":
                 self._take(_first(node))
         elif (
-            node.op_type == "Conv"
+            node.op_type in CONVS
             and _bordered(node.inputs[0])
             and is_placeholder(node.inputs[1], "weight")
         ):

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from rabbet.export.onnx.graph import WHOLE, Graph, values
 from rabbet.export.onnx.packed import Move, Weight, zeros
 from rabbet.export.onnx.placeholders import MOVING
+from rabbet.layers import KINDS
 from rabbet.model.compressed import Factor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-INTEGER = {"Conv", "Gemm", "MatMul"}
-"""What a runtime multiplies with a weight in integers, if its input is quantised."""
+OUTPUT_AXES = {k.operator: k.output_axis for k in KINDS if k.output_axis is not None}
 
 
 def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]:
@@ -86,8 +86,7 @@ def _in_float(node: "ir.Node", place: int, weight: Weight) -> bool:
     """
     if weight.axis is not None and weight.axis != _outputs(node, place, weight.axis):
         return True
-    integer = node.op_type in INTEGER and _unit(node) is not None
-    return place == 1 and not integer and node.op_type != "MatMul"
+    return place == 1 and _unit(node) is None and node.op_type != "MatMul"
 
 
 def _outputs(node: "ir.Node", place: int, usual: int) -> int:
@@ -95,7 +94,7 @@ def _outputs(node: "ir.Node", place: int, usual: int) -> int:
     if node.op_type == "Gemm":
         flipped = node.attributes.get("transB")
         return 0 if flipped is not None and flipped.as_int() else 1
-    return {"Conv": 0, "ConvTranspose": 1, "MatMul": place}.get(node.op_type, usual)
+    return (OUTPUT_AXES | {"MatMul": place}).get(node.op_type, usual)
 
 
 def _move(node: "ir.Node") -> Move | None:

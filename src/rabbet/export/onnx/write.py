@@ -144,18 +144,20 @@ def _chunks(task: Task) -> Any:
 
 def _floats(content: bytes, parcel: Parcel, written: Mapping[str, str]) -> tuple[str, ...]:
     """The layers that do not run on an integer kernel, and why."""
-    found = kernels(content)
+    ran = kernels(content)
     layers = compressed_layers(parcel.model)
     notes = []
     for weight, name in written.items():
-        # onnxruntime names what it transposes itself
-        kernel = found.get(weight, found.get(f"{weight}_T", "unknown kernel"))
+        layer = layers[name.rpartition(".")[0].rpartition(".")[0]]
+        site = layer.site
+        # onnxruntime names what it transposes itself, and what it rounds for lack of a kernel
+        unknown = "unknown kernel" if site.kind.integer_kernel else site.kind.operator
+        kernel = ran.get(weight, ran.get(f"{weight}_T", unknown))
         if kernel not in KERNELS:
-            layer = layers[name.rpartition(".")[0].rpartition(".")[0]]
-            why = (
-                "onnxruntime has no integer kernel for it here"
-                if layer.quantisers
-                else "its plan has no act"
-            )
-            notes.append(f"{layer.site.name or 'the network'} runs in float ({kernel}): {why}")
+            why = "onnxruntime has no integer kernel for it here"
+            if not site.kind.integer_kernel:
+                why = f"onnxruntime has no integer kernel for a {site.kind.name}"
+            elif not layer.quantisers:
+                why = "its plan has no act"
+            notes.append(f"{site.name or 'the network'} runs in float ({kernel}): {why}")
     return tuple(dict.fromkeys(notes))
