@@ -66,7 +66,7 @@ def solvers(text: str, bits: int) -> None:
     """A line for each way to quantised factors."""
     weight, rank = kernel(text)
     tensor = weight.flatten(2)
-    problem, grids = CPProblem(tensor), [Grid(bits)] * 3
+    problem, grids = CPProblem(tensor), [Grid.of(bits)] * 3
     ours: dict[str, Callable[[], float]] = {
         "variable projection, rounded in turn": lambda: quantised_cp(weight, rank, bits).error,
         "the same, a scale per column": lambda: quantised_cp(weight, rank, bits, "column").error,
@@ -114,7 +114,7 @@ def in_metric(text: str, bits: int) -> None:
     weight = piece.weight(site)
     problem = MetricCP(weight.flatten(2), second[0])
     grids = MetricCP.grids(rank, bits)
-    term = Term(CP(rank), Grid(bits, axis=0))
+    term = Term(CP(rank), Grid.of(bits, axis=0))
     form = term.form
 
     def relative(factors: Sequence[Tensor]) -> float:
@@ -162,7 +162,7 @@ def _filled(problem: MetricCP, small: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 def correction(bits: int) -> None:
     """EPC on the 3x3 layers of ResNet-56 at rate 2: the bound, the sensitivity, and the predictor against the truth."""
     model = reader("nets").cifar_resnet(56)
-    grids = [Grid(bits)] * 3
+    grids = [Grid.of(bits)] * 3
     bound, gain, off = [], [], []
     for module in model.modules():
         if (

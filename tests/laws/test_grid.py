@@ -210,7 +210,7 @@ def test_a_tensor_of_zeros_has_a_usable_scale(grid):
 
 @every_grid
 def test_short_grids_that_reach_further_on_one_side_are_worth_mirroring(grid):
-    whole = Grid(grid.bits, grid.kind)
+    whole = Grid.of(grid.bits, grid.kind)
     low, high = whole.project(torch.tensor([-1e4, 1e4]), torch.ones(1)).tolist()
     assert grid.mirrored == (low != -high and low < 0 and grid.bits <= 4)
 
@@ -325,4 +325,4 @@ def test_a_stored_scale_survives_the_file_and_is_never_zero(x):
                                             (1, "signed"), (1, "unsigned")])  # fmt: skip
 def test_a_grid_that_does_not_exist_cannot_be_made(bits, kind):
     with pytest.raises(PlanError):
-        Grid(bits, kind)
+        Grid.of(bits, kind)

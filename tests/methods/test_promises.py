@@ -275,6 +275,6 @@ def test_input_ranges_of_every_width_are_set():
         result = compress(case.model, "bits <= 32", case.batches, method)
         for layer in compressed_layers(result.model).values():
             first, *between = layer.quantisers
-            assert first.grid == Grid(act, "unsigned")
-            assert all(a.grid == Grid(8, "unsigned") for a in between)  # whatever the input has
+            assert first.grid == Grid.of(act, "unsigned")
+            assert all(a.grid == Grid.of(8, "unsigned") for a in between)  # whatever the input has
             assert all(a.ready and 0 <= a.zero <= a.grid.high for a in layer.quantisers)

@@ -17,7 +17,7 @@ from rabbet.model.inspect import survey
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_signed_grids_are_those_of_torch_per_tensor(bits):
-    grid, x = Grid(bits), rand(40, 30)
+    grid, x = Grid.of(bits), rand(40, 30)
     scale = grid.mse(x)
     theirs = torch.fake_quantize_per_tensor_affine(x, scale.item(), 0, grid.low, grid.high)
     assert torch.allclose(grid.project(x, scale), theirs, atol=1e-6)
@@ -25,7 +25,7 @@ def test_signed_grids_are_those_of_torch_per_tensor(bits):
 
 @pytest.mark.parametrize(("bits", "axis"), list(itertools.product(range(2, 9), (0, 1))))
 def test_signed_grids_are_those_of_torch_per_channel(bits, axis):
-    grid, x = Grid(bits, axis=axis), rand(40, 30)
+    grid, x = Grid.of(bits, axis=axis), rand(40, 30)
     scale = grid.mse(x)
     zeros = torch.zeros(len(scale), dtype=torch.int32)
     theirs = torch.fake_quantize_per_channel_affine(x, scale, zeros, axis, grid.low, grid.high)
@@ -54,7 +54,7 @@ def test_quantised_activations_and_their_gradient_are_those_of_torch(bits, zero)
 
 def test_halves_are_rounded_to_even_as_torch_does():
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
-    assert Grid(4).codes(x, torch.ones(1)).tolist() == [-2, -2, 0, 0, 2, 2]
+    assert Grid.of(4).codes(x, torch.ones(1)).tolist() == [-2, -2, 0, 0, 2, 2]
 
 
 LAYERS = {
@@ -98,7 +98,7 @@ def test_a_compressed_layer_is_the_layer_with_its_canonical_weight():
 
 def test_nearest_numbers_of_eight_bits_are_within_half_a_step():
     x = rand(16, 40)
-    q = Quantised.nearest(x, Grid(8, axis=0))
+    q = Quantised.nearest(x, Grid.of(8, axis=0))
     inside = (x / q.scale[:, None]).abs() < 127
     assert ((q.values - x).abs() <= q.scale.abs()[:, None] * (0.5 + 1e-4))[inside].all()
     assert inside.float().mean() > 0.99

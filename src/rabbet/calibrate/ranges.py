@@ -77,7 +77,7 @@ def range_ends(
     for bits in sorted(widths):
         for layer in layers.values():
             for act in layer.quantisers:
-                act.grid = Grid(bits, "unsigned")
+                act.grid = Grid.of(bits, "unsigned")
         calibrate_ranges(model, task, seed)
         for name, layer in layers.items():
             for act in layer.quantisers:

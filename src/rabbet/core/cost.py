@@ -65,7 +65,7 @@ def layer_cost(site: Site, layer: LayerPlan) -> Cost:
         bops += bits * (first * act + sum(later) * (FLOAT_BITS if layer.act is None else BETWEEN))
         lengths = term_lengths(site, term)
         code_bits += 8 * lengths.codes
-        scale_bits += SCALE_BITS * lengths.scales
+        scale_bits += SCALE_BITS * lengths.scales + 8 * lengths.zeros
     size = layer_lengths(site, layer).bytes + line_bytes(layer)
     return Cost(size, macs, bops, code_bits, site.numel, scale_bits=scale_bits)
 

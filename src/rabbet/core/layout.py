@@ -6,11 +6,13 @@ entry a tensor would outweigh the scales.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.core.survey import Survey
+from rabbet.grids.grid import Grid
 from rabbet.grids.pack import packed_bytes
 from rabbet.layers import Site
 
@@ -55,21 +57,19 @@ class Lengths:
 
     codes: int = 0
     scales: int = 0
+    zeros: int = 0
     biases: int = 0
     acts: int = 0
 
     def __add__(self, other: "Lengths") -> "Lengths":
         return Lengths(
-            self.codes + other.codes,
-            self.scales + other.scales,
-            self.biases + other.biases,
-            self.acts + other.acts,
+            *(getattr(self, f) + getattr(other, f) for f in Lengths.__dataclass_fields__)
         )
 
     @property
     def bytes(self) -> int:
         """Bytes of the values: codes uint8, scales bfloat16, biases float32, input scale float32 and zero uint8."""
-        return self.codes + 2 * self.scales + 4 * self.biases + 5 * self.acts
+        return self.codes + self.zeros + 2 * self.scales + 4 * self.biases + 5 * self.acts
 
 
 def factor_shapes(site: Site, term: Term) -> tuple[tuple[int, ...], ...]:
@@ -77,14 +77,18 @@ def factor_shapes(site: Site, term: Term) -> tuple[tuple[int, ...], ...]:
     return term.form.shapes(site)
 
 
+def factor_lengths(shape: tuple[int, ...], grid: Grid) -> Lengths:
+    """Codes and zero points, packed in whole bytes each, and scales of one factor."""
+    scales = grid.scale_shape(shape)[0]
+    zeros = packed_bytes(scales, grid.levels) if grid.scales.zeros else 0
+    return Lengths(packed_bytes(math.prod(shape), grid.levels), scales, zeros)
+
+
 def term_lengths(site: Site, term: Term) -> Lengths:
     """Codes (packed, each factor in whole bytes) and scales of a term."""
     total = Lengths()
     for shape in factor_shapes(site, term):
-        count = 1
-        for n in shape:
-            count *= n
-        total += Lengths(packed_bytes(count, term.grid.levels), term.grid.scale_shape(shape)[0])
+        total += factor_lengths(shape, term.grid)
     return total
 
 
@@ -123,7 +127,7 @@ def arrays(total: Lengths) -> Iterator[tuple[str, str, int]]:
         ("rabbet.act_scales", "F32", total.acts),
         ("rabbet.scales", "BF16", total.scales),
         ("rabbet.act_zeros", "U8", total.acts),
-        ("rabbet.codes", "U8", total.codes),
+        ("rabbet.codes", "U8", total.codes + total.zeros),
     )
     return (entry for entry in found if entry[2])
 

@@ -14,6 +14,7 @@ from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, Written, write_beside
+from rabbet.grids.grid import Grid
 from rabbet.grids.pack import pack, packed_bytes, unpack
 from rabbet.layers import Site, shares_table
 from rabbet.model.bn_fold import drop_norms, own_biases
@@ -77,10 +78,18 @@ def _packed(parcel: Parcel) -> Iterator[tuple[str, str, Tensor]]:
         "rabbet.act_scales": [a.scale.cpu() for a in acts],
         "rabbet.scales": [f.scale.detach().cpu().to(torch.bfloat16) for f in factors],
         "rabbet.act_zeros": [a.zero.cpu().to(torch.uint8) for a in acts],
-        "rabbet.codes": [pack(f.codes.detach().cpu() - f.grid.low, f.grid.levels) for f in factors],
+        "rabbet.codes": [part for f in factors for part in _integers(f)],
     }
     for name, dtype, _ in arrays(lengths(parcel.survey, parcel.plan)):
         yield name, dtype, torch.cat(content[name])
+
+
+def _integers(factor: Factor) -> Iterator[Tensor]:
+    """The codes of a factor, packed, and its zero points if it has any."""
+    grid = factor.grid
+    yield pack(factor.codes.detach().cpu() - grid.low, grid.levels)
+    if factor.zero is not None:
+        yield pack(factor.zero.detach().cpu() - grid.low, grid.levels)
 
 
 def layer_factors(layer: Compressed) -> list[Factor]:
@@ -221,17 +230,21 @@ class _Stream:
             )
 
 
+def _unpacked(stream: "_Stream", grid: Grid, shape: torch.Size) -> Tensor:
+    """The next integers of a grid, in a shape."""
+    count = shape.numel()
+    packed = stream.take(packed_bytes(count, grid.levels))
+    return (unpack(packed, grid.levels, count) + grid.low).view(shape)
+
+
 def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
     for factor in layer_factors(layer):
-        levels, count = factor.grid.levels, factor.codes.numel()
         try:
-            codes = (
-                unpack(streams["rabbet.codes"].take(packed_bytes(count, levels)), levels, count)
-                + factor.grid.low
-            )
+            for part in (factor.codes, factor.zero):
+                if part is not None:
+                    part.copy_(_unpacked(streams["rabbet.codes"], factor.grid, part.shape))
         except ValueError as e:
             raise FileError(f"{path} is damaged: the codes of {layer.site.name!r}: {e}") from None
-        factor.codes.copy_(codes.view(factor.codes.shape))
         factor.scale.copy_(streams["rabbet.scales"].take(len(factor.scale)).float())
     if layer.bias is not None:
         layer.bias.copy_(streams["rabbet.biases"].take(len(layer.bias)))

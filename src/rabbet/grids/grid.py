@@ -1,225 +1,249 @@
-"""Uniform grids: the only place that knows what a code stands for.
+"""Grids: a codebook and a scale layout, together what a tensor may be.
 
-A grid is a set of integers, a shift, and a rule for which entries share a scale: `value = scale *
-(code + shift)`. Its text is what stands after `@` in a plan:
+The text of a grid, what stands after `@` in a plan, is that of its codebook (`4`, `u8`, `2h`, `1`,
+`t`; see `codebook`) and that of its layout (nothing, `c`, `g64`; see `scales`): `4c`, `tc`,
+`4g64z`. A value is `scale * (point of the code)`; with zero points `scale * (code + shift - zero)`.
 
-    4      signed, -8 .. 7                      u8     unsigned, 0 .. 255
-    2h     half-step (mid-rise), -3/2 .. 3/2    1      binary, -1/2 and 1/2
-    t      ternary, -1, 0, 1                    4c     any of them with one scale per slice of axis 0 (`4c1`: axis 1)
-
-Scales are stored as bfloat16, so every scale chosen here already is one; they may be negative,
-which mirrors the grid: that matters where it is lopsided and short (-4 .. 3 against -3 .. 4).
+Scales are stored as bfloat16, so every scale chosen here already is one; they may be negative, which
+mirrors the grid: that matters where it is lopsided and short (-4 .. 3 against -3 .. 4).
 """
 
 import math
-import re
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from rabbet.errors import PlanError
+from rabbet.grids.codebook import Codebook, nearest, points, read_codebook, uniform
+from rabbet.grids.scales import OneScale, PerSlice, Scales, read_scales
 
-Kind = Literal["signed", "unsigned", "half", "ternary"]
-_TEXT = re.compile(r"(?:(t)|(u?)([1-8])(h?))(?:c(\d*))?")
+Zero = Tensor | float
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Bits, the kind of grid, and the axis whose slices have a scale each (None: one scale per tensor)."""
+    """What an entry may be (`codebook`), and which entries share a scale (`scales`)."""
 
-    bits: int
-    kind: Kind = "signed"
-    axis: int | None = None
+    codebook: Codebook
+    scales: Scales = OneScale()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        if self.kind == "ternary" and self.bits != 2:
-            raise PlanError(f"a ternary grid takes 2 bits of arithmetic, asked for {self.bits}")
-        if not 1 <= self.bits <= 8 or (self.bits == 1 and self.kind != "half"):
-            raise PlanError(
-                f"a {self.kind} grid of {self.bits} bits does not exist; use 1 (binary) or 2 to 8 bits"
-            )
+        if self.scales.zeros and self.codebook.uniform is None:
+            raise PlanError(f"{self}: zero points need a grid of equal distances")
+
+    @classmethod
+    def of(cls, bits: int, kind: str = "signed", axis: int | None = None) -> Self:
+        """A uniform grid by its bits and family; one scale, or one for each slice of an axis."""
+        return cls(uniform(bits, kind), OneScale() if axis is None else PerSlice(axis))
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `4`, `4c`, `u8`, `2h`, `1`, `t` ...; raises PlanError for anything else."""
-        m = _TEXT.fullmatch(text)
-        if m is None:
-            raise PlanError(
-                f"{text!r} is not a grid; write bits and a mark, such as 4, 4c, 2hc, u8, 1c or tc"
-            )
-        ternary, unsigned, bits, half, axis = m.groups()
-        sliced = None if axis is None else int(axis or 0)
-        if ternary:
-            return cls(2, "ternary", sliced)
-        if unsigned and half:
-            raise PlanError(f"{text!r} is both unsigned and half-step; choose one")
-        kind: Kind = "unsigned" if unsigned else "half" if half or bits == "1" else "signed"
-        return cls(int(bits), kind, sliced)
+        """Read `4`, `4c`, `u8`, `2h`, `1`, `t`, `4g64` ...; raises PlanError for anything else."""
+        # the layout is the longest end that is one: no codebook ends as a layout begins
+        for cut in range(1, len(text) + 1):
+            book, scales = read_codebook(text[:cut]), read_scales(text[cut:])
+            if book is not None and scales is not None:
+                return cls(book, scales)
+        raise PlanError(
+            f"{text!r} is not a grid; write bits and a mark, such as 4, 4c, 2hc, u8, 1c, tc or 4g64"
+        )
 
     def __str__(self) -> str:
-        body = {
-            "ternary": "t",
-            "unsigned": f"u{self.bits}",
-            "half": "1" if self.bits == 1 else f"{self.bits}h",
-            "signed": str(self.bits),
-        }[self.kind]
-        return body if self.axis is None else f"{body}c{self.axis or ''}"
+        return f"{self.codebook.text}{self.scales.text}"
+
+    @property
+    def bits(self) -> int:
+        """Of the arithmetic."""
+        return self.codebook.bits
+
+    @property
+    def kind(self) -> str:
+        """The family of the codebook."""
+        return self.codebook.name
+
+    @property
+    def axis(self) -> int | None:
+        """The axis whose slices have a scale each, if that is the layout."""
+        return self.scales.axis if isinstance(self.scales, PerSlice) else None
 
     @property
     def levels(self) -> int:
         """How many values an entry can take."""
-        return 3 if self.kind == "ternary" else 1 << self.bits
+        return self.codebook.levels
 
     @property
     def low(self) -> int:
         """The smallest code."""
-        return (
-            -1
-            if self.kind == "ternary"
-            else 0
-            if self.kind == "unsigned"
-            else -(1 << (self.bits - 1))
-        )
+        return self.codebook.low
 
     @property
     def high(self) -> int:
         """The largest code."""
-        return self.low + self.levels - 1
-
-    @property
-    def shift(self) -> float:
-        """What is added to a code before it is scaled."""
-        return 0.5 if self.kind == "half" else 0.0
+        return self.codebook.high
 
     @property
     def mirrored(self) -> bool:
-        """Whether -x may be nearer to the grid than x, so that both signs of the scale are worth trying."""
-        return self.kind == "signed" and self.bits <= 4
+        """Whether both signs of a scale are worth trying."""
+        return self.codebook.mirrored and not self.scales.zeros
+
+    def with_axis(self, axis: int | None) -> "Grid":
+        """The same codebook with one scale, or one for each slice of an axis."""
+        return replace(self, scales=OneScale() if axis is None else PerSlice(axis))
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scale of a tensor of this shape: [1], or [n] along the axis."""
-        if self.axis is None:
-            return (1,)
-        if self.axis >= len(shape):
-            raise PlanError(
-                f"grid {self} has a scale per slice of axis {self.axis}; the tensor has shape {list(shape)}"
-            )
-        return (shape[self.axis],)
+        """Shape of the scale of a tensor of this shape; raises PlanError if the layout does not fit."""
+        try:
+            return (self.scales.count(tuple(shape)),)
+        except PlanError as e:
+            raise PlanError(f"grid {self}: {e}") from None
 
-    def spread(self, scale: Tensor, ndim: int) -> Tensor:
-        """A scale, reshaped so that it broadcasts against a tensor of `ndim` axes."""
-        if self.axis is None:
-            return scale.reshape(())
-        return scale.reshape([-1 if d == self.axis else 1 for d in range(ndim)])
+    def spread(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A scale, or a zero point, so that it broadcasts against a tensor of this shape."""
+        return self.scales.spread(scale, tuple(shape))
 
-    def codes(self, x: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
+    def _zero(self, zero: Zero, shape: tuple[int, ...]) -> Zero:
+        return self.spread(zero, shape) if isinstance(zero, Tensor) and self.scales.zeros else zero
+
+    def codes(self, x: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
         """The nearest codes, as floats: `clip(round(x / scale - shift) + zero, low, high)`."""
-        return ((x / self.spread(scale, x.ndim) - self.shift).round() + zero).clamp(
-            self.low, self.high
-        )
+        steps = x / self.spread(scale, x.shape)
+        book = self.codebook.uniform
+        if book is None:
+            return self.codebook.encode(steps)
+        codes = nearest(steps, book.shift) + self._zero(zero, x.shape)
+        return codes.clamp(self.low, self.high)
 
-    def values(self, codes: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
-        """What codes stand for: `scale * (codes + shift - zero)`."""
-        return (codes + self.shift - zero) * self.spread(scale, codes.ndim)
+    def values(self, codes: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
+        """What codes stand for: `scale * (codes + shift - zero)`, or of other books their points."""
+        wide = self.spread(scale, codes.shape)
+        book = self.codebook.uniform
+        if book is None:
+            return self.codebook.decode(codes) * wide
+        if not isinstance(zero, Tensor) and zero == 0.0:
+            return points(codes, book.shift, wide)
+        return points(codes + book.shift, -self._zero(zero, codes.shape), wide)
 
-    def project(self, x: Tensor, scale: Tensor) -> Tensor:
+    def project(self, x: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
         """The nearest point of the grid."""
-        return self.values(self.codes(x, scale), scale)
+        return self.values(self.codes(x, scale, zero), scale, zero)
 
-    def fake(self, x: Tensor, scale: Tensor, zero: Tensor | float = 0.0) -> Tensor:
+    def fake(self, x: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
         """`project` with straight-through gradients.
 
         The scale gets the gradient of LSQ (Esser et al. 2020, eq. 3), scaled by 1 / sqrt(entries
         per scale * high).
         """
-        wide = self.spread(scale, x.ndim)
-        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
-            steps = x / wide - self.shift if self.shift else x / wide
-            low, high = torch.as_tensor(self.low - zero), torch.as_tensor(self.high - zero)
-            steps = steps.round_().clamp_(low, high)
-            return (steps.add_(self.shift) if self.shift else steps).mul_(wide)
-        share = max(
-            1, x.numel() / scale.numel()
-        )  # there may be no entries: an expert that no place was sent to
+        wide, zero, book = (
+            self.spread(scale, x.shape),
+            self._zero(zero, x.shape),
+            self.codebook.uniform,
+        )
+        moving = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
+        if book is not None and not moving:
+            steps = nearest(x / wide, book.shift)
+            steps.clamp_(torch.as_tensor(self.low - zero), torch.as_tensor(self.high - zero))
+            return (steps.add_(book.shift) if book.shift else steps).mul_(wide)
+        if book is None and not moving:
+            return self.project(x, scale)
+        # there may be no entries: an expert that no place was sent to
+        share = max(1, x.numel() / scale.numel())
         gain = 1 / math.sqrt(share * max(self.high, 1))
-        result: Tensor = _Fake.apply(x, wide, zero, self, gain)  # type: ignore[no-untyped-call]
+        result: Tensor = _Fake.apply(x, wide, zero, self.codebook, gain)  # type: ignore[no-untyped-call]
         return result
 
     def round_latent(self, latent: Tensor) -> Tensor:
-        """Codes from continuous codes, with a straight-through gradient inside the range and none outside."""
+        """Codes from continuous codes; a straight-through gradient inside the range, none outside."""
         result: Tensor = _Round.apply(latent, self.low, self.high)  # type: ignore[no-untyped-call]
         return result
 
     def minmax(self, x: Tensor) -> Tensor:
-        """The scale that just covers the largest magnitude: `2 m / (levels - 1)`, unsigned `m / (levels - 1)`."""
-        reach = self._reach(x)
-        return stored((reach if self.kind == "unsigned" else 2 * reach) / (self.levels - 1))
+        """The scale that just covers the largest magnitude."""
+        return stored(self.scales.rows(x).abs().amax(1).clamp_min(1e-12) / self.codebook.span)
 
     def mse(self, x: Tensor, weight: Tensor | None = None, steps: int = 80) -> Tensor:
-        """The scale of least (weighted) squared error among `steps` fractions of the largest magnitude.
+        """The scale of least (weighted) squared error among fractions of the largest magnitude.
 
-        `weight` broadcasts against x: the diagonal of the metric, say.
+        weight: broadcasts against x; the diagonal of the metric, say. steps: how many fractions.
+        Layouts with zero points are searched by `search`.
         """
-        top = self.minmax(x)
-        best, least = top, self._loss(x, top, weight)
-        for k in range(steps):
-            scale = stored(top * (1.05 - 0.9 * k / steps))
-            loss = self._loss(x, scale, weight)
-            best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
-        return best
+        return self.search(x, weight, steps)[0]
+
+    def search(
+        self, x: Tensor, weight: Tensor | None = None, steps: int = 80
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale, and zero point if the layout has any, of least (weighted) squared error.
+
+        See `mse`; with zero points fractions of the range are tried.
+        """
+        shares = [1.0, *(1.05 - 0.9 * k / steps for k in range(steps))]
+        trials = (self._trial(x, share) for share in shares)
+        best, zero = next(trials)
+        least = self._loss(x, best, zero, weight)
+        for scale, other in trials:
+            loss = self._loss(x, scale, other, weight)
+            better = loss < least
+            best, least = torch.where(better, scale, best), torch.minimum(loss, least)
+            zero = None if zero is None or other is None else torch.where(better, other, zero)
+        return best, zero
+
+    def _trial(self, x: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+        """A scale that covers a share of the magnitude, or of the range around its zero point."""
+        if not self.scales.zeros:
+            top = self.minmax(x)
+            return (top if share == 1.0 else stored(top * share)), None
+        rows = self.scales.rows(x)
+        low, high = rows.amin(1).clamp(max=0) * share, rows.amax(1).clamp_min(0) * share
+        scale = stored(((high - low) / (self.levels - 1)).clamp_min(1e-12))
+        return scale, (self.low - low / scale).round().clamp(self.low, self.high)
 
     def refit(
         self, x: Tensor, codes: Tensor, scale: Tensor, metric: Tensor | None = None
     ) -> Tensor:
         """The least-squares scale for given codes; `scale` is kept where the codes say nothing.
 
-        `metric` is None (plain), or [n, n] for x seen as rows [slices, n]: the least error in that
-        metric.
+        metric: None (plain), or [n, n] for x seen as rows [slices, n]: the least error in that.
         """
-        z = self._rows(codes + self.shift)
+        z = self.scales.rows(self.codebook.decode(codes))
         hz = z if metric is None else z @ metric
-        top, bottom = (hz * self._rows(x)).sum(1), (hz * z).sum(1)
+        top, bottom = (hz * self.scales.rows(x)).sum(1), (hz * z).sum(1)
         return stored(torch.where(bottom > 0, top / bottom.clamp_min(1e-30), scale))
 
-    def _rows(self, x: Tensor) -> Tensor:
-        return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
-
-    def _reach(self, x: Tensor) -> Tensor:
-        return self._rows(x).abs().amax(1).clamp_min(1e-12)
-
-    def _loss(self, x: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
-        square = (self.project(x, scale) - x) ** 2
-        return self._rows(square if weight is None else square * weight).sum(1)
+    def _loss(self, x: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor | None) -> Tensor:
+        square = (self.project(x, scale, 0.0 if zero is None else zero) - x) ** 2
+        return self.scales.rows(square if weight is None else square * weight).sum(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A tensor on a grid: its codes (floats that hold integers) and its scale are one value, and stay together."""
+    """A tensor on a grid: its codes (floats that hold integers) and its scale are one value.
+
+    zero: the zero point beside each scale, an integer code; None where the layout has none.
+    """
 
     grid: Grid
     codes: Tensor
     scale: Tensor
+    zero: Tensor | None = None
 
     @classmethod
-    def nearest(cls, x: Tensor, grid: Grid) -> "Quantised":
-        """Rounded to nearest on the scale of least squared error."""
-        scale = grid.mse(x)
-        return cls(grid, grid.codes(x, scale), scale)
+    def nearest(cls, x: Tensor, grid: Grid, weight: Tensor | None = None) -> "Quantised":
+        """Rounded to nearest on the scale of least (weighted) squared error."""
+        scale, zero = grid.search(x, weight)
+        return cls(grid, grid.codes(x, scale, 0.0 if zero is None else zero), scale, zero)
 
     @property
     def values(self) -> Tensor:
         """The tensor that is meant."""
-        return self.grid.values(self.codes, self.scale)
+        return self.grid.values(self.codes, self.scale, 0.0 if self.zero is None else self.zero)
 
 
 def stored(scale: Tensor) -> Tensor:
     """A scale as the file will hold it: rounded to bfloat16, never zero."""
     rounded = scale.to(torch.bfloat16).to(torch.float32)
-    return torch.where(
-        rounded == 0, torch.full_like(rounded, 1e-30).to(torch.bfloat16).to(torch.float32), rounded
-    )
+    least = torch.full_like(rounded, 1e-30).to(torch.bfloat16).to(torch.float32)
+    return torch.where(rounded == 0, least, rounded)
 
 
 class _Round(torch.autograd.Function):
@@ -235,18 +259,28 @@ class _Round(torch.autograd.Function):
 
 
 class _Fake(torch.autograd.Function):
-    """One fused pass forward, one backward: activations are large and this runs on every step of a tuning loop."""
+    """One fused pass forward, one backward.
+
+    Activations are large and this runs on every step of a tuning loop.
+    """
 
     @staticmethod
-    def forward(ctx, x, scale, zero, grid, gain):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
-        # steps from zero rather than codes: codes are `steps + zero`, as ONNX's QuantizeLinear
-        # defines them
-        low, high = grid.low - zero, grid.high - zero
-        scaled = x / scale - grid.shift
-        steps = scaled.round().clamp_(low, high)
+    def forward(ctx, x, scale, zero, book, gain):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+        even = book.uniform
+        if even is None:
+            ends = book.decode(torch.tensor([float(book.low), float(book.high)]))
+            low, high, shift = float(ends[0]), float(ends[1]), 0.0
+            scaled = x / scale
+            steps = book.decode(book.encode(scaled))
+        else:
+            # steps from zero rather than codes: codes are `steps + zero`, as ONNX's QuantizeLinear
+            # defines them
+            low, high, shift = book.low - zero, book.high - zero, even.shift
+            scaled = x / scale - shift
+            steps = scaled.round().clamp_(low, high)
         ctx.save_for_backward(scaled, steps, scale)
-        ctx.low, ctx.high, ctx.shift, ctx.gain = low, high, grid.shift, gain
-        return (steps + grid.shift) * scale
+        ctx.low, ctx.high, ctx.shift, ctx.gain = low, high, shift, gain
+        return points(steps, shift, scale)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205

@@ -76,9 +76,9 @@ class ADMM:
     def __post_init__(self) -> None:
         check_fields(self)
         for bits in (self.bits, self.rest):
-            Grid(bits)
+            Grid.of(bits)
         if self.act is not None:
-            Grid(self.act, "unsigned")
+            Grid.of(self.act, "unsigned")
         if self.rate <= 0:
             raise PlanError(
                 f"a rate divides the parameters of a layer and must be positive; found {self.rate}"
@@ -133,8 +133,8 @@ class ADMM:
         form = RANKED[self.form]
         full = 0 if first else form(1).full_rank(site)
         if not full:
-            return LayerPlan(site.name, (Term(Dense(), Grid(self.rest, axis=0)),), act)
-        grid = Grid(self.bits, axis=0)
+            return LayerPlan(site.name, (Term(Dense(), Grid.of(self.rest, axis=0)),), act)
+        grid = Grid.of(self.bits, axis=0)
 
         def entries(rank: int) -> int:
             return sum(math.prod(shape) for shape in form(rank).shapes(site))
@@ -183,7 +183,7 @@ def _grids(term: Term, method: ADMM) -> list[Grid]:
     """The grid of each factor, in the order of the tensor's axes."""
     bits, kind = term.grid.bits, term.grid.kind
     each = method.scales == "channel"
-    return [Grid(bits, kind, axis if each else None) for axis in term.form.channel_axes]
+    return [Grid.of(bits, kind, axis if each else None) for axis in term.form.channel_axes]
 
 
 def _start(problem: Problem, grids: list[Grid], rank: int, method: ADMM, seed: int) -> Factors:

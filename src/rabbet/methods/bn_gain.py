@@ -4,6 +4,7 @@ One scale for the whole tensor there is a scale per channel of the folded weight
 the scales, and the codes are the paper's.
 """
 
+import torch
 from torch import Tensor
 
 from rabbet.grids.grid import Grid, Quantised, stored
@@ -14,7 +15,7 @@ from rabbet.workpiece import Norm, Workpiece
 def gain_of(piece: Workpiece, site: Site, grid: Grid) -> Tensor | None:
     """What the site's BatchNorm multiplies each output with, [out]; None where the scales of a grid cannot take it."""
     norm: Norm | None = piece.norms.get(site.name)
-    if norm is None or grid.axis != 0 or not bool((norm.gain.abs() > 1e-12).all()):
+    if norm is None or grid.scales.parts(1) is None or not bool((norm.gain.abs() > 1e-12).all()):
         return None
     return norm.gain
 
@@ -28,13 +29,15 @@ def without_gain(piece: Workpiece, site: Site, grid: Grid) -> Tensor:
 def with_gain(piece: Workpiece, site: Site, grid: Grid, codes: Tensor, scale: Tensor) -> Quantised:
     """A factor whose first axis is the site's output, the gain put into its scales; scale: [1] or [out]."""
     gain = gain_of(piece, site, grid)
-    wide = scale.expand(grid.scale_shape(tuple(codes.shape)))
-    return Quantised(grid, codes, wide.clone() if gain is None else stored(wide * gain))
+    wide = scale.expand(grid.scale_shape(tuple(codes.shape))).clone()
+    zero = torch.zeros_like(wide) if grid.scales.zeros else None
+    gained = None if gain is None else grid.scales.gained(wide, gain)
+    return Quantised(grid, codes, wide if gained is None else stored(gained), zero)
 
 
 def round_to_nearest(piece: Workpiece, site: Site, grid: Grid) -> Quantised:
     """The weight rounded to nearest on one scale for the tensor, of least squared error."""
-    plain = Quantised.nearest(without_gain(piece, site, grid), Grid(grid.bits, grid.kind))
+    plain = Quantised.nearest(without_gain(piece, site, grid), grid.with_axis(None))
     return with_gain(piece, site, grid, plain.codes, plain.scale)
 
 
@@ -48,4 +51,4 @@ def clipped(piece: Workpiece, site: Site, grid: Grid, sigmas: float) -> Quantise
     step = stored((2 * sigmas * weight.std() / (grid.levels - 1)).clamp_min(1e-12).reshape(1))
     spread = sigmas * float(weight.std()) / (grid.levels - 1)
     scale = -step if float(weight.mean()) > -spread else step
-    return with_gain(piece, site, grid, Grid(grid.bits, grid.kind).codes(weight, scale), scale)
+    return with_gain(piece, site, grid, grid.with_axis(None).codes(weight, scale), scale)

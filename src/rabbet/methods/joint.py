@@ -66,7 +66,7 @@ class Joint:
         ):
             Grid.parse(text)
         if self.act is not None:
-            Grid(self.act, "unsigned")
+            Grid.of(self.act, "unsigned")
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""

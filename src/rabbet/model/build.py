@@ -10,7 +10,7 @@ from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Plan, Term, quoted
 from rabbet.core.survey import Survey
 from rabbet.errors import PlanError
-from rabbet.grids.grid import Quantised
+from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
 from rabbet.model.bn_fold import fold
 from rabbet.model.compressed import Compressed, Head, Numbers, compressed_layers
@@ -107,11 +107,11 @@ def plan_of(model: nn.Module, survey: Survey) -> Plan:
 
 def empty(site: Site, plan: LayerPlan) -> Compressed:
     """A layer of the right shapes without numbers, to load a file into."""
-    terms = [
-        [
-            Quantised(t.grid, torch.zeros(shape), torch.ones(t.grid.scale_shape(shape)))
-            for shape in factor_shapes(site, t)
-        ]
-        for t in plan.terms
-    ]
+    terms = [[_blank(shape, t.grid) for shape in factor_shapes(site, t)] for t in plan.terms]
     return Compressed(site, plan, terms, torch.zeros(site.shape[0]) if site.bias else None)
+
+
+def _blank(shape: tuple[int, ...], grid: Grid) -> Quantised:
+    scale = torch.ones(grid.scale_shape(shape))
+    zero = torch.zeros_like(scale) if grid.scales.zeros else None
+    return Quantised(grid, torch.zeros(shape), scale, zero)

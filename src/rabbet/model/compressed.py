@@ -27,12 +27,15 @@ class Factor(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    zero: Tensor | None
 
     def __init__(self, numbers: Quantised) -> None:
         super().__init__()
         self.grid = numbers.grid
         self.register_buffer("codes", numbers.codes.detach().float().clone())
         self.register_buffer("scale", numbers.scale.detach().float().clone())
+        zero = None if numbers.zero is None else numbers.zero.detach().float().clone()
+        self.register_buffer("zero", zero)
 
     def forward(self) -> Tensor:
         """The values, with straight-through gradients while the codes are tuned."""
@@ -51,14 +54,20 @@ class Factor(nn.Module):
 
     def show(self, held: Tensor, scale: Tensor) -> Tensor:
         """The values of what is held, or of some rows of it."""
-        return self.grid.values(
-            self.grid.round_latent(held) if self.codes.requires_grad else held, scale
-        )
+        codes = self.grid.round_latent(held) if self.codes.requires_grad else held
+        return self.grid.values(codes, scale, 0.0 if self.zero is None else self.zero)
 
     @property
     def numbers(self) -> Quantised:
         """Codes and scale as one value."""
-        return Quantised(self.grid, self.codes.detach(), self.scale.detach())
+        return Quantised(self.grid, self.codes.detach(), self.scale.detach(), self.zero)
+
+    def take(self, numbers: Quantised) -> None:
+        """Hold other numbers of the same grid and shape."""
+        self.codes.copy_(numbers.codes)
+        self.scale.copy_(numbers.scale)
+        if self.zero is not None and numbers.zero is not None:
+            self.zero.copy_(numbers.zero)
 
 
 class ActQuant(nn.Module):
@@ -73,7 +82,7 @@ class ActQuant(nn.Module):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        self.grid = Grid(bits, "unsigned")
+        self.grid = Grid.of(bits, "unsigned")
         self.ready = False
         self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("scale", torch.ones(1))

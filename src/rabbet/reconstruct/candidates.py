@@ -61,6 +61,8 @@ def solve_site(
                 for f, factor in enumerate(factors):
                     result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
                     result[f"{k}.{t}.{f}.scale"] = factor.scale
+                    if factor.zero is not None:
+                        result[f"{k}.{t}.{f}.zero"] = factor.zero
             result[f"{k}.error"] = _error(site, weight, terms, numbers, metric)
             solved[k] = float(result[f"{k}.error"])
     return result
@@ -98,11 +100,16 @@ def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
     """The factors of entry k of a menu, as `solve_site` returned them."""
     numbers: list[list[Quantised]] = []
     for t, term in enumerate(menu[k]):
-        count = sum(key.startswith(f"{k}.{t}.") for key in result) // 2
+        count = sum(key.startswith(f"{k}.{t}.") and key.endswith(".codes") for key in result)
         parts = [f"{k}.{t}.{f}" for f in range(count)]
         numbers.append(
             [
-                Quantised(term.grid, result[f"{p}.codes"].float(), result[f"{p}.scale"])
+                Quantised(
+                    term.grid,
+                    result[f"{p}.codes"].float(),
+                    result[f"{p}.scale"],
+                    result.get(f"{p}.zero"),
+                )
                 for p in parts
             ]
         )
@@ -199,20 +206,33 @@ def _solve_terms(
 
 
 def _together(term: Term) -> bool:
-    return term.form == Dense() and term.grid.axis == 0
+    return term.form == Dense() and _by_rows(term.grid)
+
+
+def _by_rows(grid: Grid) -> bool:
+    """Whether rows, each with scales of its own, can be rounded with error feedback."""
+    return grid.scales.parts(1) is not None and grid.codebook.uniform is not None
 
 
 def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
-    """Targets [groups, rows, n] on grids with a scale per row, each as near in the metric as found.
+    """Targets [groups, rows, n] on grids with scales per row, as near in the metric as found.
 
-    Scales are chosen, refitted and, on short lopsided grids, mirrored row by row.
+    Scales are chosen, refitted and, on short lopsided grids, mirrored row by row. Grids of one
+    layout are rounded in one pass.
     """
-    rows = wanted[0][1].shape[1] if wanted else 0
-    parts = [
-        _rounded_rows([(g, t[:, k : k + PART]) for g, t in wanted], metric)
-        for k in range(0, rows, PART)
-    ]
-    return [Rows.stack(list(part)) for part in zip(*parts, strict=True)]
+    rounded: dict[int, Rows] = {}
+    for layout in dict.fromkeys(grid.scales for grid, _ in wanted):
+        places = [k for k, (grid, _) in enumerate(wanted) if grid.scales == layout]
+        rows = wanted[places[0]][1].shape[1]
+        parts = [
+            _rounded_rows([(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric)
+            for k in range(0, rows, PART)
+        ]
+        rounded |= {
+            place: Rows.stack(list(part))
+            for place, part in zip(places, zip(*parts, strict=True), strict=True)
+        }
+    return [rounded[k] for k in range(len(wanted))]
 
 
 def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
@@ -225,9 +245,8 @@ def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
         [start(wanted[k][1], wanted[k][0], metric, mirror) for k, mirror in trials]
     )
     best: dict[int, Rows] = {}
-    for (k, _), rows in zip(
-        trials, round_rows(stacked, metric).split(wanted[0][1].shape[1]), strict=True
-    ):
+    results = round_rows(stacked, metric).split(wanted[0][1].shape[1])
+    for (k, _), rows in zip(trials, results, strict=True):
         best[k] = best[k].better(rows, metric) if k in best else rows
     return [best[k] for k in range(len(wanted))]
 
@@ -268,16 +287,20 @@ def noise(grid: Grid) -> float:
 
 def _rounded(target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...]) -> Quantised:
     """A target [groups, rows, n] in its metric, as a tensor of the given shape on a grid."""
-    if grid.axis == 0:
+    if _by_rows(grid):
         return _quantised(round_rows_of([(grid, target)], metric)[0], grid, shape)
-    if grid.axis is not None:
-        return Quantised.nearest(target.reshape(shape), grid)
+    if grid.codebook.uniform is None or grid.axis is not None:
+        weight = metric.diagonal[:, None].expand_as(target).reshape(shape)
+        plain = grid.codebook.uniform is not None
+        return Quantised.nearest(target.reshape(shape), grid, None if plain else weight)
     # one scale for all: it is chosen by the squared error and stays, the codes follow the metric
-    scale = grid.mse(target).expand(target.shape[:2])
+    scale = grid.mse(target).expand(target.shape[:2])[..., None]
     rows = descend(feedback(Rows.of(target, scale, grid), metric), metric)
     return _quantised(rows, grid, shape)
 
 
 def _quantised(rows: Rows, grid: Grid, shape: tuple[int, ...]) -> Quantised:
-    scale = rows.scale.reshape(-1)
-    return Quantised(grid, rows.codes.reshape(shape), scale if grid.axis == 0 else scale[:1])
+    scale, book = rows.scale.reshape(-1), grid.codebook.uniform
+    assert book is not None
+    zero = (book.shift - rows.shift).reshape(-1) if grid.scales.zeros else None
+    return Quantised(grid, rows.codes.reshape(shape), scale if _by_rows(grid) else scale[:1], zero)

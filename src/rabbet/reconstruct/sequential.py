@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rabbet.calibrate.ranges import calibrate_between
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
-from rabbet.model.compressed import Compressed, compressed_layers
+from rabbet.model.compressed import Compressed, Factor, compressed_layers
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
 from rabbet.solve.rounding import Metric
 from rabbet.workpiece import Workpiece
@@ -93,7 +93,12 @@ def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -
 def _gained(layer: Compressed) -> bool:
     """Whether every term has a scale for each output channel, which can take a gain."""
     ends = zip(layer.forms, layer.factors, strict=True)
-    return all(factors[-1].grid.axis == 0 and not form.contracted for form, factors in ends)
+    return all(_takes_gain(factors[-1]) and not form.contracted for form, factors in ends)
+
+
+def _takes_gain(factor: Factor) -> bool:
+    """Whether each slice of the first axis, an output, has scales of its own."""
+    return factor.grid.scales.parts(1) is not None
 
 
 def _affordable(piece: Workpiece, sites: list[Site]) -> int:
@@ -145,8 +150,7 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
         numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], STEPS)[0]
         for factors, solved in zip(layer.factors, numbers, strict=True):
             for factor, q in zip(factors, solved, strict=True):
-                factor.codes.copy_(q.codes)
-                factor.scale.copy_(q.scale)
+                factor.take(q)
         calibrate_between(layer, args[0][:BETWEEN], piece.seed)
 
     return hook
@@ -178,13 +182,15 @@ def _matcher(
         old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
         first = layer.factors[0][-1].scale.clone()
         for form, factors in zip(layer.forms, layer.factors, strict=True):
-            own = form.of_outputs(gain)
-            factors[-1].scale.copy_(stored(factors[-1].scale * own))
+            last = factors[-1]
+            scale = last.grid.scales.gained(last.scale, form.of_outputs(gain))
+            assert scale is not None
+            last.scale.copy_(stored(scale))
         new = old if layer.bias is None else wanted_mean - (mean - old) * gain
         if layer.bias is not None:
             layer.bias.data = new
         # each term's scales were rounded for themselves
-        if len(layer.factors) > 1 or len(first) < len(gain):
+        if len(layer.factors) > 1 or len(first) != len(gain):
             return layer.forward(args[0])
         ratio = layer.factors[0][-1].scale / first
         channel = layer.site.per_channel

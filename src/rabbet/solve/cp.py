@@ -55,7 +55,7 @@ def quantised_cp(
         raise PlanError(
             f"rank {rank} is not one that a kernel of shape {list(weight.shape)} can have"
         )
-    grid = Grid(bits, axis=1 if scales == "column" else None)
+    grid = Grid.of(bits, axis=1 if scales == "column" else None)
     flat = weight.detach().float().flatten(1)
     each = (
         3 * rank * channels * places * (rank + out)

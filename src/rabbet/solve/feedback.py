@@ -42,13 +42,13 @@ def rounded_factor(
 
     grid.axis: None, 0 (a scale per row) or 1 (per column).
     """
-    wide = grid.spread(scale, 2).expand(1, -1) if grid.axis == 1 else torch.ones(1, target.shape[1])
-    per_row = torch.ones(1) if grid.axis == 1 else scale
+    columns = grid.axis == 1
+    wide = scale[None] if columns else torch.ones(1, target.shape[1])
+    per_row = torch.ones(1) if columns else scale
     metric = Metric((gram.float() * wide * wide.mT)[None], DAMPING)
-    plain = Grid(grid.bits, grid.kind, 0)
-    rows = Rows.of(
-        (target.float() / wide)[None], per_row.expand(len(target))[None].contiguous(), plain
-    )
+    plain = grid.with_axis(0)
+    scales = per_row.expand(len(target))[None, :, None].contiguous()
+    rows = Rows.of((target.float() / wide)[None], scales, plain)
     rows = descend(feedback(rows, metric), metric, sweeps)
     return Quantised(grid, rows.codes[0], scale)
 

@@ -44,7 +44,7 @@ class MetricCP(Problem):
     @staticmethod
     def grids(rank: int, bits: int) -> list[Grid]:
         """A grid for each: a scale per row of A, per column of B and of C."""
-        return [Grid(bits, axis=0)] * (1 + 2 * rank)
+        return [Grid.of(bits, axis=0)] * (1 + 2 * rank)
 
     def sides(self, factors: Factors, mode: int) -> Sides:
         """The problem of A, or of one column of B or C."""

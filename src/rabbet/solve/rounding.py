@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from rabbet.errors import ModelError
+from rabbet.grids.codebook import nearest, points
 from rabbet.grids.grid import Grid, stored
+from rabbet.grids.scales import PerGroup
 
 BLOCK = 64  # columns whose updates are gathered into one matrix product
 
@@ -76,7 +78,11 @@ def _inverse_factor(second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [groups, rows, n] with their grids: scale, low, high and shift, each [groups, rows]."""
+    """Rows [groups, rows, n] with their grids, which may differ from row to row.
+
+    Each row has `parts` scales, one for each `size` consecutive columns. scale: [groups, rows,
+    parts]; shift, with the zero point in it, likewise; low, high: of the codes, [groups, rows].
+    """
 
     target: Tensor
     scale: Tensor
@@ -84,32 +90,42 @@ class Rows:
     high: Tensor
     shift: Tensor
     codes: Tensor
+    size: int
 
     @classmethod
-    def of(cls, target: Tensor, scale: Tensor, grid: Grid) -> "Rows":
-        """Rows of one grid, rounded to nearest."""
-        full = torch.ones_like(scale)
-        codes = (target / scale[..., None] - grid.shift).round().clamp(grid.low, grid.high)
-        return cls(target, scale, full * grid.low, full * grid.high, full * grid.shift, codes)
+    def of(cls, target: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> "Rows":
+        """Rows of one grid, rounded to nearest; scale, zero: [groups, rows, parts]."""
+        book = grid.codebook.uniform
+        assert book is not None
+        full = torch.ones_like(scale[..., 0])
+        shift = torch.full_like(scale, book.shift)
+        shift = shift if zero is None else shift - zero
+        size = grid.scales.size if isinstance(grid.scales, PerGroup) else target.shape[2]
+        rows = cls(target, scale, full * grid.low, full * grid.high, shift, target, size)
+        return round_nearest(rows)
 
     @classmethod
     def stack(cls, parts: list["Rows"]) -> "Rows":
         """All rows of several, in order."""
-        return cls(
-            *(torch.cat([getattr(p, f) for p in parts], 1) for f in cls.__dataclass_fields__)
+        return parts[0].with_fields(
+            {f: torch.cat([getattr(p, f) for p in parts], 1) for f in TENSORS}
         )
 
     def split(self, rows: int) -> list["Rows"]:
         """The inverse of `stack` for parts of equal size."""
-        columns = zip(
-            *(getattr(self, f).split(rows, 1) for f in type(self).__dataclass_fields__), strict=True
-        )
-        return [type(self)(*fields) for fields in columns]
+        columns = zip(*(getattr(self, f).split(rows, 1) for f in TENSORS), strict=True)
+        return [self.with_fields(dict(zip(TENSORS, fields, strict=True))) for fields in columns]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values [groups, rows, parts] for each column, or [groups, rows, 1] for all alike."""
+        if values.shape[2] == 1:
+            return values
+        return values.repeat_interleave(self.size, 2)[:, :, : self.target.shape[2]]
 
     @property
     def values(self) -> Tensor:
         """What the codes stand for."""
-        return (self.codes + self.shift[..., None]) * self.scale[..., None]
+        return points(self.codes, self.spread(self.shift), self.spread(self.scale))
 
     def error(self, metric: Metric) -> Tensor:
         """[groups, rows]."""
@@ -118,15 +134,18 @@ class Rows:
     def better(self, other: "Rows", metric: Metric) -> "Rows":
         """Row by row the one of less error."""
         take = other.error(metric) < self.error(metric)
-        pick = (
-            torch.where(take[..., None] if a.ndim == 3 else take, b, a)
-            for a, b in zip(_fields(self), _fields(other), strict=True)
-        )
-        return type(self)(*pick)
+        picked = {}
+        for name in TENSORS:
+            a, b = getattr(self, name), getattr(other, name)
+            picked[name] = torch.where(take[..., None] if a.ndim == 3 else take, b, a)
+        return self.with_fields(picked)
+
+    def with_fields(self, tensors: dict[str, Tensor]) -> "Rows":
+        """The same layout with other tensors in all fields."""
+        return Rows(**tensors, size=self.size)
 
 
-def _fields(rows: Rows) -> list[Tensor]:
-    return [getattr(rows, f) for f in Rows.__dataclass_fields__]
+TENSORS = ("target", "scale", "low", "high", "shift", "codes")
 
 
 def _gather(x: Tensor, order: Tensor, axis: int) -> Tensor:
@@ -135,21 +154,35 @@ def _gather(x: Tensor, order: Tensor, axis: int) -> Tensor:
     return x.gather(axis, index.expand_as(x))
 
 
+def _by_column(values: Tensor, order: Tensor | None = None) -> list[Tensor] | Tensor:
+    """Values [groups, rows, n or 1] for column j at place j, [groups, rows]."""
+    if values.shape[2] == 1:
+        return values[..., 0]
+    return list((values if order is None else _gather(values, order, 2)).unbind(2))
+
+
 def feedback(rows: Rows, metric: Metric) -> Rows:
-    """Error-feedback rounding (GPTQ, arXiv 2210.17323): column by column, each error spread over those to come."""
+    """Error-feedback rounding (GPTQ, arXiv 2210.17323).
+
+    Column by column, each error is spread over the columns to come.
+    """
     u = metric.factor
     work = _gather(rows.target, metric.order, 2)
     n = work.shape[2]
     codes = torch.empty_like(work)
+    scales = _by_column(rows.spread(rows.scale), metric.order)
+    shifts = _by_column(rows.spread(rows.shift), metric.order)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         block, errors = work[:, :, start:stop].clone(), torch.empty_like(work[:, :, start:stop])
         inner = u[:, start:stop, start:stop]
         for j in range(stop - start):
+            scale = scales[start + j] if isinstance(scales, list) else scales
+            shift = shifts[start + j] if isinstance(shifts, list) else shifts
             column = block[:, :, j]
-            code = (column / rows.scale - rows.shift).round_().clamp_(rows.low, rows.high)
+            code = nearest(column / scale, shift).clamp_(rows.low, rows.high)
             codes[:, :, start + j] = code
-            error = (column - (code + rows.shift) * rows.scale) / inner[:, j, j, None]
+            error = (column - points(code, shift, scale)) / inner[:, j, j, None]
             errors[:, :, j] = error
             block[:, :, j + 1 :] -= error[:, :, None] * inner[:, None, j, j + 1 :]
         work[:, :, stop:] -= errors @ u[:, start:stop, stop:]
@@ -157,18 +190,21 @@ def feedback(rows: Rows, metric: Metric) -> Rows:
 
 
 def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
-    """Cyclic coordinate descent on the codes: each step is the exact minimum over one column, so none can harm."""
+    """Cyclic coordinate descent on the codes.
+
+    Each step is the exact minimum over one column, so none can harm.
+    """
     h = metric.second
-    codes, scale = rows.codes.clone(), rows.scale
-    pull = (
-        rows.target - rows.values
-    ) @ h  # [groups, rows, n]: minus half the gradient by the values
+    codes, scales = rows.codes.clone(), _by_column(rows.spread(rows.scale))
+    # [groups, rows, n]: minus half the gradient by the values
+    pull = (rows.target - rows.values) @ h
     for _ in range(sweeps):
         for start in range(0, h.shape[1], BLOCK):
             stop = min(start + BLOCK, h.shape[1])
             inner, local = h[:, start:stop, start:stop], pull[:, :, start:stop].clone()
             block, moved = codes[:, :, start:stop], torch.empty_like(local)
             for j in range(stop - start):
+                scale = scales[start + j] if isinstance(scales, list) else scales
                 ideal = block[:, :, j] + local[:, :, j] / (scale * inner[:, j, j, None])
                 code = torch.minimum(torch.maximum(ideal.round(), rows.low), rows.high)
                 step = (code - block[:, :, j]) * scale
@@ -179,31 +215,48 @@ def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
 
 
 def refit(rows: Rows, metric: Metric) -> Rows:
-    """The least-squares scale of each row for its codes, in the metric."""
-    z = rows.codes + rows.shift[..., None]
-    hz = metric.times(z)
-    top, bottom = (hz * rows.target).sum(2), (hz * z).sum(2)
-    return replace(
-        rows, scale=torch.where(bottom > 0, stored(top / bottom.clamp_min(1e-30)), rows.scale)
-    )
+    """The least-squares scales of each row for its codes, in the metric.
+
+    Of several scales a row one after the other, given those before.
+    """
+    z = rows.codes + rows.spread(rows.shift)
+    if rows.scale.shape[2] == 1:
+        hz = metric.times(z)
+        top, bottom = (hz * rows.target).sum(2), (hz * z).sum(2)
+        best = stored(top / bottom.clamp_min(1e-30))
+        return replace(rows, scale=torch.where(bottom > 0, best, rows.scale[..., 0])[..., None])
+    scale = rows.scale.clone()
+    pull = metric.times(rows.target - rows.values)  # minus half the gradient by the values
+    for part in range(scale.shape[2]):
+        own = slice(part * rows.size, (part + 1) * rows.size)
+        mine, h = z[:, :, own], metric.second[:, own]
+        bottom = ((mine @ h[:, :, own]) * mine).sum(2)
+        step = (mine * pull[:, :, own]).sum(2) / bottom.clamp_min(1e-30)
+        best = torch.where(bottom > 0, stored(scale[:, :, part] + step), scale[:, :, part])
+        pull -= ((best - scale[:, :, part])[..., None] * mine) @ h
+        scale[:, :, part] = best
+    return replace(rows, scale=scale)
 
 
 def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> Rows:
-    """Rows rounded to nearest, the scale of each from a search weighted by the diagonal of the metric.
+    """Rows rounded to nearest, their scales from a search weighted by the diagonal of the metric.
 
-    mirror: start from the mirrored grid, for grids of which one end reaches further than the other.
+    grid: with scales for each row, or for each group of its columns. mirror: start from the
+    mirrored grid, for grids of which one end reaches further than the other.
     """
     weight = metric.diagonal[:, None].expand_as(target).flatten(0, 1)
     flat = (-target if mirror else target).flatten(0, 1)
-    scale = Grid(grid.bits, grid.kind, 0).mse(flat, weight).view(target.shape[:2])
-    return Rows.of(target, -scale if mirror else scale, grid)
+    scale, zero = grid.search(flat, weight)
+    scale = scale.view(*target.shape[:2], -1)
+    zero = None if zero is None else zero.view_as(scale)
+    return Rows.of(target, -scale if mirror else scale, grid, zero)
 
 
 def round_nearest(rows: Rows) -> Rows:
     """The codes nearest to the target, as they are best in the identity."""
     low, high = rows.low[..., None], rows.high[..., None]
-    codes = (rows.target / rows.scale[..., None] - rows.shift[..., None]).round_().clamp_(low, high)
-    return replace(rows, codes=codes)
+    steps = rows.target / rows.spread(rows.scale)
+    return replace(rows, codes=nearest(steps, rows.spread(rows.shift)).clamp_(low, high))
 
 
 def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> Rows:

@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from rabbet.grids.grid import Grid, Quantised, stored
+from rabbet.grids.scales import OneScale
 from rabbet.model.compressed import Factor
 
 
@@ -59,12 +59,12 @@ def together(latents: Iterable[Latent]) -> Iterator[None]:
     """
     alike: dict[tuple[Grid, torch.Size], list[Latent]] = {}
     for latent in latents:
-        if latent.on and latent.grid.axis is None:
+        if latent.on and latent.grid.scales == OneScale():
             alike.setdefault((latent.grid, latent.value.shape), []).append(latent)
     for (grid, _), group in alike.items():
         values, scales = torch.stack([x.value for x in group]), torch.cat([x.scale for x in group])
         for latent, shown in zip(
-            group, replace(grid, axis=0).fake(values, scales).unbind(), strict=True
+            group, grid.with_axis(0).fake(values, scales).unbind(), strict=True
         ):
             latent.shown = shown
     try:

@@ -160,7 +160,11 @@ def _start_latents(layer: Compressed, weight: Tensor) -> None:
     if layer.forms != [Dense()]:
         return
     factor = layer.factors[0][0]
-    exact = weight / factor.grid.spread(factor.scale, weight.ndim) - factor.grid.shift
+    book = factor.grid.codebook.uniform
+    if book is None:
+        return
+    zero = 0.0 if factor.zero is None else factor.grid.spread(factor.zero, weight.shape)
+    exact = weight / factor.grid.spread(factor.scale, weight.shape) - book.shift + zero
     offset = exact - factor.codes
     factor.codes.add_(torch.where(offset.abs() < 0.5, offset.clamp(-0.45, 0.45), 0.0))
 

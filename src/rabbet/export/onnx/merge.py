@@ -40,16 +40,17 @@ def merged(model: nn.Module) -> nn.Module:
     network without such terms is returned as it is.
     """
     layers = [
-        layer for layer in compressed_layers(model).values() if _summed(layer) or _chained(layer)
+        layer
+        for layer in compressed_layers(model).values()
+        if _summed(layer) or _chained(layer) or _unfit(layer)
     ]
     if not layers:
         return model
     result = copy.deepcopy(model)
     with torch.no_grad():
         for layer in layers:
-            result = install(
-                result, layer.site, _sum(layer) if _summed(layer) else _contracted(layer)
-            )
+            whole = _sum(layer) if _summed(layer) else _contracted(layer)
+            result = install(result, layer.site, whole)
     return result
 
 
@@ -65,8 +66,17 @@ def _summed(layer: Compressed) -> bool:
 
 def _chained(layer: Compressed) -> bool:
     """Whether there are chains that are not merged yet."""
-    merged = any(isinstance(f, Merged) for factors in layer.factors for f in factors)
-    return not merged and any(form.contracted for form in layer.forms)
+    done = any(isinstance(f, Merged) for factors in layer.factors for f in factors)
+    return not done and any(form.contracted for form in layer.forms)
+
+
+def _unfit(layer: Compressed) -> bool:
+    """Whether some factor lies on a grid that no integer kernel multiplies with."""
+    return any(_needs_merging(f) for factors in layer.factors for f in factors)
+
+
+def _needs_merging(factor: Factor) -> bool:
+    return not factor.grid.scales.along_axis or factor.grid.codebook.integers is None
 
 
 def _sum(layer: Compressed) -> Compressed:
@@ -79,7 +89,7 @@ def _sum(layer: Compressed) -> Compressed:
         return functools.reduce(operator.add, parts)
 
     every = [f for factors in layer.factors for f in factors]
-    whole = Merged(every, make, Grid(FINISHED, axis=0))
+    whole = Merged(every, make, Grid.of(FINISHED, axis=0))
     return _made(layer, [Term(Dense(), whole.grid)], [[whole]], 1)
 
 
@@ -88,12 +98,15 @@ def _contracted(layer: Compressed) -> Compressed:
     factors: list[list[Factor]] = []
     for term, held in zip(layer.plan.terms, layer.factors, strict=True):
         if not term.form.contracted:
-            terms.append(term)
-            factors.append(held)
+            unfit = any(map(_needs_merging, held))
+            grid = Grid.of(FINISHED, axis=0) if unfit else term.grid
+            terms.append(Term(term.form, grid))
+            alone = operator.itemgetter(0)
+            factors.append([Merged([f], alone, grid) if unfit else f for f in held])
             continue
         form, parts = term.form.for_runtime(layer.site, [f() for f in held])
         # what is still a chain is looked up core by core: no axis of a core is that of the outputs
-        grid = Grid(FINISHED, axis=None if form.contracted else 0)
+        grid = Grid.of(FINISHED, axis=None if form.contracted else 0)
         terms.append(Term(form, grid))
         make = [functools.partial(_part, term.form, layer, k) for k in range(len(parts))]
         factors.append([Merged(held, one, grid) for one in make])

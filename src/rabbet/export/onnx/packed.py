@@ -27,7 +27,7 @@ from rabbet.model.compressed import Factor
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_INT8 = 3  # onnx.TensorProto.INT8
+_INT8, _INT32 = 3, 6  # of onnx.TensorProto
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,22 @@ class Weight:
     moves: tuple[Move, ...] = ()
     shared: bool = False
     root: "Weight | None" = None
+    zero: Tensor | None = None
 
     @classmethod
     def of(cls, name: str, factor: Factor, shared: bool = False) -> "Weight":
         """A factor in its own layout."""
         scale = factor.scale.detach().cpu().float()
-        scale = scale / 2 if factor.grid.kind == "half" else scale
-        found = cls(
-            name, factor.grid, factor.codes.detach().cpu(), scale, factor.grid.axis, shared=shared
-        )
+        integers = factor.grid.codebook.integers
+        scale = scale if integers is None else scale / integers[0]
+        zero = None if factor.zero is None else factor.zero.detach().cpu().float()
+        codes, axis = factor.codes.detach().cpu(), factor.grid.axis
+        found = cls(name, factor.grid, codes, scale, axis, shared=shared, zero=zero)
         if not isinstance(factor, Merged):
             return found
-        # two halves of one chain share its cores, and their names
-        parts = [
-            cls.of(f"{name.rpartition('.')[0]}.part{k}", f) for k, f in enumerate(factor.factors)
-        ]
+        # two halves of one chain share its cores, and their names; what is alone shares nothing
+        shared_name = name if len(factor.factors) == 1 else name.rpartition(".")[0]
+        parts = [cls.of(f"{shared_name}.part{k}", f) for k, f in enumerate(factor.factors)]
         return replace(found, parts=tuple(parts), make=factor.make, steps=scale)
 
     def can_move(self, move: Move) -> bool:
@@ -131,9 +132,19 @@ class Weight:
         )
 
     @property
+    def _gain(self) -> tuple[int, int]:
+        """Integers by codes, `gain * code + offset`; of points at any distances the codes."""
+        return self.grid.codebook.integers or (1, 0)
+
+    @property
+    def _highest(self) -> int:
+        gain, offset = self._gain
+        return gain * self.grid.high + offset
+
+    @property
     def kind(self) -> str:
         """The type of the integers."""
-        return "uint8" if self.grid.kind == "unsigned" and self.grid.bits == 8 else "int8"
+        return "int8" if self._highest <= 127 or self._gain[0] > 1 else "uint8"
 
     def integers(self, graph: Graph) -> "ir.Value":
         """The integers q, as a runtime will hold them."""
@@ -146,11 +157,11 @@ class Weight:
             return found
         if self.make is not None and graph.functions_known:
             return self._put_together(graph)
-        gain, shift = (2, 1) if self.grid.kind == "half" else (1, 0)
-        codes = (gain * self.codes + shift).numpy()
+        gain, offset = self._gain
+        codes = (gain * self.codes + offset).numpy()
         if self.kind == "uint8" or (self.grid.bits == 8 and gain == 1):
             return graph.constant(self.name, codes.astype(self.kind))
-        short = gain * self.grid.low + shift >= -8 and gain * self.grid.high + shift <= 7
+        short = gain * self.grid.low + offset >= -8 and self._highest <= 7
         if short and (self.grid.bits == 4 or not graph.functions_known):
             stored = graph.constant(f"{self.name}.int4", codes.astype(np.int8), "INT4")
             return graph.call("Cast", stored, name=self.name, to=_INT8)
@@ -186,8 +197,13 @@ class Weight:
         return graph.call("Cast", found, name=self.name, to=_INT8)
 
     def values(self, graph: Graph, ending: str = "values") -> "ir.Value":
-        """The weight in float by plain arithmetic, which a runtime folds, as it does not a DequantizeLinear."""
-        wide = graph.call("Cast", self.integers(graph), name=f"{self.name}.wide", to=1)
+        """The weight in float by plain arithmetic.
+
+        A runtime folds that, as it does not a DequantizeLinear.
+        """
+        name, points = f"{self.name}.{ending}", self._points(graph)
+        if not self.grid.scales.along_axis:
+            return graph.call("Mul", points, self._for_each(graph, self.scale, "scale"), name=name)
         shape = [-1 if d == self.axis else 1 for d in range(self.codes.ndim)]
         if self.root is None and self.make is None:
             scale = graph.constant(f"{self.name}.scale", self.scale.view(shape).numpy())
@@ -195,7 +211,37 @@ class Weight:
             scale = graph.call(
                 "Reshape", self.scales(graph), shape_of(graph, shape), name=f"{self.name}.scales"
             )
-        return graph.call("Mul", wide, scale, name=f"{self.name}.{ending}")
+        return graph.call("Mul", points, scale, name=name)
+
+    def _points(self, graph: Graph) -> "ir.Value":
+        """What the integers stand for, in float and in units of the scales; less zero points."""
+        integers, book = self.integers(graph), self.grid.codebook
+        if book.integers is None:
+            table = book.decode(torch.arange(book.low, book.high + 1.0)).numpy()
+            places = graph.call("Cast", integers, name=f"{self.name}.index", to=_INT32)
+            first = graph.constant(f"low.{book.low}", np.array(book.low, np.int32))
+            index = graph.call("Sub", places, first, name=f"{self.name}.place")
+            points = graph.constant(f"points.{book.text}", table.astype(np.float32))
+            return graph.call("Gather", points, index, name=f"{self.name}.points", axis=0)
+        wide = graph.call("Cast", integers, name=f"{self.name}.wide", to=1)
+        if self.zero is None:
+            return wide
+        zeros = self._for_each(graph, self._gain[0] * self.zero, "zero")
+        return graph.call("Sub", wide, zeros, name=f"{self.name}.points")
+
+    def _for_each(self, graph: Graph, values: Tensor, what: str) -> "ir.Value":
+        """For each entry the value of its group of inputs, which is looked up."""
+        shape, layout = tuple(self.codes.shape), self.grid.scales
+        count = len(values) // shape[0]  # groups of an output
+        columns = layout.spread(torch.arange(count, dtype=torch.float32), (1, *shape[1:]))
+        first = np.arange(shape[0], dtype=np.int64)[:, None] * count
+        rows = graph.constant(f"rows.{shape[0]}.{count}", first)
+        place = columns.long().reshape(1, -1).numpy()
+        groups = graph.constant(f"groups.{layout.text}.{place.size}", place)
+        index = graph.call("Add", rows, groups, name=f"{self.name}.{what}.index")
+        flat = graph.constant(f"{self.name}.{what}", values.numpy())
+        each = graph.call("Gather", flat, index, name=f"{self.name}.{what}.each", axis=0)
+        return graph.call("Reshape", each, shape_of(graph, shape), name=f"{self.name}.{what}.wide")
 
     def scales(self, graph: Graph) -> "ir.Value":
         """The scale as a constant, [] or [slices]."""
@@ -228,8 +274,7 @@ def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
 
 
 def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
-    placeholder = {"half": "h", "unsigned": "u", "ternary": "t"}.get(grid.kind, "")
-    function = f"unpack{grid.bits}{placeholder}"
+    function = f"unpack{grid.bits}{grid.codebook.text.strip('0123456789')}"
     graph.function(function, _unpacking(function, grid))
     stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
     return graph.call(
@@ -243,24 +288,26 @@ def _unpacking(name: str, grid: Grid) -> str:
     A byte is split into its digits: of base 2^bits where that divides a byte evenly, of base 3 for
     ternary codes, else into bits, of which `bits` in a row are a code again.
     """
-    ternary, even = grid.kind == "ternary", 8 % grid.bits == 0
-    base, each = (3, 5) if ternary else (2**grid.bits, 8 // grid.bits) if even else (2, 8)
+    bits = grid.levels.bit_length() - 1
+    ternary, even = grid.levels == 3, 8 % bits == 0
+    base, each = (3, 5) if ternary else (2**bits, 8 // bits) if even else (2, 8)
     powers = ",".join(str(base**k) for k in range(each))
     join = (
         "codes = Identity(digits)"
         if ternary or even
         else f"""
-        width = Constant <value = int64[1] {{{grid.bits}}}> ()
+        width = Constant <value = int64[1] {{{bits}}}> ()
         used = Mul(count, width)
         stream = Slice(digits, zero, used)
-        rows = Constant <value = int64[2] {{-1,{grid.bits}}}> ()
+        rows = Constant <value = int64[2] {{-1,{bits}}}> ()
         bits = Reshape(stream, rows)
-        weights = Constant <value = int32[{grid.bits}] {{{",".join(str(2**k) for k in range(grid.bits))}}}> ()
+        weights = Constant <value = int32[{bits}] {{{",".join(str(2**k) for k in range(bits))}}}> ()
         weighted = Mul(bits, weights)
         axis = Constant <value = int64[1] {{1}}> ()
         codes = ReduceSum <keepdims = 0> (weighted, axis)"""
     )
-    gain, shift = (2, 2 * grid.low + 1) if grid.kind == "half" else (1, grid.low)
+    gain, offset = grid.codebook.integers or (1, 0)
+    shift = gain * grid.low + offset
     return f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
     {name} (packed, shape) => (integers)

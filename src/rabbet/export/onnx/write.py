@@ -126,7 +126,7 @@ def _measure(plain: bytes, names: Sequence[str], task: Task) -> dict[str, Range]
     for chunk in chunks:
         for name, array in zip(names, session.run(session.feed(chunk), names), strict=True):
             samples[name](torch.from_numpy(array))
-    grid = Grid(8, "unsigned")
+    grid = Grid.of(8, "unsigned")
     found = {name: sample.range(grid) for name, sample in samples.items()}
     return {name: Range(float(scale), int(zero)) for name, (scale, zero) in found.items()}
 

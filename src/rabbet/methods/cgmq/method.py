@@ -83,7 +83,7 @@ class CGMQ(Settings):
 
     def _grid(self, bits: int) -> Grid:
         kind = self.two if bits == 2 else "signed"
-        return Grid(bits, kind, 0 if self.scales == "channel" else None)
+        return Grid.of(bits, kind, 0 if self.scales == "channel" else None)
 
     def _require(self, piece: Workpiece, budget: Budget, lines: list[LayerPlan]) -> None:
         """Refuse a budget below the smallest widths at once."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.forms import Dense
-from rabbet.grids.grid import Grid, Kind, Quantised, stored
+from rabbet.grids.codebook import uniform
+from rabbet.grids.grid import Grid, Quantised, stored
 from rabbet.layers import Site
 from rabbet.model.build import install
 from rabbet.model.compressed import Compressed, Numbers, compressed_layers
@@ -39,7 +40,7 @@ class Seat(nn.Module):
         self.site = layer.site
         grid = layer.plan.terms[0].grid
         self.axis = grid.axis
-        self.two: Kind = "half"
+        self.two = "half"
         self.latent: Tensor = nn.Parameter(weight.detach().float().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         self.reach: Tensor = nn.Parameter(_covering(self.latent.detach(), grid.axis))
@@ -69,7 +70,7 @@ class Seat(nn.Module):
             return site.run(x, self._rounded(), bias)
         if self.high is not None and self.act <= WIDEST:
             scale, zero = self.act_range(self.act)
-            x = Grid(self.act, "unsigned").fake(x, scale, zero)
+            x = Grid.of(self.act, "unsigned").fake(x, scale, zero)
         if self.watched and x.requires_grad:
             x.register_hook(self._watch)
         return site.run(x, self._rounded(), bias)
@@ -102,7 +103,7 @@ class Seat(nn.Module):
 
     def grid(self, bits: int) -> Grid:
         """The grid of a width: signed; at 2 bits ternary (the paper's) or the half-step one."""
-        return Grid(bits, self.two if bits == 2 else "signed", self.axis)
+        return Grid.of(bits, self.two if bits == 2 else "signed", self.axis)
 
     def scale(self, bits: int) -> Tensor:
         """The scale that makes a grid as wide as the reach, or the share of it that so few levels had better cover."""
@@ -223,7 +224,7 @@ def seatable(site: Site, line: LayerPlan) -> bool:
 
 def widest(line: LayerPlan) -> LayerPlan:
     """The line at 8 bits: what a seat is built from, and what ranges are calibrated for."""
-    grid = replace(line.terms[0].grid, bits=WIDEST, kind="signed")
+    grid = replace(line.terms[0].grid, codebook=uniform(WIDEST))
     return LayerPlan(line.name, (Term(Dense(), grid),), None if line.act is None else WIDEST)
 
 

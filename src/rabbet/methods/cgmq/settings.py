@@ -60,13 +60,13 @@ class Settings:
             )
         for bits in self.widths:
             if bits not in (16, 32):
-                Grid(bits)
+                Grid.of(bits)
         if self.widths[0] > WIDEST:
             raise PlanError(
                 f"the smallest width must be one that a file holds, 2 to 8 bits; found {self.widths[0]}"
             )
         if isinstance(self.image, int):
-            Grid(self.image, "unsigned")
+            Grid.of(self.image, "unsigned")
         if self.granularity == "channel" and not self.epochs:
             raise PlanError(
                 "gates of channels learn which outputs matter: granularity='channel' needs epochs of theirs"

@@ -67,9 +67,9 @@ class CoRa:
     def __post_init__(self) -> None:
         check_fields(self)
         for bits in (self.bits, *([] if self.ends is None else [self.ends])):
-            Grid(bits)
+            Grid.of(bits)
         if self.act is not None:
-            Grid(self.act, "unsigned")
+            Grid.of(self.act, "unsigned")
         Grid.parse(self.adapter_grid)
         if self.sigmas <= 0:
             raise PlanError(
@@ -138,7 +138,7 @@ class CoRa:
             lines.append(
                 LayerPlan(
                     site.name,
-                    (Term(Dense(), Grid(bits, axis=0)),),
+                    (Term(Dense(), Grid.of(bits, axis=0)),),
                     act if site.multiplies else None,
                 )
             )

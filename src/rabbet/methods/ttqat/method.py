@@ -46,7 +46,7 @@ class TTQAT(Settings):
         Where the rank is to be chosen, the layer itself stands beside them, on `grids` and on
         `rest` bits.
         """
-        plain = Term(Dense(), Grid(self.rest, axis=0))
+        plain = Term(Dense(), Grid.of(self.rest, axis=0))
         chain: type[Chain] = TTM if site.looks_up else TT
         given = self.table if site.looks_up else self.rank
         if site.name in self.whole:
@@ -57,7 +57,7 @@ class TTQAT(Settings):
             for bits in self.widths:
                 if not full:
                     continue
-                grid = Grid(bits, "half" if bits == 2 else "signed")
+                grid = Grid.of(bits, "half" if bits == 2 else "signed")
                 term = Term(chain(min(rank, full)), grid)
                 if term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
                     entries.append((term,))

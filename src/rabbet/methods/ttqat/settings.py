@@ -54,14 +54,14 @@ class Settings:
     def __post_init__(self) -> None:
         check_fields(self)
         for bits in self.widths:
-            Grid(bits)
-        Grid(self.rest)
+            Grid.of(bits)
+        Grid.of(self.rest)
         for text in self.grids:
             Grid.parse(text)
         if not {"tt", "ttm"}.issuperset(self.forms):
             raise PlanError(f"forms are 'tt' and 'ttm', both, one or none; found {self.forms}")
         if self.act is not None:
-            Grid(self.act, "unsigned")
+            Grid.of(self.act, "unsigned")
         check_least(self, 1, "rank", "table")
         check_least(
             self,

@@ -1,0 +1,272 @@
+"""Codebooks: what a small integer stands for, in units of a scale.
+
+The text of a codebook is the first part of a grid's:
+
+    4      signed, -8 .. 7                      u8     unsigned, 0 .. 255
+    2h     half-step (mid-rise), -3/2 .. 3/2    1      binary, -1/2 and 1/2
+    t      ternary, -1, 0, 1
+
+A new codebook is a class here, or in a file of its own, and a line in CODEBOOKS.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from rabbet.errors import PlanError
+
+
+def nearest(steps: Tensor, shift: Tensor | float) -> Tensor:
+    """The nearest codes, not clipped, of values in units of their scale; a new tensor."""
+    return (steps - shift).round_()
+
+
+def points(codes: Tensor, shift: Tensor | float, scale: Tensor) -> Tensor:
+    """What codes stand for: `scale * (code + shift)`, a zero point being part of the shift."""
+    return (codes + shift) * scale
+
+
+class Codebook(ABC):
+    """A set of codes, integers from `low` to `high`, and the point that each stands for."""
+
+    bits: int
+    """Of the arithmetic that its points are multiplied in."""
+    name: ClassVar[str]
+    """What its family is called."""
+    mirrored: bool = False
+    """Whether -x may be nearer to the points than x, so that both signs of a scale are tried."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, text: str) -> Self | None:
+        """The codebook of a text; None for one that is of another family."""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """What stands in a plan."""
+
+    @property
+    @abstractmethod
+    def low(self) -> int:
+        """The smallest code."""
+
+    @property
+    @abstractmethod
+    def levels(self) -> int:
+        """How many codes there are."""
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return self.low + self.levels - 1
+
+    @property
+    @abstractmethod
+    def span(self) -> float:
+        """Half the way from the smallest to the largest point, or all of it if none is negative."""
+
+    @abstractmethod
+    def encode(self, steps: Tensor) -> Tensor:
+        """The code of the nearest point, as a float, for each value in units of its scale."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """The point of each code, in units of the scale."""
+
+    @property
+    def uniform(self) -> "Uniform | None":
+        """The same as points at equal distances, which solvers can round with error feedback."""
+        return None
+
+    @property
+    def integers(self) -> tuple[int, int] | None:
+        """(gain, offset) so that `gain * code + offset`, an int8 or uint8, is `gain` times a point.
+
+        That is what an integer kernel multiplies with. None if there is none.
+        """
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform(Codebook):
+    """Points at equal distances: `code + shift`."""
+
+    bits: int
+
+    shift: ClassVar[float] = 0.0
+    least: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not self.least <= self.bits <= 8:
+            raise PlanError(
+                f"a {self.name} grid of {self.bits} bits does not exist; "
+                "use 1 (binary) or 2 to 8 bits"
+            )
+
+    @property
+    def low(self) -> int:
+        """As of a two's complement."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def levels(self) -> int:
+        """All patterns of the bits."""
+        return 1 << self.bits
+
+    @property
+    def span(self) -> float:
+        """Half the way from one end to the other."""
+        return (self.levels - 1) / 2
+
+    def encode(self, steps: Tensor) -> Tensor:
+        """`clip(round(steps - shift), low, high)`."""
+        return nearest(steps, self.shift).clamp_(self.low, self.high)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """`codes + shift`."""
+        return codes + self.shift
+
+    @property
+    def uniform(self) -> "Uniform":
+        """The codebook itself."""
+        return self
+
+    @property
+    def integers(self) -> tuple[int, int]:
+        """The codes; with a shift of a half twice as many steps of half the size."""
+        return (2, 1) if self.shift else (1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Signed(Uniform):
+    """Two's complement: one step more below zero than above."""
+
+    name: ClassVar[str] = "signed"
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """`2` to `8`."""
+        return cls(int(text)) if re.fullmatch("[2-8]", text) else None
+
+    @property
+    def text(self) -> str:
+        """The bits."""
+        return str(self.bits)
+
+    @property
+    def mirrored(self) -> bool:  # type: ignore[override]
+        """Where the lopsided end is a large part of the grid."""
+        return self.bits <= 4
+
+
+@dataclass(frozen=True, slots=True)
+class Unsigned(Uniform):
+    """From zero upwards."""
+
+    name: ClassVar[str] = "unsigned"
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """`u2` to `u8`."""
+        return cls(int(text[1])) if re.fullmatch("u[2-8]", text) else None
+
+    @property
+    def text(self) -> str:
+        """`u` and the bits."""
+        return f"u{self.bits}"
+
+    @property
+    def low(self) -> int:
+        """Zero."""
+        return 0
+
+    @property
+    def span(self) -> float:
+        """All the way from zero."""
+        return float(self.levels - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class HalfStep(Uniform):
+    """Mid-rise: half a step off zero on both sides. With one bit it is binary."""
+
+    name: ClassVar[str] = "half"
+    shift: ClassVar[float] = 0.5
+    least: ClassVar[int] = 1
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """`1`, or `2h` to `8h`."""
+        return cls(int(text[0])) if re.fullmatch("1|[2-8]h", text) else None
+
+    @property
+    def text(self) -> str:
+        """The bits, and `h` unless they are one."""
+        return "1" if self.bits == 1 else f"{self.bits}h"
+
+
+@dataclass(frozen=True, slots=True)
+class Ternary(Uniform):
+    """-1, 0 and 1: arithmetic in two bits, 1.6 on disk."""
+
+    bits: int = 2
+
+    name: ClassVar[str] = "ternary"
+
+    def __post_init__(self) -> None:
+        if self.bits != 2:
+            raise PlanError(f"a ternary grid takes 2 bits of arithmetic, asked for {self.bits}")
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """`t`."""
+        return cls() if text == "t" else None
+
+    @property
+    def text(self) -> str:
+        """`t`."""
+        return "t"
+
+    @property
+    def low(self) -> int:
+        """-1."""
+        return -1
+
+    @property
+    def levels(self) -> int:
+        """Three."""
+        return 3
+
+
+CODEBOOKS: dict[str, type[Codebook]] = {
+    book.name: book for book in (Signed, Unsigned, HalfStep, Ternary)
+}
+
+
+def read_codebook(text: str) -> Codebook | None:
+    """The codebook of a text, None if there is none."""
+    return next((b for book in CODEBOOKS.values() if (b := book.read(text)) is not None), None)
+
+
+def uniform(bits: int, kind: str = "signed") -> Uniform:
+    """A codebook of equal distances by its family; raises PlanError for one that there is not."""
+    book = CODEBOOKS.get(kind)
+    if book is None or not issubclass(book, Uniform):
+        raise PlanError(f"{kind!r} is no family of uniform grids")
+    return book(bits)
+
+
+def table_lookup(codes: Tensor, low: int, table: Tensor) -> Tensor:
+    """The entries of a table of points for codes that start at `low`: for codebooks of any points."""
+    return table.to(codes.device)[(codes - low).long()]
+
+
+def nearest_in(steps: Tensor, low: int, table: Tensor) -> Tensor:
+    """The codes of the nearest entries of a table of points in rising order."""
+    middles = ((table[1:] + table[:-1]) / 2).to(steps.device)
+    return torch.bucketize(steps, middles).to(steps.dtype) + low
