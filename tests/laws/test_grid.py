@@ -12,12 +12,24 @@ from networks import rand
 from rabbet.errors import PlanError
 from rabbet.grids.grid import Grid, Quantised, stored
 
-TEXTS = (
-    *(f"{b}{axis}" for b in range(2, 9) for axis in ("", "c", "c1")),
-    *(f"u{b}{axis}" for b in range(2, 9) for axis in ("", "c", "c1")),
-    *(f"{b}h{axis}" for b in range(2, 9) for axis in ("", "c", "c1")),
-    *(f"{kind}{axis}" for kind in ("1", "t") for axis in ("", "c", "c1")),
+BOOKS = (
+    *(f"{b}" for b in range(2, 9)),
+    *(f"u{b}" for b in range(2, 9)),
+    *(f"{b}h" for b in range(2, 9)),
+    "1",
+    "t",
 )
+LAYOUTS = ("", "c", "c1", "g2", "g8", "g64")
+# every codebook on some layout and every layout on some codebooks: they do not know each other
+TEXTS = tuple(
+    dict.fromkeys(
+        [
+            *(f"{book}{LAYOUTS[k % len(LAYOUTS)]}" for k, book in enumerate(BOOKS)),
+            *(f"{book}{layout}" for book in ("4", "2h", "t") for layout in LAYOUTS),
+        ]
+    )
+)
+ZEROS = ("4g8z", "2g3z", "u4g64z", "3hg8z", "tg4z")
 GRIDS = [pytest.param(Grid.parse(text), id=text) for text in TEXTS]
 every_grid = pytest.mark.parametrize("grid", GRIDS)
 
@@ -30,10 +42,10 @@ def _tensor(grid: Grid, seed: int = 0) -> torch.Tensor:
 def _loss(
     grid: Grid, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
-    return grid._rows((grid.project(x, scale) - x).square() * weight).double().sum(1)
+    return grid.scales.rows((grid.project(x, scale) - x).square() * weight).double().sum(1)
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [*TEXTS, *ZEROS])
 def test_a_grid_is_its_text(text):
     assert str(Grid.parse(text)) == text
     assert Grid.parse(str(Grid.parse(text))) == Grid.parse(text)
@@ -45,7 +57,31 @@ def test_no_two_texts_are_one_grid():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "9", "16", "c", "h", "u", "u1", "1h0", "uh", "u4h", "4x", "4 c", "-4", "T", "4c-1"],
+    [
+        "",
+        "0",
+        "9",
+        "16",
+        "c",
+        "h",
+        "u",
+        "u1",
+        "1h0",
+        "uh",
+        "u4h",
+        "4x",
+        "4 c",
+        "-4",
+        "T",
+        "4c-1",
+        "4g",
+        "4g0",
+        "4g1",
+        "4gz",
+        "4g8c",
+        "g8",
+        "4g08",
+    ],
 )
 def test_what_is_not_a_grid_is_refused(text):
     with pytest.raises(PlanError):
@@ -105,7 +141,7 @@ def test_no_point_of_the_grid_is_nearer_than_the_projection(grid):
 
 
 @every_grid
-def test_a_scale_has_one_entry_a_slice_and_is_a_bfloat16(grid):
+def test_a_scale_has_one_entry_a_part_and_is_a_bfloat16(grid):
     x = _tensor(grid)
     codes = grid.codes(x, grid.minmax(x))
     for scale in (grid.minmax(x), grid.mse(x), grid.refit(x, codes, grid.minmax(x))):
@@ -118,7 +154,7 @@ def test_a_scale_has_one_entry_a_slice_and_is_a_bfloat16(grid):
 def test_minmax_covers_the_largest_magnitude(grid):
     x = _tensor(grid)
     reach = (
-        grid.spread(grid.minmax(x), 3).abs()
+        grid.spread(grid.minmax(x), x.shape).abs()
         * (grid.levels - 1)
         / (1 if grid.kind == "unsigned" else 2)
     )
@@ -153,7 +189,7 @@ def test_a_refitted_scale_never_increases_the_error(grid):
         scale = grid.minmax(x)
         codes = grid.codes(x, scale)
         error = [
-            grid._rows((grid.values(codes, s) - x).square()).sum(1)
+            grid.scales.rows((grid.values(codes, s) - x).square()).sum(1)
             for s in (scale, grid.refit(x, codes, scale))
         ]
         assert (error[1] <= error[0] * (1 + 1e-6)).all()
@@ -164,7 +200,7 @@ def test_a_refitted_scale_is_the_least_squares_one(grid):
     x = _tensor(grid)
     scale = grid.minmax(x)
     codes = grid.codes(x, scale)
-    z, rows = grid._rows(codes + grid.shift).double(), grid._rows(x).double()
+    z, rows = grid.scales.rows(codes + grid.codebook.shift).double(), grid.scales.rows(x).double()
     for found, start, a, b in zip(grid.refit(x, codes, scale), scale, z, rows, strict=True):
         exact = (
             torch.linalg.lstsq(a[:, None], b[:, None]).solution.item() if a.any() else start.item()
@@ -194,7 +230,7 @@ def test_where_codes_say_nothing_the_scale_is_kept(text):
     grid = Grid.parse(text)
     scale = grid.minmax(torch.ones(2, 3))
     x = torch.zeros(2, 3)
-    if grid.shift:  # a half-step grid has no zero code: all its codes say something
+    if grid.codebook.shift:  # a half-step grid has no zero code: all its codes say something
         assert torch.isfinite(grid.refit(x, grid.codes(x, scale), scale)).all()
     else:
         assert torch.equal(grid.refit(x, grid.codes(x, scale), scale), scale)
@@ -210,7 +246,7 @@ def test_a_tensor_of_zeros_has_a_usable_scale(grid):
 
 @every_grid
 def test_short_grids_that_reach_further_on_one_side_are_worth_mirroring(grid):
-    whole = Grid.of(grid.bits, grid.kind)
+    whole = grid.with_axis(None)
     low, high = whole.project(torch.tensor([-1e4, 1e4]), torch.ones(1)).tolist()
     assert grid.mirrored == (low != -high and low < 0 and grid.bits <= 4)
 
@@ -297,12 +333,14 @@ def test_the_gradient_of_fake_is_that_of_the_formula(text):
     x, pull = _tensor(grid), rand(6, 5, 4, seed=3)
     scale = grid.mse(x) * 0.7
     dx, ds = _slopes(grid, x, scale, pull=pull)
-    v = x / grid.spread(scale, 3) - grid.shift
+    v = x / grid.spread(scale, x.shape) - grid.codebook.shift
     inside = (v >= grid.low) & (v <= grid.high)
-    step = torch.where(inside, v.round() - v, v.round().clamp(grid.low, grid.high) + grid.shift)
+    step = torch.where(
+        inside, v.round() - v, v.round().clamp(grid.low, grid.high) + grid.codebook.shift
+    )
     gain = 1 / math.sqrt(x.numel() / scale.numel() * max(grid.high, 1))
     assert torch.equal(dx, pull * inside)
-    assert torch.allclose(ds, grid._rows(step * pull).sum(1) * gain, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ds, grid.scales.rows(step * pull).sum(1) * gain, rtol=1e-4, atol=1e-5)
 
 
 def test_latent_codes_round_and_let_the_gradient_through_inside_the_range():
@@ -311,6 +349,56 @@ def test_latent_codes_round_and_let_the_gradient_through_inside_the_range():
     found.sum().backward()
     assert found.tolist() == [-2, -2, 0, 1, 1]
     assert latent.grad.tolist() == [0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("text", ZEROS)
+def test_zero_points_are_codes_and_zero_lies_on_the_grid(text):
+    grid = Grid.parse(text)
+    x = rand(6, 5, 4) + 0.7
+    q = Quantised.nearest(x, grid)
+    assert q.zero.shape == q.scale.shape == grid.scale_shape((6, 5, 4))
+    assert torch.equal(q.zero, q.zero.round().clamp(grid.low, grid.high))
+    assert torch.equal(grid.codes(q.values, q.scale, q.zero), q.codes)
+    zeros = torch.zeros_like(x)
+    exact = grid.project(zeros, q.scale, q.zero)
+    assert exact.abs().max() == 0 or grid.codebook.shift
+
+
+@pytest.mark.parametrize(("text", "plain"), [("4g8z", "4g8"), ("3g64z", "3g64"), ("2g8z", "2g8")])
+def test_zero_points_help_where_values_lie_on_one_side(text, plain):
+    x = rand(6, 40).abs() + 0.5
+    ours, theirs = (
+        float((Quantised.nearest(x, Grid.parse(t)).values - x).square().sum())
+        for t in (text, plain)
+    )
+    assert ours < theirs
+
+
+def test_smaller_groups_of_inputs_err_less():
+    x = rand(8, 256) * torch.logspace(-1, 1, 256)
+    errors = [
+        float((Quantised.nearest(x, Grid.parse(t)).values - x).square().sum())
+        for t in ("4", "4c", "4g128", "4g32", "4g8")
+    ]
+    assert all(b < a for a, b in itertools.pairwise(errors))
+
+
+def test_groups_are_of_consecutive_inputs_of_one_output():
+    grid, x = Grid.parse("8g3"), torch.arange(20.0).view(2, 5, 2)
+    assert grid.scale_shape((2, 5, 2)) == (8,)
+    rows = grid.scales.rows(x)
+    assert rows.tolist()[:4] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 0]]
+    spread = grid.spread(torch.arange(8.0), (2, 5, 2))
+    assert spread.flatten().tolist()[:10] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_a_gradient_reaches_every_scale_of_a_group():
+    grid, x = Grid.parse("3g4"), rand(5, 10)
+    scale = grid.mse(x)
+    dx, ds = _slopes(grid, x, scale, pull=rand(5, 10, seed=2))
+    assert dx.shape == x.shape
+    assert ds.shape == scale.shape
+    assert (ds != 0).all()
 
 
 @given(st.floats(-1e30, 1e30))

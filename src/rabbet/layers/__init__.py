@@ -8,18 +8,22 @@ from rabbet.layers.conv_transpose import ConvTranspose
 from rabbet.layers.embedding import Embedding
 from rabbet.layers.linear import Linear, TransposedLinear
 
-KINDS: tuple[LayerKind, ...] = (
-    *(Conv(space) for space in (2, 1, 3)),
-    *(ConvTranspose(space) for space in (2, 1, 3)),
-    Linear(),
-    TransposedLinear(),
-    Embedding(),
-)
+KINDS: dict[str, LayerKind] = {
+    kind.name: kind
+    for kind in (
+        *(Conv(space) for space in (2, 1, 3)),
+        *(ConvTranspose(space) for space in (2, 1, 3)),
+        Linear(),
+        TransposedLinear(),
+        Embedding(),
+    )
+}
+"""By the name that files and surveys call them."""
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a layer, or None if it is of none."""
-    return next((kind for kind in KINDS if kind.fits(module)), None)
+    return next((kind for kind in KINDS.values() if kind.fits(module)), None)
 
 
 def looks_up(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ def site_from_json(facts: list[Any]) -> Site:
     """The inverse of `site_to_json`; raises FileError for facts that are not a site's."""
     try:
         name, named, shape, positions, inputs, other = facts
-        kind = next(kind for kind in KINDS if kind.name == named)
+        kind = KINDS[named]
         told = {k: tuple(v) if isinstance(v, list) else v for k, v in other.items()}
         site = Site(
             name=name,
@@ -54,7 +54,7 @@ def site_from_json(facts: list[Any]) -> Site:
         )
         if _sound(site):
             return site
-    except (TypeError, ValueError, KeyError, AttributeError, StopIteration):
+    except (TypeError, ValueError, KeyError, AttributeError):
         pass
     raise FileError(f"{json.dumps(facts)} does not describe a layer")
 

@@ -241,11 +241,12 @@ def refit(rows: Rows, metric: Metric) -> Rows:
 def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> Rows:
     """Rows rounded to nearest, their scales from a search weighted by the diagonal of the metric.
 
-    grid: with scales for each row, or for each group of its columns. mirror: start from the
+    A grid whose rows share scales gets one for each row. mirror: start from the
     mirrored grid, for grids of which one end reaches further than the other.
     """
     weight = metric.diagonal[:, None].expand_as(target).flatten(0, 1)
     flat = (-target if mirror else target).flatten(0, 1)
+    grid = grid if grid.scales.parts(1) is not None else grid.with_axis(0)
     scale, zero = grid.search(flat, weight)
     scale = scale.view(*target.shape[:2], -1)
     zero = None if zero is None else zero.view_as(scale)

@@ -33,7 +33,7 @@ BORDER = {"Concat", "Pad", "Slice"}
 # What onnxruntime computes in integers if inputs and output are quantised.
 INTEGER = {"Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid"}
 # Of these an integer kernel wants a quantised output, too.
-CONVS = {kind.operator for kind in KINDS if kind.space and kind.integer_kernel}
+CONVS = {kind.operator for kind in KINDS.values() if kind.space and kind.integer_kernel}
 # What only cuts off: an output that is quantised after it needs no quantisation before it.
 CUTTING = {"Clip", "Relu"}
 

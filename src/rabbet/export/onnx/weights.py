@@ -16,7 +16,7 @@ from rabbet.model.compressed import Factor
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OUTPUT_AXES = {k.operator: k.output_axis for k in KINDS if k.output_axis is not None}
+OUTPUT_AXES = {k.operator: k.output_axis for k in KINDS.values() if k.output_axis is not None}
 
 
 def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]:
