@@ -34,8 +34,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import rabbet
-from rabbet import TTQAT, Joint, Task, Tuning
+from rabbet import TTQAT, Joint, Task
+from rabbet.errors import BudgetError
 from rabbet.jobs import silent
+from rabbet.train.tuning import Tuning
 
 Batch = dict[str, Tensor]
 """`input_ids` and `attention_mask` [n, length], `labels` [n]."""
@@ -244,7 +246,7 @@ def outcome(
         result = rabbet.compress(
             model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, jobs=jobs
         )
-    except rabbet.BudgetError as e:
+    except BudgetError as e:
         return {"refused": str(e), "seconds": round(time.perf_counter() - start)}
     seconds = round(time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as place:

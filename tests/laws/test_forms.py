@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rabbet.forms import FORMS, Contracted
 from rabbet.layers.site import KINDS
-from rabbet.model.inspect import survey
+from rabbet.model.inspect import inspect_network
 
 LAYERS = {
     "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 5)),
@@ -50,7 +50,7 @@ def _case(name):
         for p in layer.parameters():
             p.copy_(rand(*p.shape, seed=p.ndim))
     x = torch.arange(15).view(3, 5) % 9 if name == "embedding" else rand(*shape, seed=4)
-    site = survey(layer, x).sites[0]
+    site = inspect_network(layer, x).sites[0]
     return layer, site, KINDS[site.kind].weight(layer).detach(), x
 
 

@@ -9,13 +9,16 @@ from networks import rand
 from torch import nn
 
 import rabbet
-from rabbet import DataError, Plan, PlanError, Term
-from rabbet.core.plan import LayerPlan
+from rabbet import Plan
+from rabbet.core.plan import LayerPlan, Term
+from rabbet.errors import DataError, PlanError
 from rabbet.forms.base import Aim
 from rabbet.forms.modes import balanced, covering, exactly
 from rabbet.forms.tt import TT
 from rabbet.forms.ttm import TTM
+from rabbet.grids.grid import Grid
 from rabbet.layers.site import Site
+from rabbet.model.build import build, plan_of
 from rabbet.solve.tensor_train import bonds, half, halves, tt_svd
 
 ATTENTION, UP, DOWN = (
@@ -121,7 +124,7 @@ def test_a_runtime_is_given_the_same_layer(form):
     site = Site("x", "embedding" if isinstance(form, TTM) else "linear", (24, 12))
     factors = form.decompose(site, rand(24, 12), 3, None)
     name, modes, finished = form.finished(site, factors)
-    term = Term(name, rabbet.Grid(8), len(finished[0]), modes)
+    term = Term(name, Grid(8), len(finished[0]), modes)
     assert [tuple(f.shape) for f in finished] == list(term.how.shapes(site, term.rank))
     assert torch.allclose(
         term.how.contract(site, finished), form.contract(site, factors), atol=1e-5
@@ -133,8 +136,8 @@ def test_digits_stand_in_the_plan_where_they_are_not_the_usual():
     assert str(LayerPlan.parse(text)) == text
     assert LayerPlan.parse(text).terms[0].modes == ((2, 6), (4, 2))
     model = nn.Sequential(nn.Linear(12, 8))
-    built = rabbet.build(model, Plan.parse(f"0 {text[3:]}"), rabbet.survey(model, rand(2, 12)))
-    assert rabbet.plan_of(built, rabbet.survey(model, rand(2, 12))) == Plan.parse(f"0 {text[3:]}")
+    built = build(model, Plan.parse(f"0 {text[3:]}"), rabbet.survey(model, [rand(2, 12)]))
+    assert plan_of(built, rabbet.survey(model, [rand(2, 12)])) == Plan.parse(f"0 {text[3:]}")
 
 
 @pytest.mark.parametrize(
@@ -166,14 +169,14 @@ def test_what_does_not_fit_is_refused(line, words):
     model = Two()
     batch = (rand(2, 12), torch.tensor([[1], [2]]))
     with pytest.raises(PlanError, match=words.replace("[", r"\[")):
-        rabbet.build(model, Plan.parse(line), rabbet.survey(model, batch))
+        build(model, Plan.parse(line), rabbet.survey(model, [batch]))
 
 
 @pytest.mark.parametrize("index", [9, -1, 100])
 def test_an_index_that_a_table_does_not_have_is_refused(index):
     model = nn.Sequential(nn.Embedding(9, 6))
     batch = torch.tensor([[1, 2], [3, 8]])
-    built = rabbet.build(model, Plan.parse("0 ttm[3]@8"), rabbet.survey(model, batch))
+    built = build(model, Plan.parse("0 ttm[3]@8"), rabbet.survey(model, [batch]))
     assert built(batch).shape == (2, 2, 6)
     with pytest.raises(DataError, match="indices are 0 to 8"):
         built(torch.tensor([[index]]))
