@@ -46,6 +46,7 @@ from rabbet import TTQAT, Joint, Task
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.survey import Survey
 from rabbet.export.onnx.write import write_float
+from rabbet.methods import Method
 from rabbet.model.build import build
 from rabbet.runtime.bench import time_files
 from rabbet.train.loop import Course, run
@@ -124,7 +125,7 @@ class Bench:
         )
         return Outcome(**read | {part: Score(**read[part]) for part in ("held", "pooled", "test")})
 
-    def outcome(self, model: nn.Module, method: rabbet.methods.Method, seed: int, budget: str = LOOSE,
+    def outcome(self, model: nn.Module, method: Method, seed: int, budget: str = LOOSE,
                 whole: int = 0) -> Outcome:  # fmt: skip
         """Compress, write, load again, measure; `whole`: float bytes that the ratio refers to, if not the model's."""
         marks: list[float] = []

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import rabbet
 from rabbet import CGMQ, Joint, Task
 from rabbet.errors import BudgetError
+from rabbet.methods import Method
 from rabbet.train.losses import divergence
 from rabbet.train.tuning import Tuning
 
@@ -100,7 +101,7 @@ def measured(
     model: nn.Module,
     budget: str,
     task: Task,
-    method: rabbet.methods.Method,
+    method: Method,
     test: Labelled,
     seed: int,
 ) -> tuple[float, rabbet.Result, float]:
@@ -111,7 +112,7 @@ def measured(
 
 
 def fitted(
-    model: nn.Module, plan: rabbet.Plan, task: Task, method: rabbet.methods.Method, test: Labelled
+    model: nn.Module, plan: rabbet.Plan, task: Task, method: Method, test: Labelled
 ) -> tuple[float, rabbet.Result, float]:
     """The same of a plan that is there already."""
     start = time.perf_counter()

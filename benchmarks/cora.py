@@ -30,6 +30,7 @@ import rabbet
 from rabbet import CoRa, Joint, Task
 from rabbet.core.plan import LayerPlan
 from rabbet.data.batches import outputs
+from rabbet.methods import Method
 from rabbet.methods.base import Fitted
 from rabbet.methods.cora.search import Ranking
 from rabbet.runtime.bench import time_files
@@ -67,7 +68,7 @@ class Bench:
         self.held = list(torch.from_numpy(more).split(250))
 
     def drop(
-        self, method: rabbet.methods.Method, budget: str, seed: int = 0
+        self, method: Method, budget: str, seed: int = 0
     ) -> tuple[float, rabbet.Result, float]:
         """Points lost by the written file, the result, and seconds."""
         start = time.perf_counter()
@@ -144,7 +145,7 @@ class _Ended:
         return self.joint.fit(piece, plan)
 
 
-def _ended(joint: Joint, ends: int | None) -> rabbet.methods.Method:
+def _ended(joint: Joint, ends: int | None) -> Method:
     return joint if ends is None else _Ended(joint, ends)
 
 

@@ -15,6 +15,7 @@ from rabbet.cli.stored import opened
 from rabbet.data.batches import examples, first_examples, tensors
 from rabbet.data.task import Task
 from rabbet.errors import DataError, FileError, ModelError
+from rabbet.export.native import write_native
 from rabbet.export.onnx import compare
 from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
@@ -94,7 +95,7 @@ def test_every_layer_runs_on_an_integer_kernel(written):
 
 def test_the_file_is_hardly_larger_than_the_native_one(written, tmp_path):
     _, made, found, _ = written
-    native = rabbet.export.native.write_native(made, tmp_path / "small.safetensors").bytes
+    native = write_native(made, tmp_path / "small.safetensors").bytes
     assert found.bytes <= 1.15 * native + 100_000
 
 
