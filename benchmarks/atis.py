@@ -42,10 +42,15 @@ from sentences import (
 from torch import Tensor, nn
 
 import rabbet
-from rabbet import TTQAT, Joint, Task, Tuning
+from rabbet import TTQAT, Joint, Task
+from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.core.survey import Survey
 from rabbet.export.onnx.write import write_float
+from rabbet.methods import Method
+from rabbet.model.build import build
 from rabbet.runtime.bench import time_files
 from rabbet.train.loop import Course, run
+from rabbet.train.tuning import Tuning
 
 Named = dict[str, Tensor]
 SWAPS = 0.5  # share of the values of slots that copies have exchanged
@@ -120,7 +125,7 @@ class Bench:
         )
         return Outcome(**read | {part: Score(**read[part]) for part in ("held", "pooled", "test")})
 
-    def outcome(self, model: nn.Module, method: rabbet.methods.Method, seed: int, budget: str = LOOSE,
+    def outcome(self, model: nn.Module, method: Method, seed: int, budget: str = LOOSE,
                 whole: int = 0) -> Outcome:  # fmt: skip
         """Compress, write, load again, measure; `whole`: float bytes that the ratio refers to, if not the model's."""
         marks: list[float] = []
@@ -323,10 +328,10 @@ def speed(bench: Bench) -> None:
             for name, act in (("tt", None), ("tt8", 8)):
                 method = TTQAT(4, whole=HEADS, act=act, epochs=0, finish=0, start="random")
                 plan = rabbet.plan(teacher, "bytes <= 90%", task, method)
-                survey = rabbet.survey(teacher, batch, task)
-                made = rabbet.build(teacher, plan, survey)
+                survey = rabbet.survey(teacher, task)
+                made = build(teacher, plan, survey)
                 if act:
-                    rabbet.calibrate_ranges(made, task)
+                    calibrate_ranges(made, task)
                 _export(made, plan, survey, task, files[name])
             found = time_files(files, [t[:1] for t in batch.values()], runs=200, threads=1)
         base = found["float"].median
@@ -334,9 +339,7 @@ def speed(bench: Bench) -> None:
             f"{found['int8'].median / min(found['tt'].median, found['tt8'].median):.1f}")  # fmt: skip
 
 
-def _export(
-    model: nn.Module, plan: rabbet.Plan, survey: rabbet.Survey, task: Task, path: Path
-) -> None:
+def _export(model: nn.Module, plan: rabbet.Plan, survey: Survey, task: Task, path: Path) -> None:
     from rabbet.export.base import Parcel
     from rabbet.export.onnx.write import write_onnx
 

@@ -26,8 +26,11 @@ from frontier import cifar
 from torch import Tensor, nn
 
 import rabbet
-from rabbet import CGMQ, Joint, Task, Tuning
+from rabbet import CGMQ, Joint, Task
+from rabbet.errors import BudgetError
+from rabbet.methods import Method
 from rabbet.train.losses import divergence
+from rabbet.train.tuning import Tuning
 
 Labelled = list[tuple[Tensor, Tensor]]
 DENSE = Joint(adapters=(), forms=(), grids=("2hc", "3c", "4c", "5c", "6c", "7c", "8c"))
@@ -98,7 +101,7 @@ def measured(
     model: nn.Module,
     budget: str,
     task: Task,
-    method: rabbet.methods.Method,
+    method: Method,
     test: Labelled,
     seed: int,
 ) -> tuple[float, rabbet.Result, float]:
@@ -109,7 +112,7 @@ def measured(
 
 
 def fitted(
-    model: nn.Module, plan: rabbet.Plan, task: Task, method: rabbet.methods.Method, test: Labelled
+    model: nn.Module, plan: rabbet.Plan, task: Task, method: Method, test: Labelled
 ) -> tuple[float, rabbet.Result, float]:
     """The same of a plan that is there already."""
     start = time.perf_counter()
@@ -216,7 +219,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
 def _share(model: nn.Module, plan: rabbet.Plan, data: list[Tensor]) -> float:
     """Per cent of the float network's bit operations."""
     cost = rabbet.price(model, plan, data)
-    return 100 * cost.bops / (1024 * sum(s.macs for s in rabbet.survey(model, data[0])))
+    return 100 * cost.bops / (1024 * sum(s.macs for s in rabbet.survey(model, data)))
 
 
 def _ended(plan: rabbet.Plan) -> rabbet.Plan:
@@ -240,7 +243,7 @@ def _joint(
                         model, f"bops <= {room:.6f}%", data, replace(DENSE, act=act), jobs=jobs
                     )
                 )
-        except rabbet.BudgetError:
+        except BudgetError:
             continue
         result = rabbet.fit(model, plan, data, UNTRAINED, jobs=jobs)
         with torch.no_grad():
@@ -251,7 +254,7 @@ def _joint(
 
 def _uniform(model: nn.Module, data: list[Tensor], share: float) -> rabbet.Plan:
     """The largest equal widths within the budget; of two, inputs get the wider."""
-    names = [s.name for s in rabbet.survey(model, data[0])]
+    names = [s.name for s in rabbet.survey(model, data)]
     for bits, act in ((4, 5), (4, 4), (3, 4), (3, 3), (2, 3), (2, 2)):
         grid = "2hc" if bits == 2 else f"{bits}c"
         inner = (f"{n} dense@{grid} | act@{act}" for n in names[1:-1])

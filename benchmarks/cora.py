@@ -27,11 +27,15 @@ from frontier import cifar
 from reconstruction import reconstruct
 
 import rabbet
-from rabbet import CoRa, Joint, Ranking, Task, Tuning
+from rabbet import CoRa, Joint, Task
+from rabbet.core.plan import LayerPlan
 from rabbet.data.batches import outputs
+from rabbet.methods import Method
 from rabbet.methods.base import Fitted
+from rabbet.methods.cora.search import Ranking
 from rabbet.runtime.bench import time_files
 from rabbet.train.losses import divergence
+from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 PAPER = CoRa(
@@ -64,7 +68,7 @@ class Bench:
         self.held = list(torch.from_numpy(more).split(250))
 
     def drop(
-        self, method: rabbet.methods.Method, budget: str, seed: int = 0
+        self, method: Method, budget: str, seed: int = 0
     ) -> tuple[float, rabbet.Result, float]:
         """Points lost by the written file, the result, and seconds."""
         start = time.perf_counter()
@@ -141,14 +145,14 @@ class _Ended:
         return self.joint.fit(piece, plan)
 
 
-def _ended(joint: Joint, ends: int | None) -> rabbet.methods.Method:
+def _ended(joint: Joint, ends: int | None) -> Method:
     return joint if ends is None else _Ended(joint, ends)
 
 
 def _bare_bits(bench: Bench, method: CoRa) -> float:
     """Mean bits without any adapter."""
     plan = rabbet.plan(bench.model, "bits <= 32", bench.task, replace(method, ranks="heuristic"))
-    bare = (rabbet.LayerPlan(x.name, x.terms[:1], x.act) for x in plan)
+    bare = (LayerPlan(x.name, x.terms[:1], x.act) for x in plan)
     return rabbet.price(bench.model, rabbet.Plan(tuple(bare)), bench.data).bits
 
 
@@ -221,7 +225,7 @@ def reconstruction(bench: Bench, iterations: list[int]) -> None:
 def latency(bench: Bench) -> None:
     """The exported network with its adapters against the same without."""
     plan = rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3), jobs=bench.jobs)
-    bare = rabbet.Plan(tuple(rabbet.LayerPlan(x.name, x.terms[:1], x.act) for x in plan))
+    bare = rabbet.Plan(tuple(LayerPlan(x.name, x.terms[:1], x.act) for x in plan))
     method = Joint(tuning=Tuning(steps=0))
     with tempfile.TemporaryDirectory() as folder:
         files, notes = {}, ()

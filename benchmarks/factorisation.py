@@ -20,6 +20,7 @@ from frontier import NETS
 
 import rabbet
 from rabbet import ADMM
+from rabbet.methods import QUALITY
 
 SETTINGS: dict[str, dict[str, object]] = {
     "the paper": {},
@@ -89,7 +90,7 @@ def main() -> None:
                     result = measure(rate, label, "bytes <= 100%", ADMM(rate=rate, **settings))
                     if label == "the paper":
                         budget = f"bytes <= {result.cost.bytes}, macs <= {result.cost.macs}"
-                measure(rate, "Joint", budget, rabbet.QUALITY["fast"])
+                measure(rate, "Joint", budget, QUALITY["fast"])
 
 
 if __name__ == "__main__":

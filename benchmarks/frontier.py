@@ -28,6 +28,7 @@ from common import head, machine, reader, row
 from torch import Tensor, nn
 
 import rabbet
+from rabbet.methods import QUALITY
 
 Labelled = list[tuple[Tensor, Tensor]]
 
@@ -102,7 +103,7 @@ def measure(
     )
     for budget, tier, rank in itertools.product(budgets, tiers, ranks):
         start = time.perf_counter()
-        method = rabbet.QUALITY[tier]
+        method = QUALITY[tier]
         chosen = method if rank == "on" else replace(method, forms=())
         result = rabbet.compress(model, budget, data, chosen, seed=seed, jobs=jobs)
         seconds = time.perf_counter() - start
@@ -147,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet56"])
     parser.add_argument("--budgets", nargs="+", default=TABLE)
-    parser.add_argument("--tiers", nargs="+", choices=list(rabbet.QUALITY), default=["default"])
+    parser.add_argument("--tiers", nargs="+", choices=list(QUALITY), default=["default"])
     parser.add_argument(
         "--ranks",
         nargs="+",

@@ -34,8 +34,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import rabbet
-from rabbet import TTQAT, Joint, Task, Tuning
+from rabbet import TTQAT, Joint, Task
+from rabbet.errors import BudgetError
 from rabbet.jobs import silent
+from rabbet.methods import Method
+from rabbet.train.tuning import Tuning
 
 Batch = dict[str, Tensor]
 """`input_ids` and `attention_mask` [n, length], `labels` [n]."""
@@ -203,9 +206,7 @@ def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
     return found
 
 
-def lines(
-    given: Problem, model: nn.Module, label: str, method: rabbet.methods.Method, args: Namespace
-) -> None:
+def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Namespace) -> None:
     """Compress to each ratio, write, load again, measure: a row each."""
     whole = given.score(model, given.dev)
     for ratio in args.ratios:
@@ -233,7 +234,7 @@ def lines(
 
 
 def outcome(
-    given: Problem, model: nn.Module, method: rabbet.methods.Method, ratio: float, args: Namespace
+    given: Problem, model: nn.Module, method: Method, ratio: float, args: Namespace
 ) -> dict[str, Any]:
     """What a row says, or why there is none."""
     size = sum(p.numel() * 4 for p in model.parameters())
@@ -244,7 +245,7 @@ def outcome(
         result = rabbet.compress(
             model, f"bytes <= {int(size / ratio)}", task, method, seed=args.seed, jobs=jobs
         )
-    except rabbet.BudgetError as e:
+    except BudgetError as e:
         return {"refused": str(e), "seconds": round(time.perf_counter() - start)}
     seconds = round(time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as place:
@@ -303,7 +304,7 @@ def main() -> None:
         (2, 3, 4), rank=None, table=None, ranks=tuple(args.ranks), grids=("1c", "tc", "2hc", "3c", "4c"),
         epochs=args.epochs, finish=args.finish, rate=args.rate, matrices=args.matrices,
     )  # fmt: skip
-    made: dict[str, rabbet.methods.Method] = {
+    made: dict[str, Method] = {
         "joint": Joint(act=None, tuning=Tuning(steps=args.tuning, batch=32)),
         "ttqat": trained,
         "tt": replace(trained, forms=("tt",)),

@@ -34,15 +34,17 @@ from common import head, machine, reader, row
 from torch import Tensor, nn
 
 import rabbet
+from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.latency import Stopwatch
 from rabbet.core.layout import factor_shapes
+from rabbet.core.plan import LayerPlan, Term
 from rabbet.data.batches import head as first
 from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.export.base import Parcel
 from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
 from rabbet.forms import Dense
-from rabbet.grids.grid import Quantised
+from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.runtime.bench import cpu, plain_int8
@@ -153,12 +155,12 @@ def uniform(case: Case, kind: str) -> tuple[Workpiece, rabbet.Plan, nn.Module]:
     """A network with every weight on one grid, or in one form, and every input in 8 bits."""
     piece = Workpiece.of(case.model, Task.of(case.data), rabbet.Jobs())
     lines = (
-        rabbet.LayerPlan(s.name, (term(s, kind),), None if s.kind == "embedding" else 8)
+        LayerPlan(s.name, (term(s, kind),), None if s.kind == "embedding" else 8)
         for s in piece.survey
     )
     plan = rabbet.Plan(tuple(lines))
     student = build(piece.model, plan, piece.survey, numbers(piece, plan) if "@" in kind else None)
-    rabbet.calibrate_ranges(student, piece.task)
+    calibrate_ranges(student, piece.task)
     return piece, plan, student
 
 
@@ -177,7 +179,7 @@ def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def term(site: Site, kind: str) -> rabbet.Term:
+def term(site: Site, kind: str) -> Term:
     """`8c`: dense on that grid. `cp@45`: kernels as `Joint` would offer them at 45 % of their MACs, in 8 bits.
 
     The first layer and those of one place stay dense.
@@ -188,14 +190,14 @@ def term(site: Site, kind: str) -> rabbet.Term:
             grids=("8c",), adapters=(), forms=(form,), shares=(float(share) / 100,)
         ).menu(site)
         return offered[-1][0]
-    return rabbet.Term(Dense(), rabbet.Grid.parse("8c" if share else kind))
+    return Term(Dense(), Grid.parse("8c" if share else kind))
 
 
 def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantised]]]:
     """Factors of normal entries that keep the scale of what passes: speed does not depend on them."""
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(shape: tuple[int, ...], grid: rabbet.Grid) -> Quantised:
+    def drawn(shape: tuple[int, ...], grid: Grid) -> Quantised:
         gain = math.sqrt(2 / max(1, math.prod(shape[1:])))
         return Quantised.nearest(gain * torch.randn(shape, generator=generator), grid)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rabbet
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.data.task import Task
-from rabbet.layers.site import KINDS
+from rabbet.layers import KINDS
 from rabbet.model.build import build
 from rabbet.model.compressed import Compressed, Factor
 from rabbet.workpiece import Workpiece

@@ -1,4 +1,6 @@
-"""From a trained network to a small file, with the plan edited by hand on the way. Runs in seconds, needs no download.
+"""From a trained network to a small file, with the plan edited by hand on the way.
+
+Runs in seconds, and needs no download.
 
 python examples/quickstart.py
 """
@@ -9,31 +11,29 @@ import torch
 
 import rabbet
 from rabbet import demo
+from rabbet.core.plan import LayerPlan
+from rabbet.model.build import plan_of
 
 BUDGET = rabbet.Budget.parse("bytes <= 9%, bits <= 3")
 
 
 def main() -> None:
     """Plan, edit, fit, save, load, compare."""
-    network, batches = (
-        demo.model(),
-        demo.calibration(),
-    )  # a ConvNet for 8x8 digits, and images without labels
-    method = rabbet.Joint(
-        tuning=rabbet.Tuning(steps=0)
-    )  # choose and round, without the tuning that follows
-    jobs = rabbet.Jobs()  # with one jobs another budget finds what this one has solved
+    # A ConvNet for 8x8 digits, and images without labels.
+    network, batches = demo.model(), demo.calibration()
+    # With the same jobs, fitting finds what choosing has solved, and so does another budget.
+    jobs = rabbet.Jobs()
 
-    plan = rabbet.plan(network, BUDGET, batches, method, jobs=jobs)
+    plan = rabbet.plan(network, BUDGET, batches, jobs=jobs)
     print(f"chosen:\n{plan}\n")
 
     # A plan is text. Here the largest layer becomes a low-rank product, whatever the method chose
     # for it.
-    edited = plan.with_layer(rabbet.LayerPlan.parse("last.0  lowrank[8]@6c | act@8"))
-    result = rabbet.fit(network, edited, batches, method, jobs=jobs)
-    BUDGET.check(
-        result.cost, result.float_cost
-    )  # a plan made by hand is held against a budget by hand
+    edited = plan.with_layer(LayerPlan.parse("last.0  lowrank[8]@6c | act@8"))
+    # Fast: rounded, without the tuning that follows.
+    result = rabbet.fit(network, edited, batches, quality="fast", jobs=jobs)
+    # A plan made by hand is held against a budget by hand.
+    BUDGET.check(result.cost, result.float_cost)
     print(f"fitted:\n{result}\n")
 
     path = Path("build/quickstart.safetensors")
@@ -42,7 +42,7 @@ def main() -> None:
     assert size == result.cost.bytes == path.stat().st_size
 
     loaded = rabbet.load(path, network)
-    assert rabbet.plan_of(loaded, result.survey) == edited
+    assert plan_of(loaded, result.survey) == edited
     images = torch.cat([images for images, _ in demo.test()])
     with torch.no_grad():
         assert torch.equal(loaded(images), result.model(images))

@@ -1,62 +1,84 @@
-"""rabbet: make a trained PyTorch network fit a hard budget, the rank and the bits of every layer chosen together."""
+"""rabbet: make a trained PyTorch network fit a hard budget.
 
-from rabbet._api import Result, calibrate_ranges, compress, fit, load, plan, price, reopen
-from rabbet.core.budget import Budget
-from rabbet.core.cost import Cost
-from rabbet.core.plan import LayerPlan, Plan, Term
-from rabbet.core.survey import Survey
-from rabbet.data.task import Task, accuracy
-from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError, RabbetError
-from rabbet.grids.grid import Grid
-from rabbet.jobs import Jobs
-from rabbet.methods import ADMM, CGMQ, QUALITY, TTQAT, CoRa, Joint
-from rabbet.methods.cora.search import Ranking
-from rabbet.model.attention import open_attention
-from rabbet.model.build import build, plan_of
-from rabbet.model.inspect import survey
-from rabbet.runtime.session import Session
-from rabbet.train.tuning import Tuning
-from rabbet.workpiece import Workpiece
+The rank and the bits of every layer are chosen together. A name is imported when it is first used:
+torch takes seconds, and the help of the command line does without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rabbet.errors import RabbetError
+
+if TYPE_CHECKING:  # the same as in _PLACES, for what reads and does not run
+    from rabbet._api import Result, compress, fit, load, plan, price, survey
+    from rabbet.core.budget import Budget
+    from rabbet.core.plan import Plan
+    from rabbet.data.task import Task, accuracy
+    from rabbet.jobs import Jobs
+    from rabbet.methods.admm import ADMM
+    from rabbet.methods.cgmq.method import CGMQ
+    from rabbet.methods.cora.method import CoRa
+    from rabbet.methods.joint import Joint
+    from rabbet.methods.ttqat.method import TTQAT
+    from rabbet.model.attention import open_attention
+    from rabbet.runtime.session import Session
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "ADMM": "rabbet.methods.admm",
+    "Budget": "rabbet.core.budget",
+    "CGMQ": "rabbet.methods.cgmq.method",
+    "CoRa": "rabbet.methods.cora.method",
+    "Jobs": "rabbet.jobs",
+    "Joint": "rabbet.methods.joint",
+    "Plan": "rabbet.core.plan",
+    "Result": "rabbet._api",
+    "Session": "rabbet.runtime.session",
+    "TTQAT": "rabbet.methods.ttqat.method",
+    "Task": "rabbet.data.task",
+    "accuracy": "rabbet.data.task",
+    "compress": "rabbet._api",
+    "fit": "rabbet._api",
+    "load": "rabbet._api",
+    "open_attention": "rabbet.model.attention",
+    "plan": "rabbet._api",
+    "price": "rabbet._api",
+    "survey": "rabbet._api",
+}
+"""The module of every name that is imported on first use."""
 
 __all__ = [
     "ADMM",
     "CGMQ",
-    "QUALITY",
     "TTQAT",
     "Budget",
-    "BudgetError",
     "CoRa",
-    "Cost",
-    "DataError",
-    "FileError",
-    "Grid",
     "Jobs",
     "Joint",
-    "LayerPlan",
-    "ModelError",
     "Plan",
-    "PlanError",
     "RabbetError",
-    "Ranking",
     "Result",
     "Session",
-    "Survey",
     "Task",
-    "Term",
-    "Tuning",
-    "Workpiece",
     "accuracy",
-    "build",
-    "calibrate_ranges",
     "compress",
     "fit",
     "load",
     "open_attention",
     "plan",
-    "plan_of",
     "price",
-    "reopen",
     "survey",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'rabbet' has no attribute {name!r}")
+    value = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = value  # the next use finds it at once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from rabbet.calibrate.ranges import calibrate_ranges as _calibrate_ranges
 from rabbet.choose.latency import Stopwatch
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost, float_cost, plan_cost
@@ -19,9 +18,10 @@ from rabbet.export import EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
 from rabbet.jobs import Jobs
-from rabbet.methods import Joint, Method
+from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
-from rabbet.report.text import render
+from rabbet.model.inspect import inspect_network
+from rabbet.report.text import plain, report_parts
 from rabbet.workpiece import Workpiece
 
 Data = Task | Iterable[Batch]
@@ -29,10 +29,10 @@ Data = Task | Iterable[Batch]
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed network and everything that can be said of it; `print(result)` shows it a line a layer.
+    """A compressed network and everything that can be said of it.
 
-    cost and float_cost: of the written file and of the float32 network. notes: what the method did,
-    in words.
+    `print(result)` shows it a line a layer. cost and float_cost: of the written file and of the
+    float32 network. notes: what the method did, in words.
     """
 
     model: nn.Module
@@ -44,6 +44,18 @@ class Result:
     notes: tuple[str, ...]
     parcel: Parcel
 
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, data: Data) -> "Result":
+        """The result of an earlier run, from its native file: to be shown, or to be exported.
+
+        model gives the code, as for `rabbet.load`; data is what an export measures and compares on.
+        Raises as `rabbet.load` does, and DataError for what is not data.
+        """
+        network, survey, plan, rest = read_native(Path(path), model)
+        parcel = Parcel(network, plan, survey, rest, Task.of(data))
+        cost, whole = plan_cost(survey, plan, rest), float_cost(survey)
+        return cls(network, plan, cost, whole, survey, None, (), parcel)
+
     def save(self, path: str | Path) -> int:
         """Write the native file, whole or not at all; returns its bytes, which are `cost.bytes`.
 
@@ -52,11 +64,12 @@ class Result:
         return self.export(path, "safetensors").bytes
 
     def export(self, path: str | Path, target: str | None = None) -> Written:
-        """Write a file of the given target (default: by the path's ending); returns its bytes and what to know of it.
+        """Write a file of the given target; returns its bytes and what to know of it.
 
-        Raises FileError for an unknown target or a folder that cannot be written; PlanError or
-        BudgetError, and writes nothing, if the network was changed since and is no longer what the
-        plan says or what the budget allows.
+        target: for which runtime; the default goes by the path's ending. Raises FileError for an
+        unknown target or a folder that cannot be written; PlanError or BudgetError, and writes
+        nothing, if the network was changed since and is no longer what the plan says or what the
+        budget allows.
         """
         path = Path(path)
         target = target_of(path, target)
@@ -74,14 +87,17 @@ class Result:
             raise FileError(f"cannot write {path}: {e}") from e
 
     def __str__(self) -> str:
-        return render(self.survey, self.plan, self.cost, self.float_cost, self.budget, self.notes)
+        costs = self.cost, self.float_cost
+        return plain(report_parts(self.survey, self.plan, *costs, self.budget, self.notes))
 
 
-def compress(
+def compress(  # noqa: PLR0913 (those behind the star are options, given by name)
     model: nn.Module,
     budget: str | Budget,
     data: Data,
     method: Method | None = None,
+    *,
+    quality: str = "default",
     seed: int = 0,
     jobs: Jobs | None = None,
 ) -> Result:
@@ -89,45 +105,65 @@ def compress(
 
     budget: such as "bytes <= 10%, bops <= 0.5%" (see `Budget.parse`). data: an iterable of
     unlabelled batches (tensor, tuple or mapping: passed as the model's arguments) or a `Task`.
-    method: default `Joint()`. jobs: where work runs and what is kept; with one jobs several budgets
-    share the solved candidates, and an jobs with a folder makes a killed run resume. The same seed
-    gives the same bytes.
+    method: default `Joint()`. quality: how long that tunes after the choice, "fast" (not at all),
+    "default" or "best"; other methods have settings of their own. jobs: where work runs and what is
+    kept; with one jobs several budgets share the solved candidates, and a jobs with a folder makes
+    a killed run resume. The same seed gives the same bytes.
 
     Raises BudgetError at once for a budget that cannot be met, ModelError or DataError, by name of
-    the layer, for a network or batches that cannot be used.
+    the layer, for a network or batches that cannot be used, PlanError for a quality beside a method
+    that does not have it.
     """
-    limits, method = Budget.parse(budget), _checked(method)
+    limits, worker = Budget.parse(budget), method_of(method, quality)
     piece = _piece(model, limits, data, seed, jobs)
-    return _finish(piece, method, method.plan(piece, limits), limits)
+    return _finish(piece, worker, worker.plan(piece, limits), limits)
 
 
-def plan(
+def plan(  # noqa: PLR0913 (as above)
     model: nn.Module,
     budget: str | Budget,
     data: Data,
     method: Method | None = None,
+    *,
+    quality: str = "default",
     seed: int = 0,
     jobs: Jobs | None = None,
 ) -> Plan:
-    """Only choose: the plan that `compress` would fit. Print it, edit it, then `fit` it. Raises as `compress` does."""
-    limits = Budget.parse(budget)
-    return _checked(method).plan(_piece(model, limits, data, seed, jobs), limits)
+    """Only choose: the plan that `compress` would fit. Print it, edit it, then `fit` it.
+
+    Raises as `compress` does. The plan is the same for every quality.
+    """
+    limits, worker = Budget.parse(budget), method_of(method, quality)
+    return worker.plan(_piece(model, limits, data, seed, jobs), limits)
 
 
-def fit(
+def fit(  # noqa: PLR0913 (as above)
     model: nn.Module,
     plan: Plan | str,
     data: Data,
     method: Method | None = None,
+    *,
+    quality: str = "default",
     seed: int = 0,
     jobs: Jobs | None = None,
 ) -> Result:
-    """Find the numbers of a given plan (or its text).
+    """Find the numbers of a given plan (or its text); the rest is as for `compress`.
 
-    Raises PlanError if it does not fit the network.
+    Raises PlanError if the plan does not fit the network.
     """
-    chosen, worker = _planned(plan), _checked(method)
+    chosen, worker = _planned(plan), method_of(method, quality)
     return _finish(Workpiece.of(model, Task.of(data), jobs or Jobs(), seed), worker, chosen, None)
+
+
+def survey(model: nn.Module, data: Data) -> Survey:
+    """Every layer of a network that can be compressed, and what is left alone and why.
+
+    data: as for `compress`; the network runs once, on the first batch, and is not changed. Raises
+    ModelError for a network that cannot be used or holds nothing to compress; DataError if it does
+    not run on the batch.
+    """
+    task = Task.of(data)
+    return inspect_network(model, task.read()[0], task)
 
 
 def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
@@ -146,14 +182,6 @@ def _planned(plan: Plan | str) -> Plan:
             f"a plan is a rabbet.Plan or its text, such as result.plan; found {type(plan).__name__}"
         )
     return Plan.parse(plan) if isinstance(plan, str) else plan
-
-
-def _checked(method: Method | None) -> Method:
-    if method is not None and (isinstance(method, type) or not hasattr(method, "fit")):
-        raise PlanError(
-            f"method is an object such as rabbet.Joint() or rabbet.QUALITY['fast']; found {method!r}"
-        )
-    return method or Joint()
 
 
 def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None) -> Workpiece:
@@ -177,49 +205,30 @@ def _finish(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | Non
 def _timed(piece: Workpiece, result: Result) -> str:
     """Predicted against measured, in words."""
     assert piece.clock is not None
-    found = piece.clock.network(result.model)
-    shown = [
-        METRICS["latency"].show(t, 1) for t in (result.cost.time, found, result.float_cost.time)
-    ]
+    measured = piece.clock.network(result.model)
+    times = (result.cost.time, measured, result.float_cost.time)
+    shown = [METRICS["latency"].show(time, 1) for time in times]
     return f"latency in onnxruntime: {shown[0]} predicted, {shown[1]} measured; float {shown[2]}"
 
 
 def _result(
     model: nn.Module, piece: Workpiece, budget: Budget | None, notes: tuple[str, ...]
 ) -> Result:
-    """Read the plan back from the network that will be handed out, and hold that against the budget."""
-    found = plan_of(model, piece.survey)
-    cost = piece.cost(found)
+    """Read the plan back from the network to be handed out, and hold that against the budget."""
+    plan = plan_of(model, piece.survey)
+    cost = piece.cost(plan)
     if budget is not None:
         budget.check(cost, piece.float_cost)
-    parcel = Parcel(model, found, piece.survey, piece.rest(found), piece.task)
-    return Result(model, found, cost, piece.float_cost, piece.survey, budget, notes, parcel)
+    parcel = Parcel(model, plan, piece.survey, piece.rest(plan), piece.task)
+    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, notes, parcel)
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """The network of a native file, bit-exact, seated in a copy of `model` (which only gives the code).
+    """The network of a native file, bit-exact, in a copy of `model`, which only gives the code.
 
     Raises FileError for a file that is missing, damaged, of another format, or of another network.
     """
     return read_native(Path(path), model)[0]
 
 
-def reopen(path: str | Path, model: nn.Module, data: Data) -> Result:
-    """The result of an earlier run, read from its native file: to be shown again, or exported for a runtime.
-
-    model gives the code, as for `load`; data what an export measures and compares on. Raises as
-    `load` does.
-    """
-    network, survey, plan, rest = read_native(Path(path), model)
-    parcel = Parcel(network, plan, survey, rest, Task.of(data))
-    return Result(
-        network, plan, plan_cost(survey, plan, rest), float_cost(survey), survey, None, (), parcel
-    )
-
-
-def calibrate_ranges(model: nn.Module, data: Data, seed: int = 0) -> None:
-    """Choose the input ranges of a network from `build`, in place, from about 512 examples."""
-    _calibrate_ranges(model, Task.of(data), seed)
-
-
-__all__ = ["Result", "calibrate_ranges", "compress", "fit", "load", "plan", "price", "reopen"]
+__all__ = ["Result", "compress", "fit", "load", "plan", "price", "survey"]

@@ -19,8 +19,7 @@ from rabbet.errors import ModelError, PlanError
 from rabbet.jobs import Jobs, content_key
 from rabbet.layers import Site
 from rabbet.model.bn_fold import fold, norm_gain
-from rabbet.model.inspect import own_tensors, stored_tensors
-from rabbet.model.inspect import survey as look
+from rabbet.model.inspect import inspect_network, own_tensors, stored_tensors
 
 DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -94,7 +93,7 @@ class Workpiece:
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
         batches = task.read()
-        found = look(model, batches[0], task)
+        found = inspect_network(model, batches[0], task)
         types = {
             name: DTYPES[str(t.dtype)]
             for name, t in stored_tensors(model).items()

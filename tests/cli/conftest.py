@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a way to run it, a compressed file, and a user's own network."""
+"""What the tests of the command line share: a way to run it, a file, and a user's own network."""
 
 import sys
 

@@ -6,6 +6,7 @@ import pytest
 
 import rabbet
 from rabbet import demo
+from rabbet.core.plan import LayerPlan
 
 BUDGET = "bytes <= 10%"
 FAST = ("--quality", "fast")
@@ -24,7 +25,7 @@ def test_without_a_command_the_help_is_shown(run):
 def test_survey_lists_every_layer(run):
     code, out, err = run("survey")
     assert (code, err) == (0, "")
-    for site in rabbet.survey(demo.model(), demo.calibration()[0]):
+    for site in rabbet.survey(demo.model(), demo.calibration()):
         line = next(line.split() for line in out.splitlines() if line.startswith(f"{site.name} "))
         assert line[1:4] == [site.kind, "x".join(map(str, site.shape)), f"{site.macs:,}"]
 
@@ -92,7 +93,7 @@ def test_compress_as_json_tells_what_was_measured_on_the_file(run, kept, tmp_pat
 
 def test_a_plan_can_be_edited_and_fitted(run, kept, tmp_path):
     text = run("plan", "--resume", kept)[1]
-    edited = rabbet.Plan.parse(text).with_layer(rabbet.LayerPlan.parse("stem.0 dense@5c | act@8"))
+    edited = rabbet.Plan.parse(text).with_layer(LayerPlan.parse("stem.0 dense@5c | act@8"))
     assert str(edited) + "\n" != text
     (tmp_path / "plan.txt").write_text(f"# by hand\n{edited}\n")
     path = tmp_path / "a.safetensors"
@@ -130,7 +131,7 @@ def test_show_needs_no_network(run, small):
     assert "dense@" in out
     facts = json.loads(run("show", small, "--json")[1])
     assert facts["cost"]["bytes"] == small.stat().st_size
-    result = rabbet.compress(demo.model(), BUDGET, demo.calibration(), rabbet.QUALITY["fast"])
+    result = rabbet.compress(demo.model(), BUDGET, demo.calibration(), quality="fast")
     assert facts["plan"] == str(result.plan)
     assert facts["cost"]["bops"] == result.cost.bops
     assert facts["float"]["bytes"] == result.float_cost.bytes

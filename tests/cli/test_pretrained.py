@@ -71,7 +71,8 @@ def test_a_folder_is_surveyed_and_compressed_and_its_file_read_again(run, here, 
     code, out, _ = run("survey", name, *data)
     assert code == 0
     assert "embeddings" in out or "embedding, lm_head" in out
-    code, out, err = run("compress", f"{name}/", *data, "--budget", "bytes <= 70%", "--output", "small.safetensors",
+    given = ("--budget", "bytes <= 70%", "--output", "small.safetensors")
+    code, out, err = run("compress", f"{name}/", *data, *given,
                          "--method", method, "--json")  # fmt: skip
     assert code == 0, err
     again = rabbet.load(here / "small.safetensors", NETWORKS[name]())

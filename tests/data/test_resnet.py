@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rabbet import Budget, Jobs, Joint, Plan, Task, Tuning, accuracy, compress, fit, load, survey
+from rabbet import Budget, Jobs, Joint, Plan, Task, accuracy, compress, fit, load, survey
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.forms import Dense, LowRank
@@ -13,6 +13,7 @@ from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
 from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
 from rabbet.solve.rounding import Metric
+from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 pytestmark = pytest.mark.data
@@ -56,7 +57,7 @@ def piece(net, calibration):
 
 
 def test_every_batch_norm_is_folded_and_the_network_answers_as_before(net, test, whole):
-    found = survey(net, test[0][0])
+    found = survey(net, [test[0][0]])
     assert len(found.sites) == 20
     assert sum(s.norm is not None for s in found) == 19
     assert not found.left

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import rabbet
+from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Term, quoted
 from rabbet.data.task import Task
 from rabbet.export.base import Parcel
@@ -140,5 +141,5 @@ def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Pa
         lines.append(f"{quoted(site.name)} {text if fits else 'dense@8c'}{tail}")
     plan = rabbet.Plan.parse("\n".join(lines))
     student = build(piece.model, plan, piece.survey)
-    rabbet.calibrate_ranges(student, piece.task)
+    calibrate_ranges(student, piece.task)
     return Parcel(student, plan, piece.survey, piece.rest(plan), piece.task)

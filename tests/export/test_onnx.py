@@ -15,10 +15,12 @@ from rabbet.cli.stored import opened
 from rabbet.data.batches import examples, first_examples, tensors
 from rabbet.data.task import Task
 from rabbet.errors import DataError, FileError, ModelError
+from rabbet.export.native import write_native
 from rabbet.export.onnx import compare
 from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
 from rabbet.grids.pack import packed_bytes
+from rabbet.methods import QUALITY
 from rabbet.model.compressed import compressed_layers
 from rabbet.runtime.bench import cpu
 from rabbet.runtime.session import KERNELS, Session, kernels
@@ -33,7 +35,7 @@ TERMS = {
 }
 
 
-QUICK = rabbet.QUALITY["fast"]
+QUICK = QUALITY["fast"]
 # without one of these instructions onnxruntime's int8 kernels saturate at 16 bits (docs/onnx.md)
 EXACT = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp")
 MOST_APART = 0.2 if cpu()["instructions"] in EXACT else 0.4
@@ -99,7 +101,7 @@ def test_every_layer_runs_on_an_integer_kernel(written):
 
 def test_the_file_is_hardly_larger_than_the_native_one(written, tmp_path):
     _, made, found, _ = written
-    native = rabbet.export.native.write_native(made, tmp_path / "small.safetensors").bytes
+    native = write_native(made, tmp_path / "small.safetensors").bytes
     assert found.bytes <= 1.15 * native + 100_000
 
 
@@ -173,9 +175,7 @@ def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path):
             return torch.relu(self.a(x)) + self.b(x)
 
     model, data = settled(Two()), images()
-    result = rabbet.fit(
-        model, "a dense@8c | act@8\nb dense@8c | act@3", data, rabbet.QUALITY["fast"]
-    )
+    result = rabbet.fit(model, "a dense@8c | act@8\nb dense@8c | act@3", data, QUALITY["fast"])
     result.export(tmp_path / "small.onnx")
     found = Session(tmp_path / "small.onnx")(data[0])
     assert _apart(found, _answers(result.model, data[0])[0]) < 0.05
@@ -262,7 +262,7 @@ class TestThroughTheFrontDoor:
     def test_the_same_file_comes_from_the_result_and_from_its_native_file(self, result, tmp_path):
         result.export(tmp_path / "a.onnx")
         result.save(tmp_path / "small.safetensors")
-        again = rabbet.reopen(tmp_path / "small.safetensors", self.MODEL, self.DATA)
+        again = rabbet.Result.load(tmp_path / "small.safetensors", self.MODEL, self.DATA)
         again.export(tmp_path / "b.onnx")
         assert (again.plan, again.cost) == (result.plan, result.cost)
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
@@ -270,10 +270,10 @@ class TestThroughTheFrontDoor:
     def test_what_is_reopened_is_the_file_whatever_it_is_looked_at_with(self, tmp_path):
         half = copy.deepcopy(self.MODEL).half()
         result = rabbet.fit(
-            half, "0 dense@3c | act@8", [x.half() for x in self.DATA], rabbet.QUALITY["fast"]
+            half, "0 dense@3c | act@8", [x.half() for x in self.DATA], QUALITY["fast"]
         )
         size = result.save(tmp_path / "small.safetensors")
-        again = rabbet.reopen(tmp_path / "small.safetensors", self.MODEL, self.DATA)
+        again = rabbet.Result.load(tmp_path / "small.safetensors", self.MODEL, self.DATA)
         assert again.cost == result.cost
         assert again.cost.bytes == again.save(tmp_path / "again.safetensors") == size
         assert (tmp_path / "again.safetensors").read_bytes() == (
@@ -284,9 +284,7 @@ class TestThroughTheFrontDoor:
     @pytest.mark.parametrize("end", ["onnx", "pt2"])
     def test_networks_and_batches_of_other_types_are_exported(self, kind, end, tmp_path):
         model = copy.deepcopy(self.MODEL).half() if kind == torch.half else self.MODEL
-        result = rabbet.fit(
-            model, self.PLAN, [x.to(kind) for x in self.DATA], rabbet.QUALITY["fast"]
-        )
+        result = rabbet.fit(model, self.PLAN, [x.to(kind) for x in self.DATA], QUALITY["fast"])
         result.export(tmp_path / f"a.{end}")
         found = opened(tmp_path / f"a.{end}", model)(self.DATA[0])
         assert float((found - result.model(self.DATA[0])).norm() / found.norm()) < 0.05
@@ -302,7 +300,7 @@ class TestThroughTheFrontDoor:
                     1, -1, *[1] * (k == 2) * 2
                 )
         plan = "2 dense@4c1 | act@8\n4 dense@4c1 | act@8"
-        result = rabbet.fit(model, plan, self.DATA, rabbet.QUALITY["fast"])
+        result = rabbet.fit(model, plan, self.DATA, QUALITY["fast"])
         result.export(tmp_path / "a.onnx")
         found, wanted = Session(tmp_path / "a.onnx")(self.DATA[0]), result.model(self.DATA[0])
         assert float((found - wanted).norm() / wanted.norm()) < 0.02
@@ -363,9 +361,7 @@ class TestThroughTheFrontDoor:
             def forward(self, x):
                 return self.a(x) if x.sum() > 0 else -self.a(x)
 
-        found = rabbet.fit(
-            settled(Moody()), "a dense@8c | act@8", [rand(4, 4)], rabbet.QUALITY["fast"]
-        )
+        found = rabbet.fit(settled(Moody()), "a dense@8c | act@8", [rand(4, 4)], QUALITY["fast"])
         with pytest.raises(ModelError, match="torch cannot export this network") as caught:
             found.export(tmp_path / "f", target)
         assert "\n" not in str(caught.value)
@@ -382,7 +378,7 @@ class TestThroughTheFrontDoor:
                 return self.a(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
 
         found = rabbet.fit(
-            settled(Counting()), "a dense@8c | act@8", [rand(6, 3, 4)], rabbet.QUALITY["fast"]
+            settled(Counting()), "a dense@8c | act@8", [rand(6, 3, 4)], QUALITY["fast"]
         )
         with pytest.raises(ModelError, match=r"write x\.shape\[0\], not len\(x\)"):
             found.export(tmp_path / "f", target)

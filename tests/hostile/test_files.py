@@ -9,7 +9,9 @@ import torch
 from networks import NETWORKS, network, rand, settled
 from torch import nn
 
-from rabbet import FileError, Joint, Task, Tuning, compress, fit, load
+from rabbet import Joint, Task, compress, fit, load
+from rabbet.errors import FileError
+from rabbet.train.tuning import Tuning
 
 NASTY = (
     None,

@@ -24,7 +24,7 @@ def _ramp(*shape: int, step: float = 1 / 16) -> torch.Tensor:
 
 def _written(model, batch, text, numbers, ranges, path):
     """The bytes of a file whose every number is given: no solver and no rounding takes part."""
-    found, plan = survey(model, batch), Plan.parse(text)
+    found, plan = survey(model, [batch]), Plan.parse(text)
     student = build(model, plan, found, numbers)
     for layer in compressed_layers(student).values():
         for act, (scale, zero) in zip(layer.quantisers, ranges, strict=False):

@@ -14,28 +14,24 @@ from rabbet import (
     ADMM,
     CGMQ,
     TTQAT,
-    BudgetError,
     CoRa,
-    DataError,
-    FileError,
     Jobs,
     Joint,
-    ModelError,
-    PlanError,
     RabbetError,
     Task,
-    Tuning,
     accuracy,
-    build,
-    calibrate_ranges,
     compress,
     fit,
     load,
     plan,
     survey,
 )
+from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.budget import METRICS
 from rabbet.data.batches import tensors
+from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError
+from rabbet.model.build import build
+from rabbet.train.tuning import Tuning
 
 QUICK = Joint(
     grids=("tc", "4c", "8c"),
@@ -85,7 +81,7 @@ def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_r
     name, metric
 ):
     case = network(name)
-    found = survey(case.model, case.batches[0])
+    found = survey(case.model, case.batches)
     for method in (
         QUICK,
         Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0)),
@@ -156,7 +152,7 @@ def test_a_buffer_that_is_not_finite_is_refused_by_name():
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     model[1].running_var[2] = torch.nan
     with pytest.raises(ModelError, match=r"1\.running_var"):
-        survey(model, X)
+        survey(model, [X])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -194,11 +190,11 @@ def test_a_network_whose_layers_cannot_be_swapped_says_why_of_each():
     tied = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     tied[1].weight = tied[0].weight
     with pytest.raises(ModelError, match="nothing in this network"):
-        survey(model, (rand(2, 3, 8),) * 3)
+        survey(model, [(rand(2, 3, 8),) * 3])
     with pytest.raises(
         ModelError, match=r"0: its weight is shared with 1; 1: its weight is shared with 0"
     ):
-        survey(tied, rand(2, 6))
+        survey(tied, [rand(2, 6)])
 
 
 def test_a_network_that_was_never_run_is_refused():
@@ -287,7 +283,7 @@ def test_a_batch_with_nan_is_refused_whatever_is_done_with_it():
             compress(_net(), "bits <= 4", [X, bad], method)
     found = compress(_net(), "bits <= 4", [X], QUICK)
     with pytest.raises(DataError, match="holds NaN"):
-        calibrate_ranges(found.model, [X, bad])
+        calibrate_ranges(found.model, Task([X, bad]))
 
 
 def test_a_vector_is_no_batch_of_numbers():
@@ -615,7 +611,7 @@ def test_a_plan_of_another_network_is_refused():
     with pytest.raises(PlanError, match="not a layer that can be compressed here"):
         fit(_net(), other, [X], QUICK, jobs=Idle())
     with pytest.raises(PlanError):
-        build(_net(), other, survey(_net(), X))
+        build(_net(), other, survey(_net(), [X]))
 
 
 @pytest.mark.parametrize(
@@ -640,7 +636,7 @@ def test_a_method_with_settings_that_cannot_be_is_refused_at_once(settings):
 
 def test_a_network_that_was_built_but_not_calibrated_does_not_run():
     model = _net()
-    found = survey(model, X)
+    found = survey(model, [X])
     student = build(model, plan(model, "bits <= 4", [X], QUICK), found)
     with pytest.raises(ModelError, match="calibrate_ranges"):
         student(X)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rabbet
+from rabbet.errors import BudgetError, ModelError
 
 MASKS = {
     "none": {},
@@ -126,7 +127,7 @@ def test_attention_without_its_projection_is_looked_past():
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].idle = nn.MultiheadAttention(8, 2)
     model[0].idle.out_proj = None
-    assert [s.name for s in rabbet.survey(rabbet.open_attention(model), rand(2, 8))] == ["0"]
+    assert [s.name for s in rabbet.survey(rabbet.open_attention(model), [rand(2, 8)])] == ["0"]
 
 
 @pytest.mark.filterwarnings(
@@ -143,9 +144,9 @@ def test_torchs_encoder_and_decoder(padded):
     with torch.no_grad():
         found, wanted = (m(source, target, tgt_mask=causal, **masks) for m in (opened, model))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    names = {s.name for s in rabbet.survey(opened, (source, target))}
+    names = {s.name for s in rabbet.survey(opened, [(source, target)])}
     assert {f"decoder.layers.1.multihead_attn.{x}_proj" for x in ("q", "k", "v", "out")} <= names
-    assert not any("attn" in left.name for left in rabbet.survey(opened, (source, target)).left)
+    assert not any("attn" in left.name for left in rabbet.survey(opened, [(source, target)]).left)
 
 
 def test_the_network_is_left_alone_and_one_attention_stays_one():
@@ -192,18 +193,18 @@ def test_what_is_more_than_four_linears_stays(model):
     whole = nn.ModuleDict({"attention": model, "other": nn.Linear(8, 8)})
     whole.forward = lambda x: whole["other"](whole["attention"](x, x, x)[0])
     assert isinstance(rabbet.open_attention(whole)["attention"], nn.MultiheadAttention)
-    left = {x.name: x.reason for x in rabbet.survey(whole, rand(4, 3, 8)).left}
+    left = {x.name: x.reason for x in rabbet.survey(whole, [rand(4, 3, 8)]).left}
     assert "open_attention" not in str(left)
 
 
 def test_a_budget_that_closed_attention_holds_up_is_refused_with_what_it_weighs():
     model = nn.TransformerEncoderLayer(32, 4, 32, batch_first=True).eval()
-    with pytest.raises(rabbet.BudgetError, match=r"header and all else 1\d,\d{3}$"):
+    with pytest.raises(BudgetError, match=r"header and all else 1\d,\d{3}$"):
         rabbet.plan(model, "bytes <= 25%", [rand(4, 3, 32)])
     assert rabbet.plan(rabbet.open_attention(model), "bytes <= 25%", [rand(4, 3, 32)])
 
 
 def test_the_survey_says_how_to_open_it():
     model = nn.MultiheadAttention(8, 2, batch_first=True)
-    with pytest.raises(rabbet.ModelError, match=r"rabbet\.open_attention"):
-        rabbet.survey(model, (rand(2, 3, 8),) * 3)
+    with pytest.raises(ModelError, match=r"rabbet\.open_attention"):
+        rabbet.survey(model, [(rand(2, 3, 8),) * 3])

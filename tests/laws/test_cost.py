@@ -26,7 +26,7 @@ from rabbet.layers import Site
 from rabbet.layers.conv import Conv
 from rabbet.model.build import build, plan_of
 from rabbet.model.compressed import ActQuant, compressed_layers
-from rabbet.model.inspect import survey
+from rabbet.model.inspect import inspect_network
 from rabbet.workpiece import Workpiece
 
 PIECES = {
@@ -175,7 +175,7 @@ def test_a_layer_without_a_line_costs_what_it_did(name):
 def test_every_tensor_is_in_the_bytes(name):
     """Nothing is silently left out: what is covered, folded and left adds up to every stored tensor."""
     model = network(name).model
-    found = survey(model, network(name).batches[0])
+    found = inspect_network(model, network(name).batches[0])
     state = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     sites = sum(
         4

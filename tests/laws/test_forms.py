@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from rabbet.forms import FORMS, RANKED
 from rabbet.layers import KINDS, kind_of
-from rabbet.model.inspect import survey
 
 LAYERS = {
     "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 5)),
@@ -63,7 +62,7 @@ def _case(name):
         for p in layer.parameters():
             p.copy_(rand(*p.shape, seed=p.ndim))
     x = torch.arange(15).view(3, 5) % 9 if name == "embedding" else rand(*shape, seed=4)
-    site = survey(layer, x).sites[0]
+    site = inspect_network(layer, x).sites[0]
     return layer, site, site.kind.weight(layer).detach(), x
 
 

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from networks import NETWORKS, network
 
 import rabbet
-from rabbet import Joint, Plan, Task, Tuning
+from rabbet import Joint, Plan, Task
 from rabbet.core.plan import Term
 from rabbet.data.batches import outputs
 from rabbet.errors import PlanError
 from rabbet.forms.dense import rows_of, runs
-from rabbet.model.build import LayerPlan
+from rabbet.model.build import LayerPlan, build
 from rabbet.model.compressed import compressed_layers
+from rabbet.train.tuning import Tuning
 
 ROWS = st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found)))
 QUICK = Joint(tuning=Tuning(steps=0))
@@ -52,7 +53,7 @@ def _split(plan, grids=("4c", "2hc")):
 
 def _plans(name, grid="4c"):
     case = network(name)
-    survey = rabbet.survey(case.model, case.batches[0])
+    survey = rabbet.survey(case.model, case.batches)
     whole = Plan(tuple(LayerPlan(s.name, (Term.parse(f"dense@{grid}"),), 8 if s.multiplies else None)
                        for s in survey))  # fmt: skip
     return case, survey, whole, zip(survey, whole, strict=True)
@@ -62,10 +63,7 @@ def _plans(name, grid="4c"):
 def test_rows_on_one_grid_are_the_layer_on_it(name):
     case, _, whole, pairs = _plans(name)
     split = _split(pairs, ("4c", "4c"))
-    a, b = (
-        rabbet.build(case.model, p, rabbet.survey(case.model, case.batches[0]))
-        for p in (whole, split)
-    )
+    a, b = (build(case.model, p, rabbet.survey(case.model, case.batches)) for p in (whole, split))
     for one, other in zip(
         compressed_layers(a).values(), compressed_layers(b).values(), strict=True
     ):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from rabbet import DataError, Task
+from rabbet import Task
 from rabbet.data.augment import Pool, hold_back
 from rabbet.data.batches import examples, first_examples, join, replaced, suited, tensors
+from rabbet.errors import DataError
 
 Pair = namedtuple("Pair", ["x", "y"])
 SHARED = torch.arange(20.0).view(5, 4)  # such as positions, or a mask

@@ -9,8 +9,9 @@ from networks import rand
 from torch import nn
 
 import rabbet
-from rabbet import DataError, Plan, PlanError
+from rabbet import Plan
 from rabbet.core.plan import LayerPlan
+from rabbet.errors import DataError, PlanError
 from rabbet.forms.base import Aim
 from rabbet.forms.modes import balanced, covering, exactly
 from rabbet.forms.tt import TT
@@ -18,6 +19,7 @@ from rabbet.forms.ttm import TTM
 from rabbet.layers import Site
 from rabbet.layers.embedding import Embedding
 from rabbet.layers.linear import Linear
+from rabbet.model.build import build, plan_of
 from rabbet.solve.tensor_train import bonds, half, halves, tt_svd
 
 ATTENTION, UP, DOWN = (
@@ -132,8 +134,8 @@ def test_digits_stand_in_the_plan_where_they_are_not_the_usual():
     assert str(LayerPlan.parse(text)) == text
     assert LayerPlan.parse(text).terms[0].form.modes == ((2, 6), (4, 2))
     model = nn.Sequential(nn.Linear(12, 8))
-    built = rabbet.build(model, Plan.parse(f"0 {text[3:]}"), rabbet.survey(model, rand(2, 12)))
-    assert rabbet.plan_of(built, rabbet.survey(model, rand(2, 12))) == Plan.parse(f"0 {text[3:]}")
+    built = build(model, Plan.parse(f"0 {text[3:]}"), rabbet.survey(model, [rand(2, 12)]))
+    assert plan_of(built, rabbet.survey(model, [rand(2, 12)])) == Plan.parse(f"0 {text[3:]}")
 
 
 @pytest.mark.parametrize(
@@ -165,14 +167,14 @@ def test_what_does_not_fit_is_refused(line, words):
     model = Two()
     batch = (rand(2, 12), torch.tensor([[1], [2]]))
     with pytest.raises(PlanError, match=words.replace("[", r"\[")):
-        rabbet.build(model, Plan.parse(line), rabbet.survey(model, batch))
+        build(model, Plan.parse(line), rabbet.survey(model, [batch]))
 
 
 @pytest.mark.parametrize("index", [9, -1, 100])
 def test_an_index_that_a_table_does_not_have_is_refused(index):
     model = nn.Sequential(nn.Embedding(9, 6))
     batch = torch.tensor([[1, 2], [3, 8]])
-    built = rabbet.build(model, Plan.parse("0 ttm[3]@8"), rabbet.survey(model, batch))
+    built = build(model, Plan.parse("0 ttm[3]@8"), rabbet.survey(model, [batch]))
     assert built(batch).shape == (2, 2, 6)
     with pytest.raises(DataError, match="indices are 0 to 8"):
         built(torch.tensor([[index]]))

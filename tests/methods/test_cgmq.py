@@ -12,22 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import flat_networks, image_networks, network, token_networks
 
-from rabbet import (
-    CGMQ,
-    Budget,
-    Jobs,
-    LayerPlan,
-    Plan,
-    Task,
-    accuracy,
-    compress,
-    demo,
-    fit,
-    load,
-    plan,
-)
+from rabbet import CGMQ, Budget, Jobs, Plan, Task, accuracy, compress, demo, fit, load, plan
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.cost import Cost
+from rabbet.core.plan import LayerPlan
 from rabbet.data.batches import outputs
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods.cgmq import method as cgmq

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from networks import network
 
-from rabbet import Budget, CoRa, Jobs, Ranking, Task, Tuning, compress, load, plan
+from rabbet import Budget, CoRa, Jobs, Task, compress, load, plan
 from rabbet.errors import BudgetError, DataError, FileError, PlanError
-from rabbet.methods.cora.search import Residual, butterworth, search_ranks
+from rabbet.methods.cora.search import Ranking, Residual, butterworth, search_ranks
 from rabbet.model.compressed import compressed_layers
 from rabbet.report import draw_search
+from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 SHORT = CoRa(bits=3, ranking=Ranking(steps=6, batch=6), tuning=Tuning(steps=0))

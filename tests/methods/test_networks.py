@@ -8,10 +8,12 @@ from networks import NETWORKS, Case, Tokens, image_networks, network, rand, sett
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rabbet import Joint, Task, Tuning, compress, fit, load, plan_of, survey
+from rabbet import Joint, Task, compress, fit, load, survey
 from rabbet.data.batches import outputs
 from rabbet.model.bn_fold import fold
+from rabbet.model.build import plan_of
 from rabbet.model.compressed import Compressed, compressed_layers
+from rabbet.train.tuning import Tuning
 
 QUICK = Joint(
     grids=("3c", "8c"),
@@ -50,7 +52,7 @@ def saved_and_loaded(result, model, path):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_folded_network_answers_as_before(name):
     case = network(name)
-    folded = fold(case.model, survey(case.model, case.batches[0]))
+    folded = fold(case.model, survey(case.model, case.batches))
     for batch in case.batches:
         for a, b in zip(run(folded, batch), run(case.model, batch), strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -59,7 +61,7 @@ def test_a_folded_network_answers_as_before(name):
 @settings(max_examples=25)
 @given(image_networks())
 def test_folding_changes_nothing_but_the_batch_norms(case):
-    found = survey(case.model, case.batches[0])
+    found = survey(case.model, case.batches)
     norms = {n for n, m in case.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert {s.norm for s in found} - {None} == norms
     folded = fold(case.model, found)
@@ -125,7 +127,7 @@ NOT_FOLDED = {
 def test_a_batch_norm_is_not_folded_where(why, tmp_path):
     model = settled(Ends(NOT_FOLDED[why]))
     x = rand(3, 3, 6, 6)
-    found = survey(model, x)
+    found = survey(model, [x])
     assert found["conv"].norm is None
     for a, b in zip(run(fold(model, found), x), run(model, x), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -140,7 +142,7 @@ def test_a_batch_norm_is_not_folded_where(why, tmp_path):
 def test_a_batch_norm_behind_its_conv_is_folded_if_it_has_statistics(norm):
     model = settled(Ends(lambda m, x: F.relu_(m.norm(m.conv(x))), **norm))
     x = rand(3, 3, 6, 6)
-    found = survey(model, x)
+    found = survey(model, [x])
     assert found["conv"].norm == (None if "track_running_stats" in norm else "norm")
     assert torch.allclose(run(fold(model, found), x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
 
@@ -148,7 +150,7 @@ def test_a_batch_norm_behind_its_conv_is_folded_if_it_has_statistics(norm):
 def test_a_batch_norm_that_the_user_watches_is_not_folded():
     model = settled(Ends(lambda m, x: m.norm(m.conv(x))))
     model.norm.register_forward_hook(lambda *_: None)
-    assert survey(model, rand(3, 3, 6, 6))["conv"].norm is None
+    assert survey(model, [rand(3, 3, 6, 6)])["conv"].norm is None
 
 
 def test_a_batch_norm_of_two_names_is_never_lost(tmp_path):
@@ -172,7 +174,7 @@ def test_a_batch_norm_behind_a_linear_is_folded_only_where_both_work_on_one_axis
 
     model = settled(Places())
     x = rand(*shape)
-    found = survey(model, x)
+    found = survey(model, [x])
     assert (found["fc"].norm == "norm") == folded
     assert torch.allclose(run(fold(model, found), x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
 
@@ -189,22 +191,22 @@ def test_sites_come_in_the_order_in_which_they_run():
         def forward(self, x):
             return self.last(self.first(x))
 
-    assert [s.name for s in survey(Backwards(), rand(2, 5))] == ["first", "last"]
+    assert [s.name for s in survey(Backwards(), [rand(2, 5)])] == ["first", "last"]
 
 
 def test_what_is_left_is_named_with_its_reason():
     case = network("twice")
-    left = {x.name: x.reason for x in survey(case.model, case.batches[0]).left}
+    left = {x.name: x.reason for x in survey(case.model, case.batches).left}
     assert "never ran" in left["spare"]
     assert "BatchNorm1d" in left["norm"]
     case = network("attention")
-    left = {x.name: x.reason for x in survey(case.model, case.batches[0]).left}
+    left = {x.name: x.reason for x in survey(case.model, case.batches).left}
     assert set(left) == {"attention", "attention.out_proj"}
 
 
 def test_a_layer_that_runs_twice_is_one_site_under_both_names(tmp_path):
     case = network("twice")
-    found = survey(case.model, case.batches[0])
+    found = survey(case.model, case.batches)
     body = found["body"]
     assert (body.calls, body.positions, body.tied) == (2, 2, ("again",))
     assert body.macs == 2 * 12 * 12
@@ -230,7 +232,7 @@ def test_a_parametrised_layer_is_left_alone(make, tmp_path):
     model = settled(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
     make(model[0])
     x = rand(5, 6)
-    found = survey(model, x)
+    found = survey(model, [x])
     assert [s.name for s in found] == ["2"]
     assert any("parametrised" in x.reason for x in found.left)
     result = compress(model, "bits <= 8.5", [x], EXACT)
@@ -252,7 +254,7 @@ def test_an_old_weight_norm_is_left_alone(tmp_path):
 def test_a_layer_with_hooks_of_the_user_is_left_alone():
     case = network("stack")
     case.model[3].register_forward_pre_hook(lambda *_: None)
-    found = survey(case.model, case.batches[0])
+    found = survey(case.model, case.batches)
     assert "3" not in [s.name for s in found]
     assert any(x.name == "3" and "hooks" in x.reason for x in found.left)
 
@@ -263,7 +265,7 @@ def test_a_layer_of_the_users_own_forward_is_left_alone():
             return 2 * super().forward(x)
 
     model = settled(nn.Sequential(Scaled(6, 6), nn.Linear(6, 3)))
-    assert [s.name for s in survey(model, rand(2, 6))] == ["1"]
+    assert [s.name for s in survey(model, [rand(2, 6)])] == ["1"]
 
 
 def test_an_embedding_is_compressed_and_its_input_never_quantised():
@@ -333,7 +335,7 @@ def test_a_gpt2_of_transformers_is_compressed(tmp_path):
     config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     model = GPT2LMHeadModel(config).eval()
     batches = [{"input_ids": t} for t in tokens(40, 9, 4)]
-    found = survey(model, batches[0])
+    found = survey(model, batches)
     assert {s.kind.name for s in found} == {"transposed linear", "embedding"}
     assert found["transformer.wte"].heads == ("lm_head",)
     assert not any("wte" in x.name or "lm_head" in x.name for x in found.left)
@@ -580,7 +582,7 @@ def test_a_layer_that_is_called_by_keyword_is_left_alone_and_the_reason_says_so(
         def forward(self, x):
             return self.second(input=self.first(x))
 
-    found = survey(settled(Keyword()), rand(3, 4))
+    found = survey(settled(Keyword()), [rand(3, 4)])
     assert [s.name for s in found] == ["first"]
     assert "keyword" in next(left.reason for left in found.left if left.name == "second")
 

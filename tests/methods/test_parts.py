@@ -12,29 +12,15 @@ from hypothesis import strategies as st
 from networks import NETWORKS, Residual, network, rand, settled, tokens
 from torch import nn
 
-from rabbet import (
-    Budget,
-    Cost,
-    Jobs,
-    Joint,
-    LayerPlan,
-    ModelError,
-    Plan,
-    PlanError,
-    Task,
-    Tuning,
-    compress,
-    fit,
-    plan,
-    price,
-    survey,
-)
+from rabbet import Budget, Jobs, Joint, Plan, Task, compress, fit, plan, price, survey
 from rabbet.calibrate.moments import second_moments
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.program import Option, allocate, picked, require_feasible
+from rabbet.core.cost import Cost
+from rabbet.core.plan import LayerPlan
 from rabbet.data.augment import Pool, cropped, hold_back, mixed
 from rabbet.data.batches import examples, outputs, tensors
-from rabbet.errors import BudgetError
+from rabbet.errors import BudgetError, ModelError, PlanError
 from rabbet.methods import METHODS
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
@@ -43,7 +29,7 @@ from rabbet.reconstruct.candidates import read_numbers, solve_site
 from rabbet.reconstruct.network import solve_menus
 from rabbet.reconstruct.sequential import solve_in_order
 from rabbet.train.losses import block_names, taught
-from rabbet.train.tuning import _Loop, judge, tune
+from rabbet.train.tuning import Tuning, _Loop, judge, tune
 from rabbet.workpiece import Workpiece
 
 QUICK = Joint(
@@ -297,7 +283,7 @@ def test_the_solver_writes_nothing_where_the_user_reads(capfd):
 )
 def test_second_moments_are_those_of_unfolded_patches(layer, x):
     model = nn.Sequential(layer).eval()
-    found = second_moments(model, survey(model, x), Task([x, x + 1]))["0"]
+    found = second_moments(model, survey(model, [x]), Task([x, x + 1]))["0"]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     both = F.pad(torch.cat([x, x + 1]), layer._reversed_padding_repeated_twice, mode=mode)
     rows = F.unfold(both, layer.kernel_size, layer.dilation, 0, layer.stride).mT.reshape(
@@ -311,7 +297,7 @@ def test_second_moments_of_very_many_examples_are_those_of_every_so_manieth_batc
     model = nn.Sequential(nn.Linear(6, 3))
     for count, step in ((3, 1), (5, 1), (6, 2), (9, 3)):  # batches of 4 examples
         data = [rand(4, 6, seed=k) for k in range(count)]
-        found = second_moments(model, survey(model, data[0]), Task(data))["0"]
+        found = second_moments(model, survey(model, data), Task(data))["0"]
         seen = torch.cat(data[::step])
         assert torch.allclose(found[0], seen.T @ seen / len(seen), atol=1e-5)
 
@@ -320,18 +306,18 @@ def test_second_moments_of_groups_and_of_features_are_their_own():
     conv, fc = nn.Conv2d(4, 6, 1, groups=2), nn.Linear(5, 3)
     x, y = rand(3, 4, 2, 2), rand(3, 7, 5)
     model = nn.Sequential(conv).eval()
-    found = second_moments(model, survey(model, x), Task([x]))["0"]
+    found = second_moments(model, survey(model, [x]), Task([x]))["0"]
     for g in range(2):
         rows = x[:, 2 * g : 2 * g + 2].movedim(1, 3).reshape(-1, 2)
         assert torch.allclose(found[g], rows.T @ rows / len(rows), atol=1e-5)
     model = nn.Sequential(fc).eval()
-    found = second_moments(model, survey(model, y), Task([y]))["0"]
+    found = second_moments(model, survey(model, [y]), Task([y]))["0"]
     assert torch.allclose(found[0], y.reshape(-1, 5).T @ y.reshape(-1, 5) / 21, atol=1e-5)
 
 
 def test_a_table_has_no_second_moment():
     case = network("tokens")
-    found = survey(case.model, case.batches[0])
+    found = survey(case.model, case.batches)
     moments = second_moments(fold(case.model, found), found, Task(case.batches))
     assert set(moments) == {s.name for s in found} - {"table"}
     for moment in moments.values():
@@ -341,7 +327,7 @@ def test_a_table_has_no_second_moment():
 
 def test_few_places_are_drawn_evenly_and_many_are_all_taken():
     layer = nn.Conv2d(2, 3, 3, padding=1)
-    site = survey(layer, rand(1, 2, 6, 6)).sites[0]
+    site = survey(layer, [rand(1, 2, 6, 6)]).sites[0]
     x = rand(4, 2, 6, 6)
     every = site.rows(x, 10**6, torch.Generator())
     assert every.shape == (1, 4 * 36, 18)
@@ -353,7 +339,7 @@ def test_few_places_are_drawn_evenly_and_many_are_all_taken():
 
 
 def _ranged(model, batches, bits=8):
-    found = survey(model, batches[0])
+    found = survey(model, batches)
     student = build(
         model, Plan(tuple(LayerPlan.parse(f"{s.name} dense@8c | act@{bits}") for s in found)), found
     )

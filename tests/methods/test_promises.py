@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, flat_networks, image_networks, network, token_networks
 
-from rabbet import Budget, Grid, Jobs, Joint, Plan, Task, Tuning, build, compress, load, plan_of
+from rabbet import Budget, Jobs, Joint, Plan, Task, compress, load
 from rabbet.choose.program import smallest
 from rabbet.choose.scoring import scored
 from rabbet.core.budget import METRICS
 from rabbet.core.cost import plan_cost
 from rabbet.data.batches import outputs, tensors
 from rabbet.errors import BudgetError
+from rabbet.grids.grid import Grid
+from rabbet.model.build import build, plan_of
 from rabbet.model.compressed import compressed_layers
+from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 FAST = Joint(

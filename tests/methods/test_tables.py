@@ -7,11 +7,13 @@ from networks import OneTable, network, rand, settled, tokens
 from torch import nn
 
 import rabbet
-from rabbet import CGMQ, TTQAT, CoRa, FileError, Joint, Task, Tuning, survey
+from rabbet import CGMQ, TTQAT, CoRa, Joint, Task, survey
+from rabbet.errors import FileError, PlanError
 from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor
 from rabbet.runtime.session import Session
 from rabbet.train.qat import Latent
+from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 EXACT = Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
@@ -49,7 +51,7 @@ TABLES = ("dense@8c | act@8", "dense@4 | act@6", "dense@8", "ttm[9]@8c", "ttm[9]
 def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(line, heads, first, tmp_path):
     model = settled(Tied(heads, first))
     batches = tokens(30)
-    site = survey(model, batches[0])["table"]
+    site = survey(model, batches)["table"]
     names = tuple(f"heads.{k}" for k in range(heads))
     assert (site.heads, site.head_positions, site.macs) == (names, heads, heads * 30 * 12)
     plan = rabbet.Plan.parse(f"table {line}\nbody dense@8c | act@8")
@@ -122,7 +124,7 @@ def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
         model.again = model.heads[0]
     else:
         model.heads[0].register_forward_hook(lambda *_: None)
-    found = survey(model, tokens(30)[0])
+    found = survey(model, tokens(30))
     assert {s.name for s in found} == {"body.0" if "another" in why else "body"}
     reasons = {x.name: x.reason for x in found.left}
     assert "shared with" in reasons["table"]
@@ -130,7 +132,7 @@ def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
 
 def test_look_ups_that_share_a_table_are_one_layer_with_its_head(tmp_path):
     case = network("tables")
-    found = survey(case.model, case.batches[0])
+    found = survey(case.model, case.batches)
     assert not found.left  # nor is the table kept beside
     table = found["shared"]
     assert (table.tied, table.heads, table.calls) == (("encode", "decode"), ("head",), 2)
@@ -162,7 +164,7 @@ def _other(padding=None, kind=nn.Embedding):
     "model", [_other(padding=1), _other(kind=Offset)], ids=["padding", "forward"]
 )
 def test_look_ups_that_differ_are_left_alone_and_the_file_is_read_again(model, tmp_path):
-    found = survey(model, tokens()[0])
+    found = survey(model, tokens())
     assert [s.name for s in found] == ["body"]
     assert "shared with" in {x.name: x.reason for x in found.left}["shared"]
     result = rabbet.fit(model, "body dense@8c | act@8", tokens(), EXACT)
@@ -238,7 +240,7 @@ def test_rows_of_a_shared_table_are_paid_for_where_they_multiply():
     assert cost.bops == 30 * 12 * 4 * 8 + 7 * 12 * 12 * 8 * 8
     apart = settled(Tied())
     apart.heads[0].weight = nn.Parameter(apart.table.weight.detach().clone())
-    with pytest.raises(rabbet.PlanError, match="an index and cannot be quantised"):
+    with pytest.raises(PlanError, match="an index and cannot be quantised"):
         rabbet.price(apart, plan, data)
 
 

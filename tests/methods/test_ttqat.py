@@ -25,9 +25,11 @@ from transformers import (
 )
 
 import rabbet
-from rabbet import TTQAT, BudgetError, DataError, Jobs, ModelError, PlanError, Task
+from rabbet import TTQAT, Jobs, Task
 from rabbet.choose.scoring import scored
 from rabbet.core.plan import Term
+from rabbet.errors import BudgetError, DataError, ModelError, PlanError
+from rabbet.grids.grid import Grid
 from rabbet.jobs import silent
 from rabbet.layers import Site
 from rabbet.layers.embedding import Embedding
@@ -73,7 +75,7 @@ def made():
 
 def test_latents_that_are_rounded_together_are_what_each_is_alone_and_learn_the_same():
     torch.manual_seed(0)
-    grids = [rabbet.Grid.parse(g) for g in ("4", "4", "2h", "4", "3c", "2h")]
+    grids = [Grid.parse(g) for g in ("4", "4", "2h", "4", "3c", "2h")]
     latents = [Latent(rand(3, 4, 5), grid) for grid in grids] + [
         Latent(rand(2, 4, 1), grids[0]),
         Latent(rand(2), grids[0]),
@@ -392,7 +394,7 @@ def test_a_plain_torch_transformer_is_taught_attention_included(opened):
     model = Encoder().eval()
     model = rabbet.open_attention(model) if opened else model
     data = [torch.randint(0, 40, (4, 7)) for _ in range(4)]
-    look = Look(model, stack(model, rabbet.survey(model, data[0])))
+    look = Look(model, stack(model, rabbet.survey(model, data)))
     with torch.no_grad():
         shown = look(lambda: model(data[0]))
         assert torch.allclose(shown.outputs[0], model(data[0]), atol=1e-5)
@@ -616,7 +618,7 @@ def test_an_encoder_of_one_block_that_runs_twice_is_found_and_taught():
     sizes = {"vocab_size": 60, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 64}
     config = AlbertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     model, ids = AlbertModel(config).eval(), torch.randint(60, (2, 6))
-    found = stack(model, rabbet.survey(model, {"input_ids": ids}))
+    found = stack(model, rabbet.survey(model, [{"input_ids": ids}]))
     assert found == ["encoder.albert_layer_groups.0"]
     with torch.no_grad():
         shown = Look(model, found)(lambda: model(ids))
@@ -637,7 +639,11 @@ def test_a_list_of_blocks_is_preferred_to_a_block_that_runs_several_times():
             return self.tower(x) - self.tower(x.flip(0))
 
     model = Siamese().eval()
-    assert stack(model, rabbet.survey(model, rand(2, 4))) == ["tower.0.0", "tower.0.1", "tower.0.2"]
+    assert stack(model, rabbet.survey(model, [rand(2, 4)])) == [
+        "tower.0.0",
+        "tower.0.1",
+        "tower.0.2",
+    ]
 
 
 def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():

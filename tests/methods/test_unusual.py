@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from networks import rand, settled, tokens
 from torch import nn
 
-from rabbet import CGMQ, TTQAT, CoRa, Joint, Ranking, Task, Tuning, compress, load, plan_of, survey
+from rabbet import CGMQ, TTQAT, CoRa, Joint, Task, compress, load, survey
 from rabbet.data.batches import outputs
+from rabbet.methods.cora.search import Ranking
+from rabbet.model.build import plan_of
+from rabbet.train.tuning import Tuning
 
 
 class Router(nn.Module):
@@ -131,7 +134,7 @@ def test_a_method_takes_the_network_and_its_file_answers_as_it_does(name, method
     result = compress(model, BUDGETS[method], Task(batches), chosen)
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
     again = load(tmp_path / "a.safetensors", model)
-    assert plan_of(result.model, survey(model, batches[0])) == result.plan
+    assert plan_of(result.model, survey(model, batches)) == result.plan
     with torch.no_grad():
         for batch in batches:
             ours, theirs = outputs(result.model(batch))[0], outputs(again(batch))[0]

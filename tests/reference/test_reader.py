@@ -153,7 +153,7 @@ def test_the_example_of_the_documentation_is_true(tmp_path):
         )
     )  # fmt: skip
     found, plan = (
-        survey(model, torch.zeros(1, 3, 8, 8)),
+        survey(model, [torch.zeros(1, 3, 8, 8)]),
         Plan.parse("0 dense@4c + lowrank[2]@8c | act@8\n5 dense@tc"),
     )
     piece = Workpiece.of(model, Task([torch.zeros(1, 3, 8, 8)]), Jobs())

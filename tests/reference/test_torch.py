@@ -12,7 +12,7 @@ from rabbet.core.plan import Plan
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, compressed_layers
-from rabbet.model.inspect import survey
+from rabbet.model.inspect import inspect_network
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -71,7 +71,7 @@ def test_a_layer_can_be_run_in_whole_numbers(name, grid):
     """What an integer kernel does: codes times codes in int64, then one product of scales."""
     layer, x = LAYERS[name]
     model = nn.Sequential(layer).eval()
-    student = build(model, Plan.parse(f"0 dense@{grid} | act@8"), survey(model, x))
+    student = build(model, Plan.parse(f"0 dense@{grid} | act@8"), inspect_network(model, x))
     seat = compressed_layers(student)["0"]
     act, factor = seat.quantisers[0], seat.factors[0][0]
     act.set_range(torch.tensor(0.03), torch.tensor(117.0))
@@ -89,7 +89,7 @@ def test_a_layer_can_be_run_in_whole_numbers(name, grid):
 def test_a_compressed_layer_is_the_layer_with_its_canonical_weight():
     layer, x = LAYERS["dilated"]
     model = nn.Sequential(layer).eval()
-    student = build(model, Plan.parse("0 dense@2hc + lowrank[3]@6c"), survey(model, x))
+    student = build(model, Plan.parse("0 dense@2hc + lowrank[3]@6c"), inspect_network(model, x))
     weight = compressed_layers(student)["0"].weight
     assert torch.allclose(
         student(x), F.conv2d(x, weight, layer.bias, padding=2, dilation=2), atol=1e-4
@@ -108,7 +108,7 @@ def test_every_activation_between_factors_has_a_quantiser_of_its_own():
     layer, x = LAYERS["linear"]
     model = nn.Sequential(layer).eval()
     line = "0 lowrank[2]@8c + dense@2hc + lowrank[3]@8c | act@8"
-    seat = compressed_layers(build(model, Plan.parse(line), survey(model, x)))["0"]
+    seat = compressed_layers(build(model, Plan.parse(line), inspect_network(model, x)))["0"]
     ranges = [
         (0.05, 128.0),
         (0.5, 100.0),

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from rabbet.core.budget import METRICS, Budget, heaviest
 from rabbet.core.cost import Cost
@@ -124,6 +122,9 @@ def _solve(
     exact: Exact,
     room: dict[str, int],
 ) -> list[int] | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     layer = np.repeat(np.arange(len(table)), [len(row) for row in table])
     flat = np.concatenate([np.asarray(row, float) for row in scores])
     one_each = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))

@@ -1,4 +1,4 @@
-"""The command line: `rabbet survey`, `plan`, `compress`, `show`, `check`, `compare`, `export`, `eval`, `bench`.
+"""The command line: survey, plan, compress, show, check, compare, export, eval, bench.
 
 What was asked for goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a budget that is
 broken or cannot be met, 2 any other mistake, 130 stopped by hand. A mistake is one line that starts
@@ -15,28 +15,27 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbet.cli import compressing as making
-from rabbet.cli import reading, running
-from rabbet.cli.terminal import Stopped
+from rabbet.cli import compressing, reading, running
+from rabbet.cli.ending import CLOSED, INTERRUPTED, Stopped
 from rabbet.errors import BudgetError, RabbetError
 
 # Newer versions of typer carry a click of their own: the root of its usage errors is found through
 # what is public.
 _Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-INTERRUPTED, CLOSED = 130, 141  # as shells count SIGINT and SIGPIPE
 
 app = typer.Typer(
     name="rabbet",
-    help="Fits a trained PyTorch network to a hard budget: bit-width and rank of every layer, chosen together.",
+    help="Fits a trained PyTorch network to a hard budget: "
+    "bit-width and rank of every layer, chosen together.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    making.survey,
-    making.plan,
-    making.compress,
+    compressing.survey,
+    compressing.plan,
+    compressing.compress,
     reading.show,
     reading.check,
     reading.compare,

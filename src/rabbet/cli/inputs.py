@@ -42,7 +42,10 @@ def demo(given: str | None, option: str) -> Iterator[None]:
 
 
 def open_inputs(model: str | None, data: str | None, test: str | None = None) -> Inputs:
-    """Load what three references name; without any they are the demo's. A usage error for what cannot be used."""
+    """Load what three references name; without any they are the demo's.
+
+    A usage error for what cannot be used.
+    """
     model = DEMO_MODEL if model is None else model
     if model == DEMO_MODEL:
         data, test = DEMO_DATA if data is None else data, DEMO_TEST if test is None else test
@@ -55,23 +58,26 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
 
 
 def open_network(reference: str) -> nn.Module:
-    """The network that a reference names, or that lies in a folder that `save_pretrained` wrote, in eval mode."""
+    """The network that a reference names, in eval mode.
+
+    It may also lie in a folder that `save_pretrained` wrote.
+    """
     if reference and Path(reference).is_dir():
         return pretrained(Path(reference))
-    found = resolve(reference, "MODEL")
-    if not isinstance(found, nn.Module):
+    network = resolve(reference, "MODEL")
+    if not isinstance(network, nn.Module):
         raise typer.BadParameter(
-            f"{reference} gives {type(found).__name__}, not a torch.nn.Module", param_hint="MODEL"
+            f"{reference} gives {type(network).__name__}, not a torch.nn.Module", param_hint="MODEL"
         )
-    return found.eval()
+    return network.eval()
 
 
 def open_task(reference: str) -> Task:
     """The batches or the task that a reference names."""
     try:
-        found = Task.of(resolve(reference, "--data"))
+        task = Task.of(resolve(reference, "--data"))
     except DataError as e:
         raise typer.BadParameter(f"{reference}: {e}", param_hint="--data") from None
     with reporting(reference, "--data"):  # a generator runs the user's code only now
-        found.read()
-    return found
+        task.read()
+    return task

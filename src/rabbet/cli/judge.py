@@ -36,17 +36,21 @@ class Judge:
 
 
 def open_judge(reference: str | None, task: Task | None = None) -> Judge | None:
-    """What judges a network: the test that a reference names, else the task's own evaluation, else nothing."""
+    """What judges a network, if anything does.
+
+    It is the test that a reference names, else the task's own evaluation.
+    """
     if reference is None:
         own = None if task is None else task.evaluate
         return None if own is None else Judge("evaluation", "", own, "the task's evaluate")
-    found = attribute(reference, "--test")
-    value = found if _takes_one(found) else resolve_value(found, reference, "--test")
+    named = attribute(reference, "--test")
+    value = named if _takes_one(named) else resolve_value(named, reference, "--test")
     if callable(value) and not isinstance(value, Iterable):
         return Judge("evaluation", "", value, reference)
     if not isinstance(value, Iterable):
         raise typer.BadParameter(
-            f"{reference} gives {type(value).__name__}, not batches of (inputs, labels) or a function of a model",
+            f"{reference} gives {type(value).__name__}, not batches of (inputs, labels) or a "
+            "function of a model",
             param_hint="--test",
         )
     # read twice, before and after: what can be read only once is kept
@@ -54,14 +58,14 @@ def open_judge(reference: str | None, task: Task | None = None) -> Judge | None:
     return Judge("accuracy", "%", lambda network: accuracy(network, batches), reference)
 
 
-def _takes_one(found: Any) -> bool:
+def _takes_one(named: Any) -> bool:
     """Whether something is a function of one argument: it wants the model."""
-    if not callable(found):
+    if not callable(named):
         return False
     with contextlib.suppress(TypeError, ValueError):
-        inspect.signature(found).bind(None)
+        inspect.signature(named).bind(None)
         with contextlib.suppress(TypeError):
-            inspect.signature(found).bind()
+            inspect.signature(named).bind()
             return False
         return True
     return False

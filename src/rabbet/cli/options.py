@@ -1,25 +1,22 @@
-"""The options that commands share, and how their text is read."""
+"""The options that commands share; `texts` reads what stands in them."""
 
-import ast
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated
 
 import typer
 
-from rabbet.core.budget import Budget
-from rabbet.core.plan import Plan
-from rabbet.errors import BudgetError, FileError, PlanError
-from rabbet.methods import METHODS, QUALITY, Method
-
 DEFAULT_BUDGET = "bytes <= 10%"
+
+# The help needs these names, and not what they name, which takes seconds to import.
+METHODS = ("joint", "admm", "cora", "cgmq", "ttqat")
+QUALITIES = ("fast", "default", "best")
+TARGETS = ("safetensors", "onnx", "openvino", "torch")
 
 
 def known_quality(name: str) -> str:
     """The name of a tier; a usage error for any other."""
-    if name not in QUALITY:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(QUALITY)}")
+    if name not in QUALITIES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(QUALITIES)}")
     return name
 
 
@@ -50,7 +47,9 @@ OptionalBudget = Annotated[
 Quality = Annotated[
     str,
     typer.Option(
-        callback=known_quality, metavar="|".join(QUALITY), help="How long to tune after the choice."
+        callback=known_quality,
+        metavar="|".join(QUALITIES),
+        help="How long to tune after the choice.",
     ),
 ]
 MethodText = Annotated[
@@ -58,7 +57,8 @@ MethodText = Annotated[
     typer.Option(
         "--method",
         metavar="NAME [SETTING=VALUE ...]",
-        help=f"One of {', '.join(METHODS)}, with settings: 'cora bits=3 tuning.steps=0'. Default: joint.",
+        help=f"One of {', '.join(METHODS)}, with settings: "
+        "'cora bits=3 tuning.steps=0'. Default: joint.",
     ),
 ]
 Output = Annotated[
@@ -78,75 +78,3 @@ Processes = Annotated[
     int, typer.Option("--jobs", min=1, metavar="N", help="Processes that solve layers.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-def budget_of(text: str) -> Budget:
-    """A budget from its text; a usage error, not a broken budget, if it cannot be read."""
-    try:
-        return Budget.parse(text)
-    except BudgetError as e:
-        raise typer.BadParameter(str(e), param_hint="--budget") from None
-
-
-def method_of(text: str | None, quality: str = "default") -> Method:
-    """A method from its text, such as `cora bits=3 ranking.steps=50`; without any, `Joint` of a quality.
-
-    A usage error for a name or a setting that is not there, or a value that the setting does not
-    take.
-    """
-    if text is None:
-        return QUALITY[quality]
-    if quality != "default":
-        raise typer.BadParameter(
-            "it is a setting of the default method; leave it out", param_hint="--quality"
-        )
-    name, *settings = text.split() or [""]
-    if name not in METHODS:
-        raise typer.BadParameter(
-            f"{name!r} is not one of {', '.join(METHODS)}", param_hint="--method"
-        )
-    try:
-        method: Any = METHODS[name]()
-        for setting in settings:
-            method = _with(method, *setting.partition("=")[::2], setting)
-    except PlanError as e:
-        raise typer.BadParameter(str(e), param_hint="--method") from None
-    found: Method = method
-    return found
-
-
-def _with(settings: Any, name: str, value: str, text: str) -> Any:
-    """Settings with one changed; `a.b` is setting b of setting a."""
-    name, _, inner = name.partition(".")
-    known = [f.name for f in fields(settings)]
-    if name not in known:
-        raise typer.BadParameter(
-            f"{text!r} is no setting; there are {', '.join(known)}", param_hint="--method"
-        )
-    old = getattr(settings, name)
-    if inner and is_dataclass(old):
-        return replace(settings, **{name: _with(old, inner, value, text)})
-    kind = get_type_hints(type(settings))[name]
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    kinds = [k for k in (get_origin(one) or one for one in options) if isinstance(k, type)]
-    try:
-        new = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        new = value  # a word
-    whole = isinstance(new, int) and not isinstance(new, bool) and float in kinds
-    if inner or (kinds and type(new) not in kinds and not whole):
-        wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
-        raise typer.BadParameter(
-            f"{text!r}: the value must be of type {wanted}", param_hint="--method"
-        )
-    return replace(settings, **{name: new})
-
-
-def plan_of_file(path: Path) -> Plan:
-    """A plan from a text file; raises FileError for a file that cannot be read, PlanError for one that is no plan."""
-    try:
-        return Plan.parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise FileError(f"the plan {path} cannot be read: {e}") from None
-    except PlanError as e:
-        raise PlanError(f"{path}: {e}") from None

@@ -12,12 +12,12 @@ from rabbet.errors import FileError
 
 
 def pretrained(folder: Path) -> nn.Module:
-    """The network of a folder with `config.json` and safetensors, as the class that the config names, in eval mode.
+    """The network of a folder with `config.json` and safetensors, in eval mode.
 
-    It runs without a cache of keys and values, which is no output to compare. Code that lies in the
-    folder is not run, and nothing is downloaded or unpickled. Raises FileError without
-    transformers, for a folder without a readable config, of an architecture that transformers does
-    not have, or whose weights are missing or damaged.
+    It is of the class that the config names. It runs without a cache of keys and values, which is
+    no output to compare. Code that lies in the folder is not run, and nothing is downloaded or
+    unpickled. Raises FileError without transformers, for a folder without a readable config, of an
+    architecture that transformers does not have, or whose weights are missing or damaged.
     """
     config = folder / "config.json"
     if not config.is_file():
@@ -44,9 +44,10 @@ def pretrained(folder: Path) -> nn.Module:
 
 def _read(folder: Path, kind: Any) -> nn.Module:
     """The network of a known class."""
+    network: Any
     try:
         with _quiet():
-            found, info = kind.from_pretrained(
+            network, info = kind.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
     except Exception as e:  # transformers and safetensors raise whatever they like
@@ -56,9 +57,9 @@ def _read(folder: Path, kind: Any) -> nn.Module:
         raise FileError(
             f"{folder} lacks tensors of {kind.__name__}: {', '.join(sorted(info['missing_keys']))}"
         )
-    found.config.use_cache = False
-    network: nn.Module = found.eval()
-    return network
+    network.config.use_cache = False
+    ready: nn.Module = network.eval()
+    return ready
 
 
 @contextlib.contextmanager

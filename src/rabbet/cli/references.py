@@ -26,12 +26,12 @@ def resolve(reference: str, option: str) -> Any:
     return resolve_value(attribute(reference, option), reference, option)
 
 
-def resolve_value(found: Any, reference: str, option: str) -> Any:
-    """What something that was found by a reference returns; a value or a network stands for itself."""
-    if not callable(found) or isinstance(found, nn.Module):
-        return found
+def resolve_value(named: Any, reference: str, option: str) -> Any:
+    """What the callable that a reference names returns; a value or a network stands for itself."""
+    if not callable(named) or isinstance(named, nn.Module):
+        return named
     with reporting(reference, option):
-        return found()
+        return named()
 
 
 def attribute(reference: str, option: str) -> Any:
@@ -45,21 +45,24 @@ def attribute(reference: str, option: str) -> Any:
             f"{reference!r} is not of the form module:callable", param_hint=option
         )
     with reporting(reference, option):
-        found: Any = (
+        named: Any = (
             _from_file(Path(place), option) if place.endswith(".py") else _from_name(place, option)
         )
     at = place
     for name in path.split("."):
-        if not hasattr(found, name):
-            known = [n for n in dir(found) if not n.startswith("_")]
+        if not hasattr(named, name):
+            known = [n for n in dir(named) if not n.startswith("_")]
             raise typer.BadParameter(f"{at} has no {name!r}{_near(name, known)}", param_hint=option)
-        found, at = getattr(found, name), f"{at}:{name}" if at == place else f"{at}.{name}"
-    return found
+        named, at = getattr(named, name), f"{at}:{name}" if at == place else f"{at}.{name}"
+    return named
 
 
 @contextlib.contextmanager
 def reporting(reference: str, option: str) -> Iterator[None]:
-    """Make one line of whatever goes wrong in code that is not ours: what was asked, the error, and where it arose."""
+    """Make one line of whatever goes wrong in code that is not ours.
+
+    It says what was asked, what the error is, and where it arose.
+    """
     try:
         yield
     except (RabbetError, typer.Exit, typer.BadParameter):

@@ -1,32 +1,11 @@
 """The commands about files for a runtime: export, eval, bench."""
 
-import tempfile
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rabbet._api import reopen
-from rabbet.cli import options, tables
-from rabbet.cli.inputs import (
-    DEMO_DATA,
-    DEMO_MODEL,
-    DEMO_TEST,
-    demo,
-    open_inputs,
-    open_network,
-    open_task,
-)
-from rabbet.cli.judge import open_judge
-from rabbet.cli.stored import opened, ready
-from rabbet.data.batches import examples, first_examples, join
-from rabbet.errors import FileError
-from rabbet.export import EXPORTS
-from rabbet.export.onnx.write import write_float
-from rabbet.runtime.bench import Timing, cpu, plain_int8, time_files
-from rabbet.runtime.session import KERNELS, kernels
+from rabbet.cli import options
 
 Model = Annotated[
     str | None,
@@ -45,7 +24,7 @@ def export(
     model: Model = None,
     data: options.Data = None,
     target: Annotated[
-        str | None, typer.Option(metavar="|".join(EXPORTS), help="For which runtime.")
+        str | None, typer.Option(metavar="|".join(options.TARGETS), help="For which runtime.")
     ] = None,
     whole: Annotated[
         Path | None,
@@ -53,7 +32,13 @@ def export(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a compressed network for a runtime; layers that will not run on integer kernels are listed."""
+    """Write a compressed network for a runtime; layers not run on integer kernels are listed."""
+    from rabbet._api import Result
+    from rabbet.cli import tables
+    from rabbet.cli.inputs import demo, open_inputs
+    from rabbet.cli.stored import ready
+    from rabbet.export.onnx.write import write_float
+
     chosen = ready(output, target)
     if whole is not None and (whole.suffix != ".onnx" or whole.absolute() == output.absolute()):
         raise typer.BadParameter(
@@ -63,29 +48,20 @@ def export(
         ready(whole)
     inputs = open_inputs(model, data)
     with demo(model, "--model"):
-        result = reopen(file, inputs.network, inputs.task)
+        result = Result.load(file, inputs.network, inputs.task)
     for path in (output, whole):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     written = result.export(output, chosen)
-    sizes = {str(output): written.bytes}
+    sizes, native = {str(output): written.bytes}, result.cost.bytes
     if whole is not None:
         sizes[str(whole)] = write_float(inputs.network, inputs.task, whole).bytes
     if as_json:
-        tables.print_json(
-            {
-                "target": chosen,
-                "files": sizes,
-                "native": result.cost.bytes,
-                "notes": list(written.notes),
-            }
-        )
+        facts = {"target": chosen, "files": sizes, "native": native, "notes": list(written.notes)}
+        tables.print_json(facts)
         return
-    out = tables.console()
-    for name, size in sizes.items():
-        out.print(f"{name}: {size:,} bytes ({result.cost.bytes:,} in {file})", soft_wrap=True)
-    for note in written.notes:
-        out.print(note, soft_wrap=True)
+    lines = [f"{name}: {size:,} bytes ({native:,} in {file})" for name, size in sizes.items()]
+    tables.show([*lines, *written.notes])
 
 
 def evaluate(
@@ -96,7 +72,12 @@ def evaluate(
     model: Model = None,
     as_json: options.Json = False,
 ) -> None:
-    """Run a file, in the runtime that it was made for, over labelled batches or a function of your own."""
+    """Run a file, in its runtime, over labelled batches or a function of your own."""
+    from rabbet.cli import tables
+    from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST, demo, open_network
+    from rabbet.cli.judge import open_judge
+    from rabbet.cli.stored import opened
+
     if test is None and model not in (None, DEMO_MODEL):
         raise typer.BadParameter(
             "say what to measure with: batches of (inputs, labels)", param_hint="--test"
@@ -106,11 +87,11 @@ def evaluate(
     with demo(model, "--model"):
         network = opened(file, open_network(DEMO_MODEL if model is None else model))
     with demo(test, "--test"):
-        found = judge(network)
+        score = judge(network)
     if as_json:
-        tables.print_json({"file": str(file), "quantity": judge.quantity, "value": found})
+        tables.print_json({"file": str(file), "quantity": judge.quantity, "value": score})
         return
-    print(f"{file}: {judge.quantity} {judge.show(found)}")
+    print(f"{file}: {judge.quantity} {judge.show(score)}")
 
 
 def bench(
@@ -131,85 +112,10 @@ def bench(
 
     With a float file, a plain int8 export of it by onnxruntime's own quantiser is timed as well.
     """
-    files = [file, *(against or [])]
-    for path in files:
-        if not path.is_file() or path.suffix != ".onnx":
-            raise FileError(f"{path} is not an .onnx file; write one with rabbet export")
-    batches = open_task(DEMO_DATA if data is None else data).read()
-    with tempfile.TemporaryDirectory() as folder:
-        timed = {str(path): path for path in files}
-        if plain and against:
-            timed["plain int8 of onnxruntime"] = plain_int8(against[0], batches, Path(folder))
-        ran = {name: Counter(kernels(path).values()) for name, path in timed.items()}
-        sizes = {name: path.stat().st_size for name, path in timed.items()}
-        with demo(data, "--data"):
-            found = {
-                count: time_files(timed, _several(batches, count), threads, runs)
-                for count in dict.fromkeys((1, batch or 1))
-            }
-    floats = [name for name, kernel in kernels(file).items() if kernel not in KERNELS]
-    facts = cpu() | {"threads": str(threads or "all")}
+    from rabbet.cli import tables, timing
+
+    measured = timing.measure([file, *(against or [])], data, batch or 1, threads, runs, plain)
     if as_json:
-        tables.print_json(_facts(facts, found, ran, sizes) | {"float layers": floats})
-        return
-    out = tables.console()
-    out.print(", ".join(f"{name}: {value}" for name, value in facts.items()), soft_wrap=True)
-    out.print()
-    base = str(against[0]) if against else str(file)
-    heads = (
-        "file",
-        "batch",
-        "median ms",
-        "p95 ms",
-        f"speed against {base}",
-        "bytes",
-        "integer kernels",
-    )
-    out.print(tables.table(heads, _lines(found, ran, sizes, base)))
-    for name in floats:
-        out.print(f"{name} runs in float in {file}", soft_wrap=True)
-
-
-def _several(batches: list[Any], count: int) -> Any:
-    """A batch of so many examples, repeated if there are not as many."""
-    parts = [batches[0]] * -(-count // examples(batches[0]))
-    return first_examples(join(parts), count)
-
-
-def _lines(
-    found: dict[int, dict[str, Timing]],
-    ran: dict[str, Counter[str]],
-    sizes: dict[str, int],
-    base: str,
-) -> list[tuple[str, ...]]:
-    return [
-        (
-            name,
-            str(count),
-            f"{t.median:.3f}",
-            f"{t.p95:.3f}",
-            f"{times[base].median / t.median:.2f}x",
-            f"{sizes[name]:,}",
-            f"{sum(n for k, n in ran[name].items() if k in KERNELS)} of {ran[name].total()}",
-        )
-        for count, times in found.items()
-        for name, t in times.items()
-    ]
-
-
-def _facts(
-    facts: dict[str, str],
-    found: dict[int, dict[str, Timing]],
-    ran: dict[str, Counter[str]],
-    sizes: dict[str, int],
-) -> dict[str, Any]:
-    files = [
-        {
-            "file": name,
-            "bytes": size,
-            "kernels": dict(ran[name]),
-            "times": {k: asdict(t[name]) for k, t in found.items()},
-        }
-        for name, size in sizes.items()
-    ]
-    return {"machine": facts, "files": files}
+        tables.print_json(measured.facts())
+    else:
+        tables.show(measured.parts())

@@ -1,4 +1,7 @@
-"""Files on disk: what a native one says of itself without the network, how any of them is run, where one can go."""
+"""Files on disk: where one can be written, and how any of them is run.
+
+A native file says a lot of itself without the network.
+"""
 
 import os
 from dataclasses import dataclass, replace
@@ -35,8 +38,8 @@ class Stored:
         """Read a file. Raises FileError for one that is missing, damaged, or of another format."""
         survey, plan, values = read_parts(path)
         for name, dtype, count in arrays(lengths(survey, plan)):
-            found = values.pop(name, None)
-            if found is None or found.shape != (count,) or DTYPES.get(str(found.dtype)) != dtype:
+            array = values.pop(name, None)
+            if array is None or array.shape != (count,) or DTYPES.get(str(array.dtype)) != dtype:
                 raise FileError(
                     f"{path} is damaged: its plan wants {count} entries of {dtype} in {name}"
                 )
@@ -45,14 +48,17 @@ class Stored:
 
 
 def ready(output: Path, target: str | None = None) -> str:
-    """The target of a file to write; an unknown ending, or a place that is no folder, is refused before any work."""
+    """The target of a file to write.
+
+    An unknown ending, or a place that is no folder, is refused before any work.
+    """
     if target is None and output.suffix not in ENDINGS:
         raise typer.BadParameter(
             f"{output} must end in one of {', '.join(ENDINGS)}", param_hint="--output"
         )
-    found = target_of(output, target)
+    known = target_of(output, target)
     writable(output)
-    return found
+    return known
 
 
 def writable(output: Path) -> None:
@@ -65,7 +71,10 @@ def writable(output: Path) -> None:
 
 
 def opened(path: Path, network: nn.Module) -> nn.Module:
-    """Any file as a network that runs: a native one in a copy of the network, others in their runtime."""
+    """Any file as a network that runs.
+
+    A native one runs in a copy of the network, others in their runtime.
+    """
     if not path.is_file():
         raise FileError(f"there is no file {path}")
     if path.suffix == ".onnx":

@@ -1,4 +1,4 @@
-"""The jobs that a command works with: progress bars, worker processes, and a folder to go on from."""
+"""The jobs that a command works with: progress bars, worker processes, a folder to go on from."""
 
 import contextlib
 import multiprocessing
@@ -18,17 +18,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from rabbet.cli.ending import Stopped
 from rabbet.jobs import Jobs, silent
 from rabbet.jobs import Progress as Report
 
 
-class Stopped(Exception):  # noqa: N818 (no error: the user wanted it)
-    """The user pressed Ctrl-C; the message says how to go on."""
-
-
 @contextlib.contextmanager
 def working(folder: Path | None, processes: int, quiet: bool) -> Iterator[Jobs]:
-    """An jobs for one command. Ctrl-C raises Stopped, and takes the worker processes along."""
+    """Jobs for one command. Ctrl-C raises Stopped, and takes the worker processes along."""
     try:
         with contextlib.ExitStack() as stack:
             progress = silent if quiet else stack.enter_context(bars())
@@ -69,7 +66,10 @@ def bars() -> Iterator[Report]:
 
 @contextlib.contextmanager
 def workers(processes: int) -> Iterator[Executor]:
-    """Processes that start afresh: a fork of a process in which torch has started threads may hang."""
+    """Processes that start afresh.
+
+    A fork of a process in which torch has started threads may hang.
+    """
     executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     # Ctrl-C reaches the whole process group. The parent ends the workers, which would only print
     # tracebacks: they are born deaf, since a signal may come while they are still importing. A

@@ -3,6 +3,7 @@
 A new method is a file here and a line in METHODS.
 """
 
+from rabbet.errors import PlanError
 from rabbet.methods.admm import ADMM
 from rabbet.methods.base import Fitted, Method
 from rabbet.methods.cgmq.method import CGMQ
@@ -18,4 +19,40 @@ METHODS: dict[str, type[Method]] = {
     "ttqat": TTQAT,
 }
 
-__all__ = ["ADMM", "CGMQ", "METHODS", "QUALITY", "TTQAT", "CoRa", "Fitted", "Joint", "Method"]
+
+def method_of(method: Method | None, quality: str = "default") -> Method:
+    """The method that is asked for; without one the default method, of a quality.
+
+    Raises PlanError for what is no method, for an unknown quality, and for one beside a method that
+    is not the default one.
+    """
+    if quality not in tuple(QUALITY):
+        raise PlanError(f"quality is one of {', '.join(map(repr, QUALITY))}; found {quality!r}")
+    if method is None:
+        return QUALITY[quality]
+    if isinstance(method, type) or not hasattr(method, "fit"):
+        raise PlanError(
+            f"method is an object such as rabbet.Joint(), or is left out; found {method!r}"
+        )
+    if quality == "default":
+        return method
+    if method != Joint():
+        raise PlanError(
+            f"quality={quality!r} is a setting of the default method; leave out the quality or the "
+            f"method, whose own settings say how long it works: {method!r}"
+        )
+    return QUALITY[quality]
+
+
+__all__ = [
+    "ADMM",
+    "CGMQ",
+    "METHODS",
+    "QUALITY",
+    "TTQAT",
+    "CoRa",
+    "Fitted",
+    "Joint",
+    "Method",
+    "method_of",
+]

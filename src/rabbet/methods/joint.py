@@ -91,7 +91,7 @@ class Joint:
         return Fitted(student, (note,))
 
     def menu(self, site: Site) -> tuple[Terms, ...]:
-        """Every candidate of a layer: dense on each grid, and dense with an adapter where a rank fits."""
+        """Every candidate of a layer: dense ones, those with an adapter, and other forms."""
         dense = [(Term(Dense(), Grid.parse(g)),) for g in self.grids]
         full = LowRank(1).full_rank(site)
         grid = Grid.parse(self.adapter_grid)
@@ -121,8 +121,9 @@ class Joint:
 
 
 def _vector(rank: int) -> int:
-    """What a rank should be a multiple of: 16 where that is a small part of it, so that a runtime's vectors are full.
+    """What a rank should be a multiple of, so that a runtime's vectors are full.
 
+    It is 16 where that is a small part of the rank.
     Measured (benchmarks/latency.py): a chain of rank 134 is slower than one of 128 by far more than
     the MACs say.
     """

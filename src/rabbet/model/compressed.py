@@ -95,7 +95,7 @@ class ActQuant(nn.Module):
             return x
         if not self.ready:
             raise ModelError(
-                "an input range is not calibrated; run rabbet.calibrate_ranges(model, data) first"
+                "an input range is not calibrated; run calibrate_ranges of rabbet.calibrate.ranges first"
             )
         return self.grid.fake(x, self.scale, self.zero)
 

@@ -23,7 +23,7 @@ from rabbet.layers import LayerKind, Site, kind_of, looks_up, shares_table
 from rabbet.model.watch import Watch, buffers_kept
 
 
-def survey(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
+def inspect_network(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
     """Run the model once on a batch and read the facts of its layers. The model is not changed.
 
     batch: as the model takes it (tensor, tuple or mapping), or as `task.forward` takes it. Raises

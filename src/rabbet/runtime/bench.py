@@ -1,4 +1,4 @@
-"""How fast files are in onnxruntime: timed in turn, against float and against a plain int8 export."""
+"""How fast files are in onnxruntime, timed in turn: against float and a plain int8 export."""
 
 import contextlib
 import os
@@ -31,10 +31,11 @@ class Timing:
 def time_files(
     files: Mapping[str, Path | bytes], batch: Batch, threads: int = 0, runs: int = 60
 ) -> dict[str, Timing]:
-    """Time files on one batch, in turn: every round runs each of them a few times, in an order that turns.
+    """Time files on one batch, in turn.
 
-    threads: 0 for all cores. runs: of each file, at least. Raises FileError for what onnxruntime
-    does not take, DataError for a batch that does not fit.
+    Every round runs each of them a few times, in an order that turns. threads: 0 for all cores.
+    runs: of each file, at least. Raises FileError for what onnxruntime does not take, DataError for
+    a batch that does not fit.
     """
     sessions = {name: Session(source, threads) for name, source in files.items()}
     feeds = {name: session.feed(batch) for name, session in sessions.items()}
@@ -75,17 +76,17 @@ def plain_int8(source: Path, batches: Sequence[Batch], folder: Path) -> Path:
             return next(feeds, None)
 
     source, folder = source.resolve(), folder.resolve()
-    ready, made = folder / "ready.onnx", folder / "plain.onnx"
+    ready, plain = folder / "ready.onnx", folder / "plain.onnx"
     try:
         with contextlib.chdir(folder):  # what it cannot finish it leaves where it runs
             _prepare(quant_pre_process, source, ready)
             kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-            quantize_static(ready, made, Reader(), per_channel=True, **kinds)
+            quantize_static(ready, plain, Reader(), per_channel=True, **kinds)
     except Exception as e:  # it has no error of its own
         raise FileError(
             f"onnxruntime's quantiser does not take {source}: {' '.join(str(e).split())[:300]}"
         ) from e
-    return made
+    return plain
 
 
 def _prepare(quant_pre_process: Callable[..., None], source: Path, ready: Path) -> None:
@@ -98,7 +99,10 @@ def _prepare(quant_pre_process: Callable[..., None], source: Path, ready: Path) 
 
 
 def cpu() -> dict[str, str]:
-    """What a time depends on: processor, cores, the best instruction set for integers, onnxruntime's version."""
+    """What a time depends on.
+
+    Processor, cores, the best instruction set for integers, onnxruntime's version.
+    """
     require_onnx("onnxruntime")
     import onnxruntime
 

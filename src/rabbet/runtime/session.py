@@ -1,4 +1,4 @@
-"""An ONNX file in onnxruntime: run it like a network, time it, and see which kernels it really runs on."""
+"""An ONNX file in onnxruntime: run it like a network, and see which kernels it really runs on."""
 
 import tempfile
 from collections.abc import Sequence
@@ -15,9 +15,15 @@ from rabbet.errors import DataError, FileError
 
 # What multiplies with a weight in an optimised graph, and which of its inputs is the weight.
 KERNELS = {
-    "ConvInteger": 1, "DynamicQuantizeMatMul": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1, "QAttention": 1,
-    "QGemm": 3, "QLinearConv": 3, "QLinearMatMul": 3,
-}  # fmt: skip
+    "ConvInteger": 1,
+    "DynamicQuantizeMatMul": 1,
+    "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1,
+    "QAttention": 1,
+    "QGemm": 3,
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+}
 FLOAT = dict.fromkeys(
     (
         "Conv",
@@ -35,7 +41,10 @@ FLOAT = dict.fromkeys(
 
 
 def require_onnx(*names: str) -> None:
-    """Raise FileError, saying what to install, if packages that write and run ONNX files (default: all) are missing."""
+    """Raise FileError, saying what to install, if packages for ONNX files are missing.
+
+    names: of the packages; the default is all that write and run such files.
+    """
     missing = [
         name
         for name in names or ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
@@ -79,12 +88,12 @@ class Session(nn.Module):
 
     def forward(self, *parts: Any, **named: Any) -> Any:
         """Run on a batch's tensors; one tensor, or a tuple if the file has several outputs."""
-        found = self.run(self.feed((parts, named)))
-        result = tuple(torch.from_numpy(np.asarray(a)) for a in found)
+        arrays = self.run(self.feed((parts, named)))
+        result = tuple(torch.from_numpy(np.asarray(a)) for a in arrays)
         return result[0] if len(result) == 1 else result
 
     def feed(self, batch: Any) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of a batch by the names of the inputs: a mapping by its keys, else in order."""
+        """The arrays of a batch by the inputs' names: a mapping by its keys, else in order."""
         keyed = (
             batch[1]
             if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], dict)
@@ -92,12 +101,12 @@ class Session(nn.Module):
         )
         if isinstance(keyed, dict) and set(self.names) <= keyed.keys():
             return {n: keyed[n].detach().cpu().numpy() for n in self.names}
-        found = tensors(batch)
-        if len(found) != len(self.names):
+        given = tensors(batch)
+        if len(given) != len(self.names):
             raise DataError(
                 f"the file takes {', '.join(self.names)}; the batch is {describe(batch)}"
             )
-        return {n: t.detach().cpu().numpy() for n, t in zip(self.names, found, strict=True)}
+        return {n: t.detach().cpu().numpy() for n, t in zip(self.names, given, strict=True)}
 
     def run(
         self, feed: dict[str, np.ndarray[Any, Any]], outputs: Sequence[str] | None = None
@@ -111,7 +120,10 @@ class Session(nn.Module):
 
 
 def kernels(source: Path | bytes) -> dict[str, str]:
-    """The kernel of every node that multiplies with a weight, by the weight's name, in onnxruntime's own graph."""
+    """The kernel of every node that multiplies with a weight, by the weight's name.
+
+    Nodes are those of the graph that onnxruntime makes for itself.
+    """
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -119,20 +131,23 @@ def kernels(source: Path | bytes) -> dict[str, str]:
         Session(source, 1, path)
         graph = onnx.load(path).graph
     known = {i.name for i in graph.initializer}
-    made = {out: node for node in graph.node for out in node.output}
-    found: dict[str, str] = {}
+    makers = {out: node for node in graph.node for out in node.output}
+    names: dict[str, str] = {}
     for node in graph.node:
         place = (KERNELS | FLOAT).get(node.op_type)
-        weight = None if place is None else _origin(node.input[place], made, known)
+        weight = None if place is None else _origin(node.input[place], makers, known)
         if weight is not None:
-            found[weight if weight not in found else f"{weight} ({node.name})"] = node.op_type
-    return found
+            names[weight if weight not in names else f"{weight} ({node.name})"] = node.op_type
+    return names
 
 
-def _origin(name: str, made: dict[str, Any], known: set[str]) -> str | None:
-    """The constant that a value was made of, through what a runtime leaves in front of a float kernel."""
+def _origin(name: str, makers: dict[str, Any], known: set[str]) -> str | None:
+    """The constant that a value was made of.
+
+    It is sought through what a runtime leaves in front of a float kernel.
+    """
     while name not in known:
-        node = made.get(name)
+        node = makers.get(name)
         if node is None or node.op_type not in ("DequantizeLinear", "Transpose", "Cast", "Reshape"):
             return None
         name = node.input[0]

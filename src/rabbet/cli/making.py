@@ -1,0 +1,113 @@
+"""The work of plan and compress, and what is said of it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from rabbet._api import Result, compress, fit
+from rabbet._api import plan as choose
+from rabbet.cli.inputs import Inputs
+from rabbet.cli.judge import Judge
+from rabbet.core.budget import Budget
+from rabbet.core.cost import Cost
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Survey
+from rabbet.export import Written
+from rabbet.jobs import Jobs
+from rabbet.methods import Method
+from rabbet.model.build import validate
+from rabbet.report.facts import plan_facts
+from rabbet.report.text import Part, report_parts
+from rabbet.workpiece import Workpiece
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan before it is fitted, and what it will cost."""
+
+    plan: Plan
+    survey: Survey
+    cost: Cost
+    float_cost: Cost
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A compressed network, its file, and how good the network was and the file is."""
+
+    output: Path
+    result: Result
+    written: Written
+    judge: Judge | None
+    before: float | None
+    after: float | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the method and the export say."""
+        return (*self.result.notes, *self.written.notes)
+
+    def facts(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All of it for JSON; settings: what was asked for."""
+        result, judge = self.result, self.judge
+        file = {"output": str(self.output), "bytes": self.written.bytes}
+        costs = result.cost, result.float_cost
+        scores = {"before": self.before, "after": self.after}
+        evaluation = None if judge is None else {"quantity": judge.quantity} | scores
+        said = {"evaluation": evaluation, "notes": list(self.notes)}
+        return (
+            file | settings | plan_facts(result.survey, result.plan, *costs, result.budget) | said
+        )
+
+    def parts(self, native: bool) -> list[Part]:
+        """All of it for people; native: whether the file is the one that a budget is about."""
+        result, judge = self.result, self.judge
+        costs = result.cost, result.float_cost
+        parts = report_parts(result.survey, result.plan, *costs, result.budget, self.notes)
+        if judge is not None and self.before is not None and self.after is not None:
+            scores = f"{judge.show(self.before)} -> {judge.show(self.after)}"
+            parts.append(f"{judge.quantity}: {scores}")
+        parts.append(f"{self.output}: {self.written.bytes:,} bytes")
+        if not native:
+            size = f"{result.cost.bytes:,} bytes"
+            parts.append(f"the native file, which a budget of bytes is about: {size}")
+        return parts
+
+
+def require_countable(limits: Budget) -> None:
+    """A usage error for a budget that a given plan cannot be held against before it is fitted."""
+    if any(limit.metric == "latency" for limit in limits.limits):
+        raise typer.BadParameter(
+            "a plan is not timed before it is fitted; leave the latency out, and measure with "
+            "rabbet bench",
+            param_hint="--budget",
+        )
+
+
+def plan_for(inputs: Inputs, limits: Budget, worker: Method, seed: int, jobs: Jobs) -> Chosen:
+    """Choose a plan, and count what it costs."""
+    plan = choose(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
+    piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
+    return Chosen(plan, piece.survey, piece.cost(plan), piece.float_cost)
+
+
+def compress_or_fit(
+    inputs: Inputs,
+    limits: Budget | None,
+    wanted: Plan | None,
+    worker: Method,
+    seed: int,
+    jobs: Jobs,
+) -> Result:
+    """Choose and fit; or fit a given plan, held against the budget before anything is solved."""
+    if wanted is None:
+        assert limits is not None
+        return compress(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
+    if limits is not None:
+        piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
+        validate(wanted, piece.survey)
+        limits.check(piece.cost(wanted), piece.float_cost)
+    result = fit(inputs.network, wanted, inputs.task, worker, seed=seed, jobs=jobs)
+    return replace(result, budget=limits)

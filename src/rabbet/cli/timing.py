@@ -1,0 +1,103 @@
+"""The work of bench: files timed in turn, their kernels counted, and what is said of it."""
+
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rabbet.cli.inputs import DEMO_DATA, demo, open_task
+from rabbet.data.batches import examples, first_examples, join
+from rabbet.errors import FileError
+from rabbet.report.text import Part, Table
+from rabbet.runtime.bench import Timing, cpu, plain_int8, time_files
+from rabbet.runtime.session import KERNELS, kernels
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured: of every file its kernels, its bytes, and its times by the batch's size.
+
+    floats: the layers of the first file that run in float. base: the file that others are held
+    against.
+    """
+
+    machine: dict[str, str]
+    file: str
+    base: str
+    floats: list[str]
+    kernels: dict[str, Counter[str]]
+    sizes: dict[str, int]
+    times: dict[int, dict[str, Timing]]
+
+    def facts(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        files = [
+            {
+                "file": name,
+                "bytes": size,
+                "kernels": dict(self.kernels[name]),
+                "times": {count: asdict(times[name]) for count, times in self.times.items()},
+            }
+            for name, size in self.sizes.items()
+        ]
+        return {"machine": self.machine, "files": files, "float layers": self.floats}
+
+    def parts(self) -> list[Part]:
+        """All of it for people."""
+        speed = f"speed against {self.base}"
+        heads = ("file", "batch", "median ms", "p95 ms", speed, "bytes", "integer kernels")
+        rows = [
+            (
+                name,
+                str(count),
+                f"{time.median:.3f}",
+                f"{time.p95:.3f}",
+                f"{times[self.base].median / time.median:.2f}x",
+                f"{self.sizes[name]:,}",
+                self._integer_kernels(name),
+            )
+            for count, times in self.times.items()
+            for name, time in times.items()
+        ]
+        machine = ", ".join(f"{name}: {value}" for name, value in self.machine.items())
+        floats = [f"{name} runs in float in {self.file}" for name in self.floats]
+        return [machine, "", Table(heads, rows), *floats]
+
+    def _integer_kernels(self, name: str) -> str:
+        counts = self.kernels[name]
+        return f"{sum(n for k, n in counts.items() if k in KERNELS)} of {counts.total()}"
+
+
+def measure(
+    files: list[Path], data: str | None, batch: int, threads: int, runs: int, plain: bool
+) -> Bench:
+    """Time files one example and `batch` examples at a time, on batches that a reference names.
+
+    plain: a plain int8 export of the second file, if there is one, is timed as well.
+    """
+    for path in files:
+        if not path.is_file() or path.suffix != ".onnx":
+            raise FileError(f"{path} is not an .onnx file; write one with rabbet export")
+    batches = open_task(DEMO_DATA if data is None else data).read()
+    with tempfile.TemporaryDirectory() as folder:
+        timed = {str(path): path for path in files}
+        if plain and len(files) > 1:
+            timed["plain int8 of onnxruntime"] = plain_int8(files[1], batches, Path(folder))
+        counts = {name: Counter(kernels(path).values()) for name, path in timed.items()}
+        sizes = {name: path.stat().st_size for name, path in timed.items()}
+        with demo(data, "--data"):
+            times = {
+                count: time_files(timed, _several(batches, count), threads, runs)
+                for count in dict.fromkeys((1, batch))
+            }
+    floats = [name for name, kernel in kernels(files[0]).items() if kernel not in KERNELS]
+    machine = cpu() | {"threads": str(threads or "all")}
+    base = str(files[1] if len(files) > 1 else files[0])
+    return Bench(machine, str(files[0]), base, floats, counts, sizes, times)
+
+
+def _several(batches: list[Any], count: int) -> Any:
+    """A batch of so many examples, repeated if there are not as many."""
+    parts = [batches[0]] * -(-count // examples(batches[0]))
+    return first_examples(join(parts), count)

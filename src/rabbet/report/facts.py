@@ -1,0 +1,75 @@
+"""What is said of a survey, a plan and its cost as plain values, for JSON."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rabbet.core.budget import Budget
+from rabbet.core.cost import Cost
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Survey
+from rabbet.report.text import Standing, layer_rows
+
+
+def cost_facts(cost: Cost) -> dict[str, Any]:
+    """A cost; bits are the mean bits of a weight."""
+    return asdict(cost) | {"bits": cost.bits}
+
+
+def limit_facts(standing: Standing) -> dict[str, Any]:
+    """A limit and how a cost stands under it, in whole numbers."""
+    return {
+        "limit": None if standing.limit is None else standing.limit.text,
+        "metric": standing.metric,
+        "found": standing.amount,
+        "allowed": standing.allowed,
+        "over": standing.over,
+    }
+
+
+def plan_facts(
+    survey: Survey, plan: Plan, cost: Cost, whole: Cost, budget: Budget | None = None
+) -> dict[str, Any]:
+    """A plan and what it costs; a layer that stays as it is has no plan."""
+    layers = [
+        {
+            "name": row.site.name,
+            "shape": list(row.site.shape),
+            "plan": row.body,
+            "bytes": row.bytes,
+            "macs": row.macs,
+            "bops": row.bops,
+        }
+        for row in layer_rows(survey, plan)
+    ]
+    return {
+        "plan": str(plan),
+        "layers": layers,
+        "cost": cost_facts(cost),
+        "float": cost_facts(whole),
+        "budget": None if budget is None else str(budget),
+        "left": _left(survey),
+    }
+
+
+def survey_facts(survey: Survey) -> dict[str, Any]:
+    """A survey."""
+    sites = [
+        {
+            "name": site.name,
+            "kind": site.kind.name,
+            "shape": list(site.shape),
+            "macs": site.macs,
+            "positions": site.positions,
+            "float_bytes": 4 * site.numel,
+            "norm": site.norm,
+            "tied": list(site.tied),
+            "heads": list(site.heads),
+        }
+        for site in survey
+    ]
+    return {"sites": sites, "left": _left(survey), "float_bytes": survey.float_bytes}
+
+
+def _left(survey: Survey) -> list[dict[str, Any]]:
+    """What is left alone."""
+    return [asdict(entry) for entry in survey.left]
