@@ -159,9 +159,9 @@ def _net(first=nn.Linear):
 DATA = [rand(16, 12, seed=k) for k in range(3)]
 
 
-def _roundtrip(tmp_path, model, plan, method=None):
+def _roundtrip(tmp_path, model, plan):
     """Fit a plan, write and read the file, export it, and compare all with the network."""
-    result = rabbet.fit(model, plan, DATA, method or rabbet.Joint(), quality=None)
+    result = rabbet.fit(model, plan, DATA, quality="fast")
     assert str(result.plan).split() == plan.split()
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
     ours = result.model(DATA[0])

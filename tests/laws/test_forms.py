@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rabbet.forms import FORMS, RANKED
 from rabbet.layers import KINDS, kind_of
+from rabbet.model.inspect import inspect_network
 
 LAYERS = {
     "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 5)),
