@@ -29,6 +29,8 @@ class Scales(ABC):
 
     zeros: bool = False
     """Whether there is a zero point beside each scale."""
+    single: bool = False
+    """Whether there is one scale for the tensor."""
     along_axis: bool = True
     """Whether integer kernels can hold them: one scale, or one for each slice of an axis."""
 
@@ -72,6 +74,8 @@ class Scales(ABC):
 @dataclass(frozen=True, slots=True)
 class OneScale(Scales):
     """One scale for the tensor."""
+
+    single: ClassVar[bool] = True  # type: ignore[misc]
 
     @classmethod
     def read(cls, text: str) -> Self | None:

@@ -263,7 +263,7 @@ def _solve_term(
         return [Quantised.nearest(f, grid) for f in factors]
     *first, last = factors
     small = [Quantised.nearest(f, grid) for f in first]
-    if not small:
+    if not small and last[0].numel() == site.columns:  # the weight itself, or some rows of it
         target = site.matrix(left) if len(last) == site.shape[0] else last.flatten(1)[None]
         return [_rounded(target, grid, metric, tuple(last.shape))]
     basis = form.contract(site, [*(q.values for q in small), torch.eye(last.shape[1])]).flatten(1)
@@ -289,7 +289,7 @@ def _rounded(target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...])
     """A target [groups, rows, n] in its metric, as a tensor of the given shape on a grid."""
     if _by_rows(grid):
         return _quantised(round_rows_of([(grid, target)], metric)[0], grid, shape)
-    if grid.codebook.uniform is None or grid.axis is not None:
+    if grid.codebook.uniform is None or not grid.scales.single:
         weight = metric.diagonal[:, None].expand_as(target).reshape(shape)
         plain = grid.codebook.uniform is not None
         return Quantised.nearest(target.reshape(shape), grid, None if plain else weight)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.grids.grid import Grid, Quantised, stored
-from rabbet.grids.scales import OneScale
 from rabbet.model.compressed import Factor
 
 
@@ -59,7 +58,7 @@ def together(latents: Iterable[Latent]) -> Iterator[None]:
     """
     alike: dict[tuple[Grid, torch.Size], list[Latent]] = {}
     for latent in latents:
-        if latent.on and latent.grid.scales == OneScale():
+        if latent.on and latent.grid.scales.single:
             alike.setdefault((latent.grid, latent.value.shape), []).append(latent)
     for (grid, _), group in alike.items():
         values, scales = torch.stack([x.value for x in group]), torch.cat([x.scale for x in group])

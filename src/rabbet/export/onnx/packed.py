@@ -230,15 +230,17 @@ class Weight:
         return graph.call("Sub", wide, zeros, name=f"{self.name}.points")
 
     def _for_each(self, graph: Graph, values: Tensor, what: str) -> "ir.Value":
-        """For each entry the value of its group of inputs, which is looked up."""
+        """For each entry the value of those that it shares one with, which is looked up."""
         shape, layout = tuple(self.codes.shape), self.grid.scales
-        count = len(values) // shape[0]  # groups of an output
-        columns = layout.spread(torch.arange(count, dtype=torch.float32), (1, *shape[1:]))
-        first = np.arange(shape[0], dtype=np.int64)[:, None] * count
-        rows = graph.constant(f"rows.{shape[0]}.{count}", first)
-        place = columns.long().reshape(1, -1).numpy()
-        groups = graph.constant(f"groups.{layout.text}.{place.size}", place)
-        index = graph.call("Add", rows, groups, name=f"{self.name}.{what}.index")
+        count = torch.arange(len(values), dtype=torch.float32)
+        places = layout.spread(count, shape).expand(shape).reshape(shape[0], -1).long().numpy()
+        first, along = places[:, :1] - places[:1, :1], places[:1]
+        text = f"{layout.text}.{places.shape[0]}x{places.shape[1]}"
+        if (first + along == places).all():  # a row and a column say all, in little room
+            rows = graph.constant(f"rows.{text}", first)
+            index = graph.call("Add", rows, graph.constant(f"columns.{text}", along), name=text)
+        else:
+            index = graph.constant(text, places)
         flat = graph.constant(f"{self.name}.{what}", values.numpy())
         each = graph.call("Gather", flat, index, name=f"{self.name}.{what}.each", axis=0)
         return graph.call("Reshape", each, shape_of(graph, shape), name=f"{self.name}.{what}.wide")
