@@ -168,28 +168,39 @@ def factors(size: int, count: int) -> list[int]:
 
 
 def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:
-    """One small tensor: its codes times its scales."""
-    ternary, unsigned, bits, half, sliced, axis = re.fullmatch(
-        r"(?:(t)|(u?)(\d)(h?))(c(\d*))?", grid
-    ).groups()
-    count = math.prod(shape)
-    if ternary:
-        packed = take("rabbet.codes", -(-count // 5)).astype(int)
-        codes = (packed[:, None] // [1, 3, 9, 27, 81] % 3).reshape(-1)[:count] - 1.0
+    """One small tensor: its codes, less zero points if there are any, times its scales."""
+    found = re.fullmatch(r"(t|(u?)(\d)(h?))(?:(c)(\d*)|g(\d+)(z?))?", grid)
+    body, unsigned, bits, half, sliced, axis, size, zeros = found.groups()
+    codes = integers(math.prod(shape), body, bits, take) - (1.0 if body == "t" else 0.0)
+    lowest = 0.0 if unsigned or body == "t" else 2.0 ** (int(bits) - 1)
+    shift = 0.5 if half or body == "1" else 0.0
+    columns = math.prod(shape[1:])
+    groups = -(-columns // int(size)) if size else 0
+    count = shape[0] * groups if size else shape[int(axis or 0)] if sliced else 1
+    zero = integers(count, body, bits, take) - lowest if zeros else np.zeros(count)
+    zero = zero - (1.0 if zeros and body == "t" else 0.0)
+    scale = take("rabbet.scales", count).astype(np.uint32) << 16  # the upper half of a float32
+    scale = scale.view(np.float32)
+    if size:
+        place = np.arange(shape[0])[:, None] * groups + np.arange(columns) // int(size)
+        scale, zero = scale[place].reshape(shape), zero[place].reshape(shape)
     else:
-        width = int(bits)
-        packed = take("rabbet.codes", -(-count * width // 8))
-        stream = np.unpackbits(packed, bitorder="little")[: count * width].reshape(count, width)
-        codes = stream @ (1 << np.arange(width)) - (0.0 if unsigned else 2.0 ** (width - 1))
-        codes += 0.5 if half or width == 1 else 0.0
-    along = int(axis or 0) if sliced else None
-    scale = take(
-        "rabbet.scales", 1 if along is None else shape[along]
-    )  # the upper half of a float32
-    scale = (scale.astype(np.uint32) << 16).view(np.float32)
-    return codes.reshape(shape).astype(np.float32) * scale.reshape(
-        [-1 if k == along else 1 for k in range(len(shape))]
-    )
+        along = int(axis or 0) if sliced else None
+        wide = [-1 if k == along else 1 for k in range(len(shape))]
+        scale, zero = scale.reshape(wide), zero.reshape(wide)
+    values = (codes - lowest).reshape(shape) + shift - zero
+    return values.astype(np.float32) * scale
+
+
+def integers(count: int, body: str, bits: str | None, take: Take) -> np.ndarray:
+    """The next packed integers, counted from the smallest code."""
+    if body == "t":
+        packed = take("rabbet.codes", -(-count // 5)).astype(int)
+        return (packed[:, None] // [1, 3, 9, 27, 81] % 3).reshape(-1)[:count]
+    width = int(bits or 0)
+    packed = take("rabbet.codes", -(-count * width // 8))
+    stream = np.unpackbits(packed, bitorder="little")[: count * width].reshape(count, width)
+    return stream @ (1 << np.arange(width))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ TERMS = {
     "dense": GRIDS,
     "adapter": ("dense@3c + lowrank[2]@8c", "dense@2hc + lowrank[1]@4c"),
     "rows": ("dense[even]@4c + dense[odd]@2hc", "dense[odd]@8c + dense[even]@3c + lowrank[1]@8c"),
+    "groups": ("dense@4g8", "dense@3g16z + lowrank[1]@4g4"),
     "low rank": ("lowrank[2]@4c", "lowrank[3]@8c", "lowrank[2]@3c"),
     "trains": ("tt[4]@4", "tt[3]@8c", "tt[4]@3c"),
     "chains": ("cp[6]@4c", "tucker[3]@8c", "cp[9]@6c", "tucker[2]@3c", "cp[4]@4"),
@@ -56,9 +57,21 @@ def _factors(parcel):
     ]
 
 
-@pytest.fixture(
-    scope="module", params=[(n, t) for n in CASES for t in TERMS], ids=lambda p: f"{p[0]}-{p[1]}"
+# Dense terms on every case, one other kind of terms on each, and all kinds on one of convs and
+# linears: what a graph does to a weight and what a weight is made of are seen apart.
+OTHERS = [kind for kind in TERMS if kind != "dense"]
+PAIRS = list(
+    dict.fromkeys(
+        [
+            *((name, "dense") for name in CASES),
+            *((name, OTHERS[k % len(OTHERS)]) for k, name in enumerate(CASES)),
+            *(("stack", kind) for kind in TERMS),
+        ]
+    )
 )
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
 def written(request, tmp_path_factory):
     """A case on a kind of terms with the file that was written of it."""
     name, kind = request.param
@@ -189,11 +202,12 @@ def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "terms", [GRIDS, TERMS["trains"], TERMS["rows"]], ids=["dense", "trains", "rows"]
+    ("name", "kind"),
+    [(n, ("dense", "trains", "rows")[k % 3]) for k, n in enumerate(CASES)]
+    + [("tied", "dense"), ("bert", "trains"), ("tokens", "rows")],
 )
-@pytest.mark.parametrize("name", CASES)
-def test_no_weight_that_meets_floats_is_dequantised_in_every_run(name, terms, tmp_path):
-    case = CASES[name]()
+def test_no_weight_that_meets_floats_is_dequantised_in_every_run(name, kind, tmp_path):
+    case, terms = CASES[name](), TERMS[kind]
     made = parcel(case, terms, "")
     notes = write_onnx(made, tmp_path / "small.onnx").notes
     ours, theirs = (

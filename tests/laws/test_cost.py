@@ -42,7 +42,9 @@ def _terms(draw, site):
     terms = []
     for _ in range(draw(st.integers(1, 3))):
         form = draw(st.sampled_from(fitting))
-        grid = Grid.parse(draw(st.sampled_from(grids)) + draw(st.sampled_from(["", "c", "c1"])))
+        grid = Grid.parse(
+            draw(st.sampled_from(grids)) + draw(st.sampled_from(["", "c", "c1", "g4", "g7z"]))
+        )
         rank = [draw(st.integers(1, full[form]))] if form in RANKED else []
         terms.append(Term(FORMS[form](*rank), grid))
     return tuple(terms)

@@ -19,7 +19,7 @@ grids = st.builds(
             *(f"{b}h" for b in range(2, 9)),
         ]
     ),
-    st.sampled_from(["", "c", "c1", "c12"]),
+    st.sampled_from(["", "c", "c1", "c12", "g32", "g128z"]),
 )
 ranks = st.integers(1, 10**6)
 rows = st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found)))

@@ -66,7 +66,7 @@ def _terms(draw, site):
         if form == "dense" and site.groups == 1 and draw(st.booleans()):
             rows = draw(st.sets(st.integers(0, site.shape[0] - 1), min_size=1))
             settings.append(tuple(sorted(rows)))
-        grid = Grid.parse(body + draw(st.sampled_from(["", "c", "c1"])))
+        grid = Grid.parse(body + draw(st.sampled_from(["", "c", "c1", "g3", "g64", "g4z"])))
         terms.append(Term(FORMS[form](*settings), grid))
     return tuple(terms)
 
