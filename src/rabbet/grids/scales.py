@@ -63,6 +63,10 @@ class Scales(ABC):
         """
         return None
 
+    def part_size(self, columns: int) -> int:
+        """How many consecutive entries of a slice of axis 0 share a scale."""
+        return columns
+
     def gained(self, scale: Tensor, gain: Tensor) -> Tensor | None:
         """The scales of a tensor whose slices of axis 0 are multiplied with a gain each.
 
@@ -169,6 +173,10 @@ class PerGroup(Scales):
     def parts(self, columns: int) -> int | None:
         """As many groups as it takes."""
         return -(-columns // self.size)
+
+    def part_size(self, columns: int) -> int:
+        """The size of a group."""
+        return self.size
 
     def _parts(self, shape: Shape) -> int:
         return -(-math.prod(shape[1:]) // self.size)

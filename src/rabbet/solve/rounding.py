@@ -14,7 +14,6 @@ from torch import Tensor
 from rabbet.errors import ModelError
 from rabbet.grids.codebook import nearest, points
 from rabbet.grids.grid import Grid, stored
-from rabbet.grids.scales import PerGroup
 
 BLOCK = 64  # columns whose updates are gathered into one matrix product
 
@@ -100,7 +99,7 @@ class Rows:
         full = torch.ones_like(scale[..., 0])
         shift = torch.full_like(scale, book.shift)
         shift = shift if zero is None else shift - zero
-        size = grid.scales.size if isinstance(grid.scales, PerGroup) else target.shape[2]
+        size = grid.scales.part_size(target.shape[2])
         rows = cls(target, scale, full * grid.low, full * grid.high, shift, target, size)
         return round_nearest(rows)
 

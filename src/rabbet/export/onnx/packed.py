@@ -142,7 +142,7 @@ class Weight:
         return gain * self.grid.high + offset
 
     @property
-    def kind(self) -> str:
+    def integer_type(self) -> str:
         """The type of the integers."""
         return "int8" if self._highest <= 127 or self._gain[0] > 1 else "uint8"
 
@@ -159,14 +159,14 @@ class Weight:
             return self._put_together(graph)
         gain, offset = self._gain
         codes = (gain * self.codes + offset).numpy()
-        if self.kind == "uint8" or (self.grid.bits == 8 and gain == 1):
-            return graph.constant(self.name, codes.astype(self.kind))
+        if self.integer_type == "uint8" or (self.grid.bits == 8 and gain == 1):
+            return graph.constant(self.name, codes.astype(self.integer_type))
         short = gain * self.grid.low + offset >= -8 and self._highest <= 7
         if short and (self.grid.bits == 4 or not graph.functions_known):
             stored = graph.constant(f"{self.name}.int4", codes.astype(np.int8), "INT4")
             return graph.call("Cast", stored, name=self.name, to=_INT8)
         if not graph.functions_known:
-            return graph.constant(self.name, codes.astype(self.kind))
+            return graph.constant(self.name, codes.astype(self.integer_type))
         return _unpacked(graph, self.name, self.grid, self.codes)
 
     def _put_together(self, graph: Graph) -> "ir.Value":
@@ -265,7 +265,7 @@ class Weight:
             sizes = shape_of(graph, (self.codes.shape[spread],))
             scale, axis = graph.call("Expand", scale, sizes, name=f"{self.name}.scales"), spread
         shape = () if axis is None else (self.codes.shape[axis],)
-        zero = zeros(graph, shape, self.kind)
+        zero = zeros(graph, shape, self.integer_type)
         extra: dict[str, Any] = {} if axis is None else {"axis": axis}
         return graph.call("DequantizeLinear", q, scale, zero, name=f"{self.name}.float", **extra)
 
