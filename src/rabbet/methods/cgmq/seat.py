@@ -14,12 +14,15 @@ from rabbet.core.plan import LayerPlan, Term
 from rabbet.forms import Dense
 from rabbet.grids.codebook import uniform
 from rabbet.grids.grid import Grid, Quantised, stored
+from rabbet.grids.scales import OneScale, PerSlice
 from rabbet.layers import Site
 from rabbet.model.build import install
 from rabbet.model.compressed import Compressed, Numbers, compressed_layers
 
 FLOAT = 32  # a width that is not rounded
 WIDEST = 8  # what a file holds; wider gates run in float, and are priced and handed out at 8 bits
+
+TWO = (uniform(2, "half"), uniform(2, "ternary"))  # beside the signed one, at 2 bits
 
 Ranges = Mapping[int, tuple[float, float]]
 """The ends of an input's range, by the bits that it was calibrated for; empty where inputs are not quantised."""
@@ -208,12 +211,10 @@ class Seat(nn.Module):
 def seatable(site: Site, line: LayerPlan) -> bool:
     """Whether dense terms make every output of a layer once, on grids that gates can choose."""
     rows = [row for t in line.terms for row in t.form.outputs(site)]
-    known = all(
-        t.grid.kind == "signed" or (t.grid.bits == 2 and t.grid.kind != "unsigned")
-        for t in line.terms
-    )
-    alike = {t.grid.axis for t in line.terms} in ({None}, {0})
-    alike = alike and len({t.grid.kind for t in line.terms if t.grid.bits == 2}) < 2
+    known = all(t.grid.codebook in (uniform(t.grid.bits), *TWO) for t in line.terms)
+    layouts = {t.grid.scales for t in line.terms}
+    twos = {t.grid.codebook for t in line.terms if t.grid.bits == 2}
+    alike = layouts in ({OneScale()}, {PerSlice(0)}) and len(twos) < 2
     return (
         {t.form.name for t in line.terms} == {Dense.name}
         and sorted(rows) == list(range(site.shape[0]))
