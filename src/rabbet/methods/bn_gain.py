@@ -36,7 +36,12 @@ def with_gain(piece: Workpiece, site: Site, grid: Grid, codes: Tensor, scale: Te
 
 
 def round_to_nearest(piece: Workpiece, site: Site, grid: Grid) -> Quantised:
-    """The weight rounded to nearest on one scale for the tensor, of least squared error."""
+    """The weight rounded to nearest on one scale for the tensor, of least squared error.
+
+    A grid of another layout than one scale, or one for each output, is rounded on its own scales.
+    """
+    if not grid.scales.single and grid.axis != 0:
+        return Quantised.nearest(piece.weight(site), grid)
     plain = Quantised.nearest(without_gain(piece, site, grid), grid.with_axis(None))
     return with_gain(piece, site, grid, plain.codes, plain.scale)
 

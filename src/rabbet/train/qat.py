@@ -15,7 +15,8 @@ class Latent(Factor):
 
     def __init__(self, value: Tensor, grid: Grid) -> None:
         scale = torch.ones(grid.scale_shape(tuple(value.shape)))
-        super().__init__(Quantised(grid, torch.zeros_like(value), scale))
+        zero = torch.zeros_like(scale) if grid.scales.zeros else None
+        super().__init__(Quantised(grid, torch.zeros_like(value), scale, zero))
         # one layout, whether computed now or read from a folder: sums in another order would be
         # other bytes
         self.value = nn.Parameter(value.detach().float().contiguous().clone(), requires_grad=False)
@@ -35,18 +36,24 @@ class Latent(Factor):
 
     def show(self, held: Tensor, scale: Tensor) -> Tensor:
         """The values of it, or of some rows of it."""
-        return self.grid.fake(held, scale) if self.on else held
+        zero = 0.0 if self.zero is None else self.zero
+        return self.grid.fake(held, scale, zero) if self.on else held
 
     def settle(self) -> None:
         """Put on the grid, with the scale of least squared error."""
-        self.scale.copy_(self.grid.mse(self.value.detach()))
+        scale, zero = self.grid.search(self.value.detach())
+        self.scale.copy_(scale)
+        if self.zero is not None and zero is not None:
+            self.zero.copy_(zero)
         self.on = True
 
     @property
     def numbers(self) -> Quantised:
         """As a file holds them."""
         scale = stored(self.scale.detach())
-        return Quantised(self.grid, self.grid.codes(self.value.detach(), scale), scale)
+        zero = 0.0 if self.zero is None else self.zero
+        codes = self.grid.codes(self.value.detach(), scale, zero)
+        return Quantised(self.grid, codes, scale, self.zero)
 
 
 @contextlib.contextmanager

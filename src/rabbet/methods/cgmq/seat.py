@@ -211,7 +211,9 @@ class Seat(nn.Module):
 def seatable(site: Site, line: LayerPlan) -> bool:
     """Whether dense terms make every output of a layer once, on grids that gates can choose."""
     rows = [row for t in line.terms for row in t.form.outputs(site)]
-    known = all(t.grid.codebook in (uniform(t.grid.bits), *TWO) for t in line.terms)
+    known = all(
+        t.grid.bits > 1 and t.grid.codebook in (uniform(t.grid.bits), *TWO) for t in line.terms
+    )
     layouts = {t.grid.scales for t in line.terms}
     twos = {t.grid.codebook for t in line.terms if t.grid.bits == 2}
     alike = layouts in ({OneScale()}, {PerSlice(0)}) and len(twos) < 2

@@ -280,6 +280,9 @@ class Teaching(Course):
         """The best state, and whether the latents are on their grids."""
         kept = {"most": self.most, "on": torch.tensor(any(x.on for x in self._latents()))}
         kept |= {f"zero.{k}": z for k, z in enumerate(act.zero for act in self._acts)}
+        kept |= {
+            f"group.{k}": z for k, z in enumerate(x.zero for x in self._latents()) if z is not None
+        }
         return kept | {f"best.{k}": v for k, v in self.best.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -290,8 +293,10 @@ class Teaching(Course):
             act.zero.copy_(state[f"zero.{k}"])
             if state["on"]:
                 act.observer, act.ready = None, True
-        for latent in self._latents():
+        for k, latent in enumerate(self._latents()):
             latent.on = bool(state["on"])
+            if latent.zero is not None:
+                latent.zero.copy_(state[f"group.{k}"])
 
     def network(self) -> nn.Module:
         """The student with integers in place of the latents, and what stays as it is on the types of the file."""
