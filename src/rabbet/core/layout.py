@@ -161,8 +161,8 @@ def header(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> bytes:
 
 def file_bytes(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> int:
     """The exact length of the file."""
-    kept = sum(r.bytes for r in rest)
-    return len(header(survey, plan, rest)) + kept + lengths(survey, plan).bytes
+    values = sum(r.bytes for r in rest) + lengths(survey, plan).bytes
+    return len(header(survey, plan, rest)) + values
 
 
 def line_bytes(layer: LayerPlan) -> int:
