@@ -1,1 +1,1 @@
-"""The values that all else passes on: surveys, plans, what files hold, costs, budgets."""
+"""The values that all other packages pass around: surveys, plans, file layouts, costs, budgets."""

@@ -19,7 +19,7 @@ class Quantity:
     """One quantity that a budget can limit.
 
     amount: its whole-number measure in a cost. limit: the largest amount that a stated absolute
-    value allows. units: factor of each unit that may follow a number. show: an amount in words,
+    value allows. units: factor of each unit that may follow a number. show: an amount as text,
     given the number of weights.
     """
 
@@ -92,7 +92,7 @@ class Limit:
         )
 
     def broken_by(self, cost: Cost, whole: Cost) -> bool:
-        """Whether a cost is over this limit; raises BudgetError for a latency that nobody measured."""
+        """Whether a cost is over this limit; raises BudgetError for a latency not measured."""
         if self.metric == "latency" and not whole.time:
             raise BudgetError(
                 f"{self.text!r} needs a latency, which is measured by `compress` and `plan` only"
@@ -135,10 +135,10 @@ class Budget:
         for limit in self.limits:
             if limit.broken_by(cost, whole):
                 metric = METRICS[limit.metric]
-                found, allowed = metric.amount(cost), limit.amount(whole)
+                amount, allowed = metric.amount(cost), limit.amount(whole)
                 raise BudgetError(
                     f"{limit.text!r} allows {metric.show(allowed, whole.weights)} {limit.metric}, "
-                    f"the network has {metric.show(found, whole.weights)}"
+                    f"the network has {metric.show(amount, whole.weights)}"
                 )
 
 
@@ -164,7 +164,7 @@ def _clause(text: str) -> Limit:
 
 
 def heaviest(costs: dict[str, Cost], metric: str, count: int = 3) -> str:
-    """The layers that weigh most, in words: what holds a budget up."""
+    """The layers that cost most, in words: what stands in the way of a budget."""
     quantity = METRICS[metric]
     ranked = sorted(costs.items(), key=lambda item: -quantity.amount(item[1]))[:count]
     return ", ".join(

@@ -3,9 +3,9 @@
 Bytes are those of the whole native file, header included. MACs are multiply-accumulates of the
 layers in the survey, per example. A bit operation (BOP) is a MAC times the bits of the weight times
 the bits of the input (Bayesian Bits, arXiv 2005.07093); a float counts 32 bits. Bits are the mean
-bits of the codes per weight, every weight counted. Latency is that of the exported file for a batch
-of one, predicted from layers that were timed on this machine (`rabbet.choose.latency`); it is zero
-where nobody measured.
+bits of the codes per weight, over all weights. Latency is that of the exported file for a batch of
+one, predicted from layers that were timed on this machine (`rabbet.choose.latency`); it is zero
+where nothing was measured.
 """
 
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ def layer_cost(site: Site, layer: LayerPlan) -> Cost:
     for term in layer.terms:
         first, *later = term.form.macs(site)
         macs += first + sum(later)
-        # cores are put together once, and what they make runs on 8 bits
+        # Cores are contracted once, and the result runs on 8 bits.
         bits = FINISHED if term.form.contracted else term.grid.bits
         bops += bits * (first * act + sum(later) * (FLOAT_BITS if layer.act is None else BETWEEN))
         lengths = term_lengths(site, term)
@@ -79,7 +79,7 @@ def float_cost(survey: Survey) -> Cost:
 
 
 def kept_cost(site: Site) -> Cost:
-    """The arithmetic of a site that stays as it is; its bytes are among the rest's."""
+    """The arithmetic of a site that is not compressed; its bytes are counted with the rest."""
     return Cost(0, site.macs, site.macs * FLOAT_BITS**2, site.numel * FLOAT_BITS, site.numel)
 
 

@@ -1,8 +1,8 @@
-"""What the native file holds for a plan: every array, its type and its length, before any number is known.
+"""What the native file holds for a plan: every array, its type and its length.
 
-The writer and the cost both read this, so predicted and written bytes cannot disagree.
-docs/format.md is the specification; the numbers of all layers lie in five arrays, because a header
-entry a tensor would outweigh the scales.
+All of it is known before any number is. The writer and the cost both read this, so predicted and
+written bytes cannot disagree. docs/format.md is the specification; the numbers of all layers lie in
+five arrays, because one header entry per tensor would outweigh the scales.
 """
 
 import json
@@ -17,8 +17,8 @@ from rabbet.grids.pack import packed_bytes
 from rabbet.layers import Site
 
 VERSION = "rabbet/1"
-FINISHED = 8  # bits of what a runtime is given in place of cores
-BETWEEN = 8  # bits of what lies between two factors
+FINISHED = 8  # bits of the weight that a runtime is given in place of cores
+BETWEEN = 8  # bits of the activations between two factors
 RESERVED = "rabbet."
 WIDTHS = {
     "F64": 8,
@@ -36,7 +36,7 @@ WIDTHS = {
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """A tensor that the file holds as it is: its name, safetensors type and shape."""
+    """A tensor that the file holds uncompressed: its name, safetensors type and shape."""
 
     name: str
     dtype: str
@@ -68,7 +68,10 @@ class Lengths:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the values: codes uint8, scales bfloat16, biases float32, input scale float32 and zero uint8."""
+        """Bytes of the values.
+
+        Codes are uint8, scales bfloat16, biases float32, input scales float32, zero points uint8.
+        """
         return self.codes + self.zeros + 2 * self.scales + 4 * self.biases + 5 * self.acts
 
 
@@ -93,15 +96,15 @@ def term_lengths(site: Site, term: Term) -> Lengths:
 
 
 def act_bits(layer: LayerPlan) -> list[int]:
-    """Widths of the quantised activations: of the input, then of each tensor between two factors of a term.
+    """Bits of the quantised activations: the input, then each tensor between two factors of a term.
 
-    Between factors it is 8 bits whatever the input has: no plan chose that tensor to be coarse, an
-    integer runtime has it on 8 bits, and of an adapter it never comes to be, as that is added to
+    Between factors it is 8 bits whatever the input has: no plan chose that tensor to be coarse, and
+    an integer runtime has it on 8 bits. For an adapter it never exists, as its product is added to
     the weight beside it.
     """
-    return (
-        [] if layer.act is None else [layer.act, *[BETWEEN] * sum(t.form.gaps for t in layer.terms)]
-    )
+    if layer.act is None:
+        return []
+    return [layer.act, *[BETWEEN] * sum(t.form.gaps for t in layer.terms)]
 
 
 def layer_lengths(site: Site, layer: LayerPlan) -> Lengths:
@@ -121,21 +124,22 @@ def lengths(survey: Survey, plan: Plan) -> Lengths:
 
 
 def arrays(total: Lengths) -> Iterator[tuple[str, str, int]]:
-    """Name, type and length of the arrays, in their order in the file; an empty one is not stored."""
-    found = (
+    """Name, type and length of the arrays in the order of the file; empty ones are not stored."""
+    entries = (
         ("rabbet.biases", "F32", total.biases),
         ("rabbet.act_scales", "F32", total.acts),
         ("rabbet.scales", "BF16", total.scales),
         ("rabbet.act_zeros", "U8", total.acts),
         ("rabbet.codes", "U8", total.codes + total.zeros),
     )
-    return (entry for entry in found if entry[2])
+    return (entry for entry in entries if entry[2])
 
 
 def header(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> bytes:
-    """The file up to its first value: the header's length as uint64, then JSON padded with spaces to 8 bytes.
+    """The file up to its first value.
 
-    rest: tensors kept as they are. Wide types come first so that every value is aligned.
+    It is the header's length as uint64, then JSON padded with spaces to 8 bytes. rest: tensors
+    kept uncompressed. Wide types come first, so that every value is aligned.
     """
     facts = {"format": VERSION, "plan": plan.compact, "survey": survey.to_json()}
     entries: dict[str, object] = {"__metadata__": facts}
@@ -157,11 +161,10 @@ def header(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> bytes:
 
 def file_bytes(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> int:
     """The exact length of the file."""
-    return (
-        len(header(survey, plan, rest)) + sum(r.bytes for r in rest) + lengths(survey, plan).bytes
-    )
+    values = sum(r.bytes for r in rest) + lengths(survey, plan).bytes
+    return len(header(survey, plan, rest)) + values
 
 
 def line_bytes(layer: LayerPlan) -> int:
-    """Bytes of the header that a line of the plan takes: its JSON text and the escaped end of line."""
+    """Header bytes that a line of the plan takes: its JSON text and the escaped end of line."""
     return len(json.dumps(str(layer))) - 2 + 2

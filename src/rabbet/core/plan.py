@@ -1,6 +1,6 @@
 """The central value: what becomes of every layer. A plan holds every decision and no tensor.
 
-One line a layer: its name, the terms that its weight is the sum of, and the bits of its input.
+One line per layer: its name, the terms that sum to its weight, and the bits of its input.
 
     conv1     dense@4c | act@8
     layer1.0  dense@3c + lowrank[6]@8c | act@8
@@ -9,11 +9,11 @@ One line a layer: its name, the terms that its weight is the sum of, and the bit
     fc        dense@tc
     head      dense[0-5,9]@4c + dense[6-8]@2hc | act@8
 
-Behind the rank of a tensor train may stand how inputs and outputs are read as digits, if not in the
-usual way. A dense term may be of some outputs only, counted from 0.
+The rank of a tensor train may be followed by how inputs and outputs are read as digits, if that is
+not the usual way. A dense term may cover some outputs only, counted from 0.
 
-A layer without a line stays as it is. `#` starts a comment. A name that holds spaces, or is empty
-(the network is one layer), stands in double quotes.
+A layer without a line is not compressed. `#` starts a comment. A name that contains spaces, or is
+empty (the network is one layer), stands in double quotes.
 """
 
 import json
@@ -131,17 +131,17 @@ class Plan:
         return len(self.layers)
 
     def __getitem__(self, name: str) -> LayerPlan:
-        found = self.get(name)
-        if found is None:
+        layer = self.get(name)
+        if layer is None:
             raise PlanError(f"the plan has no line for {quoted(name)}")
-        return found
+        return layer
 
     def get(self, name: str) -> LayerPlan | None:
-        """The line of a layer, or None if the layer stays as it is."""
+        """The line of a layer, or None if the layer is not compressed."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
     def with_layer(self, layer: LayerPlan) -> "Plan":
-        """The same plan with a layer's line exchanged, or added if it had none."""
+        """The same plan with a layer's line replaced, or added if it had none."""
         if self.get(layer.name) is None:
             return replace(self, layers=(*self.layers, layer))
         return replace(

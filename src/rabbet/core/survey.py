@@ -1,4 +1,7 @@
-"""What a look at a network tells: its layers, what is left alone and why. Values only; `model.inspect` looks."""
+"""What is known of a network: its layers, and what is left alone and why.
+
+Values only; `model.inspect` collects them.
+"""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from rabbet.layers.files import site_from_json, site_to_json
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A layer or tensor that stays as it is: why, and the bytes that it takes in any file."""
+    """A layer or tensor that is not compressed: why, and the bytes that it takes in any file."""
 
     name: str
     reason: str
@@ -30,12 +33,13 @@ class Survey:
         return iter(self.sites)
 
     def __getitem__(self, name: str) -> Site:
-        found = next((s for s in self.sites if s.name == name), None)
-        if found is None:
+        site = next((s for s in self.sites if s.name == name), None)
+        if site is None:
             raise PlanError(
-                f"{name!r} is not a layer that can be compressed here; see the survey for those that are"
+                f"{name!r} is not a layer that can be compressed here; "
+                "see the survey for those that are"
             )
-        return found
+        return site
 
     @property
     def weights(self) -> int:
@@ -56,7 +60,7 @@ class Survey:
             facts = json.loads(text)
             sites = tuple(site_from_json(s) for s in facts["sites"])
             left = tuple(Left(str(n), str(r), int(b)) for n, r, b in facts.get("left", ()))
-            found = cls(sites, left, int(facts["float_bytes"]))
+            survey = cls(sites, left, int(facts["float_bytes"]))
         except (
             ValueError,
             KeyError,
@@ -68,4 +72,4 @@ class Survey:
             raise FileError(f"the survey in the header cannot be read: {e}") from None
         if len({s.name for s in sites}) < len(sites):
             raise FileError("the survey in the header describes a layer twice")
-        return found
+        return survey

@@ -1,4 +1,7 @@
-"""The ways to write one weight as small tensors. A new form is a file here and a line in FORMS."""
+"""The ways to write one weight as small tensors.
+
+A new form is a file here and a line in FORMS.
+"""
 
 from rabbet.forms.base import PLAIN, Aim, Form, Ranked
 from rabbet.forms.cp import CP

@@ -13,16 +13,16 @@ from rabbet.layers import Site
 from rabbet.solve.als import Problem
 
 Between = Callable[[int, Tensor], Tensor]
-"""What happens to the tensor between contraction i and the next: `Compressed` quantises it there."""
+"""What happens to the tensor after contraction i, before the next: `Compressed` quantises it."""
 
 
 @dataclass(frozen=True)
 class Aim:
     """What else a decomposition may know; forms that are solved in closed form need none of it.
 
-    noise: relative squared error that rounding will make of a factor: terms that cancel one another
-    are kept so small that it does not matter more than it must. start: factors of a problem alike,
-    to go on from. steps: how often the error may be evaluated.
+    noise: relative squared error that rounding a factor will cause; terms that cancel one another
+    are kept small, so that it is not amplified more than necessary. start: factors of a similar
+    problem to go on from. steps: how often the error may be evaluated.
     """
 
     noise: float = 0.0
@@ -36,20 +36,20 @@ PLAIN = Aim()
 class Form(ABC):
     """How a weight is written as factors: a value, compared by its fields; knows nothing of grids.
 
-    Factors are listed in the order in which `apply` contracts the input with them. Of a form with a
-    rank it is the first axis of the first factor. Unless the form is `contracted`, the last factor
-    is [out, ...]: solvers solve it for what the others became, and a gain for each output goes into
-    its scales.
+    Factors are listed in the order in which `apply` contracts the input with them. The rank, if
+    the form has one, is the first axis of the first factor. Unless the form is `contracted`, the
+    last factor is [out, ...]: solvers fit it to what the others became, and a gain for each output
+    goes into its scales.
     """
 
     name: ClassVar[str]
     """What stands in a plan."""
     gaps: ClassVar[int] = 0
-    """Tensors of activations between the contractions: one less than those."""
+    """Tensors of activations between contractions: one fewer than there are contractions."""
     contracted: ClassVar[bool] = False
-    """Whether factors are put together before they meet the input, as chains of small cores are."""
+    """Whether factors are contracted before they meet the input, as chains of small cores are."""
     adds: ClassVar[bool] = False
-    """Whether a runtime may be given the sum of this weight and the one of the term beside it."""
+    """Whether a runtime may be given the sum of this weight and that of the term beside it."""
     channel_axes: ClassVar[tuple[int | None, ...]] = ()
     """For each factor of `problem` the axis of its channels, along which it may have scales."""
 
@@ -57,14 +57,14 @@ class Form(ABC):
 
     @classmethod
     def read(cls, inside: str | None) -> Self:
-        """The form of what stands in the brackets of a term; raises PlanError."""
+        """The form from the text in the brackets of a term; raises PlanError."""
         if inside is not None:
             raise PlanError(f"{cls.name} takes nothing in brackets")
         return cls()
 
     @property
     def inside(self) -> str:
-        """What stands in the brackets of a term; empty for none."""
+        """The text in the brackets of a term; empty for none."""
         return ""
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Form(ABC):
 
     @abstractmethod
     def full_rank(self, site: Site) -> int:
-        """The rank from which any weight of this site is written exactly.
+        """The rank from which on any weight of this site is represented exactly.
 
         1 if the form has no rank, 0 if it does not fit the site. Raises PlanError, saying why, for
         settings that do not fit.
@@ -100,7 +100,7 @@ class Form(ABC):
     def decompose(
         self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
-        """Factors of a canonical weight, of least error in the metric of its inputs.
+        """The factors of a canonical weight that err least in the metric of its inputs.
 
         second: [groups, n, n], the second moment of the inputs; None for the plain error.
         """
@@ -121,38 +121,38 @@ class Form(ABC):
         """The layer, one contraction after the other, the weight never rebuilt."""
 
     def observed(self, shapes: Sequence[Sequence[int]]) -> Self:
-        """The form as the shapes of factors say: what a plan reads back from a network."""
+        """The form that the shapes of factors imply: what a plan reads back from a network."""
         return self
 
     def matrix_rank(self, site: Site) -> int | None:
         """The largest rank that a weight of this form has as a matrix [out, in * k].
 
-        None if nothing is known that is worth it.
+        None if no useful bound is known.
         """
         return None
 
     def for_runtime(
         self, site: Site, factors: Sequence[Tensor]
     ) -> "tuple[Form, tuple[Tensor, ...]]":
-        """What a runtime is given in place of these factors: of chains, what they make."""
+        """What a runtime is given in place of these factors: for chains, their contraction."""
         return self, tuple(factors)
 
     # Forms of some outputs only.
 
     @property
     def partial(self) -> bool:
-        """Whether only some outputs are made."""
+        """Whether only some outputs are computed."""
         return False
 
     def outputs(self, site: Site) -> tuple[int, ...]:
-        """The outputs that are made, in rising order."""
+        """The outputs that are computed, in rising order."""
         return tuple(range(site.shape[0]))
 
     def of_outputs(self, values: Tensor) -> Tensor:
-        """The part of a tensor [out, ...] that concerns the outputs that are made."""
+        """The part of a tensor [out, ...] that belongs to the outputs that are computed."""
         return values
 
-    # Forms that solvers which alternate over factors (`solve.als`) can find.
+    # Forms that solvers can find by alternating over the factors (`solve.als`).
 
     def problem(self, weight: Tensor) -> Problem | None:
         """The least-squares problems of the factors, matrices in the order of the tensor's axes."""

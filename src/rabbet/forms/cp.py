@@ -2,8 +2,8 @@
 
 The kernel [out, in, k * k] is `sum_r a_r o b_r o c_r`. The layer is a chain of three: B [rank, in]
 mixes channels where the input lies, C [rank, *k] filters each of them and carries stride, padding
-and dilation, A [out, rank] mixes again. A kernel of one tap has only two factors to be written as:
-that is `lowrank`.
+and dilation, A [out, rank] mixes again. A kernel of one tap needs only two factors: that is
+`lowrank`.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class CP(Ranked):
     channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, 1)
 
     def full_rank(self, site: Site) -> int:
-        """min(in * k, out * k, out * in) with k the taps; 0 where there is one, and for groups."""
+        """min(in * k, out * k, out * in) with k taps; 0 for a single tap, and with groups."""
         if site.groups > 1 or site.taps == 1:
             return 0
         out, channels = site.shape[:2]
@@ -66,7 +66,8 @@ class CP(Ranked):
         matrix, metric = weight.flatten(1), None if second is None else second[0]
         if aim.start is not None:
             small, steps = (aim.start[0], aim.start[1].flatten(1)), aim.steps
-        elif self.rank >= channels * places:  # every entry of an input patch has its own term
+        elif self.rank >= channels * places:
+            # Every entry of an input patch has its own term.
             eyes = torch.eye(channels), torch.eye(places)
             small = (eyes[0].repeat_interleave(places, 0), eyes[1].repeat(channels, 1))
             steps = 0
@@ -114,10 +115,10 @@ def _depthwise(site: Site, rank: int) -> Site:
 def _evened(
     site: Site, small: Sequence[Tensor], last: Tensor, metric: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The same product, each term scaled so that 8 bits serve all channels alike.
+    """The same product, each term scaled so that 8 bits serve all channels equally well.
 
-    Channels between B and C get the same mean square, columns of A the same norm: the rounding of
-    the tensor between C and A then weighs the same in each.
+    Channels between B and C get the same mean square, columns of A the same norm: rounding the
+    tensor between C and A then weighs the same in each channel.
     """
     b, c = small
     places = c.shape[1]

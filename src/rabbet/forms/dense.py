@@ -1,4 +1,4 @@
-"""The weight as it is: one factor, no rank."""
+"""The weight itself: one factor, no rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from rabbet.errors import PlanError
 from rabbet.forms.base import PLAIN, Aim, Between, Form
 from rabbet.layers import Site
 
-DIGITS = 6  # of the number of an output
+DIGITS = 6  # that the index of an output may have
 
 
 @dataclass(frozen=True)
 class Dense(Form):
     """One factor, the canonical weight [out, in / groups, *kernel], or some rows of it.
 
-    rows: the outputs that the term makes, in rising order; None: all. Terms of different rows give
-    the outputs of one layer different grids. Layers with groups have no such terms: their groups
-    would not come out even.
+    rows: the outputs that the term computes, in rising order; None: all. Terms of different rows
+    give the outputs of one layer different grids. Layers with groups have no such terms: rows would
+    be spread unevenly over the groups.
     """
 
     rows: tuple[int, ...] | None = None
@@ -52,9 +52,9 @@ class Dense(Form):
         return values if self.rows is None else values[list(self.rows)]
 
     def full_rank(self, site: Site) -> int:
-        """1: the form fits every site, with rows those without groups.
+        """1: the form fits every site; with rows named, 0 for sites with groups.
 
-        Raises PlanError for a row that is not there.
+        Raises PlanError for a row that does not exist.
         """
         if self.rows is None:
             return 1
@@ -98,9 +98,9 @@ class Dense(Form):
         return output if bias is None else output + site.per_channel(bias)
 
     def _spread(self, site: Site, values: Tensor, axis: int) -> Tensor:
-        """Every row at its place along an axis.
+        """Every row at its place along an axis, zeros at the other places.
 
-        One is picked for each place, then what does not belong is cut off.
+        Some row is picked for each place; those that do not belong are then multiplied by zero.
         """
         assert self.rows is not None
         place = torch.zeros(site.shape[0], dtype=torch.long)
@@ -113,7 +113,7 @@ class Dense(Form):
 
 
 def runs(rows: Sequence[int]) -> str:
-    """Rows as text, those that follow one another as `first-last`."""
+    """Rows as text, consecutive ones as `first-last`."""
     ranges: list[list[int]] = []
     for row in rows:
         if ranges and row == ranges[-1][1] + 1:
@@ -130,7 +130,8 @@ def rows_of(text: str) -> tuple[int, ...]:
         first, bar, last = part.partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not bar)):
             raise PlanError(f"{text!r} are not rows; write them in rising order, such as 0-5,9")
-        if max(len(first), len(last)) > DIGITS:  # a text must not be able to ask for all memory
+        # A short text must not be able to ask for all memory.
+        if max(len(first), len(last)) > DIGITS:
             longest = max(first, last, key=len)[:20]
             raise PlanError(f"there is no output {longest}; no layer has so many")
         rows += range(int(first), int(last or first) + 1)

@@ -1,7 +1,7 @@
 """Two factors: the layer with `rank` outputs, then a 1x1 mix of them.
 
-The weight's first unfolding [out, in * k * k] is B A with A [rank, in, *k], which carries stride and
-padding, and B [out, rank] (CoRa, arXiv 2408.00923, theorem 1).
+The weight's first unfolding [out, in * k * k] is B A with A [rank, in, *k], which carries stride
+and padding, and B [out, rank] (CoRa, arXiv 2408.00923, theorem 1).
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ _MODES = re.compile(r"(\d+):(\d+(?:x\d+)*):(\d+(?:x\d+)*)")
 
 @dataclass(frozen=True)
 class Chain(Ranked):
-    """A form whose factors are small cores, put together before they meet the input.
+    """A form whose factors are small cores, contracted before they meet the input.
 
     modes: how the axes of the weight are read as digits; None: chosen from the shape.
     """
@@ -29,7 +29,7 @@ class Chain(Ranked):
 
     @classmethod
     def read(cls, inside: str | None) -> Self:
-        """A rank, behind which modes may stand: `20` or `20:24x32:32x24`."""
+        """A rank, optionally followed by modes: `20` or `20:24x32:32x24`."""
         match = _MODES.fullmatch(inside or "")
         if match is None and ":" in (inside or ""):
             raise PlanError(
@@ -53,11 +53,11 @@ def _digits(text: str) -> tuple[int, ...]:
     return digits
 
 
-@functools.cache  # asked for at every run of a layer
+@functools.cache  # called at every run of a layer
 def balanced(size: int, count: int) -> tuple[int, ...]:
-    """Factors of a size, none of them 1, in falling order, of least sum: 768 is 12 x 8 x 8.
+    """At most `count` factors of a size, none of them 1, in falling order: 768 is 12 x 8 x 8.
 
-    There are at most `count`.
+    They are those of least sum.
     """
     return min(
         (f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f), f), default=(size,)
@@ -65,16 +65,16 @@ def balanced(size: int, count: int) -> tuple[int, ...]:
 
 
 def exactly(size: int, count: int) -> tuple[int, ...]:
-    """Exactly `count` factors of a size, in falling order; ones where it has too few."""
+    """Exactly `count` factors of a size, in falling order, filled up with ones."""
     factors = balanced(size, count)
     return (*factors, *[1] * (count - len(factors)))
 
 
 @functools.cache
 def covering(size: int, count: int) -> tuple[int, ...]:
-    """`count` numbers in falling order, all alike, whose product is no less than a size.
+    """`count` nearly equal numbers in falling order whose product is no less than a size.
 
-    870 fits 6 x 6 x 5 x 5.
+    870 rows fit into 6 x 6 x 5 x 5.
     """
     left, digits = size, []
     for k in range(count, 0, -1):
@@ -106,7 +106,7 @@ def _factors(size: int, count: int, least: int) -> list[tuple[int, ...]]:
 def check(modes: Modes, sizes: Sequence[int], names: Sequence[str], covers: bool = False) -> None:
     """Raise PlanError if modes do not multiply to the sizes of a layer.
 
-    covers: the first may be larger.
+    covers: the product of the first may be larger than its size.
     """
     for k, (digits, size, name) in enumerate(zip(modes, sizes, names, strict=True)):
         product = math.prod(digits)

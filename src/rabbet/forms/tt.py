@@ -2,8 +2,8 @@
 
 The weight as a matrix [out, in] is `P^T R`, with R [rank, in] made of cores over digits of the
 input and P [rank, out] of cores over digits of the output. Cores do not depend on the input: they
-are contracted first, then the layer is that of `lowrank`. Digits are those of the paper, 12x8x8 and
-8x8x12 for 768: the outermost are the largest.
+are contracted first, and the layer is then a `lowrank` one. Digits are those of the paper, 12x8x8
+and 8x8x12 for 768: the outermost are the largest.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ class TT(Chain):
     """Cores of the input side, then of the output side, from the middle outwards.
 
     Each is [bond, digit, bond]. modes: digits of input and output, the most significant first;
-    None: three each, chosen from the shape. The two innermost cores meet at the rank; no bond is
-    larger, unless the rank is the full one.
+    None: three each, chosen from the shape. The bond between the two innermost cores is the rank;
+    no other is larger, unless the rank is full.
     """
 
     name: ClassVar[str] = "tt"
@@ -40,13 +40,16 @@ class TT(Chain):
         return LowRank(self.rank)
 
     def full_rank(self, site: Site) -> int:
-        """As `lowrank`; raises PlanError for modes that do not multiply to the layer's size."""
+        """As for `lowrank`; raises PlanError for modes that do not multiply to the layer's size."""
         if self.modes is not None:
             check(self.modes, (site.columns, site.shape[0]), ("inputs", "outputs"))
         return self.flat.full_rank(site)
 
     def sizes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Digits of input and output from the middle outwards: the least significant of the input lies innermost."""
+        """Digits of input and output from the middle outwards.
+
+        The innermost digit of the input is its least significant one.
+        """
         ins, outs = self.modes or (
             balanced(site.columns, DIGITS),
             balanced(site.shape[0], DIGITS)[::-1],
@@ -66,21 +69,22 @@ class TT(Chain):
         return tuple(shapes)
 
     def macs(self, site: Site) -> tuple[int, ...]:
-        """Of the two contracted halves; the cores are contracted once, whatever is put in."""
+        """Of the two contracted halves; contracting the cores does not depend on the input."""
         return self.flat.macs(site)
 
     def decompose(
         self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
-        """TT-SVD, plain or in the metric, whichever errs less there; then all cores at once by L-BFGS."""
+        """TT-SVD, then all cores at once by L-BFGS.
+
+        L-BFGS starts from the TT-SVD, plain or in the metric, that errs less in the metric.
+        """
         matrix, metric = weight.flatten(1), None if second is None else second[0]
         ins, outs = self.sizes(site)
         right, left = self._bonds(site)
-        # columns in the order of the digits from the middle outwards
-        turned, order = (
-            self._turned(site, matrix),
-            self._turned(site, torch.arange(site.columns)[None])[0],
-        )
+        # Columns in the order of the digits from the middle outwards.
+        turned = self._turned(site, matrix)
+        order = self._turned(site, torch.arange(site.columns)[None])[0]
         aimed = None if metric is None else metric[order][:, order]
         power = ((turned if aimed is None else turned @ aimed) * turned).sum().clamp_min(1e-30)
         wanted = turned if aimed is None else turned @ aimed
@@ -101,13 +105,16 @@ class TT(Chain):
         return tuple(refine(best, loss, 0 if self.rank == self.full_rank(site) else aim.steps))
 
     def _turned(self, site: Site, rows: Tensor) -> Tensor:
-        """Columns [n, in] in natural order brought into that of the digits from the middle outwards."""
+        """Columns of [n, in], reordered into that of the digits from the middle outwards."""
         ins = self.sizes(site)[0]
         axes = range(len(ins), 0, -1)
         return rows.view(len(rows), *ins[::-1]).permute(0, *axes).reshape(len(rows), -1)
 
     def flat_factors(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The factors of `lowrank` that the cores stand for: R [rank, in, *kernel] and P^T [out, rank]."""
+        """The `lowrank` factors that the cores stand for.
+
+        R [rank, in, *kernel] and P^T [out, rank].
+        """
         ins = self.sizes(site)[0]
         right = half(factors[: len(ins)])
         axes = range(len(ins), 0, -1)

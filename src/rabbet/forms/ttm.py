@@ -1,8 +1,8 @@
-"""Tensor-train matrix: a table whose rows are read as digits and looked up core by core (arXiv 2306.01076).
+"""Tensor-train matrix: a table whose row indices are read as digits (arXiv 2306.01076).
 
-Entry (v, d) of the table is a product of cores, one for each digit of v and d together. The cores
-of the more and of the less significant half of the digits are contracted first; a row is then the
-product of one row of each.
+Entry (v, d) of the table is a product of cores, one for each pair of digits of v and d. The cores
+of the more significant and of the less significant half of the digits are contracted first; a row
+is then the product of one row of each half.
 """
 
 import math
@@ -28,15 +28,18 @@ DIGITS = 4  # of a row: four cores, as in the paper
 class TTM(Chain):
     """Cores [bond, rows, columns, bond], from the middle outwards.
 
-    First those of the more significant digits, then of the less. modes: digits of rows (their
-    product may be more than there are) and as many of columns, the most significant first; None:
-    four, chosen from the shape.
+    First those of the more significant digits, then those of the less significant. modes: digits of
+    rows (their product may exceed the number of rows) and as many of columns, the most significant
+    first; None: four, chosen from the shape.
     """
 
     name: ClassVar[str] = "ttm"
 
     def full_rank(self, site: Site) -> int:
-        """What the two halves of a table can have; 0 for all but tables. Raises PlanError for unfit modes."""
+        """The largest rank between the two halves of a table; 0 for all but tables.
+
+        Raises PlanError for modes that do not fit.
+        """
         if not site.looks_up:
             return 0
         if self.modes is not None:
@@ -75,7 +78,10 @@ class TTM(Chain):
         return tuple(shapes)
 
     def macs(self, site: Site) -> tuple[int, ...]:
-        """One product of two rows for each look-up; with heads those of the table, put together once for both."""
+        """One product of two rows for each look-up.
+
+        With heads, the heads' own: the table is contracted once for both.
+        """
         if site.heads:
             return (site.macs,)
         return (self.rank * site.shape[1] * site.positions,)
@@ -83,7 +89,10 @@ class TTM(Chain):
     def decompose(
         self, site: Site, weight: Tensor, second: Tensor | None, aim: Aim = PLAIN
     ) -> tuple[Tensor, ...]:
-        """TT-SVD of the table, or what there is to go on from; then all cores at once by L-BFGS over the real rows."""
+        """TT-SVD of the table, or the given start; then all cores at once by L-BFGS.
+
+        The error counts the real rows only.
+        """
         whole = self.rank == self.full_rank(site)
         start = self._cut(site, weight) if aim.start is None or whole else aim.start
         power = _energy(weight, second).clamp_min(1e-30)
@@ -94,7 +103,7 @@ class TTM(Chain):
         return tuple(refine(start, loss, 0 if whole else aim.steps))
 
     def _cut(self, site: Site, weight: Tensor) -> list[Tensor]:
-        """TT-SVD of a table, the rows that it lacks as zeros."""
+        """TT-SVD of a table, padded with rows of zeros."""
         upper, lower = self.sizes(site)
         ranks = self._bonds(site)
         full = math.prod(r for r, _ in (*upper, *lower))
@@ -111,7 +120,10 @@ class TTM(Chain):
         return [c.reshape(shape) for c, shape in zip([*a, *b], self.shapes(site), strict=True)]
 
     def tables(self, site: Site, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the halves stand for: [upper rows, upper columns, rank] and [lower rows, rank, lower columns]."""
+        """What the two halves stand for.
+
+        [upper rows, upper columns, rank] and [lower rows, rank, lower columns].
+        """
         upper, lower = self.sizes(site)
         a, b = (
             half([c.flatten(1, 2) for c in part]).view(
@@ -119,17 +131,16 @@ class TTM(Chain):
             )
             for part, digits in ((factors[: len(upper)], upper), (factors[len(upper) :], lower))
         )
-        # upper: the innermost digit is the least significant
+        # The innermost digit of the upper half is its least significant one.
         n, m = len(upper), len(lower)
         a = a.permute(*range(2 * n - 1, 0, -2), *range(2 * n, 0, -2), 0)
         b = b.permute(*range(1, 2 * m, 2), 0, *range(2, 2 * m + 1, 2))
         rows, columns = (math.prod(p[k] for p in upper) for k in (0, 1))
-        return a.reshape(rows, columns, -1), b.reshape(
-            math.prod(p[0] for p in lower), len(factors[0]), -1
-        )
+        lower_rows = math.prod(p[0] for p in lower)
+        return a.reshape(rows, columns, -1), b.reshape(lower_rows, len(factors[0]), -1)
 
     def for_runtime(self, site: Site, factors: Sequence[Tensor]) -> tuple[Form, tuple[Tensor, ...]]:
-        """Two cores; the table itself where heads multiply with it, so that it is there once.
+        """Two cores; the table itself where heads multiply with it, so that it is stored once.
 
         By halves a head would take about rank / columns of a half times the MACs: as many at rank
         28 of 768 columns.
@@ -144,13 +155,9 @@ class TTM(Chain):
         """The table."""
         a, b = self.tables(site, factors)
         (u, c, rank), (v, _, d) = a.shape, b.shape
-        found = a.reshape(u * c, rank) @ b.transpose(0, 1).reshape(rank, v * d)
-        return (
-            found.view(u, c, v, d)
-            .permute(0, 2, 1, 3)
-            .reshape(u * v, c * d)
-            .narrow(0, 0, site.shape[0])
-        )
+        product = a.reshape(u * c, rank) @ b.transpose(0, 1).reshape(rank, v * d)
+        table = product.view(u, c, v, d).permute(0, 2, 1, 3).reshape(u * v, c * d)
+        return table.narrow(0, 0, site.shape[0])
 
     def apply(
         self,
@@ -160,29 +167,32 @@ class TTM(Chain):
         between: Between,
         bias: Tensor | None,
     ) -> Tensor:
-        """Rows of the table for indices of any shape, or what a head does; raises DataError for an index outside."""
+        """Rows of the table for indices of any shape, or the product with a head's inputs.
+
+        Raises DataError for an index outside the table.
+        """
         if site.looks_up and not torch.compiler.is_compiling():
             _inside(x, site.shape[0])
         if not site.looks_up or site.heads:
             return site.run(x, self.contract(site, factors), bias)
         a, b = self.tables(site, factors)
         upper = torch.div(x, len(b), rounding_mode="floor")
-        # rows of flat tables are looked up as any embedding's are, by every runtime
-        rows = F.embedding(upper, a.flatten(1)).unflatten(-1, a.shape[1:])
-        found: Tensor = rows @ F.embedding(x - upper * len(b), b.flatten(1)).unflatten(
-            -1, b.shape[1:]
-        )
-        return found.flatten(-2)
+        # Rows of flat tables: every runtime looks them up as it does those of an embedding.
+        left = F.embedding(upper, a.flatten(1)).unflatten(-1, a.shape[1:])
+        right = F.embedding(x - upper * len(b), b.flatten(1)).unflatten(-1, b.shape[1:])
+        rows: Tensor = left @ right
+        return rows.flatten(-2)
 
 
 def _energy(rows: Tensor, second: Tensor | None) -> Tensor:
     """Sum of squares of rows [n, columns], in the metric [1, columns, columns] if there is one."""
-    found: Tensor = ((rows if second is None else rows @ second[0]) * rows).sum()
-    return found
+    energy: Tensor = ((rows if second is None else rows @ second[0]) * rows).sum()
+    return energy
 
 
 def _inside(x: Tensor, rows: int) -> None:
     if x.numel() and (int(x.min()) < 0 or int(x.max()) >= rows):
         raise DataError(
-            f"an index of {int(x.max())} is asked of a table of {rows} rows; indices are 0 to {rows - 1}"
+            f"an index of {int(x.max())} is asked of a table of {rows} rows; "
+            f"indices are 0 to {rows - 1}"
         )

@@ -1,7 +1,7 @@
 """Tucker-2, three factors: 1x1, a small kernel, 1x1.
 
 The kernel [out, in, *k] is a core [r2, r1, *k] between two mixes of channels, r1 <= in and
-r2 <= out. One rank says both: r1 is the rank, r2 the same share of the outputs. A kernel of one tap
+r2 <= out. One rank sets both: r1 is the rank, r2 the same share of the outputs. A kernel of one tap
 needs no core: that is `lowrank`.
 """
 
@@ -66,7 +66,7 @@ class Tucker(Ranked):
             small = (mix.contiguous(), mix @ inner)
             steps = 0 if self.rank == self.full_rank(site) else aim.steps
         solution = project(_rows, small, matrix, metric, aim.noise, steps)
-        # columns of V to one norm: rounding the tensor before it then weighs the same in each
+        # All columns of V get one norm: rounding the tensor before it then weighs the same in each.
         norm = solution.last.square().mean(0).clamp_min(1e-20).sqrt()
         kernel = (solution.small[1] * norm[:, None, None]).view(core)
         return solution.small[0], kernel, solution.last / norm

@@ -38,7 +38,7 @@ class Codebook(ABC):
     name: ClassVar[str]
     """What its family is called."""
     mirrored: bool = False
-    """Whether -x may be nearer to the points than x, so that both signs of a scale are tried."""
+    """Whether -x may lie nearer to the points than x, so that both signs of a scale are tried."""
 
     @classmethod
     @abstractmethod
@@ -110,7 +110,7 @@ class Uniform(Codebook):
 
     @property
     def low(self) -> int:
-        """As of a two's complement."""
+        """As in two's complement."""
         return -(1 << (self.bits - 1))
 
     @property
@@ -254,7 +254,7 @@ def read_codebook(text: str) -> Codebook | None:
 
 
 def uniform(bits: int, kind: str = "signed") -> Uniform:
-    """A codebook of equal distances by its family; raises PlanError for one that there is not."""
+    """A uniform codebook by its family; raises PlanError for an unknown or non-uniform one."""
     book = CODEBOOKS.get(kind)
     if book is None or not issubclass(book, Uniform):
         raise PlanError(f"{kind!r} is no family of uniform grids")
@@ -262,7 +262,7 @@ def uniform(bits: int, kind: str = "signed") -> Uniform:
 
 
 def table_lookup(codes: Tensor, low: int, table: Tensor) -> Tensor:
-    """The entries of a table of points for codes that start at `low`: for codebooks of any points."""
+    """The points of codes that start at `low`, from a table: for codebooks of arbitrary points."""
     return table.to(codes.device)[(codes - low).long()]
 
 

@@ -4,13 +4,14 @@ The text of a grid, what stands after `@` in a plan, is that of its codebook (`4
 `t`; see `codebook`) and that of its layout (nothing, `c`, `g64`; see `scales`): `4c`, `tc`,
 `4g64z`. A value is `scale * (point of the code)`; with zero points `scale * (code + shift - zero)`.
 
-Scales are stored as bfloat16, so every scale chosen here already is one; they may be negative, which
-mirrors the grid: that matters where it is lopsided and short (-4 .. 3 against -3 .. 4).
+Scales are stored as bfloat16, so every scale chosen here is already rounded to it. A scale may be
+negative, which mirrors the grid: that matters where it is asymmetric and short (-4 .. 3 against
+-3 .. 4).
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Grid:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read `4`, `4c`, `u8`, `2h`, `1`, `t`, `4g64` ...; raises PlanError for anything else."""
-        # the layout is the longest end that is one: no codebook ends as a layout begins
+        # The layout is the longest suffix that is one: no codebook ends the way a layout begins.
         for cut in range(1, len(text) + 1):
             book, scales = read_codebook(text[:cut]), read_scales(text[cut:])
             if book is not None and scales is not None:
@@ -93,7 +94,7 @@ class Grid:
         return replace(self, scales=OneScale() if axis is None else PerSlice(axis))
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scale of a tensor of this shape; raises PlanError if the layout does not fit."""
+        """Shape of the scale of a tensor; raises PlanError if the layout does not fit its shape."""
         try:
             return (self.scales.count(tuple(shape)),)
         except PlanError as e:
@@ -116,7 +117,7 @@ class Grid:
         return codes.clamp(self.low, self.high)
 
     def values(self, codes: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
-        """What codes stand for: `scale * (codes + shift - zero)`, or of other books their points."""
+        """What codes stand for: `scale * (codes + shift - zero)`; else scale times their points."""
         wide = self.spread(scale, codes.shape)
         book = self.codebook.uniform
         if book is None:
@@ -135,11 +136,8 @@ class Grid:
         The scale gets the gradient of LSQ (Esser et al. 2020, eq. 3), scaled by 1 / sqrt(entries
         per scale * high).
         """
-        wide, zero, book = (
-            self.spread(scale, x.shape),
-            self._zero(zero, x.shape),
-            self.codebook.uniform,
-        )
+        wide, zero = self.spread(scale, x.shape), self._zero(zero, x.shape)
+        book = self.codebook.uniform
         moving = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
         if book is not None and not moving:
             steps = nearest(x / wide, book.shift)
@@ -147,15 +145,19 @@ class Grid:
             return (steps.add_(book.shift) if book.shift else steps).mul_(wide)
         if book is None and not moving:
             return self.project(x, scale)
-        # there may be no entries: an expert that no place was sent to
+        # There may be no entries: an expert that no token was routed to.
         share = max(1, x.numel() / scale.numel())
         gain = 1 / math.sqrt(share * max(self.high, 1))
-        result: Tensor = _Fake.apply(x, wide, zero, self.codebook, gain)  # type: ignore[no-untyped-call]
+        result: Tensor = _Fake.apply(  # type: ignore[no-untyped-call]
+            x, wide, zero, self.codebook, gain
+        )
         return result
 
     def round_latent(self, latent: Tensor) -> Tensor:
-        """Codes from continuous codes; a straight-through gradient inside the range, none outside."""
-        result: Tensor = _Round.apply(latent, self.low, self.high)  # type: ignore[no-untyped-call]
+        """Codes from continuous codes; gradients pass straight through inside the range only."""
+        result: Tensor = _Round.apply(  # type: ignore[no-untyped-call]
+            latent, self.low, self.high
+        )
         return result
 
     def minmax(self, x: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ class Grid:
         return best, zero
 
     def _trial(self, x: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
-        """A scale that covers a share of the magnitude, or of the range around its zero point."""
+        """A scale that covers a share of the magnitude, or of the range with its zero point."""
         if not self.scales.zeros:
             top = self.minmax(x)
             return (top if share == 1.0 else stored(top * share)), None
@@ -248,12 +250,12 @@ def stored(scale: Tensor) -> Tensor:
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, latent, low, high):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def forward(ctx: Any, latent: Tensor, low: int, high: int) -> Any:
         ctx.save_for_backward((latent >= low - 0.5) & (latent <= high + 0.5))
         return latent.round().clamp(low, high)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None
 
@@ -265,7 +267,7 @@ class _Fake(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, zero, book, gain):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Any, book: Codebook, gain: float) -> Any:
         even = book.uniform
         if even is None:
             ends = book.decode(torch.tensor([float(book.low), float(book.high)]))
@@ -273,8 +275,8 @@ class _Fake(torch.autograd.Function):
             scaled = x / scale
             steps = book.decode(book.encode(scaled))
         else:
-            # steps from zero rather than codes: codes are `steps + zero`, as ONNX's QuantizeLinear
-            # defines them
+            # Steps from zero rather than codes: codes are `steps + zero`, as ONNX's QuantizeLinear
+            # defines them.
             low, high, shift = book.low - zero, book.high - zero, even.shift
             scaled = x / scale - shift
             steps = scaled.round().clamp_(low, high)
@@ -283,7 +285,7 @@ class _Fake(torch.autograd.Function):
         return points(steps, shift, scale)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def backward(ctx: Any, grad: Tensor) -> Any:
         scaled, steps, scale = ctx.saved_tensors
         inside = (scaled >= ctx.low) & (scaled <= ctx.high)
         slope = None

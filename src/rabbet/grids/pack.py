@@ -44,11 +44,12 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """The `count` codes that `pack` wrote, int64 [count].
 
     Raises ValueError if the number of bytes is not the one that `count` codes take, or a byte is
-    not five digits.
+    not five ternary digits.
     """
     if packed.numel() != packed_bytes(count, levels):
         raise ValueError(
-            f"{count} codes of {levels} levels take {packed_bytes(count, levels)} bytes, found {packed.numel()}"
+            f"{count} codes of {levels} levels take {packed_bytes(count, levels)} bytes, "
+            f"found {packed.numel()}"
         )
     wide = packed.reshape(-1).to(torch.int64)
     if levels == 3:

@@ -50,14 +50,14 @@ class Scales(ABC):
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
-        """[count, n]: the entries that share a scale, filled up with zeros where there are fewer."""
+        """[count, n]: the entries that share each scale, zero-padded where there are fewer."""
 
     @abstractmethod
     def spread(self, scale: Tensor, shape: Shape) -> Tensor:
         """A scale for each entry, in a shape that broadcasts against the tensor's."""
 
     def parts(self, columns: int) -> int | None:
-        """Scales of each slice of axis 0 that has so many entries.
+        """How many scales each slice of axis 0, with `columns` entries, has.
 
         None if slices of axis 0 share any.
         """
@@ -68,9 +68,9 @@ class Scales(ABC):
         return columns
 
     def gained(self, scale: Tensor, gain: Tensor) -> Tensor | None:
-        """The scales of a tensor whose slices of axis 0 are multiplied with a gain each.
+        """The scales of a tensor whose slices of axis 0 are each multiplied with a gain.
 
-        None if they share a scale.
+        None if slices share a scale.
         """
         return None
 
@@ -148,7 +148,10 @@ class PerSlice(Scales):
 
 @dataclass(frozen=True, slots=True)
 class PerGroup(Scales):
-    """One scale for each `size` consecutive entries of each slice of axis 0; the last may be fewer."""
+    """One scale for each `size` consecutive entries of each slice of axis 0.
+
+    The last group of a slice may be smaller.
+    """
 
     size: int = 64
     zeros: bool = False

@@ -1,4 +1,7 @@
-"""The kinds of layer whose weights can be compressed. A new kind is a file here and a line in KINDS."""
+"""The kinds of layer whose weights can be compressed.
+
+A new kind is a file here and a line in KINDS.
+"""
 
 from torch import nn
 

@@ -21,8 +21,8 @@ class Site:
 
     shape: canonical weight shape. positions, inputs: output and input places per example, over all
     calls (pixels of a conv, tokens of a linear). pads: as `torch.nn.functional.pad` takes them.
-    output_padding: of a transposed conv. tied: further names of this layer. norm: the BatchNorm
-    that was folded in, by name. heads: linears that share the table of an embedding;
+    output_padding: of a transposed conv. tied: further names of this layer. norm: name of the
+    BatchNorm that was folded in. heads: linears that share the table of an embedding;
     head_positions: the places per example at which they multiply with it.
     """
 
@@ -78,7 +78,7 @@ class Site:
     def macs(self) -> int:
         """Multiply-accumulates per example of the dense layer.
 
-        A table look-up has none, the heads of a table have.
+        A table look-up has none; the heads of a table do.
         """
         return self.numel * (self.head_positions if self.looks_up else self.kernel_positions)
 
@@ -118,7 +118,7 @@ class Site:
         return self.kind.native(weight, self.groups)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer, with this canonical weight; its first axis may be any multiple of the groups."""
+        """The layer with this weight, whose first axis may be any multiple of the groups."""
         return self.kind.run(self, x, weight, bias)
 
     def pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -140,16 +140,16 @@ class Site:
     def rows(self, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
         """Rows that the weight meets, [groups, rows, columns], of an input of this layer.
 
-        places: at most so many random places of each example, the same for the whole batch; None
+        places: at most this many random places of each example, the same for the whole batch; None
         for all.
         """
         return self.kind.rows(self, x, places, generator)
 
     def gradients(self, x: Tensor, slope: Tensor, n: int) -> Tensor:
-        """The gradient by the weight for each of n examples, [n, numel].
+        """The gradient with respect to the weight for each of n examples, [n, numel].
 
-        slope: the gradient by the output for the input x; the first axis of both holds the same
-        share of each example.
+        slope: the gradient with respect to the output for the input x; the first axis of both
+        holds equally many entries of each example.
         """
         return self.kind.gradients(self, x, slope, n)
 
@@ -201,11 +201,11 @@ class LayerKind(ABC):
         return weight
 
     def facts(self, module: Any) -> dict[str, Any]:
-        """The fields of a `Site` that a module tells by itself."""
+        """The fields of a `Site` that can be read from the module alone."""
         return {}
 
     def usual(self, shape: Sequence[int]) -> dict[str, Any]:
-        """What most layers of this kind are; a file tells only what differs from it."""
+        """The usual facts of this kind; a file states only what differs from them."""
         return {
             "stride": (),
             "pads": (),
@@ -221,11 +221,11 @@ class LayerKind(ABC):
         return len(site.shape) == 2 and not any(fields) and site.groups == 1
 
     def obstacle(self, module: nn.Module) -> str | None:
-        """Why a module of this kind must stay as it is, in words."""
+        """Why a module of this kind cannot be compressed, in words; None if it can."""
         return None
 
     def least_axes(self, module: nn.Module) -> int:
-        """Axes that an input with a batch axis has at least; 0 if that cannot be told."""
+        """The fewest axes of an input that has a batch axis; 0 if that cannot be told."""
         return 0
 
     def places(self, value: Tensor) -> int:

@@ -79,10 +79,10 @@ class Conv(LayerKind):
         return True
 
     def run(self, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """One call of torch's conv; borders that it cannot make itself come first."""
+        """One call of torch's conv, after any padding that it cannot do itself."""
         conv = RUNS[self.space]
-        # [left, right, top, bottom] is symmetric in all but odd 'same' paddings: then the fused
-        # padding is faster
+        # [left, right, top, bottom] is symmetric for all but odd 'same' paddings; the conv then
+        # pads by itself, which is faster.
         ends = site.pads[::2]
         if site.padding_mode == "zeros" and ends == site.pads[1::2]:
             result: Tensor = conv(

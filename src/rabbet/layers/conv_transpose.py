@@ -1,4 +1,4 @@
-"""Transposed convs: as convs over inputs that were moved apart by zeros."""
+"""Transposed convs, as convs over inputs with zeros inserted between them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ RUNS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 class ConvTranspose(Conv):
     """A transposed conv; the module stores its weight as [in, out / groups, *kernel].
 
-    An output place p meets the inputs at (p + padding - tap * dilation) / stride where that is a
-    whole number: a conv of stride 1, its taps in reverse order, over the inputs with `stride` - 1
+    An output place p meets the inputs at (p + padding - tap * dilation) / stride where that is an
+    integer: a conv of stride 1, its taps in reverse order, over the inputs with `stride` - 1
     zeros between them.
     """
 
@@ -74,11 +74,11 @@ class ConvTranspose(Conv):
         }
 
     def usual(self, shape: Sequence[int]) -> dict[str, Any]:
-        """As of a conv, with nothing added to the output."""
+        """As for a conv, without output padding."""
         return super().usual(shape) | {"output_padding": (0,) * self.space}
 
     def sound(self, site: Site) -> bool:
-        """As of a conv; zeros alone pad it, on both sides alike."""
+        """As for a conv; padding is zeros only, and equal on both sides."""
         lengths = (
             len(site.stride),
             len(site.dilation),
@@ -86,8 +86,8 @@ class ConvTranspose(Conv):
             len(site.pads) // 2,
             len(site.shape) - 2,
         )
-        alike = site.pads[::2] == site.pads[1::2] and site.padding_mode == "zeros"
-        return set(lengths) == {self.space} and alike and site.shape[0] % site.groups == 0
+        symmetric = site.pads[::2] == site.pads[1::2] and site.padding_mode == "zeros"
+        return set(lengths) == {self.space} and symmetric and site.shape[0] % site.groups == 0
 
     def kernel_positions(self, site: Site) -> int:
         """Every input is multiplied with the whole kernel."""
@@ -109,7 +109,7 @@ class ConvTranspose(Conv):
         return result
 
     def prepared(self, site: Site, x: Tensor) -> Tensor:
-        """Inputs moved apart, with the border from which every output place sees a whole window."""
+        """Inputs with zeros between them, padded so that every output place sees a whole window."""
         space = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], site.stride, strict=True)]
         apart = x.new_zeros(*x.shape[:2], *space)
         every = [slice(None, None, s) for s in site.stride]
@@ -123,7 +123,7 @@ class ConvTranspose(Conv):
         return F.pad(apart, border)
 
     def step(self, site: Site) -> tuple[int, ...]:
-        """One: the stride lies between the inputs."""
+        """One: the stride is in the zeros between the inputs."""
         return (1,) * self.space
 
     def tap_order(self, site: Site) -> Tensor:

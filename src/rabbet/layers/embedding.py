@@ -29,7 +29,7 @@ class Embedding(LayerKind):
         return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
 
     def obstacle(self, module: nn.Module) -> str | None:
-        """Tables that change when they are looked at."""
+        """An embedding that rewrites its table during a look-up."""
         rewrites = isinstance(module, nn.Embedding) and module.max_norm is not None
         return "an embedding with max_norm rewrites its table" if rewrites else None
 

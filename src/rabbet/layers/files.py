@@ -1,4 +1,4 @@
-"""The facts of a layer as a file holds them."""
+"""How the facts of a layer are stored in a file."""
 
 import json
 from typing import Any
@@ -23,7 +23,7 @@ FACTS = (
 
 
 def _usual(kind: LayerKind, shape: list[int]) -> dict[str, Any]:
-    """What most layers of a kind are: they have a bias and run once."""
+    """The usual facts of a kind: most layers have a bias and run once."""
     others = {"bias": True, "calls": 1, "tied": (), "norm": None, "heads": (), "head_positions": 0}
     return kind.usual(shape) | others
 
@@ -31,7 +31,7 @@ def _usual(kind: LayerKind, shape: list[int]) -> dict[str, Any]:
 def site_to_json(site: Site) -> list[Any]:
     """Name, kind, shape, positions, inputs, and the facts that are not the usual ones.
 
-    They are in every file, so what most layers are is left out.
+    Every file holds them, so the usual values are left out.
     """
     usual = _usual(site.kind, list(site.shape))
     other = {k: v for k in FACTS if (v := getattr(site, k)) != usual[k]}

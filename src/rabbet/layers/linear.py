@@ -30,7 +30,7 @@ class Linear(LayerKind):
         return F.linear(x, weight, bias)
 
     def rows(self, site: Site, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
-        """The feature vectors; of many, random ones, as many as there are places asked for."""
+        """The feature vectors, or a random choice of `places` per example if there are more."""
         rows = x.reshape(-1, x.shape[-1])
         if places is None or len(rows) <= places * x.shape[0]:
             return rows[None]
@@ -65,5 +65,5 @@ class TransposedLinear(Linear):
         return weight.T
 
     def foldable(self, module: nn.Module, output: Tensor) -> bool:
-        """No network is known that has a BatchNorm behind one."""
+        """No: no known network has a BatchNorm behind one."""
         return False

@@ -1,1 +1,1 @@
-"""Networks: looked at, copied, folded, and rebuilt with compressed layers."""
+"""Networks: inspected, copied, folded, and rebuilt with compressed layers."""

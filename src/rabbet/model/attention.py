@@ -1,7 +1,7 @@
 """Torch's own attention as four linears that are called, and so can be compressed.
 
-`nn.MultiheadAttention` holds the projections of queries, keys and values as one parameter and reads
-the weight of the one behind them, so nothing can be put in the place of any.
+`nn.MultiheadAttention` holds the projections of queries, keys and values as one parameter and only
+reads the weight of its output projection, so none of the four can be replaced.
 """
 
 import torch
@@ -13,12 +13,13 @@ from rabbet.model.surgery import copied, leave_fast_path, replace_module
 
 
 def open_attention(model: nn.Module) -> nn.Module:
-    """A copy in which every `nn.MultiheadAttention` is four linears, `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+    """A copy in which every `nn.MultiheadAttention` is four linears.
 
-    It computes the same, but that torch's encoder puts zeros where a mask has padding and the copy
-    does not. Give the copy to `compress`, and to `load` later. Attention with `add_bias_kv` or
-    `add_zero_attn`, with hooks or parametrisations, and subclasses stay as they are. Raises
-    ModelError for a model that cannot be copied.
+    They are `q_proj`, `k_proj`, `v_proj` and `out_proj`. The copy computes the same, except that
+    torch's encoder writes zeros where a mask has padding and the copy does not. Give the copy to
+    `compress`, and to `load` later. Attention with `add_bias_kv` or `add_zero_attn`, with hooks or
+    parametrisations, and subclasses are left alone. Raises ModelError for a model that cannot be
+    copied.
     """
     result = copied(model)
     leave_fast_path(result)
@@ -33,24 +34,19 @@ def open_attention(model: nn.Module) -> nn.Module:
 
 
 Linears = dict[tuple[int, int, int], nn.Linear]
-"""What has been made of a parameter, by its place in memory, that of its bias, and which part of both it is."""
+"""Linears by the ids of the weight and the bias that they were copied from, and by third."""
 
 
 class Attention(nn.Module):
-    """What `nn.MultiheadAttention` computes, its arguments and results, from linears that are called."""
+    """`nn.MultiheadAttention`, with its arguments and results, from linears that are called."""
 
-    in_proj_bias, _qkv_same_embed_dim = (
-        None,
-        False,
-    )  # so torch's encoder knows that it has no fused weight to read
+    # These tell torch's encoder that there is no fused weight to read.
+    in_proj_bias, _qkv_same_embed_dim = None, False
 
     def __init__(self, source: nn.MultiheadAttention, linears: Linears) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads, self.head_dim = (
-            source.embed_dim,
-            source.num_heads,
-            source.head_dim,
-        )
+        self.embed_dim, self.num_heads = source.embed_dim, source.num_heads
+        self.head_dim = source.head_dim
         self.kdim, self.vdim = source.kdim, source.vdim
         self.dropout, self.batch_first = source.dropout, source.batch_first
         separate = (source.q_proj_weight, source.k_proj_weight, source.v_proj_weight)
@@ -78,20 +74,22 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: [places, width] with a batch axis before or, if so built, behind places.
+        """As `nn.MultiheadAttention.forward`.
 
-        Masks are True, or negative numbers to be added, where a place may not be looked at.
+        Inputs are [places, width], with a batch axis, if any, in front for `batch_first` and behind
+        places otherwise. Masks are True, or negative numbers to be added, where a place may not be
+        attended to.
         """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, which has to be given with it")
         alone = query.ndim == 2
+        # [batch, heads, places, width of a head]
         q, k, v = (
             self._split(x, alone)
             for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
-        )  # [batch, heads, places, width of a head]
-        causal = (
-            is_causal and key_padding_mask is None and not need_weights
-        )  # as torch, which trusts the hint then
+        )
+        # As in torch, which trusts the hint in this case.
+        causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(attn_mask, key_padding_mask, q, k)
         dropped = self.dropout if self.training else 0.0
         weights = None
@@ -102,56 +100,57 @@ class Attention(nn.Module):
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropped, causal)
         mixed = mixed.transpose(1, 2).flatten(2)
-        found = self.out_proj(
-            mixed[0] if alone else mixed if self.batch_first else mixed.transpose(0, 1)
-        )
+        if alone:
+            mixed = mixed[0]
+        elif not self.batch_first:
+            mixed = mixed.transpose(0, 1)
+        output = self.out_proj(mixed)
         if weights is None:
-            return found, None
+            return output, None
         weights = weights.mean(1) if average_attn_weights else weights
-        return found, weights[0] if alone else weights
+        return output, weights[0] if alone else weights
 
     def _split(self, x: Tensor, alone: bool) -> Tensor:
-        """Heads apart, the batch in front."""
+        """[batch, heads, places, width of a head] from a projection."""
         x = x[None] if alone else x if self.batch_first else x.transpose(0, 1)
         return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _mask(
         self, attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
     ) -> Tensor | None:
-        """What is added to the scores [batch, heads, queries, keys], in a shape that fits them."""
-        found, (batch, heads, queries, _), keys = [], q.shape, k.shape[2]
+        """What is added to the scores [batch, heads, queries, keys], in a shape that broadcasts."""
+        masks, (batch, heads, queries, _), keys = [], q.shape, k.shape[2]
         if attention is not None:
             if attention.shape not in ((queries, keys), (batch * heads, queries, keys)):
                 raise ValueError(
-                    f"attn_mask has shape {[*attention.shape]}, of {queries} queries and {keys} keys"
+                    f"attn_mask has shape {[*attention.shape]}, "
+                    f"of {queries} queries and {keys} keys"
                 )
-            found.append(
-                _added(
-                    attention if attention.ndim == 2 else attention.unflatten(0, (-1, heads)),
-                    q.dtype,
-                )
-            )
+            by_head = attention if attention.ndim == 2 else attention.unflatten(0, (-1, heads))
+            masks.append(_added(by_head, q.dtype))
         if padding is not None:
             if padding.shape[-1] != keys or padding.numel() != batch * keys:
                 raise ValueError(
-                    f"key_padding_mask has shape {[*padding.shape]}, for {batch} examples of {keys} keys"
+                    f"key_padding_mask has shape {[*padding.shape]}, "
+                    f"for {batch} examples of {keys} keys"
                 )
-            found.append(_added(padding, q.dtype).view(-1, 1, 1, keys))
-        return None if not found else found[0] if len(found) == 1 else found[0] + found[1]
+            masks.append(_added(padding, q.dtype).view(-1, 1, 1, keys))
+        return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
 
 def _linear(
     weight: nn.Parameter, bias: nn.Parameter | None, part: tuple[int, bool], linears: Linears
 ) -> nn.Linear:
-    """A linear of one third of these, if the weight is packed as the bias is; the same one for the same parameters."""
+    """The linear of a third of a bias, which is always packed, and of a weight, if that is packed.
+
+    The same linear is returned for the same parameters. part: which third, and whether the weight
+    is packed.
+    """
     third, packed = part
     key = (id(weight), id(bias), third)
     if key not in linears:
-        rows, offset = (
-            (weight.chunk(3)[third] if packed else weight),
-            None if bias is None else bias.chunk(3)[third],
-        )
-        made = nn.utils.skip_init(
+        rows = weight.chunk(3)[third] if packed else weight
+        linear = nn.utils.skip_init(
             nn.Linear,
             rows.shape[1],
             len(rows),
@@ -159,15 +158,16 @@ def _linear(
             device=weight.device,
             dtype=weight.dtype,
         )
-        made.weight = nn.Parameter(rows.detach().clone(), weight.requires_grad)
-        if bias is not None and offset is not None:
-            made.bias = nn.Parameter(offset.detach().clone(), bias.requires_grad)
-        linears[key] = made
+        linear.weight = nn.Parameter(rows.detach().clone(), weight.requires_grad)
+        if bias is not None:
+            offset = bias.chunk(3)[third]
+            linear.bias = nn.Parameter(offset.detach().clone(), bias.requires_grad)
+        linears[key] = linear
     return linears[key]
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to add."""
+    """A mask as numbers to be added to scores."""
     if mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""The copy that is worked on, its BatchNorms folded into the layers before them."""
+"""The working copy of a network, its BatchNorms folded into the layers before them."""
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -8,18 +8,17 @@ from rabbet.model.surgery import copied, leave_fast_path, replace_module
 
 
 def fold(model: nn.Module, survey: Survey) -> nn.Module:
-    """A float32 copy in eval mode, each BatchNorm that the survey names folded into the layer before it, exactly.
+    """A float32 copy in eval mode, each BatchNorm that the survey names folded into its layer.
 
-    With `g = weight / sqrt(var + eps)` the layer becomes `g * W`, `g * (b - mean) + bias`, computed
-    in float64.
+    The fold is exact: with `g = weight / sqrt(var + eps)` the layer becomes `g * W`,
+    `g * (b - mean) + bias`, computed in float64.
     """
     folded = own_biases(copied(model).float().eval().requires_grad_(False), survey)
     leave_fast_path(folded)
-    tables = [s for s in survey if s.looks_up]
-    for name, first in (
-        (n, s.name) for s in tables for n in s.tied
-    ):  # that share one are one layer
-        folded = replace_module(folded, name, folded.get_submodule(first))
+    # Embeddings that share a table become one layer.
+    for table in (s for s in survey if s.looks_up):
+        for name in table.tied:
+            folded = replace_module(folded, name, folded.get_submodule(table.name))
     modules = dict(folded.named_modules())
     for site in survey:
         if site.norm is None:
@@ -30,15 +29,12 @@ def fold(model: nn.Module, survey: Survey) -> nn.Module:
         assert isinstance(norm, _BatchNorm)
         assert norm.running_mean is not None
         gain = norm_gain(norm)
-        bias = (
-            -norm.running_mean.double()
-            if layer.bias is None
-            else layer.bias.double() - norm.running_mean.double()
-        )
+        mean = norm.running_mean.double()
+        bias = -mean if layer.bias is None else layer.bias.double() - mean
         bias = bias * gain if norm.bias is None else bias * gain + norm.bias.double()
         weight = site.kind.weight(layer)
         scaled = (weight.double() * gain.view(-1, *[1] * (weight.ndim - 1))).float()
-        # a transposed conv stores another layout; the copy is its own
+        # A transposed conv stores another layout; the result is a tensor of its own.
         layer.weight.data = site.native(scaled).contiguous()
         layer.bias = nn.Parameter(bias.float(), requires_grad=False)
     return drop_norms(folded, survey)
@@ -52,11 +48,15 @@ def norm_gain(norm: _BatchNorm) -> Tensor:
 
 
 def own_biases(model: nn.Module, survey: Survey) -> nn.Module:
-    """Give every site a bias of its own, in place: layers may share one, and a plan may cover only some of them."""
+    """Give every site a bias of its own, in place.
+
+    Layers may share one, and a plan may cover only some of them.
+    """
     for site in survey:
         layer = model.get_submodule(site.name)
-        if isinstance(getattr(layer, "bias", None), nn.Parameter):
-            layer.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)  # type: ignore[operator]
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return model
 
 

@@ -18,7 +18,10 @@ from rabbet.model.surgery import leave_fast_path, replace_module
 
 
 def validate(plan: Plan, survey: Survey) -> None:
-    """Raise PlanError if a plan does not fit a network: an unknown layer, a form or rank that a layer cannot take."""
+    """Raise PlanError if a plan does not fit a network.
+
+    It names an unknown layer, or a form, rank or scale layout that a layer cannot take.
+    """
     known = {s.name: s for s in survey}
     if not len(plan):
         raise PlanError("the plan is empty; it must have a line for at least one layer")
@@ -26,11 +29,13 @@ def validate(plan: Plan, survey: Survey) -> None:
         site = known.get(layer.name)
         if site is None:
             raise PlanError(
-                f"the plan has a line for {quoted(layer.name)}, which is not a layer that can be compressed here"
+                f"the plan has a line for {quoted(layer.name)}, "
+                "which is not a layer that can be compressed here"
             )
         if layer.act is not None and not site.multiplies:
             raise PlanError(
-                f"{layer}: the input of an embedding is an index and cannot be quantised; remove act"
+                f"{layer}: the input of an embedding is an index and cannot be quantised; "
+                "remove act"
             )
         for term in layer.terms:
             _require(layer, term, site)
@@ -48,10 +53,10 @@ def _require(layer: LayerPlan, term: Term, site: Site) -> None:
 def build(
     model: nn.Module, plan: Plan, survey: Survey, numbers: Mapping[str, Numbers] | None = None
 ) -> nn.Module:
-    """A copy of a float network with a `Compressed` at every line of the plan, its BatchNorms folded.
+    """A copy of a float network, BatchNorms folded, with a `Compressed` for each line of the plan.
 
     numbers: the factors of each layer; a layer without any is decomposed and rounded to nearest,
-    one term on what the terms before it leave. Input ranges are not calibrated yet. Raises
+    each term on what the terms before it leave. Input ranges are not calibrated yet. Raises
     PlanError if the plan does not fit.
     """
     validate(plan, survey)
@@ -68,14 +73,15 @@ def build(
 
 
 FACTS = (
-    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
-    "groups", "padding_mode", "num_embeddings", "embedding_dim", "padding_idx", "nf", "nx",
+    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
+    "padding", "dilation", "groups", "padding_mode", "num_embeddings", "embedding_dim",
+    "padding_idx", "nf", "nx",
 )  # fmt: skip
-"""What a network may ask one of its layers besides its weight and bias."""
+"""Attributes that a network may read from one of its layers besides weight and bias."""
 
 
 def install(model: nn.Module, site: Site, seat: nn.Module) -> nn.Module:
-    """Seat a layer under all names of its site, and heads that share it under theirs, in place."""
+    """Put a layer under all names of its site, and heads that share it under theirs, in place."""
     seat.eval()
     known = vars(model.get_submodule(site.name))
     vars(seat).update({name: known[name] for name in FACTS if name in known})
@@ -89,7 +95,7 @@ def install(model: nn.Module, site: Site, seat: nn.Module) -> nn.Module:
 
 
 def rounded_to_nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list[Quantised]]:
-    """The simplest numbers of a layer: each term decomposed plainly and rounded to nearest."""
+    """The simplest numbers of a layer: each term decomposed in the plain error, then rounded."""
     left, terms = weight, []
     for term in plan.terms:
         form = term.form
@@ -101,12 +107,12 @@ def rounded_to_nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list
 
 def plan_of(model: nn.Module, survey: Survey) -> Plan:
     """The plan, read back from a network: it cannot disagree with what runs."""
-    found = compressed_layers(model)
-    return Plan(tuple(found[s.name].plan for s in survey if s.name in found))
+    layers = compressed_layers(model)
+    return Plan(tuple(layers[s.name].plan for s in survey if s.name in layers))
 
 
 def empty(site: Site, plan: LayerPlan) -> Compressed:
-    """A layer of the right shapes without numbers, to load a file into."""
+    """A layer of the right shapes with blank numbers, to load a file into."""
     terms = [[_blank(shape, t.grid) for shape in factor_shapes(site, t)] for t in plan.terms]
     return Compressed(site, plan, terms, torch.zeros(site.shape[0]) if site.bias else None)
 

@@ -1,8 +1,8 @@
-"""One look at a network: which layers can be compressed, what each is, what is left alone and why.
+"""Inspecting a network: which layers can be compressed, what each is, what is left alone and why.
 
 Nothing is traced or compiled: hooks see every layer during one ordinary forward pass, and a
-function mode sees who uses the output of a conv, which tells whether the BatchNorm behind it may be
-folded into it.
+function mode sees who uses the output of a layer, which tells whether the BatchNorm behind it may
+be folded into it.
 """
 
 import itertools
@@ -41,7 +41,7 @@ def inspect_network(model: nn.Module, batch: Batch, task: Task | None = None) ->
 
 
 def check(model: nn.Module) -> None:
-    """Raise ModelError for a model that cannot be compressed, naming the layer that stands in the way."""
+    """Raise ModelError, naming the layer in the way, for a model that cannot be compressed."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     for name, module in model.named_modules():
@@ -49,7 +49,8 @@ def check(model: nn.Module) -> None:
         hidden = "compiled" if hasattr(module, "_orig_mod") else hidden
         if hidden:
             raise ModelError(
-                f"{name or 'the model'} is {hidden}, which hides its layers; pass the eager module it was made from"
+                f"{name or 'the model'} is {hidden}, which hides its layers; "
+                "pass the eager module it was made from"
             )
     devices: dict[torch.device, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -59,8 +60,8 @@ def check(model: nn.Module) -> None:
             )
         devices.setdefault(tensor.device, name)
     if len(devices) > 1:
-        found = " and ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ModelError(f"the model lies on several devices ({found}); move it to one")
+        places = " and ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ModelError(f"the model lies on several devices ({places}); move it to one")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     numbers = {id(t) for t in itertools.chain(model.parameters(), *(m.buffers() for m in norms))}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -68,40 +69,33 @@ def check(model: nn.Module) -> None:
             raise ModelError(
                 f"{name} lies on the meta device and holds no numbers; load the weights first"
             )
-        masks = id(tensor) not in numbers  # a buffer may mask with infinities
-        if (
-            tensor.is_floating_point()
-            and not (~tensor.isnan() if masks else tensor.isfinite()).all()
-        ):
+        floating = tensor.is_floating_point()
+        masks = id(tensor) not in numbers  # such a buffer may hold infinities
+        if floating and not (~tensor.isnan() if masks else tensor.isfinite()).all():
             raise ModelError(
                 f"{name} holds NaN or infinite values; a network must be finite to be compressed"
             )
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a user has put hooks on a layer: torch has no public way to ask."""
+    """Whether a layer has forward hooks; torch has no public way to ask."""
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 
 
 def opens(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
-    """Whether this is torch's attention, and no more than four linears and what lies between them."""
-    if (
-        type(module) is not nn.MultiheadAttention
-        or module.bias_k is not None
-        or module.add_zero_attn
-    ):
+    """Whether this is torch's own attention: four linears and what lies between them, no more."""
+    if type(module) is not nn.MultiheadAttention:
         return False
-    if (
-        not shares_table(module.out_proj)
-        or len([*module.children()]) > 1
-        or "forward" in vars(module)
-    ):
-        return False  # somebody has made it their own
+    if module.bias_k is not None or module.add_zero_attn:
+        return False
+    customised = len([*module.children()]) > 1 or "forward" in vars(module)
+    if customised or not shares_table(module.out_proj):
+        return False
     return not any(is_parametrized(m) or hooked(m) for m in (module, module.out_proj))
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Why a layer of a known kind must stay as it is."""
+    """Why a layer of a known kind cannot be compressed; None if it can."""
     if is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
     if hooked(module):
@@ -116,13 +110,13 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
         names.setdefault(module, []).append(name)
     owners: dict[int, list[nn.Module]] = {}
     for module in names:
-        for _, parameter in (
-            () if is_parametrized(module) else module.named_parameters(recurse=False)
-        ):
+        if is_parametrized(module):
+            continue
+        for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
     _join_tables(owners, names, watch)
     heads = _heads(owners, names, watch)
-    of_tables = {head: table for table, found in heads.items() for head in found}
+    of_tables = {head: table for table, linears in heads.items() for head in linears}
     norms = {
         id(given): m
         for m, calls in watch.calls.items()
@@ -154,15 +148,13 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
             continue
         _with_batch_axis(name, kind, module, calls, None if sites else batch)
         norm = _foldable(kind, module, calls, watch, norms, returned)
-        if norm is not None and len(names[norm]) > 1:  # another name of it would stay behind
-            norm = None
+        # A norm under a second name would stay behind there.
+        norm = None if norm is not None and len(names[norm]) > 1 else norm
         sites.append(_site(module, kind, names, watch, (norm, own, batch)))
     reasons = _unopened(names) | reasons
     if not sites:
-        detail = (
-            "; ".join(f"{n}: {r}" for n, r in reasons.items())
-            or "no conv, linear or embedding ran on the batch"
-        )
+        detail = "; ".join(f"{n}: {r}" for n, r in reasons.items())
+        detail = detail or "no conv, linear or embedding ran on the batch"
         raise ModelError(f"nothing in this network can be compressed ({detail})")
     return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
 
@@ -198,7 +190,10 @@ def _site(
 def _join_tables(
     owners: Mapping[int, list[nn.Module]], names: dict[nn.Module, list[str]], watch: Watch
 ) -> None:
-    """Make one layer, the first, of embeddings that share a table, in place: a look-up is the same in each."""
+    """Merge embeddings that share a table into the first of them, in place.
+
+    A look-up is the same in each.
+    """
     first: dict[nn.Module, nn.Module] = {}
     for modules in owners.values():
         tables = [m for m in modules if not shares_table(m)]
@@ -208,18 +203,19 @@ def _join_tables(
                 names[tables[0]] += names.pop(other)
                 modules.remove(other)
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-    for module, found in watch.calls.items():
-        calls.setdefault(first.get(module, module), []).extend(found)
+    for module, own in watch.calls.items():
+        calls.setdefault(first.get(module, module), []).extend(own)
     watch.calls = calls
 
 
 def alike(table: nn.Module, other: nn.Module) -> bool:
-    """Whether one embedding can stand for another of its table: code may ask it for what does not change answers."""
-    if (
-        not type(table) is type(other) is nn.Embedding
-        or table.weight is not other.weight
-        or _why_not(other)
-    ):
+    """Whether one embedding can stand in for another of the same table.
+
+    Their public attributes must be equal too: other code may read them.
+    """
+    if not type(table) is type(other) is nn.Embedding:
+        return False
+    if table.weight is not other.weight or _why_not(other):
         return False
     own = [{k for k in vars(m) if not k.startswith("_")} for m in (table, other)]
     plain = not any([*m.buffers(), *m.children()] for m in (table, other))
@@ -227,7 +223,7 @@ def alike(table: nn.Module, other: nn.Module) -> bool:
 
 
 def _unopened(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:
-    """What to say of torch's attention, and of the linear in it."""
+    """Why torch's attention, and the linear in it, are left alone."""
     why = (
         "its weights are read and never called; rabbet.open_attention(model) makes linears of them"
     )
@@ -243,9 +239,13 @@ def _with_batch_axis(
     calls: list[tuple[Tensor, Tensor]],
     batch: int | None,
 ) -> None:
-    """Raise DataError for an example without a batch axis; batch: of the layer that runs first."""
+    """Raise DataError for an input without a batch axis.
+
+    batch: examples of the batch, for the layer that runs first; None for all others.
+    """
     axes = kind.least_axes(module)
-    if not kind.looks_up and calls[0][0].shape == (batch,):  # its entries would count as examples
+    # The entries of such a vector would count as examples.
+    if not kind.looks_up and calls[0][0].shape == (batch,):
         axes = max(axes, 2)
     bare = next((given for given, _ in calls if given.ndim < axes), None)
     if bare is not None:
@@ -258,16 +258,16 @@ def _with_batch_axis(
 def _heads(
     owners: Mapping[int, list[nn.Module]], names: Mapping[nn.Module, list[str]], watch: Watch
 ) -> dict[nn.Module, list[nn.Module]]:
-    """Tables that linears share, with those: each ran, bears one name, and may be replaced."""
-    found = {}
+    """Tables that linears share, with these linears: all ran and may be replaced."""
+    heads = {}
     for modules in owners.values():
         tables = [m for m in modules if looks_up(m)]
         others = [m for m in modules if m not in tables]
         ready = all(m in watch.calls and _why_not(m) is None for m in modules)
         fit = all(shares_table(m) and len(names[m]) == 1 for m in others)
         if len(tables) == 1 and others and ready and fit:
-            found[tables[0]] = others
-    return found
+            heads[tables[0]] = others
+    return heads
 
 
 def _positions(
@@ -285,7 +285,7 @@ def _foldable(
     norms: Mapping[int, nn.Module],
     returned: set[int],
 ) -> nn.Module | None:
-    """The BatchNorm that is the only one to see this layer's only output, if there is one."""
+    """The BatchNorm that is the only user of this layer's only output, if there is one."""
     out = calls[0][1]
     norm = norms.get(id(out))
     if norm is None or len(calls) > 1 or id(out) in returned or watch.uses[id(out)] != 1:
@@ -299,12 +299,12 @@ def _foldable(
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer once, under its first name."""
     seen: dict[int, str] = {}
-    found: dict[str, Tensor] = {}
+    tensors_by_name: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and id(value) not in seen:
             seen[id(value)] = name
-            found[name] = value
-    return found
+            tensors_by_name[name] = value
+    return tensors_by_name
 
 
 def _float_bytes(model: nn.Module) -> int:

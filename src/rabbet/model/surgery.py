@@ -1,4 +1,4 @@
-"""Changes to a copy of a network: modules exchanged, and nothing left that runs a layer without calling it."""
+"""Changes to a copy of a network: modules replaced, fused paths that bypass layers switched off."""
 
 import copy
 
@@ -20,9 +20,10 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def leave_fast_path(model: nn.Module) -> None:
-    """Keep torch's encoder, in place, from its fused layer, which reads weights and never calls the linears.
+    """Keep torch's encoder, in place, from its fused layer.
 
-    Only that layer can take the packed sentences that the encoder makes of a mask of padding.
+    That layer reads the weights of the linears and never calls them. The encoder's nested tensors
+    go too: only the fused layer takes the packed sequences that it makes from a padding mask.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -32,7 +33,7 @@ def leave_fast_path(model: nn.Module) -> None:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Seat a module under a name, in place; the root ("") is replaced by returning the new module."""
+    """Put a module under a name, in place; for the root ("") the new module is returned instead."""
     if not name:
         return new
     parent, _, child = name.rpartition(".")

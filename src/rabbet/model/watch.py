@@ -1,4 +1,4 @@
-"""One forward pass, watched: who is called with what, and who uses what a layer gives."""
+"""One forward pass, watched: what each layer is called with, and who uses its output."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,9 +18,8 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.calls: dict[
-            nn.Module, list[tuple[Tensor, Tensor]]
-        ] = {}  # module -> (input, output) of each call
+        # module -> (input, output) of each call
+        self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.uses: dict[int, int] = {}
         self.by_keyword: set[nn.Module] = set()
         self.hooks = [
@@ -36,9 +35,8 @@ class Watch(TorchFunctionMode):
         if given is None and tensors(kwargs):
             self.by_keyword.add(module)
         if isinstance(output, Tensor) and given is not None:
-            self.calls.setdefault(module, []).append(
-                (given, output)
-            )  # held, so that ids stay unique
+            # Both are kept alive, so that ids stay unique.
+            self.calls.setdefault(module, []).append((given, output))
             self.uses.setdefault(id(output), 0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +59,7 @@ def _watched(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward does to buffers, such as counting, they are what they were."""
+    """Restore all buffers afterwards, whatever a forward pass does to them, such as counting."""
     before = [
         (module, name, t, t.clone())
         for module in model.modules()
@@ -72,6 +70,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, tensor, values in before:
-                if not tensor.equal(values):  # one that is expanded cannot be written to
+                # An expanded tensor cannot be written to.
+                if not tensor.equal(values):
                     tensor.copy_(values)
                 setattr(module, name, tensor)

@@ -1,4 +1,7 @@
-"""Solvers for one weight at a time; each minimises the error that the layer's inputs see, or the weight's own."""
+"""Solvers for one weight at a time.
+
+Each minimises the error in the metric of the layer's inputs, or the plain error of the weight.
+"""
 
 from rabbet.solve.cp import quantised_cp
 

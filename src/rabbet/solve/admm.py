@@ -5,9 +5,9 @@ are driven together by a scaled dual U:
 
     X = (F + rho (H + U)) (G + rho I)^-1,   H = grid(X - U),   U = U + H - X,   rho = tr(G) / R
 
-The grid is not convex: at this rho the residuals settle without vanishing and a larger rho only
-gives worse factors (measured), so the best on-grid copy by true objective is kept, inside and
-outside.
+The grid is not convex: at this rho the residuals settle without vanishing, and a larger rho only
+gives worse factors (measured). So the on-grid copy of best true objective is kept, both within a
+factor's steps and over the sweeps.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.als import Factors, Problem
 from rabbet.solve.feedback import Rounded
 
-SMALL = 1e-8  # of both residuals: the rule of the paper, met only on fine grids
+SMALL = 1e-8  # bound on both residuals: the rule of the paper, met only on fine grids
 
 
 def admm(
@@ -30,7 +30,7 @@ def admm(
     inner: int = 20,
     tolerance: float = 1e-5,
 ) -> Rounded:
-    """Alternate over the factors, each by ADMM with the scale chosen anew (MSE) at every projection.
+    """Alternate over the factors, each by ADMM; every projection chooses its scale anew (MSE).
 
     Stops when a sweep changes the error by less than `tolerance`, or when it has grown by 1e-3 in
     five sweeps.
@@ -66,7 +66,7 @@ def admm(
 def _inner(
     gram: Tensor, right: Tensor, held: Quantised, dual: Tensor, grid: Grid, steps: int
 ) -> tuple[Quantised, Tensor, float, float]:
-    """One factor: the best on-grid copy met, the dual, and the last residuals."""
+    """One factor: the best on-grid copy seen, the dual, and the last residuals."""
     rho = gram.diagonal().mean()
     eye = torch.eye(len(gram), dtype=gram.dtype)
     lower = torch.linalg.cholesky(gram + rho * eye)
@@ -75,12 +75,12 @@ def _inner(
     primal = change = 0.0
     for _ in range(steps):
         free = torch.cholesky_solve((right + rho * (copy + dual)).mT, lower).mT
-        last, found = copy, Quantised.nearest((free - dual).float(), grid)
-        copy = found.values.double()
+        last, rounded = copy, Quantised.nearest((free - dual).float(), grid)
+        copy = rounded.values.double()
         dual = dual + copy - free
         objective = _objective(gram, right, copy)
         if objective < least:
-            best, least = found, objective
+            best, least = rounded, objective
         primal = float((copy - free).square().sum() / copy.square().sum().clamp_min(1e-30))
         change = float((copy - last).square().sum() / dual.square().sum().clamp_min(1e-30))
         if primal < SMALL and change < SMALL:

@@ -3,8 +3,8 @@
 A tensor X [I, J, ...] is written as `sum_r a_r o b_r o ...` with factors A [I, R], B [J, R], ... in
 the order of its axes (CP; a matrix is the case of two), or as a Tucker-2 chain. Given all other
 factors, one factor [n, R] solves a least-squares problem with Gram matrix G [R, R] and right-hand
-side F [n, R]: all that the other solvers do is to solve that differently (`epc`: with least norms
-at a given error; `admm` and `feedback`: on a grid).
+side F [n, R]. The other solvers only solve that problem differently (`epc`: with least norms at a
+given error; `admm` and `feedback`: on a grid).
 """
 
 import math
@@ -19,10 +19,10 @@ Factors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Fit:
-    """What a solver found: factors, relative error ||X - X'|| / ||X||, sweeps taken, and whether it stopped gaining.
+    """What a solver found: factors and their relative error ||X - X'|| / ||X||.
 
-    stalled: the last sweeps changed nothing worth another; False means that the sweeps allowed ran
-    out first. history: the relative error after each sweep.
+    steps: sweeps taken. stalled: the last sweep changed too little to go on; False means that the
+    allowed sweeps ran out first. history: the relative error after each sweep.
     """
 
     factors: Factors
@@ -33,7 +33,10 @@ class Fit:
 
 
 Sides = tuple[Tensor, Tensor, float]
-"""G [R, R], F [n, R] and the rest c: the squared error of a factor A is `tr(A G A^T) - 2 tr(F A^T) + c`."""
+"""G [R, R], F [n, R] and the rest c.
+
+The squared error of a factor A is `tr(A G A^T) - 2 tr(F A^T) + c`.
+"""
 
 
 class Problem:
@@ -79,30 +82,41 @@ class CPProblem(Problem):
         self._inner = self.flat
 
     def sides(self, factors: Factors, mode: int) -> Sides:
-        """G is the Hadamard product of the others' Gram matrices, F the tensor times their Khatri-Rao product."""
+        """The least-squares problem of one factor, given the others.
+
+        G is the Hadamard product of the others' Gram matrices, F the tensor times their Khatri-Rao
+        product.
+        """
         gram = torch.ones(1, 1, dtype=torch.float64)
         for k, f in enumerate(factors):
             gram = gram if k == mode else gram * (f.mT @ f)
         if mode == 0:
             return gram, self.flat @ khatri_rao(factors[1:]), self.power
-        # X_(1)^T A serves all modes but the first: they run after one another, and A does not
-        # change between them
+        # X_(1)^T A serves all modes but the first: they run one after another, and A does not
+        # change in between.
         if self._seen is not factors[0]:
             self._seen, self._inner = factors[0], self.flat.mT @ factors[0]
         inner = self._inner.view(*self.shape[1:], -1)
         for k in reversed(range(1, len(factors))):
-            if k != mode:  # behind axis k are the mode's own, if it comes later, and the rank
-                inner = (inner * factors[k].view(-1, *[1] * (mode > k), factors[k].shape[1])).sum(
-                    k - 1
-                )
+            if k != mode:
+                # Behind axis k lie the mode's own axis, if it comes later, and the rank.
+                wide = factors[k].view(-1, *[1] * (mode > k), factors[k].shape[1])
+                inner = (inner * wide).sum(k - 1)
         return gram, inner, self.power
 
 
 class Tucker2Problem(Problem):
-    """Factors V [I, q], U [J, p] and the core [K, q * p] of a tensor [I, J, K]: X_ijk = sum V_iq core_kqp U_jp."""
+    """Factors V [I, q], U [J, p] and the core [K, q * p] of a tensor [I, J, K].
+
+    X_ijk = sum V_iq core_kqp U_jp.
+    """
 
     def sides(self, factors: Factors, mode: int) -> Sides:
-        """Of the core the Gram matrix is a Kronecker product, [q p, q p]: ranks of some tens are meant."""
+        """The least-squares problem of one factor, given the others.
+
+        The Gram matrix of the core is a Kronecker product, [q p, q p]: meant for ranks of a few
+        tens.
+        """
         v, u, flat = factors
         x = self.flat.view(self.shape)
         core = flat.view(-1, v.shape[1], u.shape[1])
@@ -125,7 +139,10 @@ def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
 
 
 def solved(gram: Tensor, right: Tensor, ridge: float = 1e-12) -> Tensor:
-    """`F (G + ridge I)^-1`, the ridge relative to the mean of the diagonal and raised until G can be factorised."""
+    """`F (G + ridge I)^-1`, the ridge relative to the mean of the diagonal.
+
+    The ridge is raised until G can be factorised.
+    """
     mean = gram.diagonal().mean().clamp_min(1e-300)
     eye = torch.eye(len(gram), dtype=gram.dtype)
     while True:
@@ -143,7 +160,7 @@ def balanced(factors: Factors) -> Factors:
 
 
 def sensitivity(factors: Factors) -> float:
-    """The squared error that noise of variance 1 on every entry of every factor makes, to first order."""
+    """The squared error, to first order, of noise of variance 1 on every entry of every factor."""
     norms = [f.square().sum(0) for f in factors]
     return float(sum(len(f) * _others(norms, mode).sum() for mode, f in enumerate(factors)))
 
@@ -172,7 +189,10 @@ def random_start(shape: Sequence[int], rank: int, seed: int = 0) -> Factors:
 
 
 def svd_start(tensor: Tensor, rank: int, seed: int = 0) -> Factors:
-    """Leading singular vectors of each unfolding (HOSVD), normal columns where a mode has fewer than the rank."""
+    """Leading singular vectors of each unfolding (HOSVD).
+
+    A mode that has fewer than the rank is filled up with standard normal columns.
+    """
     factors = []
     for mode, noise in enumerate(random_start(tensor.shape, rank, seed)):
         unfolded = tensor.double().movedim(mode, 0).flatten(1)
@@ -182,21 +202,22 @@ def svd_start(tensor: Tensor, rank: int, seed: int = 0) -> Factors:
 
 
 def als(problem: Problem, start: Factors, sweeps: int = 50, tolerance: float = 1e-5) -> Fit:
-    """Alternating least squares from given factors, until a sweep changes the relative error by less than `tolerance`.
+    """Alternating least squares from given factors.
 
-    Works in double precision: the Gram matrices of nearly collinear terms need it.
+    Stops when a sweep changes the relative error by less than `tolerance`. Works in double
+    precision: the Gram matrices of nearly collinear terms need it.
     """
     factors = problem.balanced(tuple(f.double() for f in start))
     history: list[float] = []
     for _ in range(sweeps):
         for mode in range(len(factors)):
             gram, right, rest = problem.sides(factors, mode)
-            found = solved(gram, right)
+            solution = solved(gram, right)
             if mode == len(factors) - 1:
-                history.append(problem.error(gram, right, rest, found))
-            # norms gather in the factor that was solved last: shared out again, no column
-            # underflows
-            factors = tuple(found if k == mode else f for k, f in enumerate(factors))
+                history.append(problem.error(gram, right, rest, solution))
+            # Norms gather in the factor solved last; `balanced` shares them out again, so that no
+            # column underflows.
+            factors = tuple(solution if k == mode else f for k, f in enumerate(factors))
         factors = problem.balanced(factors)
         if len(history) > 1 and abs(history[-2] - history[-1]) < tolerance:
             return Fit(factors, history[-1], len(history), True, tuple(history))

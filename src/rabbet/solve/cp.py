@@ -24,7 +24,10 @@ def khatri_rao_rows(small: Sequence[Tensor]) -> Tensor:
 
 
 def start(matrix: Tensor, metric: Tensor | None, channels: int, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest rank-one terms of the right singular vectors of [out, in * k], each reshaped to [in, k]; norms 1."""
+    """Where CP of a matrix [out, in * k] starts: B [rank, in] and C [rank, k], with rows of norm 1.
+
+    They are the largest rank-one terms of its right singular vectors, each reshaped to [in, k].
+    """
     right = principal(matrix, metric).mT @ matrix
     u, s, v = torch.linalg.svd(right.view(len(right), channels, -1), full_matrices=False)
     chosen = s.flatten().argsort(descending=True, stable=True)[:rank]
@@ -39,16 +42,17 @@ def quantised_cp(
     scales: Literal["tensor", "column"] = "tensor",
     sweeps: int = 10,
 ) -> Rounded:
-    """The best quantised CP factors found for a single kernel, in its own error: A [out, R], B [in, R], C [k * k, R].
+    """The best quantised CP factors found for a single kernel, in the plain error of its weight.
 
-    weight: [out, in, *kernel]. Variable projection with a ridge that stands for the rounding to
-    come, then the factors rounded in turn. scales: one for each factor, or one for each column of
-    each. Deterministic. Raises PlanError for a kernel that CP does not fit, or a rank that it
-    cannot have.
+    The factors are A [out, R], B [in, R] and C [k * k, R]. weight: [out, in, *kernel]. Variable
+    projection with a ridge that stands for the rounding to come, then the factors rounded in turn.
+    scales: one for each factor, or one for each column of each. Deterministic. Raises PlanError for
+    a kernel that CP does not fit, or a rank that it cannot have.
     """
     if weight.ndim < 3 or (places := math.prod(weight.shape[2:])) == 1:
         raise PlanError(
-            f"CP needs a kernel [out, in, *k] of more than one place; found shape {list(weight.shape)}"
+            "CP needs a kernel [out, in, *k] of more than one place; "
+            f"found shape {list(weight.shape)}"
         )
     out, channels = weight.shape[:2]
     if not 1 <= rank <= min(out, channels * places) * min(channels, places):
@@ -57,12 +61,10 @@ def quantised_cp(
         )
     grid = Grid.of(bits, axis=1 if scales == "column" else None)
     flat = weight.detach().float().flatten(1)
-    each = (
-        3 * rank * channels * places * (rank + out)
-    )  # multiplications of one evaluation, forward and backward
+    # Multiplications of one evaluation, forward and backward.
+    each = 3 * rank * channels * places * (rank + out)
     steps = max(30, min(250, STEPS // each))
-    found = project(
-        khatri_rao_rows, start(flat, None, channels, rank), flat, None, 4.0 / grid.levels**2, steps
-    )
-    factors = balanced((found.last, found.small[0].mT, found.small[1].mT))
+    first = start(flat, None, channels, rank)
+    solution = project(khatri_rao_rows, first, flat, None, 4.0 / grid.levels**2, steps)
+    factors = balanced((solution.last, solution.small[0].mT, solution.small[1].mT))
     return alternate(CPProblem(weight.detach().flatten(2)), factors, [grid] * 3, sweeps)

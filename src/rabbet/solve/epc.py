@@ -1,4 +1,4 @@
-"""Error-preserving correction: factors of least sensitivity among those of a given error (arXiv 2008.05441).
+"""Error-preserving correction: the least sensitive factors of a given error (arXiv 2008.05441).
 
 Alternating least squares drives rank-one terms to huge norms that cancel one another: harmless in
 floating point, fatal on a grid. The sensitivity
@@ -21,35 +21,33 @@ from rabbet.solve.als import CPProblem, Factors, Fit, Problem, Sides, solved
 
 SLACKS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5)
 
-TRIES = 6  # values of mu looked at per mode and sweep; the bracket carries over from sweep to sweep
-NEAR = 1e-3  # how near below the bound is near enough, relative
+TRIES = 6  # values of mu tried per mode and sweep; each sweep starts from the last one's mu
+NEAR = 1e-3  # how far below the bound, relative, an error may stay
 
 
 def predicted(problem: Problem, fit: Fit, grids: Sequence[Grid]) -> float:
-    """The relative error that factors will have once each is rounded to nearest on its grid (MSE scales).
+    """The relative error of factors once each is rounded to nearest on its grid, with MSE scales.
 
-    `E^2 = error^2 + sum_r (prod (|f_r|^2 + n_f m_f) - prod |f_r|^2)` with m_f the squared rounding
-    error of factor f: the sensitivity weighted by m_f, and what errors of two factors make
-    together. Within a few per cent, and so the cheap model by which a slack, a rank or a bit-width
-    is chosen.
+    `E^2 = error^2 + sum_r (prod (|f_r|^2 + n_f m_f) - prod |f_r|^2)` with m_f the mean squared
+    rounding error of factor f and n_f its rows: the sensitivity weighted by m_f, plus the joint
+    effect of errors in two factors. Correct within a few per cent, so it is the cheap model by
+    which a slack, a rank or a bit-width is chosen.
     """
     clean = noisy = torch.ones(())
     for f, grid in zip(fit.factors, grids, strict=True):
         power = f.square().sum(0)
-        clean, noisy = (
-            clean * power,
-            noisy * (power + (grid.project(f, grid.mse(f)) - f).square().sum(0)),
-        )
+        noise = (grid.project(f, grid.mse(f)) - f).square().sum(0)
+        clean, noisy = clean * power, noisy * (power + noise)
     return math.sqrt(fit.error**2 + float((noisy - clean).sum()) / problem.power)
 
 
 def loosened(
     problem: CPProblem, start: Fit, grids: Sequence[Grid], slacks: Sequence[float] = SLACKS
 ) -> Fit:
-    """`epc` with the bound, as a multiple of the start's error, that the closed form predicts to be best on the grids.
+    """`epc` with the bound that `predicted` expects to be best on the grids.
 
-    Fewer bits want a looser bound (measured: 1.00 at 8 bits, 1.03 at 6, 1.10 at 4, 1.20 at 3). Each
-    slack goes on from the one before.
+    slacks: the bounds to try, as multiples of the start's error; each goes on from the one before.
+    Fewer bits want a looser bound (measured: 1.00 at 8 bits, 1.03 at 6, 1.10 at 4, 1.20 at 3).
     """
     best, least, fit = start, predicted(problem, start, grids), start
     for slack in slacks:
@@ -65,11 +63,11 @@ def loosened(
 def epc(
     problem: Problem, start: Factors, bound: float, sweeps: int = 150, tolerance: float = 1e-4
 ) -> Fit:
-    """Factors of relative error at most `bound` and of low sensitivity, from a start within the bound.
+    """Factors of relative error at most `bound` and of low sensitivity.
 
-    Stops when a sweep lowers the sensitivity by less than `tolerance`. A mode whose best error is
-    above the bound (the start was) only lowers its error. `Fit.history` holds the sensitivity after
-    each sweep.
+    The start is meant to be within the bound; a mode whose least error is above it only lowers its
+    error. Stops when a sweep lowers the sensitivity by less than the share `tolerance`.
+    `Fit.history` holds the sensitivity after each sweep.
     """
     factors = problem.balanced(tuple(f.double() for f in start))
     ridges = [1e-6] * len(factors)
@@ -78,8 +76,8 @@ def epc(
     while len(history) < sweeps and not stalled:
         for mode in range(len(factors)):
             sides, weights = problem.sides(factors, mode), problem.weights(factors, mode)
-            found, ridges[mode] = _corrected(problem, sides, weights, bound, ridges[mode])
-            factors = tuple(found if k == mode else f for k, f in enumerate(factors))
+            corrected, ridges[mode] = _corrected(problem, sides, weights, bound, ridges[mode])
+            factors = tuple(corrected if k == mode else f for k, f in enumerate(factors))
         factors = problem.balanced(factors)
         history.append(problem.sensitivity(factors))
         stalled = len(history) > 1 and history[-1] > (1 - tolerance) * history[-2]
@@ -91,8 +89,8 @@ def _corrected(
 ) -> tuple[Tensor, float]:
     """One mode's ridge regression whose error is just within the bound, and the ridge that does it.
 
-    The error grows with the ridge: bracketed, then halved in the logarithm, from where the last
-    sweep ended.
+    The error grows with the ridge, so the ridge is bracketed and then bisected in the logarithm,
+    starting from where the last sweep ended.
     """
     gram, right, rest = sides
     root = weights.clamp_min(1e-30 * float(weights.max())).rsqrt()
@@ -102,10 +100,10 @@ def _corrected(
     if problem.error(gram, right, rest, best) >= bound:
         return best, ridge
     for _ in range(TRIES):
-        found = solved(hat, aim, mu) * root
-        error = problem.error(gram, right, rest, found)
+        factor = solved(hat, aim, mu) * root
+        error = problem.error(gram, right, rest, factor)
         if error <= bound:
-            best, low = found, mu
+            best, low = factor, mu
             if error >= (1 - NEAR) * bound:
                 break
         else:

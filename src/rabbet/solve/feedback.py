@@ -1,7 +1,7 @@
-"""Factors on a grid, one at a time, by error-feedback rounding: what takes the place of ADMM.
+"""Factors on a grid, one at a time, by error-feedback rounding, in place of ADMM.
 
 Given all other factors, the best factor on a grid is an integer least-squares problem with a Gram
-matrix G that all of its rows share. Rounding it column by column, each error spread over the
+matrix G that all of its rows share. Rounding it column by column, with each error spread over the
 columns to come (GPTQ, arXiv 2210.17323), solves that nearly as well as ADMM from a good start, far
 better from a bad one, and needs no penalty.
 """
@@ -21,9 +21,9 @@ DAMPING = 1e-3
 
 @dataclass(frozen=True)
 class Rounded:
-    """Factors on their grids, the relative error of what they stand for, and how it was found; see `als.Fit`.
+    """Factors on their grids, their relative error, and how the solver got there; see `als.Fit`.
 
-    primal, dual: of ADMM, both residuals after the last inner step of each factor and sweep.
+    primal, dual: both residuals of ADMM after the last inner step of each factor and sweep.
     """
 
     factors: tuple[Quantised, ...]
@@ -60,9 +60,9 @@ def alternate(
     sweeps: int = 10,
     tolerance: float = 1e-3,
 ) -> Rounded:
-    """Round each factor in turn for what the others are by now; the best state is returned.
+    """Round each factor in turn, given the others as rounded so far; the best state is returned.
 
-    Two scales are tried for each factor, the one it has and the best for its least-squares
+    Two scales are tried for each factor: its current one, and the best for its least-squares
     solution. Errors are those of the rounded factors.
     """
     state = [Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True)]

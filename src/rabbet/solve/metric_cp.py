@@ -1,10 +1,10 @@
 """CP in the metric of a layer's inputs, as a problem that the solvers for plain tensors take.
 
-Given all else, the columns of one factor are coupled in the metric H [in * k, in * k], but for the
-last factor A. One *column* is not: so here every column of B [in, R] and of C [k, R] is a factor of
-its own, one row [1, in] or [1, k], with the Gram matrix `|a|^2 C^T H C` or `|a|^2 B^T H B`. `als`,
-`epc`, `admm` and `alternate` run on these as they are; variable projection (`varpro`) reaches lower
-errors of float factors, in less time, and is what `Joint` uses.
+Given all else, the metric H [in * k, in * k] couples the columns of one factor, except those of the
+last factor A. A single column has no such coupling: so here every column of B [in, R] and of C
+[k, R] is a factor of its own, one row [1, in] or [1, k], with the Gram matrix `|a|^2 C^T H C` or
+`|a|^2 B^T H B`. `als`, `epc`, `admm` and `alternate` run on these unchanged; variable projection
+(`varpro`) reaches lower errors of float factors in less time, and is what `Joint` uses.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from rabbet.solve.als import Factors, Problem, Sides, balanced, khatri_rao, sens
 
 
 class MetricCP(Problem):
-    """A kernel [out, in, k] in the metric H [in * k, in * k]; errors are relative, `tr(D H D^T) / tr(X H X^T)`, rooted.
+    """A kernel X [out, in, k] in the metric H [in * k, in * k].
 
-    Factors are a tuple of A [out, R], R rows [1, in] and R rows [1, k]: see `split` and `joined`.
-    The sensitivity is the plain one.
+    Errors are relative, the root of `tr(D H D^T) / tr(X H X^T)`. Factors are a tuple of A [out, R],
+    R rows [1, in] and R rows [1, k]: see `split` and `joined`. The sensitivity is the plain one.
     """
 
     def __init__(self, tensor: Tensor, second: Tensor) -> None:
@@ -62,24 +62,20 @@ class MetricCP(Problem):
         else:
             gram = torch.einsum("i,ikjl,j->kl", b, metric, b)
         gram = gram * a.square().sum()
-        pull = (a @ self._seen).view(
-            *self.shape[1:]
-        )  # minus half the gradient by the term, [in, k]
+        # Minus half the gradient with respect to the term, [in, k].
+        pull = (a @ self._seen).view(*self.shape[1:])
         here = pull @ c if mode <= rank else b @ pull
         now = factors[mode]
         right = here[None] + now @ gram
-        return (
-            gram,
-            right,
-            float((self._seen * self._left).sum()) - float(((now @ gram - 2 * right) * now).sum()),
-        )
+        whole = float((self._seen * self._left).sum())
+        return gram, right, whole - float(((now @ gram - 2 * right) * now).sum())
 
     def balanced(self, factors: Factors) -> Factors:
         """Norms shared evenly by a, b and c of each term."""
         return self.split(*balanced(self.joined(factors)))
 
     def sensitivity(self, factors: Factors) -> float:
-        """Of the weight, whatever the inputs."""
+        """The sensitivity of the weight, whatever the inputs."""
         return sensitivity(self.joined(factors))
 
     def weights(self, factors: Factors, mode: int) -> Tensor:
@@ -93,7 +89,10 @@ class MetricCP(Problem):
         return khatri_rao((b, c)).mT
 
     def _follow(self, factors: Factors) -> None:
-        """Bring D = X - A (B khatri-rao C)^T and D H [out, in * k] up to date; one column that changed is exchanged."""
+        """Bring D = X - A (B khatri-rao C)^T and D H, both [out, in * k], up to date.
+
+        If a single column changed, only its term is exchanged.
+        """
         changed = [
             k for k, (f, g) in enumerate(zip(factors, self._factors, strict=False)) if f is not g
         ]
@@ -114,7 +113,10 @@ def _term(factors: Factors, r: int, rank: int) -> Tensor:
 
 
 def joined(held: Sequence[Quantised]) -> tuple[Quantised, Quantised, Quantised]:
-    """A [out, R], B [R, in] and C [R, k] of rounded factors as the solvers return them, a scale per row of each."""
+    """A [out, R], B [R, in] and C [R, k] from rounded factors as the solvers return them.
+
+    Each has a scale per row.
+    """
     a, *small = held
     rank = len(small) // 2
     b, c = (

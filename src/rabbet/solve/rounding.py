@@ -2,8 +2,8 @@
 
 With H the second moment of the inputs, the error of row w is `(w - q) H (w - q)^T`. Rows are
 independent given H, so all bit-widths of a layer are rounded in one pass: a `Rows` holds any number
-of rows, each with the bounds and the shift of a grid of its own. Matrices come as [groups, rows,
-columns]; a grouped conv has an H per group.
+of rows, each with the bounds and the shift of its own grid. Matrices are [groups, rows, columns]; a
+grouped conv has an H per group.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ BLOCK = 64  # columns whose updates are gathered into one matrix product
 
 
 class Metric:
-    """A damped second moment [groups, n, n], its factors made once.
+    """A damped second moment [groups, n, n], factorised once.
 
     damping: added to the diagonal as a share of its mean (0.01: the default of GPTQ, arXiv
     2210.17323).
@@ -31,7 +31,7 @@ class Metric:
         ridge = damping * diagonal.mean(1) + 1e-12
         self.second = second.float() + torch.diag_embed(ridge.float()[:, None].expand_as(diagonal))
         diagonal = self.second.diagonal(dim1=1, dim2=2)
-        # The most used input first: its rounding error can still be made good by all others.
+        # The most used input comes first: all others can still compensate its rounding error.
         self.order = diagonal.argsort(dim=1, descending=True, stable=True)
         self.sorted = _gather(_gather(self.second, self.order, 2), self.order, 1)
         self.factor = _inverse_factor(self.sorted)
@@ -39,10 +39,11 @@ class Metric:
     @classmethod
     def plain(cls, groups: int, columns: int) -> "Metric":
         """The identity: the weight's own error, where nothing is known of the inputs."""
-        found = cls(torch.eye(columns).expand(groups, columns, columns), damping=0.0)
-        # then no column can make good what another lost: a large table is not worked in vain
-        found.identity = True
-        return found
+        metric = cls(torch.eye(columns).expand(groups, columns, columns), damping=0.0)
+        # No column can then compensate the error of another: solvers skip that work, which saves
+        # much on a large table.
+        metric.identity = True
+        return metric
 
     @property
     def diagonal(self) -> Tensor:
@@ -60,7 +61,10 @@ class Metric:
 
 
 def _inverse_factor(second: Tensor) -> Tensor:
-    """Upper U with `U^T U = H^-1`, in double; more damping where rounding still makes it indefinite."""
+    """Upper U with `U^T U = H^-1`, computed in double precision.
+
+    Damping is raised where rounding still makes H indefinite.
+    """
     wide = second.double()
     ridge = wide.diagonal(dim1=1, dim2=2).mean(1)[:, None].expand(wide.shape[:2])
     for extra in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
@@ -80,7 +84,8 @@ class Rows:
     """Rows [groups, rows, n] with their grids, which may differ from row to row.
 
     Each row has `parts` scales, one for each `size` consecutive columns. scale: [groups, rows,
-    parts]; shift, with the zero point in it, likewise; low, high: of the codes, [groups, rows].
+    parts]; shift, which includes the zero point: the same shape; low, high: bounds of the codes,
+    [groups, rows].
     """
 
     target: Tensor
@@ -116,7 +121,7 @@ class Rows:
         return [self.with_fields(dict(zip(TENSORS, fields, strict=True))) for fields in columns]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values [groups, rows, parts] for each column, or [groups, rows, 1] for all alike."""
+        """Values [groups, rows, parts] repeated for each column; [groups, rows, 1] is kept."""
         if values.shape[2] == 1:
             return values
         return values.repeat_interleave(self.size, 2)[:, :, : self.target.shape[2]]
@@ -131,7 +136,7 @@ class Rows:
         return metric.error(self.values - self.target)
 
     def better(self, other: "Rows", metric: Metric) -> "Rows":
-        """Row by row the one of less error."""
+        """Row by row, the one with the smaller error."""
         take = other.error(metric) < self.error(metric)
         picked = {}
         for name in TENSORS:
@@ -148,7 +153,7 @@ TENSORS = ("target", "scale", "low", "high", "shift", "codes")
 
 
 def _gather(x: Tensor, order: Tensor, axis: int) -> Tensor:
-    """Reorder an axis of x [groups, ., .] by an order of its own per group."""
+    """Reorder an axis of x [groups, ., .], each group in its own order."""
     index = order[:, None, :] if axis == 2 else order[:, :, None]
     return x.gather(axis, index.expand_as(x))
 
@@ -191,11 +196,11 @@ def feedback(rows: Rows, metric: Metric) -> Rows:
 def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
     """Cyclic coordinate descent on the codes.
 
-    Each step is the exact minimum over one column, so none can harm.
+    Each step is the exact minimum over one column, so none increases the error.
     """
     h = metric.second
     codes, scales = rows.codes.clone(), _by_column(rows.spread(rows.scale))
-    # [groups, rows, n]: minus half the gradient by the values
+    # [groups, rows, n]: minus half the gradient with respect to the values
     pull = (rows.target - rows.values) @ h
     for _ in range(sweeps):
         for start in range(0, h.shape[1], BLOCK):
@@ -216,7 +221,7 @@ def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
 def refit(rows: Rows, metric: Metric) -> Rows:
     """The least-squares scales of each row for its codes, in the metric.
 
-    Of several scales a row one after the other, given those before.
+    Several scales of one row are refitted one after the other, each given those before.
     """
     z = rows.codes + rows.spread(rows.shift)
     if rows.scale.shape[2] == 1:
@@ -225,7 +230,8 @@ def refit(rows: Rows, metric: Metric) -> Rows:
         best = stored(top / bottom.clamp_min(1e-30))
         return replace(rows, scale=torch.where(bottom > 0, best, rows.scale[..., 0])[..., None])
     scale = rows.scale.clone()
-    pull = metric.times(rows.target - rows.values)  # minus half the gradient by the values
+    # Minus half the gradient with respect to the values.
+    pull = metric.times(rows.target - rows.values)
     for part in range(scale.shape[2]):
         own = slice(part * rows.size, (part + 1) * rows.size)
         mine, h = z[:, :, own], metric.second[:, own]
@@ -240,8 +246,8 @@ def refit(rows: Rows, metric: Metric) -> Rows:
 def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> Rows:
     """Rows rounded to nearest, their scales from a search weighted by the diagonal of the metric.
 
-    A grid whose rows share scales gets one for each row. mirror: start from the
-    mirrored grid, for grids of which one end reaches further than the other.
+    A grid whose rows share scales gets one for each row. mirror: start from the mirrored grid, for
+    grids with one end that reaches further than the other.
     """
     weight = metric.diagonal[:, None].expand_as(target).flatten(0, 1)
     flat = (-target if mirror else target).flatten(0, 1)
@@ -253,14 +259,17 @@ def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> R
 
 
 def round_nearest(rows: Rows) -> Rows:
-    """The codes nearest to the target, as they are best in the identity."""
+    """The codes nearest to the target, which are the best in the identity metric."""
     low, high = rows.low[..., None], rows.high[..., None]
     steps = rows.target / rows.spread(rows.scale)
     return replace(rows, codes=nearest(steps, rows.spread(rows.shift)).clamp_(low, high))
 
 
 def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> Rows:
-    """Alternate error-feedback rounding, coordinate descent and the refit of the scale; each row keeps its best."""
+    """Alternate error-feedback rounding, coordinate descent and the refit of the scales.
+
+    Each row keeps its best state.
+    """
     best = rows
     for _ in range(rounds):
         trial = round_nearest(rows) if metric.identity else feedback(rows, metric)

@@ -1,4 +1,4 @@
-"""Chains of small cores for a matrix whose two axes are read as several digits each (tensor trains).
+"""Tensor trains: chains of small cores for a matrix whose axes are each read as several digits.
 
 A matrix [m, n] of rank r is a product of two halves, [m, r] and [r, n]; each half is a chain of
 cores that starts at the middle. Core j of a half is [b, a, c]: a is the size of its digit, b the
@@ -17,29 +17,35 @@ from rabbet.solve.whiten import principal
 
 
 def bonds(sizes: Sequence[int], rank: int, most: int | None) -> list[int]:
-    """Bonds of a half, from the middle (its rank) outwards (1); none is larger than `most`, nor than it can be."""
-    found = [rank]
+    """Bonds of a half, from the middle (the rank) outwards (1).
+
+    None is larger than `most`, nor larger than can be used.
+    """
+    ranks = [rank]
     for k in range(1, len(sizes)):
-        whole = min(found[-1] * sizes[k - 1], math.prod(sizes[k:]))
-        found.append(whole if most is None else min(most, whole))
-    return [*found, 1]
+        whole = min(ranks[-1] * sizes[k - 1], math.prod(sizes[k:]))
+        ranks.append(whole if most is None else min(most, whole))
+    return [*ranks, 1]
 
 
 def half(cores: Sequence[Tensor]) -> Tensor:
     """What a chain stands for, [r, a_1 * ... * a_d].
 
-    Contracted from the outside inwards: two thirds of the MACs of the other way for 768 as 8 x 8 x
-    12 at rank 20.
+    Contracted from the outside inwards, which takes two thirds of the MACs of the other order for
+    768 as 8 x 8 x 12 at rank 20.
     """
-    found = cores[-1]
+    product = cores[-1]
     for core in cores[-2::-1]:
         bond = core.shape[-1]
-        found = core.reshape(-1, bond) @ found.reshape(bond, -1)
-    return found.reshape(len(cores[0]), -1)
+        product = core.reshape(-1, bond) @ product.reshape(bond, -1)
+    return product.reshape(len(cores[0]), -1)
 
 
 def tt_svd(matrix: Tensor, sizes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
-    """The cores of a half [r, n] by truncated SVDs from the outside inwards (TT-SVD, Oseledets 2011, algorithm 1)."""
+    """The cores of a half [r, n] by truncated SVDs from the outside inwards.
+
+    TT-SVD, Oseledets 2011, algorithm 1.
+    """
     cores: list[Tensor] = []
     rest = matrix
     for size, inner, outer in zip(sizes[:0:-1], ranks[-2:0:-1], ranks[:1:-1], strict=True):
@@ -56,10 +62,11 @@ def halves(
     ranks: tuple[Sequence[int], Sequence[int]],
     second: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Cores of the left [r, m] and the right half [r, n] of a matrix [m, n], near in `tr(D H D^T)`, H = second [n, n].
+    """Cores of the left half [r, m] and the right half [r, n] of a matrix [m, n].
 
-    The middle is split by the SVD whitened by H; the right half becomes a chain, the left one the
-    least-squares solution for what that became, in whose own metric it becomes a chain in turn.
+    Their product is near the matrix in `tr(D H D^T)`, H = second [n, n]. The middle is split by the
+    SVD whitened by H, and the right half becomes a chain. The left half is the least-squares
+    solution for that chain, and becomes a chain in turn, in the metric of that problem.
     """
     rank = ranks[0][0]
     exact = matrix.double()
@@ -69,10 +76,10 @@ def halves(
     seen = rows if metric is None else rows @ metric
     gram = seen @ rows.mT
     gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(rank, dtype=gram.dtype)
-    root = torch.linalg.cholesky(gram)  # gram = C C^T: an error E of the left half weighs |C^T E|
-    best = torch.linalg.solve_triangular(
-        root, seen @ exact.mT, upper=False
-    )  # C^T times the solution [r, m]
+    # gram = C C^T: an error E of the left half weighs |C^T E|.
+    root = torch.linalg.cholesky(gram)
+    # C^T times the solution, [r, m].
+    best = torch.linalg.solve_triangular(root, seen @ exact.mT, upper=False)
     left = tt_svd(best, sizes[0], ranks[0])
     inner = torch.linalg.solve_triangular(root.mT, left[0].flatten(1), upper=True)
     left[0] = inner.view_as(left[0])
@@ -82,12 +89,15 @@ def halves(
 def refine(
     cores: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], evaluations: int
 ) -> list[Tensor]:
-    """All cores at once, brought down by L-BFGS, then scaled to one deviation of their entries."""
+    """All cores refined at once by L-BFGS, then scaled to one standard deviation."""
     return evened(minimised(evened(cores), loss, evaluations))
 
 
 def evened(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same product with cores of one deviation: they then learn, and are rounded, alike."""
+    """The same product from cores of equal standard deviation.
+
+    They then learn, and are rounded, equally well.
+    """
     sizes = [c.square().mean().clamp_min(1e-30).sqrt() for c in cores]
     mean = torch.stack(sizes).log().mean().exp()
     return [c * (mean / size) for c, size in zip(cores, sizes, strict=True)]

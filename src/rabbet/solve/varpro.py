@@ -1,9 +1,9 @@
 """Factors in the metric of a layer's inputs, by variable projection.
 
-A weight [out, n] is written as `A M`: the rows of M [rank, n] are made of small factors, and A
-[out, rank] is free. Given M, the best A is a least-squares solution; put in, what is left is a
-smooth function of the small factors alone, which L-BFGS brings down in some tens of steps. No rate
-is to be chosen, and no mode waits for the others as in alternating least squares.
+A weight [out, n] is written as `A M`: the rows of M [rank, n] are built from small factors, and A
+[out, rank] is free. Given M, the best A is a least-squares solution; with it inserted, the error is
+a smooth function of the small factors alone, which L-BFGS minimises in some tens of steps. There is
+no learning rate to choose, and no mode waits for the others as in alternating least squares.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,10 @@ SMALLEST = {torch.float32: 1e-6, torch.float64: 1e-10}  # ridge: rows of M may b
 
 @dataclass(frozen=True)
 class Projected:
-    """Small factors, the matrix A that goes with them, and the relative squared error, the ridge's share included."""
+    """Small factors, the matrix A that goes with them, and the loss.
+
+    loss: the relative squared error, the ridge's share included.
+    """
 
     small: tuple[Tensor, ...]
     last: Tensor
@@ -38,20 +41,23 @@ def project(
     """Small factors of least error `tr(D H D^T)`, D = A M - matrix.
 
     matrix: [out, n]; second: H [n, n], None for the plain error. ridge: weight of |A|^2, with rows
-    of M of norm 1 in H. It stands for the rounding error that A will suffer, so that terms which
-    cancel one another do not pay.
+    of M of norm 1 in H. It stands for the rounding error that A will suffer, which makes terms that
+    cancel one another unprofitable.
     """
     problem = _Problem(basis, matrix, second, ridge)
-    found = minimised(start, lambda small: problem(small)[0], evaluations)
+    small = minimised(start, lambda trial: problem(trial)[0], evaluations)
     exact = _Problem(basis, matrix.double(), None if second is None else second.double(), ridge)
-    loss, last = exact([s.double() for s in found])
-    return Projected(found, last.to(matrix.dtype), float(loss))
+    loss, last = exact([s.double() for s in small])
+    return Projected(small, last.to(matrix.dtype), float(loss))
 
 
 def minimised(
     start: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], evaluations: int
 ) -> tuple[Tensor, ...]:
-    """Tensors that L-BFGS brings down from a start in so many evaluations; the start where they would not be finite."""
+    """Tensors that minimise a loss by L-BFGS from a start, in at most `evaluations` of it.
+
+    If any of them is not finite, a copy of the start.
+    """
     moving = [s.detach().contiguous().clone().requires_grad_() for s in start]
     if evaluations:
         optimiser = torch.optim.LBFGS(
@@ -64,18 +70,16 @@ def minimised(
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            found = loss(moving)
-            found.backward()
-            return found
+            value = loss(moving)
+            value.backward()
+            return value
 
         with torch.enable_grad():
             optimiser.step(closure)
-    found = tuple(s.detach() for s in moving)
-    return (
-        found
-        if all(torch.isfinite(s).all() for s in found)
-        else tuple(s.detach().clone() for s in start)
-    )
+    reached = tuple(s.detach() for s in moving)
+    if all(torch.isfinite(s).all() for s in reached):
+        return reached
+    return tuple(s.detach().clone() for s in start)
 
 
 class _Problem:
@@ -89,9 +93,8 @@ class _Problem:
         rows = self.basis(small)
         seen = rows if self.second is None else rows @ self.second
         norm = (seen * rows).sum(1).clamp_min(1e-30).rsqrt()
-        gram = (seen @ rows.mT) * norm * norm[:, None] + self.ridge * torch.eye(
-            len(rows), dtype=rows.dtype
-        )
+        eye = torch.eye(len(rows), dtype=rows.dtype)
+        gram = (seen @ rows.mT) * norm * norm[:, None] + self.ridge * eye
         right = (rows @ self.aim) * norm[:, None]
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
         loss: Tensor = 1 - (right * solution).sum() / self.power

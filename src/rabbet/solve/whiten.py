@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def leading(matrix: Tensor, rank: int, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Balanced factors (left [..., m, rank], right [..., rank, n]) with `left @ right` nearest to matrix [..., m, n].
+    """Balanced factors (left [..., m, rank], right [..., rank, n]) of a matrix M [..., m, n].
 
-    Nearest in `tr(D H D^T)` with H = second [n, n], the inputs' full second moment (None: plain).
-    The exact minimiser of the expected output error is the SVD whitened by H^(1/2) (QERA, arXiv
-    2410.06040, theorem 1); its left singular vectors are eigenvectors of `M H M^T` and its right
-    factor is `U^T M`, so H is never inverted.
+    `left @ right` is nearest to M in `tr(D H D^T)` with H = second [n, n], the inputs' full second
+    moment (None: plain). The exact minimiser of the expected output error is the SVD whitened by
+    H^(1/2) (QERA, arXiv 2410.06040, theorem 1); its left singular vectors are eigenvectors of
+    `M H M^T` and its right factor is `U^T M`, so H is never inverted.
     """
     left = principal(matrix, second, rank)
     right = left.mT @ matrix
@@ -19,29 +19,29 @@ def leading(matrix: Tensor, rank: int, second: Tensor | None = None) -> tuple[Te
 
 
 def principal(matrix: Tensor, second: Tensor | None = None, count: int | None = None) -> Tensor:
-    """The first `count` left singular vectors (None: all) of matrix [..., m, n] whitened by `second`, [..., m, count].
+    """The first `count` left singular vectors, [..., m, count], of a whitened matrix [..., m, n].
 
-    Of a tall matrix at most n follow from the small side, which is far faster; the others have no
-    singular value.
+    count: None for all. second: the metric that whitens, [n, n]. For a tall matrix the first n come
+    from its small side, which is far faster; the others have no singular value.
     """
     m, n = matrix.shape[-2:]
     if count is not None and count <= n < m:
         vectors: Tensor = torch.linalg.svd(_whitened(matrix, second), full_matrices=False).U
     else:
         weighted = matrix if second is None else matrix @ second
-        vectors = torch.linalg.eigh((weighted @ matrix.mT).double()).eigenvectors.flip(
-            -1
-        )  # eigh sorts upwards
+        gram = (weighted @ matrix.mT).double()
+        vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)  # eigh sorts upwards
     return vectors[..., :count].to(matrix.dtype)
 
 
 def spectrum(matrix: Tensor, second: Tensor) -> Tensor:
-    """Squared singular values of matrix [m, n] whitened by `second` [n, n], [min(m, n)], the largest first."""
+    """Squared singular values, [min(m, n)], of a matrix [m, n] whitened by `second` [n, n].
+
+    The largest come first.
+    """
     m, n = matrix.shape
-    exact, tall = (
-        matrix.double(),
-        _whitened(matrix, second) if m > n else None,
-    )  # the small side of both
+    # The Gram matrix of the smaller side.
+    exact, tall = matrix.double(), _whitened(matrix, second) if m > n else None
     gram = exact @ second.double() @ exact.mT if tall is None else tall.mT @ tall
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(0).flip(0)
