@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from rabbet.data.task import Task
 from rabbet.errors import DataError
 from rabbet.jobs import Progress, silent
 from rabbet.layers import Site
+from rabbet.model.hooks import Hook, hooked
 
 ROWS = 2**17  # most rows that one second moment is averaged over
 ENTRIES = 2**24  # rows times columns, beyond which more rows cost more than they tell
@@ -28,15 +30,15 @@ class _Moment:
     total: Tensor | None = None
     rows: int = 0
 
-    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found = self.site.rows(args[0].detach().float(), self.places, self.generator)
-        if not torch.isfinite(found).all():
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
+        rows = self.site.rows(args[0].detach().float(), self.places, self.generator)
+        if not torch.isfinite(rows).all():
             raise DataError(
                 f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; check the batches"
             )
-        part = (found.mT @ found).double()
+        part = (rows.mT @ rows).double()
         self.total = part if self.total is None else self.total + part
-        self.rows += found.shape[1]
+        self.rows += rows.shape[1]
 
     @property
     def mean(self) -> Tensor:
@@ -60,7 +62,7 @@ def second_moments(
     batches = batches[:: max(1, sum(map(examples, batches)) // EXAMPLES)]
     count = sum(map(examples, batches))
     moments: dict[str, _Moment] = {}
-    hooks = []
+    hooks: list[Hook] = []
     for site in survey:
         if not site.multiplies:
             continue
@@ -69,18 +71,15 @@ def second_moments(
         places = max(1, -(-rows // (count * met.calls)))
         moments[site.name] = _Moment(met, places, torch.Generator().manual_seed(seed))
         layers = [model.get_submodule(name) for name in site.heads or (site.name,)]
-        hooks += [layer.register_forward_pre_hook(moments[site.name]) for layer in layers]
-    try:
+        hooks += [(layer, moments[site.name]) for layer in layers]
+    with hooked(before=hooks):
         run_through(model, task, batches, progress, "measuring inputs")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {name: moment.mean for name, moment in moments.items() if moment.rows}
+    seconds = {name: moment.mean for name, moment in moments.items() if moment.rows}
     for site in survey:
-        if site.heads and site.name in found:
+        if site.heads and site.name in seconds:
             table = site.kind.weight(model.get_submodule(site.name)).detach().cpu().float()
-            found[site.name] = _twofold(table, found[site.name])
-    return found
+            seconds[site.name] = _twofold(table, seconds[site.name])
+    return seconds
 
 
 def _twofold(table: Tensor, second: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from rabbet.jobs import Jobs, content_key
 from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.model.compressed import Compressed, Head
+from rabbet.model.hooks import hooked
 from rabbet.runtime.bench import cpu, time_files
 from rabbet.runtime.session import Session, require_onnx
 from rabbet.workpiece import Workpiece
@@ -133,25 +134,19 @@ def _time(content: bytes, given: list[Tensor]) -> int:
 
 def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
     """The shape of the input of each site that multiplies, for one example."""
-    found: dict[str, torch.Size] = {}
+    shapes: dict[str, torch.Size] = {}
 
     def seen(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.setdefault(name, args[0].shape)
+        def hook(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
+            shapes.setdefault(name, args[0].shape)
 
         return hook
 
     timed = [s for s in piece.survey if s.multiplies]
-    hooks = [
-        piece.model.get_submodule(_runner(s)).register_forward_pre_hook(seen(s.name)) for s in timed
-    ]
-    try:
-        with torch.no_grad():
-            piece.task.run(piece.model, first_examples(piece.task.read()[0], 1))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    hooks = [(piece.model.get_submodule(_runner(s)), seen(s.name)) for s in timed]
+    with torch.no_grad(), hooked(before=hooks):
+        piece.task.run(piece.model, first_examples(piece.task.read()[0], 1))
+    return shapes
 
 
 def _runner(site: Site) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rabbet.data.batches import examples, outputs
 from rabbet.errors import DataError
 from rabbet.layers import Site
+from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
 
 ENTRIES = 2**25  # gradient entries held at once
@@ -89,15 +90,9 @@ def _recorded(
         return seen
 
     roles = [(s.name, s) for s in sites] + [(head, s.head) for s in sites for head in s.heads]
-    hooks = [
-        piece.model.get_submodule(name).register_forward_hook(hook(role)) for name, role in roles
-    ]
-    try:
-        with torch.enable_grad():
-            return calls, piece.task.run(piece.model, batch)
-    finally:
-        for h in hooks:
-            h.remove()
+    hooks = [(piece.model.get_submodule(name), hook(role)) for name, role in roles]
+    with torch.enable_grad(), hooked(hooks):
+        return calls, piece.task.run(piece.model, batch)
 
 
 def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:

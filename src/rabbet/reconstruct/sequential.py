@@ -22,6 +22,7 @@ from rabbet.calibrate.ranges import calibrate_between
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Factor, compressed_layers
+from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
 from rabbet.solve.rounding import Metric
 from rabbet.workpiece import Workpiece
@@ -54,20 +55,15 @@ def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> N
     batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
     met = _meet(piece, sites, batch)
     sites = [s for s in sites if s.name in met]  # other examples may be sent another way
-    hooks: list[Any] = []
+    solvers: list[Hook] = []
+    matchers: list[Hook] = []
     for site in sites:
-        layer = layers[site.name]
-        weight = piece.weight(site)
-        hooks.append(
-            layer.register_forward_pre_hook(_solver(piece, site, weight, met[site.name].given))
-        )
-        if _gained(layer) and len(met[site.name].given):
-            hooks.append(
-                layer.register_forward_hook(
-                    _matcher(met[site.name].mean, met[site.name].spread, GAIN)
-                )
-            )
-    _run(student, piece, batch, hooks)
+        layer, seen = layers[site.name], met[site.name]
+        solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given)))
+        if _gained(layer) and len(seen.given):
+            matchers.append((layer, _matcher(seen.mean, seen.spread, GAIN)))
+    with torch.no_grad(), hooked(before=solvers, after=matchers):
+        piece.task.run(student, batch)
 
 
 def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
@@ -80,14 +76,13 @@ def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.name in piece.norms and s.calls == 1]
     batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
-    hooks: list[Any] = []
+    matchers: list[Hook] = []
     for site in sites:
         layer, norm = layers[site.name], piece.norms[site.name]
         if _gained(layer):
-            hooks.append(
-                layer.register_forward_hook(_matcher(norm.mean, norm.spread, (0.0, math.inf)))
-            )
-    _run(student, piece, batch, hooks)
+            matchers.append((layer, _matcher(norm.mean, norm.spread, (0.0, math.inf))))
+    with torch.no_grad(), hooked(matchers):
+        piece.task.run(student, batch)
 
 
 def _gained(layer: Compressed) -> bool:
@@ -116,22 +111,16 @@ def _meet(piece: Workpiece, sites: list[Site], batch: Any) -> dict[str, _Met]:
 
         return hook
 
-    hooks = [piece.model.get_submodule(s.name).register_forward_hook(seen(s)) for s in sites]
-    _run(piece.model, piece, batch, hooks)
+    with (
+        torch.no_grad(),
+        hooked((piece.model.get_submodule(site.name), seen(site)) for site in sites),
+    ):
+        piece.task.run(piece.model, batch)
     return met
 
 
-def _run(model: nn.Module, piece: Workpiece, batch: Any, hooks: list[Any]) -> None:
-    try:
-        with torch.no_grad():
-            piece.task.run(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Callable[..., None]:
-    def hook(layer: Compressed, args: tuple[Tensor, ...]) -> None:
+    def hook(layer: Compressed, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
         if args[0].shape != wanted.shape or not len(
             wanted
         ):  # an expert that is shown other places, or none

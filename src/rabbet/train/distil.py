@@ -5,8 +5,9 @@ and comes out of each, attention is seen where torch computes it, in a fused cal
 over [batch, heads, query, key].
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch, floating, outputs
 from rabbet.errors import ModelError
+from rabbet.model.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,22 @@ class Look:
     def __call__(self, run: Any) -> Shown:
         """What `run()` shows; it returns the network's output."""
         hidden: list[Tensor] = []
-        hooks: list[Any] = [
-            b.register_forward_pre_hook(_first(hidden), with_kwargs=True) for b in self.blocks[:1]
-        ]
-        hooks += [block.register_forward_hook(_after(hidden)) for block in self.blocks]
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # one fused call hides what is looked for
-        try:
-            with _Attention() as seen:
-                found = outputs(run())
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for hook in hooks:
-                hook.remove()
-        return Shown(hidden, seen.found, found)
+        before = [(block, _first(hidden)) for block in self.blocks[:1]]
+        after = [(block, _after(hidden)) for block in self.blocks]
+        with hooked(after, before), _unfused(), _Attention() as attention:
+            answers = outputs(run())
+        return Shown(hidden, attention.maps, answers)
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Keeps torch from its fused layer: one call hides what is looked for."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _first(hidden: list[Tensor]) -> Any:
@@ -109,7 +113,7 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Tensor] = []
+        self.maps: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,9 +121,9 @@ class _Attention(TorchFunctionMode):
             return self._from_module(args, kwargs)
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            self.found.append(_probabilities(dict(zip(ARGUMENTS, args, strict=False)) | kwargs))
+            self.maps.append(_probabilities(dict(zip(ARGUMENTS, args, strict=False)) | kwargs))
         elif func in (F.softmax, torch.softmax, Tensor.softmax) and result.ndim == 4:
-            self.found.append(result)
+            self.maps.append(result)
         return result
 
     def _from_module(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +134,7 @@ class _Attention(TorchFunctionMode):
             *args, **(kwargs | {"average_attn_weights": False})
         )
         assert each is not None
-        self.found.append(each)
+        self.maps.append(each)
         return out, each.mean(1) if kwargs.get("average_attn_weights", True) else each
 
     def _from_fused(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -142,7 +146,7 @@ class _Attention(TorchFunctionMode):
         fused = F.scaled_dot_product_attention
 
         def watched(*given: Any, **named: Any) -> Tensor:
-            self.found.append(_probabilities(dict(zip(ARGUMENTS, given, strict=False)) | named))
+            self.maps.append(_probabilities(dict(zip(ARGUMENTS, given, strict=False)) | named))
             return fused(*given, **named)
 
         F.scaled_dot_product_attention = watched

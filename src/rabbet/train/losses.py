@@ -1,6 +1,7 @@
 """How far one network's answers are from another's."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch, floating, outputs
 from rabbet.data.task import Task
+from rabbet.model.hooks import hooked
 
 
 def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -24,23 +26,16 @@ def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return total
 
 
-class _Tapped:
+@contextlib.contextmanager
+def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
     """Collects the outputs of named modules during a forward pass."""
+    seen: list[Tensor] = []
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.modules = [model.get_submodule(n) for n in names]
-        self.seen: list[Tensor] = []
+    def keep(_: nn.Module, __: object, out: object) -> None:
+        seen.extend(floating(out)[:1])
 
-    def __enter__(self) -> "_Tapped":
-        self.hooks = [
-            m.register_forward_hook(lambda _, __, out: self.seen.extend(floating(out)[:1]))
-            for m in self.modules
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    with hooked((model.get_submodule(name), keep) for name in names):
+        yield seen
 
 
 def taught(
@@ -56,11 +51,11 @@ def taught(
     The divergence of the outputs plus `features` times the mean relative error of what the named
     blocks give.
     """
-    with torch.no_grad(), _Tapped(teacher, blocks) as theirs:
+    with torch.no_grad(), _tapped(teacher, blocks) as theirs:
         goal = outputs(task.run(teacher, batch))
-    with _Tapped(student, blocks) as ours:
+    with _tapped(student, blocks) as ours:
         found = outputs(task.run(student, batch))
-    return divergence(found, goal) + features * relative_error(ours.seen, theirs.seen)
+    return divergence(found, goal) + features * relative_error(ours, theirs)
 
 
 def block_names(survey: Survey) -> list[str]:
