@@ -27,7 +27,7 @@ def test_survey_lists_every_layer(run):
     assert (code, err) == (0, "")
     for site in rabbet.survey(demo.model(), demo.calibration()):
         line = next(line.split() for line in out.splitlines() if line.startswith(f"{site.name} "))
-        assert line[1:4] == [site.kind, "x".join(map(str, site.shape)), f"{site.macs:,}"]
+        assert line[1:4] == [site.kind.name, "x".join(map(str, site.shape)), f"{site.macs:,}"]
 
 
 def test_survey_says_what_is_left_alone_and_why(run, mine):
