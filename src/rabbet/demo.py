@@ -1,4 +1,4 @@
-"""The demo network: a small trained ConvNet for scikit-learn's 8x8 digits, with the data that goes with it.
+"""The demo network: a small trained ConvNet for scikit-learn's 8x8 digits, with its data.
 
 It is large enough to have one layer of every usual kind (stem, residual block, strided convolution,
 linear head), small enough to ship inside the package, and needs no download. `python -m
@@ -24,7 +24,7 @@ BATCH = 64
 
 
 class DigitsNet(nn.Module):
-    """A ConvNet with batch norm and one residual block: [n, 1, 8, 8] images in, [n, 10] logits out."""
+    """A ConvNet with batch norm and one residual block: images [n, 1, 8, 8] to logits [n, 10]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +54,19 @@ def model() -> DigitsNet:
 
 
 def calibration() -> list[Tensor]:
-    """Unlabelled batches of the train split, each [64, 1, 8, 8]; the few images that fill no batch are left out."""
+    """Unlabelled batches of the train split, each [64, 1, 8, 8].
+
+    The few images that do not fill a batch are left out.
+    """
     images, _ = _split(held_out=False)
     return [batch for batch in images.split(BATCH) if len(batch) == BATCH]
 
 
 def test() -> list[tuple[Tensor, Tensor]]:
-    """Batches of (images, labels) of the held-out split, which neither `train` nor `calibration` sees."""
+    """Batches of (images, labels) from the held-out split.
+
+    Neither `train` nor `calibration` sees them.
+    """
     images, labels = _split(held_out=True)
     return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
 
@@ -99,9 +105,9 @@ def _initialised(seed: int) -> DigitsNet:
 
 
 def _split(held_out: bool) -> tuple[Tensor, Tensor]:
-    # Every fourth image of each class is held out, after a shuffle whose stream numpy has frozen
-    # for good: were a later library to draw another split, images that the shipped weights were
-    # trained on would count as held out.
+    # Every fourth image of each class is held out, after a shuffle whose random stream numpy has
+    # frozen for good: with another split, images that the shipped weights were trained on would
+    # count as held out.
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -112,9 +118,8 @@ def _split(held_out: bool) -> tuple[Tensor, Tensor]:
     shuffled = np.random.RandomState(SPLIT_SEED).permutation(len(digits.target))
     by_class = shuffled[np.argsort(digits.target[shuffled], kind="stable")]
     chosen = shuffled[np.isin(shuffled, by_class[::4]) == held_out]
-    images = (
-        torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
-    )  # [n, 1, 8, 8], pixels are 0..16
+    # [n, 1, 8, 8]; pixels are 0..16.
+    images = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
     return images, torch.from_numpy(digits.target[chosen]).long()
 
 
@@ -135,7 +140,7 @@ def _accuracy(net: DigitsNet) -> float:
 
 def _rewrite(path: Path) -> None:
     net = train()
-    # Written beside and renamed: a run that is stopped half-way leaves the old weights in place.
+    # Written beside, then renamed: a run that is stopped half-way leaves the old weights in place.
     beside = path.with_suffix(".new")
     beside.write_bytes(safetensors.torch.save(net.state_dict()))
     beside.replace(path)

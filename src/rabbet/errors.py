@@ -3,7 +3,7 @@
     RabbetError
     ├── BudgetError   a budget that cannot be read, cannot be met, or was broken
     ├── PlanError     a plan that cannot be read, or does not fit the network
-    ├── ModelError    a network that cannot be compressed as it is
+    ├── ModelError    a network that cannot be compressed
     ├── DataError     batches that are empty, of the wrong shape, or not finite
     └── FileError     a file that is damaged, of another format, or of another network
 
@@ -37,7 +37,7 @@ class PlanError(RabbetError):
 
 
 class ModelError(RabbetError):
-    """A network that cannot be compressed as it is."""
+    """A network that cannot be compressed in its present state."""
 
 
 class DataError(RabbetError):
@@ -49,29 +49,28 @@ class FileError(RabbetError):
 
 
 def check_fields(settings: Any) -> None:
-    """Raise PlanError for a field of a dataclass that holds none of the values that its type allows."""
+    """Raise PlanError for a field of a dataclass whose value its type does not allow."""
     for name, kind in get_type_hints(type(settings)).items():
-        found = getattr(settings, name)
-        if not _allowed(found, kind):
-            raise PlanError(
-                f"{name} is {'one of ' * (get_origin(kind) is Literal)}{_described(kind)}; found {found!r}"
-            )
+        value = getattr(settings, name)
+        if not _allowed(value, kind):
+            choice = "one of " * (get_origin(kind) is Literal)
+            raise PlanError(f"{name} is {choice}{_described(kind)}; found {value!r}")
 
 
-def _allowed(found: Any, kind: Any) -> bool:
+def _allowed(value: Any, kind: Any) -> bool:
     inner = get_args(kind)
     if get_origin(kind) is Literal:
-        return found in inner
+        return value in inner
     if get_origin(kind) in (Union, UnionType):
-        return any(_allowed(found, k) for k in inner)
+        return any(_allowed(value, k) for k in inner)
     if get_origin(kind) is tuple:  # a list serves as well
-        if not isinstance(found, tuple | list):
+        if not isinstance(value, tuple | list):
             return False
-        kinds = inner[:1] * len(found) if inner[-1] is Ellipsis else inner
-        return len(found) == len(kinds) and all(map(_allowed, found, kinds))
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(value) == len(kinds) and all(map(_allowed, value, kinds))
     if kind in NUMBERS:
-        return isinstance(found, NUMBERS[kind]) and not isinstance(found, bool)
-    return isinstance(found, kind)
+        return isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _described(kind: Any) -> str:
@@ -88,8 +87,8 @@ def _described(kind: Any) -> str:
 
 
 def check_least(settings: Any, least: int, *names: str) -> None:
-    """Raise PlanError for a field of a dataclass that is less than it may be; None is no number and passes."""
+    """Raise PlanError for a field of a dataclass that is below `least`; None passes."""
     for name in names:
-        found = getattr(settings, name)
-        if found is not None and found < least:
-            raise PlanError(f"{name} is at least {least}; found {found}")
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise PlanError(f"{name} is at least {least}; found {value}")

@@ -1,9 +1,9 @@
 """Independent jobs on any executor; finished ones are remembered by the content of their input.
 
 A job is a top-level function from tensors and plain settings to a dict of tensors. Its key is a
-hash of the function's name and of every byte that it is given, so a killed run that is started
-again finds what it had finished, and a second budget finds the candidates of the first. Results on
-disk are safetensors: nothing is ever unpickled from a folder.
+hash of the function's name and of every byte of its input, so a killed run that is started again
+finds its finished results, and a second budget finds the candidates of the first. Results on disk
+are safetensors: nothing is ever unpickled from a folder.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """The progress that shows nothing: stage, steps done, steps in all. A stage may be followed by `: ` and details."""
+    """Show no progress. A stage may be followed by `: ` and details; done and total are steps."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Jobs:
 
     executor: any `concurrent.futures.Executor`; None runs them here, one after the other. folder:
     where results are kept between runs; None keeps them in memory, for the life of this object.
-    Functions of a task (`forward`, `loss`) count by their names: after changing what one does, take
+    Functions of a task (`forward`, `loss`) count by their names only: after changing one, use
     another folder.
     """
 
@@ -57,9 +57,10 @@ class Jobs:
             writable = os.access(self.folder, os.W_OK)
         except OSError:
             writable = False
-        if not writable:  # found out now, not after an hour of work
+        if not writable:  # better now than after an hour of work
             raise FileError(
-                f"finished work cannot be kept in {self.folder}: it is no folder that can be written to"
+                f"finished work cannot be kept in {self.folder}: "
+                "it is no folder that can be written to"
             )
 
     def run(self, stage: str, jobs: Sequence[Job]) -> list[Tensors]:
@@ -87,7 +88,7 @@ class Jobs:
             yield futures[future], load(future.result())
 
     def kept(self, key: str) -> Tensors | None:
-        """The result that was kept under this key, if any; a damaged file counts as none and is made again."""
+        """The result that was kept under this key, if any; a damaged file counts as none."""
         if self.folder is None:
             return self._memory.get(key)
         with contextlib.suppress(OSError, SafetensorError):
@@ -109,7 +110,7 @@ class Jobs:
 
 
 def content_key(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """A hash of a name, of the bytes of tensors, of settings (by their `repr`), and of rabbet's version."""
+    """A hash of a name, the bytes of tensors, settings (by their `repr`) and rabbet's version."""
     facts = [name, version("rabbet"), {k: repr(v) for k, v in sorted(settings.items())}]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for label, tensor in sorted(tensors.items()):
@@ -126,7 +127,7 @@ def _key(job: Job) -> str:
 
 
 def _call(job: Job) -> Tensors:
-    # One thread a job, wherever it runs: sums in another order would be other bytes.
+    # One thread per job, wherever it runs: another order of summation would give other bytes.
     function, tensors, settings = job
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -138,8 +139,8 @@ def _call(job: Job) -> Tensors:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
-    # Between processes go bytes: torch would share tensors through a file descriptor each, until
-    # none is left.
+    # Processes exchange bytes: torch would share each tensor through a file descriptor, until none
+    # is left.
     return save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
 
 

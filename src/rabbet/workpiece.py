@@ -22,14 +22,14 @@ from rabbet.model.bn_fold import fold, norm_gain
 from rabbet.model.inspect import inspect_network, own_tensors, stored_tensors
 
 DTYPES = {
-    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
-    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
-    "torch.bool": "BOOL",
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
+    "torch.bfloat16": "BF16", "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16",
+    "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
 
 
 class Clock(Protocol):
-    """What knows how long things take on this machine, in nanoseconds for a batch of one; see `rabbet.latency`."""
+    """Latencies on this machine, in nanoseconds for a batch of one; see `rabbet.choose.latency`."""
 
     @property
     def whole(self) -> int:
@@ -38,11 +38,11 @@ class Clock(Protocol):
 
     @property
     def rest(self) -> int:
-        """What no layer's choice changes."""
+        """The part that no layer's choice changes."""
         ...
 
     def layer(self, site: Site, layer: LayerPlan | None) -> int:
-        """One layer as it is planned; None for one that stays float."""
+        """One layer under a plan; None for one that stays float."""
         ...
 
     def network(self, model: nn.Module) -> int:
@@ -52,7 +52,7 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A BatchNorm that was folded, [out] each: its gain, and the mean and deviation that it gave its outputs."""
+    """A folded BatchNorm: its gain, and the mean and deviation of its outputs, [out] each."""
 
     gain: Tensor
     mean: Tensor
@@ -72,9 +72,9 @@ class Norm:
 class Workpiece:
     """A float network on the bench: folded copy, survey, the user's task, the jobs, the seed.
 
-    `types` are the original types of the tensors that stay as they are: a half-precision embedding
-    that is left alone is stored in half precision again. norms: by site, the BatchNorms that were
-    folded. clock: times layers, if a budget is about latency.
+    types: the original types of the network's tensors, for those that are not compressed: a
+    half-precision embedding that is left alone is stored in half precision again. norms: by site,
+    the BatchNorms that were folded. clock: times layers, if a budget is about latency.
     """
 
     model: nn.Module
@@ -93,7 +93,7 @@ class Workpiece:
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
         batches = task.read()
-        found = inspect_network(model, batches[0], task)
+        survey = inspect_network(model, batches[0], task)
         types = {
             name: DTYPES[str(t.dtype)]
             for name, t in stored_tensors(model).items()
@@ -102,19 +102,19 @@ class Workpiece:
         modules = dict(model.named_modules())
         norms = {
             s.name: Norm.of(m)
-            for s in found
+            for s in survey
             if s.norm and isinstance(m := modules[s.norm], _BatchNorm)
         }
-        return cls(fold(model, found), found, task, jobs, seed, types, norms)
+        return cls(fold(model, survey), survey, task, jobs, seed, types, norms)
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""
         return site.kind.weight(self.model.get_submodule(site.name)).detach().cpu()
 
     def key(self, name: str, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-        """What work on this task is remembered by: `content_key` with the network, the seed, every batch, and calls.
+        """The key of work on this task: `content_key` of network, seed, batches and functions, too.
 
-        Functions count by their names alone, as nobody can tell what is in them.
+        Functions count by their names alone, as their content cannot be hashed.
         """
         inputs = {
             f"in{k}": t for k, t in enumerate(t for b in self.task.read() for t in tensors(b))
@@ -127,12 +127,12 @@ class Workpiece:
         )
 
     def held(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the network that stays as it is, on the values that a file holds it with."""
+        """An uncompressed tensor of the network, rounded to the type that a file stores it in."""
         kind = next((k for k, v in DTYPES.items() if v == self.types.get(name)), str(tensor.dtype))
         return tensor.to(getattr(torch, kind.removeprefix("torch."))).to(tensor.dtype)
 
     def rest(self, plan: Plan) -> tuple[Rest, ...]:
-        """What a file holds as it is under a plan."""
+        """The tensors that a file holds uncompressed under a plan."""
         return rest_of(self.model, self.survey, plan, self.types)
 
     def cost(self, plan: Plan) -> Cost:
@@ -140,13 +140,12 @@ class Workpiece:
         cost = plan_cost(self.survey, plan, self.rest(plan))
         if self.clock is None:
             return cost
-        return replace(
-            cost,
-            time=self.clock.rest + sum(self.clock.layer(s, plan.get(s.name)) for s in self.survey),
-        )
+        clock = self.clock
+        time = clock.rest + sum(clock.layer(s, plan.get(s.name)) for s in self.survey)
+        return replace(cost, time=time)
 
     def layer_cost(self, site: Site, layer: LayerPlan) -> Cost:
-        """What one layer costs as planned, its time included if somebody measures it."""
+        """What one layer costs as planned, its time included if there is a clock."""
         cost = layer_cost(site, layer)
         return cost if self.clock is None else replace(cost, time=self.clock.layer(site, layer))
 
@@ -168,14 +167,16 @@ class Workpiece:
 def rest_of(
     model: nn.Module, survey: Survey, plan: Plan, types: dict[str, str]
 ) -> tuple[Rest, ...]:
-    """Tensors of a folded network that no line of the plan covers: layers left alone, and sites without a line."""
+    """Tensors of a folded network that no line of the plan covers.
+
+    They belong to layers left alone and to sites without a line.
+    """
     covered = {name for layer in plan for name in own_tensors(survey[layer.name])}
     folded = {
         f"{s.name}.{part}" for s in survey if s.norm is not None for part in ("weight", "bias")
     }
-    biases = {
-        f"{s.name}.bias" for s in survey
-    }  # one that was shared has no type of its own in the original
+    # A bias that was shared has no type of its own in the original.
+    biases = {f"{s.name}.bias" for s in survey}
     rest = []
     for name, tensor in stored_tensors(model).items():
         if name in covered:

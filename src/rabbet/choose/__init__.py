@@ -1,1 +1,1 @@
-"""Choosing a plan: what a candidate harms, how long it takes, and the integer program."""
+"""Choosing a plan: how much a candidate harms, how long it takes, and the integer program."""

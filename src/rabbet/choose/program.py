@@ -1,8 +1,8 @@
-"""The integer program: one option a layer, every limit of the budget as a row, the sum of scores as small as can be.
+"""The integer program: one option per layer, every limit of the budget as a row, least total score.
 
-The only place that lands a plan under its limits. The program works in floating point, so its
-answer is counted again in whole numbers; if it is over by the tolerance of the solver, the program
-is solved again with less room.
+This is the only place that brings a plan under its limits. The program works in floating point, so
+its answer is counted again in whole numbers; if that is over a limit, within the tolerance of the
+solver, the program is solved again with less room.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan, Plan, quoted
 from rabbet.errors import BudgetError, ModelError
 
-NODES = 20_000  # of the search: a limit in seconds would choose other plans on a busy machine
+NODES = 20_000  # of the search; a limit in seconds would give other plans on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One thing that may become of a layer, and what that costs."""
+    """One way to compress a layer, and what it costs."""
 
     plan: LayerPlan
     cost: Cost
@@ -36,7 +36,7 @@ Exact = Callable[[Plan], Cost]
 
 
 def picked(table: Table, choice: Sequence[int]) -> Plan:
-    """The plan of one option a layer."""
+    """The plan that takes one option for each layer."""
     return Plan(tuple(row[k].plan for row, k in zip(table, choice, strict=True)))
 
 
@@ -49,26 +49,25 @@ def smallest(table: Table, metric: str) -> list[int]:
 def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) -> None:
     """Refuse a budget that no choice of options meets, before anything is solved.
 
-    Raises BudgetError naming the smallest reachable value and the layers that hold it up.
+    Raises BudgetError naming the smallest reachable value and the layers that cost most there.
     """
     for limit in budget.limits:
         choice = smallest(table, limit.metric)
         cost = exact(picked(table, choice))
         if limit.broken_by(cost, whole):
             metric = METRICS[limit.metric]
-            found, base = metric.amount(cost), metric.amount(whole)
+            reached, base = metric.amount(cost), metric.amount(whole)
             costs = {row[k].plan.name: row[k].cost for row, k in zip(table, choice, strict=True)}
-            rest = found - sum(metric.amount(c) for c in costs.values())
+            rest = reached - sum(metric.amount(c) for c in costs.values())
             what = "header and all else" if limit.metric == "bytes" else "all else"
             heavy = rest > max(map(metric.amount, costs.values()))
             beside = f"; {what} {metric.show(rest, whole.weights)}" if heavy else ""
-            least, allowed = (
-                metric.show(found, whole.weights),
-                metric.show(limit.amount(whole), whole.weights),
-            )
+            least = metric.show(reached, whole.weights)
+            allowed = metric.show(limit.amount(whole), whole.weights)
             raise BudgetError(
-                f"{limit.text!r} cannot be met: the smallest reachable value is {least} {limit.metric} "
-                f"({100 * found / max(base, 1):.4g}% of float32), {allowed} were allowed. "
+                f"{limit.text!r} cannot be met: the smallest reachable value is "
+                f"{least} {limit.metric} "
+                f"({100 * reached / max(base, 1):.4g}% of float32), {allowed} were allowed. "
                 f"The heaviest layers at that point: {heaviest(costs, limit.metric)}{beside}"
             )
     if len(budget.limits) > 1:
@@ -84,9 +83,9 @@ def allocate(
 ) -> Plan:
     """The plan of least total score under all limits.
 
-    scores: what each option harms, [layers][options]. exact: what the budget is held against.
-    Raises ModelError naming a layer whose score is not a number, BudgetError if no choice keeps the
-    budget.
+    scores: how much each option harms, [layers][options]. exact: the cost that the budget is
+    checked against. Raises ModelError naming a layer whose scores are not finite, BudgetError if no
+    choice keeps the budget.
     """
     for row, options in zip(scores, table, strict=True):
         if not np.isfinite(row).all():
@@ -133,8 +132,8 @@ def _solve(
     for limit in budget.limits:
         amount = METRICS[limit.metric].amount
         column = np.array([amount(option.cost) for row in table for option in row], float)
-        # What no option changes (untouched tensors, the fixed part of the header) is what the
-        # reference adds up to not.
+        # What no option changes (untouched tensors, the fixed part of the header) is the difference
+        # between the reference plan and the sum of its options.
         fixed = amount(base) - sum(amount(row[0].cost) for row in table)
         allowed = limit.amount(whole) - fixed - room.get(limit.metric, 0)
         if allowed <= 0 and column.min() > 0:
@@ -160,7 +159,7 @@ def _solve(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """HiGHS writes lines of its own to file descriptor 1, where a caller's JSON goes; send them nowhere."""
+    """Discard the lines that HiGHS writes to file descriptor 1, where a caller's JSON goes."""
     sys.stdout.flush()
     saved = os.dup(1)
     try:

@@ -18,10 +18,11 @@ def scored(
     prune: bool = False,
     learns: bool = False,
 ) -> tuple[list[list[float]], list[list[int]]]:
-    """For each layer what each entry of its menu that was solved does to the network's output, and which those are.
+    """How much each solved entry of each layer's menu changes the network's output.
 
-    learns: of a network that trains afterwards, where it counts what is left to go on from: the
-    error is divided by the share of the layer's own output that is left.
+    Also returned is which entries of each menu were solved. learns: for a network that is trained
+    afterwards, where it matters how much is left to train from: the error is divided by the share
+    of the layer's own output that is left.
     """
     results = solve_menus(piece, "solving layers", menus, prune)
     changes: dict[str, Tensor] = {}
@@ -38,7 +39,10 @@ def scored(
 
 
 def _left(piece: Workpiece, site: Site, changes: Tensor) -> Tensor:
-    """What each change [candidates, ...] leaves of a layer's output, a share of its mean square of at least 1/1000."""
+    """The share of the mean square of a layer's output that each change [candidates, ...] leaves.
+
+    It is at least 1/1000.
+    """
     second = piece.moments().get(site.name)
 
     def energy(weight: Tensor) -> float:
@@ -46,6 +50,5 @@ def _left(piece: Workpiece, site: Site, changes: Tensor) -> Tensor:
         return float(((rows if second is None else rows @ second.double()) * rows).sum())
 
     whole = max(energy(piece.weight(site)), 1e-30)
-    return torch.tensor(
-        [max(1 - energy(change) / whole, 1e-3) for change in changes], dtype=torch.float64
-    )
+    shares = [max(1 - energy(change) / whole, 1e-3) for change in changes]
+    return torch.tensor(shares, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""What the user brings besides the network: batches, and how a network is run and judged on them."""
+"""The user's data: batches, and how a network is run and judged on them."""

@@ -1,4 +1,7 @@
-"""Versions of images that the calibration set does not hold: crops, flips, mixtures. No label is ever used."""
+"""Augmented images: crops, flips and mixtures of those in the calibration set.
+
+No label is ever used.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,32 +23,38 @@ from rabbet.data.batches import (
 
 @dataclass(frozen=True)
 class Pool:
-    """Examples to draw batches from: one joined batch if shapes agree, and the place of its image, if it has one."""
+    """Examples to draw batches from.
+
+    parts: one joined batch if shapes agree, else all batches. image: the position of the images
+    among the tensors of the joined batch, if there are any.
+    """
 
     parts: tuple[Batch, ...]
     image: int | None
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> "Pool":
-        """Join batches whose shapes agree; others stay as they are and are drawn whole."""
+        """Join batches if all shapes agree; otherwise they are kept apart and drawn whole."""
         shapes = {tuple(inner_shapes(b)) for b in batches}
         if len(shapes) > 1:
             return cls(tuple(batches), None)
         joined = join(batches)
-        found = tensors(joined)
         images = [
             k
-            for k, t in enumerate(found)
+            for k, t in enumerate(tensors(joined))
             if t.ndim == 4 and t.is_floating_point() and min(t.shape[2:]) >= 8
         ]
         return cls((joined,), images[0] if len(images) == 1 else None)
 
     def draws(self, size: int) -> int:
-        """How many of such a size show as many examples as there are."""
+        """How many draws of a size show about as many examples as the pool holds."""
         return len(self.parts) if len(self.parts) > 1 else max(1, examples(self.parts[0]) // size)
 
     def draw(self, size: int, generator: torch.Generator, augment: bool = True) -> Batch:
-        """A batch of random examples, its images augmented; of batches that could not be joined, one as it is."""
+        """A batch of random examples, its images augmented.
+
+        If the batches could not be joined, one of them, unchanged.
+        """
         if len(self.parts) > 1:
             return self.parts[int(torch.randint(len(self.parts), (1,), generator=generator))]
         whole = self.parts[0]
@@ -58,17 +67,18 @@ class Pool:
             if not t.ndim or len(t) != count:
                 return t
             chosen = t[index.to(t.device)]
-            return (
-                mixed(cropped(chosen, generator), generator)
-                if augment and k == self.image
-                else chosen
-            )
+            if augment and k == self.image:
+                return mixed(cropped(chosen, generator), generator)
+            return chosen
 
         return replaced(whole, take)
 
 
 def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random shifts by up to an eighth of the image, reflected at the border, and random flips; [n, c, h, w]."""
+    """Images [n, c, h, w] shifted and flipped at random.
+
+    Shifts are up to an eighth of the image, reflected at the border.
+    """
     n, _, h, w = images.shape
     reach = [max(1, min(h, w) // 8)] * 4
     wide = F.pad(images, reach, mode="reflect")
@@ -83,7 +93,10 @@ def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A quarter blended with another image (mixup), a quarter with a rectangle of another (cutmix); [n, c, h, w]."""
+    """Images [n, c, h, w], a quarter of them with mixup and a quarter with cutmix.
+
+    Mixup blends an image with another, cutmix pastes a rectangle of another.
+    """
     n, _, h, w = images.shape
     other = images[torch.randperm(n, generator=generator).to(images.device)]
     kind, share = torch.rand(n, generator=generator), torch.rand(n, generator=generator)
@@ -91,9 +104,9 @@ def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
     corner = torch.rand(n, 2, generator=generator)
     ys, xs = torch.arange(h), torch.arange(w)
     top, left = (corner * (torch.tensor([h, w]) - sides.clamp(max=min(h, w)))).long().unbind(1)
-    inside = ((ys >= top[:, None]) & (ys < (top + sides[:, 0])[:, None]))[:, :, None] & (
-        (xs >= left[:, None]) & (xs < (left + sides[:, 1])[:, None])
-    )[:, None, :]
+    rows = (ys >= top[:, None]) & (ys < (top + sides[:, 0])[:, None])
+    columns = (xs >= left[:, None]) & (xs < (left + sides[:, 1])[:, None])
+    inside = rows[:, :, None] & columns[:, None, :]
     weight = torch.where(
         (kind < 0.25)[:, None, None],
         share[:, None, None],
@@ -104,7 +117,10 @@ def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def hold_back(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
-    """The first examples, and at least one last batch or example of about `share` of them, held back."""
+    """All examples split into the first ones and those held back from the end.
+
+    About `share` of them is held back, at least one example.
+    """
     total = sum(map(examples, batches))
     keep, kept, held, seen = total - max(1, round(total * share)), [], [], 0
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Batches as users bring them: nested tuples, lists and mappings of tensors, and what is done to all of them."""
+"""Batches as users bring them, nested tuples, lists and mappings of tensors, and their handling."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ Batch = Any
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Every tensor of a nested value, in order: what a batch or an output holds."""
+    """Every tensor of a nested value, such as a batch or an output, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -24,7 +24,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def floating(value: Any) -> list[Tensor]:
-    """Those of them that hold real numbers: no indices, no masks."""
+    """Every tensor of a nested value that holds real numbers: no indices, no masks."""
     return [t for t in tensors(value) if t.is_floating_point()]
 
 
@@ -44,24 +44,24 @@ def replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def examples(batch: Batch) -> int:
     """Examples in a batch: the length of its first tensor."""
-    found = tensors(batch)
-    if not found or not found[0].ndim or not len(found[0]):
+    parts = tensors(batch)
+    if not parts or not parts[0].ndim or not len(parts[0]):
         raise DataError(
             f"a batch must hold a tensor with at least one example, found {describe(batch)}"
         )
-    return len(found[0])
+    return len(parts[0])
 
 
 def first_examples(batch: Batch, count: int) -> Batch:
-    """The first examples of a batch: tensors as long as the first one are cut, others kept."""
+    """The first examples of a batch: tensors as long as the first one are cut, others are not."""
     size = examples(batch)
     return replaced(batch, lambda t: t[:count] if t.ndim and len(t) == size else t)
 
 
 def inner_shapes(batch: Batch) -> list[tuple[bool, tuple[int, ...]]]:
-    """Of each tensor, whether every example has its own part of it, and the shape of that, or of what all share.
+    """For each tensor, whether every example has its own slice, and the shape of that slice.
 
-    Batches that have these in common can be joined.
+    For a tensor that all examples share, its whole shape. Batches with equal results can be joined.
     """
     size = examples(batch)
     own = [t.ndim > 0 and len(t) == size for t in tensors(batch)]
@@ -69,7 +69,10 @@ def inner_shapes(batch: Batch) -> list[tuple[bool, tuple[int, ...]]]:
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """One batch of several of the same `inner_shapes`; tensors that all examples share are taken from the first."""
+    """Several batches of the same `inner_shapes` as one.
+
+    Tensors that all examples share are taken from the first batch.
+    """
     if len(batches) == 1:
         return batches[0]
     columns = zip(*map(tensors, batches), strict=True)
@@ -79,11 +82,13 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def suited(batch: Batch, model: nn.Module) -> Batch:
-    """A copy of a batch, for a model may work in place, on the model's device and in its floating type."""
-    home = next(
-        (p for p in itertools.chain(model.parameters(), model.buffers()) if p.is_floating_point()),
-        None,
-    )
+    """A copy of a batch on the model's device and in its floating type.
+
+    It is a copy because a model may work in place; without floating parameters or buffers the batch
+    itself is returned.
+    """
+    numbers = itertools.chain(model.parameters(), model.buffers())
+    home = next((p for p in numbers if p.is_floating_point()), None)
     if home is None:
         return batch
     return replaced(
@@ -108,9 +113,10 @@ def outputs(value: Any) -> list[Tensor]:
 
     Raises DataError if there is none: without one, no output can be compared.
     """
-    found = floating(value)
-    if not found:
+    parts = floating(value)
+    if not parts:
         raise DataError(
-            f"the model returned {type(value).__name__} without a floating tensor; nothing to compare"
+            f"the model returned {type(value).__name__} without a floating tensor; "
+            "nothing to compare"
         )
-    return found
+    return parts

@@ -1,4 +1,4 @@
-"""What the user brings besides the network: batches, and how the network is run and judged on them."""
+"""The user's task: batches, and how a network is run and judged on them."""
 
 import contextlib
 import math
@@ -26,7 +26,10 @@ Forward = Callable[[nn.Module, Batch], Any]
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Pass a batch as the model's arguments: a tensor, a tuple or list (positional), or a mapping (by keyword)."""
+    """Pass a batch as the model's arguments.
+
+    A tensor is the only argument, a tuple or list is positional, a mapping goes by keyword.
+    """
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):
@@ -40,11 +43,11 @@ class Task:
 
     batches: unlabelled examples as `forward` takes them; a one-shot iterable is read once. forward:
     runs a model on a batch; the default passes the batch as arguments. evaluate: model -> one
-    number, larger is better; reports use it where it is given. loss: (outputs, batch) -> a scalar
-    to be made small, for methods that train on labels; the batch then holds them. vary: (batch,
-    generator) -> a batch of the same shapes that asks for the same answers, such as with words
-    dropped; methods that learn from batches as they are show it to the student, and the batch
-    itself to its teacher. limit: examples used at most; the rest of a longer iterable is not read.
+    number, larger is better; reports use it if it is given. loss: (outputs, batch) -> a scalar to
+    be minimised, for methods that train on labels; the batch then holds them. vary: (batch,
+    generator) -> a batch of the same shapes with the same correct outputs, for example with words
+    dropped; methods that train on unchanged batches show it to the student, and the batch itself to
+    the teacher. limit: examples used at most; the rest of a longer iterable is not read.
     """
 
     batches: Iterable[Batch]
@@ -56,10 +59,10 @@ class Task:
     _read: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        found = self.batches
-        if isinstance(found, Tensor | str | bytes | Mapping) or not isinstance(found, Iterable):
+        data = self.batches
+        if isinstance(data, Tensor | str | bytes | Mapping) or not isinstance(data, Iterable):
             raise DataError(
-                f"data must be an iterable of batches or a Task, found {type(found).__name__}; "
+                f"data must be an iterable of batches or a Task, found {type(data).__name__}; "
                 "for one batch write [batch]"
             )
         if self.limit < 1:
@@ -69,31 +72,29 @@ class Task:
 
     @classmethod
     def of(cls, data: "Task | Iterable[Batch]") -> "Task":
-        """A task from bare batches; a task stays what it is.
+        """A task from bare batches; a task is returned unchanged.
 
         Raises DataError for what is not an iterable of batches.
         """
         return data if isinstance(data, Task) else cls(data)
 
     def read(self) -> list[Batch]:
-        """The batches up to the limit, as a list, each checked to hold a tensor with at least one example.
+        """The batches up to the limit, as a list.
 
-        Raises DataError for none, for one that is not a tensor, tuple, list or mapping with
-        tensors, or for NaN.
+        Each is checked to hold a tensor with at least one example. Raises DataError if there is no
+        batch, for one that is not a tensor, tuple, list or mapping with tensors, or for NaN.
         """
         if not self._read:
-            found, count = list[Batch](), 0
+            batches, count = list[Batch](), 0
             for batch in self.batches:
                 size = examples(batch)
                 if any(bool(t.isnan().any()) for t in tensors(batch) if t.is_floating_point()):
                     raise DataError(
-                        f"batch {len(found)} of the data, counted from 0, holds NaN; clean the data"
+                        f"batch {len(batches)} of the data, counted from 0, holds NaN; "
+                        "clean the data"
                     )
-                found.append(
-                    batch
-                    if count + size <= self.limit
-                    else first_examples(batch, self.limit - count)
-                )
+                fits = count + size <= self.limit
+                batches.append(batch if fits else first_examples(batch, self.limit - count))
                 count += size
                 if count >= self.limit:
                     break
@@ -101,11 +102,11 @@ class Task:
                 raise DataError(
                     "data holds no batch; give at least one (a generator can be read only once)"
                 )
-            self._read.extend(found)  # all or nothing: what was read before an error is no data
+            self._read.extend(batches)  # all or nothing: batches read before an error do not count
         return self._read
 
     def gathered(self, limit: int) -> Batch:
-        """About `limit` examples as one batch: the first batches joined, as long as their shapes agree."""
+        """At most `limit` examples as one batch: the first batches joined while shapes agree."""
         batches = self.read()
         parts, count = [batches[0]], examples(batches[0])
         for batch in batches[1:]:
@@ -127,18 +128,20 @@ class Task:
             raise
         except Exception as e:  # the forward is the user's: it may raise anything
             raise DataError(
-                f"the model does not run on a batch of {describe(batch)}: {e}. A batch is passed as the model's "
-                "arguments (tensor, tuple or mapping); use Task(batches, forward=...) for anything else"
+                f"the model does not run on a batch of {describe(batch)}: {e}. A batch is passed "
+                "as the model's arguments (tensor, tuple or mapping); use "
+                "Task(batches, forward=...) for anything else"
             ) from e
 
-    def judge(self, model: nn.Module, found: Any, batch: Batch) -> Tensor:
-        """The task's own loss of what a model made of a batch, a scalar; the batch comes in the model's floating type.
+    def judge(self, model: nn.Module, result: Any, batch: Batch) -> Tensor:
+        """The task's own loss, a scalar, for a model's result on a batch.
 
-        Raises DataError unless it is one number.
+        The loss gets the batch in the model's floating type. Raises DataError unless it returns one
+        number.
         """
         assert self.loss is not None
         with _asked("loss"):
-            value = self.loss(found, suited(batch, model))
+            value = self.loss(result, suited(batch, model))
         if not isinstance(value, Tensor) or value.numel() != 1:
             shown = describe(value) if isinstance(value, Tensor) else type(value).__name__
             raise DataError(
@@ -147,19 +150,20 @@ class Task:
         return value.reshape(())
 
     def score(self, model: nn.Module) -> float:
-        """The user's own number for a model in eval mode, larger is better; raises DataError unless it is one.
+        """The user's own score of a model in eval mode, larger is better.
 
-        The model is left in the mode that it was in, whatever the user's function sets.
+        The model is left in the mode that it was in, whatever the user's function sets. Raises
+        DataError unless the score is a number.
         """
         assert self.evaluate is not None
         with evaluating(model), _asked("evaluate"):
-            found = float(self.evaluate(model))
-        if math.isnan(found):
+            value = float(self.evaluate(model))
+        if math.isnan(value):
             raise DataError("Task(evaluate=...) gave NaN; it must give a number, larger is better")
-        return found
+        return value
 
     def varied(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """What a student is shown of a batch."""
+        """A batch as the student sees it."""
         if self.vary is None:
             return batch
         with _asked("vary"):
@@ -168,7 +172,7 @@ class Task:
 
 @contextlib.contextmanager
 def _asked(name: str) -> Iterator[None]:
-    """What goes wrong in a function of the user's becomes a DataError that names it."""
+    """Turn an error in a function of the user's into a DataError that names the function."""
     try:
         yield
     except RabbetError:
@@ -179,7 +183,7 @@ def _asked(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode; every module of it is left in the mode that it was in."""
+    """Put a model into eval mode; afterwards every module is back in its own mode."""
     modes = {m: m.training for m in model.modules()}
     for module in modes:  # an exported program has no `eval`
         module.training = False
@@ -191,18 +195,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in per cent over (inputs, labels), in eval mode; the model is left in the mode that it was in.
+    """Top-1 accuracy in per cent over (inputs, labels), in eval mode.
 
-    Raises DataError for batches that are no such pairs.
+    The model is left in the mode that it was in. Raises DataError for batches that are not such
+    pairs.
     """
     right = total = 0
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            if (
-                not isinstance(batch, tuple | list)
-                or len(batch) != 2
-                or not isinstance(batch[1], Tensor)
-            ):
+            pair = isinstance(batch, tuple | list) and len(batch) == 2
+            if not pair or not isinstance(batch[1], Tensor):
                 raise DataError(
                     f"accuracy needs batches of (inputs, labels), found {describe(batch)}"
                 )
@@ -211,7 +213,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
             if scores.shape[:1] + scores.shape[2:] != y.shape or scores.ndim < 2:
                 raise DataError(
                     f"scores {list(scores.shape)} are of classes on axis 1 and need labels "
-                    f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; found {describe(y)}"
+                    f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; "
+                    f"found {describe(y)}"
                 )
             right += int((scores.argmax(1).cpu() == y.cpu()).sum())
             total += y.numel()

@@ -22,9 +22,9 @@ ENDINGS = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch"}
 
 
 def target_of(path: Path, target: str | None = None) -> str:
-    """The target that is asked for: by name, else by the ending of the path.
+    """The target asked for: by name, else by the ending of the path.
 
-    Raises FileError if there is none of that name or ending.
+    Raises FileError if no target has that name or ending.
     """
     if target is None and path.suffix in ENDINGS:
         return ENDINGS[path.suffix]
@@ -33,7 +33,8 @@ def target_of(path: Path, target: str | None = None) -> str:
             f"to {target!r}" if target is not None else f"to a file that ends in {path.suffix!r}"
         )
         raise FileError(
-            f"cannot export {asked}; the targets are {', '.join(EXPORTS)}, the endings {', '.join(ENDINGS)}"
+            f"cannot export {asked}; the targets are {', '.join(EXPORTS)}, "
+            f"the endings {', '.join(ENDINGS)}"
         )
     return target
 

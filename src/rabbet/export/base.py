@@ -14,7 +14,7 @@ from rabbet.data.task import Task
 
 @dataclass(frozen=True)
 class Parcel:
-    """A compressed network with all that a file says of it."""
+    """A compressed network with everything that a file says about it."""
 
     model: nn.Module
     plan: Plan
@@ -27,7 +27,7 @@ class Parcel:
 class Written:
     """What an export did.
 
-    bytes: of the file. notes: what its owner should know, such as layers that stay in float.
+    bytes: of the file. notes: what the user should know, such as layers that run in float.
     """
 
     bytes: int
@@ -38,7 +38,10 @@ Export = Callable[[Parcel, Path], Written]
 
 
 def write_beside(path: Path, parts: list[bytes]) -> int:
-    """Write a whole file or nothing: beside the path first, then renamed. Returns the bytes written."""
+    """Write a whole file or nothing: beside the path first, then renamed.
+
+    Returns the bytes written.
+    """
     beside = path.with_name(path.name + ".part")
     try:
         with beside.open("wb") as file:

@@ -1,4 +1,7 @@
-"""The native file: safetensors with packed integers, its plan and survey in the header. docs/format.md specifies it."""
+"""The native file: safetensors with packed integers, its plan and survey in the header.
+
+docs/format.md specifies it.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -24,25 +27,26 @@ from rabbet.model.inspect import alike, stored_tensors
 from rabbet.model.surgery import copied
 
 TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
 def write_native(parcel: Parcel, path: Path) -> Written:
     """Write the native file; its length is the plan's cost in bytes.
 
-    Raises PlanError, and writes nothing, if a tensor that is kept as it is has gone or has another
-    shape by now.
+    Raises PlanError, and writes nothing, if a tensor that is kept uncompressed is gone or has
+    changed its shape since.
     """
-    found = stored_tensors(parcel.model)
+    tensors = stored_tensors(parcel.model)
     for r in parcel.rest:
-        if r.name not in found or tuple(found[r.name].shape) != r.shape:
+        if r.name not in tensors or tuple(tensors[r.name].shape) != r.shape:
             raise PlanError(
                 f"the network was changed: {r.name} is not what was compressed; compress it again"
             )
     values = {
-        r.name: (r.dtype, found[r.name].detach().cpu().to(TYPES[r.dtype])) for r in parcel.rest
+        r.name: (r.dtype, tensors[r.name].detach().cpu().to(TYPES[r.dtype])) for r in parcel.rest
     }
     values |= {name: (dtype, tensor) for name, dtype, tensor in _packed(parcel)}
     order = sorted(sorted(parcel.rest, key=lambda r: r.name), key=lambda r: -WIDTHS[r.dtype])
@@ -57,7 +61,8 @@ def write_native(parcel: Parcel, path: Path) -> Written:
     size, expected = sum(map(len, parts)), file_bytes(parcel.survey, parcel.plan, parcel.rest)
     if size != expected:
         raise FileError(
-            f"the network takes {size:,} bytes and its plan {expected:,}: it was changed since; compress it again"
+            f"the network takes {size:,} bytes and its plan {expected:,}: it was changed since; "
+            "compress it again"
         )
     return Written(write_beside(path, parts))
 
@@ -98,11 +103,11 @@ def layer_factors(layer: Compressed) -> list[Factor]:
 
 
 def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, tuple[Rest, ...]]:
-    """A compressed copy of `model` with the numbers of a file; the model gives the code, the file every number.
+    """A compressed copy of `model` with the numbers of a file.
 
-    Beside it the file's survey, its plan, and what it holds as it is.
-
-    Raises FileError for a file that is missing, damaged, of another format, or of another network.
+    The model provides the code, the file every number. The file's survey, its plan, and the tensors
+    that it holds uncompressed are returned beside the copy. Raises FileError for a file that is
+    missing, damaged, of another format, or of another network.
     """
     survey, plan, values = read_parts(path)
     result = _skeleton(model, survey, plan, path)
@@ -121,11 +126,10 @@ def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, 
 
 
 def kept_as_it_is(values: Mapping[str, Tensor], path: Path) -> tuple[Rest, ...]:
-    """What a file holds beside the numbers of its plan; raises FileError for a type that no file has."""
+    """The tensors that a file holds uncompressed; raises FileError for an unknown type."""
     names = {kind: name for name, kind in TYPES.items()}
-    if strange := next(
-        (name for name, tensor in values.items() if tensor.dtype not in names), None
-    ):
+    strange = next((name for name, tensor in values.items() if tensor.dtype not in names), None)
+    if strange:
         raise FileError(
             f"{path} is not a rabbet file: {strange} is of type {values[strange].dtype}"
         )
@@ -143,12 +147,11 @@ def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
                 raise FileError(
                     f"it is of format {facts.get('format')!r}, this version reads {VERSION!r}"
                 )
-            survey, plan = (
-                Survey.from_json(facts.get("survey", "")),
-                Plan.parse(facts.get("plan", "")),
-            )
+            survey = Survey.from_json(facts.get("survey", ""))
+            plan = Plan.parse(facts.get("plan", ""))
             validate(plan, survey)
-            return survey, plan, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = file.keys()  # the file is no dict: it cannot be iterated
+            return survey, plan, {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise FileError(f"there is no file {path}") from None
     except (SafetensorError, OSError, RabbetError) as e:
@@ -159,8 +162,8 @@ def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Mo
     result = copied(model).eval().requires_grad_(False)
     modules = dict(result.named_modules(remove_duplicate=False))
     for site in survey:
-        if found := _contradiction(site, modules):
-            raise FileError(f"{path} is of another network: {found}")
+        if why := _contradiction(site, modules):
+            raise FileError(f"{path} is of another network: {why}")
         layer = modules[site.name]
         if site.norm is not None and plan.get(site.name) is None and layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(site.shape[0]), requires_grad=False)
@@ -174,7 +177,7 @@ def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Mo
 
 
 def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
-    """What a network says against a file's facts of a layer, in words."""
+    """How a network contradicts a file's facts of a layer, in words; None if it does not."""
     norm = [site.norm] if site.norm is not None else []
     for name in (*site.names, *norm, *site.heads):
         if name not in modules:
@@ -187,9 +190,9 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
         **site.kind.facts(layer),
     }
     facts["bias"] = bool(norm) or getattr(layer, "bias", None) is not None
-    for fact, found in facts.items():
-        if getattr(site, fact) != found:
-            return f"{site.name!r} has {fact} {found}, the file says {getattr(site, fact)}"
+    for fact, value in facts.items():
+        if getattr(site, fact) != value:
+            return f"{site.name!r} has {fact} {value}, the file says {getattr(site, fact)}"
     if any(modules[name] is not layer and not alike(layer, modules[name]) for name in site.tied):
         return f"{site.name!r} is not the same layer as {', '.join(map(repr, site.tied))}"
     apart = [
@@ -205,7 +208,7 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
 
 
 class _Stream:
-    """Takes one of the file's arrays apart, from front to back."""
+    """Reads one of the file's arrays piece by piece, from front to back."""
 
     def __init__(self, values: Tensor | None, dtype: str, name: str, path: Path) -> None:
         if values is None or values.ndim != 1 or values.dtype != TYPES[dtype]:
@@ -226,12 +229,13 @@ class _Stream:
     def close(self) -> None:
         if self.at != len(self.values):
             raise FileError(
-                f"{self.path} is damaged: {self.name} has {len(self.values)} entries, the plan {self.at}"
+                f"{self.path} is damaged: {self.name} has {len(self.values)} entries, "
+                f"the plan {self.at}"
             )
 
 
 def _unpacked(stream: "_Stream", grid: Grid, shape: torch.Size) -> Tensor:
-    """The next integers of a grid, in a shape."""
+    """The next codes of a grid, in the given shape."""
     count = shape.numel()
     packed = stream.take(packed_bytes(count, grid.levels))
     return (unpack(packed, grid.levels, count) + grid.low).view(shape)
@@ -276,10 +280,10 @@ def _fill_rest(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
     if missing := sorted(wanted.keys() ^ values.keys()):
         raise FileError(f"{path} is of another network: {', '.join(missing[:5])} on one side only")
     for name, tensor in wanted.items():
-        found = values[name]
-        if tensor.shape != found.shape or tensor.is_floating_point() != found.is_floating_point():
+        value = values[name]
+        if tensor.shape != value.shape or tensor.is_floating_point() != value.is_floating_point():
             raise FileError(
-                f"{path} is of another network: {name} is {found.dtype} {list(found.shape)}, "
+                f"{path} is of another network: {name} is {value.dtype} {list(value.shape)}, "
                 f"not {tensor.dtype} {list(tensor.shape)}"
             )
-        tensor.copy_(values[name])
+        tensor.copy_(value)

@@ -1,4 +1,4 @@
-"""How a network is called while torch's exporters look at it: example, dynamic axes, names."""
+"""How a network is called while torch's exporters trace it: example, dynamic axes, names."""
 
 import contextlib
 import inspect
@@ -17,14 +17,14 @@ from rabbet.data.task import Task, call
 
 
 class Flat(nn.Module):
-    """The user's forward, given the tensors of a batch one by one and giving those of the answer."""
+    """The user's forward on flat tensors: takes those of a batch, returns those of the output."""
 
     def __init__(self, model: nn.Module, task: Task, batch: Batch) -> None:
         super().__init__()
         self.model, self.task, self.batch = model, task, batch
 
     def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """The tensors of the answer."""
+        """The tensors of the output."""
         given = iter(parts)
         return tuple(
             tensors(self.task.forward(self.model, replaced(self.batch, lambda _: next(given))))
@@ -48,7 +48,7 @@ def axes(task: Task, batch: Batch) -> Iterator[dict[int, Any]]:
 
 
 def input_names(model: nn.Module, task: Task, batch: Batch) -> list[str]:
-    """The names of a batch's tensors: keys of a mapping, parameters of the forward, or just numbers."""
+    """Names for a batch's tensors: keys of a mapping, parameters of the forward, or numbers."""
     parts: list[tuple[str, Any]] = []
     if isinstance(batch, Mapping):
         parts = [(str(k), v) for k, v in batch.items()]
@@ -66,7 +66,7 @@ def input_names(model: nn.Module, task: Task, batch: Batch) -> list[str]:
 
 
 def output_names(value: Any) -> list[str]:
-    """The names of an answer's tensors."""
+    """Names for the tensors of an output."""
     count = len(tensors(value))
     if isinstance(value, dict) and len(value) == count:
         return [str(k) for k in value]
@@ -75,7 +75,7 @@ def output_names(value: Any) -> list[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter talks of its own affairs: packages that it misses, values that it could not fold."""
+    """Silence the exporter's own messages: packages that it misses, values that it cannot fold."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable
@@ -87,17 +87,22 @@ def quiet() -> Iterator[None]:
 
 
 FIXED = ("inferred a static shape", "specialized it to be a constant")
-"""What torch's exporters say of a network for which an axis that varies is one number."""
+"""What torch's exporters say of a network that fixes the size of a dynamic axis."""
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of the innermost cause, the exporter wraps an error into pages; and what to do, if known."""
+    """The start of the innermost cause's message, and what to do, if known.
+
+    The exporter wraps an error into pages of text.
+    """
     chain = list(itertools.takewhile(lambda e: e is not None, _causes(error)))
     text = " ".join(str(chain[-1]).split())
-    fixed = ". Where the network makes a number of a size that varies, write x.shape[0], not len(x) or int(x.shape[0])"
-    return (text[:300] or type(chain[-1]).__name__) + (
-        fixed if any(said in text for said in FIXED) else ""
+    fixed = (
+        ". Where the network makes a number of a size that varies, "
+        "write x.shape[0], not len(x) or int(x.shape[0])"
     )
+    advice = fixed if any(said in text for said in FIXED) else ""
+    return (text[:300] or type(chain[-1]).__name__) + advice
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

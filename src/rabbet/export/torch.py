@@ -1,7 +1,8 @@
-"""A torch program: the compressed network as plain torch operations on float weights, for code that knows no rabbet.
+"""A torch program: the compressed network as plain torch operations on float weights.
 
-It computes what `result.model` computes, rounding of activations included, and is not smaller than
-the float network: it is there to be read, run and lowered by torch's own tools.
+It runs without rabbet and computes what `result.model` computes, rounding of activations included.
+It is not smaller than the float network: it is there to be read, run and lowered by torch's own
+tools.
 """
 
 import copy
@@ -22,15 +23,16 @@ from rabbet.model.compressed import ActQuant, Factor, compressed_layers
 
 
 def write_torch(parcel: Parcel, path: Path) -> Written:
-    """Write a program that `torch.export.load(path).module()` brings back and that takes batches as the model did.
+    """Write a program that `torch.export.load(path).module()` brings back.
 
-    Its batch axis is dynamic. Raises ModelError if torch cannot export the network.
+    It takes batches as the model did; its batch axis is dynamic. Raises ModelError if torch cannot
+    export the network.
     """
     content = io.BytesIO()
     try:
         with quiet(), torch.no_grad():
             torch.export.save(_program(unroll(parcel.model), parcel.task), content)
-    except Exception as e:  # the exporter runs the user's code: anything may come
+    except Exception as e:  # the exporter runs the user's code, which may raise anything
         raise ModelError(f"torch cannot export this network: {reason(e)}") from e
     return Written(write_beside(path, [content.getvalue()]))
 

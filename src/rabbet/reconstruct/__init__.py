@@ -1,1 +1,1 @@
-"""Finding the numbers of a plan without training: layer by layer, then in order."""
+"""Solving for the numbers of a plan without training: each layer alone, then all in order."""

@@ -1,7 +1,7 @@
-"""All candidates of one layer at once: the job that an jobs spreads.
+"""All candidates of one layer at once: the job that `Jobs` distributes.
 
-Dense terms on any number of grids are rounded in one pass. A weight of several terms alternates:
-each term in turn is solved for what the others leave, and the best state is kept.
+Dense terms on any number of grids are rounded in one pass. For a weight of several terms the solver
+alternates: each term in turn is fitted to what the others leave, and the best state is kept.
 """
 
 import itertools
@@ -24,11 +24,9 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
-PART = 1024  # rows that are rounded at once: a table of words would not stay in the cache
-COLD, WARM = (
-    40,
-    10,
-)  # evaluations of the error of a candidate: from a closed form, and from another grid's factors
+PART = 1024  # rows that are rounded at once: a whole table of words would not fit into the cache
+# Evaluations of a candidate's error, from a closed form and from another grid's factors.
+COLD, WARM = 40, 10
 
 
 def solve_site(
@@ -42,21 +40,20 @@ def solve_site(
     """Numbers of the entries of a menu for one layer, and their errors in the metric.
 
     weight: canonical [out, in / groups, *kernel]; second: [groups, n, n] of its inputs, None where
-    there is none (a table). prune: leave out entries that provably serve no budget of bytes, MACs
-    or BOPs: see `_hopeless`. The result is flat, for the jobs: read it with `read_numbers`; an
-    entry left out has no error there.
+    there is none (a table). prune: leave out entries that provably help with no budget of bytes,
+    MACs or BOPs: see `_hopeless`. The result is a flat dict, as jobs return it: read it with
+    `read_numbers`; an entry that was left out has no error in it.
     """
     metric = Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
     tail = _tail(site, weight, metric) if prune else None
     solved: dict[int, float] = {}
     result: Tensors = {}
-    # one form after the other, so that what is solved already can rule out what is to come
+    # One form after the other, so that solved entries can rule out later ones.
     for _, group in itertools.groupby(range(len(menu)), key=lambda k: menu[k][0].form.name):
         wanted = [k for k in group if tail is None or not _hopeless(site, menu, k, tail, solved)]
         entries = [menu[k] for k in wanted]
-        for k, terms, numbers in zip(
-            wanted, entries, solve_menu(site, weight, entries, metric), strict=True
-        ):
+        solutions = solve_menu(site, weight, entries, metric)
+        for k, terms, numbers in zip(wanted, entries, solutions, strict=True):
             for t, factors in enumerate(numbers):
                 for f, factor in enumerate(factors):
                     result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
@@ -69,7 +66,10 @@ def solve_site(
 
 
 def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
-    """The least error that any weight of rank r, as a matrix [out, in * k], has in the metric, at place r."""
+    """At place r, the least error in the metric of any weight of rank r as a matrix [out, in * k].
+
+    None for a site with groups.
+    """
     if site.groups > 1:
         return None
     values = spectrum(site.matrix(weight)[0], metric.second[0])
@@ -79,7 +79,11 @@ def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
 def _hopeless(
     site: Site, menu: Sequence[Terms], k: int, tail: Tensor, solved: dict[int, float]
 ) -> bool:
-    """Whether a solved entry costs no more by any count and errs less than entry k ever can (Eckart-Young)."""
+    """Whether a solved entry beats entry k for certain.
+
+    It does if it costs no more by any count and its error is at most the least that entry k can
+    have at its rank (Eckart-Young).
+    """
     rank = menu[k][0].form.matrix_rank(site) if len(menu[k]) == 1 else None
     if rank is None:
         return False
@@ -132,11 +136,11 @@ def solve_menu(
     held: Sequence[Numbers] = (),
     steps: int = WARM,
 ) -> list[Numbers]:
-    """Alternate over the terms of all entries in step, so that what can be rounded in one pass is.
+    """Alternate over the terms of all entries in step, so that rows are rounded in one pass.
 
-    Each term is solved for what the others leave; the best state that an entry passes through is
-    returned. held: what the entries hold by now, for solvers that can go on from there, in so many
-    `steps`.
+    Each term is fitted to what the others leave; the best state that an entry passes through is
+    returned. held: the current numbers of the entries, for solvers that can go on from there;
+    steps: how often these may evaluate the error.
     """
     known = {
         menu[k][t]: [q.values for q in qs]
@@ -156,9 +160,8 @@ def solve_menu(
             wanted = [
                 (menu[k][place], _left(site, weight, menu[k], states[k], place)) for k in active
             ]
-            for k, solved in zip(
-                active, _solve_terms(site, wanted, metric, starts, steps), strict=True
-            ):
+            solutions = _solve_terms(site, wanted, metric, starts, steps)
+            for k, solved in zip(active, solutions, strict=True):
                 states[k][place] = solved
                 full = [qs for qs in states[k] if qs is not None]
                 if len(full) == len(menu[k]):
@@ -176,11 +179,9 @@ def _left(
         for j, (t, qs) in enumerate(zip(terms, state, strict=True))
         if j != place and qs is not None
     ]
-    return (
-        weight - canonical(site, tuple(t for t, _ in others), [qs for _, qs in others])
-        if others
-        else weight
-    )
+    if not others:
+        return weight
+    return weight - canonical(site, tuple(t for t, _ in others), [qs for _, qs in others])
 
 
 def _error(site: Site, weight: Tensor, terms: Terms, numbers: Numbers, metric: Metric) -> Tensor:
@@ -188,13 +189,13 @@ def _error(site: Site, weight: Tensor, terms: Terms, numbers: Numbers, metric: M
 
 
 Starts = dict[Form, tuple[Tensor, ...]]
-"""Factors of an earlier problem alike, by the term on no matter which grid."""
+"""Factors of an earlier, similar problem, by form: the grid does not matter."""
 
 
 def _solve_terms(
     site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric, starts: Starts, steps: int
 ) -> list[list[Quantised]]:
-    """Each term for its target: the dense ones with a scale per row together, the others one by one."""
+    """Each term for its target: dense ones with scales per row together, the others one by one."""
     dense = [(term.grid, site.matrix(left)) for term, left in wanted if _together(term)]
     rounded = iter(round_rows_of(dense, metric))
     return [
@@ -215,9 +216,9 @@ def _by_rows(grid: Grid) -> bool:
 
 
 def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
-    """Targets [groups, rows, n] on grids with scales per row, as near in the metric as found.
+    """Targets [groups, rows, n] rounded to grids with scales per row, in the metric.
 
-    Scales are chosen, refitted and, on short lopsided grids, mirrored row by row. Grids of one
+    Scales are chosen, refitted and, on short asymmetric grids, mirrored row by row. Grids of one
     layout are rounded in one pass.
     """
     rounded: dict[int, Rows] = {}
@@ -254,46 +255,47 @@ def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
 def _solve_term(
     site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts, steps: int
 ) -> list[Quantised]:
-    """Decompose, round all factors but the last to nearest, then solve the last again for what those became."""
+    """Decompose, round all factors but the last to nearest, then refit the last to the others."""
     form, grid = term.form, term.grid
     aim = Aim(noise(grid), starts.get(form), steps if form in starts else COLD)
     factors = form.decompose(site, left, metric.second, aim)
-    starts[form] = factors  # for the other grids of the same rank
+    starts[form] = factors  # for other grids with the same rank
     if form.contracted:
         return [Quantised.nearest(f, grid) for f in factors]
     *first, last = factors
     small = [Quantised.nearest(f, grid) for f in first]
-    if not small and last[0].numel() == site.columns:  # the weight itself, or some rows of it
+    # A single factor is the weight itself, or some rows of it.
+    if not small and last[0].numel() == site.columns:
         target = site.matrix(left) if len(last) == site.shape[0] else last.flatten(1)[None]
         return [_rounded(target, grid, metric, tuple(last.shape))]
     basis = form.contract(site, [*(q.values for q in small), torch.eye(last.shape[1])]).flatten(1)
     seen = basis @ metric.second[0]
     inner = Metric((seen @ basis.mT)[None], damping=1e-4)
-    aim = torch.linalg.solve(
-        inner.second[0].double(), (seen @ left.flatten(1).mT).double()
-    ).mT.float()
-    return [*small, _rounded(aim[None], grid, inner, last.shape)]
+    right = (seen @ left.flatten(1).mT).double()
+    ideal = torch.linalg.solve(inner.second[0].double(), right).mT.float()
+    return [*small, _rounded(ideal[None], grid, inner, last.shape)]
 
 
 def noise(grid: Grid) -> float:
-    """Relative squared error that a grid makes of an entry, as `Form.decompose` is told; measured within a factor 2.
+    """The relative squared error of an entry on a grid, as given to `Form.decompose`.
 
-    Never less than what tensors between factors, on 8 bits, make of a chain whose terms cancel one
-    another: without that floor wide grids are given factors that only floats could multiply. On
-    ResNet-20 at half its MACs 3e-3 gave the least divergence, 30 % below none.
+    Measured to be right within a factor of 2. It never falls below 3e-3: the tensors between
+    factors are on 8 bits, and where terms cancel one another their rounding is amplified. Without
+    that floor wide grids get factors that only floats could multiply. On ResNet-20 at half its MACs
+    3e-3 gave the least divergence, 30 % below that without a floor.
     """
     return 2.0 / grid.levels**2 + 3e-3
 
 
 def _rounded(target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...]) -> Quantised:
-    """A target [groups, rows, n] in its metric, as a tensor of the given shape on a grid."""
+    """A target [groups, rows, n] rounded in its metric, as a tensor of the given shape."""
     if _by_rows(grid):
         return _quantised(round_rows_of([(grid, target)], metric)[0], grid, shape)
     if grid.codebook.uniform is None or not grid.scales.single:
         weight = metric.diagonal[:, None].expand_as(target).reshape(shape)
         plain = grid.codebook.uniform is not None
         return Quantised.nearest(target.reshape(shape), grid, None if plain else weight)
-    # one scale for all: it is chosen by the squared error and stays, the codes follow the metric
+    # A single scale is chosen by squared error and kept; the codes are chosen in the metric.
     scale = grid.mse(target).expand(target.shape[:2])[..., None]
     rows = descend(feedback(Rows.of(target, scale, grid), metric), metric)
     return _quantised(rows, grid, shape)

@@ -14,16 +14,16 @@ from rabbet.workpiece import Workpiece
 
 
 def solved(piece: Workpiece, plan: Plan) -> nn.Module:
-    """The network on the plan's grids without any training: layers solved, inputs calibrated, then solved in order.
+    """The network on the plan's grids without any training.
 
-    Each line is solved for itself: the same plan gives the same numbers, chosen here or made by
-    hand.
+    Layers are solved one by one, inputs calibrated, and layers then solved again in order. Each
+    line of the plan is solved on its own: the same plan gives the same numbers, whether it was
+    chosen here or written by hand.
     """
     menus = {line.name: (line.terms,) for line in plan}
     results = solve_menus(piece, "solving the plan", menus)
-    student = build(
-        piece.model, plan, piece.survey, {n: read_numbers(results[n], menus[n], 0) for n in menus}
-    )
+    numbers = {n: read_numbers(results[n], menus[n], 0) for n in menus}
+    student = build(piece.model, plan, piece.survey, numbers)
     calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
     solve_in_order(student, piece)
     return student
@@ -32,13 +32,13 @@ def solved(piece: Workpiece, plan: Plan) -> nn.Module:
 def solve_menus(
     piece: Workpiece, stage: str, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False
 ) -> dict[str, Tensors]:
-    """Every entry of the menus, a job a layer."""
+    """Every entry of the menus solved, one job per layer."""
     moments = piece.moments()
     jobs: list[Job] = []
     for name, menu in menus.items():
         site = piece.survey[name]
-        given = {"weight": piece.weight(site)} | (
-            {"second": moments[name]} if name in moments else {}
-        )
+        given = {"weight": piece.weight(site)}
+        if name in moments:
+            given["second"] = moments[name]
         jobs.append((solve_site, given, {"site": site, "menu": menu, "prune": prune}))
     return dict(zip(menus, piece.jobs.run(stage, jobs), strict=True))

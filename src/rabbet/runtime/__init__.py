@@ -1,1 +1,1 @@
-"""Exported files at work: as networks, and timed."""
+"""Running exported files: as networks, and timed."""

@@ -1,4 +1,4 @@
-"""How fast files are in onnxruntime, timed in turn: against float and a plain int8 export."""
+"""How fast files are in onnxruntime, timed in turn, against float and a plain int8 export."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from rabbet.errors import FileError
 from rabbet.runtime.session import Session, require_onnx
 
 WARM = 5
-BURST = 3  # runs of one file in a row, after one that only brings its data back into the caches
+BURST = 3  # timed runs of one file in a row, after one that brings its data back into the caches
 SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp")
 
 
@@ -33,9 +33,9 @@ def time_files(
 ) -> dict[str, Timing]:
     """Time files on one batch, in turn.
 
-    Every round runs each of them a few times, in an order that turns. threads: 0 for all cores.
-    runs: of each file, at least. Raises FileError for what onnxruntime does not take, DataError for
-    a batch that does not fit.
+    Every round runs each of them a few times, in an order that rotates. threads: 0 for all cores.
+    runs: of each file, at least. Raises FileError for a file that onnxruntime does not take,
+    DataError for a batch that does not fit.
     """
     sessions = {name: Session(source, threads) for name, source in files.items()}
     feeds = {name: session.feed(batch) for name, session in sessions.items()}
@@ -56,10 +56,10 @@ def time_files(
 
 
 def plain_int8(source: Path, batches: Sequence[Batch], folder: Path) -> Path:
-    """What onnxruntime's own static quantiser makes of a float file, at its best settings for x86.
+    """A float file quantised by onnxruntime's own static quantiser, at its best settings for x86.
 
-    Quantise-dequantise pairs, unsigned activations, signed weights with a scale per channel, after
-    its own pre-processing. Raises FileError if it cannot.
+    These are QDQ pairs, unsigned activations, and signed weights with a scale per channel, after
+    its own pre-processing. Raises FileError if the quantiser fails.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -78,11 +78,11 @@ def plain_int8(source: Path, batches: Sequence[Batch], folder: Path) -> Path:
     source, folder = source.resolve(), folder.resolve()
     ready, plain = folder / "ready.onnx", folder / "plain.onnx"
     try:
-        with contextlib.chdir(folder):  # what it cannot finish it leaves where it runs
+        with contextlib.chdir(folder):  # it leaves unfinished files in the working directory
             _prepare(quant_pre_process, source, ready)
             kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
             quantize_static(ready, plain, Reader(), per_channel=True, **kinds)
-    except Exception as e:  # it has no error of its own
+    except Exception as e:  # it has no error class of its own
         raise FileError(
             f"onnxruntime's quantiser does not take {source}: {' '.join(str(e).split())[:300]}"
         ) from e
@@ -92,14 +92,13 @@ def plain_int8(source: Path, batches: Sequence[Batch], folder: Path) -> Path:
 def _prepare(quant_pre_process: Callable[..., None], source: Path, ready: Path) -> None:
     try:
         quant_pre_process(source, ready)
-    except (
-        Exception
-    ):  # its symbolic shapes do not follow every attention mask; it knows how to do without
+    except Exception:
+        # Its symbolic shape inference cannot follow every attention mask, but may be skipped.
         quant_pre_process(source, ready, skip_symbolic_shape=True)
 
 
 def cpu() -> dict[str, str]:
-    """What a time depends on.
+    """What timings depend on.
 
     Processor, cores, the best instruction set for integers, onnxruntime's version.
     """

@@ -1,4 +1,4 @@
-"""An ONNX file in onnxruntime: run it like a network, and see which kernels it really runs on."""
+"""An ONNX file in onnxruntime: run it like a network, and see which kernels it runs on."""
 
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import nn
 from rabbet.data.batches import describe, tensors
 from rabbet.errors import DataError, FileError
 
-# What multiplies with a weight in an optimised graph, and which of its inputs is the weight.
+# Operators that multiply with a weight in an optimised graph, and the position of that input.
 KERNELS = {
     "ConvInteger": 1,
     "DynamicQuantizeMatMul": 1,
@@ -43,7 +43,7 @@ FLOAT = dict.fromkeys(
 def require_onnx(*names: str) -> None:
     """Raise FileError, saying what to install, if packages for ONNX files are missing.
 
-    names: of the packages; the default is all that write and run such files.
+    names: the packages; by default all that are needed to write and run such files.
     """
     missing = [
         name
@@ -67,14 +67,13 @@ class Session(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # threads that spin after a run would take the cores from whatever is timed next
+        # Threads that spin after a run would take the cores from whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
-            # the last level only lays weights out for the processor, and renames them
-            options.graph_optimization_level = (
-                onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            )
+            # The last level only changes the layout of weights for the processor, and renames them.
+            levels = onnxruntime.GraphOptimizationLevel
+            options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
         try:
             content = source if isinstance(source, bytes) else str(source)
             self.session = onnxruntime.InferenceSession(
@@ -94,11 +93,8 @@ class Session(nn.Module):
 
     def feed(self, batch: Any) -> dict[str, np.ndarray[Any, Any]]:
         """The arrays of a batch by the inputs' names: a mapping by its keys, else in order."""
-        keyed = (
-            batch[1]
-            if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], dict)
-            else batch
-        )
+        with_names = isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], dict)
+        keyed = batch[1] if with_names else batch
         if isinstance(keyed, dict) and set(self.names) <= keyed.keys():
             return {n: keyed[n].detach().cpu().numpy() for n in self.names}
         given = tensors(batch)
@@ -111,7 +107,7 @@ class Session(nn.Module):
     def run(
         self, feed: dict[str, np.ndarray[Any, Any]], outputs: Sequence[str] | None = None
     ) -> list[Any]:
-        """The outputs of the given names for arrays by name."""
+        """The named outputs (None: all) for input arrays by name."""
         try:
             return list(self.session.run(outputs, feed))
         except Exception as e:
@@ -122,7 +118,7 @@ class Session(nn.Module):
 def kernels(source: Path | bytes) -> dict[str, str]:
     """The kernel of every node that multiplies with a weight, by the weight's name.
 
-    Nodes are those of the graph that onnxruntime makes for itself.
+    Nodes are those of the graph that onnxruntime has optimised for itself.
     """
     import onnx
 
@@ -142,9 +138,9 @@ def kernels(source: Path | bytes) -> dict[str, str]:
 
 
 def _origin(name: str, makers: dict[str, Any], known: set[str]) -> str | None:
-    """The constant that a value was made of.
+    """The constant that a value comes from; None if there is none.
 
-    It is sought through what a runtime leaves in front of a float kernel.
+    The search goes through the nodes that a runtime leaves in front of a float kernel.
     """
     while name not in known:
         node = makers.get(name)

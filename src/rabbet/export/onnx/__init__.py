@@ -1,1 +1,1 @@
-"""ONNX files: weights at their bits on disk, integer kernels at work."""
+"""ONNX files: weights at their own bits on disk, integer kernels at run time."""

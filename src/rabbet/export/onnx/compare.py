@@ -1,4 +1,4 @@
-"""Whether a file answers as the network does, and if not, where they part."""
+"""Whether a file computes the same as the network does, and if not, where they diverge."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +16,12 @@ from rabbet.model.compressed import ActQuant
 from rabbet.runtime.session import Session
 
 EXAMPLES = 8
-SAME = 1e-3  # relative error that float arithmetic in another order may have
-NEAR = 0.25  # relative error that further 8-bit tensors may bring; a broken kernel brings far more
+SAME = 1e-3  # relative error that float arithmetic in another order may cause
+NEAR = 0.25  # relative error that more 8-bit tensors may cause; a broken kernel causes far more
 
 
 def compare_plain(plain: bytes, model: nn.Module, task: Task) -> None:
-    """What the exporter made must answer as the network does while nothing is rounded."""
+    """Raise ModelError unless the traced graph computes what the network does, without rounding."""
     acts = [m for m in model.modules() if isinstance(m, ActQuant)]
     batch = first_examples(task.read()[0], EXAMPLES)
     for act in acts:
@@ -32,12 +32,13 @@ def compare_plain(plain: bytes, model: nn.Module, task: Task) -> None:
         for act in acts:
             act.observer = None
     session = Session(plain)
-    found = session.run(session.feed(_flat(model, batch)))
-    error = _error(found, wanted)
+    outputs = session.run(session.feed(_flat(model, batch)))
+    error = _error(outputs, wanted)
     if not error <= SAME:
         raise ModelError(
-            f"torch's exporter made another network: its output differs by {100 * error:.3g} % before anything is "
-            "rounded; look for code in the forward that depends on values or on the batch size"
+            f"torch's exporter made another network: its output differs by {100 * error:.3g} % "
+            "before anything is rounded; look for code in the forward that depends on values or on "
+            "the batch size"
         )
 
 
@@ -46,7 +47,10 @@ def _ignore(_: Tensor) -> None:
 
 
 def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> None:
-    """The file must answer as the compressed network does; an error names the first node that does not."""
+    """Raise ModelError unless the file computes what the compressed network does.
+
+    The error names the first node that differs.
+    """
     batch = first_examples(task.read()[0], EXAMPLES)
     flat = _flat(model, batch)
     session = Session(content)
@@ -54,16 +58,14 @@ def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> None:
     if error <= NEAR:
         return
     whole, exact = Graph.read(content), Graph.read(plain)
-    made = {str(out.name): str(node.name) for node in whole.nodes for out in node.outputs}
+    known = {str(out.name): str(node.name) for node in whole.nodes for out in node.outputs}
     names = [
         n
         for n in (str(out.name) for node in exact.nodes for out in node.outputs)
-        if f"{n}.quantised" in made
+        if f"{n}.quantised" in known
     ]
-    ours, theirs = (
-        _inner(whole, [f"{n}.quantised" for n in names], flat),
-        _inner(exact, names, flat),
-    )
+    ours = _inner(whole, [f"{n}.quantised" for n in names], flat)
+    theirs = _inner(exact, names, flat)
     bad = next(
         (n for n, a, b in zip(names, ours, theirs, strict=True) if not _error([a], [b]) <= NEAR),
         None,
@@ -71,7 +73,8 @@ def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> None:
     where = f"first at {bad}" if bad else "after the last quantised value"
     raise ModelError(
         f"the file's output differs from the network's by {100 * error:.3g} %, {where}: "
-        "more representative batches give better ranges; if that does not help, act@8 may be too coarse here"
+        "more representative batches give better ranges; if that does not help, act@8 may be too "
+        "coarse here"
     )
 
 
@@ -90,18 +93,19 @@ def _flat(model: nn.Module, batch: Any) -> list[Tensor]:
     return [t.float() if t.is_floating_point() else t for t in tensors(suited(batch, model))]
 
 
-def _error(found: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """The largest relative error among the floating outputs; infinite where shapes or non-finite places differ."""
+def _error(outputs: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """The largest relative error among the floating outputs.
+
+    It is infinite where shapes, or the places of non-finite values, differ.
+    """
     worst = 0.0
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(outputs, wanted, strict=True):
         if a.shape != b.shape:
             return float("inf")
         if np.issubdtype(b.dtype, np.floating):
             known = np.isfinite(b)
-            if (
-                not np.array_equal(a[~known], b[~known], equal_nan=True)
-                or not np.isfinite(a[known]).all()
-            ):
+            same = np.array_equal(a[~known], b[~known], equal_nan=True)
+            if not same or not np.isfinite(a[known]).all():
                 return float("inf")
             square = float(np.square(b[known], dtype=np.float64).sum())
             off = float(np.square(a[known].astype(np.float64) - b[known]).sum())

@@ -1,4 +1,7 @@
-"""Constants that a runtime computes when it loads a file, written by the code that computes them in torch."""
+"""Constants that a runtime computes when it loads a file.
+
+They are written by the same code that computes them in torch.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Expression:
-    """A tensor of which a graph holds the making: what is done to it is added as nodes.
+    """A tensor that a graph computes: every operation on it is added as a node.
 
-    It knows what forms do to factors to get a weight: products, sums, other shapes and orders of
-    axes.
+    It supports what forms do to factors to get a weight: products, sums, reshapes and
+    transpositions.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Expression:
 
     @property
     def device(self) -> torch.device:
-        """Where the constants that it meets are made."""
+        """Where the constants that it is combined with are created."""
         return torch.device("cpu")
 
     def __getitem__(self, index: object) -> "Expression":
@@ -63,9 +66,8 @@ class Expression:
         whole = tuple(math.prod(self.shape) // known if n == -1 else n for n in sizes)
         if whole == self.shape:
             return self
-        return Expression(
-            self.graph, self._call("Reshape", shape_of(self.graph, whole)), whole, self.names
-        )
+        value = self._call("Reshape", shape_of(self.graph, whole))
+        return Expression(self.graph, value, whole, self.names)
 
     view = reshape
 
@@ -76,7 +78,7 @@ class Expression:
         return self.reshape(*self.shape[:first], joined, *self.shape[end + 1 :])
 
     def narrow(self, axis: int, first: int, count: int) -> "Expression":
-        """So many slices of an axis."""
+        """`count` slices of an axis, from `first` on."""
         shape = tuple(count if k == axis else n for k, n in enumerate(self.shape))
         ends = [
             self.graph.constant(f"ends.{n}", np.array([n])) for n in (first, first + count, axis)
@@ -107,17 +109,17 @@ class Expression:
 
 
 class Names:
-    """Names that follow one another."""
+    """Numbered names."""
 
     def __init__(self, root: str) -> None:
         self.root, self.count = root, 0
 
     def next(self) -> str:
-        """One that was not given yet."""
+        """A name that was not given yet."""
         self.count += 1
         return f"{self.root}.step{self.count}"
 
 
 def shape_of(graph: Graph, sizes: Sequence[int]) -> "ir.Value":
-    """A shape as a constant, one for all that are alike."""
+    """A shape as a constant; equal shapes share one."""
     return graph.constant(f"shape.{'x'.join(map(str, sizes))}", np.array(sizes, np.int64))

@@ -1,4 +1,7 @@
-"""An ONNX graph and the few moves that an export makes on it: all that knows the library that edits graphs."""
+"""An ONNX graph and the few changes that an export makes to it.
+
+Most of what depends on the graph-editing library (`onnx_ir`) is here.
+"""
 
 import itertools
 from collections.abc import Collection, Iterator
@@ -14,22 +17,21 @@ if TYPE_CHECKING:
 
 OPSET = 23  # the first with attention as one node; 4-bit integers came with 21
 IR_VERSION = 11
-WHOLE = (
-    "float"  # how the name of a weight ends that a runtime puts into float when it loads the file
-)
+# The ending of the name of a weight that a runtime turns into float when it loads the file.
+WHOLE = "float"
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
 class Graph:
-    """A model whose nodes are added in any order: `bytes` sorts them and drops those that nobody uses.
+    """A model whose nodes are added in any order: `bytes` sorts them and drops unused ones.
 
-    functions_known: whether the runtime that it is for reads functions that a file brings along.
+    functions_known: whether the target runtime reads functions that a file brings along.
     """
 
     def __init__(self, model: "ir.Model", functions_known: bool = True) -> None:
         self.model, self.functions_known = model, functions_known
         self.functions: dict[str, str] = {}
-        self.carried: list[Any] = []  # functions of a file that was read
+        self.carried: list[Any] = []  # functions of the file that it was read from
         self.known: dict[str, ir.Value] = {}
 
     @classmethod
@@ -41,18 +43,18 @@ class Graph:
         proto = onnx.load_from_string(content)
         carried = list(proto.functions)
         del proto.functions[:]
-        found = cls(ir.from_proto(proto))
-        found.carried = carried
-        return found
+        graph = cls(ir.from_proto(proto))
+        graph.carried = carried
+        return graph
 
     def copy(self) -> "Graph":
-        """The same graph again, to be changed in another way."""
+        """A copy of the graph, to be changed on its own."""
         import onnx_ir as ir
 
         return Graph(ir.from_proto(ir.to_proto(self.model)))
 
     def all_values(self) -> "list[ir.Value]":
-        """Inputs, and what every node makes."""
+        """Inputs, and the outputs of every node."""
         return [*self.inputs, *(out for node in self.nodes for out in node.outputs)]
 
     @property
@@ -63,12 +65,12 @@ class Graph:
 
     @property
     def inputs(self) -> "list[ir.Value]":
-        """What the network is given."""
+        """The inputs of the network."""
         return list(self.model.graph.inputs)
 
     @property
     def outputs(self) -> "list[ir.Value]":
-        """What the network answers."""
+        """The outputs of the network."""
         return list(self.model.graph.outputs)
 
     def placeholders(self, op: str) -> "Iterator[tuple[str, ir.Node]]":
@@ -78,26 +80,28 @@ class Graph:
                 yield name_of(node), node
 
     def constant(self, name: str, array: NDArray[Any], kind: str | None = None) -> "ir.Value":
-        """An initializer; asked for again under the same name, the same one. kind: INT4 for what numpy lacks."""
+        """An initializer, or the existing one of the same name.
+
+        kind: a type that numpy lacks, such as INT4.
+        """
         import onnx_ir as ir
 
-        found = self.model.graph.initializers.get(name)
-        if found is None:
+        value = self.model.graph.initializers.get(name)
+        if value is None:
             dtype = None if kind is None else ir.DataType[kind]
-            content = ir.tensor(
-                array if dtype is None else array.astype(dtype.numpy()), dtype=dtype, name=name
-            )
-            found = ir.Value(
+            numbers = array if dtype is None else array.astype(dtype.numpy())
+            content = ir.tensor(numbers, dtype=dtype, name=name)
+            value = ir.Value(
                 name=name, type=ir.TensorType(content.dtype), shape=ir.Shape(array.shape)
             )
-            found.const_value = content
-            self.model.graph.register_initializer(found)
-        return found
+            value.const_value = content
+            self.model.graph.register_initializer(value)
+        return value
 
     def call(
         self, op: str, *inputs: "ir.Value", name: str, domain: str = "", **attributes: Any
     ) -> "ir.Value":
-        """A new node with one output, which bears `name`; asked for again under the same name, the same value."""
+        """The output, called `name`, of a new node, or the existing value of that name."""
         import onnx_ir as ir
 
         if name not in self.known:
@@ -119,9 +123,9 @@ class Graph:
         keep: "Collection[ir.Node]" = (),
         outputs: bool = True,
     ) -> None:
-        """Every use of a value becomes one of another, but for the nodes in `keep` and, if told so, graph outputs.
+        """Replace every use of a value by another, except in the nodes of `keep`.
 
-        An output keeps its name.
+        outputs: whether graph outputs are replaced, too; an output keeps its name.
         """
         for use in list(old.uses()):
             if use.node not in keep:
@@ -131,13 +135,17 @@ class Graph:
         ends = self.model.graph.outputs
         for k, value in enumerate(ends):
             if value is old:
-                if not old.is_graph_input():  # the name is the user's and goes with the output
+                # The name is the user's and goes with the output.
+                if not old.is_graph_input():
                     new.name, old.name = old.name, f"{old.name}.inner"
                 new.type, new.shape = old.type, old.shape
                 ends[k] = new
 
     def strip(self) -> None:
-        """Take the conversions between floats and integers off both ends: integers go in and come out."""
+        """Remove the conversions between floats and integers at both ends.
+
+        Integers then go in and come out.
+        """
         import onnx_ir as ir
 
         inputs, outputs = self.model.graph.inputs, self.model.graph.outputs
@@ -153,11 +161,9 @@ class Graph:
                 self.model.graph.remove(uses[0].node, safe=True)
         for k, value in enumerate(outputs):
             node = value.producer()
-            if (
-                node is not None
-                and node.op_type == "DequantizeLinear"
-                and node.inputs[0] is not None
-            ):
+            if node is None or node.op_type != "DequantizeLinear":
+                continue
+            if node.inputs[0] is not None:
                 outputs[k] = node.inputs[0]
                 outputs[k].type, outputs[k].shape = ir.TensorType(ir.DataType.UINT8), value.shape
 
@@ -167,7 +173,7 @@ class Graph:
         self.model.graph.outputs.extend(v for v in values if v not in known)
 
     def shorten(self) -> None:
-        """Number the values between nodes, and leave conversions nameless and attributes at their defaults out.
+        """Number the values between nodes, drop names of conversions and attributes at defaults.
 
         In a network of many small layers names take more room than weights. Layers and weights keep
         theirs.
@@ -195,14 +201,13 @@ class Graph:
         common.RemoveUnusedNodesPass()(self.model)
         for value in self.model.graph.all_nodes():
             for out in value.outputs:
+                # The runtime infers types and shapes; in a file they only take room.
                 if not out.is_graph_output():
-                    out.type = out.shape = (
-                        None  # the runtime infers them; in a file they only take room
-                    )
+                    out.type = out.shape = None
         proto = ir.to_proto(self.model)
         proto.ir_version = IR_VERSION
         proto.producer_name, proto.producer_version = DOMAIN, ""
-        del proto.graph.value_info[:]  # what is left speaks of constants, which know their shapes
+        del proto.graph.value_info[:]  # what is left is about constants, which know their shapes
         del proto.functions[:]
         proto.functions.extend(self.carried)
         proto.functions.extend(onnx.parser.parse_function(text) for text in self.functions.values())
@@ -215,18 +220,18 @@ class Graph:
 
 
 def _holds_weight(value: "ir.Value") -> bool:
-    """Whether a runtime will have this value as a layer's weight, by whose name the layer is known."""
+    """Whether a runtime knows a layer by this value's name: it is the layer's weight."""
     node = value.producer()
     if node is not None and node.op_type == "Mul" and str(value.name).endswith(f".{WHOLE}"):
         return True
-    made = node is not None and node.op_type == "QuantizeLinear"
-    return not made and any(
+    activation = node is not None and node.op_type == "QuantizeLinear"
+    return not activation and any(
         use.node.op_type == "DequantizeLinear" and use.idx == 0 for use in value.uses()
     )
 
 
 def _usual(attribute: "ir.Attr") -> bool:
-    """Whether an attribute of a conv says what its absence says."""
+    """Whether an attribute of a conv has its default value."""
     if attribute.name in ("strides", "dilations"):
         return set(attribute.as_ints()) == {1}
     if attribute.name == "pads":
@@ -237,5 +242,5 @@ def _usual(attribute: "ir.Attr") -> bool:
 
 
 def values(array: Any) -> NDArray[Any]:
-    """A constant value's content."""
+    """The content of a constant."""
     return np.asarray(array.const_value.numpy())

@@ -1,9 +1,9 @@
-"""What a runtime is given of terms that need not run one by one.
+"""Terms that need not run one by one, merged for a runtime.
 
-Chains of cores are put together into two matrices. An adapter is added to the dense weight beside
-it, which runs anyhow; rows on different grids become one weight. The file holds cores and terms as
-they are; what they make, on 8 bits, is made when a runtime loads it: an adapter costs bytes and no
-time, a tensor train the time of its two matrices and the bytes of its cores.
+Chains of cores are contracted into two matrices. An adapter is added to the dense weight beside it,
+which runs anyway; rows on different grids become one weight. The file holds the cores and terms
+themselves; the 8-bit weights are computed from them when a runtime loads it. So an adapter costs
+bytes and no time, a tensor train the time of its two matrices and the bytes of its cores.
 """
 
 import copy
@@ -26,7 +26,7 @@ Make = Callable[[Sequence[Any]], Any]
 
 
 class Merged(Factor):
-    """A weight on 8 bits that a file holds as several factors: `make` puts them together."""
+    """A weight on 8 bits that a file holds as several factors: `make` combines them."""
 
     def __init__(self, factors: Sequence[Factor], make: Make, grid: Grid) -> None:
         super().__init__(Quantised.nearest(make([f() for f in factors]), grid))
@@ -34,10 +34,10 @@ class Merged(Factor):
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """A copy of a compressed network in which tensor trains are two matrices and adapters part of their layers.
+    """A copy of a compressed network with its tensor trains contracted and its adapters added in.
 
-    Both are on 8 bits, one scale for each output of a layer, one for each table of a look-up. A
-    network without such terms is returned as it is.
+    The resulting weights are on 8 bits, with one scale for each output of a layer, or one for each
+    table of a look-up. A network without such terms is returned itself.
     """
     layers = [
         layer
@@ -57,7 +57,7 @@ def merged(model: nn.Module) -> nn.Module:
 def _summed(layer: Compressed) -> bool:
     """Whether some terms only add to the weight of another, or have only some of its rows.
 
-    The whole weight runs anyhow, so what is added to it costs no time.
+    The whole weight runs anyway, so what is added to it costs no time.
     """
     several = len(layer.terms) > 1 or any(form.partial for form in layer.forms)
     whole = any(form.name == Dense.name for form in layer.forms)
@@ -71,7 +71,7 @@ def _chained(layer: Compressed) -> bool:
 
 
 def _unfit(layer: Compressed) -> bool:
-    """Whether some factor lies on a grid that no integer kernel multiplies with."""
+    """Whether some factor is on a grid that no integer kernel multiplies with."""
     return any(_needs_merging(f) for factors in layer.factors for f in factors)
 
 
@@ -105,7 +105,7 @@ def _contracted(layer: Compressed) -> Compressed:
             factors.append([Merged([f], alone, grid) if unfit else f for f in held])
             continue
         form, parts = term.form.for_runtime(layer.site, [f() for f in held])
-        # what is still a chain is looked up core by core: no axis of a core is that of the outputs
+        # What is still a chain is looked up core by core: no axis of a core is that of the outputs.
         grid = Grid.of(FINISHED, axis=None if form.contracted else 0)
         terms.append(Term(form, grid))
         make = [functools.partial(_part, term.form, layer, k) for k in range(len(parts))]
@@ -120,13 +120,12 @@ def _part(form: Form, layer: Compressed, place: int, factors: Sequence[Any]) -> 
 def _made(
     layer: Compressed, terms: list[Term], factors: list[list[Factor]], acts: int | None
 ) -> Compressed:
-    """A layer of other terms with the same bias and, of the quantisers, the first so many."""
+    """A layer of other terms with the same bias and the first `acts` quantisers (None: all)."""
     numbers: Numbers = [[f.numbers for f in held] for held in factors]
-    found = Compressed(
-        layer.site, LayerPlan(layer.site.name, tuple(terms), layer.plan.act), numbers, layer.bias
-    )
-    for term, held in zip(found.terms, factors, strict=True):
+    plan = LayerPlan(layer.site.name, tuple(terms), layer.plan.act)
+    result = Compressed(layer.site, plan, numbers, layer.bias)
+    for term, held in zip(result.terms, factors, strict=True):
         for k, factor in enumerate(held):
             cast(nn.ModuleList, term)[k] = factor
-    found.acts = copy.deepcopy(layer.acts[:acts])
-    return found.to(next(layer.buffers()).device)
+    result.acts = copy.deepcopy(layer.acts[:acts])
+    return result.to(next(layer.buffers()).device)

@@ -1,10 +1,10 @@
-"""Weights in an ONNX file: low bits on disk, 8-bit integers once a runtime has folded its constants.
+"""Weights in an ONNX file: low bits on disk, 8-bit integers once a runtime has folded constants.
 
 A code c becomes the integer q = c (signed, unsigned and ternary grids) or q = 2c + 1 on half the
 scale (half-step grids), so that what follows is `DequantizeLinear(q)` and every runtime that has
-int8 kernels finds them. 8 bits are stored as they are, 4 signed bits in ONNX's own type, all others
-as the native file packs them (`rabbet.pack`), undone by a function that the file brings along:
-nothing but integer arithmetic on a constant, done once at load. For a runtime that reads no
+int8 kernels can use them. 8 bits are stored as int8, 4 signed bits in ONNX's own type, all others
+packed as in the native file (`rabbet.grids.pack`) and unpacked by a function that the file brings
+along: nothing but integer arithmetic on a constant, done once at load. For a runtime that reads no
 functions (OpenVINO), integers take 4 bits where they fit, else 8.
 """
 
@@ -38,11 +38,11 @@ class Move:
     to: tuple[int, ...]
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The same of a tensor."""
+        """The move applied to a tensor."""
         return tensor.permute(self.to) if self.op == "Transpose" else tensor.reshape(self.to)
 
     def on(self, graph: Graph, value: "ir.Value", name: str) -> "ir.Value":
-        """The same of a constant of a graph."""
+        """The move applied to a constant of a graph."""
         if self.op == "Transpose":
             return graph.call("Transpose", value, name=name, perm=list(self.to))
         return graph.call("Reshape", value, shape_of(graph, self.to), name=name)
@@ -53,10 +53,10 @@ class Weight:
     """The codes of one factor in the layout in which a node uses them.
 
     axis: where its scales lie, None for one scale. scale: of the integers q, half the grid's where
-    they are 2c + 1. parts, make: of a weight that is put together when a file is loaded, what it is
-    made of and how, and the steps of its rounding; moves: what has been done to its layout since.
+    they are 2c + 1. parts, make, steps: for a weight that is computed when a file is loaded, its
+    parts, how they are combined, and the scale it is rounded on. moves: changes of its layout.
     root: the table that it is another layout of, if a file holds it as a table already; shared:
-    whether it is such a table.
+    whether it is such a table. zero: the zero points of its codes, if any.
     """
 
     name: str
@@ -80,13 +80,13 @@ class Weight:
         scale = scale if integers is None else scale / integers[0]
         zero = None if factor.zero is None else factor.zero.detach().cpu().float()
         codes, axis = factor.codes.detach().cpu(), factor.grid.axis
-        found = cls(name, factor.grid, codes, scale, axis, shared=shared, zero=zero)
+        weight = cls(name, factor.grid, codes, scale, axis, shared=shared, zero=zero)
         if not isinstance(factor, Merged):
-            return found
-        # two halves of one chain share its cores, and their names; what is alone shares nothing
+            return weight
+        # Two halves of one chain share its cores and their names; a single part shares nothing.
         shared_name = name if len(factor.factors) == 1 else name.rpartition(".")[0]
         parts = [cls.of(f"{shared_name}.part{k}", f) for k, f in enumerate(factor.factors)]
-        return replace(found, parts=tuple(parts), make=factor.make, steps=scale)
+        return replace(weight, parts=tuple(parts), make=factor.make, steps=scale)
 
     def can_move(self, move: Move) -> bool:
         """Whether the scales still lie along one axis after a transposition or another shape."""
@@ -117,23 +117,22 @@ class Weight:
         )
 
     def with_room(self, bias: NDArray[Any], place: str) -> "Weight":
-        """The same with scales on which a bias, in units of the input's scale, fits into 31 bits; one is for the sum.
+        """The same weight with scales large enough that a bias fits into 31 of 32 bits.
 
-        Only scales of channels that hardly depend on their inputs grow: 2^30 of their steps are
-        less than the bias.
+        bias: in units of the input's scale. The last bit is left for the sum. Only scales of
+        channels that hardly depend on their inputs grow: 2^30 of their steps are less than the
+        bias.
         """
         least = torch.from_numpy(np.abs(bias) / 2**30).float()
         least = least if self.axis is not None else least.max().reshape(1)
         raised = torch.where(self.scale.abs() < least, least, self.scale)
-        return (
-            self
-            if raised.equal(self.scale)
-            else replace(self, name=f"{self.name}.{place}", scale=raised)
-        )
+        if raised.equal(self.scale):
+            return self
+        return replace(self, name=f"{self.name}.{place}", scale=raised)
 
     @property
     def _gain(self) -> tuple[int, int]:
-        """Integers by codes, `gain * code + offset`; of points at any distances the codes."""
+        """(gain, offset): integers are `gain * code + offset`, the codes of arbitrary points."""
         return self.grid.codebook.integers or (1, 0)
 
     @property
@@ -149,12 +148,11 @@ class Weight:
     def integers(self, graph: Graph) -> "ir.Value":
         """The integers q, as a runtime will hold them."""
         if self.root is not None:
-            found = self.root.integers(graph)
+            value = self.root.integers(graph)
             for k, move in enumerate(self.moves, 1):
-                found = move.on(
-                    graph, found, self.name if k == len(self.moves) else f"{self.name}.{k}"
-                )
-            return found
+                name = self.name if k == len(self.moves) else f"{self.name}.{k}"
+                value = move.on(graph, value, name)
+            return value
         if self.make is not None and graph.functions_known:
             return self._put_together(graph)
         gain, offset = self._gain
@@ -170,36 +168,34 @@ class Weight:
         return _unpacked(graph, self.name, self.grid, self.codes)
 
     def _put_together(self, graph: Graph) -> "ir.Value":
-        """What the parts make, rounded: constants that a runtime folds at load."""
+        """The parts combined and rounded: constants that a runtime folds at load."""
         assert self.make is not None
         assert self.steps is not None
         names = Names(self.name)
-        made: Expression = self.make(
+        product: Expression = self.make(
             [Expression(graph, w.values(graph), tuple(w.codes.shape), names) for w in self.parts]
         )
-        wide = [-1 if d == self.grid.axis else 1 for d in range(len(made.shape))]
+        wide = [-1 if d == self.grid.axis else 1 for d in range(len(product.shape))]
         if self.steps.equal(self.scale):
-            steps = graph.call(
-                "Reshape", self.scales(graph), shape_of(graph, tuple(wide)), name=names.next()
-            )
+            scales, shape = self.scales(graph), shape_of(graph, tuple(wide))
+            steps = graph.call("Reshape", scales, shape, name=names.next())
         else:
             steps = graph.constant(f"{self.name}.steps", self.steps.view(wide).numpy())
-        rounded = graph.call(
-            "Round", graph.call("Div", made.value, steps, name=names.next()), name=names.next()
-        )
+        scaled = graph.call("Div", product.value, steps, name=names.next())
+        rounded = graph.call("Round", scaled, name=names.next())
         ends = [
             graph.constant(f"end.{end}", np.array(end, np.float32))
             for end in (self.grid.low, self.grid.high)
         ]
-        found = graph.call("Clip", rounded, *ends, name=names.next())
+        codes = graph.call("Clip", rounded, *ends, name=names.next())
         for move in self.moves:
-            found = move.on(graph, found, names.next())
-        return graph.call("Cast", found, name=self.name, to=_INT8)
+            codes = move.on(graph, codes, names.next())
+        return graph.call("Cast", codes, name=self.name, to=_INT8)
 
     def values(self, graph: Graph, ending: str = "values") -> "ir.Value":
         """The weight in float by plain arithmetic.
 
-        A runtime folds that, as it does not a DequantizeLinear.
+        A runtime folds that into a constant, which it does not do to a DequantizeLinear.
         """
         name, points = f"{self.name}.{ending}", self._points(graph)
         if not self.grid.scales.along_axis:
@@ -207,14 +203,14 @@ class Weight:
         shape = [-1 if d == self.axis else 1 for d in range(self.codes.ndim)]
         if self.root is None and self.make is None:
             scale = graph.constant(f"{self.name}.scale", self.scale.view(shape).numpy())
-        else:  # the scales are there for another use, too
-            scale = graph.call(
-                "Reshape", self.scales(graph), shape_of(graph, shape), name=f"{self.name}.scales"
-            )
+        else:
+            # The file holds these scales anyway, for another use.
+            flat, sizes = self.scales(graph), shape_of(graph, shape)
+            scale = graph.call("Reshape", flat, sizes, name=f"{self.name}.scales")
         return graph.call("Mul", points, scale, name=name)
 
     def _points(self, graph: Graph) -> "ir.Value":
-        """What the integers stand for, in float and in units of the scales; less zero points."""
+        """What the integers stand for, in float and in units of the scales, less zero points."""
         integers, book = self.integers(graph), self.grid.codebook
         if book.integers is None:
             table = book.decode(torch.arange(book.low, book.high + 1.0)).numpy()
@@ -230,13 +226,14 @@ class Weight:
         return graph.call("Sub", wide, zeros, name=f"{self.name}.points")
 
     def _for_each(self, graph: Graph, values: Tensor, what: str) -> "ir.Value":
-        """For each entry the value of those that it shares one with, which is looked up."""
+        """For each entry the value that it shares with others, by a look-up."""
         shape, layout = tuple(self.codes.shape), self.grid.scales
         count = torch.arange(len(values), dtype=torch.float32)
         places = layout.spread(count, shape).expand(shape).reshape(shape[0], -1).long().numpy()
         first, along = places[:, :1] - places[:1, :1], places[:1]
         text = f"{layout.text}.{places.shape[0]}x{places.shape[1]}"
-        if (first + along == places).all():  # a row and a column say all, in little room
+        # A row and a column that sum to the places take far less room than all of them.
+        if (first + along == places).all():
             rows = graph.constant(f"rows.{text}", first)
             index = graph.call("Add", rows, graph.constant(f"columns.{text}", along), name=text)
         else:
@@ -249,16 +246,15 @@ class Weight:
         """The scale as a constant, [] or [slices]."""
         if self.root is not None and self.scale.equal(self.root.scale):
             return self.root.scales(graph)
-        found = self.scale.numpy()
-        return graph.constant(
-            f"{self.name}.scale", found.reshape(()) if self.axis is None else found
-        )
+        scale = self.scale.numpy()
+        scale = scale.reshape(()) if self.axis is None else scale
+        return graph.constant(f"{self.name}.scale", scale)
 
     def dequantised(self, graph: Graph, spread: int | None = None) -> "ir.Value":
         """The weight in float, as the output of a DequantizeLinear.
 
-        spread: the axis along which one scale is repeated; onnxruntime fuses a product with floats
-        only with such.
+        spread: the axis along which a single scale is repeated; onnxruntime fuses a product with
+        floats only if there are scales along an axis.
         """
         q, scale, axis = self.integers(graph), self.scales(graph), self.axis
         if spread is not None:
@@ -271,7 +267,10 @@ class Weight:
 
 
 def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
-    """A zero point that is zero: onnxruntime finds no kernel for a Gemm without one. Shared by all that fit."""
+    """A zero point that is zero, shared by all of the same shape and type.
+
+    onnxruntime has no kernel for a Gemm without one.
+    """
     return graph.constant(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
 
 
@@ -287,8 +286,8 @@ def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
 def _unpacking(name: str, grid: Grid) -> str:
     """The function `(packed uint8 [bytes], shape) -> int8 [*shape]` of a grid, in ONNX's syntax.
 
-    A byte is split into its digits: of base 2^bits where that divides a byte evenly, of base 3 for
-    ternary codes, else into bits, of which `bits` in a row are a code again.
+    A byte is split into digits: of base 2^bits if the bits divide a byte evenly, of base 3 for
+    ternary codes, else into bits, of which every `bits` consecutive ones are a code.
     """
     bits = grid.levels.bit_length() - 1
     ternary, even = grid.levels == 3, 8 % bits == 0

@@ -1,7 +1,7 @@
-"""Borders of zeros: a padding that stands by itself in front of a conv becomes the conv's own.
+"""Borders of zeros: a separate padding in front of a conv becomes the conv's own.
 
-TensorFlow's networks pad on two sides only, so they come with a layer for it. A runtime would leave
-the integers for it; a conv pads for nothing.
+TensorFlow's networks pad on two sides only, so they come with a layer for it. A runtime would
+return to floats for that layer; a conv pads at no cost.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def adds_zeros(node: "ir.Node") -> bool:
-    """Whether a node is a padding with zeros, which every range holds."""
+    """Whether a node pads with zeros, which every range contains."""
     if node.op_type != "Pad":
         return False
     mode = node.attributes.get("mode")
@@ -28,11 +28,8 @@ def absorb_borders(graph: Graph) -> None:
         border = placeholder.inputs[0].producer() if placeholder.inputs[0] is not None else None
         uses = list(placeholder.outputs[0].uses())
         sides = None if border is None or not adds_zeros(border) else _sides(border)
-        if (
-            border is None
-            or sides is None
-            or not all(u.node.op_type == "Conv" and u.idx == 0 for u in uses)
-        ):
+        only_convs = all(u.node.op_type == "Conv" and u.idx == 0 for u in uses)
+        if border is None or sides is None or not only_convs:
             continue
         for use in uses:
             own = use.node.attributes["pads"].as_ints()
@@ -45,11 +42,11 @@ def _sides(border: "ir.Node") -> list[int] | None:
     amounts = border.inputs[1]
     if amounts is None or amounts.const_value is None or len(border.inputs) > 3:
         return None
-    found = values(amounts).tolist()
-    half = len(found) // 2
-    if any(found[:2]) or any(found[half : half + 2]) or min(found) < 0:
+    zeros = values(amounts).tolist()
+    half = len(zeros) // 2
+    if any(zeros[:2]) or any(zeros[half : half + 2]) or min(zeros) < 0:
         return None
-    return [*found[2:half], *found[half + 2 :]]
+    return [*zeros[2:half], *zeros[half + 2 :]]
 
 
 def _pads(amounts: list[int]) -> "ir.Attr":

@@ -1,18 +1,18 @@
-"""What stands in a traced graph for a weight or for a quantised input, until an export writes the real thing."""
+"""Placeholders: nodes that stand for a weight or a quantised input until an export writes it."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# of the placeholders, which are gone in the end, and of the functions that a file brings along
+# The domain of the placeholders, which are replaced in the end, and of a file's own functions.
 DOMAIN = "rabbet"
-# What a weight may go through before its use.
+# Operators that a weight may go through before its use.
 MOVING = {"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def is_placeholder(value: "ir.Value | None", op: str) -> bool:
-    """Whether a value is what a placeholder makes; a weight may have been given another layout since."""
+    """Whether a value is the output of a placeholder; a weight may have another layout since."""
     node = None if value is None else value.producer()
     if op == "weight" and node is not None and node.op_type in MOVING:
         return is_placeholder(node.inputs[0], op)
@@ -20,5 +20,5 @@ def is_placeholder(value: "ir.Value | None", op: str) -> bool:
 
 
 def name_of(placeholder: "ir.Node") -> str:
-    """The name that a placeholder bears."""
+    """The name of the weight or input that a placeholder stands for."""
     return placeholder.attributes["name"].as_string()

@@ -2,9 +2,9 @@
 
 A runtime has an integer kernel for a node only if everything around the node is quantised: a conv
 needs a quantised output as well as a quantised input, a residual add needs both of its inputs. A
-plan only knows the inputs of its layers. The rest follows from the graph: what a conv makes, and
-what lies between quantised tensors on a way that the runtime can go in integers, is quantised too,
-in 8 unsigned bits, with a range measured on the user's batches.
+plan only knows the inputs of its layers. The rest follows from the graph: the output of a conv, and
+what lies between quantised tensors on a path that the runtime can compute in integers, is quantised
+too, in 8 unsigned bits, with a range measured on the user's batches.
 """
 
 from collections.abc import Mapping
@@ -22,19 +22,18 @@ from rabbet.model.compressed import ActQuant
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# What moves or picks values and changes none: one range serves both sides.
+# Operators that move or pick values and change none: one range serves both sides.
 PASSING = {
-    "DepthToSpace", "Expand", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze",
-    "Tile", "Transpose", "Unsqueeze",
+    "DepthToSpace", "Expand", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth",
+    "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 }  # fmt: skip
-# What a layer's input may go through between its quantisation and the layer: a border that is not
-# made of zeros.
+# Operators between a layer's quantised input and the layer that add a border other than zeros.
 BORDER = {"Concat", "Pad", "Slice"}
-# What onnxruntime computes in integers if inputs and output are quantised.
+# Operators that onnxruntime computes in integers if inputs and output are quantised.
 INTEGER = {"Add", "AveragePool", "Concat", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid"}
-# Of these an integer kernel wants a quantised output, too.
+# Operators whose integer kernel needs a quantised output, too.
 CONVS = {kind.operator for kind in KINDS.values() if kind.space and kind.integer_kernel}
-# What only cuts off: an output that is quantised after it needs no quantisation before it.
+# Operators that only clip: if their output is quantised, their input need not be.
 CUTTING = {"Clip", "Relu"}
 
 
@@ -64,16 +63,17 @@ class Range:
         return Range(scale, round(-low / scale), self.bits)
 
     def within(self, floor: float, ceiling: float) -> "Range":
-        """The same without what no value reaches: a runtime then drops the ReLU or the clip before it."""
+        """The same without what no value reaches.
+
+        A runtime can then drop the ReLU or the clip before it.
+        """
         if self.zero and floor >= 0:
-            return Range((self.top - self.zero) * self.scale / self.top, 0, self.bits).within(
-                floor, ceiling
-            )
+            positive = Range((self.top - self.zero) * self.scale / self.top, 0, self.bits)
+            return positive.within(floor, ceiling)
         if self.zero or self.scale * self.top <= ceiling:
             return self
-        return Range(
-            float(np.nextafter(np.float32(ceiling / self.top), np.float32(0))), 0, self.bits
-        )
+        scale = float(np.nextafter(np.float32(ceiling / self.top), np.float32(0)))
+        return Range(scale, 0, self.bits)
 
 
 class QDQPlacement:
@@ -87,37 +87,33 @@ class QDQPlacement:
             self.pins.setdefault(_first(placeholder), []).append(placeholder)
         self._wanted: dict[ir.Value, bool] = {}
         self.root: dict[ir.Value, ir.Value] = {}
-        self.made: set[ir.Value] = (
-            set()
-        )  # by an integer kernel, so that they exist in integers only
+        # Values that integer kernels compute: they exist in integers only.
+        self.made: set[ir.Value] = set()
         for node in self.nodes:
             self._visit(node)
 
     @property
     def open(self) -> "list[ir.Value]":
-        """One value of each group that no layer's plan gives a range to: these must be measured."""
+        """One value of each group whose range no layer's plan gives: these must be measured."""
         pinned = {self._root(v) for v in self.pins}
         return [v for v in self.root if self._root(v) is v and v not in pinned]
 
     def insert(self, measured: Mapping[str, Range]) -> None:
-        """Put a quantise-dequantise pair behind every quantised value and take the placeholders away."""
+        """Put a QDQ pair behind every quantised value and remove the placeholders."""
         ranges = self._ranges(measured)
         for value in self.root:
-            found = ranges[self._root(value)].within(*_ends(self._root(value)))
-            quantised = self._pair(value, found, str(value.name))
+            bounds = ranges[self._root(value)].within(*_ends(self._root(value)))
+            quantised = self._pair(value, bounds, str(value.name))
             for k, placeholder in enumerate(self.pins.get(value, ())):
-                own = self.acts[name_of(placeholder)]
-                # inputs of one tensor that differ in bits are quantised once more, each for itself
-                seen = (
-                    quantised
-                    if own.bits == found.bits
-                    else self._rounded(quantised, own, f"{value.name}.{k}")
-                )
-                self.graph.swap(placeholder.outputs[0], seen)
+                own, result = self.acts[name_of(placeholder)], quantised
+                # A layer that reads the tensor in fewer bits has it quantised once more.
+                if own.bits != bounds.bits:
+                    result = self._rounded(quantised, own, f"{value.name}.{k}")
+                self.graph.swap(placeholder.outputs[0], result)
                 placeholder.graph.remove(placeholder, safe=True)  # type: ignore[union-attr]
 
     def _visit(self, node: "ir.Node") -> None:
-        """Whether what a node makes is quantised; nodes come in order."""
+        """Decide whether the outputs of a node are quantised; nodes come in order."""
         data = [v for v in node.inputs if v is not None and v.const_value is None]
         if node.domain == DOMAIN:
             if node.op_type == "act":
@@ -140,13 +136,19 @@ class QDQPlacement:
                 self._make(node.outputs[0])
 
     def _pays(self, node: "ir.Node", data: "list[ir.Value]") -> bool:
-        """Whether a node should run in integers: on the way to a layer, or where floats would have to be made first."""
+        """Whether a node should run in integers.
+
+        It should on the way to a layer, and where its inputs exist in integers only.
+        """
         output = node.outputs[0]
         inside = all(v in self.made for v in data) and not _settled(output).is_graph_output()
         return self._is_wanted(output) or inside
 
     def _make(self, value: "ir.Value", source: "ir.Value | None" = None) -> None:
-        """A value that comes out of an integer kernel; of one that only moves values, on the range of its source."""
+        """Note a value that an integer kernel computes.
+
+        source: the input of a kernel that only moves values, whose range the output shares.
+        """
         self.made.add(value)
         self._take(value)
         if source is not None:
@@ -161,7 +163,7 @@ class QDQPlacement:
         return value
 
     def _is_wanted(self, value: "ir.Value") -> bool:
-        """Whether some way onward in integers leads to the input of a layer."""
+        """Whether some path in integers leads from a value to the input of a layer."""
         if value not in self._wanted:
             self._wanted[value] = any(
                 is_placeholder(use.node.outputs[0], "act")
@@ -174,51 +176,54 @@ class QDQPlacement:
         return self._wanted[value]
 
     def _ranges(self, measured: Mapping[str, Range]) -> "dict[ir.Value, Range]":
-        """The range of each group: the plan's if a layer reads a member of it, the widest if several do."""
-        found: dict[ir.Value, Range] = {}
+        """The range of each group.
+
+        It is the plan's if a layer reads a member of the group; if several do, the union of those
+        with the most bits.
+        """
+        ranges: dict[ir.Value, Range] = {}
         for value, placeholders in self.pins.items():
             root = self._root(value)
             for own in (self.acts[name_of(placeholder)] for placeholder in placeholders):
-                seen = found.get(root)
+                seen = ranges.get(root)
                 if seen is None or own.bits > seen.bits:
-                    found[root] = own
+                    ranges[root] = own
                 elif own.bits == seen.bits and own != seen:
-                    found[root] = seen.union(own)
-        return found | {v: measured[str(v.name)] for v in self.open}
+                    ranges[root] = seen.union(own)
+        return ranges | {v: measured[str(v.name)] for v in self.open}
 
-    def _pair(self, value: "ir.Value", found: Range, name: str) -> "ir.Value":
-        """A pair that all who can read integers read in the place of a value."""
+    def _pair(self, value: "ir.Value", bounds: Range, name: str) -> "ir.Value":
+        """A QDQ pair that all nodes that can use integers read in place of a value."""
         known = {use.node for use in value.uses()}
-        result = self._rounded(value, found, name)
+        result = self._rounded(value, bounds, name)
         keep = {
             *(use.node for use in value.uses() if use.node not in known),
             *self.pins.get(value, ()),
         }
-        if (
-            value not in self.made
-        ):  # its float value is there anyway: whoever wants floats goes on reading that
+        # If the float value exists anyway, nodes that compute in floats go on reading that.
+        if value not in self.made:
             keep |= {node for node in known if not any(map(self.root.__contains__, node.outputs))}
         self.graph.swap(value, result, keep, outputs=value in self.made)
         return result
 
-    def _rounded(self, value: "ir.Value", found: Range, name: str) -> "ir.Value":
+    def _rounded(self, value: "ir.Value", bounds: Range, name: str) -> "ir.Value":
         graph = self.graph
-        scale = graph.constant(f"{name}.scale", np.array(found.scale, np.float32))
-        zero = graph.constant(f"zero.{found.zero}", np.array(found.zero, np.uint8))
+        scale = graph.constant(f"{name}.scale", np.array(bounds.scale, np.float32))
+        zero = graph.constant(f"zero.{bounds.zero}", np.array(bounds.zero, np.uint8))
         codes = graph.call("QuantizeLinear", value, scale, zero, name=f"{name}.codes")
-        if found.bits < 8:
-            ends = (graph.constant(f"zero.{k}", np.array(k, np.uint8)) for k in (0, found.top))
+        if bounds.bits < 8:
+            ends = (graph.constant(f"zero.{k}", np.array(k, np.uint8)) for k in (0, bounds.top))
             codes = graph.call("Clip", codes, *ends, name=f"{name}.cut")
         return graph.call("DequantizeLinear", codes, scale, zero, name=f"{name}.quantised")
 
 
 def _passes(node: "ir.Node") -> bool:
-    """Whether a node only moves values; padding with zeros does."""
+    """Whether a node only moves values; padding with zeros counts."""
     return node.op_type in PASSING or adds_zeros(node)
 
 
 def _bordered(value: "ir.Value | None") -> bool:
-    """Whether a value is a quantised input of a layer, with or without a border."""
+    """Whether a value is the quantised input of a layer, with or without a border."""
     node = None if value is None else value.producer()
     if node is not None and node.op_type in BORDER:
         return all(_bordered(v) for v in node.inputs if v is not None and v.const_value is None)
@@ -226,7 +231,7 @@ def _bordered(value: "ir.Value | None") -> bool:
 
 
 def _source(value: "ir.Value") -> "ir.Value":
-    """What a bordered value was before it was marked."""
+    """The value that was quantised and then given a border."""
     node = value.producer()
     assert node is not None
     return _first(node) if is_placeholder(value, "act") else _source(_first(node))
@@ -239,7 +244,7 @@ def _first(node: "ir.Node") -> "ir.Value":
 
 
 def _settled(value: "ir.Value") -> "ir.Value":
-    """Behind a cut that is the only user of a value."""
+    """The value behind a clip that is the only user of a value; else the value itself."""
     uses = list(value.uses())
     if len(uses) == 1 and uses[0].node.op_type in CUTTING and not value.is_graph_output():
         return _settled(uses[0].node.outputs[0])
@@ -247,7 +252,7 @@ def _settled(value: "ir.Value") -> "ir.Value":
 
 
 def _ends(value: "ir.Value") -> tuple[float, float]:
-    """What a value never goes below and never above, if it comes from a ReLU or a clip."""
+    """The bounds of a value that comes from a ReLU or a clip; infinite for others."""
     node = value.producer()
     if node is None or node.op_type not in CUTTING:
         return -np.inf, np.inf

@@ -1,7 +1,7 @@
-"""A compressed network as an ONNX graph in which every weight and every input range is still a placeholder.
+"""A compressed network as an ONNX graph with placeholders for every weight and every input range.
 
-Marks are nodes that no optimiser can fold: what stands for a weight of any form, or for the place
-where an input is quantised, is found again by its name, however the exporter has moved or
+Placeholders are nodes that no optimiser can fold: one that stands for a weight of any form, or for
+the place where an input is quantised, is found again by its name, however the exporter has moved or
 transposed it.
 """
 
@@ -60,7 +60,7 @@ def trace(
                 output_names=outs,
                 dynamic_shapes=(tuple(axes(task, batch)),),
             )
-    except Exception as e:  # the exporter runs the user's code: anything may come
+    except Exception as e:  # the exporter runs the user's code, which may raise anything
         raise ModelError(f"torch cannot export this network to ONNX: {reason(e)}") from e
     assert program is not None
     graph = Graph(program.model)
@@ -74,11 +74,11 @@ class _Weight(Factor):
         self.name = name
 
     def forward(self) -> Tensor:
-        found: dict[str, Any] = {"name": self.name}
+        attributes: dict[str, Any] = {"name": self.name}
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::weight",
             (),
-            attrs=found,
+            attrs=attributes,
             dtype=torch.float32,
             shape=tuple(self.codes.shape),
             version=1,
@@ -94,7 +94,7 @@ class _Act(ActQuant):
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        found: dict[str, Any] = {"name": self.name}
+        attributes: dict[str, Any] = {"name": self.name}
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::act", (x,), attrs=found, dtype=x.dtype, shape=x.shape, version=1
+            f"{DOMAIN}::act", (x,), attrs=attributes, dtype=x.dtype, shape=x.shape, version=1
         )

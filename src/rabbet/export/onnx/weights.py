@@ -1,4 +1,4 @@
-"""Every weight of a marked graph is written as packed integers, every bias beside one as 32-bit integers."""
+"""Writes the weights of a traced graph as packed integers, and biases as 32-bit integers."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,10 +20,10 @@ OUTPUT_AXES = {k.operator: k.output_axis for k in KINDS.values() if k.output_axi
 
 
 def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]:
-    """Replace every weight placeholder by packed integers, and the biases beside them by 32-bit integers.
+    """Replace every weight placeholder by packed integers, and biases by 32-bit integers.
 
-    Returns the factor that each constant was made of, by the constant's name; tables apart, which
-    nothing multiplies.
+    Returns the name of the factor that each constant holds, by the constant's name, without tables,
+    which nothing multiplies.
     """
     written: dict[str, str] = {}
     placeholders = list(graph.placeholders("weight"))
@@ -33,9 +33,8 @@ def write_weights(graph: Graph, factors: Mapping[str, Factor]) -> dict[str, str]
         if any(_looks_up(use.node, use.idx) for use in placeholder.outputs[0].uses())
     }
     for name, placeholder in placeholders:
-        for weight in _write_weight(
-            graph, Weight.of(name, factors[name], name in tables), placeholder.outputs[0]
-        ):
+        source = Weight.of(name, factors[name], name in tables)
+        for weight in _write_weight(graph, source, placeholder.outputs[0]):
             written[weight.name] = name
     return written
 
@@ -45,7 +44,8 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
         node = use.node
         move = _move(node)
         if move is not None and not weight.can_move(move):
-            # its scales lie on no axis of the new layout: put into float first, when the file is loaded
+            # Its scales lie on no axis of the new layout: it becomes float before the move, when
+            # the file is loaded.
             whole = weight.values(graph, WHOLE)
             node.replace_input_with(use.idx, whole)
             yield replace(weight, name=str(whole.name))
@@ -54,34 +54,30 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
         elif _looks_up(node, use.idx):
             _write_table(graph, weight, node)
         elif _in_float(node, use.idx, weight):
-            found = weight.values(graph, WHOLE)
-            node.replace_input_with(use.idx, found)
-            yield replace(weight, name=str(found.name))
+            whole = weight.values(graph, WHOLE)
+            node.replace_input_with(use.idx, whole)
+            yield replace(weight, name=str(whole.name))
         else:
             unit = _unit(node) if node.op_type in ("Conv", "Gemm") and use.idx == 1 else None
             if unit is not None and (bias := _bias(node)) is not None:
                 weight = weight.with_room(bias / float(values(unit)), str(node.name))
                 _write_bias(graph, weight, node, bias, unit)
-            alone = (
-                weight.axis is None
-                and node.op_type == "MatMul"
-                and use.idx == 1
-                and _unit(node) is None
-            )
+            product = node.op_type == "MatMul" and use.idx == 1
+            alone = product and weight.axis is None and _unit(node) is None
             node.replace_input_with(use.idx, weight.dequantised(graph, 1 if alone else None))
             yield weight
 
 
 def _looks_up(node: "ir.Node", place: int) -> bool:
-    """Whether a node takes rows out of what is at a place of its inputs."""
+    """Whether a node looks up rows of the input at this place."""
     return node.op_type == "Gather" and place == 0
 
 
 def _in_float(node: "ir.Node", place: int, weight: Weight) -> bool:
-    """Whether a weight at a place of a node's inputs is best put into float when the file is loaded.
+    """Whether a weight at this place of a node's inputs should become float at load.
 
-    Runtimes take the scales of what they multiply with to be those of the outputs, wherever they
-    lie. Of what meets floats, onnxruntime fuses the MatMul; anything else would dequantise its
+    Runtimes assume that the scales of a weight belong to its outputs, on whatever axis they lie.
+    Among the nodes with float inputs, onnxruntime fuses the MatMul; any other would dequantise its
     weight in every run.
     """
     if weight.axis is not None and weight.axis != _outputs(node, place, weight.axis):
@@ -90,7 +86,10 @@ def _in_float(node: "ir.Node", place: int, weight: Weight) -> bool:
 
 
 def _outputs(node: "ir.Node", place: int, usual: int) -> int:
-    """The axis of a weight, at this place of a node's inputs, that the outputs lie on; the usual one of other nodes."""
+    """The axis of the outputs in a weight at this place of a node's inputs.
+
+    usual: the answer for operators that are not known.
+    """
     if node.op_type == "Gemm":
         flipped = node.attributes.get("transB")
         return 0 if flipped is not None and flipped.as_int() else 1
@@ -98,7 +97,7 @@ def _outputs(node: "ir.Node", place: int, usual: int) -> int:
 
 
 def _move(node: "ir.Node") -> Move | None:
-    """What a node does to a weight that it only gives another layout."""
+    """What a node does to the layout of a weight; None if it does more than that."""
     if node.op_type not in MOVING:
         return None
     if node.op_type == "Transpose":
@@ -122,7 +121,7 @@ def _bias(node: "ir.Node") -> NDArray[Any] | None:
 def _write_bias(
     graph: Graph, weight: Weight, node: "ir.Node", bias: NDArray[Any], unit: "ir.Value"
 ) -> None:
-    """A bias as int32, on the product of the scales of weight and input as integer kernels want it."""
+    """A bias as int32 on the product of the scales of weight and input, as integer kernels want."""
     real = weight.scale.numpy().astype(np.float64) * float(values(unit))
     shape = () if weight.axis is None else real.shape
     codes = np.round(bias / real)
@@ -133,26 +132,21 @@ def _write_bias(
         product,
         zeros(graph, shape, "int32"),
     )
-    node.replace_input_with(
-        2, graph.call("DequantizeLinear", *parts, name=f"{node.name}.bias.float", **axis)
-    )
+    value = graph.call("DequantizeLinear", *parts, name=f"{node.name}.bias.float", **axis)
+    node.replace_input_with(2, value)
 
 
 def _write_table(graph: Graph, weight: Weight, node: "ir.Node") -> None:
-    """An embedding: rows of integers are looked up, and only those are put into float."""
+    """An embedding: rows of integers are looked up, and only those become float."""
     index = node.inputs[1]
     assert index is not None
     rows = graph.call("Gather", weight.integers(graph), index, name=f"{node.name}.rows", axis=0)
     scale = weight.scales(graph)
     if weight.axis == 0:
-        # a constant of its own: onnxruntime does not fuse a classifier whose scales are read
-        # elsewhere, too
-        each = graph.call(
-            "Unsqueeze",
-            scale,
-            graph.constant("axis.last", np.array([-1])),
-            name=f"{node.name}.scales",
-        )
+        # A value of its own: onnxruntime does not fuse a classifier whose scales are also read
+        # elsewhere.
+        last = graph.constant("axis.last", np.array([-1]))
+        each = graph.call("Unsqueeze", scale, last, name=f"{node.name}.scales")
         scale = graph.call("Gather", each, index, name=f"{node.name}.scale", axis=0)
     wide = graph.call("Cast", rows, name=f"{node.name}.wide", to=1)
     graph.swap(node.outputs[0], graph.call("Mul", wide, scale, name=f"{node.name}.values"))

@@ -1,4 +1,7 @@
-"""The ONNX file: weights at their bits on disk, integer kernels at work; measured and compared before it is written."""
+"""The ONNX file: weights at their own bits on disk, integer kernels at run time.
+
+Ranges are measured, and the result is compared with the network, before a file is written.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -23,29 +26,33 @@ from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor, compressed_layers
 from rabbet.runtime.session import KERNELS, Session, kernels, require_onnx
 
-EXAMPLES = 256  # of the user's, that ranges are measured on
-CHUNK = 8  # examples at a time: every quantised tensor of theirs is held at once
-VALUES = 2**16  # sampled of each tensor
+EXAMPLES = 256  # of the user's data, on which ranges are measured
+CHUNK = 8  # examples at a time: all their quantised tensors are held at once
+VALUES = 2**16  # sampled from each tensor
 
 
 def write_onnx(parcel: Parcel, path: Path) -> Written:
-    """Write a file for onnxruntime; notes name the layers that do not run on an integer kernel there, and why.
+    """Write a file for onnxruntime.
 
-    Raises FileError if the packages are missing; ModelError if torch cannot export the network, or
-    if the file's output is not the network's, naming the value where they part.
+    Notes name the layers that do not run on an integer kernel there, and why. Raises FileError if
+    the packages are missing; ModelError if torch cannot export the network, or if the file's output
+    is not the network's, naming the value from which they differ.
     """
     return _write(parcel, path, functions=True)
 
 
 def write_openvino(parcel: Parcel, path: Path) -> Written:
-    """The same for OpenVINO, which knows no functions in a file: weights take 4 bits where they fit, else 8."""
+    """Write a file for OpenVINO; see `write_onnx`.
+
+    OpenVINO reads no functions in a file: weights take 4 bits where they fit, else 8.
+    """
     return _write(parcel, path, functions=False)
 
 
 def write_float(model: nn.Module, task: Task, path: Path, opset: int = OPSET) -> Written:
-    """Write a float network as it is, as the measure of what an export gains. Raises as `write_onnx` does.
+    """Write a float network unchanged, as the reference for what an export gains.
 
-    opset: an older one for tools that do not know the newest.
+    opset: an older one for tools that do not know the newest. Raises as `write_onnx` does.
     """
     require_onnx()
     return Written(write_beside(path, [float_content(model, task, opset)]))
@@ -59,19 +66,20 @@ def float_content(model: nn.Module, task: Task, opset: int = OPSET) -> bytes:
 def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
     require_onnx()
     parcel = replace(parcel, model=merged(parcel.model))
-    made = assemble(parcel.model, parcel.task, functions)
-    compare_plain(made.plain, parcel.model, parcel.task)
-    compare(made.content, made.plain, parcel.model, parcel.task)
-    short = Graph.read(made.content)
+    assembled = assemble(parcel.model, parcel.task, functions)
+    compare_plain(assembled.plain, parcel.model, parcel.task)
+    compare(assembled.content, assembled.plain, parcel.model, parcel.task)
+    short = Graph.read(assembled.content)
     short.shorten()
     content = short.bytes()
-    Session(content)  # opens
-    return Written(write_beside(path, [content]), _floats(made.content, parcel, made.written))
+    Session(content)  # raises unless the runtime can open it
+    size = write_beside(path, [content])
+    return Written(size, _floats(assembled.content, parcel, assembled.written))
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A compressed network as bytes, the same in float, and the factor that each constant was made of."""
+    """A compressed network as bytes, the same in float, and the factor that each constant holds."""
 
     content: bytes
     plain: bytes
@@ -79,7 +87,7 @@ class Assembled:
 
 
 def assemble(model: nn.Module, task: Task, functions: bool = True) -> Assembled:
-    """Trace, measure, quantise; nothing is compared yet."""
+    """Trace, measure and quantise a network; nothing is compared yet."""
     graph, factors, acts = trace(merged(model), task)
     graph.functions_known = functions
     plain = _plain(graph, factors)
@@ -90,7 +98,10 @@ def assemble(model: nn.Module, task: Task, functions: bool = True) -> Assembled:
 
 
 def assemble_alone(layer: nn.Module, task: Task) -> bytes:
-    """One layer as it runs amid others: where it is quantised, integers go in, and out of a conv."""
+    """One layer as it runs among others.
+
+    If its input is quantised, integers go in; from a conv, integers come out, too.
+    """
     graph, factors, acts = trace(merged(layer), task)
     placement = QDQPlacement(graph, {name: Range.of(act) for name, act in acts.items()})
     placement.insert({str(v.name): Range(0.05, 128) for v in placement.open})
@@ -100,12 +111,11 @@ def assemble_alone(layer: nn.Module, task: Task) -> bytes:
 
 
 def _plain(graph: Graph, factors: Mapping[str, Factor]) -> bytes:
-    """The network in float: dequantised weights, nothing rounded on the way."""
+    """The network in float: weights dequantised, activations not rounded."""
     graph = graph.copy()
     for name, placeholder in list(graph.placeholders("weight")):
-        graph.swap(
-            placeholder.outputs[0], graph.constant(name, factors[name]().detach().cpu().numpy())
-        )
+        weight = graph.constant(name, factors[name]().detach().cpu().numpy())
+        graph.swap(placeholder.outputs[0], weight)
     for _, placeholder in list(graph.placeholders("act")):
         source = placeholder.inputs[0]
         assert source is not None
@@ -127,17 +137,15 @@ def _measure(plain: bytes, names: Sequence[str], task: Task) -> dict[str, Range]
         for name, array in zip(names, session.run(session.feed(chunk), names), strict=True):
             samples[name](torch.from_numpy(array))
     grid = Grid.of(8, "unsigned")
-    found = {name: sample.range(grid) for name, sample in samples.items()}
-    return {name: Range(float(scale), int(zero)) for name, (scale, zero) in found.items()}
+    ranges = {name: sample.range(grid) for name, sample in samples.items()}
+    return {name: Range(float(scale), int(zero)) for name, (scale, zero) in ranges.items()}
 
 
 def _chunks(task: Task) -> Any:
     """The user's batches, a few examples at a time."""
     for batch in task.read():
-        parts, size = (
-            [t.float() if t.is_floating_point() else t for t in tensors(batch)],
-            examples(batch),
-        )
+        parts = [t.float() if t.is_floating_point() else t for t in tensors(batch)]
+        size = examples(batch)
         for start in range(0, size, CHUNK):
             yield [t[start : start + CHUNK] if t.ndim and len(t) == size else t for t in parts]
 
@@ -150,7 +158,7 @@ def _floats(content: bytes, parcel: Parcel, written: Mapping[str, str]) -> tuple
     for weight, name in written.items():
         layer = layers[name.rpartition(".")[0].rpartition(".")[0]]
         site = layer.site
-        # onnxruntime names what it transposes itself, and what it rounds for lack of a kernel
+        # onnxruntime renames what it transposes, and what it rounds for lack of a kernel.
         unknown = "unknown kernel" if site.kind.integer_kernel else site.kind.operator
         kernel = ran.get(weight, ran.get(f"{weight}_T", unknown))
         if kernel not in KERNELS:
