@@ -177,7 +177,7 @@ def test_inputs_of_fewer_bits_are_cut_to_their_codes(act, tmp_path):
     assert _apart(found, wanted) < 0.1
 
 
-def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path):
+def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path, kernels_are_exact):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -190,7 +190,8 @@ def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path):
     result = rabbet.fit(model, "a dense@8c | act@8\nb dense@8c | act@3", data, QUALITY["fast"])
     result.export(tmp_path / "small.onnx")
     found = Session(tmp_path / "small.onnx")(data[0])
-    assert _apart(found, _answers(result.model, data[0])[0]) < 0.05
+    most = 0.05 if kernels_are_exact else 0.2
+    assert _apart(found, _answers(result.model, data[0])[0]) < most
 
 
 def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):

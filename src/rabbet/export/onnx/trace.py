@@ -84,7 +84,7 @@ class _Weight(Factor):
             version=1,
         )
 
-    def rows(self, places: Tensor) -> Tensor:
+    def lookup(self, places: Tensor) -> Tensor:
         return F.embedding(places, self())
 
 
