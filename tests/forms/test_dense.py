@@ -110,7 +110,7 @@ def test_a_term_of_some_outputs_alone_can_be_tuned():
     ("body", "said"),
     [
         ("dense[0-99]@4c | act@8", "there is no output 99"),
-        ("lowrank[0-2]@4c | act@8", "is not a term"),
+        ("lowrank[0-2]@4c | act@8", "takes a rank of at least 1"),
         ("dense[2,1]@4c | act@8", "rising order"),
     ],
 )
