@@ -54,7 +54,7 @@ def site_from_json(facts: list[Any]) -> Site:
         )
         if _sound(site):
             return site
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         pass
     raise FileError(f"{json.dumps(facts)} does not describe a layer")
 
