@@ -64,7 +64,7 @@ def sentences(count=6, size=4):
 
 
 def forms(plan):
-    return {line.name: line.terms[0].form for line in plan}
+    return {line.name: line.terms[0].form.name for line in plan}
 
 
 @pytest.fixture(scope="module")
