@@ -27,6 +27,7 @@ from rabbet.methods.cgmq.seat import WIDEST, seated, widest
 from rabbet.methods.cgmq.settings import Settings
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
+from rabbet.train.best import Best
 from rabbet.train.loop import Course, average, run, shared
 from rabbet.train.losses import block_names, divergence, taught
 from rabbet.workpiece import Workpiece
@@ -85,8 +86,7 @@ class FixedWidths(Course):
         self.groups = [{"params": [p], "base": size} for p, size in sizes]
         self.pace = RATE if method.rate is None else method.rate
         self.goals: dict[int, list[Tensor]] = {}
-        self.best: dict[str, Tensor] = {}
-        self.least = torch.tensor(math.inf)
+        self.best = Best()
         self.now = math.nan
 
     def rate(self, step: int) -> float:
@@ -161,21 +161,23 @@ class FixedWidths(Course):
 
     def remember(self) -> float:
         """Keep the state if it is the best so far; its held-back loss."""
-        found = self.judged()
-        if found < float(self.least):
-            self.least, self.best = torch.tensor(found), self.weights()
-        return found
+        loss = self.judged()
+        self.best.consider(loss, self.snapshot)
+        return loss
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What is kept of a state that may be the best."""
+        return self.weights()
 
     def train_fixed(self, piece: Workpiece) -> tuple[float, float]:
         """Train to the end and go back to the best epoch; the held-back losses before and after."""
-        self.remember()
-        before = float(self.least)
+        before = self.remember()
         if self.steps:
             widths = [(s.two, s.bits, s.act) for s in self.seats.values()]
             key = piece.key("cgmq train", self.weights(), {"method": self.method, "widths": widths})
             run(self, piece.jobs, key, "training", self.epoch)
-        self.take(self.best)
-        return before, float(self.least)
+        self.take(self.best.kept)
+        return before, self.best.score
 
     def stepped(self, step: int) -> None:
         """See `Course.stepped`."""
@@ -184,12 +186,11 @@ class FixedWidths(Course):
 
     def state(self) -> dict[str, Tensor]:
         """See `Course.state`."""
-        return {"least": self.least} | {f"best.{k}": v for k, v in self.best.items()}
+        return self.best.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
-        self.least = state["least"]
-        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+        self.best.restore(state)
 
     def network(self, piece: Workpiece, plan: Plan) -> nn.Module:
         """The network as it is handed out."""
@@ -223,7 +224,6 @@ class MovingGates(FixedWidths):
         self.gates = Gates(list(self.seats.values()), method.widths, budget, whole, fixed)
         self.budget = budget
         self.over = True
-        self.levels: list[int] = []
         self.seen: list[
             Tensor
         ] = []  # after each epoch: gates, widths, share of the budget, held-back loss
@@ -252,8 +252,8 @@ class MovingGates(FixedWidths):
         if not self.seen:  # no epoch: the start, landed
             self.land()
             self.remember()
-        self.take(self.best)
-        self.gates.set_levels(self.levels)
+        self.take(self.best.kept)
+        self.gates.set_levels(self.best.kept["levels"].tolist())
         count = len(self.gates)
         seen = torch.stack(self.seen)
         return Gating(
@@ -321,27 +321,25 @@ class MovingGates(FixedWidths):
 
     def remember(self) -> float:
         """See `FixedWidths.remember`."""
-        least = float(self.least)
-        found = super().remember()
-        if float(self.least) < least:
-            self.levels = self.gates.levels
+        loss = super().remember()
         gates = self.gates
         bits = [float(gates.widths[k]) for k in gates.levels]
         self.seen.append(
             torch.tensor(
-                [*gates.values.tolist(), *bits, 1 + gates.excess(), found], dtype=torch.float64
+                [*gates.values.tolist(), *bits, 1 + gates.excess(), loss], dtype=torch.float64
             )
         )
-        return found
+        return loss
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See `FixedWidths.snapshot`."""
+        return self.weights() | {"levels": torch.tensor(self.gates.levels, dtype=torch.long)}
 
     def state(self) -> dict[str, Tensor]:
         """See `Course.state`."""
         kept = super().state() | {f"gates.{k}": v for k, v in self.gates.state().items()}
         kept |= {"seen": torch.stack(self.seen)} if self.seen else {}
-        return kept | {
-            "over": torch.tensor(self.over),
-            "levels": torch.tensor(self.levels, dtype=torch.long),
-        }
+        return kept | {"over": torch.tensor(self.over)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
@@ -349,5 +347,5 @@ class MovingGates(FixedWidths):
         self.gates.restore(
             {k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")}
         )
-        self.over, self.levels = bool(state["over"]), state["levels"].tolist()
+        self.over = bool(state["over"])
         self.seen = list(state["seen"]) if "seen" in state else []

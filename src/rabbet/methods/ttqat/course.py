@@ -18,6 +18,7 @@ from rabbet.methods.ttqat.settings import Settings
 from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_layers
+from rabbet.train.best import Best
 from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
 from rabbet.train.loop import Course, run, shared
 from rabbet.train.qat import Latent, together
@@ -74,8 +75,7 @@ class Teaching(Course):
         if self._acts:
             calibrate_ranges(self.student, piece.task, piece.seed)
         self.groups = [{"params": [p], "base": method.rate * size} for p, size in self._sizes()]
-        self.best: dict[str, Tensor] = {}
-        self.most = torch.tensor(-math.inf, dtype=torch.float64)
+        self.best = Best()
         self.now = math.nan
 
     @property
@@ -229,9 +229,7 @@ class Teaching(Course):
             raise DataError(
                 "the loss of held-back examples is not a number; check the batches and the loss"
             )
-        if found > float(self.most) or not self.best:  # a score may be -inf
-            self.most = torch.tensor(found, dtype=torch.float64)
-            self.best = self._copies()
+        self.best.consider(-found, self._copies)
         self._take(exact)
 
     def _round(self) -> None:
@@ -255,12 +253,12 @@ class Teaching(Course):
         key = piece.key("ttqat", self._copies(), {"method": self.method, "plan": self.plan.compact})
         if self.steps:
             run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))
-        if not self.best:  # no epoch on the grid
+        if not self.best.kept:  # no epoch on the grid
             self._settle()
             self.remember()
-        self._take(self.best)
+        self._take(self.best.kept)
         sign = 1 if piece.task.evaluate is not None else -1
-        return sign * before, sign * float(self.most)
+        return sign * before, -sign * self.best.score
 
     def _copies(self) -> dict[str, Tensor]:
         """What learns, as it is now; the inverse of `_take`."""
@@ -278,14 +276,13 @@ class Teaching(Course):
 
     def state(self) -> dict[str, Tensor]:
         """The best state, and whether the latents are on their grids."""
-        kept = {"most": self.most, "on": torch.tensor(any(x.on for x in self._latents()))}
-        kept |= {f"zero.{k}": z for k, z in enumerate(act.zero for act in self._acts)}
-        return kept | {f"best.{k}": v for k, v in self.best.items()}
+        kept = {"on": torch.tensor(any(x.on for x in self._latents()))}
+        kept |= {f"zero.{k}": act.zero for k, act in enumerate(self._acts)}
+        return kept | self.best.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
-        self.most = state["most"]
-        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+        self.best.restore(state)
         for k, act in enumerate(self._acts):
             act.zero.copy_(state[f"zero.{k}"])
             if state["on"]:
