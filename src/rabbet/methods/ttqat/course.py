@@ -21,7 +21,7 @@ from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_lay
 from rabbet.train.best import Best
 from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
 from rabbet.train.loop import Course, run, shared
-from rabbet.train.qat import Latent, together
+from rabbet.train.qat import Latent, exchange, together
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the batches that choose between epochs and are not trained on
@@ -52,7 +52,7 @@ class Teaching(Course):
         self.steps = self.turn + method.finish * len(self.batches)
         self.student = build(piece.model, plan, piece.survey)
         self.layers = compressed_layers(self.student)
-        self._seat()
+        self._start()
         names = list(method.blocks) or stack(piece.model, piece.survey)
         self.decodes = bool(
             getattr(getattr(piece.model, "config", None), "is_encoder_decoder", False)
@@ -83,7 +83,7 @@ class Teaching(Course):
         """What chooses between epochs, in words."""
         return "loss" if self.piece.task.evaluate is None else "score"
 
-    def _seat(self) -> None:
+    def _start(self) -> None:
         """Latents in place of all factors, at their start."""
         piece, moments = self.piece, self.piece.moments() if self.method.start == "metric" else {}
         jobs: list[Job] = []
@@ -96,11 +96,10 @@ class Teaching(Course):
             seed = piece.seed * 1_000_003 + place  # layers of one shape do not start alike
             settings = {"site": site, "term": term, "start": self.method.start, "seed": seed}
             jobs.append((start_cores, given, settings))
-        for line, found in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
+        for line, cores in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
             layer = self.layers[line.name]
-            parts = cast(nn.ModuleList, layer.terms[0])
-            for k, factor in enumerate(layer.factors[0]):
-                parts[k] = Latent(found[str(k)], factor.grid).to(factor.codes.device)
+            latents = [Latent(cores[str(k)], f.grid) for k, f in enumerate(layer.factors[0])]
+            exchange(layer, latents)
 
     def _latents(self) -> list[Latent]:
         return [latent for layer in self.layers.values() for latent in self._of(layer)]
@@ -293,9 +292,7 @@ class Teaching(Course):
     def network(self) -> nn.Module:
         """The student with integers in place of the latents, and what stays as it is on the types of the file."""
         for layer in self.layers.values():
-            parts = cast(nn.ModuleList, layer.terms[0])
-            for k, latent in enumerate(self._of(layer)):
-                parts[k] = Factor(latent.numbers).to(latent.codes.device)
+            exchange(layer, [Factor(latent.numbers) for latent in self._of(layer)])
         return self.student.requires_grad_(False)
 
 
