@@ -11,7 +11,7 @@ from rabbet.methods.cora.search import Search, butterworth
 from rabbet.train.qat import WIDEST
 
 
-def draw_search(found: Search, path: str | Path, layer: str | None = None) -> None:
+def draw_search(search: Search, path: str | Path, layer: str | None = None) -> None:
     """Write a picture of a rank search; the ending of the path says which kind (.svg, .png, .pdf).
 
     Above: the cut-off of every layer over the iterations, and the loss. Below: the singular values
@@ -19,17 +19,17 @@ def draw_search(found: Search, path: str | Path, layer: str | None = None) -> No
     the soft threshold lets through. Raises ImportError without matplotlib, PlanError for a layer
     that was not searched, FileError for a path that cannot be written.
     """
-    name = max(found.ranks, key=lambda n: found.ranks[n]) if layer is None else layer
-    if name not in found.names:
-        raise PlanError(f"{name!r} was not searched; there are {', '.join(found.names)}")
+    name = max(search.ranks, key=lambda n: search.ranks[n]) if layer is None else layer
+    if name not in search.names:
+        raise PlanError(f"{name!r} was not searched; there are {', '.join(search.names)}")
     figure = _figure()
     above, below = figure.subplots(2, 1)
-    _draw_iterations(above, found)
-    _draw_threshold(below, found, name)
+    _draw_iterations(above, search)
+    _draw_threshold(below, search, name)
     _save(figure, path)
 
 
-def draw_gates(found: Gating, path: str | Path) -> None:
+def draw_gates(gating: Gating, path: str | Path) -> None:
     """Write a picture of a search by gates, a column an epoch; the ending of the path says which kind.
 
     Above: the bits of every tensor, and its gate. Below: how much of the budget was used, and the
@@ -39,28 +39,28 @@ def draw_gates(found: Gating, path: str | Path) -> None:
     figure = _figure()
     above, below = figure.subplots(2, 1, height_ratios=(2, 1))
     shown = above.imshow(
-        found.widths.T.clamp(max=WIDEST).numpy(), aspect="auto", interpolation="nearest"
+        gating.widths.T.clamp(max=WIDEST).numpy(), aspect="auto", interpolation="nearest"
     )
     figure.colorbar(shown, ax=above, label="bits")
     # of the outputs of a layer the first speaks for all
     ticks = {
         k: n.removesuffix("[0]")
-        for k, n in enumerate(found.names)
+        for k, n in enumerate(gating.names)
         if not n.endswith("]") or n.endswith("[0]")
     }
     above.set_yticks(list(ticks), list(ticks.values()), fontsize=5)
-    for k, gates in enumerate(found.gates.T.tolist()):
+    for k, gates in enumerate(gating.gates.T.tolist()):
         # each gate in its own row, its whole way as high as the row
         above.plot(
-            [k + 0.5 - g / float(found.gates.max() + 0.5) for g in gates],
+            [k + 0.5 - g / float(gating.gates.max() + 0.5) for g in gates],
             color="white",
             linewidth=0.6,
         )
     above.set(xlabel="epoch")
-    below.plot((100 * found.shares).numpy(), color="grey")
+    below.plot((100 * gating.shares).numpy(), color="grey")
     below.set(xlabel="epoch", ylabel="% of the budget")
     loss = below.twinx()
-    loss.plot(found.losses.numpy(), color="black", linestyle=":")
+    loss.plot(gating.losses.numpy(), color="black", linestyle=":")
     loss.set(ylabel="held-back loss (dotted)")
     _save(figure, path)
 
@@ -80,20 +80,20 @@ def _figure() -> Any:
     return Figure(figsize=(8, 8), layout="constrained")
 
 
-def _draw_iterations(axes: Any, found: Search) -> None:
-    axes.plot(found.cutoffs.numpy(), linewidth=1)
+def _draw_iterations(axes: Any, search: Search) -> None:
+    axes.plot(search.cutoffs.numpy(), linewidth=1)
     axes.set(xlabel="iteration", ylabel="cut-off of each layer (rank)")
     loss = axes.twinx()
-    loss.plot(found.losses.numpy(), color="black", linewidth=1, linestyle=":")
+    loss.plot(search.losses.numpy(), color="black", linewidth=1, linestyle=":")
     loss.set(ylabel="loss of the batch (dotted)")
 
 
-def _draw_threshold(axes: Any, found: Search, name: str) -> None:
-    values, cutoff = found.values[found.names.index(name)], torch.tensor(found.ranks[name])
+def _draw_threshold(axes: Any, search: Search, name: str) -> None:
+    values, cutoff = search.values[search.names.index(name)], torch.tensor(search.ranks[name])
     axes.bar(range(1, len(values) + 1), values.numpy(), color="lightgrey")
     axes.set(xlabel=f"{name}: singular value", ylabel="size (bars)")
     share = axes.twinx()
-    gain = butterworth(cutoff, len(values), found.order, found.offset)
+    gain = butterworth(cutoff, len(values), search.order, search.offset)
     share.plot(range(1, len(values) + 1), gain.square().numpy(), color="black")
     share.axvline(float(cutoff) + 0.5, color="black", linestyle=":")
     share.set(ylabel="share let through (line)", ylim=(0, 1.05))

@@ -1,12 +1,13 @@
 """What stands in a compressed layer while it trains: factors and quantisers, each with a strategy of its own.
 
 `Latent` trains in float, then on its grid with a scale that is learnt (LSQ, arXiv 1902.08153).
-`GatedWeight` and `GatedRange` have every width that a gate may choose, at any time. Whichever they
-are, the layer around them is the one that is handed out (`exchange`).
+`GatedWeight` and `GatedRange` have every width that a gate may choose, at any time. `SoftAdapter`
+lets through of a residual what its cut-off says. Whichever they are, the layer around them is the
+one that is handed out (`exchange`).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,7 @@ def exchange(
     layer: Compressed, factors: Sequence[Factor], acts: Sequence[ActQuant] | None = None
 ) -> None:
     """Put other factors into a layer of one term, and other quantisers if any are given, in place."""
+    assert len(layer.forms) == 1
     place = next(layer.buffers()).device
     layer.terms = nn.ModuleList([nn.ModuleList(factor.to(place) for factor in factors)])
     if acts is not None:
@@ -248,6 +250,42 @@ class GatedRange(ActQuant):
         bits = self.bits[0]
         self.low.copy_(-act.zero * act.scale / (self._share(0, bits) or 1.0))
         self.high.copy_((2**bits - 1 - act.zero) * act.scale / (self._share(1, bits) or 1.0))
+
+
+class SoftAdapter(Factor):
+    """A weight on its grid, and softly thresholded what rounding left of it, as one weight.
+
+    left, right: [out, rank] and [rank, n], whose product is the whole residual. gain: from the
+    cut-off, which trains, the gain of every rank. Where nothing was left, there is only the base.
+    """
+
+    def __init__(
+        self,
+        base: Quantised,
+        residual: tuple[Tensor, Tensor] | None = None,
+        gain: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(base)
+        left, right = (None, None) if residual is None else residual
+        self.left: Tensor | None
+        self.right: Tensor | None
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
+        self.gain = gain
+        cutoff = None if residual is None else nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.cutoff: Tensor | None = cutoff
+
+    def forward(self) -> Tensor:
+        """Base and softly thresholded residual."""
+        base = super().forward()
+        if self.left is None or self.right is None or self.cutoff is None or self.gain is None:
+            return base
+        kept = self.gain(self.cutoff).square()
+        return base + ((self.left * kept) @ self.right).view(base.shape)
+
+    def lookup(self, places: Tensor) -> Tensor:
+        """The rows of a table at some places, [..., columns]."""
+        return F.embedding(places, self())
 
 
 def rows_by_width(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:

@@ -114,16 +114,16 @@ class Teaching(Course):
 
     def _sizes(self) -> list[tuple[Tensor, float]]:
         """Everything that moves, and the size that its rate refers to: of scales and ranges their own."""
-        found: list[tuple[Tensor, float]] = []
+        sizes: list[tuple[Tensor, float]] = []
         for layer in self.layers.values():
             share = self.method.matrices if layer.forms[0].name == Dense.name else 1.0
             for latent in self._of(layer):
-                found += [
+                sizes += [
                     (latent.value, share * _spread(latent.value)),
                     (latent.scale, share * _mean(latent.scale)),
                 ]
-            found += [] if layer.bias is None else [(layer.bias, share * _spread(layer.bias))]
-        found += [(act.scale, _mean(act.scale)) for act in self._acts]
+            sizes += [] if layer.bias is None else [(layer.bias, share * _spread(layer.bias))]
+        sizes += [(act.scale, _mean(act.scale)) for act in self._acts]
         inside = {
             id(p)
             for m in self.student.modules()
@@ -133,7 +133,7 @@ class Teaching(Course):
         free = [
             p for p in self.student.parameters() if id(p) not in inside and p.is_floating_point()
         ]
-        return found + [(p, _spread(p)) for p in free]
+        return sizes + [(p, _spread(p)) for p in free]
 
     def _learning(self) -> list[Tensor]:
         return [p for p, _ in self._sizes()]
@@ -157,9 +157,9 @@ class Teaching(Course):
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
         k = int(torch.randperm(len(self.batches), generator=generator)[place])
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        found = self.on(shared(self.batches[k]), k, self._lesson(step), generator)
-        self.now = float(found.detach())
-        return found
+        loss = self.on(shared(self.batches[k]), k, self._lesson(step), generator)
+        self.now = float(loss.detach())
+        return loss
 
     def _lesson(self, step: int) -> Lesson:
         if self.method.order == "all":
@@ -184,12 +184,12 @@ class Teaching(Course):
 
         shown = self.look(ours)
         mask = mask_of(batch, self.decodes)
-        found = lesson.loss(
+        loss = lesson.loss(
             shown, theirs, None if mask is None else mask.to(shown.outputs[0].device)
         )
         if task.loss is not None and lesson.answers and self.method.labels:
-            found = found + self.method.labels * task.judge(self.student, held[0], batch)
-        return found
+            loss = loss + self.method.labels * task.judge(self.student, held[0], batch)
+        return loss
 
     def _theirs(self, batch: Batch, place: int) -> Shown:
         """What the float network shows of a batch."""
@@ -210,9 +210,9 @@ class Teaching(Course):
             with torch.no_grad(), together(self._latents()):
                 return task.score(self.student)
         with torch.no_grad():
-            found = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
+            losses = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(examples(b)) for b in self.held])
-        return -float((torch.stack(found).cpu() * weights).sum() / weights.sum())
+        return -float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
 
     def stepped(self, step: int) -> None:
         """See `Course.stepped`."""
@@ -223,12 +223,12 @@ class Teaching(Course):
         """Keep the state, as a file holds it, if it is the best so far; training goes on from the exact one."""
         exact = self._copies()
         self._round()
-        found = self.judged()
-        if math.isnan(found):
+        score = self.judged()
+        if math.isnan(score):
             raise DataError(
                 "the loss of held-back examples is not a number; check the batches and the loss"
             )
-        self.best.consider(-found, self._copies)
+        self.best.consider(-score, self._copies)
         self._take(exact)
 
     def _round(self) -> None:
