@@ -18,11 +18,11 @@ from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan
 from rabbet.data.batches import outputs
 from rabbet.errors import BudgetError, DataError, PlanError
-from rabbet.methods.cgmq import method as cgmq
+from rabbet.methods.cgmq import course as cgmq
 from rabbet.methods.cgmq.course import FixedWidths, MovingGates
 from rabbet.methods.cgmq.gates import Gates
+from rabbet.methods.cgmq.layer import gated_layers
 from rabbet.methods.cgmq.probe import measure_sensitivity
-from rabbet.methods.cgmq.seat import seated
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
 from rabbet.reconstruct.network import solved
@@ -260,12 +260,11 @@ def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%", channels=False):
     lines = Plan.parse("\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey))
     student = build(piece.model, lines, piece.survey)
     weights = {s.name: piece.weight(s) for s in piece.survey}
-    _, seats = seated(student, weights, dict.fromkeys(weights, dict.fromkeys(widths, (-1.0, 2.0))))
-    for seat in seats.values():
-        seat.bits, seat.act = [widths[-1]] * seat.gated(channels), widths[-1]
-    return Gates(
-        list(seats.values()), widths, Budget.parse(budget), piece.float_cost, Cost()
-    ), piece
+    ranges = dict.fromkeys(weights, dict.fromkeys(widths, (-1.0, 2.0)))
+    layers = list(gated_layers(student, weights, ranges).values())
+    for layer in layers:
+        layer.weight.bits, layer.given.bits = [widths[-1]] * layer.gates(channels), [widths[-1]]
+    return Gates(layers, widths, Budget.parse(budget), piece.float_cost, Cost()), piece
 
 
 @pytest.mark.parametrize("scales", ["tensor", "channel"])
@@ -298,7 +297,7 @@ def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan(channels):
     assert len(gates) == len(gates.names) == len(gates.levels)
     assert set(gates.levels) == {4}
     gates.set_levels([k % 3 for k in range(len(gates))])
-    lines = Plan(tuple(seat.line() for seat in gates.seats))
+    lines = Plan(tuple(layer.line() for layer in gates.layers))
     found, wanted = gates._priced(gates._counts(gates.levels)), piece.cost(lines)
     assert (found.macs, found.bops, found.code_bits) == (wanted.macs, wanted.bops, wanted.code_bits)
 
@@ -307,7 +306,7 @@ def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan(channels):
 def test_over_budget_every_gate_falls_and_within_every_gate_rises(kind):
     gates, _ = _gates()
     gates.slopes = torch.rand(len(gates.values)).double() + 0.1
-    gates.rises = torch.rand(gates.rises.shape).double().sort(1, descending=True).values
+    gates.sensitivity = torch.rand(gates.sensitivity.shape).double().sort(1, descending=True).values
     for over in (True, False):
         gates.values = torch.full_like(gates.values, 2.5)
         before = gates.values.clone()
@@ -348,7 +347,7 @@ def test_a_gate_that_goes_back_and_forth_comes_to_rest():
 def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind, channels):
     gates, _ = _gates(channels=channels)
     gates.slopes = torch.rand(len(gates.values)).double() + 0.1
-    gates.rises = torch.rand(gates.rises.shape).double().sort(1, descending=True).values
+    gates.sensitivity = torch.rand(gates.sensitivity.shape).double().sort(1, descending=True).values
     gates.land(kind)
     assert gates.excess() <= 0
     levels = gates.levels
@@ -360,7 +359,7 @@ def test_landing_keeps_the_budget_and_leaves_no_room_for_a_level(kind, channels)
 
 @pytest.mark.parametrize("budget", ["bops <= 0.7%", "bops <= 2%", "bytes <= 22%, bops <= 2%"])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity):
+def test_the_program_starts_where_the_measured_harm_is_least(budget, granularity):
     case, limits = network("residual"), Budget.parse(budget)
     piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     method = CGMQ(widths=(2, 3, 4, 5, 6, 8), granularity=granularity, epochs=1)
@@ -371,9 +370,9 @@ def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity
     steps = [
         torch.rand(6, generator=torch.Generator().manual_seed(k)) for k in range(len(gates.spans))
     ]
-    rises = [x.flip(0).cumsum(0).flip(0) - x[-1] for x in steps]  # fewer bits harm more
-    each = [(x / s.count).expand(s.count, 6) for x, s in zip(rises, gates.spans, strict=True)]
-    gates.rises = torch.cat(each).double()
+    harms = [x.flip(0).cumsum(0).flip(0) - x[-1] for x in steps]  # fewer bits harm more
+    each = [(x / s.count).expand(s.count, 6) for x, s in zip(harms, gates.spans, strict=True)]
+    gates.sensitivity = torch.cat(each).double()
     total = []
     for land in (lambda: gates.move_to(course._allocated()), course.land):
         gates.set_levels([5] * len(gates))
@@ -381,7 +380,7 @@ def test_the_program_starts_where_the_measured_rise_is_least(budget, granularity
         assert not any(
             x.broken_by(piece.cost(course.plan), piece.float_cost) for x in limits.limits
         )
-        total.append(float(gates.rises.gather(1, torch.tensor(gates.levels)[:, None]).sum()))
+        total.append(float(gates.sensitivity.gather(1, torch.tensor(gates.levels)[:, None]).sum()))
     assert granularity == "channel" or total[0] <= total[1] + 1e-9
 
 
@@ -404,10 +403,10 @@ def test_widths_are_measured_once_for_all_budgets_and_nothing_is_changed(granula
     measure_sensitivity(piece, course.gates, before, lambda: course.judged(128, labels=False))
     assert all(torch.equal(before[k], v) for k, v in course.weights().items())
     assert course.gates.levels == levels
-    assert not any(seat.shown for seat in course.seats.values())
-    assert (course.gates.rises[:, 0] > 0).any()
-    assert (course.gates.rises > -1e-6).all()  # nothing is better than the float network
-    assert (course.gates.rises[:, -1] <= course.gates.rises[:, 0]).all()
+    assert not any(layer.weight.shown for layer in course.layers.values())
+    assert (course.gates.sensitivity[:, 0] > 0).any()
+    assert (course.gates.sensitivity > -1e-6).all()  # nothing is better than the float network
+    assert (course.gates.sensitivity[:, -1] <= course.gates.sensitivity[:, 0]).all()
 
 
 def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
@@ -425,16 +424,16 @@ def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
         pass
     spans = course.gates.spans
     weights, inputs = ([s.first for s in spans if s.inner == inner] for inner in (False, True))
-    assert course.gates.rises[weights, 0].sum() < nearest.gates.rises[weights, 0].sum()
+    assert course.gates.sensitivity[weights, 0].sum() < nearest.gates.sensitivity[weights, 0].sum()
     assert torch.allclose(
-        course.gates.rises[inputs], nearest.gates.rises[inputs], rtol=0.5, atol=1e-3
+        course.gates.sensitivity[inputs], nearest.gates.sensitivity[inputs], rtol=0.5, atol=1e-3
     )
 
 
 def test_fewer_bits_are_never_taken_to_harm_less():
     gates, _ = _gates(widths=(2, 4, 8, 16))
-    gates.rises[0] = torch.tensor([0.1, 0.4, 0.2, 0.0])
-    weight, given = gates.harms()[gates.seats[0].site.name]
+    gates.sensitivity[0] = torch.tensor([0.1, 0.4, 0.2, 0.0])
+    weight, given = gates.harms()[gates.layers[0].site.name]
     assert weight == pytest.approx({2: 0.4, 4: 0.4, 8: 0.2})
     assert given == {2: 0.0, 4: 0.0, 8: 0.0}
 

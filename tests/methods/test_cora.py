@@ -105,15 +105,15 @@ def test_the_search_gives_rank_to_the_layer_that_needs_it():
     ).model
     # the base is too small by its residual, so that letting it through brings the network back
     with torch.no_grad():
-        for name, seat in compressed_layers(student).items():
-            seat.terms[0][0].codes.zero_()
-            seat.terms[0][0].scale.zero_()
+        for name, layer in compressed_layers(student).items():
+            layer.terms[0][0].codes.zero_()
+            layer.terms[0][0].scale.zero_()
             piece.model.get_submodule(name).weight.copy_(
                 residuals[name].left @ residuals[name].right
             )
             if name == "0":
-                seat.terms[0][0].codes.fill_(1)
-                seat.terms[0][0].scale.fill_(0.3)
+                layer.terms[0][0].codes.fill_(1)
+                layer.terms[0][0].scale.fill_(0.3)
                 piece.model.get_submodule(name).weight.add_(0.3)
     found = search_ranks(
         student, piece, residuals, torch.tensor([0.6], dtype=torch.float64), Ranking(steps=40)
@@ -147,6 +147,30 @@ def test_a_search_that_was_kept_is_not_run_again(tmp_path):
     seen.clear()
     assert plan(model, BUDGET, task, SHORT, jobs=jobs) == first
     assert "searching ranks" not in seen
+
+
+@pytest.mark.parametrize("steering", ["multiplicative", "hinge"])
+def test_a_search_that_was_killed_ends_like_one_that_was_not(tmp_path, steering):
+    model, task = _labelled()
+    method = replace(SHORT, ranking=Ranking(steps=14, batch=6, steering=steering))
+    seen = []
+
+    def killer(stage, done, _):
+        if stage == "searching ranks" and done == 12:
+            raise KeyboardInterrupt
+
+    def search(**given):
+        piece = Workpiece.of(model, task, Jobs(**given))
+        return method.search(piece, Budget.parse(BUDGET))
+
+    whole = search()
+    with pytest.raises(KeyboardInterrupt):
+        search(folder=tmp_path, progress=killer)
+    again = search(folder=tmp_path, progress=lambda stage, done, _: seen.append((stage, done)))
+    assert [done for stage, done in seen if stage == "searching ranks"] == [11, 12, 13, 14]
+    assert torch.equal(again.cutoffs, whole.cutoffs)
+    assert torch.equal(again.losses, whole.losses)
+    assert torch.equal(again.excess, whole.excess)
 
 
 def test_the_clipped_base_with_adapters_is_nearer_than_without():

@@ -48,7 +48,9 @@ TABLES = ("dense@8c | act@8", "dense@4 | act@6", "dense@8", "ttm[9]@8c", "ttm[9]
 
 @pytest.mark.parametrize("line", TABLES)
 @pytest.mark.parametrize(("heads", "first"), [(1, False), (1, True), (2, False)])
-def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(line, heads, first, tmp_path):
+def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(
+    line, heads, first, tmp_path, kernels_are_exact
+):
     model = settled(Tied(heads, first))
     batches = tokens(30)
     site = survey(model, batches)["table"]
@@ -73,7 +75,7 @@ def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(line, heads, 
     assert again.state_dict().keys() == result.model.state_dict().keys()
     written = result.export(tmp_path / "a.onnx")
     found = Session(tmp_path / "a.onnx")(batches[1])
-    assert error(found, result.model(batches[1])) < 0.02
+    assert error(found, result.model(batches[1])) < (0.02 if kernels_are_exact else 0.2)
     assert len(written.notes) == (0 if "act" in line else 1)
     assert not any("unknown" in note for note in written.notes)
 

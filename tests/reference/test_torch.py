@@ -72,12 +72,12 @@ def test_a_layer_can_be_run_in_whole_numbers(name, grid):
     layer, x = LAYERS[name]
     model = nn.Sequential(layer).eval()
     student = build(model, Plan.parse(f"0 dense@{grid} | act@8"), inspect_network(model, x))
-    seat = compressed_layers(student)["0"]
-    act, factor = seat.quantisers[0], seat.factors[0][0]
+    compressed = compressed_layers(student)["0"]
+    act, factor = compressed.quantisers[0], compressed.factors[0][0]
     act.set_range(torch.tensor(0.03), torch.tensor(117.0))
     inputs = (act.grid.codes(x, act.scale, act.zero) - act.zero).to(torch.int64)
     codes = factor.codes.to(torch.int64)
-    whole = seat.site.run(inputs.double(), codes.double())  # exact: far below 2**53
+    whole = compressed.site.run(inputs.double(), codes.double())  # exact: far below 2**53
     assert torch.equal(whole, whole.round())
     axis = 1
     scale = factor.scale.double() * act.scale.double()
@@ -108,21 +108,21 @@ def test_every_activation_between_factors_has_a_quantiser_of_its_own():
     layer, x = LAYERS["linear"]
     model = nn.Sequential(layer).eval()
     line = "0 lowrank[2]@8c + dense@2hc + lowrank[3]@8c | act@8"
-    seat = compressed_layers(build(model, Plan.parse(line), inspect_network(model, x)))["0"]
+    compressed = compressed_layers(build(model, Plan.parse(line), inspect_network(model, x)))["0"]
     ranges = [
         (0.05, 128.0),
         (0.5, 100.0),
         (0.25, 90.0),
     ]  # the input, then between the factors of each lowrank
-    for act, (scale, zero) in zip(seat.quantisers, ranges, strict=True):
+    for act, (scale, zero) in zip(compressed.quantisers, ranges, strict=True):
         act.set_range(torch.tensor(scale), torch.tensor(zero))
 
     def on(k, t):
         return torch.fake_quantize_per_tensor_affine(t, ranges[k][0], int(ranges[k][1]), 0, 255)
 
-    (a, b), (dense,), (c, d) = ([f() for f in term] for term in seat.factors)
+    (a, b), (dense,), (c, d) = ([f() for f in term] for term in compressed.factors)
     rounded = on(0, x)
     by_hand = (
         on(1, rounded @ a.T) @ b.T + rounded @ dense.T + on(2, rounded @ c.T) @ d.T + layer.bias
     )
-    assert torch.allclose(seat(x), by_hand, atol=1e-4)
+    assert torch.allclose(compressed(x), by_hand, atol=1e-4)

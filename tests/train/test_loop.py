@@ -1,10 +1,12 @@
-"""Laws of the training loop: what moves, whatever its layout, and that it goes on where it stopped."""
+"""Laws of training: what moves, whatever its layout, that it goes on where it stopped, and what is kept."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from rabbet.jobs import Jobs
+from rabbet.model.hooks import hooked
+from rabbet.train.best import Best
 from rabbet.train.loop import Course, run
 
 LAYOUTS = {
@@ -70,3 +72,49 @@ def test_a_run_that_stopped_goes_on_to_the_same_numbers(layout, fused, tmp_path)
     )
     assert seen[0] == 6
     assert torch.equal(again.p, whole.p)
+
+
+class Halved(Bowl):
+    """A course with a way of its own: every step halves the parameter, whatever its gradient."""
+
+    def move(self, adam):
+        with torch.no_grad():
+            self.p.mul_(0.5)
+
+
+def test_a_course_may_move_its_numbers_itself(tmp_path):
+    course = Halved(torch.ones(3), steps=4)
+    run(course, Jobs(folder=tmp_path), "key", "moving")
+    assert torch.equal(course.p, torch.full((3,), 1 / 16))
+    again = Halved(torch.ones(3), steps=6)  # goes on from the end of the shorter one
+    run(again, Jobs(folder=tmp_path), "key", "moving")
+    assert torch.equal(again.p, torch.full((3,), 1 / 64))
+
+
+def test_the_best_state_is_kept_and_comes_back_from_a_checkpoint():
+    best, other = Best(), Best()
+    for score, kept in [(float("inf"), True), (2.0, True), (2.0, False), (3.0, False), (1.5, True)]:
+        assert best.consider(score, lambda score=score: {"x": torch.tensor(score)}) == kept
+    assert not best.consider(float("nan"), dict)
+    other.restore(best.state() | {"seen": torch.ones(2)})
+    assert (other.score, other.kept) == (1.5, {"x": torch.tensor(1.5)})
+    fresh = Best()
+    fresh.restore(Best().state())
+    assert fresh.consider(float("inf"), dict)
+
+
+def test_hooks_see_what_passes_may_replace_it_and_never_stay_behind():
+    layer, seen = torch.nn.Linear(2, 3), []
+    x = torch.ones(1, 2)
+    wanted = layer(x)
+
+    def before(_, args, kwargs):
+        seen.append((args, kwargs))
+
+    with hooked([(layer, lambda _, __, out: out + 1)], [(layer, before)]):
+        assert torch.equal(layer(input=x), wanted + 1)
+    assert seen[0][1]["input"] is x
+    with pytest.raises(KeyboardInterrupt), hooked([(layer, lambda *_: None)], [(layer, before)]):
+        raise KeyboardInterrupt
+    assert torch.equal(layer(x), wanted)
+    assert len(seen) == 1

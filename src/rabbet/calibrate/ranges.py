@@ -73,7 +73,7 @@ def range_ends(
     The quantisers of the model are left at the last of the widths.
     """
     layers = compressed_layers(model)
-    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in layers}
+    ends: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in layers}
     for bits in sorted(widths):
         for layer in layers.values():
             for act in layer.quantisers:
@@ -82,8 +82,8 @@ def range_ends(
         for name, layer in layers.items():
             for act in layer.quantisers:
                 scale, zero = float(act.scale), float(act.zero)
-                found[name][bits] = -zero * scale, (act.grid.high - zero) * scale
-    return found
+                ends[name][bits] = -zero * scale, (act.grid.high - zero) * scale
+    return ends
 
 
 def calibrate_inner(model: nn.Module, task: Task, seed: int = 0, limit: int = 512) -> None:

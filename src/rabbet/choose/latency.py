@@ -86,7 +86,7 @@ class Stopwatch:
             alone = replace(site, name="", tied=(), norm=None)
             if site.heads:
                 alone = replace(alone, name="table", heads=("head",))
-            made = (
+            runner = (
                 self.piece.model.get_submodule(_runner(site))
                 if layer is None
                 else _random(alone, alike)
@@ -94,7 +94,7 @@ class Stopwatch:
             given = torch.rand(self.inputs[site.name])
             task = Task([torch.cat([given, given])])
             facts = {"site": alone, "plan": alike.body, "input": given.shape}
-            content = functools.partial(assemble_alone, made, task)
+            content = functools.partial(assemble_alone, runner, task)
             self._layers[alike] = self._timed(content, [given], facts) * max(1, len(site.heads))
         return self._layers[alike]
 
@@ -109,10 +109,9 @@ class Stopwatch:
     def _timed(
         self, content: Callable[[], bytes], given: list[Tensor], facts: dict[str, Any]
     ) -> int:
-        found = (
-            self._network if "whole" in facts else {}
-        )  # a layer's time depends on its shapes alone
-        key = content_key("latency", found, facts | self.machine)
+        # a layer's time depends on its shapes alone
+        weights = self._network if "whole" in facts else {}
+        key = content_key("latency", weights, facts | self.machine)
         kept = self.kept.kept(key)
         if kept is None:
             kept = {"nanoseconds": torch.tensor([_time(content(), given)])}
@@ -179,7 +178,7 @@ def _random(site: Site, line: LayerPlan) -> nn.Module:
         [Quantised.nearest(torch.rand(shape) - 0.5, t.grid) for shape in factor_shapes(site, t)]
         for t in line.terms
     ]
-    made = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)
-    for act in made.quantisers:
+    layer = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)
+    for act in layer.quantisers:
         act.set_range(torch.tensor(1 / 255), torch.tensor(0.0))
-    return (_Multiplied(made) if site.heads else made).eval()
+    return (_Multiplied(layer) if site.heads else layer).eval()

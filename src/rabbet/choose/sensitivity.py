@@ -39,16 +39,16 @@ def output_errors(
     sites = [s for s in piece.survey if s.name in changes]
     for batch in piece.task.read():
         calls, result = _recorded(piece, sites, batch)
-        found = outputs(result)
+        answers = outputs(result)
         signs = [
             torch.randint(0, 2, t.shape, generator=generator).to(t.device, t.dtype) * 2 - 1
-            for t in found
+            for t in answers
         ]
-        if not all(torch.isfinite(t).all() for t in found):
+        if not all(torch.isfinite(t).all() for t in answers):
             raise DataError(
                 "the network's outputs hold NaN or infinite values on the given batches"
             )
-        objective = torch.stack([(s * t).sum() for s, t in zip(signs, found, strict=True)]).sum()
+        objective = torch.stack([(s * t).sum() for s, t in zip(signs, answers, strict=True)]).sum()
         flat = [out for site in sites for _, _, out in calls[site.name]]
         reached = (
             torch.autograd.grad(objective, flat, allow_unused=True)
@@ -56,7 +56,7 @@ def output_errors(
             else [None] * len(flat)
         )
         slopes = iter(reached)
-        energy = sum(float(t.detach().double().square().sum()) for t in found)
+        energy = sum(float(t.detach().double().square().sum()) for t in answers)
         for site in sites:
             met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
             if any(g is not None for _, _, g in met):

@@ -67,8 +67,8 @@ def build(
             layer, line = result.get_submodule(site.name), plan[site.name]
             terms = given.get(site.name) or rounded_to_nearest(site, site.kind.weight(layer), line)
             bias = getattr(layer, "bias", None)
-            seat = Compressed(site, line, terms, bias if isinstance(bias, Tensor) else None)
-            result = install(result, site, seat.to(site.kind.weight(layer).device))
+            module = Compressed(site, line, terms, bias if isinstance(bias, Tensor) else None)
+            result = install(result, site, module.to(site.kind.weight(layer).device))
     return result
 
 
@@ -80,16 +80,16 @@ FACTS = (
 """Attributes that a network may read from one of its layers besides weight and bias."""
 
 
-def install(model: nn.Module, site: Site, seat: nn.Module) -> nn.Module:
+def install(model: nn.Module, site: Site, module: nn.Module) -> nn.Module:
     """Put a layer under all names of its site, and heads that share it under theirs, in place."""
-    seat.eval()
+    module.eval()
     known = vars(model.get_submodule(site.name))
-    vars(seat).update({name: known[name] for name in FACTS if name in known})
+    vars(module).update({name: known[name] for name in FACTS if name in known})
     for name in site.names:
-        model = replace_module(model, name, seat)
+        model = replace_module(model, name, module)
     for name in site.heads:
         bias = cast(nn.Parameter | None, model.get_submodule(name).bias)
-        model = replace_module(model, name, Head(seat, bias).eval())
+        model = replace_module(model, name, Head(module, bias).eval())
     leave_fast_path(model)
     return model
 

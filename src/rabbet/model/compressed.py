@@ -44,8 +44,8 @@ class Factor(nn.Module):
     def lookup(self, places: Tensor) -> Tensor:
         """The rows of a table at some places, [..., columns], where each has a scale of its own."""
         flat = places.flatten()
-        found = self.show(F.embedding(flat, self.held), self.scale.index_select(0, flat))
-        return found.view(*places.shape, found.shape[1])
+        rows = self.show(F.embedding(flat, self.held), self.scale.index_select(0, flat))
+        return rows.view(*places.shape, rows.shape[1])
 
     @property
     def held(self) -> Tensor:
@@ -149,8 +149,8 @@ class Compressed(nn.Module):
         """The table of a look-up, if it is there as it is: a few of 30,000 rows are all that has to be known."""
         if not self.site.looks_up or self.forms != [Dense()]:
             return None
-        found = self.factors[0][0]
-        return found if isinstance(found, Factor) and found.grid.axis == 0 else None
+        table = self.factors[0][0]
+        return table if isinstance(table, Factor) and table.grid.axis == 0 else None
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What a head makes of x with this table, [..., columns] -> [..., rows]."""

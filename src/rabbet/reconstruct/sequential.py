@@ -125,8 +125,8 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
             wanted
         ):  # an expert that is shown other places, or none
             return
-        found = layer.quantisers[0](args[0]) if layer.quantisers else args[0]
-        second, cross = _moments(site, found, wanted, piece.seed)
+        given = layer.quantisers[0](args[0]) if layer.quantisers else args[0]
+        second, cross = _moments(site, given, wanted, piece.seed)
         metric = Metric(second, DAMPING)
         target = site.matrix(weight)
         # W' = W E[x x'^T] (E[x' x'^T] + damping)^-1, written as a step from W so that damping pulls
@@ -145,12 +145,12 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
     return hook
 
 
-def _moments(site: Site, found: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _moments(site: Site, given: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Means of x' x'^T and of x x'^T over the same places, [groups, n, n]."""
     rows = max(PATCHES // site.columns, 8 * site.columns)
-    places = max(1, -(-rows // len(found)))
+    places = max(1, -(-rows // len(given)))
     ours, theirs = (
-        site.rows(x, places, torch.Generator().manual_seed(seed)) for x in (found, wanted)
+        site.rows(x, places, torch.Generator().manual_seed(seed)) for x in (given, wanted)
     )
     count = ours.shape[1]
     return (ours.mT @ ours).cpu() / count, (theirs.mT @ ours).cpu() / count

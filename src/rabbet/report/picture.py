@@ -7,8 +7,8 @@ import torch
 
 from rabbet.errors import FileError, PlanError
 from rabbet.methods.cgmq.gates import Gating
-from rabbet.methods.cgmq.seat import WIDEST
 from rabbet.methods.cora.search import Search, butterworth
+from rabbet.train.qat import WIDEST
 
 
 def draw_search(search: Search, path: str | Path, layer: str | None = None) -> None:

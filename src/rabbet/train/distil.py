@@ -20,6 +20,7 @@ from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch, floating, outputs
 from rabbet.errors import ModelError
 from rabbet.model.hooks import hooked
+from rabbet.train.losses import answer_error, attention_divergence, hidden_error
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ def stack(model: nn.Module, survey: Survey) -> list[str]:
         not any(counts.values()) and "" not in counts
     ):  # one block that runs several times, as ALBERT's
         counts = {
-            n: len(found)
-            for n, found in inside.items()
-            if len(found) > 1 and all(s.calls > 1 for s in found)
+            n: len(sites)
+            for n, sites in inside.items()
+            if len(sites) > 1 and all(s.calls > 1 for s in sites)
         }
     best = max(counts, key=lambda n: counts[n], default="")
     if not counts or (best and not counts[best]):
@@ -205,21 +206,17 @@ class Lesson:
         total = ours.outputs[0].new_zeros(())
         pairs = self._chosen(list(zip(ours.hidden, theirs.hidden, strict=True)))
         if self.hidden and pairs:
-            apart = [_apart(a, b, mask) for a, b in pairs]
-            total = total + self.hidden * torch.stack(apart).mean()
+            errors = [hidden_error(a, b, mask) for a, b in pairs]
+            total = total + self.hidden * torch.stack(errors).mean()
         looks = self._chosen(list(zip(ours.attention, theirs.attention, strict=True)))
         if self.attention and looks:
-            total = (
-                total
-                + self.attention * torch.stack([_diverged(a, b, mask) for a, b in looks]).mean()
-            )
+            errors = [attention_divergence(a, b, mask) for a, b in looks]
+            total = total + self.attention * torch.stack(errors).mean()
         if self.answers:
             for a, b in zip(ours.outputs, theirs.outputs, strict=True):
                 if not a.ndim:  # a loss that the network returns beside its scores
                     continue
-                total = total + self.weight * (
-                    _kl(a, b, mask) if self.scores else _error(a, b, mask)
-                )
+                total = total + self.weight * answer_error(a, b, mask, self.scores)
         return total
 
     def _chosen(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -235,49 +232,10 @@ def mask_of(batch: Batch, decodes: bool = False) -> Tensor | None:
     """
     if isinstance(batch, tuple | list):
         return next((m for m in (mask_of(part, decodes) for part in batch) if m is not None), None)
-    found = (
-        batch.get("decoder_attention_mask" if decodes else "attention_mask")
-        if isinstance(batch, Mapping)
-        else None
-    )
-    return found if isinstance(found, Tensor) and found.ndim == 2 else None
-
-
-def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows [n, width] of the places that count; a tensor without places has only its batch.
-
-    Of two axes the second is the width, even where there happen to be as many classes as places.
-    """
-    if x.ndim < 2:
-        return x.reshape(-1, 1)
-    if mask is None or x.ndim < 3 or x.shape[:2] != mask.shape:
-        return x.flatten(0, -2)
-    return x[mask.bool()]
-
-
-def _apart(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    a, b = _real(ours, mask), _real(theirs, mask)
-    return F.mse_loss(a, b) + (1 - F.cosine_similarity(a, b, -1)).mean()
-
-
-def _error(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    a, b = _real(ours, mask), _real(theirs, mask)
-    return (a - b).square().mean() / b.square().mean().clamp_min(1e-12)
-
-
-def _kl(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    if ours.ndim < 2 or ours.shape[-1] == 1:  # one number an example or a place
-        return _error(ours, theirs, mask)
-    a, b = _real(ours, mask), _real(theirs, mask)
-    return F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean")
-
-
-def _diverged(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean divergence of attention [batch, heads, query, key] over the queries that count."""
-    each = (
-        (theirs * ((theirs + 1e-8).log() - (ours + 1e-8).log())).sum(-1).mean(1)
-    )  # [batch, query]
-    return each.mean() if mask is None or each.shape != mask.shape else each[mask.bool()].mean()
+    if not isinstance(batch, Mapping):
+        return None
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 @dataclass
@@ -297,11 +255,11 @@ class Teacher:
         if place in self.kept:
             return self.kept[place]
         with torch.no_grad():
-            found = self.look(run)
+            shown = self.look(run)
         size = sum(
-            t.numel() * t.element_size() for t in (*found.hidden, *found.attention, *found.outputs)
+            t.numel() * t.element_size() for t in (*shown.hidden, *shown.attention, *shown.outputs)
         )
         if self.used + size <= self.most:
-            self.kept[place] = found
+            self.kept[place] = shown
             self.used += size
-        return found
+        return shown

@@ -1,4 +1,4 @@
-"""The one training loop: steps of Adam that go on from the last checkpoint, on one process or several.
+"""The one training loop: steps, usually of Adam, that go on from the last checkpoint, on one process or several.
 
 What is trained, on which batches and by which loss is a `Course`; the loop knows neither bits nor
 ranks. With `torch.distributed` initialised (`torchrun`), every process takes its share of each
@@ -53,8 +53,12 @@ class Course(ABC):
     def loss(self, step: int) -> Tensor:
         """The loss of a step's batch, a scalar; on several processes that of this one's share (`shared`)."""
 
+    def move(self, adam: torch.optim.Optimizer) -> None:
+        """Move the numbers by their gradients: with Adam, unless a course has a way of its own."""
+        adam.step()
+
     def stepped(self, step: int) -> None:  # noqa: B027 (not every course has to)
-        """After Adam has moved; gradients are still there."""
+        """After the numbers have moved; gradients are still there."""
 
     @property
     def detail(self) -> str:
@@ -70,7 +74,7 @@ class Course(ABC):
 
 
 def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> None:
-    """Train to the end, in place; an jobs with a folder keeps a checkpoint every so many steps and goes on from it.
+    """Train to the end, in place; jobs with a folder keep a checkpoint every so many steps and go on from it.
 
     Raises DataError if the loss is not finite.
     """
@@ -99,7 +103,7 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
                     loss.backward()
             _complete(parameters)
             average([p.grad for p in parameters if p.grad is not None])
-            optimiser.step()
+            course.move(optimiser)
             course.stepped(step)
             jobs.progress(
                 f"{stage}: {course.detail}" if course.detail else stage, step + 1, course.steps

@@ -14,6 +14,7 @@ from rabbet.errors import check_fields, check_least
 from rabbet.forms import Dense
 from rabbet.grids.grid import stored
 from rabbet.model.compressed import Compressed, compressed_layers
+from rabbet.train.best import Best
 from rabbet.train.loop import Course, Group, run, shared
 from rabbet.train.losses import block_names, divergence, taught
 from rabbet.workpiece import Workpiece
@@ -57,14 +58,19 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
             "no steps were asked for" if kept else "too few examples to hold one back"
         )
     held = versions(back, piece.seed)
-    before = {k: v.clone() for k, v in student.state_dict().items()}
+
+    def copied() -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in student.state_dict().items()}
+
+    best = Best()
     start = judge(student, piece, held)
+    best.consider(start, copied)
     loop = _Loop(student, piece, Pool.of(kept), settings)
     loop.train(piece)
     end = judge(student, piece, held)
-    if end < start:
+    if best.consider(end, copied):
         return f"tuned {settings.steps} steps: divergence on held-back examples {start:.4g} -> {end:.4g}"
-    student.load_state_dict(before)
+    student.load_state_dict(best.kept)
     return f"tuning undone: held-back examples got worse ({start:.4g} -> {end:.4g})"
 
 
@@ -84,11 +90,11 @@ def versions(batches: Sequence[Batch], seed: int) -> list[Batch]:
 def judge(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
     """Mean divergence of the outputs over batches."""
     with torch.no_grad():
-        found = [
+        apart = [
             divergence(outputs(piece.task.run(student, b)), outputs(piece.task.run(piece.model, b)))
             for b in batches
         ]
-    return float(torch.stack(found).mean())
+    return float(torch.stack(apart).mean())
 
 
 class _Loop(Course):

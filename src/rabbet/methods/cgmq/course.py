@@ -22,13 +22,15 @@ from rabbet.data.batches import outputs, tensors
 from rabbet.errors import DataError
 from rabbet.layers import Site
 from rabbet.methods.cgmq.gates import Gates, Gating
+from rabbet.methods.cgmq.layer import gated_layers, widest
 from rabbet.methods.cgmq.probe import measure_sensitivity
-from rabbet.methods.cgmq.seat import WIDEST, seated, widest
 from rabbet.methods.cgmq.settings import Settings
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
+from rabbet.train.best import Best
 from rabbet.train.loop import Course, average, run, shared
 from rabbet.train.losses import block_names, divergence, taught
+from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the examples that choose between epochs and are not trained on
@@ -52,7 +54,7 @@ def cache_key(piece: Workpiece, method: Settings, plan: str) -> str:
 
 
 class FixedWidths(Course):
-    """Training at widths that stay: the seats, the batches, the loss, and the best state by held-back examples."""
+    """Training at widths that stay: the layers, the batches, the loss, and the best state by held-back examples."""
 
     def __init__(
         self, method: Settings, piece: Workpiece, lines: list[LayerPlan], epochs: int
@@ -65,28 +67,26 @@ class FixedWidths(Course):
         self.pool, self.held = Pool.of(kept), held
         self.epoch = method.steps or self.pool.draws(method.batch)
         self.steps = epochs * self.epoch
-        student = build(piece.model, Plan(tuple(widest(line) for line in lines)), piece.survey)
+        wide = Plan(tuple(widest(line) for line in lines))
+        self.student = build(piece.model, wide, piece.survey)
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
         widths = {
             WIDEST,
             *(b for b in method.widths if b < WIDEST),
             *(x.act for x in lines if x.act is not None),
         }
-        self.student, seats = seated(
-            student, weights, range_ends(student, piece.task, widths, piece.seed)
-        )
-        self.seats = {
-            line.name: seats[line.name] for line in lines
-        }  # in the order of the lines: that of running
+        ranges = range_ends(self.student, piece.task, widths, piece.seed)
+        gated = gated_layers(self.student, weights, ranges)
+        # in the order of the lines: that of running
+        self.layers = {line.name: gated[line.name] for line in lines}
         for line in lines:
-            self.seats[line.name].two = method.two
-            self.seats[line.name].take(line)
-        sizes = [pair for seat in self.seats.values() for pair in seat.sizes()]
+            self.layers[line.name].weight.two = method.two
+            self.layers[line.name].take(line)
+        sizes = [pair for layer in self.layers.values() for pair in layer.sizes()]
         self.groups = [{"params": [p], "base": size} for p, size in sizes]
         self.pace = RATE if method.rate is None else method.rate
         self.goals: dict[int, list[Tensor]] = {}
-        self.best: dict[str, Tensor] = {}
-        self.least = torch.tensor(math.inf)
+        self.best = Best()
         self.now = math.nan
 
     def rate(self, step: int) -> float:
@@ -103,30 +103,30 @@ class FixedWidths(Course):
             )
         )
         if task.loss is None:
-            found = taught(
+            loss = taught(
                 self.student, self.piece.model, task, batch, self.blocks, self.method.features
             )
         else:
-            found = task.judge(self.student, task.run(self.student, batch), batch)
-        if not torch.isfinite(found):
+            loss = task.judge(self.student, task.run(self.student, batch), batch)
+        if not torch.isfinite(loss):
             raise DataError(
                 f"the loss of step {step + 1} is not finite; a smaller rate may help, or check the batches"
             )
-        self.now = float(found.detach())
-        return found
+        self.now = float(loss.detach())
+        return loss
 
     def _on_held(self, place: int, labels: bool = True) -> Tensor:
         """The loss of a held-back batch; without labels what it is apart from the float network, that is asked once."""
         task, batch = self.piece.task, self.held[place]
-        found = task.run(self.student, batch)
+        answers = task.run(self.student, batch)
         if labels and task.loss is not None:
-            return task.judge(self.student, found, batch)
+            return task.judge(self.student, answers, batch)
         goal = (
             self.goals[place] if place in self.goals else outputs(task.run(self.piece.model, batch))
         )
         if sum(t.numel() for t in goal) * len(self.held) <= GOALS:
             self.goals[place] = goal
-        return divergence(outputs(found), goal)
+        return divergence(outputs(answers), goal)
 
     def judged(self, limit: float = math.inf, labels: bool = True) -> float:
         """Mean loss of held-back batches, the first of them up to a limit; or how far they are from float."""
@@ -145,37 +145,39 @@ class FixedWidths(Course):
         return mean
 
     def weights(self) -> dict[str, Tensor]:
-        """The numbers of all seats."""
+        """The numbers of all layers."""
         return {
-            f"{n}/{k}": p.detach().clone()
-            for n, s in self.seats.items()
-            for k, p in s.named_parameters()
+            f"{name}/{part}": p.detach().clone()
+            for name, gated in self.layers.items()
+            for part, p in gated.layer.named_parameters()
         }
 
     def take(self, kept: dict[str, Tensor]) -> None:
         """The inverse of `weights`."""
         with torch.no_grad():
-            for name, seat in self.seats.items():
-                for part, p in seat.named_parameters():
+            for name, gated in self.layers.items():
+                for part, p in gated.layer.named_parameters():
                     p.copy_(kept[f"{name}/{part}"])
 
     def remember(self) -> float:
         """Keep the state if it is the best so far; its held-back loss."""
-        found = self.judged()
-        if found < float(self.least):
-            self.least, self.best = torch.tensor(found), self.weights()
-        return found
+        loss = self.judged()
+        self.best.consider(loss, self.snapshot)
+        return loss
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What is kept of a state that may be the best."""
+        return self.weights()
 
     def train_fixed(self, piece: Workpiece) -> tuple[float, float]:
         """Train to the end and go back to the best epoch; the held-back losses before and after."""
-        self.remember()
-        before = float(self.least)
+        before = self.remember()
         if self.steps:
-            widths = [(s.two, s.bits, s.act) for s in self.seats.values()]
+            widths = [(x.weight.two, x.weight.bits, x.act) for x in self.layers.values()]
             key = piece.key("cgmq train", self.weights(), {"method": self.method, "widths": widths})
             run(self, piece.jobs, key, "training", self.epoch)
-        self.take(self.best)
-        return before, float(self.least)
+        self.take(self.best.kept)
+        return before, self.best.score
 
     def stepped(self, step: int) -> None:
         """See `Course.stepped`."""
@@ -184,20 +186,19 @@ class FixedWidths(Course):
 
     def state(self) -> dict[str, Tensor]:
         """See `Course.state`."""
-        return {"least": self.least} | {f"best.{k}": v for k, v in self.best.items()}
+        return self.best.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
-        self.least = state["least"]
-        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+        self.best.restore(state)
 
     def network(self, piece: Workpiece, plan: Plan) -> nn.Module:
         """The network as it is handed out."""
-        numbers = {name: seat.numbers(plan[name]) for name, seat in self.seats.items()}
-        found = build(piece.model, plan, piece.survey, numbers)
-        for name, layer in compressed_layers(found).items():
-            self.seats[name].hand_over(layer)
-        return found
+        numbers = {name: gated.numbers(plan[name]) for name, gated in self.layers.items()}
+        network = build(piece.model, plan, piece.survey, numbers)
+        for name, layer in compressed_layers(network).items():
+            self.layers[name].hand_over(layer)
+        return network
 
 
 class MovingGates(FixedWidths):
@@ -207,23 +208,22 @@ class MovingGates(FixedWidths):
         self, method: Settings, piece: Workpiece, lines: list[LayerPlan], budget: Budget
     ) -> None:
         super().__init__(method, piece, lines, 2 * method.epochs)
-        for k, seat in enumerate(self.seats.values()):
-            seat.bits = [method.widths[-1]] * seat.gated(method.granularity == "channel")
-            if seat.high is not None and not (
-                isinstance(method.image, int) and is_image(k, seat.site)
-            ):
-                seat.act = method.widths[-1]
-            else:
-                seat.fixed = seat.act
-            seat.watched = method.direction < 3
+        for k, layer in enumerate(self.layers.values()):
+            count = layer.gates(method.granularity == "channel")
+            layer.weight.bits = [method.widths[-1]] * count
+            if layer.given is None:
+                continue
+            layer.given.moves = not (isinstance(method.image, int) and is_image(k, layer.site))
+            layer.given.watched = method.direction < 3
+            if layer.given.moves:
+                layer.given.bits = [method.widths[-1]]
         whole = piece.float_cost
         rest = piece.cost(Plan(tuple(lines)))
         own = sum(piece.layer_cost(piece.survey[x.name], x).bytes for x in lines)
         fixed = replace(Cost(), bytes=rest.bytes - own)
-        self.gates = Gates(list(self.seats.values()), method.widths, budget, whole, fixed)
+        self.gates = Gates(list(self.layers.values()), method.widths, budget, whole, fixed)
         self.budget = budget
         self.over = True
-        self.levels: list[int] = []
         self.seen: list[
             Tensor
         ] = []  # after each epoch: gates, widths, share of the budget, held-back loss
@@ -235,7 +235,7 @@ class MovingGates(FixedWidths):
     @property
     def plan(self) -> Plan:
         """The widths as a plan."""
-        return Plan(tuple(seat.line() for seat in self.seats.values()))
+        return Plan(tuple(layer.line() for layer in self.layers.values()))
 
     def train(self, piece: Workpiece) -> Gating:
         """Train to the end, and go back to the best state that kept the budget."""
@@ -252,8 +252,8 @@ class MovingGates(FixedWidths):
         if not self.seen:  # no epoch: the start, landed
             self.land()
             self.remember()
-        self.take(self.best)
-        self.gates.set_levels(self.levels)
+        self.take(self.best.kept)
+        self.gates.set_levels(self.best.kept["levels"].tolist())
         count = len(self.gates)
         seen = torch.stack(self.seen)
         return Gating(
@@ -269,8 +269,8 @@ class MovingGates(FixedWidths):
     def detail(self) -> str:
         """See `Course.detail`."""
         gates = self.gates
-        weights = " ".join(f"{statistics.mean(s.bits):.3g}" for s in gates.seats)
-        inputs = " ".join(str(s.seat.act) for s in gates.spans if s.inner)
+        weights = " ".join(f"{statistics.mean(x.weight.bits):.3g}" for x in gates.layers)
+        inputs = " ".join(str(s.layer.act) for s in gates.spans if s.inner)
         share = 100 * (1 + gates.excess())
         return (
             f"loss {self.now:.3g}, {share:.0f} % of the budget, weights {weights}, inputs {inputs}"
@@ -307,41 +307,39 @@ class MovingGates(FixedWidths):
         self.gates.fixed = fixed
 
     def _allocated(self) -> list[int]:
-        """The levels of least rise of the loss under the budget, weight and input of a layer chosen together."""
+        """The levels of least harm under the budget, weight and input of a layer chosen together."""
         harms = self.gates.harms()
         table, scores = list[list[Option]](), list[list[float]]()
         for site in self.piece.survey:
-            seat, weight, given = self.seats[site.name], *harms[site.name]
+            layer, weight, given = self.layers[site.name], *harms[site.name]
             pairs = list(itertools.product(weight, given))
-            lines = [seat.line([bits], act) for bits, act in pairs]
+            lines = [layer.line([bits], act) for bits, act in pairs]
             table.append([Option(line, self.piece.layer_cost(site, line)) for line in lines])
             scores.append([weight[bits] + given[act] for bits, act in pairs])
-        found = allocate(scores, table, self.budget, self.piece.float_cost, self.piece.cost)
-        return self.gates.levels_of(found)
+        plan = allocate(scores, table, self.budget, self.piece.float_cost, self.piece.cost)
+        return self.gates.levels_of(plan)
 
     def remember(self) -> float:
         """See `FixedWidths.remember`."""
-        least = float(self.least)
-        found = super().remember()
-        if float(self.least) < least:
-            self.levels = self.gates.levels
+        loss = super().remember()
         gates = self.gates
         bits = [float(gates.widths[k]) for k in gates.levels]
         self.seen.append(
             torch.tensor(
-                [*gates.values.tolist(), *bits, 1 + gates.excess(), found], dtype=torch.float64
+                [*gates.values.tolist(), *bits, 1 + gates.excess(), loss], dtype=torch.float64
             )
         )
-        return found
+        return loss
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See `FixedWidths.snapshot`."""
+        return self.weights() | {"levels": torch.tensor(self.gates.levels, dtype=torch.long)}
 
     def state(self) -> dict[str, Tensor]:
         """See `Course.state`."""
         kept = super().state() | {f"gates.{k}": v for k, v in self.gates.state().items()}
         kept |= {"seen": torch.stack(self.seen)} if self.seen else {}
-        return kept | {
-            "over": torch.tensor(self.over),
-            "levels": torch.tensor(self.levels, dtype=torch.long),
-        }
+        return kept | {"over": torch.tensor(self.over)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
@@ -349,5 +347,5 @@ class MovingGates(FixedWidths):
         self.gates.restore(
             {k.removeprefix("gates."): v for k, v in state.items() if k.startswith("gates.")}
         )
-        self.over, self.levels = bool(state["over"]), state["levels"].tolist()
+        self.over = bool(state["over"])
         self.seen = list(state["seen"]) if "seen" in state else []

@@ -14,7 +14,8 @@ from torch import Tensor
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost, layer_cost
 from rabbet.core.plan import Plan
-from rabbet.methods.cgmq.seat import FLOAT, WIDEST, Seat
+from rabbet.methods.cgmq.layer import GatedLayer
+from rabbet.train.qat import FLOAT, WIDEST, GatedRange, GatedWeight
 
 MARGIN = 0.05  # by which a gate must pass a step before its width follows: hysteresis
 TURNS = 4  # a gate that went back and forth so often stays where it is
@@ -42,10 +43,15 @@ class Gating:
 class _Span:
     """Gates that belong together: those of one weight, or the one of an input."""
 
-    seat: Seat
-    inner: bool
+    layer: GatedLayer
+    moved: GatedWeight | GatedRange
     first: int
     count: int
+
+    @property
+    def inner(self) -> bool:
+        """Whether it is that of an input."""
+        return isinstance(self.moved, GatedRange)
 
     @property
     def place(self) -> slice:
@@ -56,13 +62,13 @@ class _Span:
 class Gates:
     """The gates of all weights, then of all inputs that have one, and what decides how fast each moves.
 
-    A weight has one gate, or one for each output (`Seat.bits`).
+    A weight has one gate, or one for each output (`GatedWeight.bits`).
 
     values: between 0.5 and the number of widths + 0.5; the k-th width lies between k and k + 1,
     counted from zero.
     """
 
-    seats: Sequence[Seat]
+    layers: Sequence[GatedLayer]
     widths: tuple[int, ...]
     budget: Budget
     whole: Cost
@@ -70,19 +76,19 @@ class Gates:
 
     def __post_init__(self) -> None:
         self.spans: list[_Span] = []
-        for seat, inner in [(s, False) for s in self.seats] + [
-            (s, True) for s in self.seats if self._moves(s)
-        ]:
-            self.spans.append(_Span(seat, inner, len(self), 1 if inner else len(seat.bits)))
+        for layer in self.layers:
+            self.spans.append(_Span(layer, layer.weight, len(self), len(layer.weight.bits)))
+        for layer in self.layers:
+            if layer.given is not None and layer.given.moves:
+                self.spans.append(_Span(layer, layer.given, len(self), 1))
         self._owners = [place for place, span in enumerate(self.spans) for _ in range(span.count)]
         self.values = torch.full((len(self),), len(self.widths) + 0.5, dtype=torch.float64)
         self.slopes = torch.zeros_like(
             self.values
         )  # mean |gradient| of each tensor, a running mean
         self.sizes = torch.ones_like(self.values)  # mean |value| by the range
-        self.rises = self.values.new_zeros(
-            len(self.values), len(self.widths)
-        )  # of the loss, at this level alone
+        # what the loss rises by with one tensor at one width, all others in float
+        self.sensitivity = self.values.new_zeros(len(self.values), len(self.widths))
         self.last = torch.zeros_like(self.values)  # the way that each went last: -1, 0, 1
         self.turns = torch.zeros_like(self.values)  # how often it went back
         self._prices: dict[tuple[object, ...], Cost] = {}
@@ -91,38 +97,25 @@ class Gates:
         """How many gates there are."""
         return self.spans[-1].place.stop if self.spans else 0
 
-    @staticmethod
-    def _moves(seat: Seat) -> bool:
-        return seat.high is not None and seat.fixed is None
-
     @property
     def levels(self) -> list[int]:
         """The place of each gate's width among the widths."""
-        found: list[int] = []
-        for span in self.spans:
-            found += [
-                self.widths.index(b) for b in ([span.seat.act] if span.inner else span.seat.bits)
-            ]
-        return found
+        return [self.widths.index(bits) for span in self.spans for bits in span.moved.bits]
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the gates: the layer's name, with the output if each has one, and `input` for what the layer is given."""
-        found: list[str] = []
+        names: list[str] = []
         for span in self.spans:
-            name = span.seat.site.name
+            name = span.layer.site.name
             alone = [f"{name} input" if span.inner else name]
-            found += alone if span.count == 1 else [f"{name}[{k}]" for k in range(span.count)]
-        return tuple(found)
+            names += alone if span.count == 1 else [f"{name}[{k}]" for k in range(span.count)]
+        return tuple(names)
 
     def set_levels(self, levels: Sequence[int]) -> None:
         """Give every tensor its width, or widths; the gates are left as they are."""
         for span in self.spans:
-            widths = [self.widths[level] for level in levels[span.place]]
-            if span.inner:
-                span.seat.act = widths[0]
-            else:
-                span.seat.bits = widths
+            span.moved.bits = [self.widths[level] for level in levels[span.place]]
 
     def follow(self) -> None:
         """Widths as the gates say, where a gate has passed a step by the margin; counts those that go back."""
@@ -158,45 +151,43 @@ class Gates:
     def _priced(self, counts: Sequence[Sequence[int]]) -> Cost:
         """What the network costs, in whole numbers; the bytes without what no layer holds."""
         inputs = {
-            id(s.seat): self.widths[own.index(1)]
+            s.layer.site.name: self.widths[own.index(1)]
             for s, own in zip(self.spans, counts, strict=True)
             if s.inner
         }
         total = self.fixed
         for span, own in zip(self.spans, counts, strict=True):
             if not span.inner:
-                total = total + self._price(
-                    span.seat, own, inputs.get(id(span.seat), span.seat.act)
-                )
+                act = inputs.get(span.layer.site.name, span.layer.act)
+                total = total + self._price(span.layer, own, act)
         return total
 
-    def _price(self, seat: Seat, counts: Sequence[int], act: int) -> Cost:
+    def _price(self, layer: GatedLayer, counts: Sequence[int], act: int) -> Cost:
         """Of a layer; which outputs have which width matters only for the text of the plan, and is not looked at."""
-        key = (seat.site.name, *counts, min(act, WIDEST))
+        key = (layer.site.name, *counts, min(act, WIDEST))
         if key not in self._prices:
             bits = [b for b, count in zip(self.widths, counts, strict=True) for _ in range(count)]
-            self._prices[key] = layer_cost(seat.site, seat.line(bits, act))
+            self._prices[key] = layer_cost(layer.site, layer.line(bits, act))
         return self._prices[key]
 
     def measured(self) -> None:
         """Take the gradients of the last step, and the sizes of the tensors, into the running means."""
         for span in self.spans:
-            seat, place = span.seat, span.place
-            grad = seat.slope if span.inner else seat.latent.grad
-            if grad is not None:
+            place, slope = span.place, span.moved.slope
+            if slope is not None:
                 self.slopes[place] = (
                     0.9 * self.slopes[place]
-                    + 0.1 * grad.abs().reshape(span.count, -1).mean(1).cpu()
+                    + 0.1 * slope.abs().reshape(span.count, -1).mean(1).cpu()
                 )
-            if not span.inner:
-                sizes = seat.latent.detach().abs() / _wide(seat.reach.abs(), seat.latent)
-                self.sizes[place] = sizes.reshape(span.count, -1).mean(1).double().cpu()
+            if isinstance(span.moved, GatedWeight):
+                sizes = span.moved.size.reshape(span.count, -1)
+                self.sizes[place] = sizes.mean(1).double().cpu()
 
     def directions(self, kind: int) -> Tensor:
         """How fast each gate moves down while the budget is broken, and up (the inverse) while it is kept; mean 1.
 
-        1: by the gradient; 2: by gradient and size; 3: by the rise of the loss for what a level
-        less would save.
+        1: by the gradient; 2: by gradient and size; 3: by the sensitivity for what a level less
+        would save.
         """
         worth = self._worth(kind, self.levels)
         if kind == 3:
@@ -207,12 +198,10 @@ class Gates:
         """What the lowest level that each tensor holds is worth, in units of their mean."""
         if kind == 3:
             lower = torch.tensor(levels)[:, None]
-            worth = (self.rises.gather(1, (lower - 1).clamp_min(0)) - self.rises.gather(1, lower))[
-                :, 0
-            ].clamp_min(0)
-            for span in (
-                s for s in self.spans if s.count > 1
-            ):  # outputs share a rise as their squared gradients are
+            below = self.sensitivity.gather(1, (lower - 1).clamp_min(0))
+            worth = (below - self.sensitivity.gather(1, lower))[:, 0].clamp_min(0)
+            # outputs share a sensitivity as their squared gradients are
+            for span in (s for s in self.spans if s.count > 1):
                 share = self.slopes[span.place].square() + 1e-30
                 worth[span.place] *= share / share.mean()
         else:
@@ -267,24 +256,24 @@ class Gates:
         self.set_levels(levels)
 
     def harms(self) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
-        """What the measured rises say of each width that a file holds, by layer: of its weight, and of its input.
+        """By layer, how much each width that a file holds harms, of its weight and of its input.
 
         Fewer bits never harm less: where a measurement says so, it is noise. An input without a
         gate has one width.
         """
         held = [j for j, bits in enumerate(self.widths) if bits <= WIDEST]
-        found = {seat.site.name: ({seat.bits[0]: 0.0}, {seat.act: 0.0}) for seat in self.seats}
+        harms = {x.site.name: ({x.weight.bits[0]: 0.0}, {x.act: 0.0}) for x in self.layers}
         for span in self.spans:
-            rises = self.rises[span.first].flip(0).cummax(0).values.flip(0)
-            own = {self.widths[j]: float(rises[j]) * span.count for j in held}
-            weight, given = found[span.seat.site.name]
-            found[span.seat.site.name] = (weight, own) if span.inner else (own, given)
-        return found
+            rising = self.sensitivity[span.first].flip(0).cummax(0).values.flip(0)
+            own = {self.widths[j]: float(rising[j]) * span.count for j in held}
+            weight, given = harms[span.layer.site.name]
+            harms[span.layer.site.name] = (weight, own) if span.inner else (own, given)
+        return harms
 
     def levels_of(self, plan: Plan) -> list[int]:
-        """The levels of a plan of these seats, one width a weight."""
+        """The levels of a plan of these layers, one width a weight."""
         lines = [
-            (span, plan[span.seat.site.name]) for span in self.spans for _ in range(span.count)
+            (span, plan[span.layer.site.name]) for span in self.spans for _ in range(span.count)
         ]
         bits = [
             (line.act or WIDEST) if span.inner else line.terms[0].grid.bits for span, line in lines
@@ -302,39 +291,42 @@ class Gates:
         """What a level less of each gate saves, as a share of the tightest limit; next to nothing if it has none."""
         counts = self._counts(levels)
         now = self._over(counts)
-        found = torch.zeros(len(self), dtype=torch.float64)
+        savings = torch.zeros(len(self), dtype=torch.float64)
         for span, own in zip(self.spans, counts, strict=True):
             saved = [0.0] * len(own)  # outputs of one layer at one level save the same
             for level in (k for k in range(1, len(own)) if own[k]):
                 own[level], own[level - 1] = own[level] - 1, own[level - 1] + 1
                 saved[level] = now - self._over(counts)
                 own[level], own[level - 1] = own[level] + 1, own[level - 1] - 1
-            found[span.place] = torch.tensor(saved, dtype=torch.float64)[list(levels[span.place])]
-        return found.clamp_min(1e-9)
+            by_level = torch.tensor(saved, dtype=torch.float64)
+            savings[span.place] = by_level[list(levels[span.place])]
+        return savings.clamp_min(1e-9)
 
     def probe(
-        self, loss: Callable[[], float], rounded: Callable[[Seat], Mapping[int, Tensor]]
+        self, loss: Callable[[], float], rounded: Callable[[GatedLayer], Mapping[int, Tensor]]
     ) -> Iterator[int]:
         """Measure the loss with every tensor alone on every width; yields the number of each that is done.
 
         All others are in float: beside errors of their own a small one could be anything. rounded:
-        a seat's weight by width, as it is to be judged. The outputs of a layer are measured
-        together, and share the rise.
+        a layer's weight by width, as it is to be judged. The outputs of a layer are measured
+        together, and share the sensitivity.
         """
-        before = [(seat.bits, seat.act) for seat in self.seats]
-        for seat in self.seats:
-            seat.bits, seat.act = [FLOAT], FLOAT
+        moved = [part for x in self.layers for part in (x.weight, x.given) if part is not None]
+        before = [part.bits for part in moved]
+        for part in moved:
+            part.bits = [FLOAT]
         base = loss()
         for done, span in enumerate(self.spans, 1):
-            seat = span.seat
-            seat.shown = {} if span.inner else rounded(seat)
+            weight = span.layer.weight
+            weight.shown = {} if span.inner else rounded(span.layer)
             for j, width in enumerate(self.widths):
-                seat.bits, seat.act = ([FLOAT], width) if span.inner else ([width], FLOAT)
-                self.rises[span.place, j] = (loss() - base if width <= WIDEST else 0) / span.count
-            seat.bits, seat.act, seat.shown = [FLOAT], FLOAT, {}
+                span.moved.bits = [width]
+                harm = loss() - base if width <= WIDEST else 0
+                self.sensitivity[span.place, j] = harm / span.count
+            span.moved.bits, weight.shown = [FLOAT], {}
             yield done
-        for seat, (bits, act) in zip(self.seats, before, strict=True):
-            seat.bits, seat.act = bits, act
+        for part, bits in zip(moved, before, strict=True):
+            part.bits = bits
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the gates."""
@@ -348,8 +340,4 @@ class Gates:
         self.set_levels(state["levels"].tolist())
 
 
-STATE = ("values", "slopes", "sizes", "rises", "last", "turns")
-
-
-def _wide(reach: Tensor, weight: Tensor) -> Tensor:
-    return reach.detach().view(-1, *[1] * (weight.ndim - 1)) if len(reach) > 1 else reach.detach()
+STATE = ("values", "slopes", "sizes", "sensitivity", "last", "turns")

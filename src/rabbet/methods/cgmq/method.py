@@ -20,11 +20,12 @@ from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.methods.cgmq.course import NEAR, PROBE, FixedWidths, MovingGates, cache_key, is_image
 from rabbet.methods.cgmq.gates import Gating
-from rabbet.methods.cgmq.seat import WIDEST, seatable
+from rabbet.methods.cgmq.layer import takes_gates
 from rabbet.methods.cgmq.settings import Settings
 from rabbet.model.build import validate
 from rabbet.model.compressed import compressed_layers
 from rabbet.reconstruct.network import solved
+from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
 
@@ -47,15 +48,15 @@ class CGMQ(Settings):
             )
         self._require(piece, budget, lines)
         course = MovingGates(self, piece, lines, budget)
-        found = course.train(piece)
+        gating = course.train(piece)
         if self.epochs:
-            piece.jobs.keep(cache_key(piece, self, found.plan.compact), course.weights())
-        return found
+            piece.jobs.keep(cache_key(piece, self, gating.plan.compact), course.weights())
+        return gating
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Train at the plan's widths, from where gates that moved ended with it, else solved in order; see `Method`."""
         validate(plan, piece.survey)
-        other = next((x for x in plan if not seatable(piece.survey[x.name], x)), None)
+        other = next((x for x in plan if not takes_gates(piece.survey[x.name], x)), None)
         if other is not None:
             raise PlanError(
                 f"CGMQ trains dense weights, every output on one signed grid; {other} is not one"
@@ -68,7 +69,7 @@ class CGMQ(Settings):
             course.take(kept)
         else:
             for name, layer in compressed_layers(solved(piece, plan)).items():
-                course.seats[name].adopt(layer)
+                course.layers[name].adopt(layer)
             if self.rate is None:
                 course.pace = NEAR * math.sqrt(max(0.0, course.judged(PROBE, labels=False)))
         before, after = course.train_fixed(piece)

@@ -7,39 +7,45 @@ from torch import Tensor
 from rabbet.core.plan import Term
 from rabbet.forms import Dense
 from rabbet.methods.cgmq.gates import Gates
-from rabbet.methods.cgmq.seat import WIDEST, Seat
+from rabbet.methods.cgmq.layer import GatedLayer
 from rabbet.reconstruct.candidates import canonical, read_numbers
 from rabbet.reconstruct.network import solve_menus
+from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
 
 def measure_sensitivity(
     piece: Workpiece, gates: Gates, start: Mapping[str, Tensor], loss: Callable[[], float]
 ) -> None:
-    """Fill `gates.rises`: every tensor alone at every width; the jobs remembers them, for other budgets too.
+    """Fill `gates.sensitivity`: every tensor alone at every width; the jobs remembers them, for other budgets too.
 
-    start: the numbers of the seats. Weights are rounded with error feedback in the second moment of
+    start: the numbers of the layers. Weights are rounded with error feedback in the second moment of
     their inputs. Training mends what rounding breaks in a weight and little of what it breaks in an
     input; with weights rounded to nearest, they would be given the bits that inputs need
     (docs/architecture.md).
     """
     held = [b for b in gates.widths if b <= WIDEST]
-    menus = {s.site.name: tuple((Term(Dense(), s.grid(b)),) for b in held) for s in gates.seats}
-    key = piece.key("rises", start, {"menus": menus, "gates": gates.names, "widths": gates.widths})
+    menus = {
+        x.site.name: tuple((Term(Dense(), x.weight.grid_of(b)),) for b in held)
+        for x in gates.layers
+    }
+    key = piece.key(
+        "sensitivity", start, {"menus": menus, "gates": gates.names, "widths": gates.widths}
+    )
     kept = piece.jobs.kept(key)
     if kept is None:
         results = solve_menus(piece, "rounding", menus)
 
-        def rounded(seat: Seat) -> dict[int, Tensor]:
-            menu, found = menus[seat.site.name], results[seat.site.name]
+        def rounded(layer: GatedLayer) -> dict[int, Tensor]:
+            menu, result = menus[layer.site.name], results[layer.site.name]
             weights = (
-                canonical(seat.site, terms, read_numbers(found, menu, k))
+                canonical(layer.site, terms, read_numbers(result, menu, k))
                 for k, terms in enumerate(menu)
             )
-            return {b: w.to(seat.latent.device) for b, w in zip(held, weights, strict=True)}
+            return {b: w.to(layer.weight.latent.device) for b, w in zip(held, weights, strict=True)}
 
         for done in gates.probe(loss, rounded):
             piece.jobs.progress("measuring widths", done, len(gates.spans))
-        kept = {"rises": gates.rises}
+        kept = {"sensitivity": gates.sensitivity}
         piece.jobs.keep(key, kept)
-    gates.rises = kept["rises"].clone()
+    gates.sensitivity = kept["sensitivity"].clone()

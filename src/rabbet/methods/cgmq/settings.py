@@ -5,7 +5,7 @@ from typing import Literal
 
 from rabbet.errors import PlanError, check_fields, check_least
 from rabbet.grids.grid import Grid
-from rabbet.methods.cgmq.seat import WIDEST
+from rabbet.train.qat import WIDEST
 
 
 @dataclass(frozen=True)

@@ -172,11 +172,11 @@ class CoRa:
 
         return at((bisect_right(range(1, 1000), False, key=over)) / 1000)
 
-    def _wanted(self, found: Search) -> dict[str, float]:
+    def _wanted(self, search: Search) -> dict[str, float]:
         """Ranks to be landed; the paper rounds them up."""
         if self.ranking.offset:
-            return found.ranks
-        return {name: float(torch.tensor(rank).ceil()) for name, rank in found.ranks.items()}
+            return search.ranks
+        return {name: float(torch.tensor(rank).ceil()) for name, rank in search.ranks.items()}
 
     def _rounded(self, piece: Workpiece, bases: Plan) -> dict[str, Numbers]:
         if self.base == "clipped":

@@ -6,10 +6,11 @@ moves. The weight is put together once a step and runs as one layer: the adapter
 large as the layer's, are never run.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,11 @@ from rabbet.data.augment import Pool
 from rabbet.data.batches import outputs
 from rabbet.errors import DataError, check_fields, check_least
 from rabbet.layers import Site
-from rabbet.model.build import install
-from rabbet.model.compressed import compressed_layers
+from rabbet.model.compressed import Compressed, compressed_layers
+from rabbet.model.hooks import Hook, hooked
+from rabbet.train.loop import ADAM, Course, run
 from rabbet.train.losses import divergence
+from rabbet.train.qat import SoftAdapter, exchange
 from rabbet.workpiece import Norm, Workpiece
 
 LARGEST = (
@@ -29,6 +32,7 @@ LARGEST = (
 )
 LEAST = 0.25  # rank: a cut-off below it would never be felt again
 MEMORY = 0.9  # of the gradient, for multiplicative steps
+CHECKPOINT = 10
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def search_ranks(
     room: Tensor,
     settings: Ranking,
 ) -> Search:
-    """Move the cut-off of every residual under a budget; the student, a network with its bases seated, is used up.
+    """Move the cut-off of every residual under a budget; the student, a network of its bases, is used up.
 
     room: what adapters may cost, one entry a limit, in the unit of `Residual.prices`. During the
     search inputs of layers are not quantised. Raises DataError if labels are asked for and the task
@@ -134,129 +138,116 @@ def search_ranks(
     key = piece.key("search", given | {"room": room}, {"settings": settings})
     kept = piece.jobs.kept(key)
     if kept is None:
-        kept = _searched(student, piece, residuals, steer, settings)
+        course = _Searching(student, piece, residuals, steer, settings)
+        kept = course.train(f"{key}-steps")
         piece.jobs.keep(key, kept)
     values = tuple(r.values for r in residuals.values())
     return Search(tuple(residuals), kept["cutoffs"], kept["losses"], kept["excess"], values, settings.order,
                   settings.offset)  # fmt: skip
 
 
-def _searched(
-    student: nn.Module,
-    piece: Workpiece,
-    residuals: Mapping[str, Residual],
-    steer: "_Steering",
-    settings: Ranking,
-) -> dict[str, Tensor]:
-    seats = compressed_layers(student)
-    soft: list[_Soft] = []
-    for name, seat in seats.items():
-        norm = piece.norms.get(name) if settings.norm == "batch" else None
-        soft_seat = _Soft(seat.site, seat.canonical, seat.bias, residuals.get(name), norm, settings)
-        student = install(student, seat.site, soft_seat)
-        if name in residuals:
-            soft.append(soft_seat)
-    soft.sort(key=lambda s: list(residuals).index(s.name))
-    pool = Pool.of(piece.task.read())
-    cutoffs, losses, excess = [steer.cutoffs], [], []
-    for step in range(settings.steps):
-        generator = torch.Generator().manual_seed(piece.seed * 1_000_003 + step)
-        batch = pool.draw(settings.batch, generator, augment=settings.loss == "teacher")
-        tuned = [c.clone().to(torch.float32).requires_grad_() for c in steer.cutoffs]
-        for layer, cutoff in zip(soft, tuned, strict=True):
-            layer.cutoff = cutoff
-        loss = _loss(student, piece, batch, settings)
-        if not torch.isfinite(loss):
-            raise DataError(
-                "the loss of the rank search is not finite; check the batches and the task's loss"
-            )
-        slopes = torch.stack([g.double().cpu() for g in _gradients(loss, tuned)])
-        losses.append(loss.detach().double().cpu())
-        excess.append(steer.excess)
-        steer.step(slopes)
-        cutoffs.append(steer.cutoffs)
-        piece.jobs.progress("searching ranks", step + 1, settings.steps)
-    return {
-        "cutoffs": torch.stack(cutoffs),
-        "losses": torch.stack(losses),
-        "excess": torch.stack(excess),
-    }
-
-
-def _gradients(loss: Tensor, cutoffs: Sequence[Tensor]) -> list[Tensor]:
-    """Zero for layers that a forward under `torch.no_grad` keeps the gradient from."""
-    if not loss.requires_grad:
-        return [torch.zeros_like(c) for c in cutoffs]
-    found = torch.autograd.grad(loss, cutoffs, allow_unused=True)
-    return [torch.zeros_like(c) if g is None else g for g, c in zip(found, cutoffs, strict=True)]
-
-
-def _loss(student: nn.Module, piece: Workpiece, batch: object, settings: Ranking) -> Tensor:
-    with torch.enable_grad():
-        found = piece.task.run(student, batch)
-        if settings.loss == "labels":
-            return piece.task.judge(student, found, batch)
-        with torch.no_grad():
-            goal = outputs(piece.task.run(piece.model, batch))
-        return divergence(outputs(found), goal)
-
-
-class _Soft(nn.Module):
-    """A layer with its base and a softly thresholded residual, put together into one weight."""
+class _Searching(Course):
+    """The cut-offs of a network, moved by its steering; every layer runs as one weight, on inputs in float."""
 
     def __init__(
         self,
-        site: Site,
-        base: Tensor,
-        bias: Tensor | None,
-        residual: Residual | None,
-        norm: Norm | None,
+        student: nn.Module,
+        piece: Workpiece,
+        residuals: Mapping[str, Residual],
+        steer: "_Steering",
         settings: Ranking,
     ) -> None:
-        super().__init__()
-        self.name, self.site, self.order, self.offset = (
-            site.name,
-            site,
-            settings.order,
-            settings.offset,
+        self.student, self.piece, self.steer, self.settings = student, piece, steer, settings
+        self.steps = settings.steps
+        self.pool = Pool.of(piece.task.read())
+        self.layers = compressed_layers(student)
+        for name, layer in self.layers.items():
+            exchange(layer, [_soft(layer, residuals.get(name), settings)], [])
+        self.tuned = [_cutoff(self.layers[name]) for name in residuals]
+        self.groups = [{"params": self.tuned, "base": settings.rate}]
+        self.seen: dict[str, list[Tensor]] = {"cutoffs": [], "losses": [], "excess": []}
+        self._show()
+
+    def train(self, key: str) -> dict[str, Tensor]:
+        """Search to the end; what was seen."""
+        with hooked(self._norms()):
+            run(self, self.piece.jobs, key, "searching ranks", CHECKPOINT)
+        return {name: torch.stack(each) for name, each in self.seen.items()}
+
+    def _norms(self) -> list[Hook]:
+        norms = self.piece.norms if self.settings.norm == "batch" else {}
+        return [(self.layers[n], _renormed(norm)) for n, norm in norms.items() if n in self.layers]
+
+    def loss(self, step: int) -> Tensor:
+        """See `Course.loss`."""
+        task, labels = self.piece.task, self.settings.loss == "labels"
+        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
+        batch = self.pool.draw(self.settings.batch, generator, augment=not labels)
+        answers = task.run(self.student, batch)
+        if labels:
+            loss = task.judge(self.student, answers, batch)
+        else:
+            with torch.no_grad():
+                goal = outputs(task.run(self.piece.model, batch))
+            loss = divergence(outputs(answers), goal)
+        self.seen["losses"].append(loss.detach().double().cpu())
+        return loss
+
+    def move(self, adam: torch.optim.Optimizer) -> None:
+        """By the steering; a layer that a forward under `torch.no_grad` keeps the gradient from has a slope of zero."""
+        slopes = [torch.zeros_like(c) if c.grad is None else c.grad for c in self.tuned]
+        self.seen["excess"].append(self.steer.excess)
+        self.steer.step(torch.stack([slope.double().cpu() for slope in slopes]))
+        self._show()
+
+    def _show(self) -> None:
+        """Give the layers the cut-offs of the steering."""
+        self.seen["cutoffs"].append(self.steer.cutoffs)
+        with torch.no_grad():
+            for own, cutoff in zip(self.tuned, self.steer.cutoffs, strict=True):
+                own.copy_(cutoff)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Course.state`."""
+        seen = {f"seen.{name}": torch.stack(each) for name, each in self.seen.items()}
+        return seen | {f"steer.{name}": tensor for name, tensor in self.steer.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """See `Course.restore`."""
+        self.seen = {name: list(state[f"seen.{name}"]) for name in self.seen}
+        self.steer.restore(
+            {k.removeprefix("steer."): t for k, t in state.items() if k.startswith("steer.")}
         )
-        self.register_buffer("base", base.detach())
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        for part in ("left", "right"):
-            value = None if residual is None else getattr(residual, part).to(base.device)
-            self.register_buffer(part, value)
-        self.norm = norm
-        self.cutoff: Tensor | None = None
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What a head makes of x with this table, which has no adapter."""
-        return self.site.head.run(x, self.base, bias)  # type: ignore[arg-type]
 
-    def canonical(self) -> Tensor:
-        """Base and softly thresholded residual."""
-        weight: Tensor = self.base  # type: ignore[assignment]
-        if self.cutoff is None:
-            return weight
-        left, right = self.left, self.right
-        assert isinstance(left, Tensor)
-        assert isinstance(right, Tensor)
-        gain = butterworth(self.cutoff.to(left.device), len(right), self.order, self.offset)
-        return weight + ((left * gain.square()) @ right).view(weight.shape)
+def _soft(layer: Compressed, residual: Residual | None, settings: Ranking) -> SoftAdapter:
+    """What a layer of one dense term runs with during the search."""
+    base = layer.factors[0][0].numbers
+    if residual is None:
+        return SoftAdapter(base)
+    gain = functools.partial(
+        butterworth, full=len(residual.values), order=settings.order, offset=settings.offset
+    )
+    return SoftAdapter(base, (residual.left, residual.right), gain)
 
-    @property
-    def weight(self) -> Tensor:
-        """The same in the layer's own layout, for code that reads a layer's weight directly."""
-        return self.site.native(self.canonical())
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.site.run(x, self.canonical(), self.bias)  # type: ignore[arg-type]
-        if self.norm is None:
-            return out
-        moved = self.site.channels_last(out)
+def _cutoff(layer: Compressed) -> Tensor:
+    cutoff = cast(SoftAdapter, layer.factors[0][0]).cutoff
+    assert cutoff is not None
+    return cutoff
+
+
+def _renormed(norm: Norm) -> Callable[[Compressed, object, Tensor], Tensor]:
+    """A hook that gives a layer's output the mean and spread of a folded BatchNorm, from the batch's own."""
+
+    def hook(layer: Compressed, _: object, out: Tensor) -> Tensor:
+        moved = layer.site.channels_last(out)
         flat = moved.reshape(-1, moved.shape[-1])
-        mean, spread = self.norm.mean.to(out.device), self.norm.spread.to(out.device)
+        mean, spread = norm.mean.to(out.device), norm.spread.to(out.device)
         fresh = F.batch_norm(flat, None, None, spread, mean, training=True).view(moved.shape)
-        return self.site.channels_back(fresh)
+        return layer.site.channels_back(fresh)
+
+    return hook
 
 
 class _Steering:
@@ -284,6 +275,14 @@ class _Steering:
         """Take the gradient of the loss by the cut-offs in ranks, [layers]."""
         raise NotImplementedError
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        return {"shares": self.shares}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.shares = state["shares"]
+
     def _on_budget(self, shares: Tensor) -> Tensor:
         """Shares of the full ranks in given proportions, as large as all limits allow."""
         low, high = 0.0, float(1 / shares.min().clamp_min(1e-12))
@@ -308,6 +307,15 @@ class _Multiplicative(_Steering):
         move = worth.clamp_min(1e-9).log().clamp(-LARGEST, LARGEST)
         self.shares = self._on_budget(self.shares * (self.settings.rate * move).exp())
 
+    def state(self) -> dict[str, Tensor]:
+        """See `_Steering.state`."""
+        return super().state() | ({} if self.mean is None else {"mean": self.mean})
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `_Steering.restore`."""
+        super().restore(state)
+        self.mean = state.get("mean")
+
 
 class _Hinge(_Steering):
     """Adam on the loss and `penalty * exp(relu(excess))`; gradients clipped at 0.2, shares in [1 / full, 1]."""
@@ -329,6 +337,18 @@ class _Hinge(_Steering):
                 )
             )
         self.shares = self.tuned.detach().clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """See `_Steering.state`."""
+        moments = {name: t.clone() for name, t in self.adam.state[self.tuned].items()}
+        return super().state() | moments
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See `_Steering.restore`."""
+        super().restore(state)
+        with torch.no_grad():
+            self.tuned.copy_(self.shares)
+        self.adam.state[self.tuned] = {name: state[name].clone() for name in ADAM}
 
 
 STEERING: dict[str, type[_Steering]] = {"multiplicative": _Multiplicative, "hinge": _Hinge}

@@ -18,9 +18,10 @@ from rabbet.methods.ttqat.settings import Settings
 from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_layers
+from rabbet.train.best import Best
 from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
 from rabbet.train.loop import Course, run, shared
-from rabbet.train.qat import Latent, together
+from rabbet.train.qat import Latent, exchange, together
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the batches that choose between epochs and are not trained on
@@ -51,7 +52,7 @@ class Teaching(Course):
         self.steps = self.turn + method.finish * len(self.batches)
         self.student = build(piece.model, plan, piece.survey)
         self.layers = compressed_layers(self.student)
-        self._seat()
+        self._start()
         names = list(method.blocks) or stack(piece.model, piece.survey)
         self.decodes = bool(
             getattr(getattr(piece.model, "config", None), "is_encoder_decoder", False)
@@ -74,8 +75,7 @@ class Teaching(Course):
         if self._acts:
             calibrate_ranges(self.student, piece.task, piece.seed)
         self.groups = [{"params": [p], "base": method.rate * size} for p, size in self._sizes()]
-        self.best: dict[str, Tensor] = {}
-        self.most = torch.tensor(-math.inf, dtype=torch.float64)
+        self.best = Best()
         self.now = math.nan
 
     @property
@@ -83,7 +83,7 @@ class Teaching(Course):
         """What chooses between epochs, in words."""
         return "loss" if self.piece.task.evaluate is None else "score"
 
-    def _seat(self) -> None:
+    def _start(self) -> None:
         """Latents in place of all factors, at their start."""
         piece, moments = self.piece, self.piece.moments() if self.method.start == "metric" else {}
         jobs: list[Job] = []
@@ -96,11 +96,10 @@ class Teaching(Course):
             seed = piece.seed * 1_000_003 + place  # layers of one shape do not start alike
             settings = {"site": site, "term": term, "start": self.method.start, "seed": seed}
             jobs.append((start_cores, given, settings))
-        for line, found in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
+        for line, cores in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
             layer = self.layers[line.name]
-            parts = cast(nn.ModuleList, layer.terms[0])
-            for k, factor in enumerate(layer.factors[0]):
-                parts[k] = Latent(found[str(k)], factor.grid).to(factor.codes.device)
+            latents = [Latent(cores[str(k)], f.grid) for k, f in enumerate(layer.factors[0])]
+            exchange(layer, latents)
 
     def _latents(self) -> list[Latent]:
         return [latent for layer in self.layers.values() for latent in self._of(layer)]
@@ -115,16 +114,16 @@ class Teaching(Course):
 
     def _sizes(self) -> list[tuple[Tensor, float]]:
         """Everything that moves, and the size that its rate refers to: of scales and ranges their own."""
-        found: list[tuple[Tensor, float]] = []
+        sizes: list[tuple[Tensor, float]] = []
         for layer in self.layers.values():
             share = self.method.matrices if layer.forms[0].name == Dense.name else 1.0
             for latent in self._of(layer):
-                found += [
+                sizes += [
                     (latent.value, share * _spread(latent.value)),
                     (latent.scale, share * _mean(latent.scale)),
                 ]
-            found += [] if layer.bias is None else [(layer.bias, share * _spread(layer.bias))]
-        found += [(act.scale, _mean(act.scale)) for act in self._acts]
+            sizes += [] if layer.bias is None else [(layer.bias, share * _spread(layer.bias))]
+        sizes += [(act.scale, _mean(act.scale)) for act in self._acts]
         inside = {
             id(p)
             for m in self.student.modules()
@@ -134,7 +133,7 @@ class Teaching(Course):
         free = [
             p for p in self.student.parameters() if id(p) not in inside and p.is_floating_point()
         ]
-        return found + [(p, _spread(p)) for p in free]
+        return sizes + [(p, _spread(p)) for p in free]
 
     def _learning(self) -> list[Tensor]:
         return [p for p, _ in self._sizes()]
@@ -158,9 +157,9 @@ class Teaching(Course):
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
         k = int(torch.randperm(len(self.batches), generator=generator)[place])
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        found = self.on(shared(self.batches[k]), k, self._lesson(step), generator)
-        self.now = float(found.detach())
-        return found
+        loss = self.on(shared(self.batches[k]), k, self._lesson(step), generator)
+        self.now = float(loss.detach())
+        return loss
 
     def _lesson(self, step: int) -> Lesson:
         if self.method.order == "all":
@@ -185,12 +184,12 @@ class Teaching(Course):
 
         shown = self.look(ours)
         mask = mask_of(batch, self.decodes)
-        found = lesson.loss(
+        loss = lesson.loss(
             shown, theirs, None if mask is None else mask.to(shown.outputs[0].device)
         )
         if task.loss is not None and lesson.answers and self.method.labels:
-            found = found + self.method.labels * task.judge(self.student, held[0], batch)
-        return found
+            loss = loss + self.method.labels * task.judge(self.student, held[0], batch)
+        return loss
 
     def _theirs(self, batch: Batch, place: int) -> Shown:
         """What the float network shows of a batch."""
@@ -211,9 +210,9 @@ class Teaching(Course):
             with torch.no_grad(), together(self._latents()):
                 return task.score(self.student)
         with torch.no_grad():
-            found = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
+            losses = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(examples(b)) for b in self.held])
-        return -float((torch.stack(found).cpu() * weights).sum() / weights.sum())
+        return -float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
 
     def stepped(self, step: int) -> None:
         """See `Course.stepped`."""
@@ -224,14 +223,12 @@ class Teaching(Course):
         """Keep the state, as a file holds it, if it is the best so far; training goes on from the exact one."""
         exact = self._copies()
         self._round()
-        found = self.judged()
-        if math.isnan(found):
+        score = self.judged()
+        if math.isnan(score):
             raise DataError(
                 "the loss of held-back examples is not a number; check the batches and the loss"
             )
-        if found > float(self.most) or not self.best:  # a score may be -inf
-            self.most = torch.tensor(found, dtype=torch.float64)
-            self.best = self._copies()
+        self.best.consider(-score, self._copies)
         self._take(exact)
 
     def _round(self) -> None:
@@ -255,12 +252,12 @@ class Teaching(Course):
         key = piece.key("ttqat", self._copies(), {"method": self.method, "plan": self.plan.compact})
         if self.steps:
             run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))
-        if not self.best:  # no epoch on the grid
+        if not self.best.kept:  # no epoch on the grid
             self._settle()
             self.remember()
-        self._take(self.best)
+        self._take(self.best.kept)
         sign = 1 if piece.task.evaluate is not None else -1
-        return sign * before, sign * float(self.most)
+        return sign * before, -sign * self.best.score
 
     def _copies(self) -> dict[str, Tensor]:
         """What learns, as it is now; the inverse of `_take`."""
@@ -278,17 +275,16 @@ class Teaching(Course):
 
     def state(self) -> dict[str, Tensor]:
         """The best state, and whether the latents are on their grids."""
-        kept = {"most": self.most, "on": torch.tensor(any(x.on for x in self._latents()))}
-        kept |= {f"zero.{k}": z for k, z in enumerate(act.zero for act in self._acts)}
+        kept = {"on": torch.tensor(any(x.on for x in self._latents()))}
+        kept |= {f"zero.{k}": act.zero for k, act in enumerate(self._acts)}
         kept |= {
             f"group.{k}": z for k, z in enumerate(x.zero for x in self._latents()) if z is not None
         }
-        return kept | {f"best.{k}": v for k, v in self.best.items()}
+        return kept | self.best.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
-        self.most = state["most"]
-        self.best = {k.removeprefix("best."): v for k, v in state.items() if k.startswith("best.")}
+        self.best.restore(state)
         for k, act in enumerate(self._acts):
             act.zero.copy_(state[f"zero.{k}"])
             if state["on"]:
@@ -301,9 +297,7 @@ class Teaching(Course):
     def network(self) -> nn.Module:
         """The student with integers in place of the latents, and what stays as it is on the types of the file."""
         for layer in self.layers.values():
-            parts = cast(nn.ModuleList, layer.terms[0])
-            for k, latent in enumerate(self._of(layer)):
-                parts[k] = Factor(latent.numbers).to(latent.codes.device)
+            exchange(layer, [Factor(latent.numbers) for latent in self._of(layer)])
         return self.student.requires_grad_(False)
 
 

@@ -78,9 +78,9 @@ class TTQAT(Settings):
             raise PlanError(f"TTQAT trains layers of one term; {other} has {len(other.terms)}")
         course = Teaching(self, piece, plan)
         before, after = course.train()
-        made = course.network()
+        network = course.network()
         taught = f"taught {course.walked}; held-back {course.measure} {before:.4g} -> {after:.4g}"
         return Fitted(
-            made,
+            network,
             (taught, *(("no attention is taught, for none was seen",) if course.blind else ())),
         )
