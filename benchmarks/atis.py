@@ -47,6 +47,7 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.survey import Survey
 from rabbet.export.onnx.write import write_float
 from rabbet.methods import Method
+from rabbet.methods.ttqat import Choices, Distillation
 from rabbet.model.build import build
 from rabbet.runtime.bench import time_files
 from rabbet.train.loop import Course, run
@@ -185,23 +186,31 @@ COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / 
 
 SIZES = {
     "rank 20, 4 bits, tables and heads as they are": TTQAT(
-        4, 20, whole=(*HEADS, *TABLES), rate=1e-2
+        4, 20, keep_dense=(*HEADS, *TABLES), rate=1e-2
     ),
-    "rank 40, 8 bits, words at rank 60": TTQAT(8, 40, 60, whole=HEADS),
-    "rank 24, 4 bits, words at rank 40": TTQAT(4, 24, 40, whole=HEADS),
-    "rank 20, 4 bits, words at rank 30": TTQAT(4, 20, 30, whole=HEADS),
-    "rank 20, 4 bits, words at rank 40, heads 4 bits": TTQAT(4, 20, 40, whole=HEADS, rest=4),
-    "ranks chosen, 4 bits": TTQAT(4, None, None, (12, 16, 20, 24, 28, 34, 42), grids=("3c", "4c")),
-    "rank 24, 8 bits, words at rank 40": TTQAT(8, 24, 40, whole=HEADS),
-    "rank 24, 2 bits, words at rank 40": TTQAT(2, 24, 40, whole=HEADS),
+    "rank 40, 8 bits, words at rank 60": TTQAT(8, 40, 60, keep_dense=HEADS),
+    "rank 24, 4 bits, words at rank 40": TTQAT(4, 24, 40, keep_dense=HEADS),
+    "rank 20, 4 bits, words at rank 30": TTQAT(4, 20, 30, keep_dense=HEADS),
+    "rank 20, 4 bits, words at rank 40, heads 4 bits": TTQAT(
+        4, 20, 40, keep_dense=HEADS, dense_bits=4
+    ),
+    "ranks chosen, 4 bits": TTQAT(
+        4, None, None, Choices((12, 16, 20, 24, 28, 34, 42), grids=("3c", "4c"))
+    ),
+    "rank 24, 8 bits, words at rank 40": TTQAT(8, 24, 40, keep_dense=HEADS),
+    "rank 24, 2 bits, words at rank 40": TTQAT(2, 24, 40, keep_dense=HEADS),
     "rank 20, 4 bits, everything a chain": TTQAT(4),
-    "rank 24, 4 bits, words at rank 40, inputs 8 bits": TTQAT(4, 24, 40, whole=HEADS, act=8),
+    "rank 24, 4 bits, words at rank 40, inputs 8 bits": TTQAT(4, 24, 40, keep_dense=HEADS, act=8),
 }
 BUDGETS = {"ranks chosen, 4 bits": "bytes <= 275090"}  # 225 times smaller
 STARTS = {
-    f"start: {s}": TTQAT(4, 24, 40, whole=HEADS, start=s) for s in ("metric", "plain", "random")
+    f"start: {start}": TTQAT(4, 24, 40, keep_dense=HEADS, start=start)
+    for start in ("metric", "plain", "random")
 }
-ORDERS = {f"taught: {o}": TTQAT(4, 24, 40, whole=HEADS, order=o) for o in ("all", "bottom", "top")}
+ORDERS = {
+    f"taught: {order}": TTQAT(4, 24, 40, keep_dense=HEADS, order=order)
+    for order in ("all", "bottom", "top")
+}
 
 
 def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
@@ -326,7 +335,7 @@ def speed(bench: Bench) -> None:
             write_float(teacher, task, older, 21)
             quantize_dynamic(older, files["int8"], per_channel=True, weight_type=QuantType.QInt8)
             for name, act in (("tt", None), ("tt8", 8)):
-                method = TTQAT(4, whole=HEADS, act=act, epochs=0, finish=0, start="random")
+                method = TTQAT(4, keep_dense=HEADS, act=act, epochs=0, finish=0, start="random")
                 plan = rabbet.plan(teacher, "bytes <= 90%", task, method)
                 survey = rabbet.survey(teacher, task)
                 made = build(teacher, plan, survey)
@@ -357,7 +366,7 @@ def step(bench: Bench) -> None:
     from rabbet.workpiece import Workpiece
 
     teacher, task = bench.untrained(), task_of(bench.data, 0)
-    method = TTQAT(4, whole=HEADS, start="random", hidden=0.0, attention=0.0, answers=0.0)
+    method = TTQAT(4, keep_dense=HEADS, start="random", distil=Distillation(0.0, 0.0, 0.0))
     piece = Workpiece.of(teacher, task, rabbet.Jobs())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
     batch = task.read()[len(task.read()) // 2]

@@ -38,6 +38,7 @@ from rabbet import TTQAT, Joint, Task
 from rabbet.errors import BudgetError
 from rabbet.jobs import silent
 from rabbet.methods import Method
+from rabbet.methods.ttqat import Choices
 from rabbet.train.tuning import Tuning
 
 Batch = dict[str, Tensor]
@@ -301,14 +302,14 @@ def main() -> None:
     parser.add_argument("--watch", action="store_true", help="tell every step, on standard error")
     args = parser.parse_args()
     trained = TTQAT(
-        (2, 3, 4), rank=None, table=None, ranks=tuple(args.ranks), grids=("1c", "tc", "2hc", "3c", "4c"),
-        epochs=args.epochs, finish=args.finish, rate=args.rate, matrices=args.matrices,
+        (2, 3, 4), None, None, Choices(tuple(args.ranks), grids=("1c", "tc", "2hc", "3c", "4c")),
+        epochs=args.epochs, finish=args.finish, rate=args.rate, dense_rate=args.matrices,
     )  # fmt: skip
     made: dict[str, Method] = {
         "joint": Joint(act=None, tuning=Tuning(steps=args.tuning, batch=32)),
         "ttqat": trained,
-        "tt": replace(trained, forms=("tt",)),
-        "bits": replace(trained, forms=()),
+        "tt": replace(trained, choices=replace(trained.choices, forms=("tt",))),
+        "bits": replace(trained, choices=replace(trained.choices, forms=())),
     }
     print(f"{machine()}\n")
     for name in args.tasks:

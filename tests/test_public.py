@@ -2,10 +2,12 @@
 
 import ast
 import inspect
+import itertools
 import pkgutil
 import subprocess
 import sys
-from dataclasses import replace
+import textwrap
+from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -157,3 +159,20 @@ def test_python_and_the_command_line_say_the_same(fitted, tmp_path, capsys):
     shown = capsys.readouterr().out.splitlines()
     text = str(replace(fitted, notes=())).splitlines()
     assert [line.split() for line in shown] == [line.split() for line in text]
+
+
+def _settings(kind):
+    """A dataclass, those that it inherits from and those that its fields hold."""
+    classes = [c for c in kind.__mro__ if is_dataclass(c)]
+    held = [type(getattr(kind(), f.name)) for f in fields(kind)]
+    return [*classes, *(c for one in held if is_dataclass(one) for c in _settings(one))]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_has_a_line_of_documentation_where_it_stands(name):
+    for settings in _settings(METHODS[name]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
+        for field, text in itertools.pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                assert documented, f"{settings.__name__}.{ast.unparse(field.target)}"

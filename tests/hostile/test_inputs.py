@@ -30,6 +30,7 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.budget import METRICS
 from rabbet.data.batches import tensors
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError
+from rabbet.methods.ttqat import Distillation
 from rabbet.model.build import build
 from rabbet.train.tuning import Tuning
 
@@ -328,7 +329,7 @@ def test_functions_of_the_user_that_fail_are_named(name):
     task = Task([rand(4, 6, seed=k) for k in range(3)], **{name.partition(" ")[0]: function})
     model = settled(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
     methods = [
-        TTQAT(rank=2, epochs=1, finish=1, blocks=("0", "2")),
+        TTQAT(rank=2, epochs=1, finish=1, distil=Distillation(blocks=("0", "2"))),
         CGMQ(epochs=1, finish=1, steps=1, batch=2),
     ]
     for method in methods[: 2 if name.startswith("loss") else 1]:

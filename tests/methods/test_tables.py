@@ -10,6 +10,7 @@ import rabbet
 from rabbet import CGMQ, TTQAT, CoRa, Joint, Task, survey
 from rabbet.errors import FileError, PlanError
 from rabbet.grids.grid import Grid
+from rabbet.methods.ttqat import Choices, Distillation
 from rabbet.model.compressed import Factor
 from rabbet.runtime.session import Session
 from rabbet.train.qat import Latent
@@ -203,7 +204,14 @@ METHODS = {
     "cora": (CoRa(), "bytes <= 60%"),
     "cgmq": (CGMQ(epochs=1, finish=1), "bops <= 2%"),
     "ttqat": (
-        TTQAT(rank=None, table=None, ranks=(2, 4), epochs=1, finish=1, blocks=("body",)),
+        TTQAT(
+            rank=None,
+            table_rank=None,
+            choices=Choices(ranks=(2, 4)),
+            epochs=1,
+            finish=1,
+            distil=Distillation(blocks=("body",)),
+        ),
         "bytes <= 60%",
     ),
 }

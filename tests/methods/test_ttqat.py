@@ -34,15 +34,17 @@ from rabbet.jobs import silent
 from rabbet.layers import Site
 from rabbet.layers.embedding import Embedding
 from rabbet.layers.linear import Linear
+from rabbet.methods.ttqat import Choices
 from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.compressed import compressed_layers
 from rabbet.model.surgery import leave_fast_path
 from rabbet.runtime.session import Session
-from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
+from rabbet.train.distil import Distillation, Look, Shown, Stage, Teacher, mask_of, stack
 from rabbet.train.qat import Latent, together
 from rabbet.workpiece import Workpiece
 
-SHORT = {"rank": 6, "table": 6, "epochs": 3, "finish": 2, "scores": False}
+NUMBERS = Distillation(scores=False)  # outputs are no scores of classes
+SHORT = {"rank": 6, "table_rank": 6, "epochs": 3, "finish": 2, "distil": NUMBERS}
 
 
 def bert(seed=0, **kwargs):
@@ -209,7 +211,13 @@ def test_every_order_and_start_runs(order, start):
 def test_ranks_and_bits_are_chosen_under_the_budget():
     model, data = bert(), sentences()
     method = TTQAT(
-        bits=(2, 4, 8), rank=None, table=None, ranks=(2, 6, 12), epochs=1, finish=1, scores=False
+        bits=(2, 4, 8),
+        rank=None,
+        table_rank=None,
+        choices=Choices(ranks=(2, 6, 12)),
+        epochs=1,
+        finish=1,
+        distil=NUMBERS,
     )
     jobs = Jobs()
     sizes, chosen = [], []
@@ -223,12 +231,14 @@ def test_ranks_and_bits_are_chosen_under_the_budget():
 
 
 def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
-    method = TTQAT(bits=(2, 4), rank=None, table=None, ranks=(2, 6), whole=("kept",))
+    method = TTQAT(
+        bits=(2, 4), rank=None, table_rank=None, choices=Choices((2, 6)), keep_dense=("kept",)
+    )
     table, linear = Site("x", Embedding(), (90, 48)), Site("x", Linear(), (48, 96))
     for site, form in ((table, "ttm"), (linear, "tt")):
         found = {str(term) for (term,) in method.menu(site)}
         assert {"dense@tc", "dense@2hc", "dense@8c", f"{form}[2]@4", f"{form}[6]@2h"} <= found
-    matrices = TTQAT(rank=None, table=None, forms=("tt",), grids=("tc",))
+    matrices = TTQAT(rank=None, table_rank=None, choices=Choices(forms=("tt",), grids=("tc",)))
     assert [str(t) for (t,) in matrices.menu(table)] == ["dense@tc", "dense@8c"]
     assert "tt[6]@4" in {str(t) for (t,) in matrices.menu(linear)}
     assert [str(t) for (t,) in method.menu(Site("kept", Linear(), (48, 96)))] == ["dense@8c"]
@@ -260,7 +270,9 @@ def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
 
 def test_matrices_alone_are_trained_under_a_budget_as_well():
     model, data = bert(), sentences(3)
-    method = TTQAT(rank=None, table=None, forms=(), epochs=1, finish=2, scores=False)
+    method = TTQAT(
+        rank=None, table_rank=None, choices=Choices(forms=()), epochs=1, finish=2, distil=NUMBERS
+    )
     result = rabbet.compress(model, "bytes <= 15%", data, method)
     assert set(forms(result.plan).values()) == {"dense"}
     assert len({str(line.terms[0].grid) for line in result.plan}) > 1
@@ -277,12 +289,12 @@ def test_matrices_move_as_slowly_as_they_are_told():
     moved = []
     for share in (1.0, 0.0):
         result = rabbet.fit(
-            model, plan, task, TTQAT(**SHORT | {"matrices": share, "rate": 0.2, "finish": 0})
+            model, plan, task, TTQAT(**SHORT | {"dense_rate": share, "rate": 0.2, "finish": 0})
         )
         moved.append(float((result.model.embeddings.word_embeddings.weight - before).abs().max()))
     assert moved[1] < 0.01 * float(before.abs().max()) < moved[0]
     on_grid = rabbet.fit(
-        model, plan, task, TTQAT(**SHORT | {"matrices": 0.0, "rate": 0.2, "finish": 3})
+        model, plan, task, TTQAT(**SHORT | {"dense_rate": 0.0, "rate": 0.2, "finish": 3})
     )
     assert torch.equal(
         on_grid.model.embeddings.word_embeddings.weight,
@@ -308,7 +320,7 @@ def test_a_bias_of_one_output_that_starts_at_zero_learns():
     model = nn.Sequential(Encoder(), nn.Linear(5, 1)).eval()
     nn.init.zeros_(model[1].bias)
     data = [torch.randint(0, 40, (4, 7)) for _ in range(4)]
-    method = TTQAT(rank=6, table=4, epochs=1, finish=1, scores=False)
+    method = TTQAT(rank=6, table_rank=4, epochs=1, finish=1, distil=NUMBERS)
     assert float(rabbet.compress(model, "bytes <= 90%", data, method).model[1].bias) != 0
 
 
@@ -357,7 +369,9 @@ def test_a_budget_below_the_uniform_rank_is_refused_at_once():
 
 def test_layers_named_whole_stay_matrices():
     name = "encoder.layer.0.output.dense"
-    plan = rabbet.plan(bert(), "bytes <= 30%", sentences(), TTQAT(**SHORT | {"whole": (name,)}))
+    plan = rabbet.plan(
+        bert(), "bytes <= 30%", sentences(), TTQAT(**SHORT | {"keep_dense": (name,)})
+    )
     assert str(plan[name]) == f"{name} dense@8c"
 
 
@@ -402,7 +416,7 @@ def test_a_plain_torch_transformer_is_taught_attention_included(opened):
     assert [tuple(t.shape) for t in shown.attention] == [(4, 4, 7, 7)] * 2
     assert all(torch.allclose(t.sum(-1), torch.ones(4, 4, 7)) for t in shown.attention)
     budget = "bytes <= 35%" if opened else "bytes <= 70%"  # what stays closed stays float
-    result = rabbet.compress(model, budget, data, TTQAT(rank=6, table=4, epochs=2, finish=2))
+    result = rabbet.compress(model, budget, data, TTQAT(rank=6, table_rank=4, epochs=2, finish=2))
     found = forms(result.plan)
     assert found["encoder.layers.0.linear1"] == "tt"
     assert found.get("encoder.layers.1.self_attn.k_proj") == ("tt" if opened else None)
@@ -428,7 +442,7 @@ def test_labels_teach_and_the_users_score_chooses():
 
     task = Task(data, forward=lambda m, b: m(b[0]), evaluate=evaluate, loss=loss)
     result = rabbet.compress(
-        model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=3)
+        model, "bytes <= 70%", task, TTQAT(rank=6, table_rank=4, epochs=1, finish=3)
     )
     assert len(judged) == 4
     assert len(seen) == 16
@@ -449,7 +463,7 @@ def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
         return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, 0)
 
     task = Task(data, forward=forward, vary=vary)
-    rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=1))
+    rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table_rank=4, epochs=1, finish=1))
     assert set(shown[False]) == {0}
     assert (
         sum(n > 0 for n in shown[True]) == 6
@@ -457,7 +471,7 @@ def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
     assert len({n for n in shown[True] if n}) > 1
 
 
-# Lessons
+# What is taught
 
 
 def shown(seed, hidden=3):
@@ -468,16 +482,11 @@ def shown(seed, hidden=3):
     )
 
 
-def test_a_lesson_is_zero_for_the_same_and_positive_else():
-    for lesson in (
-        Lesson(),
-        Lesson(1),
-        Lesson(2, top=True),
-        Lesson(scores=False),
-        Lesson(answers=False),
-    ):
-        assert float(lesson.loss(shown(1), shown(1), None).abs()) < 1e-5
-        assert float(lesson.loss(shown(1), shown(9), None)) > 0.01
+def test_the_loss_is_zero_for_the_same_and_positive_otherwise():
+    for distil in (Distillation(), NUMBERS):
+        for stage in (Stage(), Stage(1), Stage(2, top=True), Stage(outputs=False)):
+            assert float(distil.loss(shown(1), shown(1), None, stage).abs()) < 1e-5
+            assert float(distil.loss(shown(1), shown(9), None, stage)) > 0.01
 
 
 def test_another_teacher_does_not_go_on_from_the_checkpoint_of_the_first(tmp_path):
@@ -509,15 +518,16 @@ def test_the_score_that_is_told_is_that_of_what_is_handed_out(act, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lesson", "places"), [(Lesson(1), [0]), (Lesson(2), [0, 1]), (Lesson(1, top=True), [2])]
+    ("stage", "places"), [(Stage(1), [0]), (Stage(2), [0, 1]), (Stage(1, top=True), [2])]
 )
-def test_only_the_chosen_depth_counts(lesson, places):
-    ours, theirs = shown(1), shown(9)
-    before = float(lesson.loss(ours, theirs, None))
+def test_only_the_chosen_depth_counts(stage, places):
+    distil, ours, theirs = Distillation(), shown(1), shown(9)
+    before = float(distil.loss(ours, theirs, None, stage))
     for k in range(3):
         hidden = [t + 1 if j == k else t for j, t in enumerate(ours.hidden)]
         changed = (
-            float(lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)) != before
+            float(distil.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None, stage))
+            != before
         )
         assert changed == (k in places)
 
@@ -525,23 +535,23 @@ def test_only_the_chosen_depth_counts(lesson, places):
 def test_places_that_the_mask_excludes_do_not_count():
     ours, theirs = shown(1), shown(9)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    lesson = Lesson()
-    before = float(lesson.loss(ours, theirs, mask))
+    distil = Distillation()
+    before = float(distil.loss(ours, theirs, mask))
     hidden = [t + 5 * (1 - mask)[..., None] for t in ours.hidden]
     assert float(
-        lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, mask)
+        distil.loss(Shown(hidden, ours.attention, ours.outputs), theirs, mask)
     ) == pytest.approx(before)
     assert float(
-        lesson.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)
+        distil.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)
     ) != pytest.approx(before)
 
 
 def test_scores_of_as_many_classes_as_places_are_no_places():
     ours, theirs, mask = shown(1), shown(9), torch.ones(2, 5)
-    lesson = Lesson(hidden=0, attention=0)
-    assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
+    distil = Distillation(hidden=0, attention=0)
+    assert torch.equal(distil.loss(ours, theirs, mask), distil.loss(ours, theirs, None))
     mask[0, 3:] = 0
-    assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
+    assert torch.equal(distil.loss(ours, theirs, mask), distil.loss(ours, theirs, None))
 
 
 def test_one_number_an_example_or_a_place_is_compared_as_a_number():
@@ -550,7 +560,7 @@ def test_one_number_an_example_or_a_place_is_compared_as_a_number():
             Shown([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)])
             for s in (1, 2)
         )
-        assert float(Lesson().loss(ours, theirs, None)) > 0.01
+        assert float(Distillation().loss(ours, theirs, None)) > 0.01
 
 
 def test_the_mask_is_found_in_a_batch_of_any_make_and_is_that_of_the_places_that_are_compared():
@@ -581,7 +591,9 @@ def test_a_sequence_that_is_decoded_is_taught_whatever_the_mask_of_the_first_say
     batch = {"input_ids": ids, "attention_mask": torch.ones(2, 8), "decoder_input_ids": ids}
     batch["attention_mask"][0, 3:] = 0
     grads = []
-    method = TTQAT(rank=6, table=4, epochs=1, finish=0, hidden=0, attention=0)
+    method = TTQAT(
+        rank=6, table_rank=4, epochs=1, finish=0, distil=Distillation(hidden=0, attention=0)
+    )
 
     def forward(m, b):
         found = m(**b).logits
@@ -625,7 +637,10 @@ def test_an_encoder_of_one_block_that_runs_twice_is_found_and_taught():
         wanted = model(ids, output_hidden_states=True).hidden_states
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(shown.hidden, wanted, strict=True))
     assert rabbet.compress(
-        model, "bytes <= 95%", [{"input_ids": ids}] * 2, TTQAT(rank=4, table=4, epochs=1, finish=1)
+        model,
+        "bytes <= 95%",
+        [{"input_ids": ids}] * 2,
+        TTQAT(rank=4, table_rank=4, epochs=1, finish=1),
     )
 
 
@@ -789,13 +804,9 @@ def test_random_cores_make_weights_of_the_stated_deviation(form, shape):
         ({"bits": 9}, "use 1 .binary. or 2 to 8 bits"),
         ({"bits": (4, 1)}, "does not exist"),
         ({"rank": 0}, "rank is at least 1"),
-        ({"ranks": ()}, "ranks are numbers of at least 1"),
         ({"bits": ()}, "found none"),
-        ({"grids": ("9c",)}, "is not a grid"),
-        ({"forms": ("cp",)}, "forms are 'tt' and 'ttm'"),
         ({"epochs": -1}, "at least 0"),
         ({"rate": -1.0}, "rate is at least 0"),
-        ({"ranks": 6}, "ranks is .a whole number, ....; found 6"),
         ({"rank": 2.5}, "rank is a whole number or None; found 2.5"),
         ({"bits": None}, "bits is a whole number or"),
         ({"order": "sideways"}, "order"),
@@ -807,6 +818,25 @@ def test_bad_settings_are_refused(settings, words):
         TTQAT(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ranks": ()}, "ranks are numbers of at least 1"),
+        ({"ranks": 6}, "ranks is .a whole number, ....; found 6"),
+        ({"grids": ("9c",)}, "is not a grid"),
+        ({"forms": ("cp",)}, "forms are 'tt' and 'ttm'"),
+    ],
+)
+def test_bad_choices_are_refused(settings, words):
+    with pytest.raises(PlanError, match=words):
+        Choices(**settings)
+
+
+def test_a_part_of_the_lesson_cannot_count_less_than_nothing():
+    with pytest.raises(PlanError, match="hidden is at least 0"):
+        Distillation(hidden=-1.0)
+
+
 def test_a_network_without_blocks_is_refused():
     class Two(nn.Module):
         def __init__(self):
@@ -816,22 +846,21 @@ def test_a_network_without_blocks_is_refused():
         def forward(self, x):
             return self.second(self.first(x).relu())
 
-    model = Two().eval()
+    model, data = Two().eval(), [rand(4, 32), rand(4, 32)]
     with pytest.raises(ModelError, match="no stack of blocks"):
-        rabbet.compress(model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2))
+        rabbet.compress(model, "bytes <= 90%", data, TTQAT(rank=2))
     with pytest.raises(ModelError, match="no block 'nine'"):
         rabbet.compress(
-            model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("nine",))
+            model, "bytes <= 90%", data, TTQAT(rank=2, distil=Distillation(blocks=("nine",)))
         )
-    found = rabbet.compress(
-        model, "bytes <= 90%", [rand(4, 32), rand(4, 32)], TTQAT(rank=2, blocks=("first", "second"))
-    )
-    assert found.notes[0].startswith("taught 24 steps")
+    distil = Distillation(blocks=("first", "second"))
+    result = rabbet.compress(model, "bytes <= 90%", data, TTQAT(rank=2, distil=distil))
+    assert result.notes[0].startswith("taught 24 steps")
 
 
 def test_a_layer_to_stay_whole_must_be_there():
     with pytest.raises(PlanError, match="'nine' is not a layer that can be compressed"):
-        rabbet.plan(bert(), "bytes <= 30%", sentences(), TTQAT(**SHORT | {"whole": ("nine",)}))
+        rabbet.plan(bert(), "bytes <= 30%", sentences(), TTQAT(**SHORT | {"keep_dense": ("nine",)}))
 
 
 def test_one_batch_is_not_enough():

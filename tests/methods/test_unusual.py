@@ -9,6 +9,7 @@ from torch import nn
 from rabbet import CGMQ, TTQAT, CoRa, Joint, Task, compress, load, survey
 from rabbet.data.batches import outputs
 from rabbet.methods.cora.search import Ranking
+from rabbet.methods.ttqat import Distillation
 from rabbet.model.build import plan_of
 from rabbet.train.tuning import Tuning
 
@@ -110,7 +111,7 @@ METHODS = {
     "joint": Joint(grids=("3c", "8c"), tuning=Tuning(steps=3, batch=4)),
     "cora": CoRa(bits=3, ranking=Ranking(steps=3, batch=4), tuning=Tuning(steps=2, batch=4)),
     "cgmq": CGMQ(epochs=1, finish=1, steps=2, batch=4),
-    "ttqat": TTQAT(4, rank=2, table=2, epochs=1, finish=1),
+    "ttqat": TTQAT(4, rank=2, table_rank=2, epochs=1, finish=1),
 }
 BUDGETS = {
     "cora": "bits <= 6",
@@ -129,7 +130,12 @@ def test_a_method_takes_the_network_and_its_file_answers_as_it_does(name, method
     if method == "ttqat" and name not in ("padded",):  # no stack of blocks is found: they are named
         named = {"router": ("stem", "gate"), "asking": ("table", "body")}
         chosen = TTQAT(
-            4, rank=2, table=2, epochs=1, finish=1, blocks=named.get(name, ("body", "head"))
+            4,
+            rank=2,
+            table_rank=2,
+            epochs=1,
+            finish=1,
+            distil=Distillation(blocks=named.get(name, ("body", "head"))),
         )
     result = compress(model, BUDGETS[method], Task(batches), chosen)
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes

@@ -47,31 +47,36 @@ SOLVED = ("dense", *(name for name, form in RANKED.items() if form.channel_axes)
 
 @dataclass(frozen=True)
 class ADMM:
-    """The method of the paper; its defaults are the paper's, but for 20 x 20 iterations in place of 1,000 x 1,000.
+    """The method of the paper.
 
-    bits: of the factors. rate: how many times fewer parameters a factorised layer has; ranks:
-    (layer, rank) that differ from it. start: factors that ADMM begins with; slack: EPC's bound as a
-    multiple of the ALS error (1: the paper's; None: the best by closed form). solver: "feedback" is
-    error-feedback rounding, "nearest" leaves ADMM out. form: "cp" or "tucker" (Tucker-2, from start
-    "svd"). scales: one per factor, or per channel of it. rest: bits of the layers that are not
-    factorised. act: bits of inputs and of tensors between factors.
-
-    The file stores a scale per channel in either case: the gain of the BatchNorm is folded into
-    them.
+    Its defaults are the paper's, but for 20 x 20 iterations in place of 1,000 x 1,000. A file
+    stores a scale per channel in either case: the gain of the BatchNorm is folded into them.
     """
 
     bits: int = 4
+    """Of the factors."""
     rate: float = 2.0
+    """How many times fewer parameters a factorised layer has."""
     ranks: tuple[tuple[str, int], ...] = ()
+    """(layer, rank) where the rank is not that of `rate`."""
     start: Start = "epc"
+    """Factors that ADMM begins with; "epc" (error-preserving correction) is the paper's."""
     slack: float | None = 1.0
+    """EPC's bound as a multiple of the ALS error (1: the paper's); None: the best by closed form."""
     solver: Solver = "admm"
+    """"feedback" is error-feedback rounding; "nearest" only rounds."""
     form: Literal["cp", "tucker"] = "cp"
+    """CP (the paper's) or Tucker-2, which begins from "svd"."""
     scales: Literal["tensor", "channel"] = "tensor"
+    """One scale for each factor (the paper's), or for each channel of it."""
     rest: int = 8
+    """Bits of the layers that are not factorised."""
     act: int | None = 8
+    """Bits of inputs and of the tensors between factors; None: float."""
     sweeps: int = 20
+    """Over all factors; in the paper 1,000."""
     inner: int = 20
+    """Iterations of ADMM for a factor in a sweep; in the paper 1,000."""
 
     def __post_init__(self) -> None:
         check_fields(self)

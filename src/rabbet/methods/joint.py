@@ -28,28 +28,29 @@ from rabbet.workpiece import Workpiece
 
 @dataclass(frozen=True)
 class Joint:
-    """The default method.
-
-    grids: what a dense weight may lie on. adapters: (grid of the weight, share of the layer's
-    entries that a low-rank adapter may have); its factors lie on `adapter_grid`. forms: what may
-    take the place of a weight, at ranks that bring the layer's MACs to the `shares`, on
-    `factor_grids`. act: bits of every layer's input, None for float. tuning: the loop at the end;
-    `Tuning(steps=0)` leaves it out.
-    """
+    """The default method: what a layer may become, and what follows the choice."""
 
     grids: tuple[str, ...] = ("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c", "8c")
+    """Of dense weights, as a plan writes them."""
     adapters: tuple[tuple[str, float], ...] = (
         ("2hc", 0.05),
         ("2hc", 0.1),
         ("3c", 0.05),
         ("3c", 0.1),
     )
+    """Dense weights with a low-rank adapter: the weight's grid, the adapter's share of entries."""
     adapter_grid: str = "8c"
+    """Of the adapters' factors."""
     forms: tuple[str, ...] = ("cp", "tucker", "lowrank")
+    """Factorisations that may take the place of a weight; none leaves rank out."""
     shares: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25)
+    """Their ranks are those that bring the layer's MACs to these shares of the dense layer's."""
     factor_grids: tuple[str, ...] = ("4c", "5c", "6c", "8c")
+    """Of the factors."""
     act: int | None = 8
+    """Bits of every layer's input; None: float."""
     tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
+    """The loop at the end; `Tuning(steps=0)` leaves it out."""
 
     def __post_init__(self) -> None:
         check_fields(self)

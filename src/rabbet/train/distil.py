@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch, floating, outputs
-from rabbet.errors import ModelError
+from rabbet.errors import ModelError, check_fields, check_least
 from rabbet.model.hooks import hooked
 from rabbet.train.losses import answer_error, attention_divergence, hidden_error
 
@@ -51,7 +51,7 @@ def stack(model: nn.Module, survey: Survey) -> list[str]:
     best = max(counts, key=lambda n: counts[n], default="")
     if not counts or (best and not counts[best]):
         raise ModelError(
-            "no stack of blocks is found to teach one by one; name them: blocks=('layer.0', 'layer.1')"
+            "no stack of blocks is found to teach one by one; name them: Distillation(blocks=('layer.0', 'layer.1'))"
         )
     return [f"{best}.{name}".lstrip(".") for name, _ in model.get_submodule(best).named_children()]
 
@@ -181,48 +181,69 @@ def _probabilities(given: dict[str, Any]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What of a network is compared, and how much each counts.
-
-    depth: hidden states of so many blocks, from the bottom or, if `top`, from the top; None: all.
-    answers: whether the outputs count. scores: outputs are scores of classes over their last axis;
-    else they are compared as numbers.
-    """
+class Stage:
+    """Which part of a network is taught for the present."""
 
     depth: int | None = None
+    """Hidden states and attention of this many blocks; None: all."""
     top: bool = False
-    answers: bool = True
-    scores: bool = True
-    hidden: float = 1.0
-    attention: float = 1.0
-    weight: float = 1.0
+    """Whether blocks are counted from the top, not from the bottom."""
+    outputs: bool = True
+    """Whether the outputs are taught, too."""
 
-    def loss(self, ours: Shown, theirs: Shown, mask: Tensor | None) -> Tensor:
-        """The distance of two passes over the same batch, a scalar; mask: [batch, places], 1 for real places.
-
-        Hidden states: mean squared error plus 1 - cosine; attention and scores: divergence of the
-        distributions.
-        """
-        total = ours.outputs[0].new_zeros(())
-        pairs = self._chosen(list(zip(ours.hidden, theirs.hidden, strict=True)))
-        if self.hidden and pairs:
-            errors = [hidden_error(a, b, mask) for a, b in pairs]
-            total = total + self.hidden * torch.stack(errors).mean()
-        looks = self._chosen(list(zip(ours.attention, theirs.attention, strict=True)))
-        if self.attention and looks:
-            errors = [attention_divergence(a, b, mask) for a, b in looks]
-            total = total + self.attention * torch.stack(errors).mean()
-        if self.answers:
-            for a, b in zip(ours.outputs, theirs.outputs, strict=True):
-                if not a.ndim:  # a loss that the network returns beside its scores
-                    continue
-                total = total + self.weight * answer_error(a, b, mask, self.scores)
-        return total
-
-    def _chosen(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def chosen(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Those of the blocks that are taught; pairs: one of each block, in order."""
         if self.depth is None:
             return pairs
         return pairs[-self.depth :] if self.top else pairs[: self.depth]
+
+
+WHOLE = Stage()  # everything at once
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a compressed network learns from the float one, and what each part counts."""
+
+    hidden: float = 1.0
+    """Weight of the hidden states: mean squared error plus 1 - cosine (arXiv 2306.01076)."""
+    attention: float = 1.0
+    """Weight of the divergence (KL) of attention probabilities (arXiv 2306.01076)."""
+    outputs: float = 1.0
+    """Weight of the outputs: divergence (KL) of scores, relative squared error of numbers."""
+    labels: float = 1.0
+    """Weight of the task's own loss, where the task has one."""
+    scores: bool = True
+    """Outputs are scores of classes over their last axis; False: they are numbers."""
+    blocks: tuple[str, ...] = ()
+    """Names of the modules whose outputs are the hidden states; none given: the network's stack."""
+    memory: int = 2**31
+    """Bytes that may hold what the float network shows; the rest is computed in every epoch."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_least(self, 0, "hidden", "attention", "outputs", "labels", "memory")
+
+    def loss(self, ours: Shown, theirs: Shown, mask: Tensor | None, stage: Stage = WHOLE) -> Tensor:
+        """The distance of two passes over the same batch, a scalar, without that of labels.
+
+        mask: [batch, places], 1 for real places.
+        """
+        total = ours.outputs[0].new_zeros(())
+        pairs = stage.chosen(list(zip(ours.hidden, theirs.hidden, strict=True)))
+        if self.hidden and pairs:
+            errors = [hidden_error(a, b, mask) for a, b in pairs]
+            total = total + self.hidden * torch.stack(errors).mean()
+        looks = stage.chosen(list(zip(ours.attention, theirs.attention, strict=True)))
+        if self.attention and looks:
+            errors = [attention_divergence(a, b, mask) for a, b in looks]
+            total = total + self.attention * torch.stack(errors).mean()
+        if stage.outputs:
+            for a, b in zip(ours.outputs, theirs.outputs, strict=True):
+                if not a.ndim:  # a loss that the network returns beside its scores
+                    continue
+                total = total + self.outputs * answer_error(a, b, mask, self.scores)
+        return total
 
 
 def mask_of(batch: Batch, decodes: bool = False) -> Tensor | None:

@@ -25,18 +25,22 @@ CHECKPOINT = 100
 
 @dataclass(frozen=True)
 class Tuning:
-    """Settings of the tuning loop.
-
-    Rates: codes in units of one step, the others relative to their mean magnitude.
-    """
+    """Settings of the tuning loop: Adam with a cosine schedule, images augmented."""
 
     steps: int = 600
+    """How many; 0: no tuning."""
     batch: int = 64
+    """Examples of a step."""
     codes: float = 4e-3
+    """Learning rate of the codes, in steps of the grid."""
     scales: float = 1e-3
+    """Learning rate of the scales, relative to their mean magnitude (LSQ, arXiv 1902.08153)."""
     biases: float = 1e-3
+    """Learning rate of the biases, relative to their mean magnitude."""
     ranges: float = 1e-3
+    """Learning rate of the scales of inputs, relative to themselves."""
     features: float = 2.0
+    """Weight of the error of the blocks' outputs beside the divergence of the network's."""
 
     def __post_init__(self) -> None:
         check_fields(self)

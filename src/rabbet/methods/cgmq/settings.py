@@ -12,43 +12,54 @@ from rabbet.train.qat import WIDEST
 class Settings:
     """Gates under a budget, usually `bops`.
 
-    start: of the gates, where the integer "program" puts them by what each width does to the
-    output, or at the "widest" (the paper's). epochs: pairs of an epoch with moving gates and one
-    without; updates "continuous" moves them in both. direction: how fast a gate moves, by 1 the
-    gradient of its tensor, 2 gradient and size, 3 what the output loses for what is saved. gates:
-    how far one of mean speed moves in an epoch, in widths. finish: epochs after the choice, with
-    widths fixed. steps: of an epoch, None for as many as all examples take. batch: examples of a
-    step; batches that differ in more than their number of examples are taken as they are.
-
-    widths: that a gate can choose; 16 and 32 run in float and are handed out at 8. granularity: a
-    weight has one gate ("layer"), or one for each output ("channel", which needs epochs; layers
-    with groups keep one). image: bits of the first layer's input, "gate" to let it choose, None for
-    float. scales: one per tensor (the paper's) or output channel. two: the grid at 2 bits, "half"
-    or the paper's "ternary". rate: Adam's, relative to the mean magnitude of what it moves; None:
-    0.01 where gates move, else the less, the nearer solved layers are to the float network. Trains
-    on the task's loss if it has one, else on the float network's outputs and `features` times the
-    error of its blocks', images augmented if `augment`.
-
     As in the paper: `CGMQ(start="widest", epochs=6, finish=6, direction=1, widths=(2, 4, 8, 16,
-    32), scales="tensor", two="ternary")`.
+    32), scales="tensor", two="ternary")`. What trains learns by the task's loss if it has one, else
+    by the float network's outputs and those of its blocks.
     """
 
     start: Literal["widest", "program"] = "program"
+    """Of the gates: at the widest (the paper's), or where the integer program puts them."""
     epochs: int = 0
+    """Pairs of an epoch in which gates move and one in which they rest."""
     updates: Literal["alternating", "continuous"] = "alternating"
+    """"continuous" moves the gates in both epochs of a pair."""
     direction: Literal[1, 2, 3] = 3
+    """What decides how fast a gate moves.
+
+    1: the gradient of its tensor; 2: gradient and magnitude (both the paper's); 3: what the output
+    loses for what is saved.
+    """
     gates: float = 1.0
+    """How far a gate of mean speed moves in an epoch, in widths."""
     finish: int = 18
+    """Epochs of training after the choice, with widths that stay."""
     steps: int | None = None
+    """Of an epoch; None: as many as it takes to see every example."""
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    """Bits that a gate chooses from; 16 and 32 run in float and are handed out at 8."""
     granularity: Literal["layer", "channel"] = "layer"
+    """A gate for each weight, or for each of its outputs.
+
+    "channel" needs `epochs`; layers with groups keep one gate.
+    """
     image: int | Literal["gate"] | None = "gate"
+    """Bits of the first layer's input; "gate": chosen like all others; None: float."""
     scales: Literal["tensor", "channel"] = "channel"
+    """One scale for each weight (the paper's), or for each of its outputs."""
     two: Literal["half", "ternary"] = "half"
+    """The grid at 2 bits: -1.5, -0.5, 0.5, 1.5 or -1, 0, 1 (the paper's), times the scale."""
     batch: int = 128
+    """Examples of a step; batches that differ in more than their size are used as they are."""
     rate: float | None = None
+    """Learning rate of Adam, relative to the mean magnitude of each tensor.
+
+    None: 0.01 where gates move; else smaller, the nearer the solved layers are to the float
+    network.
+    """
     features: float = 2.0
+    """Weight of the error of the blocks' outputs; of no use where the task has a loss."""
     augment: bool = True
+    """Whether images are augmented; they never are where the task has a loss."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -39,30 +39,38 @@ RANKS = 128  # options that a layer has in the integer program
 
 @dataclass(frozen=True)
 class CoRa:
-    """Adapters on a uniformly quantised network, their ranks by gradient.
-
-    bits, act: of weights and inputs of every layer; ends: of both in the first and the last layer
-    (None: no other). base: "feedback" rounds per channel in the metric of the inputs; "clipped" is
-    the paper's, one scale for mean +- `sigmas` deviations, nothing solved or tuned after it. svd:
-    of the residual, "whitened" by the inputs' second moment or "plain". ranks: by "gradient"
-    (CoRa-O), or the same share of every layer's channels (CoRa-H, "heuristic"). adapter_grid: of
-    the adapters' factors. linears: whether they have adapters, too. tuning: after the fit.
+    """Adapters on a uniformly quantised network, their ranks found by gradient.
 
     As in the paper: `CoRa(base="clipped", svd="plain", ranking=Ranking(250, 32, 4, 0.0, 0.9,
     "hinge", 0.01, 1.0, "labels", "batch"), linears=False)`.
     """
 
     bits: int = 4
+    """Of every layer's weight."""
     act: int | None = 8
+    """Bits of every layer's input; None: float."""
     ends: int | None = None
+    """Bits of weights and inputs of the first and the last layer; None: the same as of all others."""
     base: Literal["feedback", "clipped"] = "feedback"
+    """How weights are rounded: "feedback", per channel in the metric of the inputs; or "clipped".
+
+    That is the paper's: one scale a tensor for mean +- `sigmas` deviations, and nothing is solved
+    or tuned after it.
+    """
     sigmas: float = 3.0
+    """Standard deviations that "clipped" covers."""
     svd: Literal["whitened", "plain"] = "whitened"
+    """Of the residual: whitened by the second moment of the inputs, or plain (the paper's)."""
     ranks: Literal["gradient", "heuristic"] = "gradient"
+    """By gradient (CoRa-O), or the same share of every layer's channels (CoRa-H)."""
     adapter_grid: str = "8c"
+    """Of the adapters' factors, as a plan writes it."""
     linears: bool = True
+    """Whether linears have adapters, too; in the paper only convs have."""
     ranking: Ranking = Ranking()  # noqa: RUF009 (frozen)
+    """The search for the ranks."""
     tuning: Tuning = Tuning(steps=140)  # noqa: RUF009 (frozen)
+    """The loop at the end."""
 
     def __post_init__(self) -> None:
         check_fields(self)

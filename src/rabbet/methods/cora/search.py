@@ -37,28 +37,35 @@ CHECKPOINT = 10
 
 @dataclass(frozen=True)
 class Ranking:
-    """Settings of the search.
-
-    steps, batch: batches of random calibration examples. order: of the Butterworth kernel. offset:
-    where the first singular value lies on the kernel's axis; 0 (the paper's) always lets it pass,
-    0.5 lets a layer go without adapter. start: the cut-off that all layers begin with, as a share
-    of the full rank; None: the one that meets the budget. steering: "multiplicative" keeps the
-    search on the budget and moves cut-offs until one more byte brings the same everywhere; "hinge"
-    is the paper's: Adam on loss + penalty * exp(excess), gradients clipped at 0.2. rate: of either.
-    loss: the float network's outputs, or the task's own. norm: BatchNorms "frozen" at their
-    statistics, or "batch", on those of the batch, as the released code leaves them.
-    """
+    """Settings of the search for ranks (arXiv 2408.00923, section 3)."""
 
     steps: int = 100
+    """Batches of random calibration examples; in the paper up to 250."""
     batch: int = 64
+    """Examples of a step."""
     order: int = 4
+    """Of the Butterworth kernel."""
     offset: float = 0.5
+    """Where the first singular value lies on the kernel's axis.
+
+    0 (the paper's) always lets it pass; at 0.5 a layer can go without adapter.
+    """
     start: float | None = None
+    """The cut-off that all layers begin with, a share of the full rank; None: what the budget allows."""
     steering: Literal["multiplicative", "hinge"] = "multiplicative"
+    """What keeps the budget.
+
+    "multiplicative" stays on it, and moves cut-offs until one more byte brings the same everywhere;
+    "hinge" is the paper's: Adam on loss + penalty * exp(excess), gradients clipped at 0.2.
+    """
     rate: float = 0.1
+    """Learning rate of either."""
     penalty: float = 1.0
+    """Of "hinge"."""
     loss: Literal["teacher", "labels"] = "teacher"
+    """Divergence from the float network's outputs, or the task's own loss (the paper's code)."""
     norm: Literal["frozen", "batch"] = "frozen"
+    """BatchNorms at their statistics, or on those of the batch (as the paper's code leaves them)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,7 +1,6 @@
 """How a student of tensor trains is taught: what learns, from what, and which epoch is kept."""
 
 import math
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -19,7 +18,7 @@ from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_layers
 from rabbet.train.best import Best
-from rabbet.train.distil import Lesson, Look, Shown, Teacher, mask_of, stack
+from rabbet.train.distil import WHOLE, Look, Shown, Stage, Teacher, mask_of, stack
 from rabbet.train.loop import Course, run, shared
 from rabbet.train.qat import Latent, exchange, together
 from rabbet.workpiece import Workpiece
@@ -53,20 +52,15 @@ class Teaching(Course):
         self.student = build(piece.model, plan, piece.survey)
         self.layers = compressed_layers(self.student)
         self._start()
-        names = list(method.blocks) or stack(piece.model, piece.survey)
+        distil = method.distil
+        names = list(distil.blocks) or stack(piece.model, piece.survey)
         self.decodes = bool(
             getattr(getattr(piece.model, "config", None), "is_encoder_decoder", False)
         )
-        self.whole = Lesson(
-            scores=method.scores,
-            hidden=method.hidden,
-            attention=method.attention,
-            weight=method.answers,
-        )
         self.look = Look(self.student, names)
-        self.teacher = Teacher(Look(piece.model, names), method.memory)
+        self.teacher = Teacher(Look(piece.model, names), distil.memory)
         shown = self._theirs(shared(self.batches[0]), 0)
-        self.depth, self.blind = len(shown.hidden), bool(method.attention) and not shown.attention
+        self.depth, self.blind = len(shown.hidden), bool(distil.attention) and not shown.attention
         for (
             latent
         ) in self._latents():  # scales have their size, and so their rate, before they are used
@@ -116,7 +110,7 @@ class Teaching(Course):
         """Everything that moves, and the size that its rate refers to: of scales and ranges their own."""
         sizes: list[tuple[Tensor, float]] = []
         for layer in self.layers.values():
-            share = self.method.matrices if layer.forms[0].name == Dense.name else 1.0
+            share = self.method.dense_rate if layer.forms[0].name == Dense.name else 1.0
             for latent in self._of(layer):
                 sizes += [
                     (latent.value, share * _spread(latent.value)),
@@ -157,20 +151,20 @@ class Teaching(Course):
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
         k = int(torch.randperm(len(self.batches), generator=generator)[place])
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        loss = self.on(shared(self.batches[k]), k, self._lesson(step), generator)
+        loss = self.on(shared(self.batches[k]), k, self._stage(step), generator)
         self.now = float(loss.detach())
         return loss
 
-    def _lesson(self, step: int) -> Lesson:
+    def _stage(self, step: int) -> Stage:
         if self.method.order == "all":
-            return self.whole
+            return WHOLE
         each = max(1, self.steps // (2 * (self.depth - 1)))  # half the steps walk the blocks
         depth = min(1 + step // each, self.depth)
         top = self.method.order == "top"
-        return replace(self.whole, depth=depth, top=top, answers=depth == self.depth)
+        return Stage(depth, top, outputs=depth == self.depth)
 
     def on(
-        self, batch: Batch, place: int, lesson: Lesson, generator: torch.Generator | None = None
+        self, batch: Batch, place: int, stage: Stage, generator: torch.Generator | None = None
     ) -> Tensor:
         """The loss of a batch; `place` tells the teacher which it is; generator: for what the student is shown."""
         task, theirs = self.piece.task, self._theirs(batch, place)
@@ -184,11 +178,11 @@ class Teaching(Course):
 
         shown = self.look(ours)
         mask = mask_of(batch, self.decodes)
-        loss = lesson.loss(
-            shown, theirs, None if mask is None else mask.to(shown.outputs[0].device)
-        )
-        if task.loss is not None and lesson.answers and self.method.labels:
-            loss = loss + self.method.labels * task.judge(self.student, held[0], batch)
+        mask = None if mask is None else mask.to(shown.outputs[0].device)
+        distil = self.method.distil
+        loss = distil.loss(shown, theirs, mask, stage)
+        if task.loss is not None and stage.outputs and distil.labels:
+            loss = loss + distil.labels * task.judge(self.student, held[0], batch)
         return loss
 
     def _theirs(self, batch: Batch, place: int) -> Shown:
@@ -210,7 +204,7 @@ class Teaching(Course):
             with torch.no_grad(), together(self._latents()):
                 return task.score(self.student)
         with torch.no_grad():
-            losses = [self.on(b, -1 - k, self.whole) for k, b in enumerate(self.held)]
+            losses = [self.on(b, -1 - k, WHOLE) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(examples(b)) for b in self.held])
         return -float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
 

@@ -29,7 +29,7 @@ class TTQAT(Settings):
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Chains at the given rank, or at those that harm least under the budget; see `Method.plan`."""
-        for name in self.whole:
+        for name in self.keep_dense:
             piece.survey[name]  # raises for a layer that is not there
         menus = {site.name: self.menu(site) for site in piece.survey}
         table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
@@ -41,19 +41,19 @@ class TTQAT(Settings):
         return allocate(scores, table, budget, piece.float_cost, piece.cost)
 
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
-        """What may become of a layer: chains that are smaller than the layer itself on `rest` bits, or else that.
+        """What may become of a layer: chains that are smaller than the layer itself on `dense_bits` bits, or else that.
 
         Where the rank is to be chosen, the layer itself stands beside them, on `grids` and on
-        `rest` bits.
+        `dense_bits` bits.
         """
-        plain = Term(Dense(), Grid.of(self.rest, axis=0))
+        plain = Term(Dense(), Grid.of(self.dense_bits, axis=0))
         chain: type[Chain] = TTM if site.looks_up else TT
-        given = self.table if site.looks_up else self.rank
-        if site.name in self.whole:
+        given = self.table_rank if site.looks_up else self.rank
+        if site.name in self.keep_dense:
             return ((plain,),)
-        full = 0 if site.space or chain.name not in self.forms else chain(1).full_rank(site)
+        full = 0 if site.space or chain.name not in self.choices.forms else chain(1).full_rank(site)
         entries: list[tuple[Term, ...]] = []
-        for rank in self.ranks if given is None else (given,):
+        for rank in self.choices.ranks if given is None else (given,):
             for bits in self.widths:
                 if not full:
                     continue
@@ -62,7 +62,7 @@ class TTQAT(Settings):
                 if term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
                     entries.append((term,))
         if given is None:
-            entries += [(Term(Dense(), Grid.parse(text)),) for text in self.grids]
+            entries += [(Term(Dense(), Grid.parse(text)),) for text in self.choices.grids]
         plainly = [(plain,)] if given is None or not entries else []
         return tuple(dict.fromkeys([*entries, *plainly]))
 
