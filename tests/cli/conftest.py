@@ -48,9 +48,9 @@ def number():
     return 7
 
 def odd():
-    made = nn.Sequential()
-    made.add_module("[red]a b", nn.Linear(9, 9))
-    return made
+    network = nn.Sequential()
+    network.add_module("[red]a b", nn.Linear(9, 9))
+    return network
 
 def left():
     return nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9))

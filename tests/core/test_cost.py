@@ -164,35 +164,35 @@ def test_a_layer_without_a_line_costs_what_it_did(name):
     piece = PIECES[name]
     for site in piece.survey:
         plan = Plan((LayerPlan(site.name, (Term(Dense(), Grid.parse("4c")),)),))
-        found, whole = piece.cost(plan), piece.float_cost
-        assert found.macs == whole.macs
-        assert whole.bops - found.bops == site.macs * 32 * (32 - 4)
-        assert whole.code_bits - found.code_bits == 32 * site.numel - 8 * packed_bytes(
+        cost, whole = piece.cost(plan), piece.float_cost
+        assert cost.macs == whole.macs
+        assert whole.bops - cost.bops == site.macs * 32 * (32 - 4)
+        assert whole.code_bits - cost.code_bits == 32 * site.numel - 8 * packed_bytes(
             site.numel, 16
         )
-        assert found.weights == whole.weights
+        assert cost.weights == whole.weights
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_tensor_is_in_the_bytes(name):
     """Nothing is silently left out: what is covered, folded and left adds up to every stored tensor."""
     model = network(name).model
-    found = inspect_network(model, network(name).batches[0])
+    surveyed = inspect_network(model, network(name).batches[0])
     state = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     sites = sum(
         4
         * (s.numel + (getattr(model.get_submodule(s.name), "bias", None) is not None) * s.shape[0])
-        for s in found
+        for s in surveyed
     )
-    norms = [model.get_submodule(s.norm) for s in found if s.norm]
+    norms = [model.get_submodule(s.norm) for s in surveyed if s.norm]
     folded = sum(t.numel() * t.element_size() for m in norms for t in m.state_dict().values())
-    left = sum(x.bytes for x in found.left)
+    left = sum(x.bytes for x in surveyed.left)
     assert (
         sites + folded + left
         == sum(t.numel() * t.element_size() for t in state.values())
-        == found.float_bytes
+        == surveyed.float_bytes
     )
-    assert all(x.reason for x in found.left)
+    assert all(x.reason for x in surveyed.left)
 
 
 def test_costs_add_up():

@@ -117,12 +117,16 @@ CASES = {name: lambda name=name: networks.network(name) for name in networks.NET
     "heads": lambda: Case(settled(Heads()), images()),
     "bert": _bert,
     "vectors": lambda: Case(
-        settled(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4))),
+        settled(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(),
+                              nn.Linear(16, 4))),
         [rand(8, 12, seed=k) for k in range(2)],
     ),
 }  # fmt: skip
 
-GRIDS = tuple(f"dense@{grid}" for grid in "8c 4c 3c 2hc 5c 6c 7c tc 1c 2c 4 8 u8 3hc".split())  # noqa: SIM905
+GRIDS = tuple(
+    f"dense@{grid}"
+    for grid in "8c 4c 3c 2hc 5c 6c 7c tc 1c 2c 4 8 u8 3hc".split()  # noqa: SIM905
+)
 
 
 def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Parcel:

@@ -70,13 +70,13 @@ def _refused(path, data, model=None):
     """Whether a file is refused; it must be, or load and run. Any other exception fails the test."""
     path.write_bytes(data)
     try:
-        found = load(path, model or _model())
+        loaded = load(path, model or _model())
     except FileError as e:
         assert str(path) in str(e)  # noqa: PT017
         assert "\n" not in str(e).replace(PLAN, "")  # noqa: PT017
         return True
     with torch.no_grad():
-        found(rand(2, 2, 8, 8))
+        loaded(rand(2, 2, 8, 8))
     return False
 
 
@@ -393,9 +393,9 @@ def test_loading_does_not_touch_the_network_that_gives_the_code(whole, tmp_path)
     (tmp_path / "f").write_bytes(whole)
     model = _model(seed=3).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = load(tmp_path / "f", model)
+    loaded = load(tmp_path / "f", model)
     assert model.training
-    assert not any(m.training for m in found.modules())
+    assert not any(m.training for m in loaded.modules())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 

@@ -81,7 +81,7 @@ def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_r
     name, metric
 ):
     case = network(name)
-    found = survey(case.model, case.batches)
+    surveyed = survey(case.model, case.batches)
     for method in (
         QUICK,
         Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0)),
@@ -91,7 +91,7 @@ def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_r
         least = re.search(r"smallest reachable value is ([\d,.]+) ", str(caught.value))[1].replace(
             ",", ""
         )
-        assert any(s.name in str(caught.value) for s in found)
+        assert any(s.name in str(caught.value) for s in surveyed)
         means = metric in ("bits", "bpw")  # shown rounded
         slack = 0.001 if means else 0
         result = compress(
@@ -281,9 +281,9 @@ def test_a_batch_with_nan_is_refused_whatever_is_done_with_it():
     for method in (QUICK, CGMQ(), TTQAT(), CoRa(), ADMM()):
         with pytest.raises(DataError, match="batch 1 of the data, counted from 0, holds NaN"):
             compress(_net(), "bits <= 4", [X, bad], method)
-    found = compress(_net(), "bits <= 4", [X], QUICK)
+    result = compress(_net(), "bits <= 4", [X], QUICK)
     with pytest.raises(DataError, match="holds NaN"):
-        calibrate_ranges(found.model, Task([X, bad]))
+        calibrate_ranges(result.model, Task([X, bad]))
 
 
 def test_a_vector_is_no_batch_of_numbers():
@@ -636,8 +636,8 @@ def test_a_method_with_settings_that_cannot_be_is_refused_at_once(settings):
 
 def test_a_network_that_was_built_but_not_calibrated_does_not_run():
     model = _net()
-    found = survey(model, [X])
-    student = build(model, plan(model, "bits <= 4", [X], QUICK), found)
+    surveyed = survey(model, [X])
+    student = build(model, plan(model, "bits <= 4", [X], QUICK), surveyed)
     with pytest.raises(ModelError, match="calibrate_ranges"):
         student(X)
 

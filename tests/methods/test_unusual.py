@@ -92,11 +92,11 @@ class Frozen(nn.Module):
 
 
 def _sentences():
-    found = tokens(batches=3)
-    for ids in found:
+    batches = tokens(batches=3)
+    for ids in batches:
         ids.clamp_(min=1)
         ids[: len(ids) // 2, 5:] = 0
-    return found
+    return batches
 
 
 NETWORKS = {

@@ -35,8 +35,8 @@ def test_it_answers_as_torch_does(built, mask):
         ]
         given = given if first else [x.transpose(0, 1) for x in given]
         asked = {"need_weights": weights, "average_attn_weights": average, **MASKS[mask]}
-        found, wanted = (m(*given, **asked) for m in (rabbet.open_attention(model), model))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        answers, wanted = (m(*given, **asked) for m in (rabbet.open_attention(model), model))
+        torch.testing.assert_close(answers, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_one_example_without_a_batch_axis():
@@ -92,11 +92,11 @@ def test_a_causal_hint_is_trusted_where_torch_trusts_it():
     model, x = settled(nn.MultiheadAttention(8, 2)), rand(4, 3, 8)
     mask = torch.ones(4, 4).triu(1) * -1e9 + rand(4, 4)  # more than causal
     for asked in (True, False):
-        found, wanted = (
+        answers, wanted = (
             m(x, x, x, attn_mask=mask, is_causal=True, need_weights=asked)
             for m in (rabbet.open_attention(model), model)
         )
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(answers, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_that_are_shared_stay_shared_and_what_is_frozen_stays_frozen():
@@ -142,8 +142,8 @@ def test_torchs_encoder_and_decoder(padded):
     causal = nn.Transformer.generate_square_subsequent_mask(4)
     opened = rabbet.open_attention(model)
     with torch.no_grad():
-        found, wanted = (m(source, target, tgt_mask=causal, **masks) for m in (opened, model))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        answer, wanted = (m(source, target, tgt_mask=causal, **masks) for m in (opened, model))
+    torch.testing.assert_close(answer, wanted, rtol=1e-4, atol=1e-5)
     names = {s.name for s in rabbet.survey(opened, [(source, target)])}
     assert {f"decoder.layers.1.multihead_attn.{x}_proj" for x in ("q", "k", "v", "out")} <= names
     assert not any("attn" in left.name for left in rabbet.survey(opened, [(source, target)]).left)
