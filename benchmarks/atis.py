@@ -160,12 +160,13 @@ class Bench:
             score(model, self.data.test),
         )
 
-    def line(self, label: str, found: list[Outcome], dense_: list[Score] | None) -> None:
+    def line(self, label: str, outcomes: list[Outcome], dense_: list[Score] | None) -> None:
         """A row: the mean over seeds, and the drop from the mean of the dense seeds."""
-        intent, slots = ([getattr(f.pooled, k) for f in found] for k in ("intent", "slots"))
-        alone = [statistics.mean(getattr(f.test, k) for f in found) for k in ("intent", "slots")]
+        intent, slots = ([getattr(f.pooled, k) for f in outcomes] for k in ("intent", "slots"))
+        alone = [statistics.mean(getattr(f.test, k) for f in outcomes) for k in ("intent", "slots")]
         held = [
-            f"{statistics.mean(getattr(f.held, k) for f in found):.2f}" for k in ("intent", "slots")
+            f"{statistics.mean(getattr(f.held, k) for f in outcomes):.2f}"
+            for k in ("intent", "slots")
         ]
         drops = ["-", "-"]
         if dense_ is not None:
@@ -173,14 +174,15 @@ class Bench:
                 f"{statistics.mean(getattr(d, k) for d in dense_) - statistics.mean(x):.2f}"
                 for k, x in (("intent", intent), ("slots", slots))
             ]
-        size = round(statistics.mean(f.bytes for f in found))
-        row(label, len(found), f"{size:,}", f"{statistics.mean(f.ratio for f in found):.0f}",
+        size = round(statistics.mean(f.bytes for f in outcomes))
+        row(label, len(outcomes), f"{size:,}", f"{statistics.mean(f.ratio for f in outcomes):.0f}",
             " / ".join(held), f"{statistics.mean(intent):.2f} / {alone[0]:.2f}",
             f"{statistics.mean(slots):.2f} / {alone[1]:.2f}", *drops,
-            f"{statistics.mean(f.seconds for f in found):.0f}")  # fmt: skip
+            f"{statistics.mean(f.seconds for f in outcomes):.0f}")  # fmt: skip
 
 
-COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / slots", "intent / test",
+COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / slots",
+           "intent / test",
            "slot F1 / test", "intent drop", "slot drop", "seconds an epoch")  # fmt: skip
 
 SIZES = {
@@ -227,12 +229,12 @@ def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
 def float_rows(bench: Bench, seeds: list[int]) -> None:
     """The dense models themselves."""
     for label, shape in (("dense float32, width 768", {}), ("dense float32, width 80", SMALL)):
-        found = []
+        outcomes = []
         for seed in seeds:
             model, seconds = dense(bench.data, seed, bench.folder, _recipe(shape), **shape)
             size = sum(p.numel() * 4 for p in model.parameters())
-            found.append(Outcome(*bench.scores(model), size, 1, seconds))
-        bench.line(label, found, None)
+            outcomes.append(Outcome(*bench.scores(model), size, 1, seconds))
+        bench.line(label, outcomes, None)
 
 
 def _recipe(shape: dict[str, int]) -> Recipe:
@@ -255,8 +257,8 @@ def control(bench: Bench, seeds: list[int]) -> None:
         return bench.outcome(model, method, seed, whole=size)
 
     runs = [(functools.partial(small, t, s), s) for t, s in zip(teachers, seeds, strict=True)]
-    found = [bench.known(f"control, longer {bench.longer}", s, measure) for measure, s in runs]
-    bench.line("control: dense, width 80, 8 bits", found, whole)
+    outcomes = [bench.known(f"control, longer {bench.longer}", s, measure) for measure, s in runs]
+    bench.line("control: dense, width 80, 8 bits", outcomes, whole)
 
 
 class _Answers(Course):
@@ -286,9 +288,9 @@ class _Answers(Course):
         k = int(order[place])
         b = self.batches[k]
         ids = obscured(b["ids"], self.rates, torch.Generator().manual_seed(step))
-        found = self.model(ids, b["attention_mask"])
-        total = loss(found, (b["ids"], b["attention_mask"], b["slots"], b["intents"]))
-        for ours, theirs in zip(found, self.goals[k], strict=True):
+        answers = self.model(ids, b["attention_mask"])
+        total = loss(answers, (b["ids"], b["attention_mask"], b["slots"], b["intents"]))
+        for ours, theirs in zip(answers, self.goals[k], strict=True):
             real = b["attention_mask"].bool()
             a, g = (ours, theirs) if ours.ndim == 2 else (ours[real], theirs[real])
             total = total + nn.functional.kl_div(
@@ -298,10 +300,10 @@ class _Answers(Course):
 
     def stepped(self, step: int) -> None:
         if (step + 1) % len(self.batches) == 0:
-            found = score(self.model, self.data.held).mean
-            if found > self.most:
+            current = score(self.model, self.data.held).mean
+            if current > self.most:
                 self.most, self.best = (
-                    found,
+                    current,
                     {k: v.clone() for k, v in self.model.state_dict().items()},
                 )
 
@@ -329,14 +331,18 @@ def speed(bench: Bench) -> None:
                 method = TTQAT(4, whole=HEADS, act=act, epochs=0, finish=0, start="random")
                 plan = rabbet.plan(teacher, "bytes <= 90%", task, method)
                 survey = rabbet.survey(teacher, task)
-                made = build(teacher, plan, survey)
+                student = build(teacher, plan, survey)
                 if act:
-                    calibrate_ranges(made, task)
-                _export(made, plan, survey, task, files[name])
-            found = time_files(files, [t[:1] for t in batch.values()], runs=200, threads=1)
-        base = found["float"].median
-        row(places, f"{base:.2f}", *(f"{base / found[n].median:.1f}" for n in ("int8", "tt", "tt8")),
-            f"{found['int8'].median / min(found['tt'].median, found['tt8'].median):.1f}")  # fmt: skip
+                    calibrate_ranges(student, task)
+                _export(student, plan, survey, task, files[name])
+            timings = time_files(files, [t[:1] for t in batch.values()], runs=200, threads=1)
+        base = timings["float"].median
+        row(
+            places,
+            f"{base:.2f}",
+            *(f"{base / timings[n].median:.1f}" for n in ("int8", "tt", "tt8")),
+            f"{timings['int8'].median / min(timings['tt'].median, timings['tt8'].median):.1f}",
+        )
 
 
 def _export(model: nn.Module, plan: rabbet.Plan, survey: Survey, task: Task, path: Path) -> None:
@@ -361,13 +367,14 @@ def step(bench: Bench) -> None:
     piece = Workpiece.of(teacher, task, rabbet.Jobs())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
     batch = task.read()[len(task.read()) // 2]
-    ours, latents = course._learning(), course._latents()  # noqa: SLF001 (what a step costs is its own affair)
+    # no public call gives one step alone
+    ours, latents = course._learning(), course._latents()  # noqa: SLF001
 
     def once(model: nn.Module) -> None:
         assert task.loss is not None
         with together(latents):
-            found = task.run(model, batch)
-        task.loss(found, batch).backward()
+            answers = task.run(model, batch)
+        task.loss(answers, batch).backward()
 
     dense_ms = math.nan
     for name, parameters in (
@@ -397,7 +404,8 @@ def step(bench: Bench) -> None:
         median = statistics.median(ms[2:])
         dense_ms = median if name == "dense" else dense_ms
         row(name, tuple(batch["ids"].shape), f"{median:.0f}", f"{dense_ms / median:.1f}",
-            f"{sum(kept.values()) / 1e6:.1f}", f"{16 * sum(p.numel() for p in parameters) / 1e6:.1f}")  # fmt: skip
+            f"{sum(kept.values()) / 1e6:.1f}",
+            f"{16 * sum(p.numel() for p in parameters) / 1e6:.1f}")  # fmt: skip
 
 
 PARTS = ("dense", "sizes", "control", "starts", "orders", "speed", "step")

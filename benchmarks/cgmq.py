@@ -129,11 +129,11 @@ def _of_file(result: rabbet.Result, model: nn.Module, test: Labelled) -> float:
 
 def widths(result: rabbet.Result) -> str:
     """Bits of weights and inputs, a layer each; of weights the mean where outputs differ."""
-    found = []
+    pairs = []
     for line in result.plan:
         bits = [t.grid.bits for t in line.terms for _ in getattr(t.form, "rows", None) or (0,)]
-        found.append(f"{statistics.mean(bits):.2g}/{line.act or 32}")
-    return " ".join(found)
+        pairs.append(f"{statistics.mean(bits):.2g}/{line.act or 32}")
+    return " ".join(pairs)
 
 
 def on_lenet(methods: dict[str, CGMQ], budgets: tuple[float, ...], seeds: int) -> None:
@@ -149,10 +149,11 @@ def on_lenet(methods: dict[str, CGMQ], budgets: tuple[float, ...], seeds: int) -
                 measured(m, f"bops <= {share}%", task, method, test, k)
                 for k, m in enumerate(models)
             ]
-            found, spent = [r[0] for r in runs], statistics.mean(r[2] for r in runs)
+            accuracies, spent = [r[0] for r in runs], statistics.mean(r[2] for r in runs)
             most = max(r[1].cost.bops / r[1].float_cost.bops for r in runs)
             held = statistics.mean(float(on_held(r[1])) for r in runs)
-            row("LeNet-5", label, share, f"{100 * most:.4f}", f"{statistics.mean(found):.2f}", _spread(found),
+            row("LeNet-5", label, share, f"{100 * most:.4f}",
+                f"{statistics.mean(accuracies):.2f}", _spread(accuracies),
                 f"{held:.4f}", f"{spent:.0f}", widths(runs[0][1]))  # fmt: skip
 
 
@@ -194,21 +195,40 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
             "uniform, without training": functools.partial(
                 fitted, model, uniform, Task(data), UNTRAINED, test
             ),
-            "Joint, trained as long": lambda: fitted(model, joint(), task, settings, test),  # noqa: B023 (called at once)
-            "Joint, only fitted": lambda: fitted(model, joint(), Task(data), DENSE, test),  # noqa: B023
-            "Joint, without training": lambda: fitted(model, joint(), Task(data), UNTRAINED, test),  # noqa: B023
+            # B023: these are called before `joint` becomes another
+            "Joint, trained as long": lambda: fitted(
+                model,
+                joint(),  # noqa: B023
+                task,
+                settings,
+                test,
+            ),
+            "Joint, only fitted": lambda: fitted(
+                model,
+                joint(),  # noqa: B023
+                Task(data),
+                DENSE,
+                test,
+            ),
+            "Joint, without training": lambda: fitted(
+                model,
+                joint(),  # noqa: B023
+                Task(data),
+                UNTRAINED,
+                test,
+            ),
         }
         for label, run in (
             (k, v) for k, v in runs.items() if not only or any(o in k for o in only)
         ):
-            found, result, seconds = run()
+            accuracy, result, seconds = run()
             spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
             row(
                 "ResNet-20",
                 label,
                 share,
                 spent,
-                f"{found:.2f}",
+                f"{accuracy:.2f}",
                 "-",
                 on_held(result),
                 f"{seconds:.0f}",
@@ -232,7 +252,7 @@ def _joint(
     model: nn.Module, share: float, data: list[Tensor], held: list[Tensor], jobs: rabbet.Jobs
 ) -> rabbet.Plan:
     """The program chooses weights only: the best of its plans over equal widths of inputs, by held-back images."""
-    found = []
+    candidates = []
     for act in (8, 6, 5, 4, 3, 2):
         room, plan = share, None
         try:
@@ -248,8 +268,8 @@ def _joint(
         result = rabbet.fit(model, plan, data, UNTRAINED, jobs=jobs)
         with torch.no_grad():
             apart = [float(divergence([result.model(x)], [model(x)])) for x in held]
-        found.append((statistics.mean(apart), act, plan))
-    return min(found)[2]
+        candidates.append((statistics.mean(apart), act, plan))
+    return min(candidates)[2]
 
 
 def _uniform(model: nn.Module, data: list[Tensor], share: float) -> rabbet.Plan:
@@ -321,14 +341,14 @@ def on_vgg(settings: CGMQ, device: str, epochs: int) -> None:
     row("VGG-7", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", *"----")
     for share in (0.40, 0.51, 1.0):
         task = Task(data, limit=len(images))
-        found, result, seconds = measured(model, f"bops <= {share}%", task, settings, test, 0)
+        accuracy, result, seconds = measured(model, f"bops <= {share}%", task, settings, test, 0)
         spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
         row(
             "VGG-7",
             "CGMQ",
             share,
             spent,
-            f"{found:.2f}",
+            f"{accuracy:.2f}",
             "-",
             on_held(result),
             f"{seconds:.0f}",
@@ -360,7 +380,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="default: that of CGMQ")
     args = parser.parse_args()
     print(f"{machine()}\n")
-    head("network", "method", "budget, % of BOPs", "found, largest", "accuracy", "spread", "held-back loss", "seconds",
+    head("network", "method", "budget, % of BOPs", "found, largest", "accuracy", "spread",
+         "held-back loss", "seconds",
          "weights/inputs")  # fmt: skip
     settings = CGMQ(finish=args.epochs, steps=args.steps, rate=args.rate)
     if "lenet" in args.parts:

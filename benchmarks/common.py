@@ -57,9 +57,9 @@ def known(
         folder / "outcomes" / f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}-seed{seed}.json"
     )
     if not path.exists():
-        found = {"setting": setting, "outcome": measure()}
+        record = {"setting": setting, "outcome": measure()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, [json.dumps(found).encode()])
+        write_beside(path, [json.dumps(record).encode()])
     read: dict[str, Any] = json.loads(path.read_text())["outcome"]
     return read
 
@@ -70,7 +70,10 @@ def machine() -> str:
         (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")),
         platform.processor(),
     )
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
 
 
 def _cpuinfo() -> list[str]:

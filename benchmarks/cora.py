@@ -76,15 +76,17 @@ class Bench:
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             result.save(Path(folder) / "small.safetensors")
-            found = rabbet.accuracy(
+            accuracy = rabbet.accuracy(
                 rabbet.load(Path(folder) / "small.safetensors", self.model), self.test
             )
-        return self.whole - found, result, seconds
+        return self.whole - accuracy, result, seconds
 
-    def apart(self, found: torch.nn.Module) -> float:
+    def apart(self, student: torch.nn.Module) -> float:
         """Divergence from the float network on held-back training images: finer than an accuracy."""
         with torch.no_grad():
-            each = [float(divergence(outputs(found(x)), outputs(self.model(x)))) for x in self.held]
+            each = [
+                float(divergence(outputs(student(x)), outputs(self.model(x)))) for x in self.held
+            ]
         return statistics.mean(each)
 
 
@@ -136,9 +138,11 @@ class _Ended:
         self.joint, self.ends = joint, ends
 
     def plan(self, piece: Workpiece, budget: rabbet.Budget) -> rabbet.Plan:
-        found = self.joint.plan(piece, budget)
-        names = [line.name for line in found]
-        lines = (replace(x, act=self.ends) if x.name in (names[0], names[-1]) else x for x in found)
+        chosen = self.joint.plan(piece, budget)
+        names = [line.name for line in chosen]
+        lines = (
+            replace(x, act=self.ends) if x.name in (names[0], names[-1]) else x for x in chosen
+        )
         return rabbet.Plan(tuple(lines))
 
     def fit(self, piece: Workpiece, plan: rabbet.Plan) -> Fitted:
@@ -205,9 +209,9 @@ def reconstruction(bench: Bench, iterations: list[int]) -> None:
     for bits in (3, 4):
         for count in iterations:
             start = time.perf_counter()
-            found, total = reconstruct(bench.model, bench.data, bits, 8, count)
+            student, total = reconstruct(bench.model, bench.data, bits, 8, count)
             seconds = time.perf_counter() - start
-            drop = bench.whole - rabbet.accuracy(found, bench.test)
+            drop = bench.whole - rabbet.accuracy(student, bench.test)
             row(
                 bench.name,
                 bits,
@@ -235,8 +239,8 @@ def latency(bench: Bench) -> None:
                 files[name]
             )
             notes = (*notes, *written.notes)
-        found = time_files(files, bench.data[0][:1], runs=300)
-    slow, fast = found["with"].median, found["without"].median
+        timings = time_files(files, bench.data[0][:1], runs=300)
+    slow, fast = timings["with"].median, timings["without"].median
     count = sum(len(x.terms) > 1 for x in plan)
     row(
         bench.name,

@@ -80,10 +80,10 @@ def main() -> None:
         write_float(model, task, files["float"])
         row("ONNX bytes, float", f"{files['float'].stat().st_size:,}")
         row("ONNX bytes, tensor trains", f"{files['tt'].stat().st_size:,}")
-        found = time_files(files, [batch["input_ids"][:1]], runs=30, threads=1)
-    row(f"ms for {TOKENS} tokens, float", f"{found['float'].median:.0f}")
-    row(f"ms for {TOKENS} tokens, tensor trains", f"{found['tt'].median:.0f}")
-    row("times faster", f"{found['float'].median / found['tt'].median:.1f}")
+        timings = time_files(files, [batch["input_ids"][:1]], runs=30, threads=1)
+    row(f"ms for {TOKENS} tokens, float", f"{timings['float'].median:.0f}")
+    row(f"ms for {TOKENS} tokens, tensor trains", f"{timings['tt'].median:.0f}")
+    row("times faster", f"{timings['float'].median / timings['tt'].median:.1f}")
 
 
 if __name__ == "__main__":

@@ -72,10 +72,12 @@ NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
 }
 
 
-TABLE = ("bits <= 4", "bits <= 3", "bits <= 2", "bits <= 1.5", "bpw <= 2", "macs <= 70%, bytes <= 13%",
+TABLE = ("bits <= 4", "bits <= 3", "bits <= 2", "bits <= 1.5", "bpw <= 2",
+         "macs <= 70%, bytes <= 13%",
          "macs <= 50%, bytes <= 13%", "macs <= 35%, bytes <= 9%")  # fmt: skip
 HEAD = (
-    "network", "budget", "tier", "rank", "bits/weight", "with scales", "file bytes", "% of float32 parameters",
+    "network", "budget", "tier", "rank", "bits/weight", "with scales", "file bytes",
+    "% of float32 parameters",
     "% MACs", "% BOPs", "accuracy", "drop", "seconds", "ONNX bytes", "ONNX accuracy",
 )  # fmt: skip
 
@@ -110,7 +112,7 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
             size = result.save(path)
-            found = rabbet.accuracy(rabbet.load(path, model), test)
+            accuracy = rabbet.accuracy(rabbet.load(path, model), test)
             exported = result.export(Path(folder) / "small.onnx")
             ran = rabbet.accuracy(rabbet.Session(Path(folder) / "small.onnx"), test)
         cost, base = result.cost, result.float_cost
@@ -121,8 +123,8 @@ def measure(
             f"{100 * cost.bops / base.bops:.3f}",
         )
         quality = (
-            f"{found:.2f}",
-            f"{whole - found:.2f}",
+            f"{accuracy:.2f}",
+            f"{whole - accuracy:.2f}",
             f"{seconds:.0f}",
             f"{exported.bytes:,}",
             f"{ran:.2f}",

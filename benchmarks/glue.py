@@ -75,21 +75,21 @@ class Sentences:
         }
 
 
-def matthews(found: Tensor, true: Tensor) -> float:
+def matthews(guessed: Tensor, true: Tensor) -> float:
     """Matthews correlation of two classes, times 100; 0 if all is one class."""
-    (a, b), (c, d) = torch.bincount(2 * true + found, minlength=4).view(2, 2).double().tolist()
+    (a, b), (c, d) = torch.bincount(2 * true + guessed, minlength=4).view(2, 2).double().tolist()
     return 100 * (a * d - b * c) / math.sqrt(max((a + b) * (c + d) * (a + c) * (b + d), 1))
 
 
-def accuracy(found: Tensor, true: Tensor) -> float:
+def accuracy(guessed: Tensor, true: Tensor) -> float:
     """Per cent."""
-    return 100 * float((found == true).double().mean())
+    return 100 * float((guessed == true).double().mean())
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:
     """Scores of the two classes, [n, 2]."""
-    found: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found
+    logits: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Problem:
         """The measure on some sentences."""
         model.eval()
         with torch.no_grad():
-            found = [(scores(model, b).argmax(1), b["labels"]) for b in part.batches(64)]
-        return self.measure(torch.cat([f for f, _ in found]), torch.cat([y for _, y in found]))
+            pairs = [(scores(model, b).argmax(1), b["labels"]) for b in part.batches(64)]
+        return self.measure(torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs]))
 
     def task(self, seed: int) -> Task:
         """What is trained on, with labels; held-back sentences choose between epochs."""
@@ -132,9 +132,9 @@ class Problem:
 
     def unlabelled(self, seed: int) -> Task:
         """A few sentences of the same."""
-        found = self.train.part(0, SHOWN).batches(self.recipe.batch, random.Random(seed))
+        batches = self.train.part(0, SHOWN).batches(self.recipe.batch, random.Random(seed))
         return Task(
-            [{k: b[k] for k in ("input_ids", "attention_mask")} for b in found], forward=scores
+            [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches], forward=scores
         )
 
 
@@ -183,11 +183,11 @@ def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
             step += 1
-        found = given.score(model, given.held)
-        if found > best:
-            best, kept = found, {k: v.clone() for k, v in model.state_dict().items()}
+        current = given.score(model, given.held)
+        if current > best:
+            best, kept = current, {k: v.clone() for k, v in model.state_dict().items()}
         if report:
-            row(given.name, epoch + 1, f"{found:.2f}", f"{time.perf_counter() - start:.0f}")
+            row(given.name, epoch + 1, f"{current:.2f}", f"{time.perf_counter() - start:.0f}")
     model.load_state_dict(kept)
     return model.eval()
 
@@ -195,15 +195,15 @@ def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
 def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
     """The fine-tuned network, from the folder if it lies there."""
     path = (
-        folder
-        / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}-epochs{given.recipe.epochs}"
+        folder / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}"
+        f"-epochs{given.recipe.epochs}"
     )
     if not path.exists():
         head("teacher", "epoch", "held back", "seconds")
         fine_tuned(given, seed, report=True).save_pretrained(path)
         print(flush=True)
-    found: nn.Module = BertForSequenceClassification.from_pretrained(path).eval()
-    return found
+    model: nn.Module = BertForSequenceClassification.from_pretrained(path).eval()
+    return model
 
 
 def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Namespace) -> None:
@@ -211,26 +211,28 @@ def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Na
     whole = given.score(model, given.dev)
     for ratio in args.ratios:
         setting = f"{given.name}, {len(given.train.ids)}, {given.recipe}, {ratio:g}, {method}"
-        found = known(
+        measured = known(
             args.keep,
             setting,
             args.seed,
             functools.partial(outcome, given, model, method, ratio, args),
         )
-        if "refused" in found:  # not every method goes as far
+        if "refused" in measured:  # not every method goes as far
             row(
                 given.name,
                 f"{label}, {ratio:g}x",
                 *"-----",
-                found["seconds"],
+                measured["seconds"],
                 "-",
                 "-",
-                found["refused"],
+                measured["refused"],
             )
             continue
-        row(given.name, f"{label}, {ratio:g}x", f"{found['bytes']:,}", f"{found['ratio']:.2f}", f"{found['held']:.2f}",
-            f"{found['dev']:.2f}", f"{whole - found['dev']:.2f}", found["seconds"], found["words"], found["layers"],
-            found["notes"])  # fmt: skip
+        row(given.name, f"{label}, {ratio:g}x", f"{measured['bytes']:,}",
+            f"{measured['ratio']:.2f}", f"{measured['held']:.2f}",
+            f"{measured['dev']:.2f}", f"{whole - measured['dev']:.2f}",
+            measured["seconds"], measured["words"], measured["layers"],
+            measured["notes"])  # fmt: skip
 
 
 def outcome(
@@ -253,8 +255,9 @@ def outcome(
         written = result.save(path)
         small = rabbet.load(path, model)
     return {
-        "bytes": written, "ratio": size / written, "seconds": seconds, "held": given.score(small, given.held),
-        "dev": given.score(small, given.dev), "words": str(result.plan[WORDS].body), "layers": forms(result.plan),
+        "bytes": written, "ratio": size / written, "seconds": seconds,
+        "held": given.score(small, given.held), "dev": given.score(small, given.dev),
+        "words": str(result.plan[WORDS].body), "layers": forms(result.plan),
         "notes": "; ".join(result.notes),
     }  # fmt: skip
 
@@ -266,8 +269,8 @@ def told(stage: str, done: int, total: int) -> None:
 
 def forms(plan: rabbet.Plan) -> str:
     """How many layers have which form, on which grid."""
-    found = Counter(" + ".join(f"{t.form}@{t.grid}" for t in each.terms) for each in plan)
-    return ", ".join(f"{n} {form}" for form, n in found.most_common())
+    counts = Counter(" + ".join(f"{t.form}@{t.grid}" for t in each.terms) for each in plan)
+    return ", ".join(f"{n} {form}" for form, n in counts.most_common())
 
 
 def main() -> None:
@@ -301,10 +304,11 @@ def main() -> None:
     parser.add_argument("--watch", action="store_true", help="tell every step, on standard error")
     args = parser.parse_args()
     trained = TTQAT(
-        (2, 3, 4), rank=None, table=None, ranks=tuple(args.ranks), grids=("1c", "tc", "2hc", "3c", "4c"),
+        (2, 3, 4), rank=None, table=None, ranks=tuple(args.ranks),
+        grids=("1c", "tc", "2hc", "3c", "4c"),
         epochs=args.epochs, finish=args.finish, rate=args.rate, matrices=args.matrices,
     )  # fmt: skip
-    made: dict[str, Method] = {
+    methods: dict[str, Method] = {
         "joint": Joint(act=None, tuning=Tuning(steps=args.tuning, batch=32)),
         "ttqat": trained,
         "tt": replace(trained, forms=("tt",)),
@@ -316,14 +320,15 @@ def main() -> None:
         model = teacher(given, args.seed, args.keep)
         size = sum(p.numel() * 4 for p in model.parameters())
         print(
-            f"{len(given.train.ids):,} sentences are trained on, {len(given.held.ids):,} held back\n"
+            f"{len(given.train.ids):,} sentences are trained on, "
+            f"{len(given.held.ids):,} held back\n"
         )
-        head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop", "seconds", "words", "layers",
-             "notes")  # fmt: skip
+        head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop",
+             "seconds", "words", "layers", "notes")  # fmt: skip
         whole = [f"{given.score(model, part):.2f}" for part in (given.held, given.dev)]
         row(name, "float32", f"{size:,}", 1, *whole, *"-----")
         for label in args.methods:
-            lines(given, model, label, made[label], args)
+            lines(given, model, label, methods[label], args)
         print()
 
 

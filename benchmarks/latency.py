@@ -113,8 +113,8 @@ def images(model: nn.Module, data: list[Tensor]) -> Case:
 
 def cifar(depth: int) -> Case:
     """A CIFAR-10 ResNet, calibrated on training images."""
-    found, _ = reader("load").cifar10("train", 128)
-    return images(reader("nets").cifar_resnet(depth), list(torch.from_numpy(found).split(32)))
+    pixels, _ = reader("load").cifar10("train", 128)
+    return images(reader("nets").cifar_resnet(depth), list(torch.from_numpy(pixels).split(32)))
 
 
 def resnet18() -> Case:
@@ -125,8 +125,8 @@ def resnet18() -> Case:
 
 def mobilenet() -> Case:
     """MobileNet v1, alpha 0.75."""
-    found, _ = reader("load").imagenet_val(limit=64)
-    return images(reader("nets").mobilenet_v1(), list(torch.from_numpy(found).split(16)))
+    pixels, _ = reader("load").imagenet_val(limit=64)
+    return images(reader("nets").mobilenet_v1(), list(torch.from_numpy(pixels).split(16)))
 
 
 def minilm() -> Case:
@@ -248,20 +248,20 @@ def nncf_file(case: Case, path: Path, folder: Path) -> Path:
 
     session = rabbet.Session(path, 1)
     data = nncf.Dataset([session.feed(first_examples(batch, 1)) for batch in case.data])
-    found = folder / "nncf.xml"
+    target = folder / "nncf.xml"
     openvino.save_model(
-        nncf.quantize(openvino.Core().read_model(path), data), found, compress_to_fp16=False
+        nncf.quantize(openvino.Core().read_model(path), data), target, compress_to_fp16=False
     )
-    return found
+    return target
 
 
 def dynamic_int8(path: Path, folder: Path) -> Path:
     """Onnxruntime's dynamic quantiser, which is its own advice for transformers."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    found = folder / "dynamic.onnx"
-    quantize_dynamic(path, found, weight_type=QuantType.QInt8, per_channel=True)
-    return found
+    target = folder / "dynamic.onnx"
+    quantize_dynamic(path, target, weight_type=QuantType.QInt8, per_channel=True)
+    return target
 
 
 def entries(
@@ -290,12 +290,12 @@ def entries(
         makers[f"rabbet {grid} OpenVINO"] = (partial(paths.get, "openvino"), vino)
     makers["NNCF int8 OpenVINO"] = (lambda: nncf_file(case, whole, folder), vino)
     makers["float torch.compile"] = (lambda: None, lambda _, batch: torch_run(case, batch))
-    found: dict[str, tuple[Path | None, Make]] = {}
+    usable: dict[str, tuple[Path | None, Make]] = {}
     for label, (file, run) in makers.items():
         try:
             path = file()
             run(path, next(iter(case.timed.values())))()
-            found[label] = path, partial(run, path)
+            usable[label] = path, partial(run, path)
         except (
             Exception
         ) as e:  # another tool may raise anything; one that is missing or fails says so
@@ -303,12 +303,12 @@ def entries(
                 f"{label}: left out: {type(e).__name__}: {' '.join(str(e).split())[:300]}",
                 file=sys.stderr,
             )
-    return found
+    return usable
 
 
 def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every run: in turn, a few at a time, the order turned by one each round."""
-    found: dict[str, list[float]] = {label: [] for label in runs}
+    times: dict[str, list[float]] = {label: [] for label in runs}
     for run in runs.values():
         for _ in range(5):
             run()
@@ -319,18 +319,18 @@ def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
             for _ in range(3):
                 start = time.perf_counter()
                 runs[label]()
-                found[label].append(1e3 * (time.perf_counter() - start))
-    return found
+                times[label].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def measure(name: str, grids: list[str], threads: int, rounds: int) -> None:
     """The table of one network."""
     case = NETS[name]()
     with tempfile.TemporaryDirectory() as folder:
-        found = entries(name, case, grids, threads, Path(folder))
+        usable = entries(name, case, grids, threads, Path(folder))
         for label, batch in case.timed.items():
-            times = timed({what: make(batch) for what, (_, make) in found.items()}, rounds)
-            report(name, label, times, {what: path for what, (path, _) in found.items()})
+            times = timed({what: make(batch) for what, (_, make) in usable.items()}, rounds)
+            report(name, label, times, {what: path for what, (path, _) in usable.items()})
 
 
 def predict(name: str, grids: list[str]) -> None:
@@ -341,13 +341,13 @@ def predict(name: str, grids: list[str]) -> None:
         for kind in grids:
             piece, plan, student = uniform(case, kind)
             piece.clock = Stopwatch(piece)
-            guess, found = piece.cost(plan).time, piece.clock.network(student)
+            guess, actual = piece.cost(plan).time, piece.clock.network(student)
             row(
                 name,
                 kind,
                 f"{guess / 1e6:.3f}",
-                f"{found / 1e6:.3f}",
-                f"{100 * (guess / found - 1):+.0f} %",
+                f"{actual / 1e6:.3f}",
+                f"{100 * (guess / actual - 1):+.0f} %",
             )
 
 
@@ -361,13 +361,13 @@ def report(
         for r in ("onnxruntime", "OpenVINO")
         if (t := times.get(f"rabbet 8c {r}"))
     }
-    for what, found in times.items():
-        path, median = files[what], statistics.median(found)
+    for what, spent in times.items():
+        path, median = files[what], statistics.median(spent)
         path = path if path is not None and path.suffix == ".onnx" else None
         ran = list(kernels(path).values()) if path else []
         integer = f"{sum(k in KERNELS for k in ran)} of {len(ran)}" if path else "-"
         size = f"{path.stat().st_size:,}" if path else "-"
-        tail = float(np.percentile(found, 95))
+        tail = float(np.percentile(spent, 95))
         own = dense.get(what.rpartition(" ")[2])
         gain = f"{own / median:.2f}x" if own and what.startswith("rabbet") else "-"
         row(

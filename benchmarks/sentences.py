@@ -72,9 +72,9 @@ class Corpus:
         counts = torch.bincount(
             torch.tensor([w for ids, _, _ in self.train.items for w in ids]), minlength=self.words
         )
-        found = words / (words + counts)
-        found[: FIRST + 1] = 0
-        return found
+        shares = words / (words + counts)
+        shares[: FIRST + 1] = 0
+        return shares
 
 
 def shapes(words: Sequence[str]) -> list[str]:
@@ -102,30 +102,32 @@ def corpus(fold: int = 0) -> Corpus:
     tags = sorted({t for _, s, _ in raw["train"] for t in s})
     intents = sorted({y for _, _, y in raw["train"]})
     tag_of, intent_of = {t: k for k, t in enumerate(tags)}, {y: k for k, y in enumerate(intents)}
-    found = {
+    encoded = {
         split: [
-            ([FIRST, *(words.get(w, UNKNOWN) for w in s)], [IGNORED, *(tag_of.get(t, -1) for t in ts)],
+            ([FIRST, *(words.get(w, UNKNOWN) for w in s)],
+             [IGNORED, *(tag_of.get(t, -1) for t in ts)],
              intent_of.get(y, -1))
             for s, ts, y in raw[split]
         ]
         for split in raw
     }  # fmt: skip
     parts = [
-        [s for k, s in enumerate(found["train"]) if (k in held) == back] for back in (False, True)
+        [s for k, s in enumerate(encoded["train"]) if (k in held) == back] for back in (False, True)
     ]
-    kept, back, dev, test = (Sentences(x, tags) for x in (*parts, found["dev"], found["test"]))
+    kept, back, dev, test = (Sentences(x, tags) for x in (*parts, encoded["dev"], encoded["test"]))
     return Corpus(kept, back, dev, test, len(words) + 3, len(intents), len(tags))
 
 
 class Tagger(nn.Module):
     """A BERT encoder with two heads: intent from the first token, a slot from each."""
 
-    def __init__(self, data: Corpus, width: int = 768, inner: int = 3072, heads: int = 12, blocks: int = 2,
-                 dropout: float = 0.1) -> None:  # fmt: skip
+    def __init__(self, data: Corpus, width: int = 768, inner: int = 3072, heads: int = 12,
+                 blocks: int = 2, dropout: float = 0.1) -> None:  # fmt: skip
         super().__init__()
         config = BertConfig(
-            vocab_size=data.words, hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
-            intermediate_size=inner, max_position_embeddings=64, type_vocab_size=1, hidden_dropout_prob=dropout,
+            vocab_size=data.words, hidden_size=width, num_hidden_layers=blocks,
+            num_attention_heads=heads, intermediate_size=inner, max_position_embeddings=64,
+            type_vocab_size=1, hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout, initializer_range=0.7 / math.sqrt(width),
         )  # fmt: skip
         self.encoder = BertModel(config)
@@ -135,15 +137,15 @@ class Tagger(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of intents [n, intents] and of slots [n, length, slots]."""
-        found = self.encoder(ids, attention_mask=mask)
-        return self.intent(self.dropout(found.pooler_output)), self.slots(
-            self.dropout(found.last_hidden_state)
+        encoded = self.encoder(ids, attention_mask=mask)
+        return self.intent(self.dropout(encoded.pooler_output)), self.slots(
+            self.dropout(encoded.last_hidden_state)
         )
 
 
-def loss(found: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) -> Tensor:
+def loss(scores: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) -> Tensor:
     """Cross entropies of intent and slots, smoothed as in the paper's code."""
-    intent, slots = found
+    intent, slots = scores
     return F.cross_entropy(intent, batch[3], label_smoothing=smoothing) + F.cross_entropy(
         slots.flatten(0, 1), batch[2].flatten(), ignore_index=IGNORED, label_smoothing=smoothing
     )
@@ -194,15 +196,15 @@ def score(model: nn.Module, *parts: Sentences) -> Score:
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Kind, first and last place of every span of B- and I- tags, as conlleval counts them."""
-    found, kind, first = set(), "", 0
+    result, kind, first = set(), "", 0
     for k, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
         if kind and (mark != "I" or name != kind):
-            found.add((kind, first, k - 1))
+            result.add((kind, first, k - 1))
             kind = ""
         if mark != "O" and not kind:
             kind, first = name, k
-    return found
+    return result
 
 
 def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
@@ -212,13 +214,13 @@ def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
     """
     place = {tag: k for k, tag in enumerate(data.tags)}
     read = [[data.tags[k] if k >= 0 else "O" for k in labels] for _, labels, _ in data.items]
-    found = [sorted(spans(tags), key=lambda s: s[1]) for tags in read]
+    slots = [sorted(spans(tags), key=lambda s: s[1]) for tags in read]
     values: dict[str, list[list[int]]] = {}
-    for (ids, _, _), each in zip(data.items, found, strict=True):
+    for (ids, _, _), each in zip(data.items, slots, strict=True):
         for kind, first, last in each:
             values.setdefault(kind.rpartition(".")[2], []).append(ids[first : last + 1])
     items = []
-    for (ids, labels, intent), each in zip(data.items, found, strict=True):
+    for (ids, labels, intent), each in zip(data.items, slots, strict=True):
         words, marks, done = list[int](), list[int](), 0
         for kind, first, last in each:
             value = ids[first : last + 1]
@@ -286,14 +288,14 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
             step += 1
-        found = score(model, data.held)
-        if found.mean > best or last:
-            best, kept = found.mean, {k: v.clone() for k, v in model.state_dict().items()}
+        current = score(model, data.held)
+        if current.mean > best or last:
+            best, kept = current.mean, {k: v.clone() for k, v in model.state_dict().items()}
         if report:
             row(
                 epoch + 1,
-                f"{found.intent:.2f}",
-                f"{found.slots:.2f}",
+                f"{current.intent:.2f}",
+                f"{current.slots:.2f}",
                 f"{time.perf_counter() - start:.0f}",
             )
     seconds = (time.perf_counter() - start) / recipe.epochs
@@ -328,15 +330,15 @@ def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
 def folds(tenths: list[int], recipe: Recipe, seeds: list[int], shape: dict[str, int]) -> None:
     """Train without each tenth, and print what is right in all of them at the last epoch's end."""
     parts = [corpus(k) for k in tenths]
-    found = [
+    scores = [
         score(train(data, recipe, seed, last=True, **shape)[0], data.held)
         for data in parts
         for seed in seeds
     ]
     head("held-back intent", "slots", "trained")
     row(
-        *(f"{statistics.mean(getattr(f, k) for f in found):.2f}" for k in ("intent", "slots")),
-        len(found),
+        *(f"{statistics.mean(getattr(f, k) for f in scores):.2f}" for k in ("intent", "slots")),
+        len(scores),
     )
 
 

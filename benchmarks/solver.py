@@ -58,8 +58,8 @@ def kernel(text: str) -> tuple[Tensor, int]:
 def timed(run: Callable[[], object]) -> tuple[object, float]:
     """What a call returns, and its seconds."""
     start = time.perf_counter()
-    found = run()
-    return found, time.perf_counter() - start
+    result = run()
+    return result, time.perf_counter() - start
 
 
 def solvers(text: str, bits: int) -> None:
@@ -204,8 +204,8 @@ def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5)
     assert isinstance(ours, Fit)
     theirs_error = float((tensorly.cp_to_tensor(theirs) - tensor).norm() / tensor.norm())
     mine, other = (statistics.median(spent[k]) for k in ("ours", "tensorly"))
-    row(text, threads, sweeps, f"{ours.error:.5f}", f"{theirs_error:.5f}", f"{1e3 * mine:.2f}", f"{1e3 * other:.2f}",
-        f"{other / mine:.1f}x")  # fmt: skip
+    row(text, threads, sweeps, f"{ours.error:.5f}", f"{theirs_error:.5f}",
+        f"{1e3 * mine:.2f}", f"{1e3 * other:.2f}", f"{other / mine:.1f}x")  # fmt: skip
 
 
 def main() -> None:

@@ -146,12 +146,12 @@ def table(rank: int, digits: Digits | None, shape: list[int], core: Core) -> np.
 
 def chain(rank: int, digits: list[tuple[int, ...]], most: float, core: Core) -> np.ndarray:
     """A chain of cores, [rank, *digits] in their order from the middle outwards."""
-    found, a = np.eye(rank, dtype=np.float32), rank
+    tensor, a = np.eye(rank, dtype=np.float32), rank
     for k, d in enumerate(digits):
         to_come = math.prod(math.prod(later) for later in digits[k + 1 :])
         b = int(min(a * math.prod(d), to_come, most)) if k + 1 < len(digits) else 1
-        found, a = np.tensordot(found, core((a, *d, b)), 1), b
-    return found[..., 0]
+        tensor, a = np.tensordot(tensor, core((a, *d, b)), 1), b
+    return tensor[..., 0]
 
 
 def factors(size: int, count: int) -> list[int]:
@@ -169,8 +169,8 @@ def factors(size: int, count: int) -> list[int]:
 
 def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:
     """One small tensor: its codes, less zero points if there are any, times its scales."""
-    found = re.fullmatch(r"(t|(u?)(\d)(h?))(?:(c)(\d*)|g(\d+)(z?))?", grid)
-    body, unsigned, bits, half, sliced, axis, size, zeros = found.groups()
+    match = re.fullmatch(r"(t|(u?)(\d)(h?))(?:(c)(\d*)|g(\d+)(z?))?", grid)
+    body, unsigned, bits, half, sliced, axis, size, zeros = match.groups()
     codes = integers(math.prod(shape), body, bits, take) - (1.0 if body == "t" else 0.0)
     lowest = 0.0 if unsigned or body == "t" else 2.0 ** (int(bits) - 1)
     shift = 0.5 if half or body == "1" else 0.0
@@ -208,9 +208,11 @@ if __name__ == "__main__":
         Path(sys.argv[1] if len(sys.argv) > 1 else "build/digits.safetensors")
     ):
         print(
-            f"{name or '(root)'}: {line}: {list(weight.shape)} in [{weight.min():.3f}, {weight.max():.3f}]",
+            f"{name or '(root)'}: {line}: {list(weight.shape)} "
+            f"in [{weight.min():.3f}, {weight.max():.3f}]",
             end="",
         )
         print(
-            f", {len(bias)} biases, inputs {', '.join(f'{s:.4g} * (code - {z})' for s, z in acts) or 'float'}"
+            f", {len(bias)} biases, inputs "
+            f"{', '.join(f'{s:.4g} * (code - {z})' for s, z in acts) or 'float'}"
         )
