@@ -94,7 +94,7 @@ def test_a_job_that_is_given_twice_runs_once():
     assert [r["y"][0].item() for r in results] == [0, 1, 0, 1]
 
 
-def test_a_folder_outlives_the_engine(tmp_path):
+def test_a_folder_outlives_its_jobs(tmp_path):
     Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
     results = Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3, factor=1))
     assert RUNS == [0, 1, 2, 0, 1, 2]  # another setting is another job
@@ -185,7 +185,7 @@ def test_jobs_leave_no_gradient():
     assert not Jobs().run("s", [(grows, {"x": weight}, {})])[0]["y"].requires_grad
 
 
-def test_progress_counts_up_to_all():
+def test_progress_counts_up_to_the_total():
     seen = []
     Jobs(progress=lambda *step: seen.append(step)).run("stage", _jobs(3))
     assert seen == [("stage", 1, 3), ("stage", 2, 3), ("stage", 3, 3)]

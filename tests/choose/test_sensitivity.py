@@ -1,4 +1,4 @@
-"""The score of a change is the energy of what it does to the outputs, to first order."""
+"""The score of a change is the energy of its effect on the outputs, to first order."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from rabbet.workpiece import Workpiece
 
 
 class Scalar(nn.Module):
-    """One layer between smooth functions; one number an example, so that a random sign is no chance at all."""
+    """One layer between smooth functions; one output per example, so random signs do not matter."""
 
     def __init__(self, layer, shape=None):
         super().__init__()
@@ -36,7 +36,7 @@ class Scalar(nn.Module):
 
 
 class Tied(nn.Module):
-    """A table that is looked up and multiplied with."""
+    """A table that is both looked up and used as a matrix."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,10 @@ CASES = {
 
 
 def _true(model, x, change):
-    """The mean relative energy of the derivative along a change, one example at a time, by forward differentiation."""
+    """The mean relative energy of the derivative along a change.
+
+    One example at a time, by forward differentiation.
+    """
 
     def energy(one):
         def out(weight):
@@ -93,7 +96,7 @@ def test_the_score_is_the_energy_of_the_derivative_along_the_change(name):
     assert scores.tolist() == pytest.approx(exact, rel=1e-3)
 
 
-def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_in_the_mean():
+def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_on_average():
     model = settled(Scalar(nn.Linear(6, 5), "time first")).requires_grad_(False)
     x = rand(3, 7, 6)  # time first: 7 rows for 3 examples
     change = 0.1 * rand(5, 6)
@@ -104,7 +107,7 @@ def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_i
     assert sum(scores) / len(scores) == pytest.approx(_true(model, x, change), rel=0.1)
 
 
-def test_the_score_of_several_outputs_is_right_in_the_mean():
+def test_the_score_of_several_outputs_is_right_on_average():
     model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(
         False
     )
@@ -121,7 +124,7 @@ def test_the_score_of_several_outputs_is_right_in_the_mean():
     assert sum(scores) / len(scores) == pytest.approx(wanted, rel=0.1)
 
 
-def test_small_scores_foretell_small_errors():
+def test_small_scores_predict_small_errors():
     model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(
         False
     )

@@ -121,7 +121,7 @@ def test_a_line_that_cannot_be_read_is_quoted_in_the_error(line):
         assert line.strip() in str(caught.value) or repr(line.strip()) in str(caught.value)
 
 
-def test_an_unknown_form_is_answered_with_those_that_there_are():
+def test_an_unknown_form_is_answered_with_the_known_ones():
     with pytest.raises(PlanError) as caught:
         Term.parse("sparse@4c")
     assert all(form in str(caught.value) for form in FORMS)

@@ -1,4 +1,4 @@
-"""Batches of every structure are cut, joined and drawn from alike; what all examples share stays whole."""
+"""Batches of every structure are cut, joined and drawn from; what all examples share is kept."""
 
 from collections import namedtuple
 
@@ -73,7 +73,7 @@ def test_every_tensor_is_moved(kind):
     assert same(replaced(moved, lambda t: t.float()), kind(rows(0, 4)))
 
 
-def test_what_was_read_before_an_error_is_no_data():
+def test_what_was_read_before_an_error_is_not_kept():
     good, bad = rows(0, 8), rows(0, 8) * torch.nan
     task = Task([good, good, bad])
     for _ in range(2):

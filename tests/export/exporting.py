@@ -1,4 +1,4 @@
-"""What the tests of exports share: networks as users export them, and a compressed one of any case in no time."""
+"""What the tests of exports share: networks as users export them, and a quick way to compress."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from rabbet.workpiece import Workpiece
 
 
 class Shortcut(nn.Module):
-    """The parameter-free shortcut of CIFAR ResNets: every other pixel, channels padded with zeros."""
+    """The parameter-free shortcut of CIFAR ResNets: every other pixel, channels zero-padded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Pad(nn.Module):
 
 
 class Gated(nn.Module):
-    """Squeeze and excitation, SiLU, and a concatenation of two branches that read one tensor."""
+    """Squeeze-and-excitation, SiLU, and a concatenation of two branches that read one tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,9 +130,10 @@ GRIDS = tuple(
 
 
 def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Parcel:
-    """A network rounded to nearest, each layer on the next of some terms that fit it; input ranges calibrated.
+    """A network rounded to nearest, with calibrated input ranges.
 
-    `even` and `odd` in a term stand for these outputs of the layer.
+    Layers take the given terms in turn, where these fit. `even` and `odd` in a term stand for the
+    even and odd outputs of the layer.
     """
     piece = Workpiece.of(case.model, Task.of(case.batches), rabbet.Jobs())
     lines = []

@@ -1,4 +1,4 @@
-"""The ONNX file: the network's answers, integer kernels, packed bytes; for every network, grid and term."""
+"""The ONNX file: answers, integer kernels, packed bytes; for every network, grid and term."""
 
 import copy
 from pathlib import Path
@@ -53,8 +53,8 @@ def _factors(parcel):
     ]
 
 
-# Dense terms on every case, one other kind of terms on each, and all kinds on one of convs and
-# linears: what a graph does to a weight and what a weight is made of are seen apart.
+# Dense terms on every case, one other kind of terms on each, and all kinds on a case of convs and
+# linears: a failure then points to the graph or to the kind of term.
 OTHERS = [kind for kind in TERMS if kind != "dense"]
 PAIRS = list(
     dict.fromkeys(
@@ -69,7 +69,7 @@ PAIRS = list(
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
 def written(request, tmp_path_factory):
-    """A case on a kind of terms with the file that was written of it."""
+    """A case, compressed with a kind of terms, and its file."""
     name, kind = request.param
     case = CASES[name]()
     compressed = parcel(case, TERMS[kind])
@@ -266,7 +266,7 @@ def result():
 
 
 class TestThroughTheFrontDoor:
-    """What a user does."""
+    """As a user does it."""
 
     MODEL = settled(
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
@@ -282,7 +282,7 @@ class TestThroughTheFrontDoor:
         assert (again.plan, again.cost) == (result.plan, result.cost)
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
-    def test_what_is_reopened_is_the_file_whatever_it_is_looked_at_with(self, tmp_path):
+    def test_what_is_reopened_is_the_file_whatever_opens_it(self, tmp_path):
         half = copy.deepcopy(self.MODEL).half()
         result = rabbet.fit(
             half, "0 dense@3c | act@8", [x.half() for x in self.DATA], QUALITY["fast"]
@@ -351,7 +351,7 @@ class TestThroughTheFrontDoor:
         assert len(layers) == 2
         assert all("I8" in _said(f, "primitiveType") for f in layers)
 
-    def test_a_file_that_does_not_answer_alike_is_an_error_and_is_not_written(
+    def test_a_file_that_answers_differently_is_an_error_and_is_not_written(
         self, result, tmp_path, monkeypatch
     ):
         (tmp_path / "a.onnx").write_text("mine")

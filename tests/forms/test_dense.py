@@ -31,13 +31,13 @@ def test_rows_are_their_text(rows):
 @pytest.mark.parametrize(
     "text", ["", "3-", "-3", "5,4", "4,4", "0-1,2", "1-1", "a", "0-99999999999", "9" * 5000]
 )
-def test_what_are_no_rows(text):
+def test_what_is_not_a_set_of_rows(text):
     with pytest.raises(PlanError, match=r"rows|no layer has so many"):
         rows_of(text)
 
 
 def _split(plan, grids=("4c", "2hc")):
-    """Every other output of each layer without groups on another grid."""
+    """Every other output of each layer without groups is on another grid."""
     lines = []
     for site, line in plan:
         if site.groups > 1 or site.shape[0] < 2:

@@ -20,7 +20,7 @@ BOOKS = (
     "t",
 )
 LAYOUTS = ("", "c", "c1", "g2", "g8", "g64")
-# every codebook on some layout and every layout on some codebooks: they do not know each other
+# every codebook with some layout and every layout with some codebooks: they are independent
 TEXTS = tuple(
     dict.fromkeys(
         [
@@ -142,7 +142,7 @@ def test_no_point_of_the_grid_is_nearer_than_the_projection(grid):
 
 
 @every_grid
-def test_a_scale_has_one_entry_a_part_and_is_a_bfloat16(grid):
+def test_a_scale_has_one_entry_per_part_and_is_a_bfloat16(grid):
     x = _tensor(grid)
     codes = grid.codes(x, grid.minmax(x))
     for scale in (grid.minmax(x), grid.mse(x), grid.refit(x, codes, grid.minmax(x))):
@@ -159,7 +159,7 @@ def test_minmax_covers_the_largest_magnitude(grid):
         * (grid.levels - 1)
         / (1 if grid.kind == "unsigned" else 2)
     )
-    assert (x.abs() <= reach * (1 + 2**-8)).all()  # to the rounding of a bfloat16
+    assert (x.abs() <= reach * (1 + 2**-8)).all()  # up to the rounding of a bfloat16
 
 
 @every_grid
@@ -227,11 +227,11 @@ def test_a_scale_refitted_in_a_metric_is_best_in_that_metric():
 
 
 @pytest.mark.parametrize("text", ["3", "3c", "t", "1c", "2h"])
-def test_where_codes_say_nothing_the_scale_is_kept(text):
+def test_where_all_codes_are_zero_the_scale_is_kept(text):
     grid = Grid.parse(text)
     scale = grid.minmax(torch.ones(2, 3))
     x = torch.zeros(2, 3)
-    if grid.codebook.shift:  # a half-step grid has no zero code: all its codes say something
+    if grid.codebook.shift:  # a half-step grid has no zero code, so every code counts
         assert torch.isfinite(grid.refit(x, grid.codes(x, scale), scale)).all()
     else:
         assert torch.equal(grid.refit(x, grid.codes(x, scale), scale), scale)
@@ -258,7 +258,7 @@ def test_a_negative_scale_mirrors_the_grid():
     assert torch.equal(grid.project(x, -scale), -grid.project(-x, scale))
     assert (
         grid.project(torch.tensor([9.0]), -scale).item() == 2.0
-    )  # -4 * -0.5: the long end now lies above
+    )  # -4 * -0.5: the long end is now the upper one
 
 
 def test_a_grid_of_an_axis_that_is_not_there_is_refused():
@@ -312,7 +312,7 @@ def test_the_gradient_of_fake_has_the_values_derived_by_hand():
     assert ds.item() == pytest.approx(by_hand / math.sqrt(4 * 3), rel=1e-5)
 
 
-def test_the_gradient_of_fake_weighs_what_comes_from_above():
+def test_the_gradient_of_fake_is_weighted_by_the_gradient_it_receives():
     x, pull = torch.tensor([0.6, 5.0]), torch.tensor([2.0, -3.0])
     dx, ds = _slopes(Grid.parse("3"), x, torch.tensor([0.5]), pull=pull)
     assert dx.tolist() == [2.0, 0.0]
@@ -375,7 +375,7 @@ def test_zero_points_help_where_values_lie_on_one_side(text, plain):
     assert ours < theirs
 
 
-def test_smaller_groups_of_inputs_err_less():
+def test_smaller_groups_of_inputs_have_less_error():
     x = rand(8, 256) * torch.logspace(-1, 1, 256)
     errors = [
         float((Quantised.nearest(x, Grid.parse(t)).values - x).square().sum())

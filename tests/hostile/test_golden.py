@@ -17,13 +17,13 @@ from rabbet.workpiece import DTYPES, rest_of
 
 
 def _ramp(*shape: int, step: float = 1 / 16) -> torch.Tensor:
-    """Numbers without chance, exact in float32."""
+    """Fixed numbers, exact in float32."""
     count = torch.Size(shape).numel()
     return ((torch.arange(count) * 7) % 31 - 15).float().view(shape) * step
 
 
 def _written(model, batch, text, numbers, ranges, path):
-    """The bytes of a file whose every number is given: no solver and no rounding takes part."""
+    """The bytes of a file with every number given, so that no solver or rounding takes part."""
     surveyed, plan = survey(model, [batch]), Plan.parse(text)
     student = build(model, plan, surveyed, numbers)
     for layer in compressed_layers(student).values():
@@ -72,7 +72,7 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
 
 
 class Every(nn.Module):
-    """A thing of every kind that the format knows."""
+    """One thing of every kind that the format knows."""
 
     def __init__(self):
         super().__init__()
@@ -129,6 +129,6 @@ def test_a_file_with_a_thing_of_every_kind_has_these_bytes(tmp_path):
     assert again.fc is again.again
 
 
-# Another hash means that files which exist cannot be read any more: change the version, not this.
+# Another hash means that existing files can no longer be read: change the version, not this.
 VALUES = "5c36142ec691e64e17a04f40f73f8c0e764b04a15cd32805d809a39b63c4550d"
 WHOLE = "95c04b99b0e3f63a03be8d1b0c9bbc732682a7dd3b676e4231b457fe9b6ef9be"

@@ -175,7 +175,7 @@ def test_stated_macs_are_those_a_counter_sees(form, name):
         with FlopCounterMode(display=False) as counter:
             one.apply(site, x, factors, lambda _, t: t, None)
         seen = counter.get_total_flops()
-        if one.contracted:  # putting the cores together does not depend on the input
+        if one.contracted:  # contracting the cores does not depend on the input
             with FlopCounterMode(display=False) as counter:
                 one.for_runtime(site, factors)
             seen -= counter.get_total_flops()
@@ -231,8 +231,7 @@ def test_the_error_falls_with_the_rank(form, name, weighted):
     metric = torch.eye(site.columns)[None] if second is None else second
     errors = []
     full = _form(form).full_rank(site)
-    # doubled each time: two ranks that lie side by side may change places where the solver is a
-    # local one
+    # doubled each time: with a local solver, neighbouring ranks may change places
     for rank in [*itertools.takewhile(lambda r: r < full, (2**k for k in itertools.count())), full]:
         one = _form(form, rank)
         delta = site.matrix(one.contract(site, one.decompose(site, weight, second)) - weight)

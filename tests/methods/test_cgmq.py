@@ -1,4 +1,4 @@
-"""CGMQ: a budget that is never broken, gates that move as their directions say, runs that resume and are shared."""
+"""CGMQ: a budget that is never broken, gates that follow their directions, runs that resume."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from rabbet.train.loop import Course, run, shared
 from rabbet.workpiece import Workpiece
 
 SHORT = CGMQ(epochs=2, finish=1, steps=3, batch=6)
-CALM = replace(SHORT, rate=1e-3)  # sums in another order make no other choice
+CALM = replace(SHORT, rate=1e-3)  # sums in another order lead to the same choice
 BUDGET = "bops <= 1%"
 
 
@@ -439,10 +439,10 @@ def test_fewer_bits_are_never_taken_to_harm_less():
     assert given == {2: 0.0, 4: 0.0, 8: 0.0}
 
 
-# What can be watched
+# Progress and figures
 
 
-def test_every_epoch_ends_within_the_budget_and_is_told():
+def test_every_epoch_ends_within_the_budget_and_is_reported():
     case, told = network("residual"), []
     piece = Workpiece.of(
         case.model, Task.of(case.batches), Jobs(progress=lambda stage, *_: told.append(stage))
@@ -498,7 +498,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, budget):
 
 
 class _Parting(Course):
-    """Each process reaches a parameter that the other does not, and none reaches the last."""
+    """Each process reaches a parameter that the other does not, and neither reaches the last."""
 
     steps = 3
 
@@ -555,7 +555,7 @@ def test_an_epoch_of_batches_that_cannot_be_joined_shows_as_many_as_there_are():
     assert course.steps == 2 * len(course.pool.parts) == 8  # of the last batch some are held back
 
 
-def test_a_forward_that_no_gradient_passes_is_told():
+def test_a_forward_that_passes_no_gradient_is_reported():
     case = network("residual")
     task = Task(case.batches, forward=torch.no_grad()(lambda m, x: m(x)))
     lines = "\n".join(f"{s.name} dense@3c" for s in Workpiece.of(case.model, task, Jobs()).survey)

@@ -1,4 +1,4 @@
-"""CoRa: bases and adapters, the soft threshold, the search under a budget, ranks landed hard under it."""
+"""CoRa: bases and adapters, the soft threshold, the search and its ranks under a budget."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ BUDGET = "bits <= 4"
 
 
 def _labelled(name="residual"):
-    """The batches of a network, with labels, as a task."""
+    """A network, and its batches with labels as a task."""
     case = network(name)
     labels = torch.zeros(len(case.batches[0]), dtype=torch.long)
     batches = [(x, labels[: len(x)]) for x in case.batches]
@@ -82,13 +82,13 @@ def test_a_search_lands_close_below_its_budget(method):
     model, task = _labelled()
     result = compress(model, BUDGET, task, method)
     assert any(_ranks(result.plan).values())
-    # a rank more of the cheapest adapter would not fit, or the search did not want it: within one
-    # layer's rank
+    # one more rank of the cheapest adapter would not fit, or the search did not want it: within
+    # one layer's rank
     assert 3.6 < result.cost.bits <= 4
 
 
 def test_the_search_gives_rank_to_the_layer_that_needs_it():
-    """Two linears; the residual of one of them does nothing to the output, the other's everything."""
+    """Two linears; the residual of one does nothing to the output, that of the other everything."""
     torch.manual_seed(0)
     dead = torch.nn.Linear(16, 16, bias=False)
     model = torch.nn.Sequential(dead, torch.nn.Linear(16, 16, bias=False)).eval()
@@ -103,7 +103,7 @@ def test_the_search_gives_rank_to_the_layer_that_needs_it():
     student = compress(
         model, "bits <= 8", x, CoRa(bits=8, tuning=Tuning(steps=0), ranks="heuristic")
     ).model
-    # the base is too small by its residual, so that letting it through brings the network back
+    # the base lacks exactly its residual, so that letting the residual through restores the network
     with torch.no_grad():
         for name, layer in compressed_layers(student).items():
             layer.terms[0][0].codes.zero_()

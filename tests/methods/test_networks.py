@@ -1,4 +1,4 @@
-"""Networks as users bring them: what may be folded, what is left, what must still run."""
+"""Networks as users bring them: what may be folded, what is left alone, what must still run."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def error(model, reference, batch):
 
 
 def saved_and_loaded(result, model, path):
-    """The network of the written file, held against the one that was written."""
+    """The network of the written file, compared with the one that was written."""
     assert result.save(path) == result.cost.bytes == path.stat().st_size
     again = load(path, model)
     ours, theirs = result.model.state_dict(), again.state_dict()
@@ -73,7 +73,7 @@ def test_folding_changes_nothing_but_the_batch_norms(case):
 
 
 class Ends(nn.Module):
-    """A conv, a batch norm, and a forward that is given."""
+    """A conv, a batch norm, and a given forward."""
 
     def __init__(self, forward, **norm):
         super().__init__()
@@ -153,7 +153,7 @@ def test_a_batch_norm_that_the_user_watches_is_not_folded():
     assert survey(model, [rand(3, 3, 6, 6)])["conv"].norm is None
 
 
-def test_a_batch_norm_of_two_names_is_never_lost(tmp_path):
+def test_a_batch_norm_with_two_names_is_never_lost(tmp_path):
     model = settled(Ends(lambda m, x: m.norm(m.conv(x))))
     model.alias = model.norm
     x = rand(3, 3, 6, 6)
@@ -179,7 +179,7 @@ def test_a_batch_norm_behind_a_linear_is_folded_only_where_both_work_on_one_axis
     assert torch.allclose(run(fold(model, surveyed), x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
 
 
-# What is found, and what is left
+# What is found, and what is left alone
 
 
 def test_sites_come_in_the_order_in_which_they_run():
@@ -259,7 +259,7 @@ def test_a_layer_with_hooks_of_the_user_is_left_alone():
     assert any(x.name == "3" and "hooks" in x.reason for x in surveyed.left)
 
 
-def test_a_layer_of_the_users_own_forward_is_left_alone():
+def test_a_layer_with_a_forward_of_the_users_own_is_left_alone():
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -275,11 +275,11 @@ def test_an_embedding_is_compressed_and_its_input_never_quantised():
     assert isinstance(result.model.table, Compressed)
 
 
-# Networks with ways of their own
+# Unusual networks
 
 
 def _calls(monkeypatch):
-    """Names of the compressed layers that run; hooks would do, but they turn torch's fused path off."""
+    """Names of the compressed layers that run; without hooks, which turn off torch's fused path."""
     seen = []
     forward = Compressed.forward
     monkeypatch.setattr(
@@ -288,7 +288,7 @@ def _calls(monkeypatch):
     return seen
 
 
-def test_the_fused_transformer_layer_does_not_pass_compressed_linears_by(monkeypatch, tmp_path):
+def test_the_fused_transformer_layer_does_not_bypass_compressed_linears(monkeypatch, tmp_path):
     case = network("tokens")
     result = compress(case.model, "bits <= 4", case.batches, QUICK)
     names = [layer.name for layer in result.plan]
@@ -302,7 +302,7 @@ def test_the_fused_transformer_layer_does_not_pass_compressed_linears_by(monkeyp
 
 
 class Padded(nn.Module):
-    """A stack of transformer layers with a mask of what is padding: torch makes it a nested tensor where it can."""
+    """Transformer layers with a padding mask: torch uses a nested tensor where it can."""
 
     def __init__(self):
         super().__init__()
@@ -320,7 +320,7 @@ class Padded(nn.Module):
 def test_a_masked_transformer_stack_runs_its_compressed_linears(monkeypatch, tmp_path):
     model = settled(Padded())
     batches = [b.masked_fill(torch.arange(7) > 4, 0) for b in tokens()]
-    batches[0][0] = 3  # one example without padding
+    batches[0][0] = 3  # one example has no padding
     result = compress(model, "bits <= 8.5", batches, EXACT)
     names = [layer.name for layer in result.plan]
     assert len(names) == 6
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_another_precision_is_compressed_and_what_is_left_keeps_
     saved_and_loaded(result, model, tmp_path / "a")
     whole = network(name)
     single = compress(whole.model, "bits <= 8.5", whole.batches, EXACT)
-    if name != "stack" and dtype != torch.float64:  # something is left, and takes half the bytes
+    if name != "stack" and dtype != torch.float64:  # what is left takes half the bytes
         assert result.cost.bytes < single.cost.bytes
 
 
@@ -399,7 +399,7 @@ def test_a_single_example_is_enough(name, tmp_path):
 
 
 class Positions(nn.Module):
-    """Token and position tables, the positions without a batch axis; features flattened before the head."""
+    """Token and position tables, positions without a batch axis; a flatten before the head."""
 
     def __init__(self, flat):
         super().__init__()
@@ -554,9 +554,8 @@ def test_a_layer_that_no_gradient_reaches_is_not_free_to_be_harmed(make, tmp_pat
     bits = [line.terms[0].grid.bits for line in result.plan]
     assert min(bits) >= 3
     saved_and_loaded(result, model, tmp_path / "a")
-    saved_and_loaded(
-        compress(model, "bits <= 4.5", [x], QUICK), model, tmp_path / "b"
-    )  # tuning finds nothing to do
+    # tuning has nothing to do
+    saved_and_loaded(compress(model, "bits <= 4.5", [x], QUICK), model, tmp_path / "b")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

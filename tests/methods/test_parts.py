@@ -1,4 +1,4 @@
-"""What methods are made of: allocation, calibration, matching, tuning; and what every method promises."""
+"""The parts of methods: allocation, calibration, matching, tuning; and what all methods promise."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ QUICK = Joint(
 
 # Every method
 
-# what each reaches on a network without factorisable kernels
+# what each can reach on a network without kernels to factorise
 WITHIN = {
     "joint": "bits <= 4",
     "admm": "bits <= 8",
@@ -146,7 +146,7 @@ def test_a_method_that_breaks_the_budget_is_caught():
 
 
 class Counting(Jobs):
-    """An jobs that counts the layers whose candidates it really solves."""
+    """Jobs that count the layers whose candidates are really solved."""
 
     def run(self, stage, jobs):
         self.stage = stage
@@ -247,7 +247,7 @@ def test_a_cost_that_is_more_than_the_sum_of_its_layers_still_keeps_the_budget()
     ]
     scores = [[2.0, 1.0, 0.0]] * 3
 
-    def exact(plan):  # a file's header is padded: the program cannot see this
+    def exact(plan):  # a file's header is padded, which the program cannot see
         size = _exact(rows, 0)(plan).bytes
         return Cost(bytes=size + 9 * (size % 20 == 0))
 
@@ -292,7 +292,7 @@ def test_second_moments_are_those_of_unfolded_patches(layer, x):
     assert torch.allclose(moments[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
-def test_second_moments_of_very_many_examples_are_those_of_every_so_manieth_batch(monkeypatch):
+def test_second_moments_of_very_many_examples_are_those_of_every_nth_batch(monkeypatch):
     monkeypatch.setattr("rabbet.calibrate.moments.EXAMPLES", 12)
     model = nn.Sequential(nn.Linear(6, 3))
     for count, step in ((3, 1), (5, 1), (6, 2), (9, 3)):  # batches of 4 examples
@@ -325,7 +325,7 @@ def test_a_table_has_no_second_moment():
         assert (torch.linalg.eigvalsh(moment) > -1e-4).all()
 
 
-def test_few_places_are_drawn_evenly_and_many_are_all_taken():
+def test_a_few_places_are_drawn_from_each_example_and_all_are_taken_on_request():
     layer = nn.Conv2d(2, 3, 3, padding=1)
     site = survey(layer, [rand(1, 2, 6, 6)]).sites[0]
     x = rand(4, 2, 6, 6)

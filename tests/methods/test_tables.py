@@ -24,7 +24,7 @@ def error(answer, wanted):
 
 
 class Tied(nn.Module):
-    """A language model: the head, which has a bias of its own, is the table; it scores the last token only."""
+    """A language model that scores the last token: its head is the table, with its own bias."""
 
     def __init__(self, heads=1, first=False):
         super().__init__()
@@ -48,7 +48,7 @@ TABLES = ("dense@8c | act@8", "dense@4 | act@6", "dense@8", "ttm[9]@8c", "ttm[9]
 
 @pytest.mark.parametrize("line", TABLES)
 @pytest.mark.parametrize(("heads", "first"), [(1, False), (1, True), (2, False)])
-def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(
+def test_heads_that_share_a_table_run_with_it_and_it_is_stored_once(
     line, heads, first, tmp_path, kernels_are_exact
 ):
     model = settled(Tied(heads, first))
@@ -114,7 +114,7 @@ def test_a_table_is_solved_for_both_of_its_uses():
 @pytest.mark.parametrize(
     "why", ["a head that never runs", "a hook on another look-up", "a head of two names", "a hook"]
 )
-def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
+def test_a_table_whose_head_cannot_be_replaced_is_left_alone_with_a_reason(why):
     model = settled(Tied())
     if why == "a head that never runs":
         model.spare = nn.Linear(12, 30)
@@ -135,7 +135,7 @@ def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
 def test_look_ups_that_share_a_table_are_one_layer_with_its_head(tmp_path):
     case = network("tables")
     surveyed = survey(case.model, case.batches)
-    assert not surveyed.left  # nor is the table kept beside
+    assert not surveyed.left  # nor is a second table kept
     table = surveyed["shared"]
     assert (table.tied, table.heads, table.calls) == (("encode", "decode"), ("head",), 2)
     result = rabbet.fit(case.model, "shared dense@4c | act@8", case.batches, EXACT)
@@ -271,7 +271,7 @@ def test_rows_that_are_looked_up_are_those_of_the_whole_table_and_learn_alike(gr
 
 
 @pytest.mark.parametrize("place", [-1, 30])
-def test_a_word_that_a_table_has_not_is_an_error(place):
+def test_a_word_that_is_not_in_the_table_is_an_error(place):
     model = settled(Tied())
     result = rabbet.fit(
         model, rabbet.Plan.parse("table dense@8c\nbody dense@8c"), tokens(30), EXACT

@@ -235,7 +235,7 @@ def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
     assert [str(t) for (t,) in TTQAT(bits=4, rank=6).menu(linear)] == ["tt[6]@4"]
 
 
-def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
+def test_where_training_follows_an_error_counts_relative_to_what_is_left_of_the_layer():
     model, data = bert(), sentences(3)
     piece = Workpiece.of(model, Task(data), Jobs())
     menus = {
@@ -252,9 +252,8 @@ def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
         if site.name in (words, linear):
             eight, one, chain = ratios
             assert eight < 1.001
-            assert (
-                1.02 < one < 2
-            )  # a sign and a size keep 2 / pi of a normal weight, and more where inputs are alike
+            # a sign and a size keep 2 / pi of a normal weight, and more where inputs are alike
+            assert 1.02 < one < 2
             assert chain > 5
 
 
@@ -264,9 +263,8 @@ def test_matrices_alone_are_trained_under_a_budget_as_well():
     result = rabbet.compress(model, "bytes <= 15%", data, method)
     assert set(forms(result.plan).values()) == {"dense"}
     assert len({str(line.terms[0].grid) for line in result.plan}) > 1
-    assert (
-        f"taught {2 * (len(data) - 1)} steps" in result.notes[0]
-    )  # those in float would lead nowhere
+    # no steps in float: they would lead nowhere
+    assert f"taught {2 * (len(data) - 1)} steps" in result.notes[0]
 
 
 def test_matrices_move_as_slowly_as_they_are_told():
@@ -494,7 +492,7 @@ def test_another_teacher_does_not_go_on_from_the_checkpoint_of_the_first(tmp_pat
 
 
 @pytest.mark.parametrize("act", [None, 8])
-def test_the_score_that_is_told_is_that_of_what_is_handed_out(act, tmp_path):
+def test_the_reported_score_is_that_of_what_is_handed_out(act, tmp_path):
     model, data = bert(), sentences(3)
 
     def evaluate(m):
@@ -536,7 +534,7 @@ def test_places_that_the_mask_excludes_do_not_count():
     ) != pytest.approx(before)
 
 
-def test_scores_of_as_many_classes_as_places_are_no_places():
+def test_scores_of_as_many_classes_as_places_are_not_places():
     ours, theirs, mask = shown(1), shown(9), torch.ones(2, 5)
     lesson = Lesson(hidden=0, attention=0)
     assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
@@ -544,7 +542,7 @@ def test_scores_of_as_many_classes_as_places_are_no_places():
     assert torch.equal(lesson.loss(ours, theirs, mask), lesson.loss(ours, theirs, None))
 
 
-def test_one_number_an_example_or_a_place_is_compared_as_a_number():
+def test_one_number_per_example_or_place_is_compared_as_a_number():
     for shape in ((4, 1), (4, 3, 1), (4,)):
         ours, theirs = (
             Shown([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)])
@@ -553,7 +551,7 @@ def test_one_number_an_example_or_a_place_is_compared_as_a_number():
         assert float(Lesson().loss(ours, theirs, None)) > 0.01
 
 
-def test_the_mask_is_found_in_a_batch_of_any_make_and_is_that_of_the_places_that_are_compared():
+def test_the_mask_is_found_in_any_kind_of_batch_and_is_that_of_the_places_compared():
     mask, other = torch.ones(2, 3), torch.zeros(2, 3)
     named = {"input_ids": torch.ones(2, 3), "attention_mask": mask}
     for batch in (named, (named, torch.ones(2)), [torch.ones(2), {"x": mask}, named]):
@@ -646,7 +644,7 @@ def test_a_list_of_blocks_is_preferred_to_a_block_that_runs_several_times():
     ]
 
 
-def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():
+def test_padding_on_the_left_of_a_causal_torch_transformer_is_handled():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -686,7 +684,7 @@ def test_attention_is_seen_in_fused_calls_as_in_plain_ones(causal):
     assert torch.allclose(attention[0][0], attention[1][0], atol=1e-6)
 
 
-def test_places_that_may_look_at_nothing_look_everywhere_alike():
+def test_places_that_may_look_at_nothing_look_everywhere_equally():
     q, k, v = (rand(2, 3, 5, 4, seed=s) for s in (1, 2, 3))
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     mask[0] = False  # padding on the left of a decoder
@@ -702,7 +700,7 @@ def test_places_that_may_look_at_nothing_look_everywhere_alike():
 
 
 class Answers(nn.Module):
-    """A table as the first block; the network returns one number an example, and a loss beside it."""
+    """A table as the first block; the network returns a loss and one number per example."""
 
     def __init__(self):
         super().__init__()
@@ -716,7 +714,7 @@ class Answers(nn.Module):
         return scores.square().mean(), scores
 
 
-def test_numbers_and_a_loss_among_the_outputs_are_no_hindrance():
+def test_numbers_and_a_loss_among_the_outputs_are_handled():
     torch.manual_seed(0)
     data = [torch.randint(20, (4, 6)) for _ in range(12)]
     result = rabbet.compress(

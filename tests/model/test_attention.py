@@ -1,4 +1,4 @@
-"""`open_attention`: torch's attention, taken apart, computes the same whatever it is asked."""
+"""`open_attention`: torch's attention, taken apart, computes the same for every way to call it."""
 
 import itertools
 
@@ -123,16 +123,15 @@ def test_an_opened_layer_can_be_stacked():
     assert nn.TransformerEncoder(layer, 2)(rand(2, 3, 8)).shape == (2, 3, 8)
 
 
-def test_attention_without_its_projection_is_looked_past():
+def test_attention_without_its_projection_is_ignored():
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].idle = nn.MultiheadAttention(8, 2)
     model[0].idle.out_proj = None
     assert [s.name for s in rabbet.survey(rabbet.open_attention(model), [rand(2, 8)])] == ["0"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The PyTorch API of nested"
-)  # what torch itself packs sentences into
+# torch itself packs sentences into nested tensors
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_encoder_and_decoder(padded):
     model = settled(nn.Transformer(8, 2, 2, 2, 16, batch_first=True))
@@ -174,7 +173,7 @@ def _more(model):
 
 
 class Own(nn.MultiheadAttention):
-    """Somebody's own."""
+    """A user's own attention."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10, with published weights: what a user may expect of a real network."""
+"""ResNet-20 on CIFAR-10, with published weights: what a user can expect on a real network."""
 
 import pytest
 import torch

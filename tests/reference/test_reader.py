@@ -1,4 +1,4 @@
-"""The native file, read by a program that knows docs/format.md and numpy, and nothing of rabbet or torch."""
+"""The native file, read by a program with numpy that knows docs/format.md, not rabbet or torch."""
 
 import ast
 import importlib.util

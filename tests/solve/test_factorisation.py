@@ -1,4 +1,4 @@
-"""Laws of the solvers that factorise: errors are true, bounds hold, nothing gets worse by going on."""
+"""Laws of the factorising solvers: errors are true, bounds hold, more steps are never worse."""
 
 import itertools
 
@@ -205,7 +205,7 @@ def test_the_ladder_of_the_paper_holds_on_a_trained_like_kernel():
 
 
 @pytest.mark.parametrize("scales", ["tensor", "column"])
-def test_quantised_cp_says_its_error_and_is_deterministic(scales):
+def test_quantised_cp_reports_its_error_and_is_deterministic(scales):
     weight = smooth((16, 12, 9)).float().view(16, 12, 3, 3)
     first, again = (quantised_cp(weight, 10, 4, scales) for _ in range(2))
     values = [q.values.double() for q in first.factors]
@@ -297,7 +297,7 @@ def test_what_is_pruned_is_worse_and_no_cheaper_than_something_that_stays():
 
 
 @pytest.mark.parametrize("shape", [(20, 6), (6, 20)])
-def test_what_no_weight_of_a_rank_can_be_better_than(shape):
+def test_the_tail_is_the_error_that_no_weight_of_a_rank_can_beat(shape):
     site = Site("x", Linear(), shape, positions=1, inputs=1)
     root = rand(shape[1], shape[1], seed=2).double()
     metric = Metric((root @ root.mT)[None].float(), 0.01)
@@ -324,7 +324,7 @@ def test_more_bits_leave_less_error_of_a_factorised_weight(form):
 
 
 @pytest.mark.parametrize("form", [f for f in FITTING if not RANKED[f].contracted])
-def test_the_last_factor_makes_good_what_rounding_the_others_broke(form):
+def test_the_last_factor_corrects_the_rounding_of_the_others(form):
     site, weight, second = _conv()
     term = Term(RANKED[form](6), Grid.parse("3c"))
     result = solve_site(weight, second, site=site, menu=((term,),))
@@ -357,13 +357,13 @@ def test_the_error_in_the_metric_is_the_true_one_for_every_column():
     tensor, second, problem = in_metric()
     factors = MetricCP.split(*random_start(tensor.shape, RANK))
     for mode in [0, 3, 9, 4, 12, 0]:
-        # one factor changed since the last: what the problem keeps must follow
+        # one factor has changed since the last time: what the problem keeps must follow
         factors = tuple(f * 1.1 if k == mode else f for k, f in enumerate(factors))
         error = problem.error(*problem.sides(factors, mode), factors[mode])
         assert error == pytest.approx(apart_in(second, tensor, factors), rel=1e-9)
 
 
-def test_a_column_that_is_solved_cannot_be_bettered():
+def test_a_solved_column_cannot_be_improved():
     tensor, _, problem = in_metric()
     factors = MetricCP.split(*random_start(tensor.shape, RANK))
     for mode in (0, 2, 10):

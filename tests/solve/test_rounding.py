@@ -1,4 +1,4 @@
-"""Laws of the solvers: what each promises of the error that the layer's inputs see."""
+"""Laws of the solvers: what each promises about the error in the metric of the layer's inputs."""
 
 import itertools
 from dataclasses import replace
@@ -29,7 +29,7 @@ every_grid = pytest.mark.parametrize("grid", [pytest.param(Grid.parse(t), id=t) 
 
 
 def _second(n, groups=1, seed=0):
-    """What correlated inputs leave: a few strong directions over weak ones."""
+    """The second moment of correlated inputs: a few strong directions over weak ones."""
     x = rand(groups, 4 * n, n, seed=seed) @ (
         rand(groups, n, n, seed=seed + 1) / n**0.5 + 0.3 * torch.eye(n)
     )
@@ -214,7 +214,7 @@ MENU = tuple(
 
 
 def _layer(groups=None):
-    """A linear, or a conv of one tap with groups."""
+    """A linear, or a grouped conv with a kernel of one place."""
     if groups is None:
         return Site("x", Linear(), (12, 20)), rand(12, 20)
     shape, kind = (12, 20 // groups, 1, 1), Conv(2)
@@ -253,7 +253,7 @@ def test_alternating_over_terms_longer_never_ends_worse(monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_a_solved_menu_says_its_own_error_and_reads_back(groups):
+def test_a_solved_menu_reports_its_own_error_and_reads_back(groups):
     site, weight = _layer(groups)
     menu = MENU if groups == 1 else MENU[:3]
     second = _second(20 // groups, groups)
