@@ -132,9 +132,8 @@ def test_bit_operations_are_macs_times_bits_of_weight_and_input():
     with_adapter = layer_cost(SITE, LayerPlan.parse("a.b dense@2c + lowrank[3]@8c | act@4"))
     inner, outer = 3 * 54 * 49, 3 * 8 * 49
     assert with_adapter.macs == macs + inner + outer
-    assert (
-        with_adapter.bops == macs * 2 * 4 + inner * 8 * 4 + outer * 8 * 8
-    )  # there are 8 bits between factors
+    # there are 8 bits between factors
+    assert with_adapter.bops == macs * 2 * 4 + inner * 8 * 4 + outer * 8 * 8
 
 
 def test_the_bytes_of_a_layer_are_its_numbers_and_its_line():

@@ -125,9 +125,8 @@ def test_no_flipped_bit_of_the_header_leads_to_another_error(whole, mask, tmp_pa
         refused += _refused(
             tmp_path / "f", whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
         )
-    assert (
-        refused > 0.6 * size
-    )  # the rest are names, reasons and counts that a network cannot contradict
+    # the rest are names, reasons and counts that a network cannot contradict
+    assert refused > 0.6 * size
 
 
 def test_no_flipped_bit_of_the_values_leads_to_another_error(whole, tmp_path):

@@ -73,9 +73,8 @@ def test_images_without_a_batch_axis_are_named():
 # Budgets
 
 
-@pytest.mark.parametrize(
-    "metric", [m for m in METRICS if m != "latency"]
-)  # that one is work: export/test_latency.py
+# latency takes work to measure: export/test_latency.py
+@pytest.mark.parametrize("metric", [m for m in METRICS if m != "latency"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_reached(
     name, metric
@@ -361,9 +360,8 @@ def test_accuracy_needs_labels_and_leaves_the_network_as_it_was():
             accuracy(model, [(rand(4, 6), labels)])
     with pytest.raises(DataError, match=r"scores \[4\] are of classes on axis 1"):
         accuracy(nn.Flatten(0), [(rand(4, 1), torch.zeros(4))])
-    assert (
-        accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100
-    )  # a class for each place
+    # a class for each place
+    assert accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100
 
 
 def test_a_mask_of_infinities_among_the_buffers_is_accepted(tmp_path):

@@ -552,7 +552,7 @@ def test_an_epoch_of_batches_that_cannot_be_joined_shows_as_many_as_there_are():
     data = [torch.randint(9, (4, length), generator=generator) for length in (3, 4, 5, 6)]
     lines = [LayerPlan.parse("0 dense@3c"), LayerPlan.parse("1 dense@3c | act@4")]
     course = FixedWidths(CGMQ(), Workpiece.of(net, Task.of(data), Jobs()), lines, 2)
-    assert course.steps == 2 * len(course.pool.parts) == 8  # of the last batch some are held back
+    assert course.steps == 2 * len(course.pool.parts) == 8  # some of the last batch are held back
 
 
 def test_a_forward_that_passes_no_gradient_is_reported():

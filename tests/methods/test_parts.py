@@ -501,9 +501,8 @@ def test_tuning_starts_from_the_codes_that_were_solved(line):
     after = {k: v for k, v in student.state_dict().items() if k in before}
     assert all(torch.equal(after[k].detach().round(), v) for k, v in before.items())
     moved = any(not torch.equal(after[k], v) for k, v in before.items())
-    assert moved == (
-        "lowrank" not in line
-    )  # a code of one term alone starts where the weight lies in its cell
+    # a code of one term alone starts where the weight lies in its cell
+    assert moved == ("lowrank" not in line)
 
 
 def test_what_is_taught_is_the_answers_and_what_the_blocks_give():

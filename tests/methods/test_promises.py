@@ -121,7 +121,7 @@ def _keeps_the_promises(case, budget, method, path):
     assert _unchanged(case.model, before)
     for old, new in zip(given, case.batches, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(old), tensors(new), strict=True))
-    # the budget is kept, by a cost that is the file's
+    # the budget is kept, and the cost is that of the file
     Budget.parse(budget).check(result.cost, result.float_cost)
     written = result.save(path)
     assert result.cost.bytes == written == path.stat().st_size

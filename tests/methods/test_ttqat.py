@@ -414,9 +414,8 @@ def test_labels_teach_and_the_users_score_chooses():
 
     def evaluate(m):
         judged.append(m)
-        return float(
-            len(judged) == 3
-        )  # the second epoch on the grid, after the start and the first
+        # best is the second epoch on the grid, after the start and the first
+        return float(len(judged) == 3)
 
     seen = []
 
@@ -449,9 +448,8 @@ def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
     task = Task(data, forward=forward, vary=vary)
     rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table=4, epochs=1, finish=1))
     assert set(shown[False]) == {0}
-    assert (
-        sum(n > 0 for n in shown[True]) == 6
-    )  # the steps; held-back batches are shown as they are
+    # the steps; held-back batches are shown as they are
+    assert sum(n > 0 for n in shown[True]) == 6
     assert len({n for n in shown[True] if n}) > 1
 
 

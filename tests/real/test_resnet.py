@@ -146,8 +146,8 @@ def test_a_plan_of_real_layers_keeps_several_limits_at_once(piece):
     assert cost.bytes <= 0.1 * whole.bytes
     assert cost.bops <= 0.02 * whole.bops
     assert cost.bits <= 2.6
-    assert cost.bits > 2.4  # what is allowed is used
-    assert len({line.terms for line in chosen}) > 2  # not one width for all
+    assert cost.bits > 2.4  # the budget is used up
+    assert len({line.terms for line in chosen}) > 2  # widths differ
 
 
 def test_ranges_hold_what_really_passes(piece, calibration):
