@@ -1,11 +1,12 @@
-"""The paper's method on whole networks, and the questions that it left open: a line for each setting of `ADMM`.
+"""The paper's method on whole networks, and the questions it left open: a row per `ADMM` setting.
 
     python benchmarks/factorisation.py [--nets resnet20 resnet56] [--rates 2 3] [--quick]
 
-Every conv of more than one place but the first is factorised at one rate; factors 4 bits, the rest
-and all inputs 8. 1,600 unlabelled training images; accuracy of the written file on 5,000 test
-images. `EPC, to nearest` is the same pipeline without ADMM; `Joint` is rabbet's own method,
-untuned, under the bytes and MACs that the paper's run took. Seconds on two processes. Seed 0.
+Every conv with a kernel of more than one place, except the first, is factorised at one rate;
+factors have 4 bits, the rest and all inputs 8. 1,600 unlabelled training images; accuracy of the
+written file on 5,000 test images. `EPC, to nearest` is the same pipeline without ADMM; `Joint` is
+rabbet's own method, untuned, under the bytes and MACs that the paper's run took. Seconds on two
+processes. Seed 0.
 """
 
 import argparse

@@ -1,17 +1,20 @@
-"""MiniLM on SST-2 and CoLA, 10 and 20 times smaller: ranks and bits by one integer program, without and with training.
+"""MiniLM on SST-2 and CoLA, 10 and 20 times smaller, without and with training.
 
-    python benchmarks/glue.py --keep FOLDER [--tasks SST-2 CoLA] [--ratios 10 20] [--methods joint ttqat]
+    python benchmarks/glue.py --keep FOLDER [--tasks SST-2 CoLA] [--ratios 10 20]
+        [--methods joint ttqat]
+
+One integer program chooses ranks and bits.
 
 The teacher is MiniLM with a head of two classes, fine-tuned on the training split only. A part of
-that split is held back and chooses between epochs, of the teacher and of what is trained of it. The
-measure is GLUE's dev split: accuracy on SST-2 (872 sentences), Matthews correlation times 100 on
-CoLA (1,043, 16 of them in train but for capitals). The test split has no public labels. Float
-bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for the whole file;
-activations are float; accuracy is that of the written file, loaded again. Held-back sentences of
-SST-2 are mostly phrases of sentences that are trained on. `tt` is `ttqat` with tables of words as
-matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, layers that were
-decomposed and what each setting came to, so that rows can be run one by one; what other code left
-there is not told from what this one left.
+that split is held back and chooses between epochs, both for the teacher and for what is trained
+from it. The measure is GLUE's dev split: accuracy on SST-2 (872 sentences), Matthews correlation
+times 100 on CoLA (1,043, of which 16 are in train up to capitals). The test split has no public
+labels. Float bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for the
+whole file; activations are float; accuracy is that of the written file, loaded again. Held-back
+sentences of SST-2 are mostly phrases of training sentences. `tt` is `ttqat` with tables of words as
+matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, decomposed layers
+and the outcome of each setting, so that rows can be run one by one. Use a new folder after changing
+the code: old results are not recognised as such.
 """
 
 import functools
@@ -56,11 +59,11 @@ class Sentences:
     labels: list[int]
 
     def part(self, first: int, last: int | None = None) -> "Sentences":
-        """Those from place `first` to before place `last`."""
+        """Those from index `first` up to, but without, `last`."""
         return Sentences(self.ids[first:last], self.labels[first:last])
 
     def batches(self, size: int = 32, order: random.Random | None = None) -> list[Batch]:
-        """Sentences of like length together, padded to the longest of the batch; with `order`, drawn anew."""
+        """Batches of similar length, padded to their longest sentence; shuffled by `order`."""
         return [self._batch(chunk) for chunk in alike([len(s) for s in self.ids], size, order)]
 
     def _batch(self, chunk: list[int]) -> Batch:
@@ -82,7 +85,7 @@ def matthews(guessed: Tensor, true: Tensor) -> float:
 
 
 def accuracy(guessed: Tensor, true: Tensor) -> float:
-    """Per cent."""
+    """Accuracy in per cent."""
     return 100 * float((guessed == true).double().mean())
 
 
@@ -94,7 +97,7 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a teacher is fine-tuned: AdamW, linear warm-up over a sixteenth, then linearly to 0."""
+    """How a teacher is fine-tuned: AdamW, linear warm-up over a sixteenth, then linear to 0."""
 
     epochs: int
     rate: float = 5e-5
@@ -104,7 +107,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Problem:
-    """A task of GLUE: its sentences, its measure, and how its teacher is made."""
+    """A task of GLUE: its sentences, its measure, and how its teacher is trained."""
 
     name: str
     train: Sentences
@@ -121,7 +124,7 @@ class Problem:
         return self.measure(torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs]))
 
     def task(self, seed: int) -> Task:
-        """What is trained on, with labels; held-back sentences choose between epochs."""
+        """The training sentences with labels; held-back ones choose between epochs."""
         return Task(
             self.train.batches(self.recipe.batch, random.Random(seed)),
             forward=scores,
@@ -131,7 +134,7 @@ class Problem:
         )
 
     def unlabelled(self, seed: int) -> Task:
-        """A few sentences of the same."""
+        """A few of the training sentences, without labels."""
         batches = self.train.part(0, SHOWN).batches(self.recipe.batch, random.Random(seed))
         return Task(
             [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches], forward=scores
@@ -142,7 +145,10 @@ PROBLEMS = {"SST-2": (accuracy, Recipe(3)), "CoLA": (matthews, Recipe(8))}
 
 
 def problem(name: str, seed: int, sentences: int | None, epochs: int | None) -> Problem:
-    """A task of GLUE, with so many of its training sentences, drawn by the seed; epochs: of the teacher."""
+    """A task of GLUE, with this many training sentences, drawn by the seed.
+
+    epochs: those of the teacher.
+    """
     load, tokens = reader("load"), AutoTokenizer.from_pretrained(DATA / "minilm")
     measure, recipe = PROBLEMS[name]
 
@@ -193,7 +199,7 @@ def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
 
 
 def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
-    """The fine-tuned network, from the folder if it lies there."""
+    """The fine-tuned network, from the folder if it is there."""
     path = (
         folder / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}"
         f"-epochs{given.recipe.epochs}"
@@ -207,7 +213,7 @@ def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
 
 
 def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Namespace) -> None:
-    """Compress to each ratio, write, load again, measure: a row each."""
+    """A row for each ratio: compress, write, load again, measure."""
     whole = given.score(model, given.dev)
     for ratio in args.ratios:
         setting = f"{given.name}, {len(given.train.ids)}, {given.recipe}, {ratio:g}, {method}"
@@ -217,7 +223,7 @@ def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Na
             args.seed,
             functools.partial(outcome, given, model, method, ratio, args),
         )
-        if "refused" in measured:  # not every method goes as far
+        if "refused" in measured:  # not every method reaches every ratio
             row(
                 given.name,
                 f"{label}, {ratio:g}x",
@@ -238,7 +244,7 @@ def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Na
 def outcome(
     given: Problem, model: nn.Module, method: Method, ratio: float, args: Namespace
 ) -> dict[str, Any]:
-    """What a row says, or why there is none."""
+    """What a row shows, or why there is none."""
     size = sum(p.numel() * 4 for p in model.parameters())
     task = given.task(args.seed) if isinstance(method, TTQAT) else given.unlabelled(args.seed)
     jobs = rabbet.Jobs(folder=args.keep / "layers", progress=told if args.watch else silent)
@@ -263,7 +269,7 @@ def outcome(
 
 
 def told(stage: str, done: int, total: int) -> None:
-    """Where things stand, with the time of day."""
+    """The state of things, with the time of day."""
     print(f"{time.strftime('%H:%M:%S')} {stage} {done}/{total}", file=sys.stderr, flush=True)
 
 

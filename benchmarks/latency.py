@@ -1,17 +1,18 @@
-"""How fast exported files are: onnxruntime and OpenVINO, against float and against what other tools export.
+r"""How fast exported files are in onnxruntime and OpenVINO, against float and other tools' exports.
 
     # ResNet-20, ResNet-18, MobileNet, MiniLM
     python benchmarks/latency.py
     python benchmarks/latency.py --nets minilm --threads 1
-    python benchmarks/latency.py --nets resnet20 resnet18 --predict --grids 8c tucker@45 lowrank@45 cp@45
+    python benchmarks/latency.py --nets resnet20 resnet18 --predict \
+        --grids 8c tucker@45 lowrank@45 cp@45
     python benchmarks/latency.py --nets resnet18 --grids 8c tucker@45 lowrank@45 cp@45 tucker@25
 
-Every file of a network is timed in turn in one run, one example at a time after warm-up, on all
-cores unless told otherwise: medians, the 95th percentile beside them, and the ratio to float
-onnxruntime. Peers: onnxruntime's static quantiser (QDQ, per channel, uint8 activations, int8
-weights, after its own pre-processing), its dynamic one for transformers, NNCF's post-training int8
-through OpenVINO with the precision pinned to float32, torch compiled. rabbet's weights are rounded
-to nearest here: rounding changes accuracy, not speed.
+All files of a network are timed in turn in one run, one example at a time after warm-up, on all
+cores unless told otherwise: medians, 95th percentiles, and the ratio to float onnxruntime. Peers:
+onnxruntime's static quantiser (QDQ, per channel, uint8 activations, int8 weights, after its own
+pre-processing), its dynamic one for transformers, NNCF's post-training int8 through OpenVINO with
+the precision pinned to float32, torch.compile. rabbet's weights are rounded to nearest here:
+rounding changes accuracy, not speed.
 """
 
 import argparse
@@ -55,7 +56,7 @@ Make = Callable[[Any], Run]
 
 
 class Basic(nn.Module):
-    """Two 3x3 convs and a shortcut, projected where shapes differ (He et al. 2016, option B)."""
+    """Two 3x3 convs and a shortcut, projected if shapes differ (He et al. 2016, option B)."""
 
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class ResNet18(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A network, batches to calibrate on, and the batches of one that are timed."""
+    """A network, batches to calibrate on, and the batches of one example that are timed."""
 
     model: nn.Module
     data: list[Any]
@@ -107,7 +108,7 @@ class Case:
 
 
 def images(model: nn.Module, data: list[Tensor]) -> Case:
-    """One image at a time."""
+    """A case that is timed on one image."""
     return Case(model, data, {"1 image": data[0][:1]})
 
 
@@ -118,7 +119,7 @@ def cifar(depth: int) -> Case:
 
 
 def resnet18() -> Case:
-    """At ImageNet's size, calibrated on noise: only its speed means anything."""
+    """ResNet-18 at ImageNet's size, calibrated on noise: only its speed means anything."""
     torch.manual_seed(0)
     return images(ResNet18().eval(), [torch.randn(4, 3, 224, 224) for _ in range(8)])
 
@@ -164,7 +165,7 @@ def uniform(case: Case, kind: str) -> tuple[Workpiece, rabbet.Plan, nn.Module]:
 
 
 def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
-    """Such a network as files for both runtimes."""
+    """Such a network, written for both runtimes."""
     piece, plan, student = uniform(case, kind)
     parcel = Parcel(student, plan, piece.survey, piece.rest(plan), piece.task)
     paths = {"onnx": folder / f"{kind}.onnx", "openvino": folder / f"{kind}.openvino.onnx"}
@@ -179,9 +180,10 @@ def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
 
 
 def term(site: Site, kind: str) -> Term:
-    """`8c`: dense on that grid. `cp@45`: kernels as `Joint` would offer them at 45 % of their MACs, in 8 bits.
+    """The term of a layer: `8c` is dense on that grid.
 
-    The first layer and those of one place stay dense.
+    `cp@45`: kernels as `Joint` would offer them at 45 % of their MACs, in 8 bits; the first layer
+    and kernels of one place stay dense.
     """
     form, _, share = kind.partition("@")
     if share and math.prod(site.shape[2:]) > 1 and site.shape[1] > 3:
@@ -193,7 +195,7 @@ def term(site: Site, kind: str) -> Term:
 
 
 def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantised]]]:
-    """Factors of normal entries that keep the scale of what passes: speed does not depend on them."""
+    """Normal factors that keep the scale of activations: speed does not depend on them."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(shape: tuple[int, ...], grid: Grid) -> Quantised:
@@ -210,14 +212,14 @@ def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantise
 
 
 def onnxruntime_run(path: Path, batch: Any, threads: int) -> Run:
-    """The Python border is crossed once a run, with arrays that are made beforehand."""
+    """A run in onnxruntime: one call from Python, with arrays that are prepared beforehand."""
     session = rabbet.Session(path, threads)
     feed = session.feed(batch)
     return lambda: session.run(feed)
 
 
 def openvino_run(path: Path, batch: Any, threads: int) -> Run:
-    """Pinned to float32: where it is not told, OpenVINO runs "float" in bfloat16 on some processors."""
+    """A run in OpenVINO, pinned to float32: by default, some processors run "float" in bfloat16."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -230,7 +232,7 @@ def openvino_run(path: Path, batch: Any, threads: int) -> Run:
 
 
 def torch_run(case: Case, batch: Any) -> Run:
-    """torch.compile with its default settings."""
+    """A run of torch.compile with its default settings."""
     compiled, task = torch.compile(case.model), Task.of([batch])
 
     def run() -> None:
@@ -256,7 +258,7 @@ def nncf_file(case: Case, path: Path, folder: Path) -> Path:
 
 
 def dynamic_int8(path: Path, folder: Path) -> Path:
-    """Onnxruntime's dynamic quantiser, which is its own advice for transformers."""
+    """Onnxruntime's dynamic quantiser, which it recommends for transformers."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = folder / "dynamic.onnx"
@@ -267,7 +269,7 @@ def dynamic_int8(path: Path, folder: Path) -> Path:
 def entries(
     name: str, case: Case, grids: list[str], threads: int, folder: Path
 ) -> dict[str, tuple[Path | None, Make]]:
-    """What runs: the file that it is made of, if there is one, and how a run on a batch is made."""
+    """What is timed: by label, the file if there is one, and how to make a run on a batch."""
     whole = folder / "float.onnx"
     write_float(case.model, Task.of(case.data), whole)
     older = folder / "older.onnx"  # onnxruntime's quantisers do not know the attention of opset 23
@@ -296,9 +298,8 @@ def entries(
             path = file()
             run(path, next(iter(case.timed.values())))()
             usable[label] = path, partial(run, path)
-        except (
-            Exception
-        ) as e:  # another tool may raise anything; one that is missing or fails says so
+        # another tool may raise anything; a missing or failing one is reported
+        except Exception as e:
             print(
                 f"{label}: left out: {type(e).__name__}: {' '.join(str(e).split())[:300]}",
                 file=sys.stderr,
@@ -307,7 +308,7 @@ def entries(
 
 
 def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every run: in turn, a few at a time, the order turned by one each round."""
+    """Milliseconds of every run: in turn, a few at a time, the order rotated by one each round."""
     times: dict[str, list[float]] = {label: [] for label in runs}
     for run in runs.values():
         for _ in range(5):
@@ -334,10 +335,13 @@ def measure(name: str, grids: list[str], threads: int, rounds: int) -> None:
 
 
 def predict(name: str, grids: list[str]) -> None:
-    """What a latency budget is held against, the sum of layers timed alone, beside the time of the real file."""
+    """The predicted time that a latency budget limits, beside the time of the real file.
+
+    The prediction is the sum of layers timed alone.
+    """
     case = NETS[name]()
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["RABBET_CACHE"] = cache  # nothing that was timed before
+        os.environ["RABBET_CACHE"] = cache  # without earlier timings
         for kind in grids:
             piece, plan, student = uniform(case, kind)
             piece.clock = Stopwatch(piece)
@@ -354,7 +358,7 @@ def predict(name: str, grids: list[str]) -> None:
 def report(
     name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]
 ) -> None:
-    """A line a run: median, 95th percentile, gain over float onnxruntime, bytes, and integer kernels of all."""
+    """A row for each run: median, 95th percentile, speed-up, bytes, share of integer kernels."""
     base = statistics.median(times["float onnxruntime"])
     dense = {
         r: statistics.median(t)

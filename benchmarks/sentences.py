@@ -1,11 +1,11 @@
-"""ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training in float, and its measures.
+"""ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training and measures.
 
     python benchmarks/sentences.py --keep FOLDER [--seeds 0 1 2]     # only trains the dense models
     # how settings are chosen
     python benchmarks/sentences.py --folds 0 1 2 3 4 --seeds 0 --width 240
 
-A tenth of the training sentences is held back and chooses the epoch (by `--folds` another tenth);
-dev and test together are the measure, and are not looked at with `--folds`.
+A tenth of the training sentences is held back and chooses the epoch (`--folds`: another tenth). Dev
+and test together are the measure; `--folds` does not use them.
 """
 
 import argparse
@@ -32,13 +32,13 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sentences:
-    """Encoded sentences of a split: ids, slot labels, intent; labels that training never saw are -1."""
+    """Encoded sentences of a split: ids, slot labels, intent; labels not in training are -1."""
 
     items: list[tuple[list[int], list[int], int]]
     tags: list[str] = field(repr=False)
 
     def batches(self, size: int, order: random.Random | None = None) -> list[Batch]:
-        """Sentences of like length together; with `order`, drawn anew."""
+        """Batches of similar length, shuffled by `order`."""
         return [
             self._batch(chunk)
             for chunk in alike([len(ids) for ids, _, _ in self.items], size, order)
@@ -57,7 +57,7 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Train, the tenth of it that is held back, dev and test, with the sizes of the model's ends."""
+    """Train, the held-back tenth of it, dev and test, with the sizes of the model's ends."""
 
     train: Sentences
     held: Sentences
@@ -68,7 +68,7 @@ class Corpus:
     slots: int
 
     def rates(self, words: float) -> Tensor:
-        """How often each word is shown as the unknown one, [words], rare ones more (arXiv 1603.04351)."""
+        """How often each word is shown as unknown, [words], rare ones more (arXiv 1603.04351)."""
         counts = torch.bincount(
             torch.tensor([w for ids, _, _ in self.train.items for w in ids]), minlength=self.words
         )
@@ -78,15 +78,15 @@ class Corpus:
 
 
 def shapes(words: Sequence[str]) -> list[str]:
-    """Words with every digit as 0, as is usual for this corpus (arXiv 1603.01360 does the same): `0745` as `0000`."""
+    """Words with every digit as 0, as is usual for this corpus (and in arXiv 1603.01360)."""
     return [re.sub(r"\d", "0", w) for w in words]
 
 
 def corpus(fold: int = 0) -> Corpus:
     """ATIS, words by their `shapes`, with this tenth of the training sentences held back.
 
-    The vocabulary is that of the sentences that are trained on: held-back ones have unknown words
-    like those of test.
+    The vocabulary is that of the training sentences: held-back ones have unknown words, as test
+    does.
     """
     load = reader("load")
     raw = {
@@ -153,7 +153,7 @@ def loss(scores: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) ->
 
 @dataclass(frozen=True)
 class Score:
-    """Per cent: sentences with the right intent, and F1 of slots as whole spans."""
+    """In per cent: sentences with the right intent, and F1 of slots as whole spans."""
 
     intent: float
     slots: float
@@ -169,7 +169,7 @@ def score(model: nn.Module, *parts: Sentences) -> Score:
     right = total = hits = found_spans = true_spans = 0
     model.eval()
     for part in parts:
-        # labels that training never saw stay in the measure, as misses
+        # labels not in training count as misses
         with torch.no_grad():
             for ids, mask, slots, intents in part.batches(64):
                 intent, scores = model(ids, mask)[:2]
@@ -195,7 +195,7 @@ def score(model: nn.Module, *parts: Sentences) -> Score:
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Kind, first and last place of every span of B- and I- tags, as conlleval counts them."""
+    """Kind, first and last index of every span of B- and I- tags, as conlleval counts them."""
     result, kind, first = set(), "", 0
     for k, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
@@ -208,7 +208,7 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
-    """Values of slots exchanged, with this probability, for others that these sentences have for slots of the kind.
+    """Sentences with slot values exchanged, with probability `share`, for others of their kind.
 
     Kinds are what tags end with: `toloc.city_name` and `fromloc.city_name` are both city names.
     """
@@ -239,7 +239,7 @@ def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
 
 
 def obscured(ids: Tensor, rates: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Token ids with words replaced by the unknown one, as often as each word's rate says."""
+    """Token ids, each replaced by the unknown word at the rate of its word."""
     return ids.masked_fill(torch.rand(ids.shape, generator=generator) < rates[ids], UNKNOWN)
 
 
@@ -247,8 +247,8 @@ def obscured(ids: Tensor, rates: Tensor, generator: torch.Generator | None = Non
 class Recipe:
     """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine.
 
-    words: w, for a word that is there n times to be shown as the unknown one with probability w /
-    (w + n). swaps: how often a value of a slot is exchanged for another, drawn anew in every epoch.
+    words: w; a word that occurs n times is shown as unknown with probability w / (w + n). swaps:
+    how often a slot value is exchanged for another, drawn again in every epoch.
     """
 
     epochs: int = 16
@@ -263,7 +263,7 @@ class Recipe:
 def train(
     data: Corpus, recipe: Recipe, seed: int, report: bool = False, last: bool = False, **shape: int
 ) -> tuple[Tagger, float]:
-    """A dense model at its best epoch by the held-back sentences, or its last, and seconds an epoch."""
+    """A dense model at its best epoch by held-back data, or its last, and seconds per epoch."""
     torch.manual_seed(seed)
     order = random.Random(seed)
     model = Tagger(data, dropout=recipe.dropout, **shape)
@@ -306,7 +306,10 @@ def train(
 def dense(
     data: Corpus, seed: int, folder: Path | None, recipe: Recipe = Recipe(), **shape: int
 ) -> tuple[Tagger, float]:
-    """A trained dense model, from the folder if it lies there; and seconds an epoch, 0 if it was not trained now."""
+    """A trained dense model, from the folder if it is there, and seconds per epoch.
+
+    The seconds are 0 if it was not trained now.
+    """
     path = None if folder is None else folder / _file(seed, recipe, shape)
     if path is not None and path.exists():
         model = Tagger(data, dropout=recipe.dropout, **shape)
@@ -320,7 +323,7 @@ def dense(
 
 
 def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
-    """A name that other settings do not share."""
+    """A file name that other settings do not share."""
     return (
         "-".join(["atis", f"seed{seed}", *(f"{k}{v}" for k, v in (vars(recipe) | shape).items())])
         + ".pt"
@@ -328,7 +331,7 @@ def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
 
 
 def folds(tenths: list[int], recipe: Recipe, seeds: list[int], shape: dict[str, int]) -> None:
-    """Train without each tenth, and print what is right in all of them at the last epoch's end."""
+    """Train without each tenth, and print the mean score on it after the last epoch."""
     parts = [corpus(k) for k in tenths]
     scores = [
         score(train(data, recipe, seed, last=True, **shape)[0], data.held)
