@@ -305,7 +305,7 @@ class _Answers(Course):
             )
         return total
 
-    def stepped(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         if (step + 1) % len(self.batches) == 0:
             found = score(self.model, self.data.held).mean
             if found > self.most:
@@ -362,7 +362,7 @@ def step(bench: Bench) -> None:
     of Adam.
     """
     from rabbet.methods.ttqat.course import _Taught
-    from rabbet.train.qat import together
+    from rabbet.train.qat import rounded_together
     from rabbet.workpiece import Workpiece
 
     teacher, task = bench.untrained(), task_of(bench.data, 0)
@@ -374,7 +374,7 @@ def step(bench: Bench) -> None:
 
     def once(model: nn.Module) -> None:
         assert task.loss is not None
-        with together(latents):
+        with rounded_together(latents):
             found = task.run(model, batch)
         task.loss(found, batch).backward()
 
