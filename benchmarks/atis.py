@@ -311,7 +311,7 @@ class _Answers(Course):
             )
         return total
 
-    def stepped(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         if (step + 1) % len(self.batches) == 0:
             current = score(self.model, self.data.held).mean
             if current > self.most:
@@ -371,7 +371,7 @@ def step(bench: Bench) -> None:
     moments of Adam.
     """
     from rabbet.methods.ttqat.course import _Taught
-    from rabbet.train.qat import together
+    from rabbet.train.qat import rounded_together
     from rabbet.workpiece import Workpiece
 
     teacher, task = bench.untrained(), task_of(bench.data, 0)
@@ -384,7 +384,7 @@ def step(bench: Bench) -> None:
 
     def once(model: nn.Module) -> None:
         assert task.loss is not None
-        with together(latents):
+        with rounded_together(latents):
             answers = task.run(model, batch)
         task.loss(answers, batch).backward()
 

@@ -27,7 +27,7 @@ from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
 from rabbet.reconstruct.network import solved
 from rabbet.report import draw_gates
-from rabbet.train.loop import Course, run, shared
+from rabbet.train.loop import Course, run, shard
 from rabbet.workpiece import Workpiece
 
 SHORT = CGMQ(epochs=2, finish=1, steps=3, batch=6)
@@ -404,7 +404,7 @@ def test_widths_are_measured_once_for_all_budgets_and_nothing_is_changed(granula
     measure_sensitivity(piece, course.gates, before, lambda: course.judged(128, labels=False))
     assert all(torch.equal(before[k], v) for k, v in course.weights().items())
     assert course.gates.levels == levels
-    assert not any(layer.weight.shown for layer in course.layers.values())
+    assert not any(layer.weight.substitutes for layer in course.layers.values())
     assert (course.gates.sensitivity[:, 0] > 0).any()
     assert (course.gates.sensitivity > -1e-6).all()  # nothing is better than the float network
     assert (course.gates.sensitivity[:, -1] <= course.gates.sensitivity[:, 0]).all()
@@ -513,9 +513,9 @@ class _Parting(Course):
 def _one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    assert len(shared(torch.zeros(7, 2))) == 3
+    assert len(shard(torch.zeros(7, 2))) == 3
     with pytest.raises(DataError, match="cannot be shared"):
-        shared(torch.zeros(1, 2))
+        shard(torch.zeros(1, 2))
     course = _Parting(rank)
     run(course, Jobs(), "parting", "training")
     assert [float(v.detach().max()) < 1 for v in course.values] == [True, True, False]

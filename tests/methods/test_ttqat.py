@@ -39,8 +39,16 @@ from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.compressed import compressed_layers
 from rabbet.model.surgery import leave_fast_path
 from rabbet.runtime.session import Session
-from rabbet.train.distil import Distillation, Look, Shown, Stage, Teacher, mask_of, stack
-from rabbet.train.qat import Latent, together
+from rabbet.train.distil import (
+    Distillation,
+    Recorder,
+    Recording,
+    Stage,
+    Teacher,
+    find_blocks,
+    mask_of,
+)
+from rabbet.train.qat import Latent, rounded_together
 from rabbet.workpiece import Workpiece
 
 NUMBERS = Distillation(scores=False)  # outputs are no scores of classes
@@ -92,7 +100,7 @@ def test_latents_that_are_rounded_together_are_what_each_is_alone_and_learn_the_
     slopes = torch.autograd.grad(
         sum((a * w).sum() for a, w in zip(alone, weights, strict=True)), _learning(latents)
     )
-    with together(latents):
+    with rounded_together(latents):
         assert latents[0]() is latents[0]()
         shown = [x() for x in latents]
     assert latents[0]() is not latents[0]()
@@ -104,7 +112,7 @@ def test_latents_that_are_rounded_together_are_what_each_is_alone_and_learn_the_
 
 
 def _learning(latents):
-    return [x.value for x in latents] + [x.scale for x in latents if x.on]
+    return [x.value for x in latents] + [x.scale for x in latents if x.on_grid]
 
 
 def test_linears_become_tensor_trains_and_the_words_a_tensor_train_matrix(compressed):
@@ -406,7 +414,7 @@ def test_a_plain_torch_transformer_is_taught_attention_included(opened):
     model = Encoder().eval()
     model = rabbet.open_attention(model) if opened else model
     data = [torch.randint(0, 40, (4, 7)) for _ in range(4)]
-    look = Look(model, stack(model, rabbet.survey(model, data)))
+    look = Recorder(model, find_blocks(model, rabbet.survey(model, data)))
     with torch.no_grad():
         shown = look(lambda: model(data[0]))
         assert torch.allclose(shown.outputs[0], model(data[0]), atol=1e-5)
@@ -471,7 +479,7 @@ def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
 
 
 def shown(seed, hidden=3):
-    return Shown(
+    return Recording(
         [rand(2, 4, 6, seed=seed + k) for k in range(hidden)],
         [rand(2, 3, 4, 4, seed=seed + k).softmax(-1) for k in range(hidden - 1)],
         [rand(2, 5, seed=seed)],
@@ -522,7 +530,7 @@ def test_only_the_chosen_depth_counts(stage, places):
     for k in range(3):
         hidden = [t + 1 if j == k else t for j, t in enumerate(ours.hidden)]
         changed = (
-            float(distil.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None, stage))
+            float(distil.loss(Recording(hidden, ours.attention, ours.outputs), theirs, None, stage))
             != before
         )
         assert changed == (k in places)
@@ -535,10 +543,10 @@ def test_places_that_the_mask_excludes_do_not_count():
     before = float(distil.loss(ours, theirs, mask))
     hidden = [t + 5 * (1 - mask)[..., None] for t in ours.hidden]
     assert float(
-        distil.loss(Shown(hidden, ours.attention, ours.outputs), theirs, mask)
+        distil.loss(Recording(hidden, ours.attention, ours.outputs), theirs, mask)
     ) == pytest.approx(before)
     assert float(
-        distil.loss(Shown(hidden, ours.attention, ours.outputs), theirs, None)
+        distil.loss(Recording(hidden, ours.attention, ours.outputs), theirs, None)
     ) != pytest.approx(before)
 
 
@@ -553,7 +561,7 @@ def test_scores_of_as_many_classes_as_places_are_not_places():
 def test_one_number_per_example_or_place_is_compared_as_a_number():
     for shape in ((4, 1), (4, 3, 1), (4,)):
         ours, theirs = (
-            Shown([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)])
+            Recording([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)])
             for s in (1, 2)
         )
         assert float(Distillation().loss(ours, theirs, None)) > 0.01
@@ -614,7 +622,7 @@ def test_a_block_that_runs_several_times_is_matched_each_time():
             return x
 
     model, x = settled(Again()), rand(2, 5, 4)
-    hidden = Look(model, ["layers.0"])(lambda: model(x)).hidden
+    hidden = Recorder(model, ["layers.0"])(lambda: model(x)).hidden
     wanted = [x]
     for layer in model.layers:
         wanted.append(layer(wanted[-1]))
@@ -626,10 +634,10 @@ def test_an_encoder_of_one_block_that_runs_twice_is_found_and_taught():
     sizes = {"vocab_size": 60, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 64}
     config = AlbertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     model, ids = AlbertModel(config).eval(), torch.randint(60, (2, 6))
-    blocks = stack(model, rabbet.survey(model, [{"input_ids": ids}]))
+    blocks = find_blocks(model, rabbet.survey(model, [{"input_ids": ids}]))
     assert blocks == ["encoder.albert_layer_groups.0"]
     with torch.no_grad():
-        shown = Look(model, blocks)(lambda: model(ids))
+        shown = Recorder(model, blocks)(lambda: model(ids))
         wanted = model(ids, output_hidden_states=True).hidden_states
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(shown.hidden, wanted, strict=True))
     assert rabbet.compress(
@@ -650,7 +658,7 @@ def test_a_list_of_blocks_is_preferred_to_a_block_that_runs_several_times():
             return self.tower(x) - self.tower(x.flip(0))
 
     model = Siamese().eval()
-    assert stack(model, rabbet.survey(model, [rand(2, 4)])) == [
+    assert find_blocks(model, rabbet.survey(model, [rand(2, 4)])) == [
         "tower.0.0",
         "tower.0.1",
         "tower.0.2",
@@ -669,7 +677,7 @@ def test_padding_on_the_left_of_a_causal_torch_transformer_is_handled():
     def run():
         return model(x, mask=causal, src_key_padding_mask=padded)
 
-    seen = Look(model, ["layers.0", "layers.1"])(run)
+    seen = Recorder(model, ["layers.0", "layers.1"])(run)
     assert torch.equal(seen.outputs[0], run())
     assert [tuple(t.shape) for t in seen.attention] == [(2, 2, 5, 5)] * 2
     sum(t.square().sum() for t in (*seen.hidden, *seen.attention)).backward()
@@ -693,7 +701,7 @@ def test_attention_is_seen_in_fused_calls_as_in_plain_ones(causal):
         def forward(self, x):
             return (x @ k.mT / 2 + bias).softmax(-1) @ v
 
-    attention = [Look(nn.Module(), [])(lambda m=m: m(q)).attention for m in (Fused(), Plain())]
+    attention = [Recorder(nn.Module(), [])(lambda m=m: m(q)).attention for m in (Fused(), Plain())]
     assert torch.allclose(attention[0][0], attention[1][0], atol=1e-6)
 
 
@@ -706,7 +714,7 @@ def test_places_that_may_look_at_nothing_look_everywhere_equally():
         def forward(self, x):
             return F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
 
-    attention = Look(nn.Module(), [])(lambda: Fused()(q)).attention[0]
+    attention = Recorder(nn.Module(), [])(lambda: Fused()(q)).attention[0]
     assert torch.isfinite(attention).all()
     assert torch.allclose(attention[:, :, 0], torch.full((2, 3, 5), 0.2))
     assert torch.allclose(attention[:, :, 1, :2].sum(-1), torch.ones(2, 3))
@@ -773,9 +781,9 @@ def test_a_teacher_keeps_what_fits():
         return model(rand(2, 4, seed=k))
 
     size = 4 * 3 * 2 * 4 + 4 * 2 * 4  # hidden states and the output, once each
-    teacher = Teacher(Look(model, ["0", "1"]), most=size + 1)
+    teacher = Teacher(Recorder(model, ["0", "1"]), most=size + 1)
     for k in (0, 1, 0, 1):
-        teacher.show(k, lambda k=k: run(k))
+        teacher.record(k, lambda k=k: run(k))
     assert calls == [0, 1, 1]
 
 

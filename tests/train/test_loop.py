@@ -77,7 +77,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_numbers(layout, fused, tmp_path)
 class Halved(Bowl):
     """A course that moves its own way: every step halves the parameter, whatever its gradient."""
 
-    def move(self, adam):
+    def update(self, adam):
         with torch.no_grad():
             self.p.mul_(0.5)
 

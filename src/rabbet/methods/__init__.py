@@ -1,4 +1,4 @@
-"""Methods: each chooses a plan, then finds the numbers.
+"""Methods: each chooses a plan, then finds the codes and scales for it.
 
 A new method is a file here and a line in METHODS.
 """
@@ -21,10 +21,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_of(method: Method | None, quality: str = "default") -> Method:
-    """The method that is asked for; without one the default method, of a quality.
+    """The method itself, or the default method at a quality if it is None.
 
-    Raises PlanError for what is no method, for an unknown quality, and for one beside a method that
-    is not the default one.
+    Raises PlanError for an object that is not a method, for an unknown quality, and for a quality
+    together with a method other than the default.
     """
     if quality not in tuple(QUALITY):
         raise PlanError(f"quality is one of {', '.join(map(repr, QUALITY))}; found {quality!r}")

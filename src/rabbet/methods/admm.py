@@ -1,9 +1,9 @@
 """Quantised CP factorisation by ADMM, post-training and without labels (arXiv 2308.04595).
 
-Every conv with a kernel of more than one place, the first layer apart, becomes three factors at one
+Every conv with a kernel larger than 1 x 1, except in the first layer, becomes three factors at one
 rate and one bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm statistics are
-re-estimated, inputs quantised. The paper allocates nothing: the budget is only checked. What the
-paper left open is a setting each.
+re-estimated, and inputs are quantised. The paper does not allocate ranks or bits to a budget, so
+the budget is only checked. Each choice that the paper left open is a setting.
 """
 
 import math
@@ -49,7 +49,7 @@ SOLVED = ("dense", *(name for name, form in RANKED.items() if form.channel_axes)
 class ADMM:
     """The method of the paper.
 
-    Its defaults are the paper's, but for 20 x 20 iterations in place of 1,000 x 1,000. A file
+    The defaults are the paper's, except for 20 x 20 iterations in place of 1,000 x 1,000. A file
     stores a scale per channel in either case: the gain of the BatchNorm is folded into them.
     """
 
@@ -62,7 +62,7 @@ class ADMM:
     start: Start = "epc"
     """Factors that ADMM begins with; "epc" (error-preserving correction) is the paper's."""
     slack: float | None = 1.0
-    """EPC's bound as a multiple of the ALS error (1: the paper's); None: the best by closed form."""
+    """EPC's bound, in units of the ALS error (1: the paper's); None: the best by closed form."""
     solver: Solver = "admm"
     """"feedback" is error-feedback rounding; "nearest" only rounds."""
     form: Literal["cp", "tucker"] = "cp"
@@ -90,11 +90,15 @@ class ADMM:
             )
         if self.form == "tucker" and self.start != "svd":
             raise PlanError(
-                f"Tucker-2 starts from singular vectors only; write start='svd' (found {self.start!r})"
+                "Tucker-2 starts from singular vectors only; write start='svd' "
+                f"(found {self.start!r})"
             )
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
-        """The same form, rate and bits for every kernel; raises BudgetError where that is more than the budget."""
+        """The same form, rate and bits for every kernel.
+
+        Raises BudgetError if that costs more than the budget allows.
+        """
         known = {s.name for s in piece.survey}
         for name, _ in self.ranks:
             if name not in known:
@@ -107,7 +111,7 @@ class ADMM:
         return plan
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """Solve each layer for itself, then statistics and ranges; see `Method.fit`."""
+        """Solve each layer by itself, then estimate statistics and ranges; see `Method.fit`."""
         validate(plan, piece.survey)
         other = next((x for x in plan if len(x.terms) > 1 or not _solvable(x.terms[0])), None)
         if other is not None:
@@ -115,25 +119,26 @@ class ADMM:
                 f"ADMM fits one term of {', '.join(SOLVED)}, of all outputs; {other} is not that"
             )
         chains = [layer for layer in plan if layer.terms[0].form.channel_axes]
-        found = dict(zip((c.name for c in chains), self._solved(piece, chains), strict=True))
+        names = (chain.name for chain in chains)
+        solutions = dict(zip(names, self._solve(piece, chains), strict=True))
         numbers: dict[str, Numbers] = {}
         for layer in plan:
             site, term = piece.survey[layer.name], layer.terms[0]
-            if layer.name in found:
-                numbers[layer.name] = [_read(piece, site, term, found[layer.name])]
+            if layer.name in solutions:
+                numbers[layer.name] = [_read(piece, site, term, solutions[layer.name])]
             else:
                 numbers[layer.name] = [[round_to_nearest(piece, site, term.grid)]]
         student = build(piece.model, plan, piece.survey, numbers)
         calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
         recalibrate_norms(student, piece)
         calibrate_ranges(student, piece.task, piece.seed)
-        errors = [float(r["error"]) for r in found.values()]
+        errors = [float(solution["error"]) for solution in solutions.values()]
         mean = sum(errors) / max(len(errors), 1)
-        return Fitted(
-            student, (f"{len(errors)} kernels factorised, mean relative error {mean:.3f}",)
-        )
+        note = f"{len(errors)} kernels factorised, mean relative error {mean:.3f}"
+        return Fitted(student, (note,))
 
     def _line(self, site: Site, first: bool) -> LayerPlan:
+        """The line of the plan for a layer; first: whether it is the first layer."""
         act = self.act if site.multiplies else None
         form = RANKED[self.form]
         full = 0 if first else form(1).full_rank(site)
@@ -144,12 +149,13 @@ class ADMM:
         def entries(rank: int) -> int:
             return sum(math.prod(shape) for shape in form(rank).shapes(site))
 
-        # floor(numel / (I + J + K) / rate) in the case of CP
+        # The largest rank that keeps the rate; for CP it is floor(numel / (I + J + K) / rate).
         rank = bisect_right(range(1, full + 1), site.numel / self.rate, key=entries)
         rank = dict(self.ranks).get(site.name, max(rank, 1))
         return LayerPlan(site.name, (Term(form(rank), grid),), act)
 
-    def _solved(self, piece: Workpiece, chains: list[LayerPlan]) -> list[Tensors]:
+    def _solve(self, piece: Workpiece, chains: list[LayerPlan]) -> list[Tensors]:
+        """The results of `solve_kernel`, in the order of the chains."""
         jobs: list[Job] = []
         for layer in chains:
             weight = without_gain(piece, piece.survey[layer.name], layer.terms[0].grid)
@@ -163,23 +169,24 @@ def _solvable(term: Term) -> bool:
 
 
 def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tensors:
-    """Quantised factors of one kernel [out, in, *k], in its own error: a job for an jobs.
+    """Quantised factors of one kernel [out, in, *k], of least squared error in the weight: a job.
 
-    Returns codes and scale of each factor by its place, the relative error, and its history.
+    Returns codes and scale of each factor by its position, the relative error, and its history.
     """
     problem, grids = term.form.problem(weight), _grids(term, method)
     assert problem is not None
     assert term.form.rank is not None
     start = _start(problem, grids, term.form.rank, method, seed)
     if method.solver == "admm":
-        found = admm(problem, start, grids, method.sweeps, method.inner)
+        rounded = admm(problem, start, grids, method.sweeps, method.inner)
     elif method.solver == "feedback":
-        found = alternate(problem, start, grids, method.sweeps)
+        rounded = alternate(problem, start, grids, method.sweeps)
     else:
-        held = tuple(Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True))
-        found = Rounded(held, problem.relative(tuple(q.values.double() for q in held)), 0, True)
-    result = {"error": torch.tensor(found.error), "history": torch.tensor(found.history)}
-    for k, q in enumerate(found.factors):
+        factors = tuple(Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True))
+        error = problem.relative(tuple(q.values.double() for q in factors))
+        rounded = Rounded(factors, error, 0, True)
+    result = {"error": torch.tensor(rounded.error), "history": torch.tensor(rounded.history)}
+    for k, q in enumerate(rounded.factors):
         result |= {f"{k}.codes": q.codes.to(torch.int16), f"{k}.scale": q.scale}
     return result
 
@@ -187,11 +194,12 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
 def _grids(term: Term, method: ADMM) -> list[Grid]:
     """The grid of each factor, in the order of the tensor's axes."""
     bits, kind = term.grid.bits, term.grid.kind
-    each = method.scales == "channel"
-    return [Grid.of(bits, kind, axis if each else None) for axis in term.form.channel_axes]
+    per_channel = method.scales == "channel"
+    return [Grid.of(bits, kind, axis if per_channel else None) for axis in term.form.channel_axes]
 
 
 def _start(problem: Problem, grids: list[Grid], rank: int, method: ADMM, seed: int) -> Factors:
+    """The float factors that the solver starts from, by the setting `start`."""
     tensor = problem.flat.view(problem.shape)
     if not isinstance(problem, CPProblem):
         u, core, v = _hosvd(tensor, rank)
@@ -210,19 +218,23 @@ def _start(problem: Problem, grids: list[Grid], rank: int, method: ADMM, seed: i
 
 
 def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [in, p], the core [k, q * p] and V [out, q] of a kernel [out, in, k]: the leading vectors of both modes."""
+    """Truncated higher-order SVD of a kernel [out, in, k].
+
+    Returns U [in, p], the core [k, q * p] and V [out, q], p being the rank and q, rounded up, the
+    same share of the outputs.
+    """
     x = tensor.double()
     out, channels, _ = x.shape
-    v = torch.linalg.eigh(x.flatten(1) @ x.flatten(1).mT)[1].flip(1)[
-        :, : -(-rank * out // channels)
-    ]
-    wide = x.transpose(0, 1).flatten(1)
-    u = torch.linalg.eigh(wide @ wide.mT)[1].flip(1)[:, :rank]
+    out_rank = -(-rank * out // channels)
+    by_output = x.flatten(1)
+    v = torch.linalg.eigh(by_output @ by_output.mT)[1].flip(1)[:, :out_rank]
+    by_input = x.transpose(0, 1).flatten(1)
+    u = torch.linalg.eigh(by_input @ by_input.mT)[1].flip(1)[:, :rank]
     return u, torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1), v
 
 
 def _read(piece: Workpiece, site: Site, term: Term, solved: Tensors) -> list[Quantised]:
-    """The factors as the form orders them, the BatchNorm's gain back in the scales of the last."""
+    """The factors in the order of the form, with the BatchNorm's gain in the last one's scales."""
     grid, count = term.grid, len(term.form.channel_axes)
     codes = term.form.arranged(site, [solved[f"{k}.codes"].float() for k in range(count)])
     last, *scales = (solved[f"{k}.scale"] for k in range(count))

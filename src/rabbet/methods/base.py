@@ -1,4 +1,4 @@
-"""What a method is."""
+"""The interface of a method."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ from rabbet.workpiece import Workpiece
 
 @dataclass(frozen=True)
 class Fitted:
-    """A compressed network, and in words what was done to it."""
+    """A compressed network, and notes for the user on how it was made."""
 
     model: nn.Module
     notes: tuple[str, ...]
@@ -21,13 +21,19 @@ class Fitted:
 class Method(Protocol):
     """A frozen dataclass whose fields are its settings.
 
-    Choosing and fitting are two calls, so that a plan can be seen, edited by hand and then applied.
+    Planning and fitting are two calls, so that a plan can be read and edited before it is applied.
     """
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
-        """Choose what becomes of every layer; raises BudgetError at once if no choice keeps the budget."""
+        """Choose how every layer is compressed.
+
+        Raises BudgetError, before any long work, if no choice keeps the budget.
+        """
         ...
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """Find the numbers of a plan, this method's or one made by hand; raises PlanError if it does not fit."""
+        """Find the codes and scales for a plan, this method's or one written by hand.
+
+        Raises PlanError for a plan that does not suit the network or the method.
+        """
         ...

@@ -1,7 +1,7 @@
-"""Weights as they were trained, before their BatchNorm was folded in: what the papers' quantisers see.
+"""Rounding of weights as they were before their BatchNorm was folded in, as in the papers.
 
-One scale for the whole tensor there is a scale per channel of the folded weight: the gain goes into
-the scales, and the codes are the paper's.
+One scale for such a tensor becomes one scale per channel of the folded weight: the gain of the
+BatchNorm goes into the scales, and the codes are those of the paper.
 """
 
 import torch
@@ -13,7 +13,10 @@ from rabbet.workpiece import Norm, Workpiece
 
 
 def gain_of(piece: Workpiece, site: Site, grid: Grid) -> Tensor | None:
-    """What the site's BatchNorm multiplies each output with, [out]; None where the scales of a grid cannot take it."""
+    """The gain of the site's BatchNorm, [out]; None if there is none that the scales can take.
+
+    The scales of a grid can take gains if every output has scales of its own and no gain is zero.
+    """
     norm: Norm | None = piece.norms.get(site.name)
     if norm is None or grid.scales.parts(1) is None or not bool((norm.gain.abs() > 1e-12).all()):
         return None
@@ -21,13 +24,19 @@ def gain_of(piece: Workpiece, site: Site, grid: Grid) -> Tensor | None:
 
 
 def without_gain(piece: Workpiece, site: Site, grid: Grid) -> Tensor:
-    """The canonical weight [out, in / groups, *kernel] without the gain that the scales of a grid can take."""
+    """The canonical weight [out, in / groups, *kernel] divided by its gain, if there is one.
+
+    See `gain_of`.
+    """
     weight, gain = piece.weight(site), gain_of(piece, site, grid)
     return weight if gain is None else weight / gain.view(-1, *[1] * (weight.ndim - 1))
 
 
 def with_gain(piece: Workpiece, site: Site, grid: Grid, codes: Tensor, scale: Tensor) -> Quantised:
-    """A factor whose first axis is the site's output, the gain put into its scales; scale: [1] or [out]."""
+    """A factor of codes and a scale that does not hold the gain yet, with the gain multiplied in.
+
+    The first axis of the codes is the site's output; scale: [1] or [out].
+    """
     gain = gain_of(piece, site, grid)
     wide = scale.expand(grid.scale_shape(tuple(codes.shape))).clone()
     zero = torch.zeros_like(wide) if grid.scales.zeros else None
@@ -36,9 +45,9 @@ def with_gain(piece: Workpiece, site: Site, grid: Grid, codes: Tensor, scale: Te
 
 
 def round_to_nearest(piece: Workpiece, site: Site, grid: Grid) -> Quantised:
-    """The weight rounded to nearest on one scale for the tensor, of least squared error.
+    """The weight rounded to nearest with one scale for the tensor, that of least squared error.
 
-    A grid of another layout than one scale, or one for each output, is rounded on its own scales.
+    If the grid has neither one scale nor one for each output, its own layout of scales is used.
     """
     if not grid.scales.single and grid.axis != 0:
         return Quantised.nearest(piece.weight(site), grid)
@@ -47,10 +56,10 @@ def round_to_nearest(piece: Workpiece, site: Site, grid: Grid) -> Quantised:
 
 
 def clipped(piece: Workpiece, site: Site, grid: Grid, sigmas: float) -> Quantised:
-    """The weight rounded to nearest on `mean +- sigmas` deviations (arXiv 2408.00923), its zero point in the middle.
+    """The weight rounded to nearest in `mean +- sigmas` standard deviations (arXiv 2408.00923).
 
-    An even number of codes has no middle: the paper's zero point, rounded down, gives the step more
-    to the positive side, but for a mean that is clearly negative.
+    The zero point is in the middle of the codes. An even number of codes has no middle: the paper
+    rounds it down, so the positive side has one step more, unless the mean is clearly negative.
     """
     weight = without_gain(piece, site, grid)
     step = stored((2 * sigmas * weight.std() / (grid.levels - 1)).clamp_min(1e-12).reshape(1))

@@ -1,9 +1,9 @@
 """One integer program over the rank and the bits of every layer; post-training, without labels.
 
-Per layer every candidate is solved once in the metric of the layer's inputs and scored by what it
-does to the network's output; the program picks one candidate a layer under all limits at once. Then
-input ranges are chosen, the layers are solved once more in their order, each for the inputs that
-those before it leave, and a short tuning follows.
+Every candidate for a layer is solved once, in the metric of the layer's inputs, and scored by how
+much it changes the network's output; the program picks one candidate per layer under all limits at
+once. Then input ranges are chosen, the layers are solved once more in order, each for the inputs
+that the compressed layers before it produce, and a short tuning follows.
 """
 
 from bisect import bisect_right
@@ -78,7 +78,7 @@ class Joint:
                 piece.jobs.progress("timing layers", len(table), len(piece.survey.sites))
 
         require_feasible(table, budget, piece.float_cost, piece.cost)
-        # what is no cheaper by any count may still be faster
+        # With a latency limit nothing is pruned: a candidate that is no cheaper may be faster.
         menus = {s.name: self.menu(s) for s in piece.survey}
         scores, kept = scored(piece, menus, prune=piece.clock is None)
         table = [[row[k] for k in ks] for row, ks in zip(table, kept, strict=True)]
@@ -92,7 +92,7 @@ class Joint:
         return Fitted(student, (note,))
 
     def menu(self, site: Site) -> tuple[Terms, ...]:
-        """Every candidate of a layer: dense ones, those with an adapter, and other forms."""
+        """Every candidate for a layer: dense ones, dense ones with an adapter, and other forms."""
         dense = [(Term(Dense(), Grid.parse(g)),) for g in self.grids]
         full = LowRank(1).full_rank(site)
         grid = Grid.parse(self.adapter_grid)
@@ -104,13 +104,13 @@ class Joint:
         return tuple(dict.fromkeys([*dense, *with_adapter, *self._factorised(site)]))
 
     def _factorised(self, site: Site) -> Iterator[Terms]:
-        """Each form at the ranks that bring the layer's MACs to the shares."""
+        """The factorised candidates for a layer: each form at the rank for each share of MACs."""
         for name in self.forms:
             form = RANKED[name]
             full = form(1).full_rank(site)
             for share in self.shares if full else ():
                 ranks = range(1, full + 1)
-                # the largest that keeps the share, 0 if there is none
+                # The largest rank that keeps the share, 0 if there is none.
                 rank = bisect_right(ranks, share * site.macs, key=lambda r: sum(form(r).macs(site)))
                 rank -= rank % _vector(rank)
                 if rank >= 1:
@@ -122,11 +122,10 @@ class Joint:
 
 
 def _vector(rank: int) -> int:
-    """What a rank should be a multiple of, so that a runtime's vectors are full.
+    """The number that a rank should be a multiple of, so that a runtime's vectors are full.
 
-    It is 16 where that is a small part of the rank.
-    Measured (benchmarks/latency.py): a chain of rank 134 is slower than one of 128 by far more than
-    the MACs say.
+    It is 16 if that is a small part of the rank. Measured (benchmarks/latency.py): a chain of rank
+    134 is slower than one of rank 128 by far more than its MACs explain.
     """
     return min(16, 1 << max(0, (rank // 4).bit_length() - 1))
 
@@ -136,4 +135,4 @@ QUALITY: dict[str, Joint] = {
     "default": Joint(),
     "best": Joint(tuning=Tuning(steps=1500, codes=1.5e-3)),
 }
-"""How long to work: the same choice, tuned not at all, shortly, or long and with small steps."""
+"""The default method by quality: not tuned, tuned briefly, or tuned long at a lower rate."""

@@ -1,4 +1,4 @@
-"""What a user reads of a plan and a result, and pictures of how a method came by it."""
+"""Reports of plans and results as text and JSON, and pictures of searches."""
 
 from rabbet.report.picture import draw_gates, draw_search
 

@@ -1,4 +1,4 @@
-"""What is said of a survey, a plan and its cost as plain values, for JSON."""
+"""A survey, a plan and its cost as plain values, for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,12 +11,12 @@ from rabbet.report.text import Standing, layer_rows
 
 
 def cost_facts(cost: Cost) -> dict[str, Any]:
-    """A cost; bits are the mean bits of a weight."""
+    """A cost; `bits` is the mean bits of the codes per weight."""
     return asdict(cost) | {"bits": cost.bits}
 
 
 def limit_facts(standing: Standing) -> dict[str, Any]:
-    """A limit and how a cost stands under it, in whole numbers."""
+    """A limit and how much of it a cost uses, in whole numbers."""
     return {
         "limit": None if standing.limit is None else standing.limit.text,
         "metric": standing.metric,
@@ -29,7 +29,7 @@ def limit_facts(standing: Standing) -> dict[str, Any]:
 def plan_facts(
     survey: Survey, plan: Plan, cost: Cost, whole: Cost, budget: Budget | None = None
 ) -> dict[str, Any]:
-    """A plan and what it costs; a layer that stays as it is has no plan."""
+    """A plan and its cost; the plan of a layer that is not compressed is null."""
     layers = [
         {
             "name": row.site.name,
@@ -71,5 +71,5 @@ def survey_facts(survey: Survey) -> dict[str, Any]:
 
 
 def _left(survey: Survey) -> list[dict[str, Any]]:
-    """What is left alone."""
+    """The layers that are left alone."""
     return [asdict(entry) for entry in survey.left]

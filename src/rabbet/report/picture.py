@@ -1,4 +1,4 @@
-"""Pictures of what a method saw; they need matplotlib (`pip install rabbet[report]`)."""
+"""Pictures of a method's search; they need matplotlib (`pip install rabbet[report]`)."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from rabbet.train.qat import WIDEST
 
 
 def draw_search(search: Search, path: str | Path, layer: str | None = None) -> None:
-    """Write a picture of a rank search; the ending of the path says which kind (.svg, .png, .pdf).
+    """Write a picture of a rank search; the suffix of the path (.svg, .png, .pdf) is the format.
 
     Above: the cut-off of every layer over the iterations, and the loss. Below: the singular values
-    of one layer (default: the one that ends with the highest cut-off), and the share of each that
-    the soft threshold lets through. Raises ImportError without matplotlib, PlanError for a layer
-    that was not searched, FileError for a path that cannot be written.
+    of one layer (default: the one with the highest final cut-off), and the share of each that
+    passes the soft threshold. Raises ImportError without matplotlib, PlanError for a layer that was
+    not searched, FileError for a path that cannot be written.
     """
     name = max(search.ranks, key=lambda n: search.ranks[n]) if layer is None else layer
     if name not in search.names:
@@ -30,19 +30,19 @@ def draw_search(search: Search, path: str | Path, layer: str | None = None) -> N
 
 
 def draw_gates(gating: Gating, path: str | Path) -> None:
-    """Write a picture of a search by gates, a column an epoch.
+    """Write a picture of a search by gates, with one column per epoch.
 
-    The ending of the path says which kind of picture. Above: the bits of every tensor, and its
-    gate. Below: how much of the budget was used, and the loss of held-back examples. Raises
-    ImportError without matplotlib, FileError for a path that cannot be written.
+    The suffix of the path is the format. Above: the bits of every tensor, and its gate. Below: the
+    share of the budget that was used, and the loss on held-back examples. Raises ImportError
+    without matplotlib, FileError for a path that cannot be written.
     """
     figure = _figure()
     above, below = figure.subplots(2, 1, height_ratios=(2, 1))
-    shown = above.imshow(
+    image = above.imshow(
         gating.widths.T.clamp(max=WIDEST).numpy(), aspect="auto", interpolation="nearest"
     )
-    figure.colorbar(shown, ax=above, label="bits")
-    # of the outputs of a layer the first speaks for all
+    figure.colorbar(image, ax=above, label="bits")
+    # If each output of a layer has a gate, only the first is labelled.
     ticks = {
         k: n.removesuffix("[0]")
         for k, n in enumerate(gating.names)
@@ -50,7 +50,7 @@ def draw_gates(gating: Gating, path: str | Path) -> None:
     }
     above.set_yticks(list(ticks), list(ticks.values()), fontsize=5)
     for k, gates in enumerate(gating.gates.T.tolist()):
-        # each gate in its own row, its whole way as high as the row
+        # Each gate is drawn in its own row, its full range scaled to the height of the row.
         above.plot(
             [k + 0.5 - g / float(gating.gates.max() + 0.5) for g in gates],
             color="white",

@@ -1,7 +1,7 @@
-"""What is said of a survey, a plan and its cost, in rows: for `print(result)` and the command line.
+"""Reports of a survey, a plan and its cost, for `print(result)` and the command line.
 
-Everything is a list of parts, each a table or a line. `plain` makes text of them, the command line
-what suits a terminal.
+A report is a list of parts, each a table or a line. `plain` turns them into text; the command line
+formats them for a terminal.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ KEPT = "kept as it is"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under heads, the first `left` columns flush left."""
+    """Rows of cells under heads; the first `left` columns are flush left, the others right."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -31,7 +31,11 @@ Part = Table | str
 
 
 class LayerRow(NamedTuple):
-    """A site and what a plan makes of it; one that is kept has no body, and float32 bytes."""
+    """A site and what it costs under a plan.
+
+    body: its line of the plan without the name; None if the layer is not compressed, in which case
+    the costs are those of float32.
+    """
 
     site: Site
     body: str | None
@@ -42,9 +46,9 @@ class LayerRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Standing:
-    """One quantity of a network: its amount, that of the float32 network, and what a limit allows.
+    """One metric of a network: its amount, that of the float32 network, and what a limit allows.
 
-    Amounts are whole numbers; of `bits` and `bpw` they are the bits of all weights together.
+    Amounts are whole numbers; for `bits` and `bpw` they are the bits of all weights together.
     """
 
     metric: str
@@ -56,32 +60,32 @@ class Standing:
 
     @classmethod
     def of(cls, metric: str, cost: Cost, whole: Cost, limit: Limit | None = None) -> "Standing":
-        """How a cost stands by one metric."""
+        """The standing of a cost by one metric."""
         amount = METRICS[metric].amount
         allowed = None if limit is None else limit.amount(whole)
         return cls(metric, amount(cost), amount(whole), whole.weights, limit, allowed)
 
     @property
     def over(self) -> int:
-        """By how much the limit is broken; 0 if it is not."""
+        """The amount above the limit; 0 if the limit is kept."""
         return 0 if self.allowed is None else max(self.amount - self.allowed, 0)
 
     def show(self, amount: float) -> str:
-        """An amount in words."""
+        """An amount as text with its unit."""
         return METRICS[self.metric].show(amount, self.weights)
 
     def row(self) -> tuple[str, str, str, str]:
-        """The quantity, its amount, its share of the float32 network, and what is allowed."""
+        """The metric, its amount, its share of the float32 network's, and what is allowed."""
         allowed = "" if self.allowed is None else self.show(self.allowed)
         share = f"{100 * self.amount / max(self.whole, 1):.3g}%"
         return (self.metric, self.show(self.amount), share, allowed)
 
     def verdict(self) -> str:
-        """Amount against limit in a sentence."""
+        """The amount compared with the limit, in a sentence."""
         assert self.limit is not None
         assert self.allowed is not None
-        apart = self.show(abs(self.amount - self.allowed))
-        verdict = f"OVER by {apart}" if self.over else f"within, {apart} to spare"
+        difference = self.show(abs(self.amount - self.allowed))
+        verdict = f"OVER by {difference}" if self.over else f"within, {difference} to spare"
         amounts = f"{self.show(self.amount)} of {self.show(self.allowed)}"
         return f"{self.limit.text}: {amounts} {self.metric}, {verdict}"
 
@@ -105,12 +109,12 @@ def layer_rows(survey: Survey, plan: Plan) -> list[LayerRow]:
 
 
 def standings(cost: Cost, whole: Cost, limits: Iterable[Limit]) -> list[Standing]:
-    """How a cost stands under each limit, in the order of the limits."""
+    """The standing of a cost under each limit, in the order of the limits."""
     return [Standing.of(limit.metric, cost, whole, limit) for limit in limits]
 
 
 def plan_table(survey: Survey, plan: Plan, cost: Cost) -> Table:
-    """A row a layer, and one for all else: the file's header, and tensors that are of no site."""
+    """A row per layer, and one for the file's header and all tensors that belong to no site."""
     rows = layer_rows(survey, plan)
     cells = [
         (quoted(row.site.name), shape_of(row.site), row.body or KEPT, row.bytes, row.macs, row.bops)
@@ -144,9 +148,9 @@ def survey_parts(survey: Survey) -> list[Part]:
 def total_parts(survey: Survey, cost: Cost, whole: Cost, budget: Budget | None) -> list[Part]:
     """Cost against budget, then what is left alone."""
     limits = {limit.metric: limit for limit in budget.limits} if budget else {}
-    stood = [Standing.of(metric, cost, whole, limits.get(metric)) for metric in METRICS]
-    # a latency that was not asked for was not measured
-    rows = [s.row() for s in stood if s.whole or s.metric != "latency"]
+    each = [Standing.of(metric, cost, whole, limits.get(metric)) for metric in METRICS]
+    # A latency that was not asked for was not measured, and is zero.
+    rows = [s.row() for s in each if s.whole or s.metric != "latency"]
     heads = ("", "found", "of float32", *(["allowed"] if budget else []))
     return [Table(heads, [row[: len(heads)] for row in rows]), *left_lines(survey)]
 
@@ -159,13 +163,13 @@ def report_parts(
     budget: Budget | None = None,
     notes: tuple[str, ...] = (),
 ) -> list[Part]:
-    """The whole report: a row a layer, cost against budget, what is left alone, notes."""
+    """The whole report: a row per layer, cost against budget, what is left alone, notes."""
     totals = total_parts(survey, cost, whole, budget)
     return [plan_table(survey, plan, cost), "", *totals, *notes]
 
 
 def left_lines(survey: Survey) -> list[str]:
-    """Every layer that stays as it is, and why."""
+    """Every layer that is left alone, and why."""
     return [f"left alone: {quoted(x.name)} ({x.bytes:,} bytes): {x.reason}" for x in survey.left]
 
 

@@ -1,4 +1,4 @@
-"""The best state that a training met: how it was judged, and its numbers."""
+"""The best state of a training run: its score and its tensors."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,25 +10,28 @@ State = dict[str, Tensor]
 
 
 class Best:
-    """Keeps the state of the smallest score; the first one whatever its score, and of equals the first."""
+    """Keeps the state of the smallest score.
+
+    The first state is kept whatever its score; of equal scores the first one wins.
+    """
 
     def __init__(self) -> None:
         self.score = math.inf
         self.kept: State = {}
 
     def consider(self, score: float, state: Callable[[], State]) -> bool:
-        """Keep what `state()` copies if its score is the best so far; says whether it is."""
+        """Keep the copy that `state()` makes if its score is the best so far; whether it is."""
         if self.kept and not score < self.score:
             return False
         self.score, self.kept = score, state()
         return True
 
     def state(self) -> State:
-        """What a checkpoint holds of it."""
+        """The score and the kept state, for a checkpoint."""
         kept = {"best": torch.tensor(self.score, dtype=torch.float64)}
         return kept | {f"best.{name}": tensor for name, tensor in self.kept.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`, which may lie among other tensors."""
+        """The inverse of `state`; other tensors among them are ignored."""
         self.score = float(state["best"])
         self.kept = {k.removeprefix("best."): t for k, t in state.items() if k.startswith("best.")}

@@ -1,8 +1,8 @@
-"""What a float transformer shows a compressed one besides its outputs: hidden states and attention probabilities.
+"""Distillation of transformers: hidden states and attention probabilities as well as outputs.
 
-Any stack of blocks is looked into from outside: hidden states are what goes into the first block
-and comes out of each, attention is seen where torch computes it, in a fused call or as a softmax
-over [batch, heads, query, key].
+They are recorded from outside, in any stack of blocks. Hidden states are the input of the first
+block and the output of each; attention is caught where torch computes it, in a fused call or in a
+softmax over [batch, heads, query, key].
 """
 
 import contextlib
@@ -24,25 +24,30 @@ from rabbet.train.losses import answer_error, attention_divergence, hidden_error
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One pass: hidden states [batch, places, width] before the first block and after each; attention; outputs."""
+class Recording:
+    """What was recorded of one forward pass.
+
+    hidden: hidden states [batch, places, width], before the first block and after each. attention:
+    probabilities [batch, heads, query, key]. outputs: of the network.
+    """
 
     hidden: Sequence[Tensor]
     attention: Sequence[Tensor]
     outputs: Sequence[Tensor]
 
 
-def stack(model: nn.Module, survey: Survey) -> list[str]:
-    """The blocks of a network: the list or chain inside it that holds the most layers of the survey, or itself.
+def find_blocks(model: nn.Module, survey: Survey) -> list[str]:
+    """The names of a network's blocks, in order.
 
-    Raises ModelError if there is none of at least two blocks, or of one that runs several times.
+    They are the entries of the `ModuleList` or `Sequential` in it that holds the most layers of the
+    survey; if none holds any, the children of the network, if it is a `Sequential` itself. Raises
+    ModelError unless there are at least two blocks, or one that runs several times.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
     inside = {n: [s for s in survey if n and s.name.startswith(f"{n}.")] for n in lists}
     counts = {n: len(inside[n]) for n, m in lists.items() if len(m) > 1}
-    if (
-        not any(counts.values()) and "" not in counts
-    ):  # one block that runs several times, as ALBERT's
+    if not any(counts.values()) and "" not in counts:
+        # A block that runs several times, such as ALBERT's.
         counts = {
             n: len(sites)
             for n, sites in inside.items()
@@ -51,13 +56,18 @@ def stack(model: nn.Module, survey: Survey) -> list[str]:
     best = max(counts, key=lambda n: counts[n], default="")
     if not counts or (best and not counts[best]):
         raise ModelError(
-            "no stack of blocks is found to teach one by one; name them: Distillation(blocks=('layer.0', 'layer.1'))"
+            "no stack of blocks is found to teach one by one; "
+            "name them: Distillation(blocks=('layer.0', 'layer.1'))"
         )
     return [f"{best}.{name}".lstrip(".") for name, _ in model.get_submodule(best).named_children()]
 
 
-class Look:
-    """Runs a network and keeps what its blocks show."""
+class Recorder:
+    """Runs a network and records hidden states, attention and outputs.
+
+    blocks: names of the blocks, in order. Raises ModelError for a name that the network does not
+    have.
+    """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
         named = dict(model.named_modules())
@@ -66,19 +76,19 @@ class Look:
             raise ModelError(f"there is no block {missing!r} in this network")
         self.blocks = [named[b] for b in blocks]
 
-    def __call__(self, run: Any) -> Shown:
-        """What `run()` shows; it returns the network's output."""
+    def __call__(self, run: Any) -> Recording:
+        """Record `run()`, which runs the network and returns its output."""
         hidden: list[Tensor] = []
-        before = [(block, _first(hidden)) for block in self.blocks[:1]]
-        after = [(block, _after(hidden)) for block in self.blocks]
+        before = [(block, _record_input(hidden)) for block in self.blocks[:1]]
+        after = [(block, _record_output(hidden)) for block in self.blocks]
         with hooked(after, before), _unfused(), _Attention() as attention:
-            answers = outputs(run())
-        return Shown(hidden, attention.maps, answers)
+            result = outputs(run())
+        return Recording(hidden, attention.maps, result)
 
 
 @contextlib.contextmanager
 def _unfused() -> Iterator[None]:
-    """Keeps torch from its fused layer: one call hides what is looked for."""
+    """Keep torch from its fused transformer layer, one call that runs no submodules."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -87,30 +97,29 @@ def _unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _first(hidden: list[Tensor]) -> Any:
+def _record_input(hidden: list[Tensor]) -> Any:
     def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-        if (
-            not hidden
-        ):  # a block that runs again, as one that layers share, goes on from what it came to
-            hidden.extend(_main([args, kwargs]))
+        # If the first block runs again, as a shared one does, its input was recorded as an output.
+        if not hidden:
+            hidden.extend(_hidden_state([args, kwargs]))
 
     return hook
 
 
-def _after(hidden: list[Tensor]) -> Any:
+def _record_output(hidden: list[Tensor]) -> Any:
     def hook(_: nn.Module, __: Any, out: Any) -> None:
-        hidden.extend(_main(out))
+        hidden.extend(_hidden_state(out))
 
     return hook
 
 
-def _main(value: Any) -> list[Tensor]:
-    """The first tensor of what passes; indices, which an embedding is given, are no hidden state."""
+def _hidden_state(value: Any) -> list[Tensor]:
+    """The first floating tensor of an input or output, if any: indices are not a hidden state."""
     return floating(value)[:1]
 
 
 class _Attention(TorchFunctionMode):
-    """Collects attention probabilities, [batch, heads, query, key], in the order in which they are computed."""
+    """Collects attention probabilities, [batch, heads, query, key], as they are computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +137,7 @@ class _Attention(TorchFunctionMode):
         return result
 
     def _from_module(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """What `nn.MultiheadAttention` computes; asked for its weights, those of each head."""
+        """The call that `nn.MultiheadAttention` makes, with the weights of each head recorded."""
         if not kwargs.get("need_weights", True):
             return self._from_fused(args, kwargs)
         out, each = F.multi_head_attention_forward(
@@ -139,18 +148,18 @@ class _Attention(TorchFunctionMode):
         return out, each.mean(1) if kwargs.get("average_attn_weights", True) else each
 
     def _from_fused(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The same where it keeps its weights to itself, in a call that no mode sees from here.
+        """The same call without weights; it computes them in a fused call that no mode sees.
 
-        Asked for them it would compute otherwise: places that may look at nothing would not be
-        numbers.
+        The module is not asked for its weights, because it would then compute differently: a query
+        whose keys are all masked would give NaN.
         """
         fused = F.scaled_dot_product_attention
 
-        def watched(*given: Any, **named: Any) -> Tensor:
-            self.maps.append(_probabilities(dict(zip(ARGUMENTS, given, strict=False)) | named))
-            return fused(*given, **named)
+        def recorded(*args: Any, **kwargs: Any) -> Tensor:
+            self.maps.append(_probabilities(dict(zip(ARGUMENTS, args, strict=False)) | kwargs))
+            return fused(*args, **kwargs)
 
-        F.scaled_dot_product_attention = watched
+        F.scaled_dot_product_attention = recorded
         try:
             return F.multi_head_attention_forward(*args, **kwargs)
         finally:
@@ -160,29 +169,28 @@ class _Attention(TorchFunctionMode):
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-def _probabilities(given: dict[str, Any]) -> Tensor:
-    """What a fused attention call keeps to itself; given: its arguments by name."""
-    query, key, mask = given["query"], given["key"], given.get("attn_mask")
-    if given.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
+def _probabilities(arguments: dict[str, Any]) -> Tensor:
+    """The attention probabilities of a fused call, which it does not return, from its arguments."""
+    query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
+    if arguments.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    scale = given.get("scale")
-    scores: Tensor = (
-        query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    )
-    if given.get("is_causal"):
+    scale = arguments.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    scores: Tensor = query @ key.transpose(-1, -2) * scale
+    if arguments.get("is_causal"):
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(~ones.tril(), -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    alone = scores.isneginf().all(
-        -1, keepdim=True
-    )  # a place that may look at nothing, such as padding on the left
-    return scores.masked_fill(alone, 0).softmax(-1)
+    # A query whose keys are all masked, such as padding on the left, would give NaN.
+    masked = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(masked, 0).softmax(-1)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Which part of a network is taught for the present."""
+    """Which part of a network is taught at the moment."""
 
     depth: int | None = None
     """Hidden states and attention of this many blocks; None: all."""
@@ -192,7 +200,7 @@ class Stage:
     """Whether the outputs are taught, too."""
 
     def chosen(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Those of the blocks that are taught; pairs: one of each block, in order."""
+        """The pairs of the blocks that are taught; pairs: one for each block, in order."""
         if self.depth is None:
             return pairs
         return pairs[-self.depth :] if self.top else pairs[: self.depth]
@@ -203,7 +211,7 @@ WHOLE = Stage()  # everything at once
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a compressed network learns from the float one, and what each part counts."""
+    """What a compressed network learns from the float one, and the weight of each part."""
 
     hidden: float = 1.0
     """Weight of the hidden states: mean squared error plus 1 - cosine (arXiv 2306.01076)."""
@@ -212,20 +220,22 @@ class Distillation:
     outputs: float = 1.0
     """Weight of the outputs: divergence (KL) of scores, relative squared error of numbers."""
     labels: float = 1.0
-    """Weight of the task's own loss, where the task has one."""
+    """Weight of the task's own loss, if it has one."""
     scores: bool = True
     """Outputs are scores of classes over their last axis; False: they are numbers."""
     blocks: tuple[str, ...] = ()
-    """Names of the modules whose outputs are the hidden states; none given: the network's stack."""
+    """Names of the modules whose outputs are the hidden states; if empty, they are looked for."""
     memory: int = 2**31
-    """Bytes that may hold what the float network shows; the rest is computed in every epoch."""
+    """Bytes for recordings of the float network; what does not fit is computed in every epoch."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_least(self, 0, "hidden", "attention", "outputs", "labels", "memory")
 
-    def loss(self, ours: Shown, theirs: Shown, mask: Tensor | None, stage: Stage = WHOLE) -> Tensor:
-        """The distance of two passes over the same batch, a scalar, without that of labels.
+    def loss(
+        self, ours: Recording, theirs: Recording, mask: Tensor | None, stage: Stage = WHOLE
+    ) -> Tensor:
+        """The distance of two passes over the same batch, a scalar; labels do not enter here.
 
         mask: [batch, places], 1 for real places.
         """
@@ -234,9 +244,9 @@ class Distillation:
         if self.hidden and pairs:
             errors = [hidden_error(a, b, mask) for a, b in pairs]
             total = total + self.hidden * torch.stack(errors).mean()
-        looks = stage.chosen(list(zip(ours.attention, theirs.attention, strict=True)))
-        if self.attention and looks:
-            errors = [attention_divergence(a, b, mask) for a, b in looks]
+        maps = stage.chosen(list(zip(ours.attention, theirs.attention, strict=True)))
+        if self.attention and maps:
+            errors = [attention_divergence(a, b, mask) for a, b in maps]
             total = total + self.attention * torch.stack(errors).mean()
         if stage.outputs:
             for a, b in zip(ours.outputs, theirs.outputs, strict=True):
@@ -249,10 +259,12 @@ class Distillation:
 def mask_of(batch: Batch, decodes: bool = False) -> Tensor | None:
     """The `attention_mask` of a batch, or of a mapping in it, [batch, places]; None if it has none.
 
-    decodes: of a network whose places are those of a second sequence: `decoder_attention_mask`.
+    decodes: take `decoder_attention_mask`, for a network whose outputs belong to the places of a
+    second sequence.
     """
     if isinstance(batch, tuple | list):
-        return next((m for m in (mask_of(part, decodes) for part in batch) if m is not None), None)
+        masks = (mask_of(part, decodes) for part in batch)
+        return next((mask for mask in masks if mask is not None), None)
     if not isinstance(batch, Mapping):
         return None
     mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
@@ -261,26 +273,25 @@ def mask_of(batch: Batch, decodes: bool = False) -> Tensor | None:
 
 @dataclass
 class Teacher:
-    """What a float network shows of each of a list of batches, computed once as far as memory allows.
+    """Recordings of a float network on numbered batches, each made once if memory allows.
 
     most: bytes that may be kept; what does not fit is computed each time.
     """
 
-    look: Look
+    recorder: Recorder
     most: int = 2**31
-    kept: dict[int, Shown] = field(default_factory=dict)
+    kept: dict[int, Recording] = field(default_factory=dict)
     used: int = 0
 
-    def show(self, place: int, run: Any) -> Shown:
-        """Batch number `place`, which `run()` runs."""
-        if place in self.kept:
-            return self.kept[place]
+    def record(self, number: int, run: Any) -> Recording:
+        """The recording of a batch by its number; `run()` runs the network on it."""
+        if number in self.kept:
+            return self.kept[number]
         with torch.no_grad():
-            shown = self.look(run)
-        size = sum(
-            t.numel() * t.element_size() for t in (*shown.hidden, *shown.attention, *shown.outputs)
-        )
+            recording = self.recorder(run)
+        parts = (*recording.hidden, *recording.attention, *recording.outputs)
+        size = sum(t.numel() * t.element_size() for t in parts)
         if self.used + size <= self.most:
-            self.kept[place] = shown
+            self.kept[number] = recording
             self.used += size
-        return shown
+        return recording

@@ -1,8 +1,8 @@
-"""The one training loop: steps, usually of Adam, that go on from the last checkpoint, on one process or several.
+"""The training loop: it resumes from the last checkpoint, and runs on one process or several.
 
-What is trained, on which batches and by which loss is a `Course`; the loop knows neither bits nor
-ranks. With `torch.distributed` initialised (`torchrun`), every process takes its share of each
-batch and gradients are averaged: all hold the same numbers after every step.
+A `Course` says what is trained, on which batches and by which loss; the loop knows neither bits nor
+ranks. With `torch.distributed` initialised (`torchrun`), every process takes its shard of each
+batch and gradients are averaged, so that all processes hold the same parameters after every step.
 """
 
 import math
@@ -22,15 +22,15 @@ BETAS = (0.9, 0.99)
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 FUSED = ("cpu", "cuda")  # devices that have Adam as one kernel
 Group = dict[str, Any]
-"""Parameters of Adam that share a rate: `params`, and `base`, the rate before the schedule."""
+"""Parameters that share a learning rate: `params`, and `base`, the rate before the schedule."""
 
 
 class Course(ABC):
-    """What a loop runs: its numbers, its loss, and what is done between steps.
+    """What the loop runs: parameters, a loss, and what is done between steps.
 
-    steps: in all. groups: what Adam moves. fused: by the kernel that passes over a parameter once,
-    where there is one: several times faster, and rounded otherwise. learned: whether a gradient has
-    come; a forward under `torch.no_grad` has none.
+    steps: of the whole run. groups: the parameters that are trained. fused: use Adam's fused kernel
+    on devices that have it; it is several times faster, but rounds differently. learned: whether
+    any parameter got a gradient; there is none if the forward runs under `torch.no_grad`.
     """
 
     steps: int
@@ -39,34 +39,35 @@ class Course(ABC):
     learned = True
 
     @property
-    def walked(self) -> str:
-        """Its steps in words, for who reads what came of them."""
-        return f"{self.steps} steps{'' if self.learned else ', and no gradient came through the network in any'}"
+    def summary(self) -> str:
+        """The number of steps in words, for a note; it says so if no gradient came through."""
+        if self.learned:
+            return f"{self.steps} steps"
+        return f"{self.steps} steps, and no gradient came through the network in any"
 
     def rate(self, step: int) -> float:
-        """What the base rates are multiplied with: a cosine down to a fiftieth, after ten steps of warming up."""
-        return max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 0.02) * min(
-            1.0, (step + 1) / 10
-        )
+        """The factor on the base rates: a cosine down to a fiftieth, with ten warm-up steps."""
+        cosine = max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 0.02)
+        return cosine * min(1.0, (step + 1) / 10)
 
     @abstractmethod
     def loss(self, step: int) -> Tensor:
-        """The loss of a step's batch, a scalar; on several processes that of this one's share (`shared`)."""
+        """The loss of a step's batch, a scalar; on several processes, of this one's `shard`."""
 
-    def move(self, adam: torch.optim.Optimizer) -> None:
-        """Move the numbers by their gradients: with Adam, unless a course has a way of its own."""
+    def update(self, adam: torch.optim.Optimizer) -> None:
+        """Update the parameters by their gradients: with Adam, unless a course overrides this."""
         adam.step()
 
-    def stepped(self, step: int) -> None:  # noqa: B027 (not every course has to)
-        """After the numbers have moved; gradients are still there."""
+    def after_step(self, step: int) -> None:  # noqa: B027 (not every course has to)
+        """Called after the parameters were updated, while their gradients still exist."""
 
     @property
     def detail(self) -> str:
-        """How things stand, in words, for whoever watches; empty for nothing to tell."""
+        """The current state in words, for the progress display; empty if there is none."""
         return ""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds besides the parameters and Adam's own state."""
+        """What a checkpoint holds besides the parameters and Adam's state."""
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (not every course has to)
@@ -74,14 +75,15 @@ class Course(ABC):
 
 
 def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> None:
-    """Train to the end, in place; jobs with a folder keep a checkpoint every so many steps and go on from it.
+    """Train to the end, in place.
 
-    Raises DataError if the loss is not finite.
+    If the jobs have a folder, a checkpoint is kept there every `every` steps, and a run that was
+    stopped resumes from the last. Raises DataError if the loss is not finite.
     """
     groups = [dict(group, lr=group["base"]) for group in course.groups]
     parameters = [p for group in groups for p in group["params"]]
-    # the one kernel goes through memory as it lies: numbers and gradients of other strides would be
-    # paired wrongly
+    # The fused kernel goes through memory in storage order: a parameter and a gradient of different
+    # strides would be paired wrongly.
     fused = course.fused and all(p.device.type in FUSED and p.is_contiguous() for p in parameters)
     optimiser = torch.optim.Adam(groups, betas=BETAS, fused=fused)
     for p in parameters:
@@ -96,23 +98,20 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
                 loss = course.loss(step)
                 if not torch.isfinite(loss):
                     raise DataError(
-                        f"the loss of step {step + 1} of {stage} is not finite; check the batches and the loss"
+                        f"the loss of step {step + 1} of {stage} is not finite; "
+                        "check the batches and the loss"
                     )
                 optimiser.zero_grad(set_to_none=True)
                 if loss.requires_grad:
                     loss.backward()
-            _complete(parameters)
+            _fill_missing_gradients(parameters)
             average([p.grad for p in parameters if p.grad is not None])
-            course.move(optimiser)
-            course.stepped(step)
-            jobs.progress(
-                f"{stage}: {course.detail}" if course.detail else stage, step + 1, course.steps
-            )
-            if (
-                jobs.folder is not None
-                and first_process()
-                and ((step + 1) % every == 0 or step + 1 == course.steps)
-            ):
+            course.update(optimiser)
+            course.after_step(step)
+            detail = course.detail
+            jobs.progress(f"{stage}: {detail}" if detail else stage, step + 1, course.steps)
+            due = (step + 1) % every == 0 or step + 1 == course.steps
+            if due and jobs.folder is not None and first_process():
                 jobs.keep(key, _checkpoint(course, optimiser, parameters, step + 1))
         course.learned = any(optimiser.state[p] for p in parameters)
     finally:
@@ -121,12 +120,16 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
 
 
 def first_process() -> bool:
-    """Whether this process writes: the only one, or the first of several."""
+    """Whether this is the process that writes files: the only one, or the first of several."""
     return not _several() or dist.get_rank() == 0
 
 
-def shared(batch: Batch) -> Batch:
-    """This process's part of a batch: every so-manieth example."""
+def shard(batch: Batch) -> Batch:
+    """This process's part of a batch: every n-th example, n the number of processes.
+
+    Every process gets equally many, so examples that are left over are dropped. Raises DataError
+    for a batch of fewer examples than processes.
+    """
     if not _several():
         return batch
     size, count = examples(batch), dist.get_world_size()
@@ -134,14 +137,17 @@ def shared(batch: Batch) -> Batch:
         raise DataError(
             f"a batch of {size} cannot be shared by {count} processes; make batches larger"
         )
-    whole = size - size % count  # equal parts, so that the mean of means is the mean
+    used = size - size % count  # equal parts, so that the mean of means is the mean
     return replaced(
-        batch, lambda t: t[dist.get_rank() : whole : count] if t.ndim and len(t) == size else t
+        batch, lambda t: t[dist.get_rank() : used : count] if t.ndim and len(t) == size else t
     )
 
 
-def _complete(parameters: Sequence[Tensor]) -> None:
-    """Where another process's examples reached a parameter and this one's did not, its gradient here is zero."""
+def _fill_missing_gradients(parameters: Sequence[Tensor]) -> None:
+    """Set a missing gradient to zero if the parameter has one on another process.
+
+    A parameter may be reached by the examples of one process and not by those of another.
+    """
     if not _several():
         return
     reached = torch.tensor(
@@ -154,7 +160,7 @@ def _complete(parameters: Sequence[Tensor]) -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Make tensors the mean over all processes, in place."""
+    """Replace tensors by their mean over all processes, in place."""
     if not _several():
         return
     for tensor in tensors:
@@ -173,7 +179,7 @@ def _checkpoint(
     for k, p in enumerate(parameters):
         state = optimiser.state[p]
         kept |= {f"{k}.value": p.detach().clone()}
-        # a parameter that got no gradient at first counts its own steps
+        # Each parameter has its own step count: it may have got its first gradient late.
         kept |= {f"{k}.{name}": state[name].clone() for name in ADAM if name in state}
     return kept | {f"course.{name}": tensor.clone() for name, tensor in course.state().items()}
 
@@ -193,11 +199,11 @@ def _resume(
         for k, p in enumerate(parameters):
             p.copy_(kept[f"{k}.value"])
             if f"{k}.exp_avg" in kept:
-                # Adam counts steps on the CPU, wherever the parameter lies; the one kernel beside
-                # the parameter
-                place = p.device if optimiser.defaults["fused"] else torch.device("cpu")
+                # Adam keeps its step count on the CPU, but the fused kernel keeps it on the
+                # parameter's device.
+                step_device = p.device if optimiser.defaults["fused"] else torch.device("cpu")
                 optimiser.state[p] = {
-                    n: kept[f"{k}.{n}"].to(place if n == "step" else p.device) for n in ADAM
+                    n: kept[f"{k}.{n}"].to(step_device if n == "step" else p.device) for n in ADAM
                 }
     course.restore(
         {k.removeprefix("course."): v for k, v in kept.items() if k.startswith("course.")}

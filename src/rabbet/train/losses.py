@@ -1,4 +1,4 @@
-"""How far one network's answers are from another's."""
+"""How far the outputs of one network are from those of another."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,25 +12,28 @@ from rabbet.data.batches import Batch, floating, outputs
 from rabbet.data.task import Task
 from rabbet.model.hooks import hooked
 
-LEAST = 1e-12  # what a mean square that others are relative to counts for at least
+LEAST = 1e-12  # the smallest mean square that an error is divided by
 
 
 def relative_error(
     ours: Tensor, theirs: Tensor, reduce: Callable[[Tensor], Tensor] = torch.mean
 ) -> Tensor:
-    """`|ours - theirs|^2 / |theirs|^2`, of means, or of sums (`reduce`)."""
+    """`|ours - theirs|^2 / |theirs|^2`, with means or sums of squares (`reduce`)."""
     return reduce((ours - theirs).square()) / reduce(theirs.square()).clamp_min(LEAST)
 
 
 def divergence_of_scores(ours: Tensor, theirs: Tensor) -> Tensor:
-    """KL of the softmax of scores [n, classes], mean over the rows."""
+    """KL divergence of the softmax of scores [n, classes], the mean over rows."""
     return F.kl_div(
         ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
     )
 
 
 def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """How far outputs are from the float network's: KL for scores [n, classes], else relative squared error."""
+    """How far outputs are from the float network's, summed over the outputs.
+
+    KL divergence for scores [n, classes], the relative squared error for any other shape.
+    """
     total = teacher[0].new_zeros(())
     for ours, theirs in zip(student, teacher, strict=True):
         if theirs.ndim == 2 and theirs.shape[1] > 1:
@@ -41,10 +44,10 @@ def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def feature_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """Mean over features of their relative errors; zero without features.
+    """Mean relative error of features; zero if there are none.
 
-    Features of other shapes do not count, nor any if there are more of them on one side: an expert
-    is shown other places, or none, where a compressed router decides otherwise.
+    Pairs of different shapes do not count, and none count if one side has more features: where a
+    compressed router decides differently, an expert gets other tokens, or none.
     """
     pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
     parts = [relative_error(a, b) for a, b in pairs if a.shape == b.shape and len(a)]
@@ -52,29 +55,36 @@ def feature_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
 
 
 def answer_error(ours: Tensor, theirs: Tensor, mask: Tensor | None, scores: bool) -> Tensor:
-    """How far the answers at the places that count are apart: KL where they are scores of classes, else as numbers."""
+    """How far two outputs are apart at the places that the mask marks as real.
+
+    KL divergence if they are scores of classes on the last axis, else the relative error.
+    """
     classes = scores and ours.ndim > 1 and ours.shape[-1] > 1
     rows, goal = real_places(ours, mask), real_places(theirs, mask)
     return divergence_of_scores(rows, goal) if classes else relative_error(rows, goal)
 
 
 def hidden_error(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    """Of hidden states [batch, places, width]: mean squared error plus 1 - cosine, over the places that count."""
+    """How far hidden states [batch, places, width] are apart: mean squared error plus 1 - cosine.
+
+    Both are means over the places that the mask marks as real.
+    """
     rows, goal = real_places(ours, mask), real_places(theirs, mask)
     return F.mse_loss(rows, goal) + (1 - F.cosine_similarity(rows, goal, -1)).mean()
 
 
 def attention_divergence(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean KL of attention [batch, heads, query, key] over the queries that count."""
+    """Mean KL divergence of attention [batch, heads, query, key] over the real queries."""
     logs = (theirs + 1e-8).log() - (ours + 1e-8).log()
     each = (theirs * logs).sum(-1).mean(1)  # [batch, query]
     return each.mean() if mask is None or each.shape != mask.shape else each[mask.bool()].mean()
 
 
 def real_places(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows [n, width] of the places that count; a tensor without places has only its batch.
+    """Rows [n, width] of the places that the mask [batch, places] marks as real.
 
-    Of two axes the second is the width, even where there happen to be as many classes as places.
+    A tensor of fewer than three axes has no places, and all its rows count: the second of two axes
+    is the width, even if there happen to be as many classes as places.
     """
     if x.ndim < 2:
         return x.reshape(-1, 1)
@@ -85,17 +95,17 @@ def real_places(x: Tensor, mask: Tensor | None) -> Tensor:
 
 @contextlib.contextmanager
 def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Collects the outputs of named modules during a forward pass."""
-    seen: list[Tensor] = []
+    """Collect the first floating output of each named module during a forward pass."""
+    features: list[Tensor] = []
 
     def keep(_: nn.Module, __: object, out: object) -> None:
-        seen.extend(floating(out)[:1])
+        features.extend(floating(out)[:1])
 
     with hooked((model.get_submodule(name), keep) for name in names):
-        yield seen
+        yield features
 
 
-def taught(
+def distillation_loss(
     student: nn.Module,
     teacher: nn.Module,
     task: Task,
@@ -103,18 +113,22 @@ def taught(
     blocks: Sequence[str],
     features: float,
 ) -> Tensor:
-    """How far the student's answers to a batch are from the teacher's, with a gradient for the student.
+    """How far the student is from the teacher on a batch; only the student gets a gradient.
 
-    The divergence of the outputs plus `features` times the mean relative error of what the named
-    blocks give.
+    The divergence of the outputs plus `features` times the mean relative error of the outputs of
+    the named blocks.
     """
     with torch.no_grad(), _tapped(teacher, blocks) as theirs:
         goal = outputs(task.run(teacher, batch))
     with _tapped(student, blocks) as ours:
-        answers = outputs(task.run(student, batch))
-    return divergence(answers, goal) + features * feature_error(ours, theirs)
+        result = outputs(task.run(student, batch))
+    return divergence(result, goal) + features * feature_error(ours, theirs)
 
 
 def block_names(survey: Survey) -> list[str]:
-    """The modules that directly hold a compressed layer, the network itself apart: its blocks, in order."""
-    return list(dict.fromkeys(parent for s in survey if (parent := s.name.rpartition(".")[0])))
+    """The blocks of a network, in order: modules that directly hold a layer of the survey.
+
+    The network itself is not one of them.
+    """
+    parents = (site.name.rpartition(".")[0] for site in survey)
+    return list(dict.fromkeys(name for name in parents if name))

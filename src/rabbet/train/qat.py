@@ -1,9 +1,9 @@
-"""What stands in a compressed layer while it trains: factors and quantisers, each with a strategy of its own.
+"""Factors and quantisers that train, put into a compressed layer for the time of training.
 
 `Latent` trains in float, then on its grid with a scale that is learnt (LSQ, arXiv 1902.08153).
-`GatedWeight` and `GatedRange` have every width that a gate may choose, at any time. `SoftAdapter`
-lets through of a residual what its cut-off says. Whichever they are, the layer around them is the
-one that is handed out (`exchange`).
+`GatedWeight` and `GatedRange` can take every width that a gate may choose, at any time.
+`SoftAdapter` adds a softly thresholded residual to a weight. The layer that holds them
+(`replace_factors`) is the same `Compressed` layer that users get.
 """
 
 import contextlib
@@ -19,16 +19,20 @@ from rabbet.grids.grid import Grid, Quantised, stored
 from rabbet.model.compressed import ActQuant, Compressed, Factor
 
 FLOAT = 32  # a width that is not rounded
-WIDEST = 8  # what a file holds; wider gates run in float, and are priced and handed out at 8 bits
+# The widest that a file holds. Wider gates run in float, but are priced and stored at this width.
+WIDEST = 8
 
 Ranges = Mapping[int, tuple[float, float]]
-"""The ends of an input's range, by the bits that it was calibrated for; empty where inputs are not quantised."""
+"""Both ends of an input's range, by the bits that they were calibrated for.
+
+It is empty if the input is not quantised.
+"""
 
 
-def exchange(
+def replace_factors(
     layer: Compressed, factors: Sequence[Factor], acts: Sequence[ActQuant] | None = None
 ) -> None:
-    """Put other factors into a layer of one term, and other quantisers if any are given, in place."""
+    """Replace the factors of a layer of one term, in place, and its quantisers unless None."""
     assert len(layer.forms) == 1
     place = next(layer.buffers()).device
     layer.terms = nn.ModuleList([nn.ModuleList(factor.to(place) for factor in factors)])
@@ -37,22 +41,25 @@ def exchange(
 
 
 class Latent(Factor):
-    """A factor that trains: a float tensor and, once it is on its grid, the scale."""
+    """A factor that trains: a float tensor and, once it is on its grid, the scale.
+
+    on_grid: whether `forward` rounds the tensor; if not, it trains in float.
+    """
 
     def __init__(self, value: Tensor, grid: Grid) -> None:
         scale = torch.ones(grid.scale_shape(tuple(value.shape)))
         zero = torch.zeros_like(scale) if grid.scales.zeros else None
         super().__init__(Quantised(grid, torch.zeros_like(value), scale, zero))
-        # one layout, whether computed now or read from a folder: sums in another order would be
-        # other bytes
+        # Contiguous, whether it was computed now or read from a folder: another memory layout
+        # changes the order of sums, and so the bytes of the result.
         self.value = nn.Parameter(value.detach().float().contiguous().clone(), requires_grad=False)
-        self.on = False
-        # the values, where they were made together with those of others
-        self.shown: Tensor | None = None
+        self.on_grid = False
+        # The rounded values, while `rounded_together` has computed them.
+        self.cached: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """The values."""
-        return super().forward() if self.shown is None else self.shown
+        """The values, on the grid if `on_grid`."""
+        return super().forward() if self.cached is None else self.cached
 
     @property
     def held(self) -> Tensor:
@@ -60,21 +67,21 @@ class Latent(Factor):
         return self.value
 
     def show(self, held: Tensor, scale: Tensor) -> Tensor:
-        """The values of it, or of some rows of it."""
+        """The values of the float tensor, or of some rows of it."""
         zero = 0.0 if self.zero is None else self.zero
-        return self.grid.fake(held, scale, zero) if self.on else held
+        return self.grid.fake(held, scale, zero) if self.on_grid else held
 
     def settle(self) -> None:
-        """Put on the grid, with the scale of least squared error."""
+        """Start to round, with the scale of least squared error."""
         scale, zero = self.grid.search(self.value.detach())
         self.scale.copy_(scale)
         if self.zero is not None and zero is not None:
             self.zero.copy_(zero)
-        self.on = True
+        self.on_grid = True
 
     @property
     def numbers(self) -> Quantised:
-        """As a file holds them."""
+        """Codes and scale as a file holds them."""
         scale = stored(self.scale.detach())
         zero = 0.0 if self.zero is None else self.zero
         codes = self.grid.codes(self.value.detach(), scale, zero)
@@ -82,40 +89,39 @@ class Latent(Factor):
 
 
 @contextlib.contextmanager
-def together(latents: Iterable[Latent]) -> Iterator[None]:
-    """While this lasts, latents show what they are now; those of one shape and grid are rounded in one operation.
+def rounded_together(latents: Iterable[Latent]) -> Iterator[None]:
+    """Round all latents of one shape and grid in one operation, for the forward passes inside.
 
-    Cores are small, and many: one by one, their rounding takes a sixth of a step of 32 short
-    sentences.
+    Inside, a change of a latent or its scale has no effect. Cores are small and numerous: rounding
+    them one by one takes a sixth of a training step on 32 short sentences.
     """
-    alike: dict[tuple[Grid, torch.Size], list[Latent]] = {}
+    groups: dict[tuple[Grid, torch.Size], list[Latent]] = {}
     for latent in latents:
-        if latent.on and latent.grid.scales.single:
-            alike.setdefault((latent.grid, latent.value.shape), []).append(latent)
-    for (grid, _), group in alike.items():
+        if latent.on_grid and latent.grid.scales.single:
+            groups.setdefault((latent.grid, latent.value.shape), []).append(latent)
+    for (grid, _), group in groups.items():
         values, scales = torch.stack([x.value for x in group]), torch.cat([x.scale for x in group])
-        for latent, shown in zip(
-            group, grid.with_axis(0).fake(values, scales).unbind(), strict=True
-        ):
-            latent.shown = shown
+        rounded = grid.with_axis(0).fake(values, scales).unbind()
+        for latent, part in zip(group, rounded, strict=True):
+            latent.cached = part
     try:
         yield
     finally:
-        for group in alike.values():
+        for group in groups.values():
             for latent in group:
-                latent.shown = None
+                latent.cached = None
 
 
 class GatedWeight(Factor):
-    """A dense weight that trains on its grids, whatever widths its gates choose.
+    """A dense weight that trains on a grid of whatever width its gates choose.
 
-    Widths come and go while it trains, so its range is one number for all of them; few bits cover
-    less: the share of it that, at the start, had the least squared error.
+    Widths change during training, so all of them share one range. A grid of few bits covers only a
+    part of it: the part that gave the starting weight the least squared error.
 
     latent: the weight before it is rounded, canonical. reach: the largest weight that its grid
-    covers, [1] or [out], negative where the grid is mirrored. bits: one number, or one for each
-    output. two: the kind of the grid at 2 bits. shown: what stands in for the rounded weight, by
-    width, while a width is measured.
+    covers, [1] or [out], negative if the grid is mirrored. bits: one number, or one for each
+    output. two: the kind of the grid at 2 bits. substitutes: by width, a weight to use in place of
+    the rounded one, while the effect of that width is measured.
     """
 
     def __init__(self, weight: Tensor, axis: int | None) -> None:
@@ -124,10 +130,10 @@ class GatedWeight(Factor):
         super().__init__(Quantised(grid, torch.zeros_like(weight), scale))
         self.start = weight.detach().float()
         self.latent: Tensor = nn.Parameter(self.start.clone(), requires_grad=False)
-        self.reach: Tensor = nn.Parameter(_covering(self.start, axis), requires_grad=False)
+        self.reach: Tensor = nn.Parameter(_largest(self.start, axis), requires_grad=False)
         self.two = "half"
         self.bits = [FLOAT]
-        self.shown: Mapping[int, Tensor] = {}
+        self.substitutes: Mapping[int, Tensor] = {}
         self._shares: dict[Grid, Tensor] = {}
 
     def forward(self) -> Tensor:
@@ -136,21 +142,21 @@ class GatedWeight(Factor):
         for bits, rows in rows_by_width(self.bits):
             if bits > WIDEST:
                 continue
-            rounded = self.shown[bits] if self.shown else self.rounded(bits)
+            rounded = self.substitutes[bits] if self.substitutes else self.rounded(bits)
             if rows is None:
                 return rounded
-            own = torch.zeros(len(self.latent), dtype=torch.bool, device=self.latent.device)
-            own[list(rows)] = True
-            weight = torch.where(own.view(-1, *[1] * (weight.ndim - 1)), rounded, weight)
+            mask = torch.zeros(len(self.latent), dtype=torch.bool, device=self.latent.device)
+            mask[list(rows)] = True
+            weight = torch.where(mask.view(-1, *[1] * (weight.ndim - 1)), rounded, weight)
         return weight
 
     def lookup(self, places: Tensor) -> Tensor:
-        """The rows of a table at some places, [..., columns]."""
+        """The rows of a table at the given indices, [..., columns]."""
         return F.embedding(places, self())
 
     @property
     def slope(self) -> Tensor | None:
-        """The gradient of the last step."""
+        """The gradient of the loss by the weight, from the last step."""
         return self.latent.grad
 
     @property
@@ -161,32 +167,35 @@ class GatedWeight(Factor):
         return self.latent.detach().abs() / wide
 
     def grid_of(self, bits: int) -> Grid:
-        """The grid of a width: signed; at 2 bits ternary (the paper's) or the half-step one."""
+        """The grid of a width: signed; at 2 bits ternary (the paper's) or with half-steps."""
         return Grid.of(bits, self.two if bits == 2 else "signed", self.grid.axis)
 
     def rounded(self, bits: int) -> Tensor:
-        """The whole weight on the grid of a width."""
+        """The whole weight on the grid of a width, with straight-through gradients."""
         return self.grid_of(bits).fake(self.latent, self.scale_of(bits))
 
     def scale_of(self, bits: int) -> Tensor:
-        """The scale that makes a grid as wide as the reach, or the share of it that so few levels had better cover."""
-        reach = torch.where(
-            self.reach.abs() < 1e-8, 1e-8, self.reach
-        )  # a negative one mirrors the grid
+        """The scale at a width.
+
+        Its grid covers the reach, or the share of it that is best for so few levels.
+        """
+        # A negative reach mirrors the grid.
+        reach = torch.where(self.reach.abs() < 1e-8, 1e-8, self.reach)
         grid = self.grid_of(bits)
         return self._share(grid) * 2 * reach / (grid.levels - 1)
 
     def _share(self, grid: Grid) -> Tensor:
+        """The share of the reach that a grid covers, [1] or [out]."""
         if grid not in self._shares:
             with torch.no_grad():
                 best = grid.mse(self.start) * (grid.levels - 1) / 2
-                share = best / _covering(self.start, grid.axis)
+                share = best / _largest(self.start, grid.axis)
                 self._shares[grid] = share.to(self.reach.device)
         return self._shares[grid]
 
     @property
     def numbers(self) -> Quantised:
-        """The whole weight on 8 bits."""
+        """The whole weight at 8 bits."""
         return self.numbers_of(Term(Dense(), self.grid))
 
     def numbers_of(self, term: Term) -> Quantised:
@@ -196,8 +205,11 @@ class GatedWeight(Factor):
         latent = term.form.of_outputs(self.latent.detach())
         return Quantised(term.grid, term.grid.codes(latent, scale), scale)
 
-    def adopt(self, layer: Compressed) -> None:
-        """Begin with the weight of a layer that was solved, every output once, on these widths; without gradients."""
+    def start_from(self, layer: Compressed) -> None:
+        """Take over the weight and scales of a solved layer of the same widths.
+
+        Its dense terms hold every output once. Call it under `torch.no_grad`.
+        """
         self.latent.copy_(layer.canonical)
         for term, (factor,) in zip(layer.plan.terms, layer.factors, strict=True):
             grid = self.grid_of(term.grid.bits)
@@ -207,11 +219,12 @@ class GatedWeight(Factor):
 
 
 class GatedRange(ActQuant):
-    """Quantises the input of a layer to whatever width its gate chooses, between ends that train.
+    """Quantises the input of a layer to whatever width its gate chooses, in a range that trains.
 
-    low, high: ends of the range, [1] each. Few bits cover less: by how much, the ranges that were
-    calibrated for each width say. bits: one number. moves: whether there is a gate. slope: the
-    gradient by the quantised input, where it is `watched`.
+    low, high: ends of the range at 8 bits, [1] each; a narrower width covers a part of it, in
+    proportion to the ranges that were calibrated for each width. bits: one number. moves: whether
+    there is a gate. slope: the gradient of the loss by the quantised input, kept if
+    `records_slope`.
     """
 
     def __init__(self, ranges: Ranges) -> None:
@@ -222,7 +235,7 @@ class GatedRange(ActQuant):
         self.high: Tensor = high
         self.bits = [FLOAT]
         self.moves = True
-        self.watched = False
+        self.records_slope = False
         self.slope: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -230,38 +243,43 @@ class GatedRange(ActQuant):
         bits = self.bits[0]
         if bits <= WIDEST:
             x = Grid.of(bits, "unsigned").fake(x, *self.range_of(bits))
-        if self.watched and x.requires_grad:
-            x.register_hook(self._watch)
+        if self.records_slope and x.requires_grad:
+            x.register_hook(self._record_slope)
         return x
 
-    def _watch(self, slope: Tensor) -> None:
+    def _record_slope(self, slope: Tensor) -> None:
         self.slope = slope.detach()
 
     def range_of(self, bits: int) -> tuple[Tensor, Tensor]:
-        """Scale, with its gradient, and zero point at a width."""
-        first, last = (self._share(end, bits) for end in (0, 1))
-        # zero is on every grid: padding is exact
-        low, high = (self.low * first).clamp(max=0), (self.high * last).clamp_min(1e-8)
+        """Scale (differentiable) and zero point at a width, [1] each."""
+        low_share, high_share = (self._share(end, bits) for end in (0, 1))
+        # Zero lies on every grid, so that padding is exact.
+        low = (self.low * low_share).clamp(max=0)
+        high = (self.high * high_share).clamp_min(1e-8)
         scale = (high - low) / (2**bits - 1)
         return scale, (-low / scale).detach().round()
 
     def _share(self, end: int, bits: int) -> float:
-        """An end of the range at a width, as a share of the one at 8 bits."""
-        whole = self.ranges[WIDEST][end]
-        return self.ranges[bits][end] / whole if abs(whole) > 1e-8 else 1.0
+        """An end of the calibrated range at a width, as a share of that at 8 bits; end: 0 or 1."""
+        widest = self.ranges[WIDEST][end]
+        return self.ranges[bits][end] / widest if abs(widest) > 1e-8 else 1.0
 
-    def adopt(self, act: ActQuant) -> None:
-        """Begin with a range that was calibrated for this width; without gradients."""
+    def start_from(self, act: ActQuant) -> None:
+        """Take over a range that was calibrated for the current width.
+
+        Call it under `torch.no_grad`.
+        """
         bits = self.bits[0]
         self.low.copy_(-act.zero * act.scale / (self._share(0, bits) or 1.0))
         self.high.copy_((2**bits - 1 - act.zero) * act.scale / (self._share(1, bits) or 1.0))
 
 
 class SoftAdapter(Factor):
-    """A weight on its grid, and softly thresholded what rounding left of it, as one weight.
+    """A weight on its grid plus its rounding residual, softly thresholded (CoRa, arXiv 2408.00923).
 
-    left, right: [out, rank] and [rank, n], whose product is the whole residual. gain: from the
-    cut-off, which trains, the gain of every rank. Where nothing was left, there is only the base.
+    residual: left [out, rank] and right [rank, n], whose product is the whole residual; None for a
+    layer without an adapter. gain: from the cut-off, a scalar that trains, to the gain of each
+    rank.
     """
 
     def __init__(
@@ -281,26 +299,27 @@ class SoftAdapter(Factor):
         self.cutoff: Tensor | None = cutoff
 
     def forward(self) -> Tensor:
-        """Base and softly thresholded residual."""
+        """The base plus the thresholded residual."""
         base = super().forward()
         if self.left is None or self.right is None or self.cutoff is None or self.gain is None:
             return base
-        kept = self.gain(self.cutoff).square()
-        return base + ((self.left * kept) @ self.right).view(base.shape)
+        shares = self.gain(self.cutoff).square()
+        return base + ((self.left * shares) @ self.right).view(base.shape)
 
     def lookup(self, places: Tensor) -> Tensor:
-        """The rows of a table at some places, [..., columns]."""
+        """The rows of a table at the given indices, [..., columns]."""
         return F.embedding(places, self())
 
 
 def rows_by_width(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None]]:
-    """Each width with the outputs that have it, None for all, the smallest first."""
-    different = sorted(set(bits))
-    if len(different) == 1:
-        return [(different[0], None)]
-    return [(b, tuple(k for k, own in enumerate(bits) if own == b)) for b in different]
+    """Each width with the indices of its outputs, None for all; the smallest width first."""
+    widths = sorted(set(bits))
+    if len(widths) == 1:
+        return [(widths[0], None)]
+    return [(b, tuple(k for k, own in enumerate(bits) if own == b)) for b in widths]
 
 
-def _covering(weight: Tensor, axis: int | None) -> Tensor:
+def _largest(weight: Tensor, axis: int | None) -> Tensor:
+    """The largest magnitude in a weight, [1], or in each of its rows, [out]."""
     rows = weight.reshape(1, -1) if axis is None else weight.flatten(1)
     return rows.abs().amax(1).clamp_min(1e-8)

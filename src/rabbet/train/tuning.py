@@ -1,4 +1,4 @@
-"""Short tuning without labels: the compressed network learns to answer as the float network does, on its grid."""
+"""Short tuning without labels: distils the float network into the compressed one, on its grid."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ from rabbet.forms import Dense
 from rabbet.grids.grid import stored
 from rabbet.model.compressed import Compressed, compressed_layers
 from rabbet.train.best import Best
-from rabbet.train.loop import Course, Group, run, shared
-from rabbet.train.losses import block_names, divergence, taught
+from rabbet.train.loop import Course, Group, run, shard
+from rabbet.train.losses import block_names, distillation_loss, divergence
 from rabbet.workpiece import Workpiece
 
-HELD = 0.125  # share of the calibration examples that judge the tuning and take no part in it
+HELD = 0.125  # share of the calibration examples that are held back, to accept or undo the tuning
 CHECKPOINT = 100
 
 
@@ -50,65 +50,65 @@ class Tuning:
 
 
 def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
-    """Tune a compressed network in place; keep the result only if held-back examples agree. Returns what came of it.
+    """Tune a compressed network in place; the result is kept only if held-back examples improve.
 
     The loss is the divergence of the outputs plus `features` times the mean relative error of the
     blocks' outputs. Adam, a cosine schedule; images are augmented. Checkpoints are kept in the
-    jobs, and a run that is started again goes on from the last.
+    jobs, and a run that was stopped resumes from the last. Returns a note on what was done.
     """
-    kept, back = hold_back(piece.task.read(), HELD)
-    if not kept or settings.steps == 0:
-        return "not tuned: " + (
-            "no steps were asked for" if kept else "too few examples to hold one back"
-        )
-    held = versions(back, piece.seed)
+    train, held = hold_back(piece.task.read(), HELD)
+    if not train:
+        return "not tuned: too few examples to hold one back"
+    if settings.steps == 0:
+        return "not tuned: no steps were asked for"
+    held = with_augmented(held, piece.seed)
 
     def copied() -> dict[str, Tensor]:
         return {k: v.clone() for k, v in student.state_dict().items()}
 
     best = Best()
-    start = judge(student, piece, held)
+    start = mean_divergence(student, piece, held)
     best.consider(start, copied)
-    loop = _Loop(student, piece, Pool.of(kept), settings)
+    loop = _Loop(student, piece, Pool.of(train), settings)
     loop.train(piece)
-    end = judge(student, piece, held)
+    end = mean_divergence(student, piece, held)
     if best.consider(end, copied):
-        return f"tuned {settings.steps} steps: divergence on held-back examples {start:.4g} -> {end:.4g}"
+        steps = f"tuned {settings.steps} steps"
+        return f"{steps}: divergence on held-back examples {start:.4g} -> {end:.4g}"
     student.load_state_dict(best.kept)
     return f"tuning undone: held-back examples got worse ({start:.4g} -> {end:.4g})"
 
 
-def versions(batches: Sequence[Batch], seed: int) -> list[Batch]:
-    """Held-back examples as they are and, if they are images, augmented.
+def with_augmented(batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """The batches and, if they hold images, four augmented copies of all of them.
 
-    On images that it was trained with a network is too sure for small differences to show.
+    A network is so confident on images that it was trained on that small differences do not show
+    there.
     """
     pool = Pool.of(batches)
     if pool.image is None:
         return list(batches)
     generator = torch.Generator().manual_seed(seed)
-    whole = examples(pool.parts[0])
-    return [*batches, *(pool.draw(whole, generator) for _ in range(4))]
+    count = examples(pool.parts[0])
+    return [*batches, *(pool.draw(count, generator) for _ in range(4))]
 
 
-def judge(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
-    """Mean divergence of the outputs over batches."""
+def mean_divergence(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
+    """Divergence of the outputs from the float network's, the mean over batches."""
     with torch.no_grad():
-        apart = [
+        each = [
             divergence(outputs(piece.task.run(student, b)), outputs(piece.task.run(piece.model, b)))
             for b in batches
         ]
-    return float(torch.stack(apart).mean())
+    return float(torch.stack(each).mean())
 
 
 class _Loop(Course):
+    """Trains codes, scales, biases and input ranges of all compressed layers."""
+
     def __init__(self, student: nn.Module, piece: Workpiece, pool: Pool, settings: Tuning) -> None:
-        self.student, self.teacher, self.task, self.seed = (
-            student,
-            piece.model,
-            piece.task,
-            piece.seed,
-        )
+        self.student, self.teacher = student, piece.model
+        self.task, self.seed = piece.task, piece.seed
         self.pool, self.settings = pool, settings
         self.layers = compressed_layers(student)
         self.blocks = block_names(piece.survey)
@@ -116,7 +116,7 @@ class _Loop(Course):
         self.groups: list[Group] = []
         with torch.no_grad():
             for name, layer in self.layers.items():
-                _start_latents(layer, layer.site.kind.weight(piece.model.get_submodule(name)))
+                _start_codes(layer, layer.site.kind.weight(piece.model.get_submodule(name)))
         self._collect()
 
     def _collect(self) -> None:
@@ -134,6 +134,10 @@ class _Loop(Course):
         self.groups.append({"params": [tensor], "base": rate})
 
     def train(self, piece: Workpiece) -> None:
+        """Train to the end, then round the codes and measure the inner ranges again.
+
+        Meanwhile chains of convs run as one layer, which is several times as fast.
+        """
         parameters = [p for group in self.groups for p in group["params"]]
         state = {str(k): p.detach() for k, p in enumerate(parameters)}
         key = piece.key("tune", state, {"settings": self.settings})
@@ -150,37 +154,38 @@ class _Loop(Course):
             for layer in chains:
                 layer.whole = False
         with torch.no_grad():
-            _settle(self.layers.values())
+            _round(self.layers.values())
             calibrate_inner(self.student, self.task, self.seed)
 
     def loss(self, step: int) -> Tensor:
+        """See `Course.loss`."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        batch = shared(self.pool.draw(self.settings.batch, generator))
-        return taught(
+        batch = shard(self.pool.draw(self.settings.batch, generator))
+        return distillation_loss(
             self.student, self.teacher, self.task, batch, self.blocks, self.settings.features
         )
 
 
-def _start_latents(layer: Compressed, weight: Tensor) -> None:
-    """Continuous codes: where the float weight lies within the cell that its code stands for.
+def _start_codes(layer: Compressed, weight: Tensor) -> None:
+    """Make the codes of a dense layer continuous: where the float weight lies in its code's cell.
 
-    A code that error feedback chose against the nearest one starts in the middle of its cell: at
-    the edge, the first noise would undo what makes good the errors of others.
+    If error feedback chose a code that is not the nearest, it starts in the middle of its cell: at
+    the edge the first noise would undo a choice that compensates for the errors of other codes.
     """
     if layer.forms != [Dense()]:
         return
     factor = layer.factors[0][0]
-    book = factor.grid.codebook.uniform
-    if book is None:
+    codebook = factor.grid.codebook.uniform
+    if codebook is None:
         return
     zero = 0.0 if factor.zero is None else factor.grid.spread(factor.zero, weight.shape)
-    exact = weight / factor.grid.spread(factor.scale, weight.shape) - book.shift + zero
+    exact = weight / factor.grid.spread(factor.scale, weight.shape) - codebook.shift + zero
     offset = exact - factor.codes
     factor.codes.add_(torch.where(offset.abs() < 0.5, offset.clamp(-0.45, 0.45), 0.0))
 
 
-def _settle(layers: Iterable[Compressed]) -> None:
-    """Back to integers and to scales as the file stores them."""
+def _round(layers: Iterable[Compressed]) -> None:
+    """Bring codes back to integers, and scales to the values that a file stores."""
     for layer in layers:
         for factor in itertools.chain.from_iterable(layer.factors):
             factor.codes.copy_(factor.grid.round_latent(factor.codes))

@@ -28,8 +28,8 @@ from rabbet.methods.cgmq.settings import Settings
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
 from rabbet.train.best import Best
-from rabbet.train.loop import Course, average, run, shared
-from rabbet.train.losses import block_names, divergence, taught
+from rabbet.train.loop import Course, average, run, shard
+from rabbet.train.losses import block_names, distillation_loss, divergence
 from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
@@ -97,13 +97,13 @@ class FixedWidths(Course):
         """See `Course.loss`."""
         task = self.piece.task
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        batch = shared(
+        batch = shard(
             self.pool.draw(
                 self.method.batch, generator, augment=self.method.augment and task.loss is None
             )
         )
         if task.loss is None:
-            loss = taught(
+            loss = distillation_loss(
                 self.student, self.piece.model, task, batch, self.blocks, self.method.features
             )
         else:
@@ -179,8 +179,8 @@ class FixedWidths(Course):
         self.take(self.best.kept)
         return before, self.best.score
 
-    def stepped(self, step: int) -> None:
-        """See `Course.stepped`."""
+    def after_step(self, step: int) -> None:
+        """See `Course.after_step`."""
         if (step + 1) % self.epoch == 0:
             self.remember()
 
@@ -214,7 +214,7 @@ class MovingGates(FixedWidths):
             if layer.given is None:
                 continue
             layer.given.moves = not (isinstance(method.image, int) and is_image(k, layer.site))
-            layer.given.watched = method.direction < 3
+            layer.given.records_slope = method.direction < 3
             if layer.given.moves:
                 layer.given.bits = [method.widths[-1]]
         whole = piece.float_cost
@@ -276,8 +276,8 @@ class MovingGates(FixedWidths):
             f"loss {self.now:.3g}, {share:.0f} % of the budget, weights {weights}, inputs {inputs}"
         )
 
-    def stepped(self, step: int) -> None:
-        """See `Course.stepped`."""
+    def after_step(self, step: int) -> None:
+        """See `Course.after_step`."""
         epoch, place = divmod(step, self.epoch)
         moving = epoch % 2 == 0 or self.method.updates == "continuous"
         if moving:

@@ -318,12 +318,12 @@ class Gates:
         base = loss()
         for done, span in enumerate(self.spans, 1):
             weight = span.layer.weight
-            weight.shown = {} if span.inner else rounded(span.layer)
+            weight.substitutes = {} if span.inner else rounded(span.layer)
             for j, width in enumerate(self.widths):
                 span.moved.bits = [width]
                 harm = loss() - base if width <= WIDEST else 0
                 self.sensitivity[span.place, j] = harm / span.count
-            span.moved.bits, weight.shown = [FLOAT], {}
+            span.moved.bits, weight.substitutes = [FLOAT], {}
             yield done
         for part, bits in zip(moved, before, strict=True):
             part.bits = bits

@@ -18,7 +18,7 @@ from rabbet.train.qat import (
     GatedRange,
     GatedWeight,
     Ranges,
-    exchange,
+    replace_factors,
     rows_by_width,
 )
 
@@ -74,14 +74,14 @@ class GatedLayer:
         """The weight on the grids of its line, as a file holds it."""
         return [[self.weight.numbers_of(term)] for term in line.terms]
 
-    def adopt(self, layer: Compressed) -> None:
+    def start_from(self, layer: Compressed) -> None:
         """Begin with the numbers of a layer that was solved on these widths."""
         with torch.no_grad():
-            self.weight.adopt(layer)
+            self.weight.start_from(layer)
             if self.layer.bias is not None and layer.bias is not None:
                 self.layer.bias.copy_(layer.bias)
             if self.given is not None and layer.quantisers:
-                self.given.adopt(layer.quantisers[0])
+                self.given.start_from(layer.quantisers[0])
 
     def hand_over(self, layer: Compressed) -> None:
         """Give a layer that was built of `numbers` the bias and the input's range, too."""
@@ -130,6 +130,6 @@ def gated_layers(
     for name, layer in compressed_layers(student).items():
         weight = GatedWeight(weights[name], layer.plan.terms[0].grid.axis)
         given = GatedRange(ranges[name]) if ranges[name] else None
-        exchange(layer, [weight], [] if given is None else [given])
+        replace_factors(layer, [weight], [] if given is None else [given])
         gated[name] = GatedLayer(layer, weight, given)
     return gated

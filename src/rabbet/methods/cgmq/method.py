@@ -69,11 +69,11 @@ class CGMQ(Settings):
             course.take(kept)
         else:
             for name, layer in compressed_layers(solved(piece, plan)).items():
-                course.layers[name].adopt(layer)
+                course.layers[name].start_from(layer)
             if self.rate is None:
                 course.pace = NEAR * math.sqrt(max(0.0, course.judged(PROBE, labels=False)))
         before, after = course.train_fixed(piece)
-        return Fitted(course.network(piece, plan), (f"trained {course.walked} at these widths: held-back loss "
+        return Fitted(course.network(piece, plan), (f"trained {course.summary} at these widths: held-back loss "
                                                     f"{before:.4g} -> {after:.4g}",))  # fmt: skip
 
     def _line(self, place: int, site: Site) -> LayerPlan:

@@ -24,7 +24,7 @@ from rabbet.model.compressed import Compressed, compressed_layers
 from rabbet.model.hooks import Hook, hooked
 from rabbet.train.loop import ADAM, Course, run
 from rabbet.train.losses import divergence
-from rabbet.train.qat import SoftAdapter, exchange
+from rabbet.train.qat import SoftAdapter, replace_factors
 from rabbet.workpiece import Norm, Workpiece
 
 LARGEST = (
@@ -169,7 +169,7 @@ class _Searching(Course):
         self.pool = Pool.of(piece.task.read())
         self.layers = compressed_layers(student)
         for name, layer in self.layers.items():
-            exchange(layer, [_soft(layer, residuals.get(name), settings)], [])
+            replace_factors(layer, [_soft(layer, residuals.get(name), settings)], [])
         self.tuned = [_cutoff(self.layers[name]) for name in residuals]
         self.groups = [{"params": self.tuned, "base": settings.rate}]
         self.seen: dict[str, list[Tensor]] = {"cutoffs": [], "losses": [], "excess": []}
@@ -200,7 +200,7 @@ class _Searching(Course):
         self.seen["losses"].append(loss.detach().double().cpu())
         return loss
 
-    def move(self, adam: torch.optim.Optimizer) -> None:
+    def update(self, adam: torch.optim.Optimizer) -> None:
         """By the steering; a layer that a forward under `torch.no_grad` keeps the gradient from has a slope of zero."""
         slopes = [torch.zeros_like(c) if c.grad is None else c.grad for c in self.tuned]
         self.seen["excess"].append(self.steer.excess)

@@ -18,9 +18,9 @@ from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_layers
 from rabbet.train.best import Best
-from rabbet.train.distil import WHOLE, Look, Shown, Stage, Teacher, mask_of, stack
-from rabbet.train.loop import Course, run, shared
-from rabbet.train.qat import Latent, exchange, together
+from rabbet.train.distil import WHOLE, Recorder, Recording, Stage, Teacher, find_blocks, mask_of
+from rabbet.train.loop import Course, run, shard
+from rabbet.train.qat import Latent, replace_factors, rounded_together
 from rabbet.workpiece import Workpiece
 
 HELD = 0.1  # share of the batches that choose between epochs and are not trained on
@@ -53,19 +53,19 @@ class Teaching(Course):
         self.layers = compressed_layers(self.student)
         self._start()
         distil = method.distil
-        names = list(distil.blocks) or stack(piece.model, piece.survey)
+        names = list(distil.blocks) or find_blocks(piece.model, piece.survey)
         self.decodes = bool(
             getattr(getattr(piece.model, "config", None), "is_encoder_decoder", False)
         )
-        self.look = Look(self.student, names)
-        self.teacher = Teacher(Look(piece.model, names), distil.memory)
-        shown = self._theirs(shared(self.batches[0]), 0)
+        self.look = Recorder(self.student, names)
+        self.teacher = Teacher(Recorder(piece.model, names), distil.memory)
+        shown = self._theirs(shard(self.batches[0]), 0)
         self.depth, self.blind = len(shown.hidden), bool(distil.attention) and not shown.attention
         for (
             latent
         ) in self._latents():  # scales have their size, and so their rate, before they are used
             latent.settle()
-            latent.on = False
+            latent.on_grid = False
         if self._acts:
             calibrate_ranges(self.student, piece.task, piece.seed)
         self.groups = [{"params": [p], "base": method.rate * size} for p, size in self._sizes()]
@@ -93,7 +93,7 @@ class Teaching(Course):
         for line, cores in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
             layer = self.layers[line.name]
             latents = [Latent(cores[str(k)], f.grid) for k, f in enumerate(layer.factors[0])]
-            exchange(layer, latents)
+            replace_factors(layer, latents)
 
     def _latents(self) -> list[Latent]:
         return [latent for layer in self.layers.values() for latent in self._of(layer)]
@@ -151,7 +151,7 @@ class Teaching(Course):
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
         k = int(torch.randperm(len(self.batches), generator=generator)[place])
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        loss = self.on(shared(self.batches[k]), k, self._stage(step), generator)
+        loss = self.on(shard(self.batches[k]), k, self._stage(step), generator)
         self.now = float(loss.detach())
         return loss
 
@@ -172,7 +172,7 @@ class Teaching(Course):
         held: list[object] = []
 
         def ours() -> object:
-            with together(self._latents()):
+            with rounded_together(self._latents()):
                 held.append(task.run(self.student, given))
             return held[0]
 
@@ -185,9 +185,9 @@ class Teaching(Course):
             loss = loss + distil.labels * task.judge(self.student, held[0], batch)
         return loss
 
-    def _theirs(self, batch: Batch, place: int) -> Shown:
+    def _theirs(self, batch: Batch, place: int) -> Recording:
         """What the float network shows of a batch."""
-        return self.teacher.show(place, lambda: self.piece.task.run(self.piece.model, batch))
+        return self.teacher.record(place, lambda: self.piece.task.run(self.piece.model, batch))
 
     def _settle(self) -> None:
         """From float onto the grids."""
@@ -201,15 +201,15 @@ class Teaching(Course):
         """The user's own score of the student, or the negative loss of held-back batches; larger is better."""
         task = self.piece.task
         if task.evaluate is not None:
-            with torch.no_grad(), together(self._latents()):
+            with torch.no_grad(), rounded_together(self._latents()):
                 return task.score(self.student)
         with torch.no_grad():
             losses = [self.on(b, -1 - k, WHOLE) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(examples(b)) for b in self.held])
         return -float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
 
-    def stepped(self, step: int) -> None:
-        """See `Course.stepped`."""
+    def after_step(self, step: int) -> None:
+        """See `Course.after_step`."""
         if step >= self.turn and (step + 1) % len(self.batches) == 0:
             self.remember()
 
@@ -269,7 +269,7 @@ class Teaching(Course):
 
     def state(self) -> dict[str, Tensor]:
         """The best state, and whether the latents are on their grids."""
-        kept = {"on": torch.tensor(any(x.on for x in self._latents()))}
+        kept = {"on": torch.tensor(any(x.on_grid for x in self._latents()))}
         kept |= {f"zero.{k}": act.zero for k, act in enumerate(self._acts)}
         kept |= {
             f"group.{k}": z for k, z in enumerate(x.zero for x in self._latents()) if z is not None
@@ -284,14 +284,14 @@ class Teaching(Course):
             if state["on"]:
                 act.observer, act.ready = None, True
         for k, latent in enumerate(self._latents()):
-            latent.on = bool(state["on"])
+            latent.on_grid = bool(state["on"])
             if latent.zero is not None:
                 latent.zero.copy_(state[f"group.{k}"])
 
     def network(self) -> nn.Module:
         """The student with integers in place of the latents, and what stays as it is on the types of the file."""
         for layer in self.layers.values():
-            exchange(layer, [Factor(latent.numbers) for latent in self._of(layer)])
+            replace_factors(layer, [Factor(latent.numbers) for latent in self._of(layer)])
         return self.student.requires_grad_(False)
 
 

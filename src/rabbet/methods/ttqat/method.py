@@ -79,7 +79,7 @@ class TTQAT(Settings):
         course = Teaching(self, piece, plan)
         before, after = course.train()
         network = course.network()
-        taught = f"taught {course.walked}; held-back {course.measure} {before:.4g} -> {after:.4g}"
+        taught = f"taught {course.summary}; held-back {course.measure} {before:.4g} -> {after:.4g}"
         return Fitted(
             network,
             (taught, *(("no attention is taught, for none was seen",) if course.blind else ())),
