@@ -10,6 +10,7 @@ negative, which mirrors the grid: that matters where it is asymmetric and short 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -179,8 +180,8 @@ class Grid:
 
         See `mse`; with zero points fractions of the range are tried.
         """
-        shares = [1.0, *(1.05 - 0.9 * k / steps for k in range(steps))]
-        trials = (self._trial(x, share) for share in shares)
+        shares = torch.tensor([1.0, *(1.05 - 0.9 * k / steps for k in range(steps))])
+        trials = self._trials(x, shares.to(x.device)[:, None])
         best, zero = next(trials)
         least = self._loss(x, best, zero, weight)
         for scale, other in trials:
@@ -190,15 +191,19 @@ class Grid:
             zero = None if zero is None or other is None else torch.where(better, other, zero)
         return best, zero
 
-    def _trial(self, x: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
-        """A scale that covers a share of the magnitude, or of the range with its zero point."""
+    def _trials(self, x: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For each share [trials, 1] a scale that covers it of the magnitude.
+
+        With zero points it is of the range, and the zero point beside it.
+        """
         if not self.scales.zeros:
-            top = self.minmax(x)
-            return (top if share == 1.0 else stored(top * share)), None
+            yield from ((scale, None) for scale in stored(self.minmax(x) * shares))
+            return
         rows = self.scales.rows(x)
-        low, high = rows.amin(1).clamp(max=0) * share, rows.amax(1).clamp_min(0) * share
-        scale = stored(((high - low) / (self.levels - 1)).clamp_min(1e-12))
-        return scale, (self.low - low / scale).round().clamp(self.low, self.high)
+        low, high = rows.amin(1).clamp(max=0) * shares, rows.amax(1).clamp_min(0) * shares
+        scales = stored(((high - low) / (self.levels - 1)).clamp_min(1e-12))
+        zeros = (self.low - low / scales).round().clamp(self.low, self.high)
+        yield from zip(scales, zeros, strict=True)
 
     def refit(
         self, x: Tensor, codes: Tensor, scale: Tensor, metric: Tensor | None = None
