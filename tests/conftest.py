@@ -1,5 +1,6 @@
 """One thread per worker, the same examples in every run, and the real data if it is there."""
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.export import decomp_utils, exported_program
+from torch.onnx._internal.exporter import _registration
 
 from rabbet.export.onnx import compare
 from rabbet.runtime.bench import cpu
@@ -25,6 +28,12 @@ settings.load_profile("rabbet")
 
 # Processors on which onnxruntime's int8 kernels do not saturate at 16 bits (docs/onnx.md).
 EXACT = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp")
+
+TABLES = (
+    (_registration.ONNXRegistry, "from_torchlib"),
+    (exported_program, "_collect_all_valid_cia_ops"),
+    (decomp_utils, "_collect_all_valid_cia_ops"),
+)
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("RABBET_DATA", ROOT.parent / "shared" / "data"))
@@ -55,6 +64,16 @@ def _random_networks_may_saturate(kernels_are_exact):
     compare.NEAR = before if kernels_are_exact else 1.0
     yield
     compare.NEAR = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tables_of_the_exporter_are_read_once():
+    """torch's exporter reads all its tables anew in every export, more than half of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in TABLES:
+            if hasattr(owner, name):
+                patch.setattr(owner, name, staticmethod(functools.cache(getattr(owner, name))))
+        yield
 
 
 @pytest.fixture(scope="session")
