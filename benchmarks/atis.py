@@ -1,14 +1,15 @@
-"""Tensor trains on ATIS: bytes against intent and slots, beside a plain dense encoder of the same bytes.
+"""Tensor trains on ATIS: bytes against intent and slots, with a dense encoder of the same bytes.
 
-    python benchmarks/atis.py --keep FOLDER [--parts dense sizes control starts orders speed step] [--seeds 0 1 2]
+    python benchmarks/atis.py --keep FOLDER [--seeds 0 1 2]
+        [--parts dense sizes control starts orders speed step]
 
 The dense model (2 blocks, width 768, 64 positions, words with digits as zeros) is trained by
 sentences.py. Float bytes: every float32 parameter. Accuracy is that of the written file; intent and
-slot F1 on dev and test together (1,393 sentences), on test alone behind the stroke. A tenth of the
-training sentences chooses between epochs. FOLDER keeps trained dense models, layers that were
-decomposed and what each setting came to with each seed, so that parts and seeds can be run one by
-one, side by side, and a run that was killed goes on; what other code left there is not told from
-what this one left.
+slot F1 on dev and test together (1,393 sentences), on test alone after the slash. A tenth of the
+training sentences chooses between epochs. FOLDER keeps trained dense models, decomposed layers and
+the outcome of each setting with each seed, so that parts and seeds can be run one by one or side by
+side, and a killed run resumes. Use a new folder after changing the code: old results are not
+recognised as such.
 """
 
 import argparse
@@ -54,8 +55,8 @@ from rabbet.train.loop import Course, run
 from rabbet.train.tuning import Tuning
 
 Named = dict[str, Tensor]
-SWAPS = 0.5  # share of the values of slots that copies have exchanged
-LOOSE = "bytes <= 90%"  # where the method says the ranks
+SWAPS = 0.5  # share of slot values that are exchanged in copies
+LOOSE = "bytes <= 90%"  # where the method fixes the ranks
 SMALL = {"width": 80, "inner": 320, "heads": 4}
 HEADS = ("intent", "slots")
 TABLES = ("encoder.embeddings.word_embeddings", "encoder.embeddings.position_embeddings")
@@ -70,14 +71,14 @@ def named(data: Sentences, size: int = 32) -> list[Named]:
 
 
 def shown(data: Corpus, copies: int) -> list[Named]:
-    """All training sentences but the tenth that chooses, and copies of them with other values of slots."""
+    """All training sentences but the held-back tenth, and copies of them with other slot values."""
     order = random.Random(0)
     more = [s for _ in range(copies) for s in swapped(data.train, order, SWAPS).items]
     return named(Sentences([*data.train.items, *more], data.train.tags))
 
 
 def task_of(data: Corpus, copies: int) -> Task:
-    """These sentences as what is trained on; held-back ones choose between epochs."""
+    """A task that trains on these sentences; held-back ones choose between epochs."""
     rates = data.rates(Recipe().words)
     return Task(
         shown(data, copies),
@@ -91,7 +92,7 @@ def task_of(data: Corpus, copies: int) -> Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a compressed model is on held-back sentences and on both measures, what its file takes, and an epoch."""
+    """The scores of a compressed model, the size of its file, and the seconds of an epoch."""
 
     held: Score
     pooled: Score
@@ -103,7 +104,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """The corpus, and the folder of what is kept."""
+    """The corpus, and the folder of kept results."""
 
     data: Corpus
     folder: Path
@@ -111,16 +112,16 @@ class Bench:
     longer: int = 1
 
     def teacher(self, seed: int) -> Tagger:
-        """The dense model of a seed."""
+        """The dense model trained with a seed."""
         return dense(self.data, seed, self.folder)[0]
 
     def untrained(self) -> Tagger:
-        """A dense model that nothing has taught: enough where only time counts."""
+        """An untrained dense model, where only time counts."""
         torch.manual_seed(0)
         return Tagger(self.data).eval()
 
     def known(self, setting: str, seed: int, measure: Callable[[], Outcome]) -> Outcome:
-        """What the folder has of this setting and seed; measured and put there if it has nothing."""
+        """The outcome of a setting and seed: read from the folder, or measured and kept there."""
         read = known(
             self.folder, f"{setting}, copies {self.copies}", seed, lambda: asdict(measure())
         )
@@ -128,7 +129,10 @@ class Bench:
 
     def outcome(self, model: nn.Module, method: Method, seed: int, budget: str = LOOSE,
                 whole: int = 0) -> Outcome:  # fmt: skip
-        """Compress, write, load again, measure; `whole`: float bytes that the ratio refers to, if not the model's."""
+        """Compress, write, load again, measure.
+
+        whole: the float bytes that the ratio refers to, if not the model's.
+        """
         marks: list[float] = []
 
         def seen(stage: str, done: int, total: int) -> None:
@@ -161,12 +165,13 @@ class Bench:
             score(model, self.data.test),
         )
 
-    def line(self, label: str, found: list[Outcome], dense_: list[Score] | None) -> None:
-        """A row: the mean over seeds, and the drop from the mean of the dense seeds."""
-        intent, slots = ([getattr(f.pooled, k) for f in found] for k in ("intent", "slots"))
-        alone = [statistics.mean(getattr(f.test, k) for f in found) for k in ("intent", "slots")]
+    def line(self, label: str, outcomes: list[Outcome], dense_: list[Score] | None) -> None:
+        """A row: the mean over seeds, and the drop from the mean of the dense models."""
+        intent, slots = ([getattr(f.pooled, k) for f in outcomes] for k in ("intent", "slots"))
+        alone = [statistics.mean(getattr(f.test, k) for f in outcomes) for k in ("intent", "slots")]
         held = [
-            f"{statistics.mean(getattr(f.held, k) for f in found):.2f}" for k in ("intent", "slots")
+            f"{statistics.mean(getattr(f.held, k) for f in outcomes):.2f}"
+            for k in ("intent", "slots")
         ]
         drops = ["-", "-"]
         if dense_ is not None:
@@ -174,14 +179,15 @@ class Bench:
                 f"{statistics.mean(getattr(d, k) for d in dense_) - statistics.mean(x):.2f}"
                 for k, x in (("intent", intent), ("slots", slots))
             ]
-        size = round(statistics.mean(f.bytes for f in found))
-        row(label, len(found), f"{size:,}", f"{statistics.mean(f.ratio for f in found):.0f}",
+        size = round(statistics.mean(f.bytes for f in outcomes))
+        row(label, len(outcomes), f"{size:,}", f"{statistics.mean(f.ratio for f in outcomes):.0f}",
             " / ".join(held), f"{statistics.mean(intent):.2f} / {alone[0]:.2f}",
             f"{statistics.mean(slots):.2f} / {alone[1]:.2f}", *drops,
-            f"{statistics.mean(f.seconds for f in found):.0f}")  # fmt: skip
+            f"{statistics.mean(f.seconds for f in outcomes):.0f}")  # fmt: skip
 
 
-COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / slots", "intent / test",
+COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / slots",
+           "intent / test",
            "slot F1 / test", "intent drop", "slot drop", "seconds an epoch")  # fmt: skip
 
 SIZES = {
@@ -214,7 +220,7 @@ ORDERS = {
 
 
 def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
-    """A row for each setting, each with as many steps however many copies it is shown."""
+    """A row for each setting, with the same number of steps however many copies are shown."""
     pace = bench.longer / (1 + bench.copies)
     paced = {
         k: {part: max(1, int(getattr(m, part) * pace)) for part in ("epochs", "finish")}
@@ -236,12 +242,12 @@ def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
 def float_rows(bench: Bench, seeds: list[int]) -> None:
     """The dense models themselves."""
     for label, shape in (("dense float32, width 768", {}), ("dense float32, width 80", SMALL)):
-        found = []
+        outcomes = []
         for seed in seeds:
             model, seconds = dense(bench.data, seed, bench.folder, _recipe(shape), **shape)
             size = sum(p.numel() * 4 for p in model.parameters())
-            found.append(Outcome(*bench.scores(model), size, 1, seconds))
-        bench.line(label, found, None)
+            outcomes.append(Outcome(*bench.scores(model), size, 1, seconds))
+        bench.line(label, outcomes, None)
 
 
 def _recipe(shape: dict[str, int]) -> Recipe:
@@ -249,7 +255,7 @@ def _recipe(shape: dict[str, int]) -> Recipe:
 
 
 def control(bench: Bench, seeds: list[int]) -> None:
-    """A plain dense encoder of the same bytes: trained, taught by the scores of the large one, then on 8 bits."""
+    """A dense encoder of the same bytes: trained, taught by the large one's scores, then 8 bits."""
     teachers = [bench.teacher(s) for s in seeds]
     whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
     size = sum(p.numel() * 4 for p in teachers[0].parameters())
@@ -264,12 +270,12 @@ def control(bench: Bench, seeds: list[int]) -> None:
         return bench.outcome(model, method, seed, whole=size)
 
     runs = [(functools.partial(small, t, s), s) for t, s in zip(teachers, seeds, strict=True)]
-    found = [bench.known(f"control, longer {bench.longer}", s, measure) for measure, s in runs]
-    bench.line("control: dense, width 80, 8 bits", found, whole)
+    outcomes = [bench.known(f"control, longer {bench.longer}", s, measure) for measure, s in runs]
+    bench.line("control: dense, width 80, 8 bits", outcomes, whole)
 
 
 class _Answers(Course):
-    """A small dense model that learns from labels and from the scores of a large one; the best epoch is kept."""
+    """A small dense model learns from labels and a large one's scores; the best epoch is kept."""
 
     def __init__(
         self, data: Corpus, model: Tagger, teacher: Tagger, batches: list[Named], epochs: int
@@ -295,9 +301,9 @@ class _Answers(Course):
         k = int(order[place])
         b = self.batches[k]
         ids = obscured(b["ids"], self.rates, torch.Generator().manual_seed(step))
-        found = self.model(ids, b["attention_mask"])
-        total = loss(found, (b["ids"], b["attention_mask"], b["slots"], b["intents"]))
-        for ours, theirs in zip(found, self.goals[k], strict=True):
+        answers = self.model(ids, b["attention_mask"])
+        total = loss(answers, (b["ids"], b["attention_mask"], b["slots"], b["intents"]))
+        for ours, theirs in zip(answers, self.goals[k], strict=True):
             real = b["attention_mask"].bool()
             a, g = (ours, theirs) if ours.ndim == 2 else (ours[real], theirs[real])
             total = total + nn.functional.kl_div(
@@ -307,16 +313,16 @@ class _Answers(Course):
 
     def after_step(self, step: int) -> None:
         if (step + 1) % len(self.batches) == 0:
-            found = score(self.model, self.data.held).mean
-            if found > self.most:
+            current = score(self.model, self.data.held).mean
+            if current > self.most:
                 self.most, self.best = (
-                    found,
+                    current,
                     {k: v.clone() for k, v in self.model.state_dict().items()},
                 )
 
 
 def speed(bench: Bench) -> None:
-    """Latency of one sentence on one thread: the exported file against the dense model in float and in dynamic int8."""
+    """Latency of one sentence on one thread: the export against dense float and dynamic int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     teacher = bench.untrained()
@@ -329,23 +335,26 @@ def speed(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder) / f"{name}.onnx" for name in ("float", "int8", "tt", "tt8")}
             write_float(teacher, task, files["float"])
-            older = (
-                Path(folder) / "older.onnx"
-            )  # onnxruntime's quantisers do not know the attention of opset 23
+            # onnxruntime's quantisers do not know the attention of opset 23
+            older = Path(folder) / "older.onnx"
             write_float(teacher, task, older, 21)
             quantize_dynamic(older, files["int8"], per_channel=True, weight_type=QuantType.QInt8)
             for name, act in (("tt", None), ("tt8", 8)):
                 method = TTQAT(4, keep_dense=HEADS, act=act, epochs=0, finish=0, start="random")
                 plan = rabbet.plan(teacher, "bytes <= 90%", task, method)
                 survey = rabbet.survey(teacher, task)
-                made = build(teacher, plan, survey)
+                student = build(teacher, plan, survey)
                 if act:
-                    calibrate_ranges(made, task)
-                _export(made, plan, survey, task, files[name])
-            found = time_files(files, [t[:1] for t in batch.values()], runs=200, threads=1)
-        base = found["float"].median
-        row(places, f"{base:.2f}", *(f"{base / found[n].median:.1f}" for n in ("int8", "tt", "tt8")),
-            f"{found['int8'].median / min(found['tt'].median, found['tt8'].median):.1f}")  # fmt: skip
+                    calibrate_ranges(student, task)
+                _export(student, plan, survey, task, files[name])
+            timings = time_files(files, [t[:1] for t in batch.values()], runs=200, threads=1)
+        base = timings["float"].median
+        row(
+            places,
+            f"{base:.2f}",
+            *(f"{base / timings[n].median:.1f}" for n in ("int8", "tt", "tt8")),
+            f"{timings['int8'].median / min(timings['tt'].median, timings['tt8'].median):.1f}",
+        )
 
 
 def _export(model: nn.Module, plan: rabbet.Plan, survey: Survey, task: Task, path: Path) -> None:
@@ -356,10 +365,10 @@ def _export(model: nn.Module, plan: rabbet.Plan, survey: Survey, task: Task, pat
 
 
 def step(bench: Bench) -> None:
-    """What a training step of 32 sentences costs, forward and backward: dense, and as tensor trains on 4 bits.
+    """The cost of a training step of 32 sentences: dense, as tensor trains, and those on 4 bits.
 
-    Memory: what is kept for the backward pass, and what learns, with its gradients and both moments
-    of Adam.
+    Memory: what is kept for the backward pass; and the parameters with their gradients and both
+    moments of Adam.
     """
     from rabbet.methods.ttqat.course import _Taught
     from rabbet.train.qat import rounded_together
@@ -370,13 +379,14 @@ def step(bench: Bench) -> None:
     piece = Workpiece.of(teacher, task, rabbet.Jobs())
     course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
     batch = task.read()[len(task.read()) // 2]
-    ours, latents = course._learning(), course._latents()  # noqa: SLF001 (what a step costs is its own affair)
+    # no public call gives one step alone
+    ours, latents = course._learning(), course._latents()  # noqa: SLF001
 
     def once(model: nn.Module) -> None:
         assert task.loss is not None
         with rounded_together(latents):
-            found = task.run(model, batch)
-        task.loss(found, batch).backward()
+            answers = task.run(model, batch)
+        task.loss(answers, batch).backward()
 
     dense_ms = math.nan
     for name, parameters in (
@@ -401,12 +411,13 @@ def step(bench: Bench) -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             once(model)
-        for p in parameters:  # they are there anyhow
+        for p in parameters:  # these are stored anyway
             kept.pop(p.untyped_storage().data_ptr(), None)
         median = statistics.median(ms[2:])
         dense_ms = median if name == "dense" else dense_ms
         row(name, tuple(batch["ids"].shape), f"{median:.0f}", f"{dense_ms / median:.1f}",
-            f"{sum(kept.values()) / 1e6:.1f}", f"{16 * sum(p.numel() for p in parameters) / 1e6:.1f}")  # fmt: skip
+            f"{sum(kept.values()) / 1e6:.1f}",
+            f"{16 * sum(p.numel() for p in parameters) / 1e6:.1f}")  # fmt: skip
 
 
 PARTS = ("dense", "sizes", "control", "starts", "orders", "speed", "step")

@@ -5,8 +5,8 @@
 
 LeNet-5 (32C5-MP-64C5-MP-512FC-10, 4,267,008 MACs) is trained in float first, by this script.
 Budgets are shares of the float32 bit operations; the floor, everything at 2 bits, is 0.3906 %.
-Accuracy is that of the written file on the test images (MNIST: 10,000, CIFAR-10: 5,000); a tenth of
-the training images chooses between epochs, and its loss is what settings were chosen by.
+Accuracy is that of the written file on the test images (MNIST: 10,000, CIFAR-10: 5,000). A tenth of
+the training images chooses between epochs; settings were chosen by its loss.
 """
 
 import argparse
@@ -39,14 +39,17 @@ BUDGETS = (0.40, 0.90, 1.40, 2.00, 5.00)
 
 
 def moving(settings: CGMQ, **changed: Any) -> CGMQ:
-    """As many epochs, gates moving in the first two thirds; from the widest of the paper's widths if not told else."""
+    """The same number of epochs, with gates that move in the first two thirds.
+
+    They start from the widest of the paper's widths unless told otherwise.
+    """
     third = settings.finish // 3
     paper: dict[str, Any] = {"start": "widest", "widths": (2, 4, 8, 16, 32)}
     return replace(settings, epochs=third, finish=settings.finish - 2 * third, **paper | changed)
 
 
 def on_held(result: rabbet.Result) -> str:
-    """The loss of held-back images after training, as the result tells it."""
+    """The loss of held-back images after training, from the notes of the result."""
     return next(
         (note.rpartition(" -> ")[2] for note in result.notes if "held-back loss" in note), "-"
     )
@@ -64,7 +67,7 @@ def task_of(batches: Labelled) -> Task:
 
 @functools.cache
 def lenet(seed: int, epochs: int = 8) -> nn.Module:
-    """LeNet-5, trained in float: Adam, a cosine from 1e-3."""
+    """LeNet-5, trained in float: Adam, a cosine schedule from 1e-3."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
@@ -93,7 +96,7 @@ def mnist(split: str) -> tuple[Tensor, Tensor]:
 
 
 def batched(x: Tensor, y: Tensor, size: int) -> Labelled:
-    """QDQPlacement of images and labels."""
+    """Batches of images and labels."""
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
@@ -114,7 +117,7 @@ def measured(
 def fitted(
     model: nn.Module, plan: rabbet.Plan, task: Task, method: Method, test: Labelled
 ) -> tuple[float, rabbet.Result, float]:
-    """The same of a plan that is there already."""
+    """The same for a given plan."""
     start = time.perf_counter()
     result = rabbet.fit(model, plan, task, method)
     return _of_file(result, model, test), result, time.perf_counter() - start
@@ -128,16 +131,16 @@ def _of_file(result: rabbet.Result, model: nn.Module, test: Labelled) -> float:
 
 
 def widths(result: rabbet.Result) -> str:
-    """Bits of weights and inputs, a layer each; of weights the mean where outputs differ."""
-    found = []
+    """Bits of weights and inputs of each layer; for weights the mean where outputs differ."""
+    pairs = []
     for line in result.plan:
         bits = [t.grid.bits for t in line.terms for _ in getattr(t.form, "rows", None) or (0,)]
-        found.append(f"{statistics.mean(bits):.2g}/{line.act or 32}")
-    return " ".join(found)
+        pairs.append(f"{statistics.mean(bits):.2g}/{line.act or 32}")
+    return " ".join(pairs)
 
 
 def on_lenet(methods: dict[str, CGMQ], budgets: tuple[float, ...], seeds: int) -> None:
-    """A row for each method and budget, the mean of the seeds."""
+    """A row for each method and budget: the mean over seeds."""
     test = batched(*mnist("test"), 500)
     task = task_of(batched(*mnist("train"), 500))
     models = [lenet(seed) for seed in range(seeds)]
@@ -149,10 +152,11 @@ def on_lenet(methods: dict[str, CGMQ], budgets: tuple[float, ...], seeds: int) -
                 measured(m, f"bops <= {share}%", task, method, test, k)
                 for k, m in enumerate(models)
             ]
-            found, spent = [r[0] for r in runs], statistics.mean(r[2] for r in runs)
+            accuracies, spent = [r[0] for r in runs], statistics.mean(r[2] for r in runs)
             most = max(r[1].cost.bops / r[1].float_cost.bops for r in runs)
             held = statistics.mean(float(on_held(r[1])) for r in runs)
-            row("LeNet-5", label, share, f"{100 * most:.4f}", f"{statistics.mean(found):.2f}", _spread(found),
+            row("LeNet-5", label, share, f"{100 * most:.4f}",
+                f"{statistics.mean(accuracies):.2f}", _spread(accuracies),
                 f"{held:.4f}", f"{spent:.0f}", widths(runs[0][1]))  # fmt: skip
 
 
@@ -161,10 +165,10 @@ def _spread(values: list[float]) -> str:
 
 
 def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> None:
-    """The same on ResNet-20, against uniform widths, `Joint` with the same training, and what `Joint` fits on its own.
+    """The same on ResNet-20, against uniform widths and `Joint`, with and without that training.
 
-    These two have 8 bits for the image and the input of the last layer; uniform widths, as is
-    usual, for both weights of these layers, too.
+    Both have 8 bits for the image and the input of the last layer; uniform widths, as is usual,
+    also for the weights of these two layers.
     """
     model, data, test = cifar(20)
     images = torch.from_numpy(reader("load").cifar10("train", 20000)[0])
@@ -194,21 +198,40 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
             "uniform, without training": functools.partial(
                 fitted, model, uniform, Task(data), UNTRAINED, test
             ),
-            "Joint, trained as long": lambda: fitted(model, joint(), task, settings, test),  # noqa: B023 (called at once)
-            "Joint, only fitted": lambda: fitted(model, joint(), Task(data), DENSE, test),  # noqa: B023
-            "Joint, without training": lambda: fitted(model, joint(), Task(data), UNTRAINED, test),  # noqa: B023
+            # B023: these are called before `joint` becomes another
+            "Joint, trained as long": lambda: fitted(
+                model,
+                joint(),  # noqa: B023
+                task,
+                settings,
+                test,
+            ),
+            "Joint, only fitted": lambda: fitted(
+                model,
+                joint(),  # noqa: B023
+                Task(data),
+                DENSE,
+                test,
+            ),
+            "Joint, without training": lambda: fitted(
+                model,
+                joint(),  # noqa: B023
+                Task(data),
+                UNTRAINED,
+                test,
+            ),
         }
         for label, run in (
             (k, v) for k, v in runs.items() if not only or any(o in k for o in only)
         ):
-            found, result, seconds = run()
+            accuracy, result, seconds = run()
             spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
             row(
                 "ResNet-20",
                 label,
                 share,
                 spent,
-                f"{found:.2f}",
+                f"{accuracy:.2f}",
                 "-",
                 on_held(result),
                 f"{seconds:.0f}",
@@ -217,7 +240,7 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
 
 
 def _share(model: nn.Module, plan: rabbet.Plan, data: list[Tensor]) -> float:
-    """Per cent of the float network's bit operations."""
+    """Bit operations in per cent of the float network's."""
     cost = rabbet.price(model, plan, data)
     return 100 * cost.bops / (1024 * sum(s.macs for s in rabbet.survey(model, data)))
 
@@ -231,8 +254,8 @@ def _ended(plan: rabbet.Plan) -> rabbet.Plan:
 def _joint(
     model: nn.Module, share: float, data: list[Tensor], held: list[Tensor], jobs: rabbet.Jobs
 ) -> rabbet.Plan:
-    """The program chooses weights only: the best of its plans over equal widths of inputs, by held-back images."""
-    found = []
+    """The best plan over equal widths of inputs, by held-back images; weights by the program."""
+    candidates = []
     for act in (8, 6, 5, 4, 3, 2):
         room, plan = share, None
         try:
@@ -248,8 +271,8 @@ def _joint(
         result = rabbet.fit(model, plan, data, UNTRAINED, jobs=jobs)
         with torch.no_grad():
             apart = [float(divergence([result.model(x)], [model(x)])) for x in held]
-        found.append((statistics.mean(apart), act, plan))
-    return min(found)[2]
+        candidates.append((statistics.mean(apart), act, plan))
+    return min(candidates)[2]
 
 
 def _uniform(model: nn.Module, data: list[Tensor], share: float) -> rabbet.Plan:
@@ -267,7 +290,10 @@ def _uniform(model: nn.Module, data: list[Tensor], share: float) -> rabbet.Plan:
 
 
 def vgg(device: str, epochs: int) -> nn.Module:
-    """VGG-7 (2x128C3-MP-2x256C3-MP-2x512C3-MP-1024FC-10, 615,917,568 MACs), trained in float on crops and flips."""
+    """VGG-7, trained in float on crops and flips.
+
+    2x128C3-MP-2x256C3-MP-2x512C3-MP-1024FC-10, 615,917,568 MACs.
+    """
     torch.manual_seed(0)
     blocks: list[nn.Module] = []
     for ins, outs in ((3, 128), (128, 256), (256, 512)):
@@ -313,7 +339,7 @@ def _moved(x: Tensor) -> Tensor:
 
 
 def on_vgg(settings: CGMQ, device: str, epochs: int) -> None:
-    """VGG-7 on CIFAR-10, taught by its own float outputs on augmented images, as no labels are needed."""
+    """VGG-7 on CIFAR-10, taught by its own float outputs on augmented images, without labels."""
     model = vgg(device, epochs)
     images, _ = reader("load").cifar10("train", 20000)
     data = list(torch.from_numpy(images).to(device).split(500))
@@ -321,14 +347,14 @@ def on_vgg(settings: CGMQ, device: str, epochs: int) -> None:
     row("VGG-7", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", *"----")
     for share in (0.40, 0.51, 1.0):
         task = Task(data, limit=len(images))
-        found, result, seconds = measured(model, f"bops <= {share}%", task, settings, test, 0)
+        accuracy, result, seconds = measured(model, f"bops <= {share}%", task, settings, test, 0)
         spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
         row(
             "VGG-7",
             "CGMQ",
             share,
             spent,
-            f"{found:.2f}",
+            f"{accuracy:.2f}",
             "-",
             on_held(result),
             f"{seconds:.0f}",
@@ -360,7 +386,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="default: that of CGMQ")
     args = parser.parse_args()
     print(f"{machine()}\n")
-    head("network", "method", "budget, % of BOPs", "found, largest", "accuracy", "spread", "held-back loss", "seconds",
+    head("network", "method", "budget, % of BOPs", "found, largest", "accuracy", "spread",
+         "held-back loss", "seconds",
          "weights/inputs")  # fmt: skip
     settings = CGMQ(finish=args.epochs, steps=args.steps, rate=args.rate)
     if "lenet" in args.parts:

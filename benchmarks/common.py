@@ -1,4 +1,4 @@
-"""What the benchmarks share: the data folder, the machine, and a table that grows a line at a time."""
+"""What the benchmarks share: the data folder, the machine, and tables printed line by line."""
 
 import hashlib
 import importlib.util
@@ -20,7 +20,7 @@ DATA = Path(os.environ.get("RABBET_DATA", Path(__file__).resolve().parents[2] / 
 
 
 def reader(name: str) -> ModuleType:
-    """`load` or `nets` of the data folder."""
+    """The reader `load` or `nets` of the data folder."""
     path = DATA / f"{name}.py"
     if not path.exists():
         sys.exit(f"no data in {DATA}; set RABBET_DATA to the folder that holds load.py and nets.py")
@@ -33,7 +33,10 @@ def reader(name: str) -> ModuleType:
 
 
 def alike(lengths: Sequence[int], size: int, order: random.Random | None = None) -> list[list[int]]:
-    """Places of sentences in batches of like length; with `order`, drawn anew: sorted within 16 batches each."""
+    """Indices of sentences in batches of similar length.
+
+    With `order`, they are shuffled and sorted only within groups of 16 batches.
+    """
     index = list(range(len(lengths)))
     if order is not None:
         order.shuffle(index)
@@ -52,25 +55,28 @@ def alike(lengths: Sequence[int], size: int, order: random.Random | None = None)
 def known(
     folder: Path, setting: str, seed: int, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the folder has of this setting and seed; measured and put there if it has nothing."""
+    """The outcome of a setting and seed: read from the folder, or measured and kept there."""
     path = (
         folder / "outcomes" / f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}-seed{seed}.json"
     )
     if not path.exists():
-        found = {"setting": setting, "outcome": measure()}
+        record = {"setting": setting, "outcome": measure()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, [json.dumps(found).encode()])
+        write_beside(path, [json.dumps(record).encode()])
     read: dict[str, Any] = json.loads(path.read_text())["outcome"]
     return read
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     cpu = next(
         (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")),
         platform.processor(),
     )
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
 
 
 def _cpuinfo() -> list[str]:

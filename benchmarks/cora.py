@@ -1,6 +1,7 @@
-"""CoRa on CIFAR-10 ResNets: do searched ranks beat even ones, and adapters bits; what a step costs; and latency.
+"""CoRa on CIFAR-10 ResNets: searched against even ranks, adapters against bits, cost and latency.
 
-    python benchmarks/cora.py [--nets resnet20 resnet56] [--parts ranks figures step reconstruction latency]
+    python benchmarks/cora.py [--nets resnet20 resnet56]
+        [--parts ranks figures step reconstruction latency]
 
 1,600 training images, labels only where the paper's search takes them; accuracy of the written file
 on 5,000 test images, the drop in points against float on the same. Budgets are mean bits of the
@@ -76,20 +77,22 @@ class Bench:
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             result.save(Path(folder) / "small.safetensors")
-            found = rabbet.accuracy(
+            accuracy = rabbet.accuracy(
                 rabbet.load(Path(folder) / "small.safetensors", self.model), self.test
             )
-        return self.whole - found, result, seconds
+        return self.whole - accuracy, result, seconds
 
-    def apart(self, found: torch.nn.Module) -> float:
-        """Divergence from the float network on held-back training images: finer than an accuracy."""
+    def apart(self, student: torch.nn.Module) -> float:
+        """Divergence from the float network on held-back training images: finer than accuracy."""
         with torch.no_grad():
-            each = [float(divergence(outputs(found(x)), outputs(self.model(x)))) for x in self.held]
+            each = [
+                float(divergence(outputs(student(x)), outputs(self.model(x)))) for x in self.held
+            ]
         return statistics.mean(each)
 
 
 def ranks(bench: Bench, seeds: int, shares: list[float], settings: list[str]) -> None:
-    """Searched against even ranks at the same budget."""
+    """Searched ranks against even ones at the same budget."""
     for label in settings:
         method = SETTINGS[label]
         for bits, share in itertools.product((3, 4), shares):
@@ -105,13 +108,13 @@ def ranks(bench: Bench, seeds: int, shares: list[float], settings: list[str]) ->
 
 
 def _spread(values: list[float], digits: int) -> list[str]:
-    """Mean and deviation of the seeds."""
+    """Mean and deviation over seeds."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return [f"{statistics.mean(values):.{digits}f}", f"{deviation:.{digits}f}"]
 
 
 def figures(bench: Bench, chosen: list[str]) -> None:
-    """Accuracy at 3 bits with adapters, and at low bits of weights and inputs; the same bytes spent otherwise."""
+    """Accuracy at 3 bits with adapters, at low bits, and with the same bytes spent otherwise."""
     for label in chosen:
         bits, act, ends, share = CASES[label]
         ours = replace(OURS, bits=bits, act=act, ends=ends)
@@ -130,15 +133,17 @@ def figures(bench: Bench, chosen: list[str]) -> None:
 
 
 class _Ended:
-    """`Joint` with the inputs of the first and the last layer on other bits, as CoRa has them here."""
+    """`Joint` with the inputs of the first and the last layer on other bits, as for CoRa here."""
 
     def __init__(self, joint: Joint, ends: int) -> None:
         self.joint, self.ends = joint, ends
 
     def plan(self, piece: Workpiece, budget: rabbet.Budget) -> rabbet.Plan:
-        found = self.joint.plan(piece, budget)
-        names = [line.name for line in found]
-        lines = (replace(x, act=self.ends) if x.name in (names[0], names[-1]) else x for x in found)
+        chosen = self.joint.plan(piece, budget)
+        names = [line.name for line in chosen]
+        lines = (
+            replace(x, act=self.ends) if x.name in (names[0], names[-1]) else x for x in chosen
+        )
         return rabbet.Plan(tuple(lines))
 
     def fit(self, piece: Workpiece, plan: rabbet.Plan) -> Fitted:
@@ -150,7 +155,7 @@ def _ended(joint: Joint, ends: int | None) -> Method:
 
 
 def _bare_bits(bench: Bench, method: CoRa) -> float:
-    """Mean bits without any adapter."""
+    """Mean bits without adapters."""
     plan = rabbet.plan(bench.model, "bits <= 32", bench.task, replace(method, ranks="heuristic"))
     bare = (LayerPlan(x.name, x.terms[:1], x.act) for x in plan)
     return rabbet.price(bench.model, rabbet.Plan(tuple(bare)), bench.data).bits
@@ -174,7 +179,7 @@ def _figure(
 
 
 def step(bench: Bench) -> None:
-    """What an iteration of the search costs, against a forward and backward pass of the float network."""
+    """The cost of an iteration of the search, against a forward and backward pass in float."""
     x = bench.data[0][:64]
     for p in bench.model.parameters():
         p.requires_grad_(True)
@@ -201,13 +206,13 @@ def step(bench: Bench) -> None:
 
 
 def reconstruction(bench: Bench, iterations: list[int]) -> None:
-    """Learned rounding of blocks, at the bits that the adapters' bytes would buy or below."""
+    """Learned rounding of blocks, at no more bits than the bytes of the adapters would buy."""
     for bits in (3, 4):
         for count in iterations:
             start = time.perf_counter()
-            found, total = reconstruct(bench.model, bench.data, bits, 8, count)
+            student, total = reconstruct(bench.model, bench.data, bits, 8, count)
             seconds = time.perf_counter() - start
-            drop = bench.whole - rabbet.accuracy(found, bench.test)
+            drop = bench.whole - rabbet.accuracy(student, bench.test)
             row(
                 bench.name,
                 bits,
@@ -235,8 +240,8 @@ def latency(bench: Bench) -> None:
                 files[name]
             )
             notes = (*notes, *written.notes)
-        found = time_files(files, bench.data[0][:1], runs=300)
-    slow, fast = found["with"].median, found["without"].median
+        timings = time_files(files, bench.data[0][:1], runs=300)
+    slow, fast = timings["with"].median, timings["without"].median
     count = sum(len(x.terms) > 1 for x in plan)
     row(
         bench.name,

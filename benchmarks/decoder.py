@@ -1,11 +1,11 @@
-"""GPT-2 at its real size (12 blocks, width 768, 50,257 words) as tensor trains: what it takes and how fast it is.
+"""GPT-2 at its real size (12 blocks, width 768, 50,257 words) as tensor trains: bytes and speed.
 
     python benchmarks/decoder.py [--start metric | plain | random]
 
-No trained weights are at hand: they are random, and nothing is said of accuracy. The cores start
+No trained weights are at hand: they are random, so nothing is said about accuracy. The cores start
 from them in the metric of their inputs, learn for one epoch in float and one on 4 bits (three
 batches of two sequences of 32 tokens, a fourth held back), are written, loaded again and exported.
-Latency is of one sequence on one thread, in turn with the float network in onnxruntime.
+Latency is that of one sequence on one thread, in turn with the float network in onnxruntime.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def batches(words: int) -> list[dict[str, Tensor]]:
 
 
 def network() -> GPT2LMHeadModel:
-    """GPT-2, random."""
+    """GPT-2 with random weights."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config()).eval()
 
@@ -80,10 +80,10 @@ def main() -> None:
         write_float(model, task, files["float"])
         row("ONNX bytes, float", f"{files['float'].stat().st_size:,}")
         row("ONNX bytes, tensor trains", f"{files['tt'].stat().st_size:,}")
-        found = time_files(files, [batch["input_ids"][:1]], runs=30, threads=1)
-    row(f"ms for {TOKENS} tokens, float", f"{found['float'].median:.0f}")
-    row(f"ms for {TOKENS} tokens, tensor trains", f"{found['tt'].median:.0f}")
-    row("times faster", f"{found['float'].median / found['tt'].median:.1f}")
+        timings = time_files(files, [batch["input_ids"][:1]], runs=30, threads=1)
+    row(f"ms for {TOKENS} tokens, float", f"{timings['float'].median:.0f}")
+    row(f"ms for {TOKENS} tokens, tensor trains", f"{timings['tt'].median:.0f}")
+    row("times faster", f"{timings['float'].median / timings['tt'].median:.1f}")
 
 
 if __name__ == "__main__":

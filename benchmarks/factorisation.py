@@ -1,11 +1,12 @@
-"""The paper's method on whole networks, and the questions that it left open: a line for each setting of `ADMM`.
+"""The paper's method on whole networks, and the questions it left open: a row per `ADMM` setting.
 
     python benchmarks/factorisation.py [--nets resnet20 resnet56] [--rates 2 3] [--quick]
 
-Every conv of more than one place but the first is factorised at one rate; factors 4 bits, the rest
-and all inputs 8. 1,600 unlabelled training images; accuracy of the written file on 5,000 test
-images. `EPC, to nearest` is the same pipeline without ADMM; `Joint` is rabbet's own method,
-untuned, under the bytes and MACs that the paper's run took. Seconds on two processes. Seed 0.
+Every conv with a kernel of more than one place, except the first, is factorised at one rate;
+factors have 4 bits, the rest and all inputs 8. 1,600 unlabelled training images; accuracy of the
+written file on 5,000 test images. `EPC, to nearest` is the same pipeline without ADMM; `Joint` is
+rabbet's own method, untuned, under the bytes and MACs that the paper's run took. Seconds on two
+processes. Seed 0.
 """
 
 import argparse
@@ -71,16 +72,34 @@ def main() -> None:
                 rate: float, label: str, budget: str, method: rabbet.methods.Method
             ) -> rabbet.Result:
                 start = time.perf_counter()
-                result = rabbet.compress(model, budget, data, method, jobs=rabbet.Jobs(executor))  # noqa: B023
+                result = rabbet.compress(
+                    model,  # noqa: B023
+                    budget,
+                    data,  # noqa: B023
+                    method,
+                    jobs=rabbet.Jobs(executor),
+                )
                 seconds = time.perf_counter() - start
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "small.safetensors"
                     size = result.save(path)
-                    found = rabbet.accuracy(rabbet.load(path, model), test)  # noqa: B023
+                    accuracy = rabbet.accuracy(rabbet.load(path, model), test)  # noqa: B023
                 cost, base = result.cost, result.float_cost
                 work = f"{100 * cost.macs / base.macs:.1f}", f"{100 * cost.bops / base.bops:.3f}"
-                quality = f"{found:.2f}", f"{whole - found:.2f}", f"{seconds:.0f}"  # noqa: B023
-                row(name, rate, label, f"{size:,}", *work, *quality, "; ".join(result.notes))  # noqa: B023
+                quality = (
+                    f"{accuracy:.2f}",
+                    f"{whole - accuracy:.2f}",  # noqa: B023
+                    f"{seconds:.0f}",
+                )
+                row(
+                    name,  # noqa: B023
+                    rate,
+                    label,
+                    f"{size:,}",
+                    *work,
+                    *quality,
+                    "; ".join(result.notes),
+                )
                 return result
 
             for rate in args.rates:

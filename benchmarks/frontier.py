@@ -1,15 +1,15 @@
-"""Accuracy against size: what `Joint` makes of real networks at several mean bits per weight.
+"""Accuracy against size: real networks compressed by `Joint` at several mean bits per weight.
 
     # ResNet-20 and -56 at 4, 3, 2 and 1.5 bits
     python benchmarks/frontier.py
     python benchmarks/frontier.py --nets mobilenet --bits 8 6 4
 
-Weights: every conv and linear, first and last included; the mean counts codes, scales and the rest
-are in the bytes. Inputs of every layer 8 bits. Calibration: the first 1,600 images of `train`
+Weights: every conv and linear, first and last included. The mean counts codes; scales and the rest
+are in the bytes. Inputs of every layer have 8 bits. Calibration: the first 1,600 images of `train`
 without labels (MobileNet, for which no training images are at hand: see `mobilenet`). Accuracy: the
 written file, loaded again, on the test images; the drop is in points against float on the same
 images. ONNX: the exported file in onnxruntime, on the same images. Seconds: from the call to the
-network, candidates solved once and shared by the budgets (the first line of a network pays).
+network; candidates are solved once and shared by the budgets (the first row of a network pays).
 """
 
 import argparse
@@ -47,7 +47,7 @@ def cifar(depth: int) -> tuple[nn.Module, list[Tensor], Labelled]:
 def mobilenet() -> tuple[nn.Module, list[Tensor], Labelled]:
     """MobileNet v1 on ImageNet: there are 650 validation images and no training ones.
 
-    150 of them calibrate, without labels, and the other 500 measure, so that no image does both.
+    150 of them calibrate, without labels, and the other 500 measure: no image does both.
     """
     load, nets = reader("load"), reader("nets")
     images, labels = load.imagenet_val()
@@ -72,10 +72,12 @@ NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
 }
 
 
-TABLE = ("bits <= 4", "bits <= 3", "bits <= 2", "bits <= 1.5", "bpw <= 2", "macs <= 70%, bytes <= 13%",
+TABLE = ("bits <= 4", "bits <= 3", "bits <= 2", "bits <= 1.5", "bpw <= 2",
+         "macs <= 70%, bytes <= 13%",
          "macs <= 50%, bytes <= 13%", "macs <= 35%, bytes <= 9%")  # fmt: skip
 HEAD = (
-    "network", "budget", "tier", "rank", "bits/weight", "with scales", "file bytes", "% of float32 parameters",
+    "network", "budget", "tier", "rank", "bits/weight", "with scales", "file bytes",
+    "% of float32 parameters",
     "% MACs", "% BOPs", "accuracy", "drop", "seconds", "ONNX bytes", "ONNX accuracy",
 )  # fmt: skip
 
@@ -110,7 +112,7 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
             size = result.save(path)
-            found = rabbet.accuracy(rabbet.load(path, model), test)
+            accuracy = rabbet.accuracy(rabbet.load(path, model), test)
             exported = result.export(Path(folder) / "small.onnx")
             ran = rabbet.accuracy(rabbet.Session(Path(folder) / "small.onnx"), test)
         cost, base = result.cost, result.float_cost
@@ -121,8 +123,8 @@ def measure(
             f"{100 * cost.bops / base.bops:.3f}",
         )
         quality = (
-            f"{found:.2f}",
-            f"{whole - found:.2f}",
+            f"{accuracy:.2f}",
+            f"{whole - accuracy:.2f}",
             f"{seconds:.0f}",
             f"{exported.bytes:,}",
             f"{ran:.2f}",

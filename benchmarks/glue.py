@@ -1,17 +1,20 @@
-"""MiniLM on SST-2 and CoLA, 10 and 20 times smaller: ranks and bits by one integer program, without and with training.
+"""MiniLM on SST-2 and CoLA, 10 and 20 times smaller, without and with training.
 
-    python benchmarks/glue.py --keep FOLDER [--tasks SST-2 CoLA] [--ratios 10 20] [--methods joint ttqat]
+    python benchmarks/glue.py --keep FOLDER [--tasks SST-2 CoLA] [--ratios 10 20]
+        [--methods joint ttqat]
+
+One integer program chooses ranks and bits.
 
 The teacher is MiniLM with a head of two classes, fine-tuned on the training split only. A part of
-that split is held back and chooses between epochs, of the teacher and of what is trained of it. The
-measure is GLUE's dev split: accuracy on SST-2 (872 sentences), Matthews correlation times 100 on
-CoLA (1,043, 16 of them in train but for capitals). The test split has no public labels. Float
-bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for the whole file;
-activations are float; accuracy is that of the written file, loaded again. Held-back sentences of
-SST-2 are mostly phrases of sentences that are trained on. `tt` is `ttqat` with tables of words as
-matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, layers that were
-decomposed and what each setting came to, so that rows can be run one by one; what other code left
-there is not told from what this one left.
+that split is held back and chooses between epochs, both for the teacher and for what is trained
+from it. The measure is GLUE's dev split: accuracy on SST-2 (872 sentences), Matthews correlation
+times 100 on CoLA (1,043, of which 16 are in train up to capitals). The test split has no public
+labels. Float bytes: every float32 parameter. A ratio of 10 is a budget of a tenth of them for the
+whole file; activations are float; accuracy is that of the written file, loaded again. Held-back
+sentences of SST-2 are mostly phrases of training sentences. `tt` is `ttqat` with tables of words as
+matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, decomposed layers
+and the outcome of each setting, so that rows can be run one by one. Use a new folder after changing
+the code: old results are not recognised as such.
 """
 
 import functools
@@ -57,11 +60,11 @@ class Sentences:
     labels: list[int]
 
     def part(self, first: int, last: int | None = None) -> "Sentences":
-        """Those from place `first` to before place `last`."""
+        """Those from index `first` up to, but without, `last`."""
         return Sentences(self.ids[first:last], self.labels[first:last])
 
     def batches(self, size: int = 32, order: random.Random | None = None) -> list[Batch]:
-        """Sentences of like length together, padded to the longest of the batch; with `order`, drawn anew."""
+        """Batches of similar length, padded to their longest sentence; shuffled by `order`."""
         return [self._batch(chunk) for chunk in alike([len(s) for s in self.ids], size, order)]
 
     def _batch(self, chunk: list[int]) -> Batch:
@@ -76,26 +79,26 @@ class Sentences:
         }
 
 
-def matthews(found: Tensor, true: Tensor) -> float:
+def matthews(guessed: Tensor, true: Tensor) -> float:
     """Matthews correlation of two classes, times 100; 0 if all is one class."""
-    (a, b), (c, d) = torch.bincount(2 * true + found, minlength=4).view(2, 2).double().tolist()
+    (a, b), (c, d) = torch.bincount(2 * true + guessed, minlength=4).view(2, 2).double().tolist()
     return 100 * (a * d - b * c) / math.sqrt(max((a + b) * (c + d) * (a + c) * (b + d), 1))
 
 
-def accuracy(found: Tensor, true: Tensor) -> float:
-    """Per cent."""
-    return 100 * float((found == true).double().mean())
+def accuracy(guessed: Tensor, true: Tensor) -> float:
+    """Accuracy in per cent."""
+    return 100 * float((guessed == true).double().mean())
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:
     """Scores of the two classes, [n, 2]."""
-    found: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return found
+    logits: Tensor = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a teacher is fine-tuned: AdamW, linear warm-up over a sixteenth, then linearly to 0."""
+    """How a teacher is fine-tuned: AdamW, linear warm-up over a sixteenth, then linear to 0."""
 
     epochs: int
     rate: float = 5e-5
@@ -105,7 +108,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Problem:
-    """A task of GLUE: its sentences, its measure, and how its teacher is made."""
+    """A task of GLUE: its sentences, its measure, and how its teacher is trained."""
 
     name: str
     train: Sentences
@@ -118,11 +121,11 @@ class Problem:
         """The measure on some sentences."""
         model.eval()
         with torch.no_grad():
-            found = [(scores(model, b).argmax(1), b["labels"]) for b in part.batches(64)]
-        return self.measure(torch.cat([f for f, _ in found]), torch.cat([y for _, y in found]))
+            pairs = [(scores(model, b).argmax(1), b["labels"]) for b in part.batches(64)]
+        return self.measure(torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs]))
 
     def task(self, seed: int) -> Task:
-        """What is trained on, with labels; held-back sentences choose between epochs."""
+        """The training sentences with labels; held-back ones choose between epochs."""
         return Task(
             self.train.batches(self.recipe.batch, random.Random(seed)),
             forward=scores,
@@ -132,10 +135,10 @@ class Problem:
         )
 
     def unlabelled(self, seed: int) -> Task:
-        """A few sentences of the same."""
-        found = self.train.part(0, SHOWN).batches(self.recipe.batch, random.Random(seed))
+        """A few of the training sentences, without labels."""
+        batches = self.train.part(0, SHOWN).batches(self.recipe.batch, random.Random(seed))
         return Task(
-            [{k: b[k] for k in ("input_ids", "attention_mask")} for b in found], forward=scores
+            [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches], forward=scores
         )
 
 
@@ -143,7 +146,10 @@ PROBLEMS = {"SST-2": (accuracy, Recipe(3)), "CoLA": (matthews, Recipe(8))}
 
 
 def problem(name: str, seed: int, sentences: int | None, epochs: int | None) -> Problem:
-    """A task of GLUE, with so many of its training sentences, drawn by the seed; epochs: of the teacher."""
+    """A task of GLUE, with this many training sentences, drawn by the seed.
+
+    epochs: those of the teacher.
+    """
     load, tokens = reader("load"), AutoTokenizer.from_pretrained(DATA / "minilm")
     measure, recipe = PROBLEMS[name]
 
@@ -184,60 +190,62 @@ def fine_tuned(given: Problem, seed: int, report: bool) -> nn.Module:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
             step += 1
-        found = given.score(model, given.held)
-        if found > best:
-            best, kept = found, {k: v.clone() for k, v in model.state_dict().items()}
+        current = given.score(model, given.held)
+        if current > best:
+            best, kept = current, {k: v.clone() for k, v in model.state_dict().items()}
         if report:
-            row(given.name, epoch + 1, f"{found:.2f}", f"{time.perf_counter() - start:.0f}")
+            row(given.name, epoch + 1, f"{current:.2f}", f"{time.perf_counter() - start:.0f}")
     model.load_state_dict(kept)
     return model.eval()
 
 
 def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
-    """The fine-tuned network, from the folder if it lies there."""
+    """The fine-tuned network, from the folder if it is there."""
     path = (
-        folder
-        / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}-epochs{given.recipe.epochs}"
+        folder / f"glue-{given.name}-seed{seed}-sentences{len(given.train.ids)}"
+        f"-epochs{given.recipe.epochs}"
     )
     if not path.exists():
         head("teacher", "epoch", "held back", "seconds")
         fine_tuned(given, seed, report=True).save_pretrained(path)
         print(flush=True)
-    found: nn.Module = BertForSequenceClassification.from_pretrained(path).eval()
-    return found
+    model: nn.Module = BertForSequenceClassification.from_pretrained(path).eval()
+    return model
 
 
 def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Namespace) -> None:
-    """Compress to each ratio, write, load again, measure: a row each."""
+    """A row for each ratio: compress, write, load again, measure."""
     whole = given.score(model, given.dev)
     for ratio in args.ratios:
         setting = f"{given.name}, {len(given.train.ids)}, {given.recipe}, {ratio:g}, {method}"
-        found = known(
+        measured = known(
             args.keep,
             setting,
             args.seed,
             functools.partial(outcome, given, model, method, ratio, args),
         )
-        if "refused" in found:  # not every method goes as far
+        if "refused" in measured:  # not every method reaches every ratio
             row(
                 given.name,
                 f"{label}, {ratio:g}x",
                 *"-----",
-                found["seconds"],
+                measured["seconds"],
                 "-",
                 "-",
-                found["refused"],
+                measured["refused"],
             )
             continue
-        row(given.name, f"{label}, {ratio:g}x", f"{found['bytes']:,}", f"{found['ratio']:.2f}", f"{found['held']:.2f}",
-            f"{found['dev']:.2f}", f"{whole - found['dev']:.2f}", found["seconds"], found["words"], found["layers"],
-            found["notes"])  # fmt: skip
+        row(given.name, f"{label}, {ratio:g}x", f"{measured['bytes']:,}",
+            f"{measured['ratio']:.2f}", f"{measured['held']:.2f}",
+            f"{measured['dev']:.2f}", f"{whole - measured['dev']:.2f}",
+            measured["seconds"], measured["words"], measured["layers"],
+            measured["notes"])  # fmt: skip
 
 
 def outcome(
     given: Problem, model: nn.Module, method: Method, ratio: float, args: Namespace
 ) -> dict[str, Any]:
-    """What a row says, or why there is none."""
+    """What a row shows, or why there is none."""
     size = sum(p.numel() * 4 for p in model.parameters())
     task = given.task(args.seed) if isinstance(method, TTQAT) else given.unlabelled(args.seed)
     jobs = rabbet.Jobs(folder=args.keep / "layers", progress=told if args.watch else silent)
@@ -254,21 +262,22 @@ def outcome(
         written = result.save(path)
         small = rabbet.load(path, model)
     return {
-        "bytes": written, "ratio": size / written, "seconds": seconds, "held": given.score(small, given.held),
-        "dev": given.score(small, given.dev), "words": str(result.plan[WORDS].body), "layers": forms(result.plan),
+        "bytes": written, "ratio": size / written, "seconds": seconds,
+        "held": given.score(small, given.held), "dev": given.score(small, given.dev),
+        "words": str(result.plan[WORDS].body), "layers": forms(result.plan),
         "notes": "; ".join(result.notes),
     }  # fmt: skip
 
 
 def told(stage: str, done: int, total: int) -> None:
-    """Where things stand, with the time of day."""
+    """The state of things, with the time of day."""
     print(f"{time.strftime('%H:%M:%S')} {stage} {done}/{total}", file=sys.stderr, flush=True)
 
 
 def forms(plan: rabbet.Plan) -> str:
     """How many layers have which form, on which grid."""
-    found = Counter(" + ".join(f"{t.form}@{t.grid}" for t in each.terms) for each in plan)
-    return ", ".join(f"{n} {form}" for form, n in found.most_common())
+    counts = Counter(" + ".join(f"{t.form}@{t.grid}" for t in each.terms) for each in plan)
+    return ", ".join(f"{n} {form}" for form, n in counts.most_common())
 
 
 def main() -> None:
@@ -305,7 +314,7 @@ def main() -> None:
         (2, 3, 4), None, None, Choices(tuple(args.ranks), grids=("1c", "tc", "2hc", "3c", "4c")),
         epochs=args.epochs, finish=args.finish, rate=args.rate, dense_rate=args.matrices,
     )  # fmt: skip
-    made: dict[str, Method] = {
+    methods: dict[str, Method] = {
         "joint": Joint(act=None, tuning=Tuning(steps=args.tuning, batch=32)),
         "ttqat": trained,
         "tt": replace(trained, choices=replace(trained.choices, forms=("tt",))),
@@ -317,14 +326,15 @@ def main() -> None:
         model = teacher(given, args.seed, args.keep)
         size = sum(p.numel() * 4 for p in model.parameters())
         print(
-            f"{len(given.train.ids):,} sentences are trained on, {len(given.held.ids):,} held back\n"
+            f"{len(given.train.ids):,} sentences are trained on, "
+            f"{len(given.held.ids):,} held back\n"
         )
-        head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop", "seconds", "words", "layers",
-             "notes")  # fmt: skip
+        head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop",
+             "seconds", "words", "layers", "notes")  # fmt: skip
         whole = [f"{given.score(model, part):.2f}" for part in (given.held, given.dev)]
         row(name, "float32", f"{size:,}", 1, *whole, *"-----")
         for label in args.methods:
-            lines(given, model, label, made[label], args)
+            lines(given, model, label, methods[label], args)
         print()
 
 

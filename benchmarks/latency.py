@@ -1,17 +1,18 @@
-"""How fast exported files are: onnxruntime and OpenVINO, against float and against what other tools export.
+r"""How fast exported files are in onnxruntime and OpenVINO, against float and other tools' exports.
 
     # ResNet-20, ResNet-18, MobileNet, MiniLM
     python benchmarks/latency.py
     python benchmarks/latency.py --nets minilm --threads 1
-    python benchmarks/latency.py --nets resnet20 resnet18 --predict --grids 8c tucker@45 lowrank@45 cp@45
+    python benchmarks/latency.py --nets resnet20 resnet18 --predict \
+        --grids 8c tucker@45 lowrank@45 cp@45
     python benchmarks/latency.py --nets resnet18 --grids 8c tucker@45 lowrank@45 cp@45 tucker@25
 
-Every file of a network is timed in turn in one run, one example at a time after warm-up, on all
-cores unless told otherwise: medians, the 95th percentile beside them, and the ratio to float
-onnxruntime. Peers: onnxruntime's static quantiser (QDQ, per channel, uint8 activations, int8
-weights, after its own pre-processing), its dynamic one for transformers, NNCF's post-training int8
-through OpenVINO with the precision pinned to float32, torch compiled. rabbet's weights are rounded
-to nearest here: rounding changes accuracy, not speed.
+All files of a network are timed in turn in one run, one example at a time after warm-up, on all
+cores unless told otherwise: medians, 95th percentiles, and the ratio to float onnxruntime. Peers:
+onnxruntime's static quantiser (QDQ, per channel, uint8 activations, int8 weights, after its own
+pre-processing), its dynamic one for transformers, NNCF's post-training int8 through OpenVINO with
+the precision pinned to float32, torch.compile. rabbet's weights are rounded to nearest here:
+rounding changes accuracy, not speed.
 """
 
 import argparse
@@ -55,7 +56,7 @@ Make = Callable[[Any], Run]
 
 
 class Basic(nn.Module):
-    """Two 3x3 convs and a shortcut, projected where shapes differ (He et al. 2016, option B)."""
+    """Two 3x3 convs and a shortcut, projected if shapes differ (He et al. 2016, option B)."""
 
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class ResNet18(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A network, batches to calibrate on, and the batches of one that are timed."""
+    """A network, batches to calibrate on, and the batches of one example that are timed."""
 
     model: nn.Module
     data: list[Any]
@@ -107,26 +108,26 @@ class Case:
 
 
 def images(model: nn.Module, data: list[Tensor]) -> Case:
-    """One image at a time."""
+    """A case that is timed on one image."""
     return Case(model, data, {"1 image": data[0][:1]})
 
 
 def cifar(depth: int) -> Case:
     """A CIFAR-10 ResNet, calibrated on training images."""
-    found, _ = reader("load").cifar10("train", 128)
-    return images(reader("nets").cifar_resnet(depth), list(torch.from_numpy(found).split(32)))
+    pixels, _ = reader("load").cifar10("train", 128)
+    return images(reader("nets").cifar_resnet(depth), list(torch.from_numpy(pixels).split(32)))
 
 
 def resnet18() -> Case:
-    """At ImageNet's size, calibrated on noise: only its speed means anything."""
+    """ResNet-18 at ImageNet's size, calibrated on noise: only its speed means anything."""
     torch.manual_seed(0)
     return images(ResNet18().eval(), [torch.randn(4, 3, 224, 224) for _ in range(8)])
 
 
 def mobilenet() -> Case:
     """MobileNet v1, alpha 0.75."""
-    found, _ = reader("load").imagenet_val(limit=64)
-    return images(reader("nets").mobilenet_v1(), list(torch.from_numpy(found).split(16)))
+    pixels, _ = reader("load").imagenet_val(limit=64)
+    return images(reader("nets").mobilenet_v1(), list(torch.from_numpy(pixels).split(16)))
 
 
 def minilm() -> Case:
@@ -153,10 +154,7 @@ NETS: dict[str, Callable[[], Case]] = {
 def uniform(case: Case, kind: str) -> tuple[Workpiece, rabbet.Plan, nn.Module]:
     """A network with every weight on one grid, or in one form, and every input in 8 bits."""
     piece = Workpiece.of(case.model, Task.of(case.data), rabbet.Jobs())
-    lines = (
-        LayerPlan(s.name, (term(s, kind),), None if s.kind == "embedding" else 8)
-        for s in piece.survey
-    )
+    lines = (LayerPlan(s.name, (term(s, kind),), 8 if s.multiplies else None) for s in piece.survey)
     plan = rabbet.Plan(tuple(lines))
     student = build(piece.model, plan, piece.survey, numbers(piece, plan) if "@" in kind else None)
     calibrate_ranges(student, piece.task)
@@ -164,7 +162,7 @@ def uniform(case: Case, kind: str) -> tuple[Workpiece, rabbet.Plan, nn.Module]:
 
 
 def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
-    """Such a network as files for both runtimes."""
+    """Such a network, written for both runtimes."""
     piece, plan, student = uniform(case, kind)
     parcel = Parcel(student, plan, piece.survey, piece.rest(plan), piece.task)
     paths = {"onnx": folder / f"{kind}.onnx", "openvino": folder / f"{kind}.openvino.onnx"}
@@ -179,9 +177,10 @@ def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
 
 
 def term(site: Site, kind: str) -> Term:
-    """`8c`: dense on that grid. `cp@45`: kernels as `Joint` would offer them at 45 % of their MACs, in 8 bits.
+    """The term of a layer: `8c` is dense on that grid.
 
-    The first layer and those of one place stay dense.
+    `cp@45`: kernels as `Joint` would offer them at 45 % of their MACs, in 8 bits; the first layer
+    and kernels of one place stay dense.
     """
     form, _, share = kind.partition("@")
     if share and math.prod(site.shape[2:]) > 1 and site.shape[1] > 3:
@@ -193,7 +192,7 @@ def term(site: Site, kind: str) -> Term:
 
 
 def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantised]]]:
-    """Factors of normal entries that keep the scale of what passes: speed does not depend on them."""
+    """Normal factors that keep the scale of activations: speed does not depend on them."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(shape: tuple[int, ...], grid: Grid) -> Quantised:
@@ -210,14 +209,14 @@ def numbers(piece: Workpiece, plan: rabbet.Plan) -> dict[str, list[list[Quantise
 
 
 def onnxruntime_run(path: Path, batch: Any, threads: int) -> Run:
-    """The Python border is crossed once a run, with arrays that are made beforehand."""
+    """A run in onnxruntime: one call from Python, with arrays that are prepared beforehand."""
     session = rabbet.Session(path, threads)
     feed = session.feed(batch)
     return lambda: session.run(feed)
 
 
 def openvino_run(path: Path, batch: Any, threads: int) -> Run:
-    """Pinned to float32: where it is not told, OpenVINO runs "float" in bfloat16 on some processors."""
+    """A run in OpenVINO, pinned to float32: by default, some processors run "float" in bfloat16."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -230,7 +229,7 @@ def openvino_run(path: Path, batch: Any, threads: int) -> Run:
 
 
 def torch_run(case: Case, batch: Any) -> Run:
-    """torch.compile with its default settings."""
+    """A run of torch.compile with its default settings."""
     compiled, task = torch.compile(case.model), Task.of([batch])
 
     def run() -> None:
@@ -248,26 +247,26 @@ def nncf_file(case: Case, path: Path, folder: Path) -> Path:
 
     session = rabbet.Session(path, 1)
     data = nncf.Dataset([session.feed(first_examples(batch, 1)) for batch in case.data])
-    found = folder / "nncf.xml"
+    target = folder / "nncf.xml"
     openvino.save_model(
-        nncf.quantize(openvino.Core().read_model(path), data), found, compress_to_fp16=False
+        nncf.quantize(openvino.Core().read_model(path), data), target, compress_to_fp16=False
     )
-    return found
+    return target
 
 
 def dynamic_int8(path: Path, folder: Path) -> Path:
-    """Onnxruntime's dynamic quantiser, which is its own advice for transformers."""
+    """Onnxruntime's dynamic quantiser, which it recommends for transformers."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    found = folder / "dynamic.onnx"
-    quantize_dynamic(path, found, weight_type=QuantType.QInt8, per_channel=True)
-    return found
+    target = folder / "dynamic.onnx"
+    quantize_dynamic(path, target, weight_type=QuantType.QInt8, per_channel=True)
+    return target
 
 
 def entries(
     name: str, case: Case, grids: list[str], threads: int, folder: Path
 ) -> dict[str, tuple[Path | None, Make]]:
-    """What runs: the file that it is made of, if there is one, and how a run on a batch is made."""
+    """What is timed: by label, the file if there is one, and how to make a run on a batch."""
     whole = folder / "float.onnx"
     write_float(case.model, Task.of(case.data), whole)
     older = folder / "older.onnx"  # onnxruntime's quantisers do not know the attention of opset 23
@@ -290,25 +289,24 @@ def entries(
         makers[f"rabbet {grid} OpenVINO"] = (partial(paths.get, "openvino"), vino)
     makers["NNCF int8 OpenVINO"] = (lambda: nncf_file(case, whole, folder), vino)
     makers["float torch.compile"] = (lambda: None, lambda _, batch: torch_run(case, batch))
-    found: dict[str, tuple[Path | None, Make]] = {}
+    usable: dict[str, tuple[Path | None, Make]] = {}
     for label, (file, run) in makers.items():
         try:
             path = file()
             run(path, next(iter(case.timed.values())))()
-            found[label] = path, partial(run, path)
-        except (
-            Exception
-        ) as e:  # another tool may raise anything; one that is missing or fails says so
+            usable[label] = path, partial(run, path)
+        # another tool may raise anything; a missing or failing one is reported
+        except Exception as e:
             print(
                 f"{label}: left out: {type(e).__name__}: {' '.join(str(e).split())[:300]}",
                 file=sys.stderr,
             )
-    return found
+    return usable
 
 
 def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every run: in turn, a few at a time, the order turned by one each round."""
-    found: dict[str, list[float]] = {label: [] for label in runs}
+    """Milliseconds of every run: in turn, a few at a time, the order rotated by one each round."""
+    times: dict[str, list[float]] = {label: [] for label in runs}
     for run in runs.values():
         for _ in range(5):
             run()
@@ -319,55 +317,58 @@ def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
             for _ in range(3):
                 start = time.perf_counter()
                 runs[label]()
-                found[label].append(1e3 * (time.perf_counter() - start))
-    return found
+                times[label].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def measure(name: str, grids: list[str], threads: int, rounds: int) -> None:
     """The table of one network."""
     case = NETS[name]()
     with tempfile.TemporaryDirectory() as folder:
-        found = entries(name, case, grids, threads, Path(folder))
+        usable = entries(name, case, grids, threads, Path(folder))
         for label, batch in case.timed.items():
-            times = timed({what: make(batch) for what, (_, make) in found.items()}, rounds)
-            report(name, label, times, {what: path for what, (path, _) in found.items()})
+            times = timed({what: make(batch) for what, (_, make) in usable.items()}, rounds)
+            report(name, label, times, {what: path for what, (path, _) in usable.items()})
 
 
 def predict(name: str, grids: list[str]) -> None:
-    """What a latency budget is held against, the sum of layers timed alone, beside the time of the real file."""
+    """The predicted time that a latency budget limits, beside the time of the real file.
+
+    The prediction is the sum of layers timed alone.
+    """
     case = NETS[name]()
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["RABBET_CACHE"] = cache  # nothing that was timed before
+        os.environ["RABBET_CACHE"] = cache  # without earlier timings
         for kind in grids:
             piece, plan, student = uniform(case, kind)
             piece.clock = Stopwatch(piece)
-            guess, found = piece.cost(plan).time, piece.clock.network(student)
+            guess, actual = piece.cost(plan).time, piece.clock.network(student)
             row(
                 name,
                 kind,
                 f"{guess / 1e6:.3f}",
-                f"{found / 1e6:.3f}",
-                f"{100 * (guess / found - 1):+.0f} %",
+                f"{actual / 1e6:.3f}",
+                f"{100 * (guess / actual - 1):+.0f} %",
             )
 
 
 def report(
     name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]
 ) -> None:
-    """A line a run: median, 95th percentile, gain over float onnxruntime, bytes, and integer kernels of all."""
+    """A row for each run: median, 95th percentile, speed-up, bytes, share of integer kernels."""
     base = statistics.median(times["float onnxruntime"])
     dense = {
         r: statistics.median(t)
         for r in ("onnxruntime", "OpenVINO")
         if (t := times.get(f"rabbet 8c {r}"))
     }
-    for what, found in times.items():
-        path, median = files[what], statistics.median(found)
+    for what, spent in times.items():
+        path, median = files[what], statistics.median(spent)
         path = path if path is not None and path.suffix == ".onnx" else None
         ran = list(kernels(path).values()) if path else []
         integer = f"{sum(k in KERNELS for k in ran)} of {len(ran)}" if path else "-"
         size = f"{path.stat().st_size:,}" if path else "-"
-        tail = float(np.percentile(found, 95))
+        tail = float(np.percentile(spent, 95))
         own = dense.get(what.rpartition(" ")[2])
         gain = f"{own / median:.2f}x" if own and what.startswith("rabbet") else "-"
         row(

@@ -1,10 +1,10 @@
-"""Block reconstruction with learned rounding, in short: what `cora.py` compares with.
+"""A short block reconstruction with learned rounding, for comparison in `cora.py`.
 
 AdaRound (arXiv 2004.10568) on the output of each block (BRECQ, arXiv 2102.05426), block after
-block, each for the inputs that the quantised blocks before it leave. Settings of the papers: Adam
-at 1e-3 for 20,000 iterations a block, at 1e-2 where there are 2,000; batch 32; regulariser 0.01,
-its exponent from 20 to 2 after a fifth of the iterations. Scales per channel of least squared
-error; inputs of all layers at `act` bits; no layer is exempt.
+block, each on the inputs that the quantised blocks before it give. Settings of the papers: Adam at
+1e-3 for 20,000 iterations per block, at 1e-2 for 2,000; batch 32; regulariser 0.01, its exponent
+from 20 to 2 after a fifth of the iterations. Scales per channel have the least squared error;
+inputs of all layers have `act` bits; no layer is exempt.
 """
 
 import math
@@ -53,7 +53,7 @@ class _Soft:
 def reconstruct(
     model: nn.Module, data: Sequence[Tensor], bits: int, act: int, iterations: int, seed: int = 0
 ) -> tuple[nn.Module, int]:
-    """A network quantised block by block, and the iterations that it took in all."""
+    """A network quantised block by block, and the iterations in total."""
     piece = Workpiece.of(model, Task.of(data), rabbet.Jobs(), seed)
     plan = rabbet.Plan.parse("\n".join(f"{s.name} dense@{bits}c | act@{act}" for s in piece.survey))
     student = build(piece.model, plan, piece.survey)
@@ -98,7 +98,7 @@ def _fit(
 
 
 def _passed(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What a module is given and gives for all images."""
+    """Inputs and outputs of a module for all images."""
     seen: list[tuple[Tensor, Tensor]] = []
     hook = model.get_submodule(name).register_forward_hook(
         lambda _, args, out: seen.append((args[0], out))

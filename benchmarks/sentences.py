@@ -1,11 +1,11 @@
-"""ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training in float, and its measures.
+"""ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training and measures.
 
     python benchmarks/sentences.py --keep FOLDER [--seeds 0 1 2]     # only trains the dense models
     # how settings are chosen
     python benchmarks/sentences.py --folds 0 1 2 3 4 --seeds 0 --width 240
 
-A tenth of the training sentences is held back and chooses the epoch (by `--folds` another tenth);
-dev and test together are the measure, and are not looked at with `--folds`.
+A tenth of the training sentences is held back and chooses the epoch (`--folds`: another tenth). Dev
+and test together are the measure; `--folds` does not use them.
 """
 
 import argparse
@@ -32,13 +32,13 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sentences:
-    """Encoded sentences of a split: ids, slot labels, intent; labels that training never saw are -1."""
+    """Encoded sentences of a split: ids, slot labels, intent; labels not in training are -1."""
 
     items: list[tuple[list[int], list[int], int]]
     tags: list[str] = field(repr=False)
 
     def batches(self, size: int, order: random.Random | None = None) -> list[Batch]:
-        """Sentences of like length together; with `order`, drawn anew."""
+        """Batches of similar length, shuffled by `order`."""
         return [
             self._batch(chunk)
             for chunk in alike([len(ids) for ids, _, _ in self.items], size, order)
@@ -57,7 +57,7 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Train, the tenth of it that is held back, dev and test, with the sizes of the model's ends."""
+    """Train, the held-back tenth of it, dev and test, with the sizes of the model's ends."""
 
     train: Sentences
     held: Sentences
@@ -68,25 +68,25 @@ class Corpus:
     slots: int
 
     def rates(self, words: float) -> Tensor:
-        """How often each word is shown as the unknown one, [words], rare ones more (arXiv 1603.04351)."""
+        """How often each word is shown as unknown, [words], rare ones more (arXiv 1603.04351)."""
         counts = torch.bincount(
             torch.tensor([w for ids, _, _ in self.train.items for w in ids]), minlength=self.words
         )
-        found = words / (words + counts)
-        found[: FIRST + 1] = 0
-        return found
+        shares = words / (words + counts)
+        shares[: FIRST + 1] = 0
+        return shares
 
 
 def shapes(words: Sequence[str]) -> list[str]:
-    """Words with every digit as 0, as is usual for this corpus (arXiv 1603.01360 does the same): `0745` as `0000`."""
+    """Words with every digit as 0, as is usual for this corpus (and in arXiv 1603.01360)."""
     return [re.sub(r"\d", "0", w) for w in words]
 
 
 def corpus(fold: int = 0) -> Corpus:
     """ATIS, words by their `shapes`, with this tenth of the training sentences held back.
 
-    The vocabulary is that of the sentences that are trained on: held-back ones have unknown words
-    like those of test.
+    The vocabulary is that of the training sentences: held-back ones have unknown words, as test
+    does.
     """
     load = reader("load")
     raw = {
@@ -102,30 +102,32 @@ def corpus(fold: int = 0) -> Corpus:
     tags = sorted({t for _, s, _ in raw["train"] for t in s})
     intents = sorted({y for _, _, y in raw["train"]})
     tag_of, intent_of = {t: k for k, t in enumerate(tags)}, {y: k for k, y in enumerate(intents)}
-    found = {
+    encoded = {
         split: [
-            ([FIRST, *(words.get(w, UNKNOWN) for w in s)], [IGNORED, *(tag_of.get(t, -1) for t in ts)],
+            ([FIRST, *(words.get(w, UNKNOWN) for w in s)],
+             [IGNORED, *(tag_of.get(t, -1) for t in ts)],
              intent_of.get(y, -1))
             for s, ts, y in raw[split]
         ]
         for split in raw
     }  # fmt: skip
     parts = [
-        [s for k, s in enumerate(found["train"]) if (k in held) == back] for back in (False, True)
+        [s for k, s in enumerate(encoded["train"]) if (k in held) == back] for back in (False, True)
     ]
-    kept, back, dev, test = (Sentences(x, tags) for x in (*parts, found["dev"], found["test"]))
+    kept, back, dev, test = (Sentences(x, tags) for x in (*parts, encoded["dev"], encoded["test"]))
     return Corpus(kept, back, dev, test, len(words) + 3, len(intents), len(tags))
 
 
 class Tagger(nn.Module):
     """A BERT encoder with two heads: intent from the first token, a slot from each."""
 
-    def __init__(self, data: Corpus, width: int = 768, inner: int = 3072, heads: int = 12, blocks: int = 2,
-                 dropout: float = 0.1) -> None:  # fmt: skip
+    def __init__(self, data: Corpus, width: int = 768, inner: int = 3072, heads: int = 12,
+                 blocks: int = 2, dropout: float = 0.1) -> None:  # fmt: skip
         super().__init__()
         config = BertConfig(
-            vocab_size=data.words, hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads,
-            intermediate_size=inner, max_position_embeddings=64, type_vocab_size=1, hidden_dropout_prob=dropout,
+            vocab_size=data.words, hidden_size=width, num_hidden_layers=blocks,
+            num_attention_heads=heads, intermediate_size=inner, max_position_embeddings=64,
+            type_vocab_size=1, hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout, initializer_range=0.7 / math.sqrt(width),
         )  # fmt: skip
         self.encoder = BertModel(config)
@@ -135,15 +137,15 @@ class Tagger(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of intents [n, intents] and of slots [n, length, slots]."""
-        found = self.encoder(ids, attention_mask=mask)
-        return self.intent(self.dropout(found.pooler_output)), self.slots(
-            self.dropout(found.last_hidden_state)
+        encoded = self.encoder(ids, attention_mask=mask)
+        return self.intent(self.dropout(encoded.pooler_output)), self.slots(
+            self.dropout(encoded.last_hidden_state)
         )
 
 
-def loss(found: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) -> Tensor:
+def loss(scores: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) -> Tensor:
     """Cross entropies of intent and slots, smoothed as in the paper's code."""
-    intent, slots = found
+    intent, slots = scores
     return F.cross_entropy(intent, batch[3], label_smoothing=smoothing) + F.cross_entropy(
         slots.flatten(0, 1), batch[2].flatten(), ignore_index=IGNORED, label_smoothing=smoothing
     )
@@ -151,7 +153,7 @@ def loss(found: tuple[Tensor, Tensor], batch: Batch, smoothing: float = 0.1) -> 
 
 @dataclass(frozen=True)
 class Score:
-    """Per cent: sentences with the right intent, and F1 of slots as whole spans."""
+    """In per cent: sentences with the right intent, and F1 of slots as whole spans."""
 
     intent: float
     slots: float
@@ -167,7 +169,7 @@ def score(model: nn.Module, *parts: Sentences) -> Score:
     right = total = hits = found_spans = true_spans = 0
     model.eval()
     for part in parts:
-        # labels that training never saw stay in the measure, as misses
+        # labels not in training count as misses
         with torch.no_grad():
             for ids, mask, slots, intents in part.batches(64):
                 intent, scores = model(ids, mask)[:2]
@@ -193,32 +195,32 @@ def score(model: nn.Module, *parts: Sentences) -> Score:
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Kind, first and last place of every span of B- and I- tags, as conlleval counts them."""
-    found, kind, first = set(), "", 0
+    """Kind, first and last index of every span of B- and I- tags, as conlleval counts them."""
+    result, kind, first = set(), "", 0
     for k, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
         if kind and (mark != "I" or name != kind):
-            found.add((kind, first, k - 1))
+            result.add((kind, first, k - 1))
             kind = ""
         if mark != "O" and not kind:
             kind, first = name, k
-    return found
+    return result
 
 
 def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
-    """Values of slots exchanged, with this probability, for others that these sentences have for slots of the kind.
+    """Sentences with slot values exchanged, with probability `share`, for others of their kind.
 
     Kinds are what tags end with: `toloc.city_name` and `fromloc.city_name` are both city names.
     """
     place = {tag: k for k, tag in enumerate(data.tags)}
     read = [[data.tags[k] if k >= 0 else "O" for k in labels] for _, labels, _ in data.items]
-    found = [sorted(spans(tags), key=lambda s: s[1]) for tags in read]
+    slots = [sorted(spans(tags), key=lambda s: s[1]) for tags in read]
     values: dict[str, list[list[int]]] = {}
-    for (ids, _, _), each in zip(data.items, found, strict=True):
+    for (ids, _, _), each in zip(data.items, slots, strict=True):
         for kind, first, last in each:
             values.setdefault(kind.rpartition(".")[2], []).append(ids[first : last + 1])
     items = []
-    for (ids, labels, intent), each in zip(data.items, found, strict=True):
+    for (ids, labels, intent), each in zip(data.items, slots, strict=True):
         words, marks, done = list[int](), list[int](), 0
         for kind, first, last in each:
             value = ids[first : last + 1]
@@ -237,7 +239,7 @@ def swapped(data: Sentences, order: random.Random, share: float) -> Sentences:
 
 
 def obscured(ids: Tensor, rates: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Token ids with words replaced by the unknown one, as often as each word's rate says."""
+    """Token ids, each replaced by the unknown word at the rate of its word."""
     return ids.masked_fill(torch.rand(ids.shape, generator=generator) < rates[ids], UNKNOWN)
 
 
@@ -245,8 +247,8 @@ def obscured(ids: Tensor, rates: Tensor, generator: torch.Generator | None = Non
 class Recipe:
     """How a dense model is trained: Adam, linear warm-up over a twentieth, a cosine.
 
-    words: w, for a word that is there n times to be shown as the unknown one with probability w /
-    (w + n). swaps: how often a value of a slot is exchanged for another, drawn anew in every epoch.
+    words: w; a word that occurs n times is shown as unknown with probability w / (w + n). swaps:
+    how often a slot value is exchanged for another, drawn again in every epoch.
     """
 
     epochs: int = 16
@@ -261,7 +263,7 @@ class Recipe:
 def train(
     data: Corpus, recipe: Recipe, seed: int, report: bool = False, last: bool = False, **shape: int
 ) -> tuple[Tagger, float]:
-    """A dense model at its best epoch by the held-back sentences, or its last, and seconds an epoch."""
+    """A dense model at its best epoch by held-back data, or its last, and seconds per epoch."""
     torch.manual_seed(seed)
     order = random.Random(seed)
     model = Tagger(data, dropout=recipe.dropout, **shape)
@@ -286,14 +288,14 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
             step += 1
-        found = score(model, data.held)
-        if found.mean > best or last:
-            best, kept = found.mean, {k: v.clone() for k, v in model.state_dict().items()}
+        current = score(model, data.held)
+        if current.mean > best or last:
+            best, kept = current.mean, {k: v.clone() for k, v in model.state_dict().items()}
         if report:
             row(
                 epoch + 1,
-                f"{found.intent:.2f}",
-                f"{found.slots:.2f}",
+                f"{current.intent:.2f}",
+                f"{current.slots:.2f}",
                 f"{time.perf_counter() - start:.0f}",
             )
     seconds = (time.perf_counter() - start) / recipe.epochs
@@ -304,7 +306,10 @@ def train(
 def dense(
     data: Corpus, seed: int, folder: Path | None, recipe: Recipe = Recipe(), **shape: int
 ) -> tuple[Tagger, float]:
-    """A trained dense model, from the folder if it lies there; and seconds an epoch, 0 if it was not trained now."""
+    """A trained dense model, from the folder if it is there, and seconds per epoch.
+
+    The seconds are 0 if it was not trained now.
+    """
     path = None if folder is None else folder / _file(seed, recipe, shape)
     if path is not None and path.exists():
         model = Tagger(data, dropout=recipe.dropout, **shape)
@@ -318,7 +323,7 @@ def dense(
 
 
 def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
-    """A name that other settings do not share."""
+    """A file name that other settings do not share."""
     return (
         "-".join(["atis", f"seed{seed}", *(f"{k}{v}" for k, v in (vars(recipe) | shape).items())])
         + ".pt"
@@ -326,17 +331,17 @@ def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
 
 
 def folds(tenths: list[int], recipe: Recipe, seeds: list[int], shape: dict[str, int]) -> None:
-    """Train without each tenth, and print what is right in all of them at the last epoch's end."""
+    """Train without each tenth, and print the mean score on it after the last epoch."""
     parts = [corpus(k) for k in tenths]
-    found = [
+    scores = [
         score(train(data, recipe, seed, last=True, **shape)[0], data.held)
         for data in parts
         for seed in seeds
     ]
     head("held-back intent", "slots", "trained")
     row(
-        *(f"{statistics.mean(getattr(f, k) for f in found):.2f}" for k in ("intent", "slots")),
-        len(found),
+        *(f"{statistics.mean(getattr(f, k) for f in scores):.2f}" for k in ("intent", "slots")),
+        len(scores),
     )
 
 

@@ -1,6 +1,7 @@
-"""Single kernels: quantised CP by every solver, what EPC does, and a sweep of ALS against tensorly's.
+"""Single kernels: quantised CP by every solver, what EPC does, and ALS sweeps against tensorly's.
 
-    python benchmarks/solver.py [--layers resnet20:layer3.1.conv1:134 resnet56:layer3.1.conv1:134 ...]
+    python benchmarks/solver.py
+        [--layers resnet20:layer3.1.conv1:134 resnet56:layer3.1.conv1:134 ...]
 
 Errors are relative, ||W - W'|| / ||W||, of the weight as it was trained (no BatchNorm folded in).
 Layers named `shape:OUT:RANK` are OUT x OUT x 3 x 3 of normal entries: no trained network of that
@@ -58,12 +59,12 @@ def kernel(text: str) -> tuple[Tensor, int]:
 def timed(run: Callable[[], object]) -> tuple[object, float]:
     """What a call returns, and its seconds."""
     start = time.perf_counter()
-    found = run()
-    return found, time.perf_counter() - start
+    result = run()
+    return result, time.perf_counter() - start
 
 
 def solvers(text: str, bits: int) -> None:
-    """A line for each way to quantised factors."""
+    """A row for each way to get quantised factors."""
     weight, rank = kernel(text)
     tensor = weight.flatten(2)
     problem, grids = CPProblem(tensor), [Grid.of(bits)] * 3
@@ -105,7 +106,7 @@ def nearest(problem: CPProblem, fit: Fit, grids: list[Grid]) -> float:
 
 
 def in_metric(text: str, bits: int) -> None:
-    """The same solvers in the metric of the layer's inputs (1,600 training images, BatchNorm folded in)."""
+    """The same solvers in the metric of the inputs (1,600 training images, BatchNorm folded in)."""
     net, name, rank_text = text.split(":")
     rank = int(rank_text)
     model, data, _ = NETS[net]()
@@ -151,7 +152,7 @@ def in_metric(text: str, bits: int) -> None:
 
 
 def _filled(problem: MetricCP, small: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and C from rows B [R, in] and C [R, k]: A the best for them."""
+    """A, B and C from rows B [R, in] and C [R, k], with the best A for them."""
     b, c = (s.double().mT for s in small)
     gram, right, _ = problem.sides(
         MetricCP.split(torch.zeros(problem.shape[0], len(small[0])).double(), b, c), 0
@@ -160,7 +161,7 @@ def _filled(problem: MetricCP, small: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
 
 
 def correction(bits: int) -> None:
-    """EPC on the 3x3 layers of ResNet-56 at rate 2: the bound, the sensitivity, and the predictor against the truth."""
+    """EPC on the 3x3 layers of ResNet-56 at rate 2: bound, sensitivity and predictions."""
     model = reader("nets").cifar_resnet(56)
     grids = [Grid.of(bits)] * 3
     bound, gain, off = [], [], []
@@ -185,7 +186,10 @@ def correction(bits: int) -> None:
 
 
 def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5) -> None:
-    """Seconds a sweep from the same random start, in turn, and the errors that both end at; jobs run on one thread."""
+    """Seconds per sweep from the same random start, in turn, and the final errors of both.
+
+    Jobs run on one thread.
+    """
     torch.set_num_threads(threads)
     weight, rank = kernel(text)
     tensor = weight.double().flatten(2)
@@ -204,8 +208,8 @@ def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5)
     assert isinstance(ours, Fit)
     theirs_error = float((tensorly.cp_to_tensor(theirs) - tensor).norm() / tensor.norm())
     mine, other = (statistics.median(spent[k]) for k in ("ours", "tensorly"))
-    row(text, threads, sweeps, f"{ours.error:.5f}", f"{theirs_error:.5f}", f"{1e3 * mine:.2f}", f"{1e3 * other:.2f}",
-        f"{other / mine:.1f}x")  # fmt: skip
+    row(text, threads, sweeps, f"{ours.error:.5f}", f"{theirs_error:.5f}",
+        f"{1e3 * mine:.2f}", f"{1e3 * other:.2f}", f"{other / mine:.1f}x")  # fmt: skip
 
 
 def main() -> None:

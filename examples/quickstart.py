@@ -21,7 +21,7 @@ def main() -> None:
     """Plan, edit, fit, save, load, compare."""
     # A ConvNet for 8x8 digits, and images without labels.
     network, batches = demo.model(), demo.calibration()
-    # With the same jobs, fitting finds what choosing has solved, and so does another budget.
+    # With the same jobs, fitting (and another budget) reuses what choosing has solved.
     jobs = rabbet.Jobs()
 
     plan = rabbet.plan(network, BUDGET, batches, jobs=jobs)
@@ -30,9 +30,9 @@ def main() -> None:
     # A plan is text. Here the largest layer becomes a low-rank product, whatever the method chose
     # for it.
     edited = plan.with_layer(LayerPlan.parse("last.0  lowrank[8]@6c | act@8"))
-    # Fast: rounded, without the tuning that follows.
+    # Fast: rounded, without tuning afterwards.
     result = rabbet.fit(network, edited, batches, quality="fast", jobs=jobs)
-    # A plan made by hand is held against a budget by hand.
+    # An edited plan is checked against a budget by hand.
     BUDGET.check(result.cost, result.float_cost)
     print(f"fitted:\n{result}\n")
 

@@ -1,4 +1,4 @@
-"""Read a native file with numpy alone, step by step as docs/format.md says: neither torch nor rabbet is needed.
+"""Read a native file with numpy, step by step as in docs/format.md, without torch or rabbet.
 
 python examples/read_format.py build/digits.safetensors
 """
@@ -28,7 +28,10 @@ Digits = list[list[int]]
 
 
 def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tuple[float, int]]]]:
-    """Name, line, weight, bias (empty: none) and (scale, zero point) of the inputs of every layer of the plan."""
+    """For every layer of the plan: name, line, weight, bias (empty: none), ranges of its inputs.
+
+    A range is (scale, zero point).
+    """
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
@@ -103,7 +106,7 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
 
 
 def rows(text: str) -> list[int]:
-    """The outputs that a dense term makes, such as 0-5,9."""
+    """The outputs of a dense term, from text such as 0-5,9."""
     ends = [part.partition("-") for part in text.split(",")]
     return [k for first, _, last in ends for k in range(int(first), int(last or first) + 1)]
 
@@ -145,17 +148,17 @@ def table(rank: int, digits: Digits | None, shape: list[int], core: Core) -> np.
 
 
 def chain(rank: int, digits: list[tuple[int, ...]], most: float, core: Core) -> np.ndarray:
-    """A chain of cores, [rank, *digits] in their order from the middle outwards."""
-    found, a = np.eye(rank, dtype=np.float32), rank
+    """A contracted chain of cores, [rank, *digits], from the middle outwards."""
+    tensor, a = np.eye(rank, dtype=np.float32), rank
     for k, d in enumerate(digits):
         to_come = math.prod(math.prod(later) for later in digits[k + 1 :])
         b = int(min(a * math.prod(d), to_come, most)) if k + 1 < len(digits) else 1
-        found, a = np.tensordot(found, core((a, *d, b)), 1), b
-    return found[..., 0]
+        tensor, a = np.tensordot(tensor, core((a, *d, b)), 1), b
+    return tensor[..., 0]
 
 
 def factors(size: int, count: int) -> list[int]:
-    """The factors of a number of least sum, at most so many, in falling order."""
+    """The factors of a number with the least sum, at most `count` of them, in falling order."""
     best = [size]
     for n in range(2, math.isqrt(size) + 1) if count > 1 else ():
         if size % n == 0:
@@ -168,9 +171,9 @@ def factors(size: int, count: int) -> list[int]:
 
 
 def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:
-    """One small tensor: its codes, less zero points if there are any, times its scales."""
-    found = re.fullmatch(r"(t|(u?)(\d)(h?))(?:(c)(\d*)|g(\d+)(z?))?", grid)
-    body, unsigned, bits, half, sliced, axis, size, zeros = found.groups()
+    """One small tensor: its codes, minus zero points if there are any, times its scales."""
+    match = re.fullmatch(r"(t|(u?)(\d)(h?))(?:(c)(\d*)|g(\d+)(z?))?", grid)
+    body, unsigned, bits, half, sliced, axis, size, zeros = match.groups()
     codes = integers(math.prod(shape), body, bits, take) - (1.0 if body == "t" else 0.0)
     lowest = 0.0 if unsigned or body == "t" else 2.0 ** (int(bits) - 1)
     shift = 0.5 if half or body == "1" else 0.0
@@ -208,9 +211,11 @@ if __name__ == "__main__":
         Path(sys.argv[1] if len(sys.argv) > 1 else "build/digits.safetensors")
     ):
         print(
-            f"{name or '(root)'}: {line}: {list(weight.shape)} in [{weight.min():.3f}, {weight.max():.3f}]",
+            f"{name or '(root)'}: {line}: {list(weight.shape)} "
+            f"in [{weight.min():.3f}, {weight.max():.3f}]",
             end="",
         )
         print(
-            f", {len(bias)} biases, inputs {', '.join(f'{s:.4g} * (code - {z})' for s, z in acts) or 'float'}"
+            f", {len(bias)} biases, inputs "
+            f"{', '.join(f'{s:.4g} * (code - {z})' for s, z in acts) or 'float'}"
         )

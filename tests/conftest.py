@@ -1,4 +1,4 @@
-"""One thread a worker, examples that never change from run to run, and the real data where it is to be found."""
+"""One thread per worker, the same examples in every run, and the real data if it is there."""
 
 import importlib.util
 import os
@@ -31,7 +31,7 @@ DATA = Path(os.environ.get("RABBET_DATA", ROOT.parent / "shared" / "data"))
 
 
 def pytest_configure(config):
-    # said by torch of the user's layer, once a process, while it runs inside rabbet's survey
+    # torch says this of the user's layer, once per process, when it runs inside rabbet's survey
     config.addinivalue_line(
         "filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning"
     )
@@ -50,7 +50,7 @@ def kernels_are_exact():
 
 @pytest.fixture(scope="session", autouse=True)
 def _random_networks_may_saturate(kernels_are_exact):
-    """Where kernels saturate, an export of a random network may be further off than it allows."""
+    """Where kernels saturate, the export of a random network may differ more than rabbet allows."""
     before = compare.NEAR
     compare.NEAR = before if kernels_are_exact else 1.0
     yield
@@ -59,7 +59,7 @@ def _random_networks_may_saturate(kernels_are_exact):
 
 @pytest.fixture(scope="session")
 def real():
-    """The readers `load` and `nets` of the data folder, used where they lie."""
+    """The readers `load` and `nets`, used from the data folder."""
     if not (DATA / "load.py").is_file():
         pytest.skip(f"no real networks at {DATA}; set RABBET_DATA to the folder that holds load.py")
     return SimpleNamespace(load=_module("load"), nets=_module("nets"))

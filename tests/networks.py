@@ -1,4 +1,4 @@
-"""Small random networks: one of every kind that users bring, and a strategy that puts layers together at random."""
+"""Small random networks: one of every kind that users bring, and strategies that draw others."""
 
 import itertools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random parameters and batch-norm statistics, as after training, from a seed alone; in eval mode."""
+    """The network with parameters and batch-norm statistics drawn by the seed, in eval mode."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
@@ -73,7 +73,7 @@ class Residual(nn.Module):
 
 
 class Twice(nn.Module):
-    """A linear that runs twice under two names, one that never runs, and batch norms that must not be folded."""
+    """A linear with two names that runs twice, one that never runs, an unfoldable batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Attention(nn.Module):
 
 
 class TiedTable(nn.Module):
-    """A language model whose head is its table."""
+    """A language model whose head shares its table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class TiedTable(nn.Module):
 
 
 class OneTable(nn.Module):
-    """An encoder and a decoder that look up one table, under a name that never runs, with a head that shares it too."""
+    """An encoder, a decoder and a head that share one table; the first of its names never runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ def network(name: str, seed: int = 0) -> Case:
 
 
 class Chain(nn.Module):
-    """Blocks one after the other, then a pooled head; takes images, signals or tokens as its first block does."""
+    """Blocks one after the other, then a pooled head; takes what its first block takes."""
 
     def __init__(self, blocks: list[nn.Module], head: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What the table "to add X, write Y" of docs/architecture.md says, by adding a toy of each kind.
+"""The table "to add X, write Y" of docs/architecture.md holds: a toy of each kind is added.
 
-Each toy is one class and one entry of a table; nothing else is told of it, and it is taken from the
-text of a plan to the file and back.
+Each toy is one class and one entry of a table. Nothing else knows of it, and it goes from the text
+of a plan to the file and back.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from rabbet.runtime.session import Session
 
 @dataclass(frozen=True)
 class Twins(Form):
-    """One factor, [out, in / 2]: each two inputs of a linear share their weight."""
+    """One factor, [out, in / 2]: pairs of inputs of a linear share a weight."""
 
     name: ClassVar[str] = "twins"
 
@@ -77,7 +77,7 @@ class ScaledKind(Linear):
 
 @dataclass(frozen=True, slots=True)
 class Powers(Codebook):
-    """Powers of two of both signs: points at unequal distances."""
+    """Powers of two with both signs: unequally spaced points."""
 
     bits: int = 3
 
@@ -113,7 +113,7 @@ class Powers(Codebook):
 
 @dataclass(frozen=True, slots=True)
 class Pairs(Scales):
-    """One scale for each two slices of axis 0."""
+    """One scale for each pair of slices of axis 0."""
 
     along_axis: ClassVar[bool] = False
 
@@ -160,7 +160,7 @@ DATA = [rand(16, 12, seed=k) for k in range(3)]
 
 
 def _roundtrip(tmp_path, model, plan):
-    """Fit a plan, write and read the file, export it, and compare all with the network."""
+    """Fit a plan, write and read the file, export it, and compare each with the network."""
     result = rabbet.fit(model, plan, DATA, quality="fast")
     assert str(result.plan).split() == plan.split()
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes

@@ -46,15 +46,15 @@ def _jobs(count, **settings):
 
 
 def test_results_come_in_the_order_of_the_jobs():
-    found = Jobs().run("s", _jobs(5, factor=3))
-    assert [r["y"].tolist() for r in found] == [[3.0 * k, 3.0] for k in range(5)]
+    results = Jobs().run("s", _jobs(5, factor=3))
+    assert [r["y"].tolist() for r in results] == [[3.0 * k, 3.0] for k in range(5)]
 
 
 def test_results_come_in_the_order_of_the_jobs_whatever_ends_first():
     jobs = [(counted, {"x": torch.tensor([float(k)])}, {"wait": 0.05 * (3 - k)}) for k in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        found = Jobs(pool).run("s", jobs)
-    assert [r["y"].item() for r in found] == [0, 1, 2, 3]
+        results = Jobs(pool).run("s", jobs)
+    assert [r["y"].item() for r in results] == [0, 1, 2, 3]
 
 
 def _layers():
@@ -83,24 +83,24 @@ def test_every_executor_gives_the_same_numbers():
 def test_finished_jobs_are_not_run_again(on_disk, tmp_path):
     jobs = Jobs(folder=tmp_path if on_disk else None)
     jobs.run("s", _jobs(3))
-    found = jobs.run("s", _jobs(5))
+    results = jobs.run("s", _jobs(5))
     assert RUNS == [0, 1, 2, 3, 4]
-    assert [r["y"][0].item() for r in found] == [0, 1, 2, 3, 4]
+    assert [r["y"][0].item() for r in results] == [0, 1, 2, 3, 4]
 
 
 def test_a_job_that_is_given_twice_runs_once():
-    found = Jobs().run("s", [*_jobs(2), *_jobs(2)])
+    results = Jobs().run("s", [*_jobs(2), *_jobs(2)])
     assert RUNS == [0, 1]
-    assert [r["y"][0].item() for r in found] == [0, 1, 0, 1]
+    assert [r["y"][0].item() for r in results] == [0, 1, 0, 1]
 
 
-def test_a_folder_outlives_the_engine(tmp_path):
+def test_a_folder_outlives_its_jobs(tmp_path):
     Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
-    found = Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3, factor=1))
+    results = Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3, factor=1))
     assert RUNS == [0, 1, 2, 0, 1, 2]  # another setting is another job
-    found = Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
+    results = Jobs(folder=tmp_path / "deep" / "down").run("s", _jobs(3))
     assert RUNS == [0, 1, 2, 0, 1, 2]
-    assert [r["y"][0].item() for r in found] == [0, 1, 2]
+    assert [r["y"][0].item() for r in results] == [0, 1, 2]
 
 
 def test_what_was_finished_before_a_failure_is_kept(tmp_path):
@@ -121,9 +121,9 @@ def test_a_damaged_result_is_made_again(damage, tmp_path):
     assert len(files) == 2
     whole = files[0].read_bytes()
     files[0].write_bytes(damage(whole))
-    found = Jobs(folder=tmp_path).run("s", _jobs(2))
+    results = Jobs(folder=tmp_path).run("s", _jobs(2))
     assert len(RUNS) == 3
-    assert [r["y"][0].item() for r in found] == [0, 1]
+    assert [r["y"][0].item() for r in results] == [0, 1]
     assert files[0].read_bytes() == whole
 
 
@@ -185,7 +185,7 @@ def test_jobs_leave_no_gradient():
     assert not Jobs().run("s", [(grows, {"x": weight}, {})])[0]["y"].requires_grad
 
 
-def test_progress_counts_up_to_all():
+def test_progress_counts_up_to_the_total():
     seen = []
     Jobs(progress=lambda *step: seen.append(step)).run("stage", _jobs(3))
     assert seen == [("stage", 1, 3), ("stage", 2, 3), ("stage", 3, 3)]

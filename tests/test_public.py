@@ -1,4 +1,4 @@
-"""The public face: which names there are, what importing them costs, what first calls say."""
+"""The public interface: which names there are, what importing them costs, what first calls say."""
 
 import ast
 import inspect
@@ -52,7 +52,7 @@ def test_no_public_name_hides_a_module():
     assert not modules & PUBLIC
 
 
-def test_a_name_that_is_not_there_is_no_attribute():
+def test_an_unknown_name_is_not_an_attribute():
     with pytest.raises(AttributeError, match="rabbet"):
         rabbet.Grid  # noqa: B018
 

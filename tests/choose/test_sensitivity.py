@@ -1,4 +1,4 @@
-"""The score of a change is the energy of what it does to the outputs, to first order."""
+"""The score of a change is the energy of its effect on the outputs, to first order."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from rabbet.workpiece import Workpiece
 
 
 class Scalar(nn.Module):
-    """One layer between smooth functions; one number an example, so that a random sign is no chance at all."""
+    """One layer between smooth functions; one output per example, so random signs do not matter."""
 
     def __init__(self, layer, shape=None):
         super().__init__()
@@ -36,7 +36,7 @@ class Scalar(nn.Module):
 
 
 class Tied(nn.Module):
-    """A table that is looked up and multiplied with."""
+    """A table that is both looked up and used as a matrix."""
 
     def __init__(self):
         super().__init__()
@@ -56,9 +56,12 @@ CASES = {
     "linear that runs twice": lambda: (Scalar(nn.Linear(6, 6), "twice"), rand(4, 6)),
     "conv2d": lambda: (Scalar(nn.Conv2d(4, 6, 3, stride=2, padding=1)), rand(4, 4, 7, 6)),
     "conv2d grouped": lambda: (Scalar(nn.Conv2d(4, 6, 3, groups=2, padding=1)), rand(4, 4, 6, 6)),
-    "conv2d reflect": lambda: (Scalar(nn.Conv2d(4, 6, 3, padding_mode="reflect", padding=1)), rand(4, 4, 6, 6)),
-    "conv2d dilated": lambda: (Scalar(nn.Conv2d(4, 6, 3, dilation=2, padding="same")), rand(4, 4, 6, 6)),
-    "conv2d over frames": lambda: (Scalar(nn.Conv2d(4, 6, 3, groups=2), "frames"), rand(4, 3, 4, 6, 5)),
+    "conv2d reflect": lambda: (Scalar(nn.Conv2d(4, 6, 3, padding_mode="reflect", padding=1)),
+                               rand(4, 4, 6, 6)),
+    "conv2d dilated": lambda: (Scalar(nn.Conv2d(4, 6, 3, dilation=2, padding="same")),
+                               rand(4, 4, 6, 6)),
+    "conv2d over frames": lambda: (Scalar(nn.Conv2d(4, 6, 3, groups=2), "frames"),
+                                   rand(4, 3, 4, 6, 5)),
     "conv1d": lambda: (Scalar(nn.Conv1d(4, 6, 3, groups=2, stride=2)), rand(4, 4, 9)),
     "embedding": lambda: (Scalar(nn.Embedding(9, 5)), torch.arange(20).view(4, 5) % 9),
     "embedding with a head": lambda: (Tied(), torch.arange(20).view(4, 5) % 9),
@@ -66,7 +69,10 @@ CASES = {
 
 
 def _true(model, x, change):
-    """The mean relative energy of the derivative along a change, one example at a time, by forward differentiation."""
+    """The mean relative energy of the derivative along a change.
+
+    One example at a time, by forward differentiation.
+    """
 
     def energy(one):
         def out(weight):
@@ -85,23 +91,23 @@ def test_the_score_is_the_energy_of_the_derivative_along_the_change(name):
     site = piece.survey.sites[0]
     weight = site.kind.weight(model.layer)
     changes = torch.stack([0.1 * rand(*weight.shape, seed=k) for k in range(3)])
-    found = output_errors(piece, {site.name: changes})[site.name]
+    scores = output_errors(piece, {site.name: changes})[site.name]
     exact = [_true(model, x, change) for change in changes]
-    assert found.tolist() == pytest.approx(exact, rel=1e-3)
+    assert scores.tolist() == pytest.approx(exact, rel=1e-3)
 
 
-def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_in_the_mean():
+def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_on_average():
     model = settled(Scalar(nn.Linear(6, 5), "time first")).requires_grad_(False)
     x = rand(3, 7, 6)  # time first: 7 rows for 3 examples
     change = 0.1 * rand(5, 6)
-    found = []
+    scores = []
     for seed in range(400):
         piece = Workpiece.of(model, Task([x]), Jobs(), seed)
-        found.append(output_errors(piece, {"layer": change[None]})["layer"].item())
-    assert sum(found) / len(found) == pytest.approx(_true(model, x, change), rel=0.1)
+        scores.append(output_errors(piece, {"layer": change[None]})["layer"].item())
+    assert sum(scores) / len(scores) == pytest.approx(_true(model, x, change), rel=0.1)
 
 
-def test_the_score_of_several_outputs_is_right_in_the_mean():
+def test_the_score_of_several_outputs_is_right_on_average():
     model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(
         False
     )
@@ -111,14 +117,14 @@ def test_the_score_of_several_outputs_is_right_in_the_mean():
         lambda w: functional_call(model, {"0.weight": w}, (x,)), (model[0].weight,), (change,)
     )[1]
     wanted = (exact.square().sum() / model(x).square().sum()).item()
-    found = []
+    scores = []
     for seed in range(40):
         piece = Workpiece.of(model, Task([x]), Jobs(), seed)
-        found.append(output_errors(piece, {"0": change[None]})["0"].item())
-    assert sum(found) / len(found) == pytest.approx(wanted, rel=0.1)
+        scores.append(output_errors(piece, {"0": change[None]})["0"].item())
+    assert sum(scores) / len(scores) == pytest.approx(wanted, rel=0.1)
 
 
-def test_small_scores_foretell_small_errors():
+def test_small_scores_predict_small_errors():
     model = settled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))).requires_grad_(
         False
     )

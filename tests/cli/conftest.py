@@ -48,9 +48,9 @@ def number():
     return 7
 
 def odd():
-    made = nn.Sequential()
-    made.add_module("[red]a b", nn.Linear(9, 9))
-    return made
+    network = nn.Sequential()
+    network.add_module("[red]a b", nn.Linear(9, 9))
+    return network
 
 def left():
     return nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9))
@@ -62,7 +62,7 @@ def nines():
 
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory):
-    """Solved layers that the tests share: what is tested here is not how they are solved."""
+    """Solved layers that the tests share, as solving is not what they test."""
     return tmp_path_factory.mktemp("kept")
 
 
@@ -88,7 +88,7 @@ def run(capsys):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A user's own file in the current folder, as module and as path."""
+    """A user's own file in the current folder, as a module and as a path."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine_of_user.py").write_text(MINE)

@@ -53,9 +53,9 @@ def test_a_method_is_named_with_its_settings(run, kept):
     method = "cora bits=3 ranking.steps=3"
     code, out, _ = run("plan", "--budget", "bits <= 3.5", "--method", method, "--resume", kept)
     assert code == 0
-    found = rabbet.Plan.parse(out)
-    assert {str(line.terms[0]) for line in found} == {"dense@3c"}
-    assert any(len(line.terms) > 1 for line in found)
+    plan = rabbet.Plan.parse(out)
+    assert {str(line.terms[0]) for line in plan} == {"dense@3c"}
+    assert any(len(line.terms) > 1 for line in plan)
 
 
 def test_plan_as_json_has_plan_and_cost(run, kept):
@@ -207,10 +207,10 @@ def test_compare_of_different_networks_tells_a_kept_layer_from_one_that_is_not_t
     (tmp_path / "plan.txt").write_text("0 dense@4c")
     own = (f"{mine}:net", "--data", f"{mine}:batches", "--plan", tmp_path / "plan.txt", *FAST)
     assert run("compress", *own, "--output", tmp_path / "a.safetensors")[0] == 0
-    found = json.loads(run("compare", tmp_path / "a.safetensors", small, "--json")[1])[
+    differences = json.loads(run("compare", tmp_path / "a.safetensors", small, "--json")[1])[
         "differences"
     ]
-    by_name = {d["layer"]: d["plans"] for d in found}
+    by_name = {d["layer"]: d["plans"] for d in differences}
     assert by_name["0"] == ["dense@4c", "not in this file"]
     assert by_name["3"] == ["kept as it is", "not in this file"]
     assert by_name["head"][0] == "not in this file"

@@ -1,4 +1,4 @@
-"""A folder that Hugging Face's `save_pretrained` wrote, as the network of a command."""
+"""Commands whose network is a folder written by Hugging Face's `save_pretrained`."""
 
 import json
 import shutil

@@ -57,8 +57,8 @@ def test_eval_measures_any_file_that_is_written(run, small, exported, tmp_path):
         code, out, err = run("eval", path)
         assert (code, err) == (0, "")
         assert out.startswith(f"{path}: accuracy 9")
-    found = json.loads(run("eval", exported / "s.onnx", "--json")[1])["value"]
-    assert found == rabbet.accuracy(rabbet.Session(exported / "s.onnx"), demo.test())
+    value = json.loads(run("eval", exported / "s.onnx", "--json")[1])["value"]
+    assert value == rabbet.accuracy(rabbet.Session(exported / "s.onnx"), demo.test())
 
 
 def test_compress_writes_for_a_runtime_and_says_how_good_that_file_is(run, kept, tmp_path):

@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
     assert path.read_bytes() == small.read_bytes()
 
 
-def test_a_stop_without_a_folder_tells_of_resume(run, tmp_path, monkeypatch):
+def test_a_stop_without_a_folder_mentions_resume(run, tmp_path, monkeypatch):
     def stops(*_):
         raise KeyboardInterrupt
 
@@ -87,7 +87,7 @@ def test_a_stop_without_a_folder_tells_of_resume(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_ends_a_real_process_with_one_line(jobs, tmp_path):
     given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", jobs)
-    # one that was started in the background may have been told to ignore the signal
+    # a process started in the background may have been told to ignore the signal
     listens = {
         "start_new_session": True,
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -108,7 +108,7 @@ def test_several_processes_write_the_same_bytes(run, small, tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == small.read_bytes()
 
 
-def test_a_reader_that_has_had_enough_is_no_error(small):
+def test_a_reader_that_stops_early_is_not_an_error(small):
     with _starts("show", small) as process:
         process.stdout.close()
         assert process.stderr.read() == ""

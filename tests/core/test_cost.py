@@ -1,4 +1,4 @@
-"""What a plan costs is what its file and its arithmetic are; budgets are read and held to the last digit."""
+"""A plan costs what its file and its arithmetic cost; budgets are exact to the last digit."""
 
 import json
 from fractions import Fraction
@@ -92,13 +92,13 @@ def test_predicted_macs_are_those_that_a_counter_sees(name, data):
         _counted(piece, piece.model, batch),
         _counted(piece, built, batch) - _putting_together(built),
     )
-    # what no site holds (attention's own products) is counted by torch and not by rabbet: the same
-    # on both sides
+    # products outside of sites (attention's own) are counted by torch and not by rabbet: they are
+    # the same on both sides
     assert after - before == 2 * count * (piece.cost(plan).macs - piece.float_cost.macs)
 
 
 def _putting_together(model):
-    """What it takes to contract cores, once a call: it does not depend on the batch."""
+    """What it takes to contract cores, once per call, whatever the batch."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for layer in compressed_layers(model).values():
             for form, factors in zip(layer.forms, layer.factors, strict=True):
@@ -110,9 +110,8 @@ def _putting_together(model):
 
 def _counted(piece, model, batch):
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # one fused call hides its products from the counter
+    # a fused call hides its products from the counter
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             piece.task.run(model, batch)
@@ -133,9 +132,8 @@ def test_bit_operations_are_macs_times_bits_of_weight_and_input():
     with_adapter = layer_cost(SITE, LayerPlan.parse("a.b dense@2c + lowrank[3]@8c | act@4"))
     inner, outer = 3 * 54 * 49, 3 * 8 * 49
     assert with_adapter.macs == macs + inner + outer
-    assert (
-        with_adapter.bops == macs * 2 * 4 + inner * 8 * 4 + outer * 8 * 8
-    )  # there are 8 bits between factors
+    # there are 8 bits between factors
+    assert with_adapter.bops == macs * 2 * 4 + inner * 8 * 4 + outer * 8 * 8
 
 
 def test_the_bytes_of_a_layer_are_its_numbers_and_its_line():
@@ -164,35 +162,35 @@ def test_a_layer_without_a_line_costs_what_it_did(name):
     piece = PIECES[name]
     for site in piece.survey:
         plan = Plan((LayerPlan(site.name, (Term(Dense(), Grid.parse("4c")),)),))
-        found, whole = piece.cost(plan), piece.float_cost
-        assert found.macs == whole.macs
-        assert whole.bops - found.bops == site.macs * 32 * (32 - 4)
-        assert whole.code_bits - found.code_bits == 32 * site.numel - 8 * packed_bytes(
+        cost, whole = piece.cost(plan), piece.float_cost
+        assert cost.macs == whole.macs
+        assert whole.bops - cost.bops == site.macs * 32 * (32 - 4)
+        assert whole.code_bits - cost.code_bits == 32 * site.numel - 8 * packed_bytes(
             site.numel, 16
         )
-        assert found.weights == whole.weights
+        assert cost.weights == whole.weights
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_tensor_is_in_the_bytes(name):
-    """Nothing is silently left out: what is covered, folded and left adds up to every stored tensor."""
+    """What is covered, folded and left alone adds up to every stored tensor."""
     model = network(name).model
-    found = inspect_network(model, network(name).batches[0])
+    surveyed = inspect_network(model, network(name).batches[0])
     state = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     sites = sum(
         4
         * (s.numel + (getattr(model.get_submodule(s.name), "bias", None) is not None) * s.shape[0])
-        for s in found
+        for s in surveyed
     )
-    norms = [model.get_submodule(s.norm) for s in found if s.norm]
+    norms = [model.get_submodule(s.norm) for s in surveyed if s.norm]
     folded = sum(t.numel() * t.element_size() for m in norms for t in m.state_dict().values())
-    left = sum(x.bytes for x in found.left)
+    left = sum(x.bytes for x in surveyed.left)
     assert (
         sites + folded + left
         == sum(t.numel() * t.element_size() for t in state.values())
-        == found.float_bytes
+        == surveyed.float_bytes
     )
-    assert all(x.reason for x in found.left)
+    assert all(x.reason for x in surveyed.left)
 
 
 def test_costs_add_up():
@@ -322,7 +320,7 @@ def test_a_budget_that_is_not_text_is_refused(wrong):
         Budget.parse(wrong)
 
 
-def test_an_unknown_quantity_or_unit_is_answered_with_those_that_there_are():
+def test_an_unknown_quantity_or_unit_is_answered_with_the_known_ones():
     with pytest.raises(BudgetError) as caught:
         Budget.parse("size <= 10%")
     assert all(metric in str(caught.value) for metric in METRICS)

@@ -22,7 +22,7 @@ grids = st.builds(
     st.sampled_from(["", "c", "c1", "c12", "g32", "g128z"]),
 )
 ranks = st.integers(1, 10**6)
-rows = st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found)))
+rows = st.sets(st.integers(0, 40), min_size=1).map(lambda numbers: tuple(sorted(numbers)))
 forms = st.one_of(
     st.builds(Dense),
     st.builds(Dense, rows),
@@ -30,8 +30,9 @@ forms = st.one_of(
 )
 terms = st.builds(Term, forms, grids)
 ODD = (
-    "", " ", "a b", 'say "x"', "#1", "a#b", "a # b", "tab\there", "new\nline", "back\\slash", "|", "a|b", "+", "@", "é",
-    "dense@4c", "x | act@8", "\u2028", "\x85", "a\x1cb", "'", '"', '""', "\\", "layer.0.weight", "🪵", "\x00", "=<>",
+    "", " ", "a b", 'say "x"', "#1", "a#b", "a # b", "tab\there", "new\nline", "back\\slash", "|",
+    "a|b", "+", "@", "é", "dense@4c", "x | act@8", "\u2028", "\x85", "a\x1cb", "'", '"', '""',
+    "\\", "layer.0.weight", "🪵", "\x00", "=<>",
 )  # fmt: skip
 names = st.one_of(
     st.sampled_from(ODD), st.text(max_size=12), st.from_regex(r"[a-z0-9_.]{1,12}", fullmatch=True)
@@ -43,7 +44,7 @@ layers = st.builds(
     st.none() | st.integers(2, 8),
 )
 plans = st.lists(layers, max_size=5, unique_by=lambda layer: layer.name).map(
-    lambda found: Plan(tuple(found))
+    lambda lines: Plan(tuple(lines))
 )
 
 
@@ -120,7 +121,7 @@ def test_a_line_that_cannot_be_read_is_quoted_in_the_error(line):
         assert line.strip() in str(caught.value) or repr(line.strip()) in str(caught.value)
 
 
-def test_an_unknown_form_is_answered_with_those_that_there_are():
+def test_an_unknown_form_is_answered_with_the_known_ones():
     with pytest.raises(PlanError) as caught:
         Term.parse("sparse@4c")
     assert all(form in str(caught.value) for form in FORMS)

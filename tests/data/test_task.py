@@ -1,4 +1,4 @@
-"""Batches of every structure are cut, joined and drawn from alike; what all examples share stays whole."""
+"""Batches of every structure are cut, joined and drawn from; what all examples share is kept."""
 
 from collections import namedtuple
 
@@ -54,9 +54,9 @@ def test_a_limit_holds_whatever_batches_are(kind):
 
 def test_a_pool_draws_as_many_examples_as_are_asked_for(kind):
     pool = Pool.of([kind(rows(8 * k, 8 * k + 8)) for k in range(4)])
-    found = pool.draw(5, torch.Generator().manual_seed(0))
-    assert examples(found) == 5
-    assert type(found) is type(kind(rows(0, 5)))
+    drawn = pool.draw(5, torch.Generator().manual_seed(0))
+    assert examples(drawn) == 5
+    assert type(drawn) is type(kind(rows(0, 5)))
     assert pool.draws(8) == 4
 
 
@@ -68,12 +68,12 @@ def test_what_is_held_back_is_not_kept(kind):
 
 
 def test_every_tensor_is_moved(kind):
-    found = suited(kind(rows(0, 4)), nn.Linear(3, 3).double())
-    assert {t.dtype for t in tensors(found)} == {torch.float64}
-    assert same(replaced(found, lambda t: t.float()), kind(rows(0, 4)))
+    moved = suited(kind(rows(0, 4)), nn.Linear(3, 3).double())
+    assert {t.dtype for t in tensors(moved)} == {torch.float64}
+    assert same(replaced(moved, lambda t: t.float()), kind(rows(0, 4)))
 
 
-def test_what_was_read_before_an_error_is_no_data():
+def test_what_was_read_before_an_error_is_not_kept():
     good, bad = rows(0, 8), rows(0, 8) * torch.nan
     task = Task([good, good, bad])
     for _ in range(2):

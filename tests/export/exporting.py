@@ -1,4 +1,4 @@
-"""What the tests of exports share: networks as users export them, and a compressed one of any case in no time."""
+"""What the tests of exports share: networks as users export them, and a quick way to compress."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from rabbet.workpiece import Workpiece
 
 
 class Shortcut(nn.Module):
-    """The parameter-free shortcut of CIFAR ResNets: every other pixel, channels padded with zeros."""
+    """The parameter-free shortcut of CIFAR ResNets: every other pixel, channels zero-padded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Pad(nn.Module):
 
 
 class Gated(nn.Module):
-    """Squeeze and excitation, SiLU, and a concatenation of two branches that read one tensor."""
+    """Squeeze-and-excitation, SiLU, and a concatenation of two branches that read one tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,18 +117,23 @@ CASES = {name: lambda name=name: networks.network(name) for name in networks.NET
     "heads": lambda: Case(settled(Heads()), images()),
     "bert": _bert,
     "vectors": lambda: Case(
-        settled(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4))),
+        settled(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(),
+                              nn.Linear(16, 4))),
         [rand(8, 12, seed=k) for k in range(2)],
     ),
 }  # fmt: skip
 
-GRIDS = tuple(f"dense@{grid}" for grid in "8c 4c 3c 2hc 5c 6c 7c tc 1c 2c 4 8 u8 3hc".split())  # noqa: SIM905
+GRIDS = tuple(
+    f"dense@{grid}"
+    for grid in "8c 4c 3c 2hc 5c 6c 7c tc 1c 2c 4 8 u8 3hc".split()  # noqa: SIM905
+)
 
 
 def parcel(case: Case, terms: tuple[str, ...] = GRIDS, act: str = "act@8") -> Parcel:
-    """A network rounded to nearest, each layer on the next of some terms that fit it; input ranges calibrated.
+    """A network rounded to nearest, with calibrated input ranges.
 
-    `even` and `odd` in a term stand for these outputs of the layer.
+    Layers take the given terms in turn, where these fit. `even` and `odd` in a term stand for the
+    even and odd outputs of the layer.
     """
     piece = Workpiece.of(case.model, Task.of(case.batches), rabbet.Jobs())
     lines = []

@@ -1,4 +1,4 @@
-"""Time as a budget: with a clock that is known, and once with the real one."""
+"""Time as a budget: with a fake clock, and once with the real one."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ JOINT = Joint(
 
 
 class Clock:
-    """A layer takes a microsecond a term, the rest ten, float a hundred."""
+    """A layer takes a microsecond per term, the rest ten, the float network a hundred."""
 
     whole, rest = 100_000, 10_000
 
@@ -98,7 +98,7 @@ def _piece(case):
     return Workpiece.of(case.model, rabbet.Task(case.batches), rabbet.Jobs())
 
 
-def test_layers_are_timed_once_a_machine_and_kept(tmp_path, monkeypatch):
+def test_layers_are_timed_once_per_machine_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("RABBET_CACHE", str(tmp_path))
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
     piece = Workpiece.of(model.eval(), rabbet.Task([torch.rand(4, 3, 8, 8)]), rabbet.Jobs())
@@ -117,9 +117,7 @@ def test_layers_are_timed_once_a_machine_and_kept(tmp_path, monkeypatch):
     assert first[0] > 0
     assert min(first[2:]) > 0
     kept = len(list(tmp_path.iterdir()))
-    monkeypatch.setattr(
-        "rabbet.choose.latency.time_files", None
-    )  # whoever measured again would fail
+    monkeypatch.setattr("rabbet.choose.latency.time_files", None)  # measuring again would fail
     assert times() == first
     assert len(list(tmp_path.iterdir())) == kept
     four = rabbet.Plan.parse("2 lowrank[4]@8c | act@8")["2"]

@@ -1,4 +1,4 @@
-"""The ONNX file: the network's answers, integer kernels, packed bytes; for every network, grid and term."""
+"""The ONNX file: answers, integer kernels, packed bytes; for every network, grid and term."""
 
 import copy
 from pathlib import Path
@@ -53,8 +53,8 @@ def _factors(parcel):
     ]
 
 
-# Dense terms on every case, one other kind of terms on each, and all kinds on one of convs and
-# linears: what a graph does to a weight and what a weight is made of are seen apart.
+# Dense terms on every case, one other kind of terms on each, and all kinds on a case of convs and
+# linears: a failure then points to the graph or to the kind of term.
 OTHERS = [kind for kind in TERMS if kind != "dense"]
 PAIRS = list(
     dict.fromkeys(
@@ -69,24 +69,24 @@ PAIRS = list(
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
 def written(request, tmp_path_factory):
-    """A case on a kind of terms with the file that was written of it."""
+    """A case, compressed with a kind of terms, and its file."""
     name, kind = request.param
     case = CASES[name]()
-    made = parcel(case, TERMS[kind])
+    compressed = parcel(case, TERMS[kind])
     path = tmp_path_factory.mktemp("onnx") / "small.onnx"
-    return case, made, write_onnx(made, path), path
+    return case, compressed, write_onnx(compressed, path), path
 
 
 def test_the_file_answers_as_the_network_at_every_batch_size(written, kernels_are_exact):
-    case, made, found, path = written
-    assert found.bytes == path.stat().st_size
+    case, compressed, export, path = written
+    assert export.bytes == path.stat().st_size
     session = Session(path)
     for batch in case.batches:
         for count in {1, examples(batch)}:
             part = first_examples(batch, count)
             ours = session(*tensors(part))
             ours = list(ours) if isinstance(ours, tuple) else [ours]
-            theirs = _answers(made.model, part)
+            theirs = _answers(compressed.model, part)
             assert [t.shape for t in ours] == [t.shape for t in theirs]
             assert all(
                 _apart(a, b) < (0.2 if kernels_are_exact else 0.6)
@@ -95,16 +95,16 @@ def test_the_file_answers_as_the_network_at_every_batch_size(written, kernels_ar
 
 
 def test_every_layer_runs_on_an_integer_kernel(written):
-    _, made, found, path = written
-    floats = [s for s in made.survey if not s.kind.integer_kernel]
-    assert len(found.notes) == len(floats)
-    assert all(f"{s.name} runs in float (ConvTranspose)" in "".join(found.notes) for s in floats)
+    _, compressed, export, path = written
+    floats = [s for s in compressed.survey if not s.kind.integer_kernel]
+    assert len(export.notes) == len(floats)
+    assert all(f"{s.name} runs in float (ConvTranspose)" in "".join(export.notes) for s in floats)
     ran = kernels(path)
     multiplied = [
         f"{s.name}.{t}.{f}".lstrip(".")
-        for s in made.survey
-        if s.name in {line.name for line in made.plan} and s.multiplies and s not in floats
-        for t, term in enumerate(compressed_layers(merged(made.model))[s.name].factors)
+        for s in compressed.survey
+        if s.name in {line.name for line in compressed.plan} and s.multiplies and s not in floats
+        for t, term in enumerate(compressed_layers(merged(compressed.model))[s.name].factors)
         for f in range(len(term))
     ]
     for name in multiplied:
@@ -112,21 +112,21 @@ def test_every_layer_runs_on_an_integer_kernel(written):
 
 
 def test_the_file_is_hardly_larger_than_the_native_one(written, tmp_path):
-    _, made, found, _ = written
-    native = write_native(made, tmp_path / "small.safetensors").bytes
-    assert found.bytes <= 1.15 * native + 100_000
+    _, compressed, export, _ = written
+    native = write_native(compressed, tmp_path / "small.safetensors").bytes
+    assert export.bytes <= 1.15 * native + 100_000
 
 
 def test_weights_take_their_packed_bytes_and_no_more(written):
-    _, made, _, path = written
+    _, compressed, _, path = written
     stored = onnx.load(path).graph.initializer
-    found = sum(_size(i) for i in stored if i.name.endswith((".packed", ".int4")))
+    size = sum(_size(i) for i in stored if i.name.endswith((".packed", ".int4")))
     wanted = sum(
         packed_bytes(f.codes.numel(), f.grid.levels)
-        for f in _factors(made)
+        for f in _factors(compressed)
         if f.grid.bits < 8 or f.grid.kind == "half"
     )
-    assert found == wanted
+    assert size == wanted
 
 
 def _size(initializer):
@@ -148,15 +148,15 @@ def test_the_integers_in_the_runtime_are_exactly_the_codes(write, tmp_path):
         def forward(self, x, y):
             return tuple(m(x if k % 2 else y) for k, m in enumerate(self.layers))
 
-    made = parcel(Case(settled(All()), [(rand(4, 5, 6, 6), rand(4, 3, 15))]))
+    compressed = parcel(Case(settled(All()), [(rand(4, 5, 6, 6), rand(4, 3, 15))]))
     path = tmp_path / "small.onnx"
-    write(made, path)
+    write(compressed, path)
     Session(path, 1, tmp_path / "optimised.onnx")
     constants = {
         i.name: onnx.numpy_helper.to_array(i)
         for i in onnx.load(tmp_path / "optimised.onnx").graph.initializer
     }
-    for name, layer in compressed_layers(made.model).items():
+    for name, layer in compressed_layers(compressed.model).items():
         (factor,) = layer.factors[0]
         held = next(v for k, v in constants.items() if k in {f"{name}.0.0", f"{name}.0.0.moved"})
         half = factor.grid.kind == "half"
@@ -168,13 +168,13 @@ def test_the_integers_in_the_runtime_are_exactly_the_codes(write, tmp_path):
 @pytest.mark.parametrize("act", ["act@4", "act@6"])
 def test_inputs_of_fewer_bits_are_cut_to_their_codes(act, tmp_path):
     case = CASES["cifar resnet"]()
-    made = parcel(case, ("dense@8c",), act)
-    assert write_onnx(made, tmp_path / "small.onnx").notes == ()
-    found, wanted = (
+    compressed = parcel(case, ("dense@8c",), act)
+    assert write_onnx(compressed, tmp_path / "small.onnx").notes == ()
+    answer, wanted = (
         Session(tmp_path / "small.onnx")(case.batches[0]),
-        _answers(made.model, case.batches[0])[0],
+        _answers(compressed.model, case.batches[0])[0],
     )
-    assert _apart(found, wanted) < 0.1
+    assert _apart(answer, wanted) < 0.1
 
 
 def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path, kernels_are_exact):
@@ -189,15 +189,15 @@ def test_layers_that_read_one_tensor_may_do_so_in_different_bits(tmp_path, kerne
     model, data = settled(Two()), images()
     result = rabbet.fit(model, "a dense@8c | act@8\nb dense@8c | act@3", data, QUALITY["fast"])
     result.export(tmp_path / "small.onnx")
-    found = Session(tmp_path / "small.onnx")(data[0])
+    answer = Session(tmp_path / "small.onnx")(data[0])
     most = 0.05 if kernels_are_exact else 0.2
-    assert _apart(found, _answers(result.model, data[0])[0]) < most
+    assert _apart(answer, _answers(result.model, data[0])[0]) < most
 
 
 def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):
-    made = parcel(CASES["cifar resnet"](), ("dense@4c",), "")
-    notes = write_onnx(made, tmp_path / "small.onnx").notes
-    assert len(notes) == len(made.plan)
+    compressed = parcel(CASES["cifar resnet"](), ("dense@4c",), "")
+    notes = write_onnx(compressed, tmp_path / "small.onnx").notes
+    assert len(notes) == len(compressed.plan)
     assert all("runs in float" in n and "its plan has no act" in n for n in notes)
 
 
@@ -208,10 +208,11 @@ def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):
 )
 def test_no_weight_that_meets_floats_is_dequantised_in_every_run(name, kind, tmp_path):
     case, terms = CASES[name](), TERMS[kind]
-    made = parcel(case, terms, "")
-    notes = write_onnx(made, tmp_path / "small.onnx").notes
+    compressed = parcel(case, terms, "")
+    notes = write_onnx(compressed, tmp_path / "small.onnx").notes
     ours, theirs = (
-        _answers(net, case.batches[0])[0] for net in (Session(tmp_path / "small.onnx"), made.model)
+        _answers(net, case.batches[0])[0]
+        for net in (Session(tmp_path / "small.onnx"), compressed.model)
     )
     assert _apart(ours, theirs) < 0.1
     assert not any("unknown kernel" in n for n in notes)
@@ -230,12 +231,12 @@ def test_a_dead_channel_keeps_its_bias(tmp_path):
         model[0].weight[2] *= 1e-13
         model[0].bias[1:3] = torch.tensor([3.0, 2.0])
     case = Case(model, images())
-    made = parcel(case, ("dense@8c", "dense@2hc"))
-    write_onnx(made, tmp_path / "small.onnx")
+    compressed = parcel(case, ("dense@8c", "dense@2hc"))
+    write_onnx(compressed, tmp_path / "small.onnx")
     assert (
         _apart(
             Session(tmp_path / "small.onnx")(case.batches[0]),
-            _answers(made.model, case.batches[0])[0],
+            _answers(compressed.model, case.batches[0])[0],
         )
         < 0.05
     )
@@ -265,7 +266,7 @@ def result():
 
 
 class TestThroughTheFrontDoor:
-    """What a user does."""
+    """As a user does it."""
 
     MODEL = settled(
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
@@ -281,7 +282,7 @@ class TestThroughTheFrontDoor:
         assert (again.plan, again.cost) == (result.plan, result.cost)
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
-    def test_what_is_reopened_is_the_file_whatever_it_is_looked_at_with(self, tmp_path):
+    def test_what_is_reopened_is_the_file_whatever_opens_it(self, tmp_path):
         half = copy.deepcopy(self.MODEL).half()
         result = rabbet.fit(
             half, "0 dense@3c | act@8", [x.half() for x in self.DATA], QUALITY["fast"]
@@ -300,14 +301,14 @@ class TestThroughTheFrontDoor:
         model = copy.deepcopy(self.MODEL).half() if kind == torch.half else self.MODEL
         result = rabbet.fit(model, self.PLAN, [x.to(kind) for x in self.DATA], QUALITY["fast"])
         result.export(tmp_path / f"a.{end}")
-        found = opened(tmp_path / f"a.{end}", model)(self.DATA[0])
-        assert float((found - result.model(self.DATA[0])).norm() / found.norm()) < 0.05
+        answer = opened(tmp_path / f"a.{end}", model)(self.DATA[0])
+        assert float((answer - result.model(self.DATA[0])).norm() / answer.norm()) < 0.05
 
     @pytest.mark.parametrize("outs", [6, 8])
     def test_scales_that_lie_on_the_inputs_of_a_layer_stay_there(self, outs, tmp_path):
         torch.manual_seed(0)
-        model = settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, outs, 3), nn.Flatten(),
-                                      nn.Linear(outs * 16, outs * 16)))  # fmt: skip
+        model = settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, outs, 3),
+                                      nn.Flatten(), nn.Linear(outs * 16, outs * 16)))  # fmt: skip
         with torch.no_grad():
             for k in (2, 4):
                 model[k].weight *= torch.logspace(-1, 1, model[k].weight.shape[1]).view(
@@ -316,8 +317,8 @@ class TestThroughTheFrontDoor:
         plan = "2 dense@4c1 | act@8\n4 dense@4c1 | act@8"
         result = rabbet.fit(model, plan, self.DATA, QUALITY["fast"])
         result.export(tmp_path / "a.onnx")
-        found, wanted = Session(tmp_path / "a.onnx")(self.DATA[0]), result.model(self.DATA[0])
-        assert float((found - wanted).norm() / wanted.norm()) < 0.02
+        answer, wanted = Session(tmp_path / "a.onnx")(self.DATA[0]), result.model(self.DATA[0])
+        assert float((answer - wanted).norm() / wanted.norm()) < 0.02
 
     def test_an_export_touches_neither_network(self, result, tmp_path):
         before = [copy.deepcopy(m.state_dict()) for m in (self.MODEL, result.model)]
@@ -343,14 +344,14 @@ class TestThroughTheFrontDoor:
         compiled = openvino.Core().compile_model(
             tmp_path / "a.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
         )
-        found = torch.from_numpy(next(iter(compiled({0: self.DATA[0].numpy()}).values())))
-        assert _apart(found, result.model(self.DATA[0])) < 0.1
+        answer = torch.from_numpy(next(iter(compiled({0: self.DATA[0].numpy()}).values())))
+        assert _apart(answer, result.model(self.DATA[0])) < 0.1
         facts = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
         layers = [f for f in facts if _said(f, "layerType") in {"Convolution", "FullyConnected"}]
         assert len(layers) == 2
         assert all("I8" in _said(f, "primitiveType") for f in layers)
 
-    def test_a_file_that_does_not_answer_alike_is_an_error_and_is_not_written(
+    def test_a_file_that_answers_differently_is_an_error_and_is_not_written(
         self, result, tmp_path, monkeypatch
     ):
         (tmp_path / "a.onnx").write_text("mine")
@@ -375,9 +376,11 @@ class TestThroughTheFrontDoor:
             def forward(self, x):
                 return self.a(x) if x.sum() > 0 else -self.a(x)
 
-        found = rabbet.fit(settled(Moody()), "a dense@8c | act@8", [rand(4, 4)], QUALITY["fast"])
+        compressed = rabbet.fit(
+            settled(Moody()), "a dense@8c | act@8", [rand(4, 4)], QUALITY["fast"]
+        )
         with pytest.raises(ModelError, match="torch cannot export this network") as caught:
-            found.export(tmp_path / "f", target)
+            compressed.export(tmp_path / "f", target)
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
 
@@ -391,11 +394,11 @@ class TestThroughTheFrontDoor:
             def forward(self, x):
                 return self.a(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
 
-        found = rabbet.fit(
+        compressed = rabbet.fit(
             settled(Counting()), "a dense@8c | act@8", [rand(6, 3, 4)], QUALITY["fast"]
         )
         with pytest.raises(ModelError, match=r"write x\.shape\[0\], not len\(x\)"):
-            found.export(tmp_path / "f", target)
+            compressed.export(tmp_path / "f", target)
 
     def test_an_unknown_target_is_an_error_that_names_the_known_ones(self, result, tmp_path):
         with pytest.raises(FileError, match="safetensors, onnx, openvino, torch"):
@@ -421,8 +424,8 @@ def _said(facts, key):
 
 
 def test_axes_in_which_batches_differ_are_dynamic(tmp_path):
-    made = parcel(CASES["bert"]())
-    write_onnx(made, tmp_path / "small.onnx")
+    compressed = parcel(CASES["bert"]())
+    write_onnx(compressed, tmp_path / "small.onnx")
     session = Session(tmp_path / "small.onnx")
     for count, length in ((1, 5), (4, 13)):
         ids = torch.randint(40, (count, length))
@@ -440,13 +443,13 @@ def test_resnet20_keeps_its_accuracy_in_the_runtime(real, tmp_path: Path):
     test = list(
         zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True)
     )
-    made = parcel(
+    compressed = parcel(
         Case(real.nets.cifar_resnet(20), list(torch.from_numpy(train).split(64))),
         ("dense@6c", "dense@8c"),
     )
-    assert write_onnx(made, tmp_path / "small.onnx").notes == ()
+    assert write_onnx(compressed, tmp_path / "small.onnx").notes == ()
     assert set(kernels(tmp_path / "small.onnx").values()) == {"QLinearConv", "QGemm"}
     apart = rabbet.accuracy(Session(tmp_path / "small.onnx"), test) - rabbet.accuracy(
-        made.model, test
+        compressed.model, test
     )
     assert abs(apart) <= 1.0

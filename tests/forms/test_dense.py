@@ -16,7 +16,7 @@ from rabbet.model.build import LayerPlan, build
 from rabbet.model.compressed import compressed_layers
 from rabbet.train.tuning import Tuning
 
-ROWS = st.sets(st.integers(0, 40), min_size=1).map(lambda found: tuple(sorted(found)))
+ROWS = st.sets(st.integers(0, 40), min_size=1).map(lambda numbers: tuple(sorted(numbers)))
 QUICK = Joint(tuning=Tuning(steps=0))
 
 
@@ -31,13 +31,13 @@ def test_rows_are_their_text(rows):
 @pytest.mark.parametrize(
     "text", ["", "3-", "-3", "5,4", "4,4", "0-1,2", "1-1", "a", "0-99999999999", "9" * 5000]
 )
-def test_what_are_no_rows(text):
+def test_what_is_not_a_set_of_rows(text):
     with pytest.raises(PlanError, match=r"rows|no layer has so many"):
         rows_of(text)
 
 
 def _split(plan, grids=("4c", "2hc")):
-    """Every other output of each layer without groups on another grid."""
+    """Every other output of each layer without groups is on another grid."""
     lines = []
     for site, line in plan:
         if site.groups > 1 or site.shape[0] < 2:
@@ -54,8 +54,10 @@ def _split(plan, grids=("4c", "2hc")):
 def _plans(name, grid="4c"):
     case = network(name)
     survey = rabbet.survey(case.model, case.batches)
-    whole = Plan(tuple(LayerPlan(s.name, (Term.parse(f"dense@{grid}"),), 8 if s.multiplies else None)
-                       for s in survey))  # fmt: skip
+    whole = Plan(tuple(
+        LayerPlan(s.name, (Term.parse(f"dense@{grid}"),), 8 if s.multiplies else None)
+        for s in survey
+    ))  # fmt: skip
     return case, survey, whole, zip(survey, whole, strict=True)
 
 
@@ -85,8 +87,8 @@ def test_a_network_of_rows_is_fitted_and_saved(name, tmp_path):
     task = Task(case.batches)
     again = rabbet.load(path, case.model)
     with torch.no_grad():
-        found, wanted = (outputs(task.run(m, case.batches[0])) for m in (again, result.model))
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        answers, wanted = (outputs(task.run(m, case.batches[0])) for m in (again, result.model))
+    assert all(torch.equal(a, b) for a, b in zip(answers, wanted, strict=True))
 
 
 def test_rows_are_solved_as_if_they_were_the_layer():

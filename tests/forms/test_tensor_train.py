@@ -1,4 +1,4 @@
-"""Tensor trains: the shapes of the paper, digits of one's own, what a runtime is given, and errors."""
+"""Tensor trains: the shapes of the paper, other digits, what a runtime is given, and errors."""
 
 import itertools
 import math
@@ -101,7 +101,7 @@ def test_any_digits_write_a_table(modes):
     )
 
 
-def test_a_tensor_of_the_rank_is_found_again():
+def test_a_tensor_of_the_rank_is_recovered():
     sizes, ranks = (4, 3, 2), [3, 3, 2, 1]
     cores = [rand(a, n, b, seed=n) for a, n, b in zip(ranks[:-1], sizes, ranks[1:], strict=True)]
     assert bonds(sizes, 3, 3) == ranks
@@ -129,7 +129,7 @@ def test_a_runtime_is_given_the_same_layer(form):
     assert torch.allclose(other.contract(site, parts), form.contract(site, factors), atol=1e-5)
 
 
-def test_digits_stand_in_the_plan_where_they_are_not_the_usual():
+def test_unusual_digits_are_written_in_the_plan():
     text = "fc tt[3:2x6:4x2]@4 + tt[2]@8 | act@8"
     assert str(LayerPlan.parse(text)) == text
     assert LayerPlan.parse(text).terms[0].form.modes == ((2, 6), (4, 2))
@@ -180,7 +180,7 @@ def test_an_index_that_a_table_does_not_have_is_refused(index):
         built(torch.tensor([[index]]))
 
 
-def test_more_steps_never_err_more():
+def test_more_steps_never_increase_the_error():
     site, weight, form = Site("x", Linear(), (24, 30)), rand(24, 30), TT(5)
     errors = [
         float(
@@ -198,7 +198,7 @@ def test_more_steps_never_err_more():
     ("form", "site"),
     [(TT(5), Site("x", Linear(), (24, 30))), (TTM(5), Site("x", Embedding(), (90, 8)))],
 )
-def test_what_goes_on_from_factors_errs_no_more_than_they_do(form, site):
+def test_a_start_from_given_factors_never_ends_worse_than_they_are(form, site):
     weight = rand(*site.shape)
 
     def error(factors):

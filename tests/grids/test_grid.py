@@ -20,7 +20,7 @@ BOOKS = (
     "t",
 )
 LAYOUTS = ("", "c", "c1", "g2", "g8", "g64")
-# every codebook on some layout and every layout on some codebooks: they do not know each other
+# every codebook with some layout and every layout with some codebooks: they are independent
 TEXTS = tuple(
     dict.fromkeys(
         [
@@ -98,7 +98,8 @@ def test_the_integers_of_a_grid_are_the_stated_ones(text, levels, low, high):
 
 
 @pytest.mark.parametrize(("text", "values"), [
-    ("1", [-0.5, 0.5]), ("t", [-1, 0, 1]), ("2h", [-1.5, -0.5, 0.5, 1.5]), ("3", [-4, -3, -2, -1, 0, 1, 2, 3]),
+    ("1", [-0.5, 0.5]), ("t", [-1, 0, 1]), ("2h", [-1.5, -0.5, 0.5, 1.5]),
+    ("3", [-4, -3, -2, -1, 0, 1, 2, 3]),
 ])  # fmt: skip
 def test_the_points_of_a_grid_of_scale_one_are_the_stated_ones(text, values):
     x = torch.linspace(-9, 9, 1001)
@@ -134,14 +135,14 @@ def test_codes_of_the_values_of_codes_are_the_codes(grid):
 def test_no_point_of_the_grid_is_nearer_than_the_projection(grid):
     x = _tensor(grid)
     scale = grid.mse(x)
-    found = (grid.project(x, scale) - x).abs()
+    distance = (grid.project(x, scale) - x).abs()
     for code in range(grid.low, grid.high + 1):
         other = (grid.values(torch.full_like(x, code), scale) - x).abs()
-        assert (found <= other + 1e-6 * x.abs()).all()
+        assert (distance <= other + 1e-6 * x.abs()).all()
 
 
 @every_grid
-def test_a_scale_has_one_entry_a_part_and_is_a_bfloat16(grid):
+def test_a_scale_has_one_entry_per_part_and_is_a_bfloat16(grid):
     x = _tensor(grid)
     codes = grid.codes(x, grid.minmax(x))
     for scale in (grid.minmax(x), grid.mse(x), grid.refit(x, codes, grid.minmax(x))):
@@ -158,7 +159,7 @@ def test_minmax_covers_the_largest_magnitude(grid):
         * (grid.levels - 1)
         / (1 if grid.kind == "unsigned" else 2)
     )
-    assert (x.abs() <= reach * (1 + 2**-8)).all()  # to the rounding of a bfloat16
+    assert (x.abs() <= reach * (1 + 2**-8)).all()  # up to the rounding of a bfloat16
 
 
 @every_grid
@@ -172,8 +173,8 @@ def test_the_searched_scale_is_never_worse_than_minmax(grid):
 def test_the_searched_scale_is_never_worse_than_minmax_under_weights(grid):
     for seed in range(3):
         x, weight = _tensor(grid, seed), rand(5, 4, seed=9).square()
-        found = _loss(grid, x, grid.mse(x, weight), weight)
-        assert (found <= _loss(grid, x, grid.minmax(x), weight) * (1 + 1e-6)).all()
+        loss = _loss(grid, x, grid.mse(x, weight), weight)
+        assert (loss <= _loss(grid, x, grid.minmax(x), weight) * (1 + 1e-6)).all()
 
 
 def test_weights_move_the_scale_to_the_entries_that_count():
@@ -201,11 +202,11 @@ def test_a_refitted_scale_is_the_least_squares_one(grid):
     scale = grid.minmax(x)
     codes = grid.codes(x, scale)
     z, rows = grid.scales.rows(codes + grid.codebook.shift).double(), grid.scales.rows(x).double()
-    for found, start, a, b in zip(grid.refit(x, codes, scale), scale, z, rows, strict=True):
+    for refitted, start, a, b in zip(grid.refit(x, codes, scale), scale, z, rows, strict=True):
         exact = (
             torch.linalg.lstsq(a[:, None], b[:, None]).solution.item() if a.any() else start.item()
         )
-        assert found.item() == pytest.approx(exact, rel=2**-8)
+        assert refitted.item() == pytest.approx(exact, rel=2**-8)
 
 
 def test_a_scale_refitted_in_a_metric_is_best_in_that_metric():
@@ -226,11 +227,11 @@ def test_a_scale_refitted_in_a_metric_is_best_in_that_metric():
 
 
 @pytest.mark.parametrize("text", ["3", "3c", "t", "1c", "2h"])
-def test_where_codes_say_nothing_the_scale_is_kept(text):
+def test_where_all_codes_are_zero_the_scale_is_kept(text):
     grid = Grid.parse(text)
     scale = grid.minmax(torch.ones(2, 3))
     x = torch.zeros(2, 3)
-    if grid.codebook.shift:  # a half-step grid has no zero code: all its codes say something
+    if grid.codebook.shift:  # a half-step grid has no zero code, so every code counts
         assert torch.isfinite(grid.refit(x, grid.codes(x, scale), scale)).all()
     else:
         assert torch.equal(grid.refit(x, grid.codes(x, scale), scale), scale)
@@ -255,9 +256,8 @@ def test_a_negative_scale_mirrors_the_grid():
     grid, scale = Grid.parse("3"), torch.tensor([0.5])
     x = torch.linspace(-3, 3, 41)
     assert torch.equal(grid.project(x, -scale), -grid.project(-x, scale))
-    assert (
-        grid.project(torch.tensor([9.0]), -scale).item() == 2.0
-    )  # -4 * -0.5: the long end now lies above
+    # -4 * -0.5: the long end is now the upper one
+    assert grid.project(torch.tensor([9.0]), -scale).item() == 2.0
 
 
 def test_a_grid_of_an_axis_that_is_not_there_is_refused():
@@ -311,7 +311,7 @@ def test_the_gradient_of_fake_has_the_values_derived_by_hand():
     assert ds.item() == pytest.approx(by_hand / math.sqrt(4 * 3), rel=1e-5)
 
 
-def test_the_gradient_of_fake_weighs_what_comes_from_above():
+def test_the_gradient_of_fake_is_weighted_by_the_gradient_it_receives():
     x, pull = torch.tensor([0.6, 5.0]), torch.tensor([2.0, -3.0])
     dx, ds = _slopes(Grid.parse("3"), x, torch.tensor([0.5]), pull=pull)
     assert dx.tolist() == [2.0, 0.0]
@@ -345,9 +345,9 @@ def test_the_gradient_of_fake_is_that_of_the_formula(text):
 
 def test_latent_codes_round_and_let_the_gradient_through_inside_the_range():
     latent = torch.tensor([-9.0, -2.4, 0.4, 1.4, 1.6], requires_grad=True)
-    found = Grid.parse("2").round_latent(latent)
-    found.sum().backward()
-    assert found.tolist() == [-2, -2, 0, 1, 1]
+    codes = Grid.parse("2").round_latent(latent)
+    codes.sum().backward()
+    assert codes.tolist() == [-2, -2, 0, 1, 1]
     assert latent.grad.tolist() == [0, 1, 1, 1, 0]
 
 
@@ -374,7 +374,7 @@ def test_zero_points_help_where_values_lie_on_one_side(text, plain):
     assert ours < theirs
 
 
-def test_smaller_groups_of_inputs_err_less():
+def test_smaller_groups_of_inputs_have_less_error():
     x = rand(8, 256) * torch.logspace(-1, 1, 256)
     errors = [
         float((Quantised.nearest(x, Grid.parse(t)).values - x).square().sum())
@@ -403,14 +403,21 @@ def test_a_gradient_reaches_every_scale_of_a_group():
 
 @given(st.floats(-1e30, 1e30))
 def test_a_stored_scale_survives_the_file_and_is_never_zero(x):
-    found = stored(torch.tensor([x], dtype=torch.float32))
-    assert found.item() != 0
-    assert torch.equal(stored(found), found)
-    assert torch.equal(found.to(torch.bfloat16).float(), found)
+    scale = stored(torch.tensor([x], dtype=torch.float32))
+    assert scale.item() != 0
+    assert torch.equal(stored(scale), scale)
+    assert torch.equal(scale.to(torch.bfloat16).float(), scale)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [*itertools.product((0, 9), ("signed", "unsigned", "half")), (3, "ternary"),
-                                            (1, "signed"), (1, "unsigned")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [
+        *itertools.product((0, 9), ("signed", "unsigned", "half")),
+        (3, "ternary"),
+        (1, "signed"),
+        (1, "unsigned"),
+    ],
+)
 def test_a_grid_that_does_not_exist_cannot_be_made(bits, kind):
     with pytest.raises(PlanError):
         Grid.of(bits, kind)

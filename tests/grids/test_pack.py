@@ -32,7 +32,7 @@ def test_bytes_are_the_least_whole_number(levels, count):
     assert packed_bytes(count, levels) == math.ceil(count / per_byte)
 
 
-@pytest.mark.parametrize(("levels", "codes", "found"), [
+@pytest.mark.parametrize(("levels", "codes", "expected"), [
     (2, [1, 0, 0, 0, 0, 0, 1, 1, 1], [0b11000001, 1]),
     (3, [1, 2, 0, 1, 2, 2], [1 + 2 * 3 + 0 * 9 + 27 + 2 * 81, 2]),
     (4, [1, 2, 3, 0, 3], [0b00111001, 3]),
@@ -43,8 +43,8 @@ def test_bytes_are_the_least_whole_number(levels, count):
     (128, [127, 1], [0xFF, 0b00000000]),
     (256, [0, 255, 7], [0, 255, 7]),
 ])  # fmt: skip
-def test_the_bytes_are_these(levels, codes, found):
-    assert pack(torch.tensor(codes), levels).tolist() == found
+def test_the_bytes_are_these(levels, codes, expected):
+    assert pack(torch.tensor(codes), levels).tolist() == expected
 
 
 def test_any_shape_is_packed_in_row_major_order():

@@ -1,4 +1,4 @@
-"""Files that are damaged, made up, or of another network: one FileError each, and never anything else."""
+"""Files that are damaged, forged, or of another network: one FileError each, nothing else."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ NASTY = (
 
 
 class Small(nn.Module):
-    """Every thing that a file can hold: a folded norm, an adapter, ternary and binary codes, what is left alone."""
+    """All that a file can hold: a folded norm, an adapter, ternary and binary codes, the rest."""
 
     def __init__(self):
         super().__init__()
@@ -67,16 +67,16 @@ def whole(tmp_path_factory):
 
 
 def _refused(path, data, model=None):
-    """Whether a file is refused; it must be, or load and run. Any other exception fails the test."""
+    """Whether a file is refused. If not, it must load and run; another exception is a failure."""
     path.write_bytes(data)
     try:
-        found = load(path, model or _model())
+        loaded = load(path, model or _model())
     except FileError as e:
         assert str(path) in str(e)  # noqa: PT017
         assert "\n" not in str(e).replace(PLAN, "")  # noqa: PT017
         return True
     with torch.no_grad():
-        found(rand(2, 2, 8, 8))
+        loaded(rand(2, 2, 8, 8))
     return False
 
 
@@ -102,7 +102,7 @@ def _with_survey(data, change):
 def test_the_whole_file_loads(whole, tmp_path):
     assert not _refused(tmp_path / "f", whole)
     header, values = _parts(whole)
-    assert not _refused(tmp_path / "f", _joined(header, values))  # however its JSON is spaced
+    assert not _refused(tmp_path / "f", _joined(header, values))  # whatever the spacing of its JSON
     assert not _refused(tmp_path / "f", _with_survey(whole, lambda _: None))
 
 
@@ -125,9 +125,8 @@ def test_no_flipped_bit_of_the_header_leads_to_another_error(whole, mask, tmp_pa
         refused += _refused(
             tmp_path / "f", whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
         )
-    assert (
-        refused > 0.6 * size
-    )  # the rest are names, reasons and counts that a network does not contradict
+    # the rest are names, reasons and counts that a network cannot contradict
+    assert refused > 0.6 * size
 
 
 def test_no_flipped_bit_of_the_values_leads_to_another_error(whole, tmp_path):
@@ -183,7 +182,7 @@ def test_a_file_that_is_not_there_and_a_folder_are_refused(tmp_path):
 
 
 def _leaves(value, path=()):
-    """The path of every value inside a JSON document, those that hold others included."""
+    """The path of every value inside a JSON document, containers included."""
     yield path
     inside = (
         value.items()
@@ -202,7 +201,7 @@ def _put(document, path, value):
     document[path[-1]] = value
 
 
-def test_no_survey_that_is_made_up_leads_to_another_error(whole, tmp_path):
+def test_no_forged_survey_leads_to_another_error(whole, tmp_path):
     survey = json.loads(_parts(whole)[0]["__metadata__"]["survey"])
     paths = [p for p in _leaves(survey) if p]
     assert len(paths) > 30
@@ -227,7 +226,7 @@ def test_no_survey_that_is_made_up_leads_to_another_error(whole, tmp_path):
         "odd",
     ],
 )
-def test_no_fact_of_a_layer_that_is_made_up_leads_to_another_error(whole, key, tmp_path):
+def test_no_forged_fact_of_a_layer_leads_to_another_error(whole, key, tmp_path):
     for site, value in itertools.product(
         range(3), (*NASTY, "conv", ["conv"], ["fc"], "fc", "free", "norm", "bn", 2)
     ):
@@ -393,9 +392,9 @@ def test_loading_does_not_touch_the_network_that_gives_the_code(whole, tmp_path)
     (tmp_path / "f").write_bytes(whole)
     model = _model(seed=3).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = load(tmp_path / "f", model)
+    loaded = load(tmp_path / "f", model)
     assert model.training
-    assert not any(m.training for m in found.modules())
+    assert not any(m.training for m in loaded.modules())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 

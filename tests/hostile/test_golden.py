@@ -17,21 +17,21 @@ from rabbet.workpiece import DTYPES, rest_of
 
 
 def _ramp(*shape: int, step: float = 1 / 16) -> torch.Tensor:
-    """Numbers without chance, exact in float32."""
+    """Fixed numbers, exact in float32."""
     count = torch.Size(shape).numel()
     return ((torch.arange(count) * 7) % 31 - 15).float().view(shape) * step
 
 
 def _written(model, batch, text, numbers, ranges, path):
-    """The bytes of a file whose every number is given: no solver and no rounding takes part."""
-    found, plan = survey(model, [batch]), Plan.parse(text)
-    student = build(model, plan, found, numbers)
+    """The bytes of a file with every number given, so that no solver or rounding takes part."""
+    surveyed, plan = survey(model, [batch]), Plan.parse(text)
+    student = build(model, plan, surveyed, numbers)
     for layer in compressed_layers(student).values():
         for act, (scale, zero) in zip(layer.quantisers, ranges, strict=False):
             act.set_range(torch.tensor(scale), torch.tensor(float(zero)))
     types = {name: DTYPES[str(t.dtype)] for name, t in model.state_dict().items()}
-    rest = rest_of(fold(model, found), found, plan, types)
-    parcel = Parcel(student, plan, found, rest, Task([batch]))
+    rest = rest_of(fold(model, surveyed), surveyed, plan, types)
+    parcel = Parcel(student, plan, surveyed, rest, Task([batch]))
     assert write_native(parcel, path).bytes == path.stat().st_size
     return path.read_bytes()
 
@@ -43,7 +43,7 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
         model.bias.copy_(torch.tensor([1.0, -2.0]))
     codes = torch.tensor([[-4.0, 3.0, 0.0], [1.0, -1.0, 2.0]])
     numbers = {"": [[Quantised(Grid.parse("3c"), codes, torch.tensor([0.5, -0.25]))]]}
-    found = _written(
+    data = _written(
         model, torch.zeros(1, 3), '"" dense@3c | act@8', numbers, [(0.125, 7)], tmp_path / "f"
     )
     header = (
@@ -64,7 +64,7 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
         b"\x00\x3f\x80\xbe"  # scales 0.5, -0.25
         b"\x07"  # zero point
     ) + stream.to_bytes(3, "little")
-    assert found == len(header).to_bytes(8, "little") + header + values
+    assert data == len(header).to_bytes(8, "little") + header + values
     again = load(tmp_path / "f", nn.Linear(3, 2))
     assert again.canonical.tolist() == [[-2.0, 1.5, 0.0], [-0.25, 0.25, -0.5]]
     # x = 1, 0.06, 100 on steps of 1/8 around 7, 8 bits: 1, 0, 31 = (255 - 7) / 8
@@ -72,7 +72,7 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
 
 
 class Every(nn.Module):
-    """A thing of every kind that the format knows."""
+    """One thing of every kind that the format knows."""
 
     def __init__(self):
         super().__init__()
@@ -112,23 +112,23 @@ def test_a_file_with_a_thing_of_every_kind_has_these_bytes(tmp_path):
         "mix": [[numbers("2hc", 6, 4, 2)], [numbers("8c", 2, 4, 2), numbers("8c", 6, 2)]],
         "fc": [[numbers("5", 1, 6), numbers("5", 3, 1)], [numbers("1c1", 3, 6)]],
     }
-    found = _written(
+    data = _written(
         model, torch.arange(5)[None], text, given, [(0.5, 3), (0.25, 60)], tmp_path / "f"
     )
-    size = int.from_bytes(found[:8], "little")
-    header = json.loads(found[8 : 8 + size])
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
     kinds = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
     assert kinds == {
-        "norm.bias": "F64", "norm.weight": "F64", "conv.bias": "F32", "conv.weight": "F32", "gain": "BF16",
-        "rabbet.biases": "F32", "rabbet.act_scales": "F32", "rabbet.scales": "BF16", "rabbet.act_zeros": "U8",
-        "rabbet.codes": "U8",
+        "norm.bias": "F64", "norm.weight": "F64", "conv.bias": "F32", "conv.weight": "F32",
+        "gain": "BF16", "rabbet.biases": "F32", "rabbet.act_scales": "F32",
+        "rabbet.scales": "BF16", "rabbet.act_zeros": "U8", "rabbet.codes": "U8",
     }  # fmt: skip
-    assert hashlib.sha256(found[8 + size :]).hexdigest() == VALUES
-    assert hashlib.sha256(found).hexdigest() == WHOLE
+    assert hashlib.sha256(data[8 + size :]).hexdigest() == VALUES
+    assert hashlib.sha256(data).hexdigest() == WHOLE
     again = load(tmp_path / "f", Every())
     assert again.fc is again.again
 
 
-# Another hash means that files which exist cannot be read any more: change the version, not this.
+# Another hash means that existing files can no longer be read: change the version, not this.
 VALUES = "5c36142ec691e64e17a04f40f73f8c0e764b04a15cd32805d809a39b63c4550d"
 WHOLE = "95c04b99b0e3f63a03be8d1b0c9bbc732682a7dd3b676e4231b457fe9b6ef9be"

@@ -1,4 +1,4 @@
-"""Networks, batches, plans and budgets that cannot be used: one error that says which, and nothing is touched."""
+"""Networks, batches, plans and budgets that cannot be used: one clear error, nothing is touched."""
 
 import re
 import threading
@@ -45,7 +45,7 @@ QUICK = Joint(
 
 
 class Idle(Jobs):
-    """An jobs that must not be asked for anything."""
+    """Jobs that must not be asked for anything."""
 
     def run(self, stage, jobs):
         raise AssertionError(f"work was done: {stage}")
@@ -74,15 +74,14 @@ def test_images_without_a_batch_axis_are_named():
 # Budgets
 
 
-@pytest.mark.parametrize(
-    "metric", [m for m in METRICS if m != "latency"]
-)  # that one is work: export/test_latency.py
+# latency takes work to measure: export/test_latency.py
+@pytest.mark.parametrize("metric", [m for m in METRICS if m != "latency"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_reached(
     name, metric
 ):
     case = network(name)
-    found = survey(case.model, case.batches)
+    surveyed = survey(case.model, case.batches)
     for method in (
         QUICK,
         Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0)),
@@ -92,8 +91,8 @@ def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_r
         least = re.search(r"smallest reachable value is ([\d,.]+) ", str(caught.value))[1].replace(
             ",", ""
         )
-        assert any(s.name in str(caught.value) for s in found)
-        means = metric in ("bits", "bpw")  # shown rounded
+        assert any(s.name in str(caught.value) for s in surveyed)
+        means = metric in ("bits", "bpw")  # these are shown rounded
         slack = 0.001 if means else 0
         result = compress(
             case.model, f"{metric} <= {float(least) + slack:.3f}", case.batches, method
@@ -107,7 +106,7 @@ def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_r
 
 
 def test_limits_that_can_be_met_but_not_at_once_are_refused_before_any_work():
-    # 2 bits in fewer MACs than the layer has: of the two candidates one has too many bits, the
+    # 2 bits in fewer MACs than the layer has: one of the two candidates has too many bits, the
     # other too many MACs
     method = Joint(
         ("8c",), (("1c", 0.1),), adapter_grid="2", forms=(), act=None, tuning=Tuning(steps=0)
@@ -206,13 +205,13 @@ def test_a_network_that_was_never_run_is_refused():
 @pytest.mark.parametrize(
     "model", [nn.Linear, None, "model.pt", lambda x: x, {"weight": rand(3, 3)}]
 )
-def test_what_is_no_network_is_refused(model):
+def test_what_is_not_a_network_is_refused(model):
     with pytest.raises(ModelError, match=re.escape(type(model).__name__)):
         compress(model, "bits <= 4", [rand(4, 6)], QUICK)
 
 
 class Answers(nn.Module):
-    """A linear, and a function that makes the answer of it."""
+    """A linear, and a function of its output that gives the answer."""
 
     def __init__(self, answer):
         super().__init__()
@@ -271,7 +270,7 @@ def test_a_network_that_cannot_be_copied_is_refused():
 
 def test_inputs_that_are_not_finite_are_refused_by_the_layer_that_met_them():
     bad = X.clone()
-    bad[2, 1, 3, 3] = torch.inf  # as a mask may be: only a layer can tell
+    bad[2, 1, 3, 3] = torch.inf  # a mask may hold such values: only a layer can tell
     with pytest.raises(DataError, match=r"inputs of 0 hold NaN"):
         compress(_net(), "bits <= 4", [X, bad], QUICK)
 
@@ -282,12 +281,12 @@ def test_a_batch_with_nan_is_refused_whatever_is_done_with_it():
     for method in (QUICK, CGMQ(), TTQAT(), CoRa(), ADMM()):
         with pytest.raises(DataError, match="batch 1 of the data, counted from 0, holds NaN"):
             compress(_net(), "bits <= 4", [X, bad], method)
-    found = compress(_net(), "bits <= 4", [X], QUICK)
+    result = compress(_net(), "bits <= 4", [X], QUICK)
     with pytest.raises(DataError, match="holds NaN"):
-        calibrate_ranges(found.model, Task([X, bad]))
+        calibrate_ranges(result.model, Task([X, bad]))
 
 
-def test_a_vector_is_no_batch_of_numbers():
+def test_a_vector_is_not_a_batch_of_numbers():
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
     with pytest.raises(DataError, match=r"is given \[16\], which has no batch axis"):
         compress(model, "bits <= 4", [rand(16), rand(16)], QUICK)
@@ -338,7 +337,7 @@ def test_functions_of_the_user_that_fail_are_named(name):
 
 
 @pytest.mark.parametrize("method", ["fast", Joint, 3])
-def test_what_is_no_method_is_refused(method):
+def test_what_is_not_a_method_is_refused(method):
     with pytest.raises(PlanError, match="method is an object such as"):
         compress(_net(), "bits <= 4", [X], method)
 
@@ -348,7 +347,7 @@ def test_a_compiled_network_is_refused():
         compress(torch.compile(_net(), backend="eager"), "bits <= 4", [X], QUICK)
 
 
-def test_accuracy_wants_labels_and_leaves_the_network_as_it_was():
+def test_accuracy_needs_labels_and_leaves_the_network_as_it_was():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).train()
     model[0].eval()
     before = model[1].running_mean.clone()
@@ -362,12 +361,11 @@ def test_accuracy_wants_labels_and_leaves_the_network_as_it_was():
             accuracy(model, [(rand(4, 6), labels)])
     with pytest.raises(DataError, match=r"scores \[4\] are of classes on axis 1"):
         accuracy(nn.Flatten(0), [(rand(4, 1), torch.zeros(4))])
-    assert (
-        accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100
-    )  # a class for each place
+    # a class for each place
+    assert accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100
 
 
-def test_a_mask_of_infinities_among_the_buffers_is_no_fault(tmp_path):
+def test_a_mask_of_infinities_among_the_buffers_is_accepted(tmp_path):
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -403,12 +401,12 @@ def test_a_forward_that_counts_leaves_no_count():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, None])
-def test_a_seed_that_cannot_be_is_refused(seed):
+def test_an_impossible_seed_is_refused(seed):
     with pytest.raises(PlanError, match="seed is a whole number from 0"):
         compress(_net(), "bits <= 4", [X], QUICK, seed=seed, jobs=Idle())
 
 
-def test_what_is_no_plan_is_refused_by_its_type(tmp_path):
+def test_what_is_not_a_plan_is_refused_by_its_type(tmp_path):
     for given in (7, tmp_path):
         with pytest.raises(
             PlanError, match=f"or its text, such as result.plan; found {type(given).__name__}"
@@ -475,7 +473,7 @@ def test_data_without_an_example_is_refused(data):
 @pytest.mark.parametrize(
     "data", ["batches", b"batches", X, {"x": X}, None, 5, nn.Linear(2, 2), torch.zeros]
 )
-def test_what_is_no_iterable_of_batches_is_refused_by_its_type(data):
+def test_what_is_not_an_iterable_of_batches_is_refused_by_its_type(data):
     with pytest.raises(DataError, match=type(data).__name__):
         compress(_net(), "bits <= 4", data, QUICK, jobs=Idle())
 
@@ -506,7 +504,7 @@ def test_indices_outside_a_table_are_refused():
         compress(model, "bits <= 4", [torch.tensor([[0, 4, 5]])], QUICK)
 
 
-def test_no_example_allowed_is_no_data():
+def test_a_limit_of_no_examples_is_refused():
     with pytest.raises(DataError):
         compress(_net(), "bits <= 4", Task([X], limit=0), QUICK)
 
@@ -520,14 +518,14 @@ def test_batches_that_can_be_read_only_once_are_enough():
     )
 
 
-def test_a_generator_that_was_used_up_is_told_from_data():
+def test_a_generator_that_was_used_up_is_refused_as_such():
     once = iter([X])
     compress(_net(), "bits <= 4", once, QUICK)
     with pytest.raises(DataError, match="read only once"):
         compress(_net(), "bits <= 4", once, QUICK)
 
 
-def test_what_a_generator_raises_is_its_own():
+def test_what_a_generator_raises_is_passed_on():
     def batches():
         yield X
         raise OSError("the disk is gone")
@@ -627,7 +625,7 @@ def test_a_plan_of_another_network_is_refused():
         {"act": 9},
     ],
 )
-def test_a_method_with_settings_that_cannot_be_is_refused_at_once(settings):
+def test_a_method_with_impossible_settings_is_refused_at_once(settings):
     with pytest.raises(PlanError):
         Joint(**settings)
 
@@ -637,8 +635,8 @@ def test_a_method_with_settings_that_cannot_be_is_refused_at_once(settings):
 
 def test_a_network_that_was_built_but_not_calibrated_does_not_run():
     model = _net()
-    found = survey(model, [X])
-    student = build(model, plan(model, "bits <= 4", [X], QUICK), found)
+    surveyed = survey(model, [X])
+    student = build(model, plan(model, "bits <= 4", [X], QUICK), surveyed)
     with pytest.raises(ModelError, match="calibrate_ranges"):
         student(X)
 

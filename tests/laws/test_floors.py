@@ -1,4 +1,4 @@
-"""The shape of the house: imports go strictly down, and files stay small."""
+"""The shape of the code: imports go strictly down, and files stay small."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ OPTIONAL = {
     "distributed",
     "matplotlib",
 }
-# Required, but slow to import and wanted by one step alone.
+# Required, but slow to import and needed by one step only.
 SLOW = {"choose/program": {"scipy"}}
 
 
@@ -53,7 +53,7 @@ def _files():
 
 
 def _imports(path):
-    """(module, name taken from it or None, whether at the top of the file) of every import in a file."""
+    """Every import in a file: (module, name taken from it or None, whether at the top)."""
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):
@@ -102,8 +102,8 @@ def test_no_import_goes_round_in_a_circle():
 
 
 def test_only_what_may_be_missing_or_is_slow_is_imported_late():
-    # The help of a command comes without what the command works with, and public names are
-    # imported on first use.
+    # The help of a command does not load what the command needs, and public names are imported on
+    # first use.
     for name, path in _files().items():
         own = {"rabbet"} if _room(name) in ("cli", "__init__") else set()
         late = {module.split(".")[0] for module, _, top in _imports(path) if not top}
@@ -124,7 +124,7 @@ def test_a_file_fits_on_a_few_screens():
 
 
 KNOWN_ONLY_TO = {
-    # what only one package may ask: how a layer, a form or a grid is told from others
+    # only one package may ask what kind of layer, form or grid something is
     r"\b(site|s|kind)\.(kind|name) (==|!=|in) [\"']|\bkind (==|!=) [\"']|\.stride\b": {"layers"},
     r"isinstance\([^)]*, (Dense|LowRank|CP|Tucker|TT|TTM|Ranked|Chain)\b": {"forms"},
     r"isinstance\([^)]*, (Signed|Unsigned|HalfStep|Ternary|PerSlice|OneScale)\b": {"grids"},
@@ -132,7 +132,7 @@ KNOWN_ONLY_TO = {
 
 
 @pytest.mark.parametrize("pattern", KNOWN_ONLY_TO)
-def test_what_tells_one_from_another_is_known_to_one_package(pattern):
+def test_kinds_are_told_apart_in_one_package(pattern):
     for name, path in _files().items():
         if _room(name) not in KNOWN_ONLY_TO[pattern]:
             places = [x for x in path.read_text().splitlines() if re.search(pattern, x)]

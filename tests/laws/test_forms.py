@@ -128,9 +128,9 @@ def test_at_full_rank_the_factors_are_the_weight(form, name):
     _, site, weight, _ = _case(name)
     full = _forms(form, site)[-1]
     for second in (None, _second(site)):
-        found = full.contract(site, full.decompose(site, weight, second))
-        assert found.shape == weight.shape
-        assert torch.allclose(found, weight, atol=1e-4)
+        contracted = full.contract(site, full.decompose(site, weight, second))
+        assert contracted.shape == weight.shape
+        assert torch.allclose(contracted, weight, atol=1e-4)
 
 
 @every_form
@@ -139,10 +139,10 @@ def test_applying_factors_is_the_layer_with_the_contracted_weight(form, name):
     bias = getattr(layer, "bias", None)
     for one in _forms(form, site):
         factors = one.decompose(site, weight, None)
-        found = one.apply(site, x, factors, lambda _, t: t, bias)
+        output = one.apply(site, x, factors, lambda _, t: t, bias)
         with torch.no_grad():
             layer.weight.copy_(site.native(one.contract(site, factors)))
-            assert torch.allclose(found, layer(x), atol=1e-4, rtol=1e-4)
+            assert torch.allclose(output, layer(x), atol=1e-4, rtol=1e-4)
 
 
 @every_form
@@ -175,7 +175,7 @@ def test_stated_macs_are_those_a_counter_sees(form, name):
         with FlopCounterMode(display=False) as counter:
             one.apply(site, x, factors, lambda _, t: t, None)
         seen = counter.get_total_flops()
-        if one.contracted:  # putting the cores together does not depend on the input
+        if one.contracted:  # contracting the cores does not depend on the input
             with FlopCounterMode(display=False) as counter:
                 one.for_runtime(site, factors)
             seen -= counter.get_total_flops()
@@ -217,10 +217,10 @@ def test_gradients_are_those_of_torch_example_by_example(name):
     weight = weight.clone().requires_grad_()
     out = site.run(x, weight)
     slope = rand(*out.shape, seed=3)
-    found = site.gradients(x, slope, len(x))
+    gradients = site.gradients(x, slope, len(x))
     for k in range(len(x)):
         wanted = torch.autograd.grad((out[k] * slope[k]).sum(), weight, retain_graph=True)[0]
-        assert torch.allclose(found[k].view_as(wanted), wanted, atol=1e-4)
+        assert torch.allclose(gradients[k].view_as(wanted), wanted, atol=1e-4)
 
 
 @every_ranked_form
@@ -231,8 +231,7 @@ def test_the_error_falls_with_the_rank(form, name, weighted):
     metric = torch.eye(site.columns)[None] if second is None else second
     errors = []
     full = _form(form).full_rank(site)
-    # doubled each time: two ranks that lie side by side may change places where the solver is a
-    # local one
+    # doubled each time: with a local solver, neighbouring ranks may change places
     for rank in [*itertools.takewhile(lambda r: r < full, (2**k for k in itertools.count())), full]:
         one = _form(form, rank)
         delta = site.matrix(one.contract(site, one.decompose(site, weight, second)) - weight)

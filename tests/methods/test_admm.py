@@ -1,4 +1,4 @@
-"""The paper's method: which layers it factorises and how far, its ablations, the statistics it mends."""
+"""The paper's method: what it factorises and how far, its ablations, the statistics it corrects."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -115,7 +115,7 @@ REFUSED = [({"rate": 0}, "rate"), ({"bits": 9}, "bits"), ({"ranks": (("no", 1),)
 
 
 @pytest.mark.parametrize(("given", "words"), REFUSED)
-def test_settings_that_cannot_be_are_refused(given, words):
+def test_impossible_settings_are_refused(given, words):
     with pytest.raises(PlanError, match=words):
         _run(ADMM(**given))
 

@@ -1,4 +1,4 @@
-"""CGMQ: a budget that is never broken, gates that move as their directions say, runs that resume and are shared."""
+"""CGMQ: a budget that is never broken, gates that follow their directions, runs that resume."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from rabbet.train.loop import Course, run, shard
 from rabbet.workpiece import Workpiece
 
 SHORT = CGMQ(epochs=2, finish=1, steps=3, batch=6)
-CALM = replace(SHORT, rate=1e-3)  # sums in another order make no other choice
+CALM = replace(SHORT, rate=1e-3)  # sums in another order lead to the same choice
 BUDGET = "bops <= 1%"
 
 
@@ -40,8 +40,8 @@ def _run(method=SHORT, budget=BUDGET, name="residual", **given):
     return compress(case.model, budget, case.batches, method, **given)
 
 
-def _widths(found):
-    return [(term.grid.bits, line.act) for line in found for term in line.terms]
+def _widths(lines):
+    return [(term.grid.bits, line.act) for line in lines for term in line.terms]
 
 
 # The guarantee
@@ -68,8 +68,8 @@ def methods(draw):
     )
 
 
-LIMITS = ["bops <= 0.39%", "bops <= 0.5%", "bops <= 1.3%", "bops <= 5%", "bytes <= 40%, bops <= 2%", "bits <= 3",
-          "bpw <= 8, bops <= 3%"]  # fmt: skip
+LIMITS = ["bops <= 0.39%", "bops <= 0.5%", "bops <= 1.3%", "bops <= 5%",
+          "bytes <= 40%, bops <= 2%", "bits <= 3", "bpw <= 8, bops <= 3%"]  # fmt: skip
 
 
 @settings(max_examples=200)
@@ -112,8 +112,8 @@ def test_the_tightest_byte_budgets_are_kept_too(granularity):
     with pytest.raises(BudgetError):
         method.plan(piece, Budget.parse(f"bytes <= {least - 1}"))
     for more in range(0, 70, 3):
-        found = method.plan(piece, Budget.parse(f"bytes <= {least + more}"))
-        assert piece.cost(found).bytes <= least + more
+        chosen = method.plan(piece, Budget.parse(f"bytes <= {least + more}"))
+        assert piece.cost(chosen).bytes <= least + more
 
 
 # What is trained
@@ -127,7 +127,8 @@ def test_training_starts_from_layers_that_are_solved_in_order(name, text):
     case = network(name)
     piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
     given = Plan(tuple(
-        LayerPlan.parse(f"{s.name} {text if s.multiplies else text.partition(' ')[0]}") for s in piece.survey
+        LayerPlan.parse(f"{s.name} {text if s.multiplies else text.partition(' ')[0]}")
+        for s in piece.survey
     ))  # fmt: skip
     ours, wanted = (
         CGMQ(finish=0, two="ternary" if "t" in text else "half").fit(piece, given).model,
@@ -224,9 +225,9 @@ def test_the_image_is_what_runs_first_wherever_it_is_defined():
 
     torch.manual_seed(0)
     batches = [torch.randn(6, 12) for _ in range(2)]
-    found = plan(Backwards(), "bops <= 0.6%", batches, replace(SHORT, image=4))
-    assert [line.name for line in found] == ["body", "head"]
-    assert found["body"].act == 4
+    chosen = plan(Backwards(), "bops <= 0.6%", batches, replace(SHORT, image=4))
+    assert [line.name for line in chosen] == ["body", "head"]
+    assert chosen["body"].act == 4
 
 
 def test_other_labels_are_other_work(tmp_path):
@@ -282,12 +283,12 @@ def test_gates_start_at_the_ranges_of_least_error_at_every_width(scales, two):
         lines = Plan.parse(
             "\n".join(f"{s.name} dense@{grid}{axis} | act@{bits}" for s in piece.survey)
         )
-        found = FixedWidths(method, piece, list(lines), 0).network(piece, lines)
+        student = FixedWidths(method, piece, list(lines), 0).network(piece, lines)
         wide = Plan.parse("\n".join(f"{s.name} dense@8{axis} | act@{bits}" for s in piece.survey))
         wanted = build(piece.model, wide, piece.survey)
         calibrate_ranges(wanted, piece.task)
         for site in piece.survey:
-            ours, theirs = (compressed_layers(m)[site.name] for m in (found, wanted))
+            ours, theirs = (compressed_layers(m)[site.name] for m in (student, wanted))
             best = ours.factors[0][0].grid.mse(piece.weight(site))
             assert torch.allclose(ours.factors[0][0].scale, best, rtol=2e-2)
             assert torch.allclose(ours.quantisers[0].scale, theirs.quantisers[0].scale, rtol=1e-4)
@@ -301,8 +302,8 @@ def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan(channels):
     assert set(gates.levels) == {4}
     gates.set_levels([k % 3 for k in range(len(gates))])
     lines = Plan(tuple(layer.line() for layer in gates.layers))
-    found, wanted = gates._priced(gates._counts(gates.levels)), piece.cost(lines)
-    assert (found.macs, found.bops, found.code_bits) == (wanted.macs, wanted.bops, wanted.code_bits)
+    cost, wanted = gates._priced(gates._counts(gates.levels)), piece.cost(lines)
+    assert (cost.macs, cost.bops, cost.code_bits) == (wanted.macs, wanted.bops, wanted.code_bits)
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
@@ -443,21 +444,21 @@ def test_fewer_bits_are_never_taken_to_harm_less():
     assert given == {2: 0.0, 4: 0.0, 8: 0.0}
 
 
-# What can be watched
+# Progress and figures
 
 
-def test_every_epoch_ends_within_the_budget_and_is_told():
+def test_every_epoch_ends_within_the_budget_and_is_reported():
     case, told = network("residual"), []
     piece = Workpiece.of(
         case.model, Task.of(case.batches), Jobs(progress=lambda stage, *_: told.append(stage))
     )
-    found = SHORT.search(piece, Budget.parse(BUDGET))
-    assert found.widths.shape == found.gates.shape == (4, len(found.names))
-    assert (found.shares <= 1).all()
-    assert torch.isfinite(found.losses).all()
-    best = int(found.losses.argmin())
-    bits = {line.name: line.terms[0].grid.bits for line in found.plan}
-    assert all(min(found.widths[best, found.names.index(n)], 8) == b for n, b in bits.items())
+    search = SHORT.search(piece, Budget.parse(BUDGET))
+    assert search.widths.shape == search.gates.shape == (4, len(search.names))
+    assert (search.shares <= 1).all()
+    assert torch.isfinite(search.losses).all()
+    best = int(search.losses.argmin())
+    bits = {line.name: line.terms[0].grid.bits for line in search.plan}
+    assert all(min(search.widths[best, search.names.index(n)], 8) == b for n, b in bits.items())
     last = told[-1]
     assert last.startswith("training with gates: loss ")
     assert "% of the budget, weights" in last
@@ -502,7 +503,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, budget):
 
 
 class _Parting(Course):
-    """Each process reaches a parameter that the other does not, and none reaches the last."""
+    """Each process reaches a parameter that the other does not, and neither reaches the last."""
 
     steps = 3
 
@@ -541,13 +542,13 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 @pytest.mark.parametrize("loss", [None, lambda out, _: out.square().mean()])
 def test_blocks_count_where_the_float_network_teaches(loss):
-    case, found = network("residual"), []
+    case, losses = network("residual"), []
     for features in (0.0, 1.0):
         piece = Workpiece.of(case.model, Task(case.batches, loss=loss), Jobs())
         method = CGMQ(features=features, batch=6)
         lines = [LayerPlan.parse(f"{s.name} dense@3c | act@4") for s in piece.survey]
-        found.append(FixedWidths(method, piece, lines, 1).loss(0).item())
-    assert (found[0] < found[1]) == (loss is None)
+        losses.append(FixedWidths(method, piece, lines, 1).loss(0).item())
+    assert (losses[0] < losses[1]) == (loss is None)
 
 
 def test_an_epoch_of_batches_that_cannot_be_joined_shows_as_many_as_there_are():
@@ -556,10 +557,10 @@ def test_an_epoch_of_batches_that_cannot_be_joined_shows_as_many_as_there_are():
     data = [torch.randint(9, (4, length), generator=generator) for length in (3, 4, 5, 6)]
     lines = [LayerPlan.parse("0 dense@3c"), LayerPlan.parse("1 dense@3c | act@4")]
     course = FixedWidths(CGMQ(), Workpiece.of(net, Task.of(data), Jobs()), lines, 2)
-    assert course.steps == 2 * len(course.pool.parts) == 8  # of the last batch some are held back
+    assert course.steps == 2 * len(course.pool.parts) == 8  # some of the last batch are held back
 
 
-def test_a_forward_that_no_gradient_passes_is_told():
+def test_a_forward_that_passes_no_gradient_is_reported():
     case = network("residual")
     task = Task(case.batches, forward=torch.no_grad()(lambda m, x: m(x)))
     lines = "\n".join(f"{s.name} dense@3c" for s in Workpiece.of(case.model, task, Jobs()).survey)

@@ -1,4 +1,4 @@
-"""CoRa: bases and adapters, the soft threshold, the search under a budget, ranks landed hard under it."""
+"""CoRa: bases and adapters, the soft threshold, the search and its ranks under a budget."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ BUDGET = "bits <= 4"
 
 
 def _labelled(name="residual"):
-    """The batches of a network, with labels, as a task."""
+    """A network, and its batches with labels as a task."""
     case = network(name)
     labels = torch.zeros(len(case.batches[0]), dtype=torch.long)
     batches = [(x, labels[: len(x)]) for x in case.batches]
@@ -37,8 +37,8 @@ def _labelled(name="residual"):
     return case.model, task
 
 
-def _ranks(found):
-    return {line.name: line.terms[1].form.rank if len(line.terms) > 1 else 0 for line in found}
+def _ranks(lines):
+    return {line.name: line.terms[1].form.rank if len(line.terms) > 1 else 0 for line in lines}
 
 
 def test_the_kernel_passes_the_first_values_and_halves_the_square_at_the_cut_off():
@@ -82,13 +82,13 @@ def test_a_search_lands_close_below_its_budget(method):
     model, task = _labelled()
     result = compress(model, BUDGET, task, method)
     assert any(_ranks(result.plan).values())
-    # a rank more of the cheapest adapter would not fit, or the search did not want it: within one
-    # layer's rank
+    # one more rank of the cheapest adapter would not fit, or the search did not want it: within
+    # one layer's rank
     assert 3.6 < result.cost.bits <= 4
 
 
 def test_the_search_gives_rank_to_the_layer_that_needs_it():
-    """Two linears; the residual of one of them does nothing to the output, the other's everything."""
+    """Two linears; the residual of one does nothing to the output, that of the other everything."""
     torch.manual_seed(0)
     dead = torch.nn.Linear(16, 16, bias=False)
     model = torch.nn.Sequential(dead, torch.nn.Linear(16, 16, bias=False)).eval()
@@ -103,7 +103,7 @@ def test_the_search_gives_rank_to_the_layer_that_needs_it():
     student = compress(
         model, "bits <= 8", x, CoRa(bits=8, tuning=Tuning(steps=0), ranks="heuristic")
     ).model
-    # the base is too small by its residual, so that letting it through brings the network back
+    # the base lacks exactly its residual, so that letting the residual through restores the network
     with torch.no_grad():
         for name, layer in compressed_layers(student).items():
             layer.terms[0][0].codes.zero_()
@@ -115,22 +115,22 @@ def test_the_search_gives_rank_to_the_layer_that_needs_it():
                 layer.terms[0][0].codes.fill_(1)
                 layer.terms[0][0].scale.fill_(0.3)
                 piece.model.get_submodule(name).weight.add_(0.3)
-    found = search_ranks(
+    search = search_ranks(
         student, piece, residuals, torch.tensor([0.6], dtype=torch.float64), Ranking(steps=40)
     )
-    assert found.ranks["1"] > 4 * found.ranks["0"]
-    assert float(found.excess.abs().max()) < 0.05
-    assert found.losses[-1] < found.losses[0]
+    assert search.ranks["1"] > 4 * search.ranks["0"]
+    assert float(search.excess.abs().max()) < 0.05
+    assert search.losses[-1] < search.losses[0]
 
 
 def test_the_hinge_brings_cut_offs_from_above_down_to_the_budget():
     model, task = _labelled()
     piece = Workpiece.of(model, task, Jobs())
-    found = replace(PAPER, ranking=replace(PAPER.ranking, steps=120, rate=0.02)).search(
+    search = replace(PAPER, ranking=replace(PAPER.ranking, steps=120, rate=0.02)).search(
         piece, Budget.parse(BUDGET)
     )
-    assert float(found.excess[0]) > 0.1
-    assert float(found.excess[-1]) < 0.02
+    assert float(search.excess[0]) > 0.1
+    assert float(search.excess[-1]) < 0.02
 
 
 def test_one_seed_gives_one_plan_and_one_search():
@@ -191,13 +191,13 @@ def test_the_clipped_base_with_adapters_is_nearer_than_without():
 
 def test_ends_have_their_own_bits():
     model, task = _labelled()
-    found = list(plan(model, "bits <= 8", task, replace(SHORT, bits=4, act=4, ends=8)))
-    assert [str(line.terms[0]) for line in (found[0], found[1], found[-1])] == [
+    lines = list(plan(model, "bits <= 8", task, replace(SHORT, bits=4, act=4, ends=8)))
+    assert [str(line.terms[0]) for line in (lines[0], lines[1], lines[-1])] == [
         "dense@8c",
         "dense@4c",
         "dense@8c",
     ]
-    assert [line.act for line in (found[0], found[1], found[-1])] == [8, 4, 8]
+    assert [line.act for line in (lines[0], lines[1], lines[-1])] == [8, 4, 8]
 
 
 def test_the_file_holds_what_was_fitted(tmp_path):
@@ -212,13 +212,13 @@ def test_the_file_holds_what_was_fitted(tmp_path):
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_the_search_is_drawn(tmp_path, suffix):
     model, task = _labelled()
-    found = SHORT.search(Workpiece.of(model, task, Jobs()), Budget.parse(BUDGET))
-    draw_search(found, tmp_path / f"search{suffix}", found.names[0])
+    search = SHORT.search(Workpiece.of(model, task, Jobs()), Budget.parse(BUDGET))
+    draw_search(search, tmp_path / f"search{suffix}", search.names[0])
     assert (tmp_path / f"search{suffix}").stat().st_size > 1000
     with pytest.raises(PlanError, match="was not searched"):
-        draw_search(found, tmp_path / "a.svg", "nowhere")
+        draw_search(search, tmp_path / "a.svg", "nowhere")
     with pytest.raises(FileError, match="cannot write"):
-        draw_search(found, tmp_path / "none" / "a.svg")
+        draw_search(search, tmp_path / "none" / "a.svg")
 
 
 def test_mistakes_are_named():
@@ -237,9 +237,9 @@ def test_depthwise_layers_have_no_adapter():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 16, 1)
     ).eval()
-    found = _ranks(plan(model, "bits <= 8", [torch.randn(6, 4, 6, 6)], SHORT))
-    assert found["0"] > 0
-    assert found["1"] == 0
+    ranks = _ranks(plan(model, "bits <= 8", [torch.randn(6, 4, 6, 6)], SHORT))
+    assert ranks["0"] > 0
+    assert ranks["1"] == 0
 
 
 def test_a_network_without_a_place_for_adapters_says_so():

@@ -1,4 +1,4 @@
-"""Networks as users bring them: what may be folded, what is left, what must still run."""
+"""Networks as users bring them: what may be folded, what is left alone, what must still run."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def error(model, reference, batch):
 
 
 def saved_and_loaded(result, model, path):
-    """The network of the written file, held against the one that was written."""
+    """The network of the written file, compared with the one that was written."""
     assert result.save(path) == result.cost.bytes == path.stat().st_size
     again = load(path, model)
     ours, theirs = result.model.state_dict(), again.state_dict()
@@ -61,10 +61,10 @@ def test_a_folded_network_answers_as_before(name):
 @settings(max_examples=25)
 @given(image_networks())
 def test_folding_changes_nothing_but_the_batch_norms(case):
-    found = survey(case.model, case.batches)
+    surveyed = survey(case.model, case.batches)
     norms = {n for n, m in case.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    assert {s.norm for s in found} - {None} == norms
-    folded = fold(case.model, found)
+    assert {s.norm for s in surveyed} - {None} == norms
+    folded = fold(case.model, surveyed)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     for batch in case.batches:
         assert torch.allclose(
@@ -73,7 +73,7 @@ def test_folding_changes_nothing_but_the_batch_norms(case):
 
 
 class Ends(nn.Module):
-    """A conv, a batch norm, and a forward that is given."""
+    """A conv, a batch norm, and a given forward."""
 
     def __init__(self, forward, **norm):
         super().__init__()
@@ -127,9 +127,9 @@ NOT_FOLDED = {
 def test_a_batch_norm_is_not_folded_where(why, tmp_path):
     model = settled(Ends(NOT_FOLDED[why]))
     x = rand(3, 3, 6, 6)
-    found = survey(model, [x])
-    assert found["conv"].norm is None
-    for a, b in zip(run(fold(model, found), x), run(model, x), strict=True):
+    surveyed = survey(model, [x])
+    assert surveyed["conv"].norm is None
+    for a, b in zip(run(fold(model, surveyed), x), run(model, x), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
     result = compress(model, "bits <= 8.5", [x], EXACT)
     assert error(result.model, model, x) < 0.02
@@ -142,9 +142,9 @@ def test_a_batch_norm_is_not_folded_where(why, tmp_path):
 def test_a_batch_norm_behind_its_conv_is_folded_if_it_has_statistics(norm):
     model = settled(Ends(lambda m, x: F.relu_(m.norm(m.conv(x))), **norm))
     x = rand(3, 3, 6, 6)
-    found = survey(model, [x])
-    assert found["conv"].norm == (None if "track_running_stats" in norm else "norm")
-    assert torch.allclose(run(fold(model, found), x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
+    surveyed = survey(model, [x])
+    assert surveyed["conv"].norm == (None if "track_running_stats" in norm else "norm")
+    assert torch.allclose(run(fold(model, surveyed), x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_norm_that_the_user_watches_is_not_folded():
@@ -153,7 +153,7 @@ def test_a_batch_norm_that_the_user_watches_is_not_folded():
     assert survey(model, [rand(3, 3, 6, 6)])["conv"].norm is None
 
 
-def test_a_batch_norm_of_two_names_is_never_lost(tmp_path):
+def test_a_batch_norm_with_two_names_is_never_lost(tmp_path):
     model = settled(Ends(lambda m, x: m.norm(m.conv(x))))
     model.alias = model.norm
     x = rand(3, 3, 6, 6)
@@ -174,12 +174,12 @@ def test_a_batch_norm_behind_a_linear_is_folded_only_where_both_work_on_one_axis
 
     model = settled(Places())
     x = rand(*shape)
-    found = survey(model, [x])
-    assert (found["fc"].norm == "norm") == folded
-    assert torch.allclose(run(fold(model, found), x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
+    surveyed = survey(model, [x])
+    assert (surveyed["fc"].norm == "norm") == folded
+    assert torch.allclose(run(fold(model, surveyed), x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
 
 
-# What is found, and what is left
+# What is found, and what is left alone
 
 
 def test_sites_come_in_the_order_in_which_they_run():
@@ -206,8 +206,8 @@ def test_what_is_left_is_named_with_its_reason():
 
 def test_a_layer_that_runs_twice_is_one_site_under_both_names(tmp_path):
     case = network("twice")
-    found = survey(case.model, case.batches)
-    body = found["body"]
+    surveyed = survey(case.model, case.batches)
+    body = surveyed["body"]
     assert (body.calls, body.positions, body.tied) == (2, 2, ("again",))
     assert body.macs == 2 * 12 * 12
     result = compress(case.model, "bits <= 8.5", case.batches, EXACT)
@@ -232,9 +232,9 @@ def test_a_parametrised_layer_is_left_alone(make, tmp_path):
     model = settled(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
     make(model[0])
     x = rand(5, 6)
-    found = survey(model, [x])
-    assert [s.name for s in found] == ["2"]
-    assert any("parametrised" in x.reason for x in found.left)
+    surveyed = survey(model, [x])
+    assert [s.name for s in surveyed] == ["2"]
+    assert any("parametrised" in x.reason for x in surveyed.left)
     result = compress(model, "bits <= 8.5", [x], EXACT)
     assert error(result.model, model, x) < 0.02
     saved_and_loaded(result, model, tmp_path / "a")
@@ -254,12 +254,12 @@ def test_an_old_weight_norm_is_left_alone(tmp_path):
 def test_a_layer_with_hooks_of_the_user_is_left_alone():
     case = network("stack")
     case.model[3].register_forward_pre_hook(lambda *_: None)
-    found = survey(case.model, case.batches)
-    assert "3" not in [s.name for s in found]
-    assert any(x.name == "3" and "hooks" in x.reason for x in found.left)
+    surveyed = survey(case.model, case.batches)
+    assert "3" not in [s.name for s in surveyed]
+    assert any(x.name == "3" and "hooks" in x.reason for x in surveyed.left)
 
 
-def test_a_layer_of_the_users_own_forward_is_left_alone():
+def test_a_layer_with_a_forward_of_the_users_own_is_left_alone():
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -275,11 +275,11 @@ def test_an_embedding_is_compressed_and_its_input_never_quantised():
     assert isinstance(result.model.table, Compressed)
 
 
-# Networks with ways of their own
+# Unusual networks
 
 
 def _calls(monkeypatch):
-    """Names of the compressed layers that run; hooks would do, but they turn torch's fused path off."""
+    """Names of the compressed layers that run; without hooks, which turn off torch's fused path."""
     seen = []
     forward = Compressed.forward
     monkeypatch.setattr(
@@ -288,7 +288,7 @@ def _calls(monkeypatch):
     return seen
 
 
-def test_the_fused_transformer_layer_does_not_pass_compressed_linears_by(monkeypatch, tmp_path):
+def test_the_fused_transformer_layer_does_not_bypass_compressed_linears(monkeypatch, tmp_path):
     case = network("tokens")
     result = compress(case.model, "bits <= 4", case.batches, QUICK)
     names = [layer.name for layer in result.plan]
@@ -302,7 +302,7 @@ def test_the_fused_transformer_layer_does_not_pass_compressed_linears_by(monkeyp
 
 
 class Padded(nn.Module):
-    """A stack of transformer layers with a mask of what is padding: torch makes it a nested tensor where it can."""
+    """Transformer layers with a padding mask: torch uses a nested tensor where it can."""
 
     def __init__(self):
         super().__init__()
@@ -320,7 +320,7 @@ class Padded(nn.Module):
 def test_a_masked_transformer_stack_runs_its_compressed_linears(monkeypatch, tmp_path):
     model = settled(Padded())
     batches = [b.masked_fill(torch.arange(7) > 4, 0) for b in tokens()]
-    batches[0][0] = 3  # one example without padding
+    batches[0][0] = 3  # one example has no padding
     result = compress(model, "bits <= 8.5", batches, EXACT)
     names = [layer.name for layer in result.plan]
     assert len(names) == 6
@@ -335,10 +335,10 @@ def test_a_gpt2_of_transformers_is_compressed(tmp_path):
     config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     model = GPT2LMHeadModel(config).eval()
     batches = [{"input_ids": t} for t in tokens(40, 9, 4)]
-    found = survey(model, batches)
-    assert {s.kind.name for s in found} == {"transposed linear", "embedding"}
-    assert found["transformer.wte"].heads == ("lm_head",)
-    assert not any("wte" in x.name or "lm_head" in x.name for x in found.left)
+    surveyed = survey(model, batches)
+    assert {s.kind.name for s in surveyed} == {"transposed linear", "embedding"}
+    assert surveyed["transformer.wte"].heads == ("lm_head",)
+    assert not any("wte" in x.name or "lm_head" in x.name for x in surveyed.left)
     result = compress(model, "bits <= 8.5", batches, EXACT)
     assert error(result.model, model, batches[0]) < 0.02
     again = saved_and_loaded(result, model, tmp_path / "a")
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_another_precision_is_compressed_and_what_is_left_keeps_
     saved_and_loaded(result, model, tmp_path / "a")
     whole = network(name)
     single = compress(whole.model, "bits <= 8.5", whole.batches, EXACT)
-    if name != "stack" and dtype != torch.float64:  # something is left, and takes half the bytes
+    if name != "stack" and dtype != torch.float64:  # what is left takes half the bytes
         assert result.cost.bytes < single.cost.bytes
 
 
@@ -399,7 +399,7 @@ def test_a_single_example_is_enough(name, tmp_path):
 
 
 class Positions(nn.Module):
-    """Token and position tables, the positions without a batch axis; features flattened before the head."""
+    """Token and position tables, positions without a batch axis; a flatten before the head."""
 
     def __init__(self, flat):
         super().__init__()
@@ -508,7 +508,7 @@ def test_a_folded_layer_without_a_line_is_stored_in_float32_whatever_it_was(dtyp
 
 def test_more_bits_are_nearer_to_the_network():
     case = Case(settled(Tokens()), tokens())
-    found = [
+    errors = [
         error(
             compress(
                 case.model, f"bits <= {bits}", case.batches, Joint(tuning=Tuning(steps=0))
@@ -518,8 +518,8 @@ def test_more_bits_are_nearer_to_the_network():
         )
         for bits in (2, 4, 7)
     ]
-    assert found[0] > found[1] > found[2]
-    assert found[2] < 0.1
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.1
 
 
 class Frozen(nn.Module):
@@ -554,9 +554,8 @@ def test_a_layer_that_no_gradient_reaches_is_not_free_to_be_harmed(make, tmp_pat
     bits = [line.terms[0].grid.bits for line in result.plan]
     assert min(bits) >= 3
     saved_and_loaded(result, model, tmp_path / "a")
-    saved_and_loaded(
-        compress(model, "bits <= 4.5", [x], QUICK), model, tmp_path / "b"
-    )  # tuning finds nothing to do
+    # tuning has nothing to do
+    saved_and_loaded(compress(model, "bits <= 4.5", [x], QUICK), model, tmp_path / "b")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -582,9 +581,9 @@ def test_a_layer_that_is_called_by_keyword_is_left_alone_and_the_reason_says_so(
         def forward(self, x):
             return self.second(input=self.first(x))
 
-    found = survey(settled(Keyword()), [rand(3, 4)])
-    assert [s.name for s in found] == ["first"]
-    assert "keyword" in next(left.reason for left in found.left if left.name == "second")
+    surveyed = survey(settled(Keyword()), [rand(3, 4)])
+    assert [s.name for s in surveyed] == ["first"]
+    assert "keyword" in next(left.reason for left in surveyed.left if left.name == "second")
 
 
 def test_layers_that_share_a_bias_get_one_each_whichever_of_them_a_plan_covers(tmp_path):

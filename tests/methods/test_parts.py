@@ -1,4 +1,4 @@
-"""What methods are made of: allocation, calibration, matching, tuning; and what every method promises."""
+"""The parts of methods: allocation, calibration, matching, tuning; and what all methods promise."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ QUICK = Joint(
 
 # Every method
 
-# what each reaches on a network without factorisable kernels
+# what each can reach on a network without kernels to factorise
 WITHIN = {
     "joint": "bits <= 4",
     "admm": "bits <= 8",
@@ -146,7 +146,7 @@ def test_a_method_that_breaks_the_budget_is_caught():
 
 
 class Counting(Jobs):
-    """An jobs that counts the layers whose candidates it really solves."""
+    """Jobs that count the layers whose candidates are really solved."""
 
     def run(self, stage, jobs):
         self.stage = stage
@@ -230,14 +230,14 @@ def test_the_choice_is_the_best_of_all_that_keep_the_budget(data):
             allocate(scores, rows, budget, whole, exact)
         return
     require_feasible(rows, budget, whole, exact)
-    found = allocate(scores, rows, budget, whole, exact)
-    assert found in keeping
+    chosen = allocate(scores, rows, budget, whole, exact)
+    assert chosen in keeping
 
     def harm(plan):
         return sum(row[k] for row, k in zip(scores, plans[plan], strict=True))
 
     best = min(map(harm, keeping))
-    assert harm(found) <= best * (1 + 1e-3) + 1e-9
+    assert harm(chosen) <= best * (1 + 1e-3) + 1e-9
 
 
 def test_a_cost_that_is_more_than_the_sum_of_its_layers_still_keeps_the_budget():
@@ -247,7 +247,7 @@ def test_a_cost_that_is_more_than_the_sum_of_its_layers_still_keeps_the_budget()
     ]
     scores = [[2.0, 1.0, 0.0]] * 3
 
-    def exact(plan):  # a file's header is padded: the program cannot see this
+    def exact(plan):  # a file's header is padded, which the program cannot see
         size = _exact(rows, 0)(plan).bytes
         return Cost(bytes=size + 9 * (size % 20 == 0))
 
@@ -283,49 +283,49 @@ def test_the_solver_writes_nothing_where_the_user_reads(capfd):
 )
 def test_second_moments_are_those_of_unfolded_patches(layer, x):
     model = nn.Sequential(layer).eval()
-    found = second_moments(model, survey(model, [x]), Task([x, x + 1]))["0"]
+    moments = second_moments(model, survey(model, [x]), Task([x, x + 1]))["0"]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     both = F.pad(torch.cat([x, x + 1]), layer._reversed_padding_repeated_twice, mode=mode)
     rows = F.unfold(both, layer.kernel_size, layer.dilation, 0, layer.stride).mT.reshape(
-        -1, found.shape[1]
+        -1, moments.shape[1]
     )
-    assert torch.allclose(found[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(moments[0], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
-def test_second_moments_of_very_many_examples_are_those_of_every_so_manieth_batch(monkeypatch):
+def test_second_moments_of_very_many_examples_are_those_of_every_nth_batch(monkeypatch):
     monkeypatch.setattr("rabbet.calibrate.moments.EXAMPLES", 12)
     model = nn.Sequential(nn.Linear(6, 3))
     for count, step in ((3, 1), (5, 1), (6, 2), (9, 3)):  # batches of 4 examples
         data = [rand(4, 6, seed=k) for k in range(count)]
-        found = second_moments(model, survey(model, data), Task(data))["0"]
+        moments = second_moments(model, survey(model, data), Task(data))["0"]
         seen = torch.cat(data[::step])
-        assert torch.allclose(found[0], seen.T @ seen / len(seen), atol=1e-5)
+        assert torch.allclose(moments[0], seen.T @ seen / len(seen), atol=1e-5)
 
 
 def test_second_moments_of_groups_and_of_features_are_their_own():
     conv, fc = nn.Conv2d(4, 6, 1, groups=2), nn.Linear(5, 3)
     x, y = rand(3, 4, 2, 2), rand(3, 7, 5)
     model = nn.Sequential(conv).eval()
-    found = second_moments(model, survey(model, [x]), Task([x]))["0"]
+    moments = second_moments(model, survey(model, [x]), Task([x]))["0"]
     for g in range(2):
         rows = x[:, 2 * g : 2 * g + 2].movedim(1, 3).reshape(-1, 2)
-        assert torch.allclose(found[g], rows.T @ rows / len(rows), atol=1e-5)
+        assert torch.allclose(moments[g], rows.T @ rows / len(rows), atol=1e-5)
     model = nn.Sequential(fc).eval()
-    found = second_moments(model, survey(model, [y]), Task([y]))["0"]
-    assert torch.allclose(found[0], y.reshape(-1, 5).T @ y.reshape(-1, 5) / 21, atol=1e-5)
+    moments = second_moments(model, survey(model, [y]), Task([y]))["0"]
+    assert torch.allclose(moments[0], y.reshape(-1, 5).T @ y.reshape(-1, 5) / 21, atol=1e-5)
 
 
 def test_a_table_has_no_second_moment():
     case = network("tokens")
-    found = survey(case.model, case.batches)
-    moments = second_moments(fold(case.model, found), found, Task(case.batches))
-    assert set(moments) == {s.name for s in found} - {"table"}
+    surveyed = survey(case.model, case.batches)
+    moments = second_moments(fold(case.model, surveyed), surveyed, Task(case.batches))
+    assert set(moments) == {s.name for s in surveyed} - {"table"}
     for moment in moments.values():
         assert torch.allclose(moment, moment.mT, atol=1e-5)
         assert (torch.linalg.eigvalsh(moment) > -1e-4).all()
 
 
-def test_few_places_are_drawn_evenly_and_many_are_all_taken():
+def test_a_few_places_are_drawn_from_each_example_and_all_are_taken_on_request():
     layer = nn.Conv2d(2, 3, 3, padding=1)
     site = survey(layer, [rand(1, 2, 6, 6)]).sites[0]
     x = rand(4, 2, 6, 6)
@@ -339,9 +339,11 @@ def test_few_places_are_drawn_evenly_and_many_are_all_taken():
 
 
 def _ranged(model, batches, bits=8):
-    found = survey(model, batches)
+    surveyed = survey(model, batches)
     student = build(
-        model, Plan(tuple(LayerPlan.parse(f"{s.name} dense@8c | act@{bits}") for s in found)), found
+        model,
+        Plan(tuple(LayerPlan.parse(f"{s.name} dense@8c | act@{bits}") for s in surveyed)),
+        surveyed,
     )
     calibrate_ranges(student, Task(batches))
     return student, [m for m in student.modules() if isinstance(m, ActQuant)]
@@ -413,7 +415,7 @@ def test_after_solving_in_order_every_channel_has_the_mean_and_deviation_of_the_
         assert torch.equal(factor.scale, factor.scale.to(torch.bfloat16).float())
 
 
-def test_solving_in_order_leaves_alone_what_runs_twice_and_matches_only_what_has_a_scale_per_output():
+def test_solving_in_order_skips_what_runs_twice_and_matches_only_what_has_a_scale_per_output():
     case = network("twice")
     piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     student = build(
@@ -499,9 +501,8 @@ def test_tuning_starts_from_the_codes_that_were_solved(line):
     after = {k: v for k, v in student.state_dict().items() if k in before}
     assert all(torch.equal(after[k].detach().round(), v) for k, v in before.items())
     moved = any(not torch.equal(after[k], v) for k, v in before.items())
-    assert moved == (
-        "lowrank" not in line
-    )  # a code of one term alone starts where the weight lies in its cell
+    # a code of one term alone starts where the weight lies in its cell
+    assert moved == ("lowrank" not in line)
 
 
 def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
@@ -602,18 +603,18 @@ def test_an_image_that_is_cut_is_a_window_of_its_reflection():
     windows = [wide[0, :, a : a + 8, b : b + 8] for a in range(3) for b in range(3)]
     windows += [w.flip(2) for w in windows]
     for seed in range(10):
-        found = cropped(image, torch.Generator().manual_seed(seed))[0]
-        assert any(torch.equal(found, w) for w in windows)
+        window = cropped(image, torch.Generator().manual_seed(seed))[0]
+        assert any(torch.equal(window, w) for w in windows)
 
 
 def test_a_mixed_image_lies_between_two_images():
     images = torch.stack([torch.full((1, 8, 8), float(k)) for k in range(6)])
-    found = mixed(images, torch.Generator().manual_seed(0))
-    assert found.shape == images.shape
-    assert found.min() >= 0
-    assert found.max() <= 5
-    assert any(torch.equal(a, b) for a, b in zip(found, images, strict=True))
-    assert not torch.equal(found, images)
+    mixture = mixed(images, torch.Generator().manual_seed(0))
+    assert mixture.shape == images.shape
+    assert mixture.min() >= 0
+    assert mixture.max() <= 5
+    assert any(torch.equal(a, b) for a, b in zip(mixture, images, strict=True))
+    assert not torch.equal(mixture, images)
 
 
 def test_tokens_and_vectors_are_drawn_as_they_are():

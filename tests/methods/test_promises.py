@@ -1,4 +1,4 @@
-"""The promises, on random networks under random budgets that can be met."""
+"""What methods promise, on random networks under random budgets that can be met."""
 
 import concurrent.futures
 import copy
@@ -60,17 +60,17 @@ def _exact(piece, table, choice):
 
 
 def _text(metric, cost, spare=0):
-    """A limit that this cost just keeps."""
+    """A limit that this cost only just keeps."""
     if metric == "bits":
         return f"bits <= {math.ceil(cost.bits * 10**6) / 10**6:.6f}"
     return f"{metric} <= {METRICS[metric].amount(cost) + (spare if metric == 'bytes' else 0)}"
 
 
 def _budget(draw, case, method):
-    """The least that can be reached of one quantity, or one to four limits that a random choice of options keeps.
+    """The least reachable value of one quantity, or one to four limits that a random choice keeps.
 
-    Bytes then have a little room: a header is padded to 8 bytes and its numbers have more or fewer
-    digits, which the integer program does not see, so the last few bytes are not promised.
+    Bytes then have a little room: a header is padded to 8 bytes and its numbers vary in length,
+    which the integer program does not see, so the last few bytes are not promised.
     """
     piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     table = _table(piece, method)
@@ -121,11 +121,11 @@ def _keeps_the_promises(case, budget, method, path):
     assert _unchanged(case.model, before)
     for old, new in zip(given, case.batches, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(old), tensors(new), strict=True))
-    # the budget is kept, by a cost that is the file's
+    # the budget is kept, and the cost is that of the file
     Budget.parse(budget).check(result.cost, result.float_cost)
     written = result.save(path)
     assert result.cost.bytes == written == path.stat().st_size
-    # the plan is what runs
+    # what runs is the plan
     assert plan_of(result.model, result.survey) == result.plan
     assert plan_of(build(case.model, result.plan, result.survey), result.survey) == result.plan
     assert Plan.parse(str(result.plan)) == result.plan
@@ -220,7 +220,7 @@ def test_the_seed_is_all_that_chance_depends_on(tmp_path):
 
 
 def _harm(piece, method, budget):
-    """What the method expects the plan that it chooses to harm: the objective of its program."""
+    """The harm that the method expects of the plan it chooses: the objective of its program."""
     scores, kept = scored(piece, {s.name: method.menu(s) for s in piece.survey}, prune=True)
     table = [[row[k] for k in ks] for row, ks in zip(_table(piece, method), kept, strict=True)]
     plan = method.plan(piece, Budget.parse(budget))

@@ -20,12 +20,12 @@ from rabbet.workpiece import Workpiece
 EXACT = Joint(grids=("8c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
 
 
-def error(found, wanted):
-    return ((found - wanted).norm() / wanted.norm()).item()
+def error(answer, wanted):
+    return ((answer - wanted).norm() / wanted.norm()).item()
 
 
 class Tied(nn.Module):
-    """A language model: the head, which has a bias of its own, is the table; it scores the last token only."""
+    """A language model that scores the last token: its head is the table, with its own bias."""
 
     def __init__(self, heads=1, first=False):
         super().__init__()
@@ -49,7 +49,7 @@ TABLES = ("dense@8c | act@8", "dense@4 | act@6", "dense@8", "ttm[9]@8c", "ttm[9]
 
 @pytest.mark.parametrize("line", TABLES)
 @pytest.mark.parametrize(("heads", "first"), [(1, False), (1, True), (2, False)])
-def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(
+def test_heads_that_share_a_table_run_with_it_and_it_is_stored_once(
     line, heads, first, tmp_path, kernels_are_exact
 ):
     model = settled(Tied(heads, first))
@@ -75,8 +75,8 @@ def test_heads_that_share_a_table_run_with_it_and_it_is_there_once(
     assert torch.equal(again(batches[0]), result.model(batches[0]))
     assert again.state_dict().keys() == result.model.state_dict().keys()
     written = result.export(tmp_path / "a.onnx")
-    found = Session(tmp_path / "a.onnx")(batches[1])
-    assert error(found, result.model(batches[1])) < (0.02 if kernels_are_exact else 0.2)
+    answer = Session(tmp_path / "a.onnx")(batches[1])
+    assert error(answer, result.model(batches[1])) < (0.02 if kernels_are_exact else 0.2)
     assert len(written.notes) == (0 if "act" in line else 1)
     assert not any("unknown" in note for note in written.notes)
 
@@ -106,16 +106,16 @@ def test_a_table_is_solved_for_both_of_its_uses():
             (x @ w.T).square().sum() / (x @ table.T).square().sum() for w in (change, 2 * change)
         ]
         rows = [w.square().sum() / table.square().sum() for w in (change, 2 * change)]
-        found = [((w @ second) * w).sum() for w in (change, 2 * change)]
+        energies = [((w @ second) * w).sum() for w in (change, 2 * change)]
         unit = ((table @ second) * table).sum() / 2
     for k in range(2):
-        assert float(found[k] / unit) == pytest.approx(float(apart[k] + rows[k]), rel=1e-4)
+        assert float(energies[k] / unit) == pytest.approx(float(apart[k] + rows[k]), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "why", ["a head that never runs", "a hook on another look-up", "a head of two names", "a hook"]
 )
-def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
+def test_a_table_whose_head_cannot_be_replaced_is_left_alone_with_a_reason(why):
     model = settled(Tied())
     if why == "a head that never runs":
         model.spare = nn.Linear(12, 30)
@@ -127,17 +127,17 @@ def test_a_table_whose_head_cannot_be_replaced_is_left_alone_and_why(why):
         model.again = model.heads[0]
     else:
         model.heads[0].register_forward_hook(lambda *_: None)
-    found = survey(model, tokens(30))
-    assert {s.name for s in found} == {"body.0" if "another" in why else "body"}
-    reasons = {x.name: x.reason for x in found.left}
+    surveyed = survey(model, tokens(30))
+    assert {s.name for s in surveyed} == {"body.0" if "another" in why else "body"}
+    reasons = {x.name: x.reason for x in surveyed.left}
     assert "shared with" in reasons["table"]
 
 
 def test_look_ups_that_share_a_table_are_one_layer_with_its_head(tmp_path):
     case = network("tables")
-    found = survey(case.model, case.batches)
-    assert not found.left  # nor is the table kept beside
-    table = found["shared"]
+    surveyed = survey(case.model, case.batches)
+    assert not surveyed.left  # nor is a second table kept
+    table = surveyed["shared"]
     assert (table.tied, table.heads, table.calls) == (("encode", "decode"), ("head",), 2)
     result = rabbet.fit(case.model, "shared dense@4c | act@8", case.batches, EXACT)
     assert result.model.encode is result.model.decode is result.model.shared
@@ -167,9 +167,9 @@ def _other(padding=None, kind=nn.Embedding):
     "model", [_other(padding=1), _other(kind=Offset)], ids=["padding", "forward"]
 )
 def test_look_ups_that_differ_are_left_alone_and_the_file_is_read_again(model, tmp_path):
-    found = survey(model, tokens())
-    assert [s.name for s in found] == ["body"]
-    assert "shared with" in {x.name: x.reason for x in found.left}["shared"]
+    surveyed = survey(model, tokens())
+    assert [s.name for s in surveyed] == ["body"]
+    assert "shared with" in {x.name: x.reason for x in surveyed.left}["shared"]
     result = rabbet.fit(model, "body dense@8c | act@8", tokens(), EXACT)
     assert type(result.model.decode) is type(model.decode)
     assert result.model.decode.padding_idx == model.decode.padding_idx
@@ -181,8 +181,8 @@ def test_look_ups_that_differ_are_left_alone_and_the_file_is_read_again(model, t
 def test_a_look_up_that_did_not_run_at_first_may_be_given_its_input_by_name():
     class Late(OneTable):
         def forward(self, x, more=None):
-            found = self.head(F.relu(self.body(self.encode(x))))
-            return found if more is None else found + self.decode(input=more).mean()
+            scores = self.head(F.relu(self.body(self.encode(x))))
+            return scores if more is None else scores + self.decode(input=more).mean()
 
     model, x = settled(Late()), tokens()[0]
     result = rabbet.fit(model, "shared dense@8c | act@8", [x], EXACT)
@@ -257,12 +257,12 @@ def test_rows_of_a_shared_table_are_paid_for_where_they_multiply():
 @pytest.mark.parametrize("grid", ["8c", "2hc", "1c", "tc"])
 @pytest.mark.parametrize("trains", [False, True])
 def test_rows_that_are_looked_up_are_those_of_the_whole_table_and_learn_alike(grid, trains):
-    made = Latent(rand(20, 6), Grid.parse(grid))
-    made.settle()
-    factor = made if trains else Factor(made.numbers)
-    learnt = [made.value, made.scale] if trains else []
+    latent = Latent(rand(20, 6), Grid.parse(grid))
+    latent.settle()
+    factor = latent if trains else Factor(latent.numbers)
+    learnt = [latent.value, latent.scale] if trains else []
     places, weights = torch.randint(0, 9, (4, 5)), rand(4, 5, 6)
-    found, grads = [], []
+    results, grads = [], []
     for look_up in (factor.lookup, lambda x: F.embedding(x, factor())):
         for p in learnt:
             p.requires_grad_()
@@ -271,15 +271,15 @@ def test_rows_that_are_looked_up_are_those_of_the_whole_table_and_learn_alike(gr
             rows = look_up(places)
             if trains:
                 (rows * weights).sum().backward()
-        found.append(rows.detach())
+        results.append(rows.detach())
         grads.append([p.grad.clone() for p in learnt])
-    assert torch.equal(*found)
+    assert torch.equal(*results)
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("place", [-1, 30])
-def test_a_word_that_a_table_has_not_is_an_error(place):
+def test_a_word_that_is_not_in_the_table_is_an_error(place):
     model = settled(Tied())
     result = rabbet.fit(
         model, rabbet.Plan.parse("table dense@8c\nbody dense@8c"), tokens(30), EXACT

@@ -63,14 +63,14 @@ def bert(seed=0, **kwargs):
 
 
 def sentences(count=6, size=4):
-    found = []
+    batches = []
     for k in range(count):
         generator = torch.Generator().manual_seed(k)
         ids = torch.randint(1, 90, (size, 10), generator=generator)
         mask = torch.ones(size, 10, dtype=torch.long)
         mask[0, 6:] = 0
-        found.append({"input_ids": ids, "attention_mask": mask})
-    return found
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
 
 
 def forms(plan):
@@ -78,7 +78,7 @@ def forms(plan):
 
 
 @pytest.fixture(scope="module")
-def made():
+def compressed():
     model, data = bert(), sentences()
     return model, data, rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT))
 
@@ -105,28 +105,28 @@ def test_latents_that_are_rounded_together_are_what_each_is_alone_and_learn_the_
         shown = [x() for x in latents]
     assert latents[0]() is not latents[0]()
     assert all(torch.equal(a, b) for a, b in zip(alone, shown, strict=True))
-    found = torch.autograd.grad(
+    joint_slopes = torch.autograd.grad(
         sum((a * w).sum() for a, w in zip(shown, weights, strict=True)), _learning(latents)
     )
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(slopes, found, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(slopes, joint_slopes, strict=True))
 
 
 def _learning(latents):
     return [x.value for x in latents] + [x.scale for x in latents if x.on_grid]
 
 
-def test_linears_become_tensor_trains_and_the_words_a_tensor_train_matrix(made):
-    model, _, result = made
-    found = forms(result.plan)
-    assert found["embeddings.word_embeddings"] == "ttm"
-    assert {found[n] for n in found if n.startswith("encoder.")} == {"tt"}
+def test_linears_become_tensor_trains_and_the_words_a_tensor_train_matrix(compressed):
+    model, _, result = compressed
+    form_of = forms(result.plan)
+    assert form_of["embeddings.word_embeddings"] == "ttm"
+    assert {form_of[n] for n in form_of if n.startswith("encoder.")} == {"tt"}
     assert all(line.terms[0].grid.bits == 4 for line in result.plan if "encoder" in line.name)
     assert result.cost.bytes <= 0.2 * result.float_cost.bytes
     assert next(model.parameters()).requires_grad
 
 
-def test_the_file_is_the_network(made, tmp_path):
-    _, data, result = made
+def test_the_file_is_the_network(compressed, tmp_path):
+    _, data, result = compressed
     path = tmp_path / "small.safetensors"
     assert result.save(path) == result.cost.bytes == path.stat().st_size
     again = rabbet.load(path, bert(seed=5))
@@ -134,8 +134,8 @@ def test_the_file_is_the_network(made, tmp_path):
         assert torch.equal(again(**batch)[0], result.model(**batch)[0])
 
 
-def test_the_same_seed_gives_the_same_bytes_and_the_model_is_not_touched(made, tmp_path):
-    _, data, result = made
+def test_the_same_seed_gives_the_same_bytes_and_the_model_is_not_touched(compressed, tmp_path):
+    _, data, result = compressed
     model = bert()
     before = copy.deepcopy(model.state_dict())
     again = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT))
@@ -174,8 +174,8 @@ def test_inputs_are_quantised_where_asked(act, tmp_path):
         written = result.export(tmp_path / "small.onnx")
         assert written.notes == ()
         session = Session((tmp_path / "small.onnx").read_bytes())
-        found = session.run(session.feed(list(data[1].values())))[0]
-        assert torch.allclose(torch.from_numpy(found), result.model(**data[1])[0], atol=0.3)
+        answer = session.run(session.feed(list(data[1].values())))[0]
+        assert torch.allclose(torch.from_numpy(answer), result.model(**data[1])[0], atol=0.3)
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path):
@@ -244,8 +244,8 @@ def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
     )
     table, linear = Site("x", Embedding(), (90, 48)), Site("x", Linear(), (48, 96))
     for site, form in ((table, "ttm"), (linear, "tt")):
-        found = {str(term) for (term,) in method.menu(site)}
-        assert {"dense@tc", "dense@2hc", "dense@8c", f"{form}[2]@4", f"{form}[6]@2h"} <= found
+        terms = {str(term) for (term,) in method.menu(site)}
+        assert {"dense@tc", "dense@2hc", "dense@8c", f"{form}[2]@4", f"{form}[6]@2h"} <= terms
     matrices = TTQAT(rank=None, table_rank=None, choices=Choices(forms=("tt",), grids=("tc",)))
     assert [str(t) for (t,) in matrices.menu(table)] == ["dense@tc", "dense@8c"]
     assert "tt[6]@4" in {str(t) for (t,) in matrices.menu(linear)}
@@ -253,7 +253,7 @@ def test_a_chosen_rank_stands_beside_the_layer_itself_on_low_bits():
     assert [str(t) for (t,) in TTQAT(bits=4, rank=6).menu(linear)] == ["tt[6]@4"]
 
 
-def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
+def test_where_training_follows_an_error_counts_relative_to_what_is_left_of_the_layer():
     model, data = bert(), sentences(3)
     piece = Workpiece.of(model, Task(data), Jobs())
     menus = {
@@ -270,9 +270,8 @@ def test_where_training_follows_an_error_counts_by_what_is_left_of_the_layer():
         if site.name in (words, linear):
             eight, one, chain = ratios
             assert eight < 1.001
-            assert (
-                1.02 < one < 2
-            )  # a sign and a size keep 2 / pi of a normal weight, and more where inputs are alike
+            # a sign and a size keep 2 / pi of a normal weight, and more where inputs are alike
+            assert 1.02 < one < 2
             assert chain > 5
 
 
@@ -284,9 +283,8 @@ def test_matrices_alone_are_trained_under_a_budget_as_well():
     result = rabbet.compress(model, "bytes <= 15%", data, method)
     assert set(forms(result.plan).values()) == {"dense"}
     assert len({str(line.terms[0].grid) for line in result.plan}) > 1
-    assert (
-        f"taught {2 * (len(data) - 1)} steps" in result.notes[0]
-    )  # those in float would lead nowhere
+    # no steps in float: they would lead nowhere
+    assert f"taught {2 * (len(data) - 1)} steps" in result.notes[0]
 
 
 def test_matrices_move_as_slowly_as_they_are_told():
@@ -317,8 +315,8 @@ def test_scales_move_relative_to_themselves_however_small_they_are():
     for finish in (0, 4):
         judged = []  # longer each time, so that the last epoch is the best
         task = Task(data, evaluate=lambda m, seen=judged: seen.append(m) or len(seen))
-        made = rabbet.fit(model, plan, task, replace(method, finish=finish)).model
-        scales.append(made.encoder.layer[0].output.dense.factors[0][0].scale)
+        student = rabbet.fit(model, plan, task, replace(method, finish=finish)).model
+        scales.append(student.encoder.layer[0].output.dense.factors[0][0].scale)
     apart = (scales[1] - scales[0]).abs() / scales[0].mean()
     assert 0 < float(apart.max()) < 4 * 3 * method.rate
 
@@ -351,10 +349,10 @@ def test_a_score_may_be_any_number_and_leave_the_network_in_training_mode(score)
 
 def test_random_starts_of_layers_of_one_shape_differ():
     method = TTQAT(**SHORT | {"start": "random", "epochs": 0, "finish": 0})
-    made = rabbet.compress(bert(), "bytes <= 20%", sentences(2), method).model
-    first, second = (block.attention.self.query.weight for block in made.encoder.layer)
+    student = rabbet.compress(bert(), "bytes <= 20%", sentences(2), method).model
+    first, second = (block.attention.self.query.weight for block in student.encoder.layer)
     assert not torch.equal(first, second)
-    assert not torch.equal(first, made.encoder.layer[0].attention.self.key.weight)
+    assert not torch.equal(first, student.encoder.layer[0].attention.self.key.weight)
 
 
 def test_parameters_that_are_whole_numbers_stay_as_they_are():
@@ -391,10 +389,10 @@ def test_a_decoder_is_taught():
     data = [{"input_ids": torch.randint(0, 60, (4, 9))} for _ in range(4)]
     task = Task(data, forward=lambda m, b: m(**b, use_cache=False).logits)
     result = rabbet.compress(model, "bytes <= 60%", task, TTQAT(rank=6, epochs=2, finish=2))
-    found = forms(result.plan)
-    assert found["transformer.h.0.attn.c_attn"] == "tt"
+    form_of = forms(result.plan)
+    assert form_of["transformer.h.0.attn.c_attn"] == "tt"
     assert result.survey["transformer.wte"].heads == ("lm_head",)
-    assert found["transformer.wte"] == "ttm"
+    assert form_of["transformer.wte"] == "ttm"
     assert result.notes[0].startswith("taught 12 steps")
 
 
@@ -425,9 +423,9 @@ def test_a_plain_torch_transformer_is_taught_attention_included(opened):
     assert all(torch.allclose(t.sum(-1), torch.ones(4, 4, 7)) for t in shown.attention)
     budget = "bytes <= 35%" if opened else "bytes <= 70%"  # what stays closed stays float
     result = rabbet.compress(model, budget, data, TTQAT(rank=6, table_rank=4, epochs=2, finish=2))
-    found = forms(result.plan)
-    assert found["encoder.layers.0.linear1"] == "tt"
-    assert found.get("encoder.layers.1.self_attn.k_proj") == ("tt" if opened else None)
+    form_of = forms(result.plan)
+    assert form_of["encoder.layers.0.linear1"] == "tt"
+    assert form_of.get("encoder.layers.1.self_attn.k_proj") == ("tt" if opened else None)
 
 
 def test_labels_teach_and_the_users_score_chooses():
@@ -438,9 +436,8 @@ def test_labels_teach_and_the_users_score_chooses():
 
     def evaluate(m):
         judged.append(m)
-        return float(
-            len(judged) == 3
-        )  # the second epoch on the grid, after the start and the first
+        # best is the second epoch on the grid, after the start and the first
+        return float(len(judged) == 3)
 
     seen = []
 
@@ -473,9 +470,8 @@ def test_the_student_is_shown_what_varies_and_the_teacher_the_batch():
     task = Task(data, forward=forward, vary=vary)
     rabbet.compress(model, "bytes <= 70%", task, TTQAT(rank=6, table_rank=4, epochs=1, finish=1))
     assert set(shown[False]) == {0}
-    assert (
-        sum(n > 0 for n in shown[True]) == 6
-    )  # the steps; held-back batches are shown as they are
+    # the steps; held-back batches are shown as they are
+    assert sum(n > 0 for n in shown[True]) == 6
     assert len({n for n in shown[True] if n}) > 1
 
 
@@ -506,12 +502,12 @@ def test_another_teacher_does_not_go_on_from_the_checkpoint_of_the_first(tmp_pat
                 layer.weight.mul_(2)
     jobs = Jobs(folder=tmp_path)
     rabbet.compress(first, "bytes <= 20%", data, method, jobs=jobs)
-    found = rabbet.compress(second, "bytes <= 20%", data, method, jobs=jobs)
-    assert found.notes == rabbet.compress(second, "bytes <= 20%", data, method).notes
+    result = rabbet.compress(second, "bytes <= 20%", data, method, jobs=jobs)
+    assert result.notes == rabbet.compress(second, "bytes <= 20%", data, method).notes
 
 
 @pytest.mark.parametrize("act", [None, 8])
-def test_the_score_that_is_told_is_that_of_what_is_handed_out(act, tmp_path):
+def test_the_reported_score_is_that_of_what_is_handed_out(act, tmp_path):
     model, data = bert(), sentences(3)
 
     def evaluate(m):
@@ -521,8 +517,8 @@ def test_the_score_that_is_told_is_that_of_what_is_handed_out(act, tmp_path):
     result = rabbet.compress(model, "bytes <= 20%", task, TTQAT(**SHORT, act=act))
     result.save(tmp_path / "small.safetensors")
     with torch.no_grad():
-        found = evaluate(rabbet.load(tmp_path / "small.safetensors", model))
-    assert result.notes[0].endswith(f" -> {found:.4g}")
+        score = evaluate(rabbet.load(tmp_path / "small.safetensors", model))
+    assert result.notes[0].endswith(f" -> {score:.4g}")
 
 
 @pytest.mark.parametrize(
@@ -554,7 +550,7 @@ def test_places_that_the_mask_excludes_do_not_count():
     ) != pytest.approx(before)
 
 
-def test_scores_of_as_many_classes_as_places_are_no_places():
+def test_scores_of_as_many_classes_as_places_are_not_places():
     ours, theirs, mask = shown(1), shown(9), torch.ones(2, 5)
     distil = Distillation(hidden=0, attention=0)
     assert torch.equal(distil.loss(ours, theirs, mask), distil.loss(ours, theirs, None))
@@ -562,7 +558,7 @@ def test_scores_of_as_many_classes_as_places_are_no_places():
     assert torch.equal(distil.loss(ours, theirs, mask), distil.loss(ours, theirs, None))
 
 
-def test_one_number_an_example_or_a_place_is_compared_as_a_number():
+def test_one_number_per_example_or_place_is_compared_as_a_number():
     for shape in ((4, 1), (4, 3, 1), (4,)):
         ours, theirs = (
             Recording([], [], [rand(shape, seed=s) if len(shape) == 1 else rand(*shape, seed=s)])
@@ -571,7 +567,7 @@ def test_one_number_an_example_or_a_place_is_compared_as_a_number():
         assert float(Distillation().loss(ours, theirs, None)) > 0.01
 
 
-def test_the_mask_is_found_in_a_batch_of_any_make_and_is_that_of_the_places_that_are_compared():
+def test_the_mask_is_found_in_any_kind_of_batch_and_is_that_of_the_places_compared():
     mask, other = torch.ones(2, 3), torch.zeros(2, 3)
     named = {"input_ids": torch.ones(2, 3), "attention_mask": mask}
     for batch in (named, (named, torch.ones(2)), [torch.ones(2), {"x": mask}, named]):
@@ -604,10 +600,10 @@ def test_a_sequence_that_is_decoded_is_taught_whatever_the_mask_of_the_first_say
     )
 
     def forward(m, b):
-        found = m(**b).logits
-        if found.requires_grad:
-            found.register_hook(lambda g: grads.append(g.abs().sum(-1)))
-        return found
+        logits = m(**b).logits
+        if logits.requires_grad:
+            logits.register_hook(lambda g: grads.append(g.abs().sum(-1)))
+        return logits
 
     rabbet.compress(model, "bytes <= 95%", Task([batch, batch], forward=forward), method)
     assert grads
@@ -638,10 +634,10 @@ def test_an_encoder_of_one_block_that_runs_twice_is_found_and_taught():
     sizes = {"vocab_size": 60, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 64}
     config = AlbertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     model, ids = AlbertModel(config).eval(), torch.randint(60, (2, 6))
-    found = find_blocks(model, rabbet.survey(model, [{"input_ids": ids}]))
-    assert found == ["encoder.albert_layer_groups.0"]
+    blocks = find_blocks(model, rabbet.survey(model, [{"input_ids": ids}]))
+    assert blocks == ["encoder.albert_layer_groups.0"]
     with torch.no_grad():
-        shown = Recorder(model, found)(lambda: model(ids))
+        shown = Recorder(model, blocks)(lambda: model(ids))
         wanted = model(ids, output_hidden_states=True).hidden_states
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(shown.hidden, wanted, strict=True))
     assert rabbet.compress(
@@ -669,7 +665,7 @@ def test_a_list_of_blocks_is_preferred_to_a_block_that_runs_several_times():
     ]
 
 
-def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():
+def test_padding_on_the_left_of_a_causal_torch_transformer_is_handled():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -681,10 +677,10 @@ def test_padding_on_the_left_of_a_causal_torch_transformer_is_no_hindrance():
     def run():
         return model(x, mask=causal, src_key_padding_mask=padded)
 
-    found = Recorder(model, ["layers.0", "layers.1"])(run)
-    assert torch.equal(found.outputs[0], run())
-    assert [tuple(t.shape) for t in found.attention] == [(2, 2, 5, 5)] * 2
-    sum(t.square().sum() for t in (*found.hidden, *found.attention)).backward()
+    seen = Recorder(model, ["layers.0", "layers.1"])(run)
+    assert torch.equal(seen.outputs[0], run())
+    assert [tuple(t.shape) for t in seen.attention] == [(2, 2, 5, 5)] * 2
+    sum(t.square().sum() for t in (*seen.hidden, *seen.attention)).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -705,11 +701,11 @@ def test_attention_is_seen_in_fused_calls_as_in_plain_ones(causal):
         def forward(self, x):
             return (x @ k.mT / 2 + bias).softmax(-1) @ v
 
-    found = [Recorder(nn.Module(), [])(lambda m=m: m(q)).attention for m in (Fused(), Plain())]
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
+    attention = [Recorder(nn.Module(), [])(lambda m=m: m(q)).attention for m in (Fused(), Plain())]
+    assert torch.allclose(attention[0][0], attention[1][0], atol=1e-6)
 
 
-def test_places_that_may_look_at_nothing_look_everywhere_alike():
+def test_places_that_may_look_at_nothing_look_everywhere_equally():
     q, k, v = (rand(2, 3, 5, 4, seed=s) for s in (1, 2, 3))
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     mask[0] = False  # padding on the left of a decoder
@@ -718,14 +714,14 @@ def test_places_that_may_look_at_nothing_look_everywhere_alike():
         def forward(self, x):
             return F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
 
-    found = Recorder(nn.Module(), [])(lambda: Fused()(q)).attention[0]
-    assert torch.isfinite(found).all()
-    assert torch.allclose(found[:, :, 0], torch.full((2, 3, 5), 0.2))
-    assert torch.allclose(found[:, :, 1, :2].sum(-1), torch.ones(2, 3))
+    attention = Recorder(nn.Module(), [])(lambda: Fused()(q)).attention[0]
+    assert torch.isfinite(attention).all()
+    assert torch.allclose(attention[:, :, 0], torch.full((2, 3, 5), 0.2))
+    assert torch.allclose(attention[:, :, 1, :2].sum(-1), torch.ones(2, 3))
 
 
 class Answers(nn.Module):
-    """A table as the first block; the network returns one number an example, and a loss beside it."""
+    """A table as the first block; the network returns a loss and one number per example."""
 
     def __init__(self):
         super().__init__()
@@ -735,17 +731,17 @@ class Answers(nn.Module):
         self.head = nn.Linear(16, 1)
 
     def forward(self, ids):
-        found = self.head(self.blocks(ids).mean(1)).squeeze(-1)
-        return found.square().mean(), found
+        scores = self.head(self.blocks(ids).mean(1)).squeeze(-1)
+        return scores.square().mean(), scores
 
 
-def test_numbers_and_a_loss_among_the_outputs_are_no_hindrance():
+def test_numbers_and_a_loss_among_the_outputs_are_handled():
     torch.manual_seed(0)
     data = [torch.randint(20, (4, 6)) for _ in range(12)]
-    found = rabbet.compress(
+    result = rabbet.compress(
         Answers().eval(), "bytes <= 100%", data, TTQAT(8, 8, 8, epochs=12, finish=6, rate=5e-3)
     )
-    before, after = (float(x) for x in found.notes[0].rpartition(" loss ")[2].split(" -> "))
+    before, after = (float(x) for x in result.notes[0].rpartition(" loss ")[2].split(" -> "))
     assert after < before
 
 
@@ -797,8 +793,8 @@ def test_random_cores_make_weights_of_the_stated_deviation(form, shape):
     term = Term.parse(f"{form}[8]@4")
     weights = []
     for seed in range(20):
-        found = start_cores(torch.zeros(shape), site=site, term=term, start="random", seed=seed)
-        weights.append(term.form.contract(site, [found[str(k)] for k in range(len(found))]))
+        cores = start_cores(torch.zeros(shape), site=site, term=term, start="random", seed=seed)
+        weights.append(term.form.contract(site, [cores[str(k)] for k in range(len(cores))]))
     wanted = 1 / shape[1] if form == "ttm" else 1 / sum(shape)
     assert float(torch.stack(weights).var()) == pytest.approx(wanted, rel=0.4)
 

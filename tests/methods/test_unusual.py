@@ -1,4 +1,4 @@
-"""Networks that decide, ask, mask and freeze: the methods below take them, and the file is the network handed out."""
+"""Networks that route, inspect, mask and freeze: methods take them, and the file is the result."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from rabbet.train.tuning import Tuning
 
 
 class Router(nn.Module):
-    """Two experts, each shown the places that a gate sends it; the gate's block returns indices before scores."""
+    """Two experts, each shown the places that a gate sends it; the gate returns indices first."""
 
     class Gate(nn.Module):
         def __init__(self):
@@ -43,7 +43,7 @@ class Router(nn.Module):
 
 
 class Padded(nn.Module):
-    """torch's own encoder as it comes: with a mask of padding it packs its input, unless it is told not to."""
+    """torch's own encoder: given a padding mask, it packs its input unless told not to."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Padded(nn.Module):
 
 
 class Asking(nn.Module):
-    """Reads a layer's sizes, and multiplies with its weight by hand."""
+    """Reads a layer's sizes, and multiplies by its weight itself."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Asking(nn.Module):
 
 
 class Backwards(nn.Module):
-    """Its last layer is defined first."""
+    """The last layer is defined first."""
 
     def __init__(self):
         super().__init__()
@@ -93,11 +93,11 @@ class Frozen(nn.Module):
 
 
 def _sentences():
-    found = tokens(batches=3)
-    for ids in found:
+    batches = tokens(batches=3)
+    for ids in batches:
         ids.clamp_(min=1)
         ids[: len(ids) // 2, 5:] = 0
-    return found
+    return batches
 
 
 NETWORKS = {
@@ -127,7 +127,7 @@ def test_a_method_takes_the_network_and_its_file_answers_as_it_does(name, method
     make, data = NETWORKS[name]
     model, batches = settled(make()), data()
     chosen = METHODS[method]
-    if method == "ttqat" and name not in ("padded",):  # no stack of blocks is found: they are named
+    if method == "ttqat" and name not in ("padded",):  # no stack of blocks: they are named
         named = {"router": ("stem", "gate"), "asking": ("table", "body")}
         chosen = TTQAT(
             4,
@@ -149,7 +149,7 @@ def test_a_method_takes_the_network_and_its_file_answers_as_it_does(name, method
 
 
 class Sparing(nn.Module):
-    """Runs its second layer for what the first makes large, and only then."""
+    """Runs its second layer only where the output of the first is large."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ def test_a_layer_that_only_later_examples_reach_is_compressed_too(method):
 
 
 class Looked(nn.Module):
-    """BatchNorm right behind a table, as recommenders have it."""
+    """BatchNorm directly after a table, as in recommenders."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`open_attention`: torch's attention, taken apart, computes the same whatever it is asked."""
+"""`open_attention`: torch's attention, taken apart, computes the same for every way to call it."""
 
 import itertools
 
@@ -35,8 +35,8 @@ def test_it_answers_as_torch_does(built, mask):
         ]
         given = given if first else [x.transpose(0, 1) for x in given]
         asked = {"need_weights": weights, "average_attn_weights": average, **MASKS[mask]}
-        found, wanted = (m(*given, **asked) for m in (rabbet.open_attention(model), model))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        answers, wanted = (m(*given, **asked) for m in (rabbet.open_attention(model), model))
+        torch.testing.assert_close(answers, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_one_example_without_a_batch_axis():
@@ -92,11 +92,11 @@ def test_a_causal_hint_is_trusted_where_torch_trusts_it():
     model, x = settled(nn.MultiheadAttention(8, 2)), rand(4, 3, 8)
     mask = torch.ones(4, 4).triu(1) * -1e9 + rand(4, 4)  # more than causal
     for asked in (True, False):
-        found, wanted = (
+        answers, wanted = (
             m(x, x, x, attn_mask=mask, is_causal=True, need_weights=asked)
             for m in (rabbet.open_attention(model), model)
         )
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(answers, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_that_are_shared_stay_shared_and_what_is_frozen_stays_frozen():
@@ -123,16 +123,15 @@ def test_an_opened_layer_can_be_stacked():
     assert nn.TransformerEncoder(layer, 2)(rand(2, 3, 8)).shape == (2, 3, 8)
 
 
-def test_attention_without_its_projection_is_looked_past():
+def test_attention_without_its_projection_is_ignored():
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].idle = nn.MultiheadAttention(8, 2)
     model[0].idle.out_proj = None
     assert [s.name for s in rabbet.survey(rabbet.open_attention(model), [rand(2, 8)])] == ["0"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The PyTorch API of nested"
-)  # what torch itself packs sentences into
+# torch itself packs sentences into nested tensors
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_encoder_and_decoder(padded):
     model = settled(nn.Transformer(8, 2, 2, 2, 16, batch_first=True))
@@ -142,8 +141,8 @@ def test_torchs_encoder_and_decoder(padded):
     causal = nn.Transformer.generate_square_subsequent_mask(4)
     opened = rabbet.open_attention(model)
     with torch.no_grad():
-        found, wanted = (m(source, target, tgt_mask=causal, **masks) for m in (opened, model))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        answer, wanted = (m(source, target, tgt_mask=causal, **masks) for m in (opened, model))
+    torch.testing.assert_close(answer, wanted, rtol=1e-4, atol=1e-5)
     names = {s.name for s in rabbet.survey(opened, [(source, target)])}
     assert {f"decoder.layers.1.multihead_attn.{x}_proj" for x in ("q", "k", "v", "out")} <= names
     assert not any("attn" in left.name for left in rabbet.survey(opened, [(source, target)]).left)
@@ -174,7 +173,7 @@ def _more(model):
 
 
 class Own(nn.MultiheadAttention):
-    """Somebody's own."""
+    """A user's own attention."""
 
 
 @pytest.mark.parametrize(

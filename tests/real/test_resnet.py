@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10, with published weights: what a user may expect of a real network."""
+"""ResNet-20 on CIFAR-10, with published weights: what a user can expect on a real network."""
 
 import pytest
 import torch
@@ -57,17 +57,17 @@ def piece(net, calibration):
 
 
 def test_every_batch_norm_is_folded_and_the_network_answers_as_before(net, test, whole):
-    found = survey(net, [test[0][0]])
-    assert len(found.sites) == 20
-    assert sum(s.norm is not None for s in found) == 19
-    assert not found.left
-    folded = fold(net, found)
+    surveyed = survey(net, [test[0][0]])
+    assert len(surveyed.sites) == 20
+    assert sum(s.norm is not None for s in surveyed) == 19
+    assert not surveyed.left
+    folded = fold(net, surveyed)
     with torch.no_grad():
         for x, _ in test:
             assert torch.allclose(folded(x), net(x), rtol=1e-4, atol=1e-4)
     assert accuracy(folded, test) == whole
-    assert found.weights == sum(s.numel for s in found) == 268_336
-    assert sum(s.macs for s in found) == 40_551_040
+    assert surveyed.weights == sum(s.numel for s in surveyed) == 268_336
+    assert sum(s.macs for s in surveyed) == 40_551_040
 
 
 def test_eight_bits_for_weights_and_inputs_lose_next_to_nothing(piece, test, whole):
@@ -81,8 +81,8 @@ def test_three_bits_a_weight_lose_at_most_a_point_and_a_half_without_tuning(
     net, piece, calibration, test, whole, tmp_path
 ):
     result = compress(net, "bits <= 3", calibration, PLAIN, jobs=piece.jobs)
-    found = accuracy(result.model, test)
-    assert found >= whole - 1.5
+    score = accuracy(result.model, test)
+    assert score >= whole - 1.5
     assert result.cost.bits <= 3
     assert result.save(tmp_path / "f") == result.cost.bytes
     again = load(tmp_path / "f", net)
@@ -146,8 +146,8 @@ def test_a_plan_of_real_layers_keeps_several_limits_at_once(piece):
     assert cost.bytes <= 0.1 * whole.bytes
     assert cost.bops <= 0.02 * whole.bops
     assert cost.bits <= 2.6
-    assert cost.bits > 2.4  # what is allowed is used
-    assert len({line.terms for line in chosen}) > 2  # not one width for all
+    assert cost.bits > 2.4  # the budget is used up
+    assert len({line.terms for line in chosen}) > 2  # widths differ
 
 
 def test_ranges_hold_what_really_passes(piece, calibration):

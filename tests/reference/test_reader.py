@@ -1,4 +1,4 @@
-"""The native file, read by a program that knows docs/format.md and numpy, and nothing of rabbet or torch."""
+"""The native file, read by a program with numpy that knows docs/format.md, not rabbet or torch."""
 
 import ast
 import importlib.util
@@ -97,11 +97,11 @@ def test_the_reader_finds_every_number_of_every_layer(name, data, reader, tmp_pa
             act.set_range(torch.tensor(0.5 + k), torch.tensor(float(k)))
     path = tmp_path_factory.mktemp("reader") / "f"
     write_native(Parcel(student, plan, piece.survey, piece.rest(plan), piece.task), path)
-    found = {name: rest for name, *rest in reader.read(path)}
-    assert list(found) == [line.name for line in plan]
+    read = {name: rest for name, *rest in reader.read(path)}
+    assert list(read) == [line.name for line in plan]
     for line in plan:
         layer = layers[line.name]
-        text, weight, bias, ranges = found[line.name]
+        text, weight, bias, ranges = read[line.name]
         assert text == line.body
         assert np.allclose(weight, layer.canonical.numpy(), rtol=1e-6, atol=1e-6)
         assert np.array_equal(bias, [] if layer.bias is None else layer.bias.numpy())
@@ -148,20 +148,20 @@ def test_the_example_of_the_documentation_is_true(tmp_path):
     page = (ROOT / "docs" / "format.md").read_text()
     model = settled(
         nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LayerNorm(128),
-            nn.Linear(128, 10),
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+            nn.LayerNorm(128), nn.Linear(128, 10),
         )
     )  # fmt: skip
-    found, plan = (
+    surveyed, plan = (
         survey(model, [torch.zeros(1, 3, 8, 8)]),
         Plan.parse("0 dense@4c + lowrank[2]@8c | act@8\n5 dense@tc"),
     )
     piece = Workpiece.of(model, Task([torch.zeros(1, 3, 8, 8)]), Jobs())
-    student = build(model, plan, found)
+    student = build(model, plan, surveyed)
     for act in (a for layer in compressed_layers(student).values() for a in layer.quantisers):
         act.set_range(torch.tensor(1.0), torch.tensor(0.0))
     written = write_native(
-        Parcel(student, plan, found, piece.rest(plan), piece.task), tmp_path / "f"
+        Parcel(student, plan, surveyed, piece.rest(plan), piece.task), tmp_path / "f"
     ).bytes
     data = (tmp_path / "f").read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
@@ -171,5 +171,6 @@ def test_the_example_of_the_documentation_is_true(tmp_path):
         '["0","conv2d",[8,3,3,3],16,64,{"stride":[2,2],"pads":[1,1,1,1],"norm":"1"}]'
     )
     assert {n: e["shape"][0] for n, e in entries.items() if n.startswith("rabbet.")} == {
-        "rabbet.biases": 18, "rabbet.act_scales": 2, "rabbet.scales": 28, "rabbet.act_zeros": 2, "rabbet.codes": 434,
+        "rabbet.biases": 18, "rabbet.act_scales": 2, "rabbet.scales": 28,
+        "rabbet.act_zeros": 2, "rabbet.codes": 434,
     }  # fmt: skip

@@ -43,7 +43,7 @@ def test_alternating_least_squares_goes_where_tensorlys_goes(shape):
     given = CPTensor((torch.ones(5, dtype=torch.float64), [f.clone() for f in start]))
     theirs = parafac(tensor, 5, n_iter_max=25, init=given, tol=0)
     wanted = float((tensorly.cp_to_tensor(theirs) - tensor).norm() / tensor.norm())
-    found = als(CPProblem(tensor), start, 25, 0.0)
-    assert found.error == pytest.approx(wanted, rel=1e-4)
-    assert found.steps == 25
-    assert not found.stalled
+    ours = als(CPProblem(tensor), start, 25, 0.0)
+    assert ours.error == pytest.approx(wanted, rel=1e-4)
+    assert ours.steps == 25
+    assert not ours.stalled

@@ -44,7 +44,7 @@ def test_quantised_activations_and_their_gradient_are_those_of_torch(bits, zero)
     pull = rand(50, 20, seed=2)
     ours.backward(pull)
     theirs.backward(pull)
-    # within half a step outside the range torch still lets the gradient through, LSQ (eq. 3) does
+    # up to half a step outside the range torch still lets the gradient through; LSQ (eq. 3) does
     # not
     code = (x / act.scale + zero).detach()
     near = ((code > -0.5) & (code < 0)) | ((code > 2**bits - 1) & (code < 2**bits - 0.5))

@@ -1,4 +1,4 @@
-"""Laws of the solvers that factorise: errors are true, bounds hold, nothing gets worse by going on."""
+"""Laws of the factorising solvers: errors are true, bounds hold, more steps are never worse."""
 
 import itertools
 
@@ -87,9 +87,9 @@ def test_the_error_of_a_tucker_chain_is_the_true_one():
 def test_each_sweep_of_least_squares_lowers_the_error(shape, start):
     tensor = smooth(shape)
     first = start(shape, RANK) if start is random_start else start(tensor, RANK)
-    found = als(CPProblem(tensor), first, 20, 0.0)
-    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(found.history))
-    assert found.error == pytest.approx(apart(tensor, found.factors), abs=1e-6)
+    solution = als(CPProblem(tensor), first, 20, 0.0)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(solution.history))
+    assert solution.error == pytest.approx(apart(tensor, solution.factors), abs=1e-6)
 
 
 def test_least_squares_says_that_it_stalled():
@@ -113,18 +113,18 @@ def test_correction_keeps_the_bound_and_lowers_the_sensitivity(shape):
     problem = CPProblem(smooth(shape))
     start = als(problem, random_start(shape, RANK), 60)
     for slack in (1.02, 1.1, 1.5):
-        found = epc(problem, start.factors, slack * start.error)
-        assert found.error <= slack * start.error * (1 + 1e-9)
-        assert sensitivity(found.factors) < sensitivity(balanced(start.factors))
+        corrected = epc(problem, start.factors, slack * start.error)
+        assert corrected.error <= slack * start.error * (1 + 1e-9)
+        assert sensitivity(corrected.factors) < sensitivity(balanced(start.factors))
 
 
 def test_a_looser_bound_makes_less_sensitive_factors():
     problem = CPProblem(smooth((12, 10, 9)))
     start = als(problem, random_start((12, 10, 9), RANK), 60)
-    found = [
+    sensitivities = [
         sensitivity(epc(problem, start.factors, s * start.error).factors) for s in (1.01, 1.1, 1.3)
     ]
-    assert found[0] > found[1] > found[2]
+    assert sensitivities[0] > sensitivities[1] > sensitivities[2]
 
 
 def test_sensitivity_is_the_error_that_noise_makes():
@@ -169,11 +169,11 @@ def test_a_solver_ends_on_its_grids_and_no_worse_than_it_began(shape, solve, tex
     tensor = smooth(shape)
     problem, grids = CPProblem(tensor), [Grid.parse(text)] * len(shape)
     start = als(problem, svd_start(tensor, RANK), 40).factors
-    found = solve(problem, start, grids, 4)
-    values = [q.values.double() for q in found.factors]
-    assert found.error == pytest.approx(apart(tensor, values), rel=1e-4)
-    assert found.error <= apart(tensor, on_grid(start, text)) * (1 + 1e-6)
-    for q, grid in zip(found.factors, grids, strict=True):
+    solution = solve(problem, start, grids, 4)
+    values = [q.values.double() for q in solution.factors]
+    assert solution.error == pytest.approx(apart(tensor, values), rel=1e-4)
+    assert solution.error <= apart(tensor, on_grid(start, text)) * (1 + 1e-6)
+    for q, grid in zip(solution.factors, grids, strict=True):
         assert q.grid == grid
         assert torch.equal(q.codes, q.codes.round())
         assert grid.low <= q.codes.min()
@@ -182,10 +182,10 @@ def test_a_solver_ends_on_its_grids_and_no_worse_than_it_began(shape, solve, tex
 
 def test_admm_shows_both_residuals_of_every_factor_and_sweep():
     tensor = smooth((12, 10, 9))
-    found = admm(CPProblem(tensor), svd_start(tensor, RANK), [Grid.parse("4")] * 3, 3)
-    assert len(found.primal) == len(found.dual) == 3 * found.steps
-    assert all(0 <= r < 1 for r in found.primal)
-    assert len(found.history) == found.steps + 1
+    solution = admm(CPProblem(tensor), svd_start(tensor, RANK), [Grid.parse("4")] * 3, 3)
+    assert len(solution.primal) == len(solution.dual) == 3 * solution.steps
+    assert all(0 <= r < 1 for r in solution.primal)
+    assert len(solution.history) == solution.steps + 1
 
 
 def test_the_ladder_of_the_paper_holds_on_a_trained_like_kernel():
@@ -205,14 +205,14 @@ def test_the_ladder_of_the_paper_holds_on_a_trained_like_kernel():
 
 
 @pytest.mark.parametrize("scales", ["tensor", "column"])
-def test_quantised_cp_says_its_error_and_is_deterministic(scales):
+def test_quantised_cp_reports_its_error_and_is_deterministic(scales):
     weight = smooth((16, 12, 9)).float().view(16, 12, 3, 3)
-    found, again = (quantised_cp(weight, 10, 4, scales) for _ in range(2))
-    values = [q.values.double() for q in found.factors]
+    first, again = (quantised_cp(weight, 10, 4, scales) for _ in range(2))
+    values = [q.values.double() for q in first.factors]
     assert [list(v.shape) for v in values] == [[16, 10], [12, 10], [9, 10]]
-    assert found.error == pytest.approx(apart(weight.flatten(2).double(), values), rel=1e-4)
+    assert first.error == pytest.approx(apart(weight.flatten(2).double(), values), rel=1e-4)
     assert all(
-        torch.equal(a.codes, b.codes) for a, b in zip(found.factors, again.factors, strict=True)
+        torch.equal(a.codes, b.codes) for a, b in zip(first.factors, again.factors, strict=True)
     )
 
 
@@ -235,18 +235,18 @@ def test_projection_gives_the_best_last_factor_and_lowers_the_loss():
     start = [rand(5, 20, seed=4)]
     before, after = (project(lambda s: s[0], start, matrix, second, 0.0, n) for n in (0, 40))
     assert after.loss < before.loss
-    for found in (before, after):
-        delta = found.last @ found.small[0] - matrix
-        assert torch.allclose(delta @ second @ found.small[0].mT, torch.zeros(8, 5), atol=0.05)
+    for solution in (before, after):
+        delta = solution.last @ solution.small[0] - matrix
+        assert torch.allclose(delta @ second @ solution.small[0].mT, torch.zeros(8, 5), atol=0.05)
 
 
 def test_a_ridge_keeps_the_factors_small():
     matrix = smooth((12, 90), 0.5).float()
-    found = [
+    norms = [
         project(lambda s: s[0], [rand(6, 90, seed=4)], matrix, None, r, 40).last.norm()
         for r in (0.0, 0.3)
     ]
-    assert found[1] < found[0]
+    assert norms[1] < norms[0]
 
 
 # Candidates
@@ -297,18 +297,18 @@ def test_what_is_pruned_is_worse_and_no_cheaper_than_something_that_stays():
 
 
 @pytest.mark.parametrize("shape", [(20, 6), (6, 20)])
-def test_what_no_weight_of_a_rank_can_be_better_than(shape):
+def test_the_tail_is_the_error_that_no_weight_of_a_rank_can_beat(shape):
     site = Site("x", Linear(), shape, positions=1, inputs=1)
     root = rand(shape[1], shape[1], seed=2).double()
     metric = Metric((root @ root.mT)[None].float(), 0.01)
     weight = rand(*shape, seed=3)
-    found = _tail(site, weight, metric)
+    tail = _tail(site, weight, metric)
     values = torch.linalg.svdvals(
         weight.double() @ torch.linalg.cholesky(metric.second[0].double())
     )
     wanted = torch.stack([values[rank:].square().sum() for rank in range(len(values) + 1)])
-    assert found.shape == wanted.shape  # of a tall one, too: a table has 30,000 rows
-    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted[0]))
+    assert tail.shape == wanted.shape  # of a tall one, too: a table has 30,000 rows
+    assert torch.allclose(tail, wanted, rtol=1e-5, atol=1e-6 * float(wanted[0]))
 
 
 FITTING = [f for f in RANKED if RANKED[f](1).full_rank(_conv()[0])]
@@ -324,7 +324,7 @@ def test_more_bits_leave_less_error_of_a_factorised_weight(form):
 
 
 @pytest.mark.parametrize("form", [f for f in FITTING if not RANKED[f].contracted])
-def test_the_last_factor_makes_good_what_rounding_the_others_broke(form):
+def test_the_last_factor_corrects_the_rounding_of_the_others(form):
     site, weight, second = _conv()
     term = Term(RANKED[form](6), Grid.parse("3c"))
     result = solve_site(weight, second, site=site, menu=((term,),))
@@ -357,13 +357,13 @@ def test_the_error_in_the_metric_is_the_true_one_for_every_column():
     tensor, second, problem = in_metric()
     factors = MetricCP.split(*random_start(tensor.shape, RANK))
     for mode in [0, 3, 9, 4, 12, 0]:
-        # one factor changed since the last: what the problem keeps must follow
+        # one factor has changed since the last time: what the problem keeps must follow
         factors = tuple(f * 1.1 if k == mode else f for k, f in enumerate(factors))
-        found = problem.error(*problem.sides(factors, mode), factors[mode])
-        assert found == pytest.approx(apart_in(second, tensor, factors), rel=1e-9)
+        error = problem.error(*problem.sides(factors, mode), factors[mode])
+        assert error == pytest.approx(apart_in(second, tensor, factors), rel=1e-9)
 
 
-def test_a_column_that_is_solved_cannot_be_bettered():
+def test_a_solved_column_cannot_be_improved():
     tensor, _, problem = in_metric()
     factors = MetricCP.split(*random_start(tensor.shape, RANK))
     for mode in (0, 2, 10):
@@ -377,19 +377,21 @@ def test_a_column_that_is_solved_cannot_be_bettered():
 def test_least_squares_in_the_metric_beats_plain_least_squares_there():
     tensor, second, problem = in_metric()
     start = random_start(tensor.shape, 12)
-    found = als(problem, MetricCP.split(*start), 60, 0.0)
-    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(found.history))
-    assert found.error == pytest.approx(apart_in(second, tensor, found.factors), rel=1e-6)
+    solution = als(problem, MetricCP.split(*start), 60, 0.0)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(solution.history))
+    assert solution.error == pytest.approx(apart_in(second, tensor, solution.factors), rel=1e-6)
     plain = als(CPProblem(tensor), start, 200, 0.0)
-    assert found.error < apart_in(second, tensor, MetricCP.split(*plain.factors))
+    assert solution.error < apart_in(second, tensor, MetricCP.split(*plain.factors))
 
 
 def test_correction_in_the_metric_keeps_its_bound():
     tensor, second, problem = in_metric()
     start = als(problem, MetricCP.split(*random_start(tensor.shape, 12)), 30)
-    found = epc(problem, start.factors, 1.1 * start.error, 30)
-    assert apart_in(second, tensor, found.factors) <= 1.1 * start.error * (1 + 1e-6)
-    assert problem.sensitivity(found.factors) < problem.sensitivity(problem.balanced(start.factors))
+    corrected = epc(problem, start.factors, 1.1 * start.error, 30)
+    assert apart_in(second, tensor, corrected.factors) <= 1.1 * start.error * (1 + 1e-6)
+    assert problem.sensitivity(corrected.factors) < problem.sensitivity(
+        problem.balanced(start.factors)
+    )
 
 
 @pytest.mark.parametrize("solve", [admm, alternate])
@@ -397,13 +399,13 @@ def test_rounding_in_the_metric_beats_rounding_to_nearest_there(solve):
     tensor, second, problem = in_metric()
     start = als(problem, MetricCP.split(*random_start(tensor.shape, 12)), 30).factors
     grids = MetricCP.grids(12, 4)
-    found = solve(problem, start, grids, 3)
-    held = tuple(q.values.double() for q in found.factors)
-    assert found.error == pytest.approx(apart_in(second, tensor, held), rel=1e-6)
+    solution = solve(problem, start, grids, 3)
+    held = tuple(q.values.double() for q in solution.factors)
+    assert solution.error == pytest.approx(apart_in(second, tensor, held), rel=1e-6)
     nearest = tuple(
         Quantised.nearest(f.float(), g).values.double() for f, g in zip(start, grids, strict=True)
     )
-    assert found.error < 0.8 * apart_in(second, tensor, nearest)
-    a, b, c = joined(found.factors)
+    assert solution.error < 0.8 * apart_in(second, tensor, nearest)
+    a, b, c = joined(solution.factors)
     whole = full((a.values.double(), b.values.mT.double(), c.values.mT.double()))
     assert torch.equal(whole, full(MetricCP.joined(held)))

@@ -1,4 +1,4 @@
-"""Laws of the solvers: what each promises of the error that the layer's inputs see."""
+"""Laws of the solvers: what each promises about the error in the metric of the layer's inputs."""
 
 import itertools
 from dataclasses import replace
@@ -29,7 +29,7 @@ every_grid = pytest.mark.parametrize("grid", [pytest.param(Grid.parse(t), id=t) 
 
 
 def _second(n, groups=1, seed=0):
-    """What correlated inputs leave: a few strong directions over weak ones."""
+    """The second moment of correlated inputs: a few strong directions over weak ones."""
     x = rand(groups, 4 * n, n, seed=seed) @ (
         rand(groups, n, n, seed=seed + 1) / n**0.5 + 0.3 * torch.eye(n)
     )
@@ -45,9 +45,9 @@ def _rows(grid, rows=12, n=70, groups=2, seed=0):
 def test_error_feedback_beats_rounding_to_nearest(grid):
     for seed in range(3):
         rows, metric = _rows(grid, seed=10 * seed)
-        found = feedback(rows, metric)
-        assert found.error(metric).mean() < rows.error(metric).mean()
-        assert torch.equal(found.scale, rows.scale)
+        rounded = feedback(rows, metric)
+        assert rounded.error(metric).mean() < rows.error(metric).mean()
+        assert torch.equal(rounded.scale, rows.scale)
 
 
 @every_grid
@@ -62,25 +62,25 @@ def test_coordinate_descent_harms_no_row(grid):
 
 def test_coordinate_descent_ends_where_no_single_step_helps():
     rows, metric = _rows(Grid.parse("3"), rows=4, n=20, groups=1)
-    found = descend(rows, metric, sweeps=50)
-    best = found.error(metric)
+    rounded = descend(rows, metric, sweeps=50)
+    best = rounded.error(metric)
     for column, step in itertools.product(range(20), (-1, 1)):
-        moved = found.codes.clone()
+        moved = rounded.codes.clone()
         moved[:, :, column] = (moved[:, :, column] + step).clamp(-4, 3)
-        other = replace(found, codes=moved)
+        other = replace(rounded, codes=moved)
         assert (other.error(metric) >= best * (1 - 1e-4)).all()
 
 
 @every_grid
 def test_refitting_scales_harms_no_row_beyond_the_rounding_of_the_scale(grid):
     rows, metric = _rows(grid)
-    found = refit(rows, metric)
-    assert torch.equal(found.codes, rows.codes)
-    assert torch.equal(found.scale, found.scale.to(torch.bfloat16).float())
+    refitted = refit(rows, metric)
+    assert torch.equal(refitted.codes, rows.codes)
+    assert torch.equal(refitted.scale, refitted.scale.to(torch.bfloat16).float())
     # the exact minimum is never worse; its bfloat16 neighbour is off by 2^-8 of the values at most
     size = metric.error(rows.values)
-    assert (found.error(metric) <= rows.error(metric) + 2**-16 * size).all()
-    assert found.error(metric).sum() <= rows.error(metric).sum() + 2**-16 * size.sum()
+    assert (refitted.error(metric) <= rows.error(metric) + 2**-16 * size).all()
+    assert refitted.error(metric).sum() <= rows.error(metric).sum() + 2**-16 * size.sum()
 
 
 @every_grid
@@ -96,19 +96,19 @@ def test_alternating_keeps_the_best_of_every_row(grid):
 @every_grid
 def test_codes_of_every_solver_lie_on_the_grid(grid):
     rows, metric = _rows(grid)
-    for found in (rows, feedback(rows, metric), descend(rows, metric), round_rows(rows, metric)):
-        assert torch.equal(found.codes, found.codes.round())
-        assert grid.low <= found.codes.min()
-        assert found.codes.max() <= grid.high
+    for rounded in (rows, feedback(rows, metric), descend(rows, metric), round_rows(rows, metric)):
+        assert torch.equal(rounded.codes, rounded.codes.round())
+        assert grid.low <= rounded.codes.min()
+        assert rounded.codes.max() <= grid.high
 
 
 def test_rounding_all_grids_in_one_pass_is_rounding_each_alone():
     metric = Metric(_second(40))
     parts = [start(rand(1, 6, 40), Grid.parse(text), metric) for text in GRIDS]
     together = round_rows(Rows.stack(parts), metric).split(6)
-    for alone, found in zip(parts, together, strict=True):
-        assert torch.equal(round_rows(alone, metric).codes, found.codes)
-        assert torch.equal(round_rows(alone, metric).scale, found.scale)
+    for alone, stacked in zip(parts, together, strict=True):
+        assert torch.equal(round_rows(alone, metric).codes, stacked.codes)
+        assert torch.equal(round_rows(alone, metric).scale, stacked.scale)
 
 
 def test_without_a_metric_rounding_is_that_in_the_identity_whatever_the_number_of_rows():
@@ -143,8 +143,8 @@ def test_error_feedback_in_blocks_is_error_feedback_column_by_column():
         codes[:, j] = (work[:, j] / scale).round().clamp(-4, 3)
         error = (work[:, j] - codes[:, j] * scale) / u[j, j]
         work[:, j + 1 :] -= error[:, None] * u[j, j + 1 :]
-    found = feedback(rows, metric).codes[0][:, order]
-    assert (found != codes).float().mean() < 0.02  # ties may fall either way in float32
+    in_blocks = feedback(rows, metric).codes[0][:, order]
+    assert (in_blocks != codes).float().mean() < 0.02  # ties may fall either way in float32
 
 
 def test_inputs_that_never_vary_still_give_a_metric():
@@ -214,7 +214,7 @@ MENU = tuple(
 
 
 def _layer(groups=None):
-    """A linear, or a conv of one tap with groups."""
+    """A linear, or a grouped conv with a kernel of one place."""
     if groups is None:
         return Site("x", Linear(), (12, 20)), rand(12, 20)
     shape, kind = (12, 20 // groups, 1, 1), Conv(2)
@@ -253,7 +253,7 @@ def test_alternating_over_terms_longer_never_ends_worse(monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_a_solved_menu_says_its_own_error_and_reads_back(groups):
+def test_a_solved_menu_reports_its_own_error_and_reads_back(groups):
     site, weight = _layer(groups)
     menu = MENU if groups == 1 else MENU[:3]
     second = _second(20 // groups, groups)

@@ -1,4 +1,4 @@
-"""Laws of training: what moves, whatever its layout, that it goes on where it stopped, and what is kept."""
+"""Laws of training: what moves, in any memory layout; runs resume; the best state is kept."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ LAYOUTS = {
 
 
 class Bowl(Course):
-    """A parameter that is drawn to zero, each number of it with a force of its own."""
+    """A parameter that is pulled to zero, each of its numbers by a force of its own."""
 
     def __init__(
         self, start: Tensor, fused: bool = True, dtype: torch.dtype = torch.float32, steps: int = 12
@@ -75,7 +75,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_numbers(layout, fused, tmp_path)
 
 
 class Halved(Bowl):
-    """A course with a way of its own: every step halves the parameter, whatever its gradient."""
+    """A course that moves its own way: every step halves the parameter, whatever its gradient."""
 
     def update(self, adam):
         with torch.no_grad():
@@ -86,7 +86,7 @@ def test_a_course_may_move_its_numbers_itself(tmp_path):
     course = Halved(torch.ones(3), steps=4)
     run(course, Jobs(folder=tmp_path), "key", "moving")
     assert torch.equal(course.p, torch.full((3,), 1 / 16))
-    again = Halved(torch.ones(3), steps=6)  # goes on from the end of the shorter one
+    again = Halved(torch.ones(3), steps=6)  # resumes at the end of the shorter run
     run(again, Jobs(folder=tmp_path), "key", "moving")
     assert torch.equal(again.p, torch.full((3,), 1 / 64))
 
