@@ -370,17 +370,17 @@ def step(bench: Bench) -> None:
     Memory: what is kept for the backward pass; and the parameters with their gradients and both
     moments of Adam.
     """
-    from rabbet.methods.ttqat.course import _Taught
+    from rabbet.methods.ttqat.course import Teaching
     from rabbet.train.qat import rounded_together
     from rabbet.workpiece import Workpiece
 
     teacher, task = bench.untrained(), task_of(bench.data, 0)
     method = TTQAT(4, keep_dense=HEADS, start="random", distil=Distillation(0.0, 0.0, 0.0))
     piece = Workpiece.of(teacher, task, rabbet.Jobs())
-    course = _Taught(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
+    course = Teaching(method, piece, method.plan(piece, rabbet.Budget.parse("bytes <= 90%")))
     batch = task.read()[len(task.read()) // 2]
     # no public call gives one step alone
-    ours, latents = course._learning(), course._latents()  # noqa: SLF001
+    ours, latents = course._trained(), course._latents()  # noqa: SLF001
 
     def once(model: nn.Module) -> None:
         assert task.loss is not None
@@ -397,7 +397,7 @@ def step(bench: Bench) -> None:
         for p in parameters:
             p.requires_grad_()
         if name == "on 4 bits":
-            course._settle()  # noqa: SLF001
+            course._move_to_grids()  # noqa: SLF001
         model = teacher if name == "dense" else course.student
         ms, kept = list[float](), dict[int, int]()
         for _ in range(22):

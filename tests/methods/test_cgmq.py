@@ -264,7 +264,10 @@ def _gates(widths=(2, 4, 8, 16, 32), budget="bops <= 2%", channels=False):
     ranges = dict.fromkeys(weights, dict.fromkeys(widths, (-1.0, 2.0)))
     layers = list(gated_layers(student, weights, ranges).values())
     for layer in layers:
-        layer.weight.bits, layer.given.bits = [widths[-1]] * layer.gates(channels), [widths[-1]]
+        layer.weight.bits, layer.input_range.bits = (
+            [widths[-1]] * layer.gate_count(channels),
+            [widths[-1]],
+        )
     return Gates(layers, widths, Budget.parse(budget), piece.float_cost, Cost()), piece
 
 
@@ -327,7 +330,7 @@ def test_a_width_follows_its_gate_only_past_a_margin():
     gates.set_levels([2] * len(gates))
     for value, level in ((2.99, 2), (3.02, 2), (3.2, 3), (2.98, 3), (2.9, 2)):
         gates.values[:] = value
-        gates.follow()
+        gates.update_widths()
         assert set(gates.levels) == {level}
     assert (gates.turns == 1).all()
 
@@ -336,7 +339,7 @@ def test_a_gate_that_goes_back_and_forth_comes_to_rest():
     gates, _ = _gates()
     for k in range(12):
         gates.values[:] = 2.5 + k % 2
-        gates.follow()
+        gates.update_widths()
     before = gates.values.clone()
     gates.slopes[:] = 1
     gates.move(1, 0.5, over=True)
@@ -401,7 +404,9 @@ def test_widths_are_measured_once_for_all_budgets_and_nothing_is_changed(granula
     lines = [method._line(k, s) for k, s in enumerate(piece.survey)]
     course = MovingGates(method, piece, lines, Budget.parse("bops <= 1%"))
     before, levels = course.weights(), course.gates.levels
-    measure_sensitivity(piece, course.gates, before, lambda: course.judged(128, labels=False))
+    measure_sensitivity(
+        piece, course.gates, before, lambda: course.held_back_loss(128, labels=False)
+    )
     assert all(torch.equal(before[k], v) for k, v in course.weights().items())
     assert course.gates.levels == levels
     assert not any(layer.weight.substitutes for layer in course.layers.values())
@@ -419,12 +424,12 @@ def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
         MovingGates(method, piece, lines, Budget.parse("bops <= 1%")) for _ in range(2)
     )
     measure_sensitivity(
-        piece, course.gates, course.weights(), lambda: course.judged(128, labels=False)
+        piece, course.gates, course.weights(), lambda: course.held_back_loss(128, labels=False)
     )
-    for _ in nearest.gates.probe(lambda: nearest.judged(128, labels=False), lambda _: {}):
+    for _ in nearest.gates.probe(lambda: nearest.held_back_loss(128, labels=False), lambda _: {}):
         pass
     spans = course.gates.spans
-    weights, inputs = ([s.first for s in spans if s.inner == inner] for inner in (False, True))
+    weights, inputs = ([s.first for s in spans if s.is_input == inner] for inner in (False, True))
     assert course.gates.sensitivity[weights, 0].sum() < nearest.gates.sensitivity[weights, 0].sum()
     assert torch.allclose(
         course.gates.sensitivity[inputs], nearest.gates.sensitivity[inputs], rtol=0.5, atol=1e-3
@@ -434,7 +439,7 @@ def test_weights_are_measured_as_rounding_with_feedback_leaves_them():
 def test_fewer_bits_are_never_taken_to_harm_less():
     gates, _ = _gates(widths=(2, 4, 8, 16))
     gates.sensitivity[0] = torch.tensor([0.1, 0.4, 0.2, 0.0])
-    weight, given = gates.harms()[gates.layers[0].site.name]
+    weight, given = gates.harm_by_width()[gates.layers[0].site.name]
     assert weight == pytest.approx({2: 0.4, 4: 0.4, 8: 0.2})
     assert given == {2: 0.0, 4: 0.0, 8: 0.0}
 

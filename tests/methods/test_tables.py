@@ -258,7 +258,7 @@ def test_rows_of_a_shared_table_are_paid_for_where_they_multiply():
 @pytest.mark.parametrize("trains", [False, True])
 def test_rows_that_are_looked_up_are_those_of_the_whole_table_and_learn_alike(grid, trains):
     latent = Latent(rand(20, 6), Grid.parse(grid))
-    latent.settle()
+    latent.move_to_grid()
     factor = latent if trains else Factor(latent.numbers)
     learnt = [latent.value, latent.scale] if trains else []
     places, weights = torch.randint(0, 9, (4, 5)), rand(4, 5, 6)

@@ -91,7 +91,7 @@ def test_latents_that_are_rounded_together_are_what_each_is_alone_and_learn_the_
         Latent(rand(2), grids[0]),
     ]
     for latent in latents[:-1]:  # the last stays in float
-        latent.settle()
+        latent.move_to_grid()
     for latent in latents:
         latent.requires_grad_()
         latent.scale.requires_grad_()

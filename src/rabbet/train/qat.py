@@ -71,7 +71,7 @@ class Latent(Factor):
         zero = 0.0 if self.zero is None else self.zero
         return self.grid.fake(held, scale, zero) if self.on_grid else held
 
-    def settle(self) -> None:
+    def move_to_grid(self) -> None:
         """Start to round, with the scale of least squared error."""
         scale, zero = self.grid.search(self.value.detach())
         self.scale.copy_(scale)

@@ -1,8 +1,8 @@
 """Layers whose bit-widths are decided by gates while they train (CGMQ, arXiv 2409.20138).
 
 A gate is a number; the width of its tensor is a step function of it. Gates get no gradient: they
-move down while the network costs more than its budget and up while it costs less, each as fast as
-its tensor can afford. What is handed on is always a state whose cost was counted.
+move down while the network costs more than its budget and up while it costs less, each at a speed
+that depends on how much its tensor matters. A state is kept only after its cost was counted.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,18 +17,19 @@ from rabbet.core.plan import Plan
 from rabbet.methods.cgmq.layer import GatedLayer
 from rabbet.train.qat import FLOAT, WIDEST, GatedRange, GatedWeight
 
-MARGIN = 0.05  # by which a gate must pass a step before its width follows: hysteresis
-TURNS = 4  # a gate that went back and forth so often stays where it is
-TOGETHER = 64  # where there are more gates, so manieth of them go down in one step of landing
-LEAST, MOST = 0.1, 10.0  # ends of a direction whose mean is 1: every gate moves, none jumps
+MARGIN = 0.05  # hysteresis: a gate must pass a step by this much before its width changes
+TURNS = 4  # a gate that has turned back this often stays where it is
+TOGETHER = 64  # landing lowers at least 1/64 of the gates at once, for speed
+LEAST, MOST = 0.1, 10.0  # limits of a direction, whose mean is 1: every gate moves, none jumps
 
 
 @dataclass(frozen=True)
 class Gating:
-    """What a search by gates saw at the end of every epoch, and the plan that it ended with.
+    """The state at the end of every epoch of a search by gates, and its final plan.
 
     names: of the tensors, weights first. gates, widths: [epochs, tensors], widths in bits. shares:
-    of the tightest limit of the budget that was used. losses: of held-back examples.
+    [epochs], of the tightest limit of the budget that was used. losses: [epochs], on held-back
+    examples.
     """
 
     plan: Plan
@@ -41,31 +42,36 @@ class Gating:
 
 @dataclass(frozen=True)
 class _Span:
-    """Gates that belong together: those of one weight, or the one of an input."""
+    """The gates of one weight, or the gate of one input: a range of consecutive gates.
+
+    target: what the gates set the width of.
+    """
 
     layer: GatedLayer
-    moved: GatedWeight | GatedRange
+    target: GatedWeight | GatedRange
     first: int
     count: int
 
     @property
-    def inner(self) -> bool:
-        """Whether it is that of an input."""
-        return isinstance(self.moved, GatedRange)
+    def is_input(self) -> bool:
+        """Whether it is the gate of an input."""
+        return isinstance(self.target, GatedRange)
 
     @property
-    def place(self) -> slice:
+    def index(self) -> slice:
+        """The positions of its gates among all gates."""
         return slice(self.first, self.first + self.count)
 
 
 @dataclass
 class Gates:
-    """The gates of all weights, then of all inputs that have one, and what decides how fast each moves.
+    """The gates of all weights, then of all inputs that have one, and how fast each moves.
 
     A weight has one gate, or one for each output (`GatedWeight.bits`).
 
-    values: between 0.5 and the number of widths + 0.5; the k-th width lies between k and k + 1,
-    counted from zero.
+    values: [gates], between 0.5 and the number of widths + 0.5; the k-th width, counted from zero,
+    lies between k and k + 1. whole: the cost of the float network. fixed: the part of the cost that
+    belongs to none of the layers.
     """
 
     layers: Sequence[GatedLayer]
@@ -79,115 +85,122 @@ class Gates:
         for layer in self.layers:
             self.spans.append(_Span(layer, layer.weight, len(self), len(layer.weight.bits)))
         for layer in self.layers:
-            if layer.given is not None and layer.given.moves:
-                self.spans.append(_Span(layer, layer.given, len(self), 1))
+            if layer.input_range is not None and layer.input_range.moves:
+                self.spans.append(_Span(layer, layer.input_range, len(self), 1))
         self._owners = [place for place, span in enumerate(self.spans) for _ in range(span.count)]
         self.values = torch.full((len(self),), len(self.widths) + 0.5, dtype=torch.float64)
-        self.slopes = torch.zeros_like(
-            self.values
-        )  # mean |gradient| of each tensor, a running mean
-        self.sizes = torch.ones_like(self.values)  # mean |value| by the range
-        # what the loss rises by with one tensor at one width, all others in float
+        # The running mean of the mean |gradient| of each tensor.
+        self.slopes = torch.zeros_like(self.values)
+        # The mean |value| of each tensor, relative to its range.
+        self.sizes = torch.ones_like(self.values)
+        # The rise of the loss with one tensor at one width and all others in float.
         self.sensitivity = self.values.new_zeros(len(self.values), len(self.widths))
-        self.last = torch.zeros_like(self.values)  # the way that each went last: -1, 0, 1
-        self.turns = torch.zeros_like(self.values)  # how often it went back
-        self._prices: dict[tuple[object, ...], Cost] = {}
+        self.last = torch.zeros_like(self.values)  # the last direction of each gate: -1, 0 or 1
+        self.turns = torch.zeros_like(self.values)  # how often each gate turned back
+        self._layer_costs: dict[tuple[object, ...], Cost] = {}
 
     def __len__(self) -> int:
-        """How many gates there are."""
-        return self.spans[-1].place.stop if self.spans else 0
+        """The number of gates."""
+        return self.spans[-1].index.stop if self.spans else 0
 
     @property
     def levels(self) -> list[int]:
-        """The place of each gate's width among the widths."""
-        return [self.widths.index(bits) for span in self.spans for bits in span.moved.bits]
+        """The position of each gate's current width among the widths."""
+        return [self.widths.index(bits) for span in self.spans for bits in span.target.bits]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the gates: the layer's name, with the output if each has one, and `input` for what the layer is given."""
+        """The names of the gates: that of the layer, with `[k]` for output k, or ` input`."""
         names: list[str] = []
         for span in self.spans:
             name = span.layer.site.name
-            alone = [f"{name} input" if span.inner else name]
-            names += alone if span.count == 1 else [f"{name}[{k}]" for k in range(span.count)]
+            if span.count > 1:
+                names += [f"{name}[{k}]" for k in range(span.count)]
+            else:
+                names.append(f"{name} input" if span.is_input else name)
         return tuple(names)
 
     def set_levels(self, levels: Sequence[int]) -> None:
-        """Give every tensor its width, or widths; the gates are left as they are."""
+        """Set the width, or widths, of every tensor; the values of the gates do not change."""
         for span in self.spans:
-            span.moved.bits = [self.widths[level] for level in levels[span.place]]
+            span.target.bits = [self.widths[level] for level in levels[span.index]]
 
-    def follow(self) -> None:
-        """Widths as the gates say, where a gate has passed a step by the margin; counts those that go back."""
+    def update_widths(self) -> None:
+        """Set the width of every gate that has passed a step by the margin, and count turns."""
         levels = self.levels
         for k, (value, level) in enumerate(zip(self.values.tolist(), levels, strict=True)):
             if level - MARGIN <= value < level + 1 + MARGIN:
                 continue
             levels[k] = min(len(self.widths) - 1, max(0, int(value)))
-            way = float((levels[k] > level) - (levels[k] < level))
-            self.turns[k] += way * float(self.last[k]) < 0
-            self.last[k] = way or float(self.last[k])
+            direction = float((levels[k] > level) - (levels[k] < level))
+            self.turns[k] += direction * float(self.last[k]) < 0
+            if direction:
+                self.last[k] = direction
         self.set_levels(levels)
 
     def excess(self, levels: Sequence[int] | None = None) -> float:
-        """By how much the tightest limit is broken, as a share of it; negative within."""
-        return self._over(self._counts(self.levels if levels is None else levels))
+        """The amount above the tightest limit, as a share of it; negative if all are kept."""
+        return self._excess(self._counts(self.levels if levels is None else levels))
 
     def _counts(self, levels: Sequence[int]) -> list[list[int]]:
-        """How many gates of each span stand at each level: all that a cost depends on."""
-        places = range(len(self.widths))
-        return [
-            [own.count(k) for k in places] for own in (list(levels[s.place]) for s in self.spans)
-        ]
+        """The number of gates of each span at each level; the cost depends on nothing else."""
+        counts = []
+        for span in self.spans:
+            own = list(levels[span.index])
+            counts.append([own.count(level) for level in range(len(self.widths))])
+        return counts
 
-    def _over(self, counts: Sequence[Sequence[int]]) -> float:
-        cost = self._priced(counts)
+    def _excess(self, counts: Sequence[Sequence[int]]) -> float:
+        """See `excess`."""
+        cost = self._cost(counts)
         shares = []
         for limit in self.budget.limits:
             allowed = limit.amount(self.whole)
             shares.append((METRICS[limit.metric].amount(cost) - allowed) / max(allowed, 1))
         return max(shares)
 
-    def _priced(self, counts: Sequence[Sequence[int]]) -> Cost:
-        """What the network costs, in whole numbers; the bytes without what no layer holds."""
+    def _cost(self, counts: Sequence[Sequence[int]]) -> Cost:
+        """The cost of the network, in whole numbers."""
         inputs = {
             s.layer.site.name: self.widths[own.index(1)]
             for s, own in zip(self.spans, counts, strict=True)
-            if s.inner
+            if s.is_input
         }
         total = self.fixed
         for span, own in zip(self.spans, counts, strict=True):
-            if not span.inner:
+            if not span.is_input:
                 act = inputs.get(span.layer.site.name, span.layer.act)
-                total = total + self._price(span.layer, own, act)
+                total = total + self._layer_cost(span.layer, own, act)
         return total
 
-    def _price(self, layer: GatedLayer, counts: Sequence[int], act: int) -> Cost:
-        """Of a layer; which outputs have which width matters only for the text of the plan, and is not looked at."""
-        key = (layer.site.name, *counts, min(act, WIDEST))
-        if key not in self._prices:
-            bits = [b for b, count in zip(self.widths, counts, strict=True) for _ in range(count)]
-            self._prices[key] = layer_cost(layer.site, layer.line(bits, act))
-        return self._prices[key]
+    def _layer_cost(self, layer: GatedLayer, counts: Sequence[int], act: int) -> Cost:
+        """The cost of a layer with so many gates at each level.
 
-    def measured(self) -> None:
-        """Take the gradients of the last step, and the sizes of the tensors, into the running means."""
+        It does not depend on which of the outputs have which width.
+        """
+        key = (layer.site.name, *counts, min(act, WIDEST))
+        if key not in self._layer_costs:
+            bits = [b for b, count in zip(self.widths, counts, strict=True) for _ in range(count)]
+            self._layer_costs[key] = layer_cost(layer.site, layer.line(bits, act))
+        return self._layer_costs[key]
+
+    def update_statistics(self) -> None:
+        """Update the means of gradients, by those of the last step, and the sizes of weights."""
         for span in self.spans:
-            place, slope = span.place, span.moved.slope
+            own, slope = span.index, span.target.slope
             if slope is not None:
-                self.slopes[place] = (
-                    0.9 * self.slopes[place]
-                    + 0.1 * slope.abs().reshape(span.count, -1).mean(1).cpu()
-                )
-            if isinstance(span.moved, GatedWeight):
-                sizes = span.moved.size.reshape(span.count, -1)
-                self.sizes[place] = sizes.mean(1).double().cpu()
+                mean = slope.abs().reshape(span.count, -1).mean(1).cpu()
+                self.slopes[own] = 0.9 * self.slopes[own] + 0.1 * mean
+            if isinstance(span.target, GatedWeight):
+                sizes = span.target.size.reshape(span.count, -1)
+                self.sizes[own] = sizes.mean(1).double().cpu()
 
     def directions(self, kind: int) -> Tensor:
-        """How fast each gate moves down while the budget is broken, and up (the inverse) while it is kept; mean 1.
+        """How strongly each gate resists moving down, [gates], of mean 1.
 
-        1: by the gradient; 2: by gradient and size; 3: by the sensitivity for what a level less
-        would save.
+        While the budget is kept, gates move up at this speed; while it is broken, they move down at
+        its inverse. kind: 1, the gradient; 2, gradient and size; 3, the sensitivity, relative to
+        what one level less would save.
         """
         worth = self._worth(kind, self.levels)
         if kind == 3:
@@ -195,26 +208,31 @@ class Gates:
         return (worth / worth.mean().clamp_min(1e-30)).clamp(1 / MOST, 1 / LEAST)
 
     def _worth(self, kind: int, levels: Sequence[int]) -> Tensor:
-        """What the lowest level that each tensor holds is worth, in units of their mean."""
+        """How much it would harm to lower each gate by one level, in units of the mean."""
         if kind == 3:
-            lower = torch.tensor(levels)[:, None]
-            below = self.sensitivity.gather(1, (lower - 1).clamp_min(0))
-            worth = (below - self.sensitivity.gather(1, lower))[:, 0].clamp_min(0)
-            # outputs share a sensitivity as their squared gradients are
+            current = torch.tensor(levels)[:, None]
+            below = self.sensitivity.gather(1, (current - 1).clamp_min(0))
+            worth = (below - self.sensitivity.gather(1, current))[:, 0].clamp_min(0)
+            # Outputs were measured together: they share a sensitivity in proportion to their
+            # squared gradients.
             for span in (s for s in self.spans if s.count > 1):
-                share = self.slopes[span.place].square() + 1e-30
-                worth[span.place] *= share / share.mean()
+                share = self.slopes[span.index].square() + 1e-30
+                worth[span.index] *= share / share.mean()
         else:
             worth = self.slopes / self.slopes.mean().clamp_min(1e-30)
-            worth = worth + self.sizes / self.sizes.mean() if kind == 2 else worth
-            # the error of a grid grows fourfold a bit; the scale of the loss does not matter
-            worth = worth * torch.tensor(
-                [4.0 ** -min(self.widths[max(x - 1, 0)], WIDEST) for x in levels]
-            )
+            if kind == 2:
+                worth = worth + self.sizes / self.sizes.mean()
+            # The squared error of a grid grows fourfold with every bit less.
+            lower_bits = [min(self.widths[max(level - 1, 0)], WIDEST) for level in levels]
+            worth = worth * torch.tensor([4.0**-bits for bits in lower_bits])
         return worth / worth.mean().clamp_min(1e-30) + 1e-6
 
     def move(self, kind: int, rate: float, over: bool) -> None:
-        """Move every gate that is free; over: whether the budget was broken when the epoch began."""
+        """Move every gate that has not turned back too often.
+
+        kind: see `directions`. rate: how far a gate of mean speed moves, in widths. over: whether
+        the budget was broken when the epoch began.
+        """
         worth = self.directions(kind)
         speed = -1 / worth if over else worth
         free = (self.turns < TURNS).double()
@@ -222,114 +240,124 @@ class Gates:
         self.values = (self.values + free * rate * speed / speed.abs().mean()).clamp(0.5, top)
 
     def land(self, kind: int) -> None:
-        """Lower widths until the budget is kept, what costs least for what it saves first; gates go along.
+        """Bring the widths under the budget, and move the gates along.
 
-        Then what still fits is raised, the dearest first. The budget was found feasible at the
-        smallest widths, so this ends.
+        Widths are lowered until the budget is kept, those first that harm least for what they save;
+        then widths that still fit are raised, those first that help most. The budget is feasible at
+        the smallest widths, so this ends.
         """
         levels = self.levels
         counts = self._counts(levels)
-        while self._over(counts) > 0 and any(levels):
-            dear = (self._worth(kind, levels) / self._savings(levels)).tolist()
-            order = sorted((k for k, level in enumerate(levels) if level > 0), key=dear.__getitem__)
+        while self._excess(counts) > 0 and any(levels):
+            harm = (self._worth(kind, levels) / self._savings(levels)).tolist()
+            order = sorted((k for k, level in enumerate(levels) if level > 0), key=harm.__getitem__)
             for k in order[: max(1, len(order) // TOGETHER)]:
                 self._shift(levels, counts, k, -1)
         before: list[int] = []
         while levels != before:
             before = list(levels)
-            full = set()  # a gate of the same span at the same level would not fit either
+            full = set()  # (span, level) whose gates do not fit one level higher
             for k in self._worth(kind, levels).argsort(descending=True).tolist():
-                alike = (self._owners[k], levels[k])
-                if levels[k] + 1 == len(self.widths) or alike in full:
+                span_level = (self._owners[k], levels[k])
+                if levels[k] + 1 == len(self.widths) or span_level in full:
                     continue
                 self._shift(levels, counts, k, 1)
-                if self._over(counts) > 0:
+                if self._excess(counts) > 0:
                     self._shift(levels, counts, k, -1)
-                    full.add(alike)
+                    full.add(span_level)
         self.move_to(levels)
 
     def move_to(self, levels: Sequence[int]) -> None:
-        """Give every tensor its width; gates of those that change go along."""
+        """Set the width of every tensor, and move the gates of those that change along."""
         for k, (old, new) in enumerate(zip(self.levels, levels, strict=True)):
             if new != old:
                 self.values[k] = new + 0.5
         self.set_levels(levels)
 
-    def harms(self) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
-        """By layer, how much each width that a file holds harms, of its weight and of its input.
+    def harm_by_width(self) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+        """For each layer, the harm of each stored width of its weight, and of its input.
 
-        Fewer bits never harm less: where a measurement says so, it is noise. An input without a
-        gate has one width.
+        Fewer bits never harm less: a measurement that says so is noise, and is raised. An input
+        without a gate has one width, of no harm.
         """
-        held = [j for j, bits in enumerate(self.widths) if bits <= WIDEST]
+        stored = [j for j, bits in enumerate(self.widths) if bits <= WIDEST]
         harms = {x.site.name: ({x.weight.bits[0]: 0.0}, {x.act: 0.0}) for x in self.layers}
         for span in self.spans:
             rising = self.sensitivity[span.first].flip(0).cummax(0).values.flip(0)
-            own = {self.widths[j]: float(rising[j]) * span.count for j in held}
-            weight, given = harms[span.layer.site.name]
-            harms[span.layer.site.name] = (weight, own) if span.inner else (own, given)
+            own = {self.widths[j]: float(rising[j]) * span.count for j in stored}
+            of_weight, of_input = harms[span.layer.site.name]
+            if span.is_input:
+                of_input = own
+            else:
+                of_weight = own
+            harms[span.layer.site.name] = (of_weight, of_input)
         return harms
 
     def levels_of(self, plan: Plan) -> list[int]:
-        """The levels of a plan of these layers, one width a weight."""
-        lines = [
-            (span, plan[span.layer.site.name]) for span in self.spans for _ in range(span.count)
-        ]
-        bits = [
-            (line.act or WIDEST) if span.inner else line.terms[0].grid.bits for span, line in lines
-        ]
-        return [self.widths.index(b) for b in bits]
+        """The levels of the gates under a plan of these layers that has one width per weight."""
+        levels: list[int] = []
+        for span in self.spans:
+            line = plan[span.layer.site.name]
+            bits = (line.act or WIDEST) if span.is_input else line.terms[0].grid.bits
+            levels += [self.widths.index(bits)] * span.count
+        return levels
 
-    def _shift(self, levels: list[int], counts: list[list[int]], k: int, way: int) -> None:
-        """Move a gate by a level, and count it there."""
+    def _shift(self, levels: list[int], counts: list[list[int]], k: int, by: int) -> None:
+        """Move gate k by a number of levels, in `levels` and in `counts`."""
         own = counts[self._owners[k]]
         own[levels[k]] -= 1
-        levels[k] += way
+        levels[k] += by
         own[levels[k]] += 1
 
     def _savings(self, levels: Sequence[int]) -> Tensor:
-        """What a level less of each gate saves, as a share of the tightest limit; next to nothing if it has none."""
+        """What one level less of each gate would save, as a share of the tightest limit.
+
+        For a gate at the lowest level it is close to zero.
+        """
         counts = self._counts(levels)
-        now = self._over(counts)
+        now = self._excess(counts)
         savings = torch.zeros(len(self), dtype=torch.float64)
         for span, own in zip(self.spans, counts, strict=True):
-            saved = [0.0] * len(own)  # outputs of one layer at one level save the same
+            saved = [0.0] * len(own)  # the same for all outputs of a layer at one level
             for level in (k for k in range(1, len(own)) if own[k]):
                 own[level], own[level - 1] = own[level] - 1, own[level - 1] + 1
-                saved[level] = now - self._over(counts)
+                saved[level] = now - self._excess(counts)
                 own[level], own[level - 1] = own[level] + 1, own[level - 1] - 1
             by_level = torch.tensor(saved, dtype=torch.float64)
-            savings[span.place] = by_level[list(levels[span.place])]
+            savings[span.index] = by_level[list(levels[span.index])]
         return savings.clamp_min(1e-9)
 
     def probe(
         self, loss: Callable[[], float], rounded: Callable[[GatedLayer], Mapping[int, Tensor]]
     ) -> Iterator[int]:
-        """Measure the loss with every tensor alone on every width; yields the number of each that is done.
+        """Measure the loss with one tensor at a time at every width; yields the number done so far.
 
-        All others are in float: beside errors of their own a small one could be anything. rounded:
-        a layer's weight by width, as it is to be judged. The outputs of a layer are measured
-        together, and share the sensitivity.
+        All others are in float: a small effect could not be told from their errors. rounded: from a
+        layer to its weight by width, which stands in for the weight rounded to nearest; if it is
+        empty, the latter is measured. The outputs of a layer are measured together, and share the
+        sensitivity.
         """
-        moved = [part for x in self.layers for part in (x.weight, x.given) if part is not None]
-        before = [part.bits for part in moved]
-        for part in moved:
+        targets = [
+            part for x in self.layers for part in (x.weight, x.input_range) if part is not None
+        ]
+        before = [part.bits for part in targets]
+        for part in targets:
             part.bits = [FLOAT]
         base = loss()
         for done, span in enumerate(self.spans, 1):
             weight = span.layer.weight
-            weight.substitutes = {} if span.inner else rounded(span.layer)
+            weight.substitutes = {} if span.is_input else rounded(span.layer)
             for j, width in enumerate(self.widths):
-                span.moved.bits = [width]
+                span.target.bits = [width]
                 harm = loss() - base if width <= WIDEST else 0
-                self.sensitivity[span.place, j] = harm / span.count
-            span.moved.bits, weight.substitutes = [FLOAT], {}
+                self.sensitivity[span.index, j] = harm / span.count
+            span.target.bits, weight.substitutes = [FLOAT], {}
             yield done
-        for part, bits in zip(moved, before, strict=True):
+        for part, bits in zip(targets, before, strict=True):
             part.bits = bits
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the gates."""
+        """The tensors of a checkpoint."""
         kept = {n: getattr(self, n) for n in STATE}
         return kept | {"levels": torch.tensor(self.levels)}
 

@@ -1,4 +1,4 @@
-"""A compressed layer whose widths gates decide, while it trains: its weight, its input's range, its line of a plan."""
+"""A compressed layer whose widths are decided by gates while it trains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,44 +22,51 @@ from rabbet.train.qat import (
     rows_by_width,
 )
 
-TWO = (uniform(2, "half"), uniform(2, "ternary"))  # beside the signed one, at 2 bits
+TWO = (uniform(2, "half"), uniform(2, "ternary"))  # grids at 2 bits besides the signed one
 
 
 @dataclass(frozen=True, eq=False)
 class GatedLayer:
-    """A layer of a network that trains: what gates move, and what they are asked.
+    """A layer during training, with its gated weight and the gated range of its input.
 
-    given: the range of its input; None where that is not quantised.
+    input_range: None if the input is not quantised.
     """
 
     layer: Compressed
     weight: GatedWeight
-    given: GatedRange | None
+    input_range: GatedRange | None
 
     @property
     def site(self) -> Site:
-        """The layer's own facts."""
+        """The layer's site."""
         return self.layer.site
 
     @property
     def act(self) -> int:
         """The bits of the input."""
-        return FLOAT if self.given is None else self.given.bits[0]
+        return FLOAT if self.input_range is None else self.input_range.bits[0]
 
     def sizes(self) -> list[tuple[Tensor, float]]:
-        """What learns, each with the magnitude that a rate refers to; biases may start at zero."""
-        ends = () if self.given is None else ((self.given.low, 1e-6), (self.given.high, 1e-6))
-        parts = [(self.weight.latent, 0.0), (self.weight.reach, 1e-6), *ends]
+        """The parameters that train, each with the magnitude that its learning rate refers to.
+
+        That is its mean magnitude, but not less than a minimum: biases may start at zero.
+        """
+        parts = [(self.weight.latent, 0.0), (self.weight.reach, 1e-6)]
+        if self.input_range is not None:
+            parts += [(self.input_range.low, 1e-6), (self.input_range.high, 1e-6)]
         if self.layer.bias is not None:
             parts.append((self.layer.bias, 0.05))
         return [(p, max(float(p.detach().abs().mean()), least)) for p, least in parts]
 
-    def gates(self, channels: bool) -> int:
-        """How many gates the weight has: one, or one for each output of a layer without groups."""
+    def gate_count(self, channels: bool) -> int:
+        """The number of gates of the weight: one, or with `channels` one for each output.
+
+        A layer with groups has one gate in either case.
+        """
         return len(self.weight.latent) if channels and self.site.groups == 1 else 1
 
-    def take(self, line: LayerPlan) -> None:
-        """Take over the widths of a line, its dense terms making every output once."""
+    def set_widths(self, line: LayerPlan) -> None:
+        """Set the widths of a line, whose dense terms hold every output once (`takes_gates`)."""
         weight = self.weight
         weight.bits = [FLOAT] * (len(weight.latent) if line.terms[0].form.partial else 1)
         for term in line.terms:
@@ -67,57 +74,60 @@ class GatedLayer:
                 weight.two = term.grid.kind
             for row in term.form.outputs(self.site) if term.form.partial else (0,):
                 weight.bits[row] = term.grid.bits
-        if self.given is not None:
-            self.given.bits = [line.act or FLOAT]
+        if self.input_range is not None:
+            self.input_range.bits = [line.act or FLOAT]
 
     def numbers(self, line: LayerPlan) -> Numbers:
-        """The weight on the grids of its line, as a file holds it."""
+        """The weight on the grids of the line, as a file holds it."""
         return [[self.weight.numbers_of(term)] for term in line.terms]
 
     def start_from(self, layer: Compressed) -> None:
-        """Begin with the numbers of a layer that was solved on these widths."""
+        """Take over weight, bias and input range of a solved layer of the same widths."""
         with torch.no_grad():
             self.weight.start_from(layer)
             if self.layer.bias is not None and layer.bias is not None:
                 self.layer.bias.copy_(layer.bias)
-            if self.given is not None and layer.quantisers:
-                self.given.start_from(layer.quantisers[0])
+            if self.input_range is not None and layer.quantisers:
+                self.input_range.start_from(layer.quantisers[0])
 
-    def hand_over(self, layer: Compressed) -> None:
-        """Give a layer that was built of `numbers` the bias and the input's range, too."""
+    def copy_to(self, layer: Compressed) -> None:
+        """Copy the bias and the input range to a layer that was built from `numbers`."""
         if layer.bias is not None and self.layer.bias is not None:
             layer.bias.data = self.layer.bias.detach().clone()
-        if layer.quantisers and self.given is not None:
-            scale, zero = self.given.range_of(layer.plan.act or WIDEST)
+        if layer.quantisers and self.input_range is not None:
+            scale, zero = self.input_range.range_of(layer.plan.act or WIDEST)
             layer.quantisers[0].set_range(scale.detach(), zero)
 
     def line(self, bits: Sequence[int] | None = None, act: int | None = None) -> LayerPlan:
-        """The layer's line of a plan at these widths, or at its own; those that no file holds at 8 bits."""
-        held = [min(b, WIDEST) for b in (self.weight.bits if bits is None else bits)]
-        terms = tuple(Term(Dense(rows), self.weight.grid_of(b)) for b, rows in rows_by_width(held))
+        """The layer's line of a plan at the given widths; None: at its current ones.
+
+        Widths above 8 bits, which no file holds, become 8.
+        """
+        stored = [min(b, WIDEST) for b in (self.weight.bits if bits is None else bits)]
+        terms = tuple(
+            Term(Dense(rows), self.weight.grid_of(b)) for b, rows in rows_by_width(stored)
+        )
         act = min(self.act if act is None else act, WIDEST)
-        return LayerPlan(self.site.name, terms, None if self.given is None else act)
+        return LayerPlan(self.site.name, terms, None if self.input_range is None else act)
 
 
 def takes_gates(site: Site, line: LayerPlan) -> bool:
-    """Whether dense terms make every output of a layer once, on grids that gates can choose."""
+    """Whether a line has dense terms only, each output once, on grids that gates can choose."""
+    if {t.form.name for t in line.terms} != {Dense.name}:
+        return False
     rows = [row for t in line.terms for row in t.form.outputs(site)]
-    known = all(
-        t.grid.bits > 1 and t.grid.codebook in (uniform(t.grid.bits), *TWO) for t in line.terms
-    )
-    layouts = {t.grid.scales for t in line.terms}
-    twos = {t.grid.codebook for t in line.terms if t.grid.bits == 2}
-    alike = layouts in ({OneScale()}, {PerSlice(0)}) and len(twos) < 2
-    return (
-        {t.form.name for t in line.terms} == {Dense.name}
-        and sorted(rows) == list(range(site.shape[0]))
-        and known
-        and alike
-    )
+    if sorted(rows) != list(range(site.shape[0])):
+        return False
+    grids = [t.grid for t in line.terms]
+    if not all(g.bits > 1 and g.codebook in (uniform(g.bits), *TWO) for g in grids):
+        return False
+    layouts = {g.scales for g in grids}
+    two_bit_codebooks = {g.codebook for g in grids if g.bits == 2}
+    return layouts in ({OneScale()}, {PerSlice(0)}) and len(two_bit_codebooks) < 2
 
 
 def widest(line: LayerPlan) -> LayerPlan:
-    """The line at 8 bits: what a layer with gates is built from, and what ranges are calibrated for."""
+    """The line at 8 bits, from which a layer with gates is built."""
     grid = replace(line.terms[0].grid, codebook=uniform(WIDEST))
     return LayerPlan(line.name, (Term(Dense(), grid),), None if line.act is None else WIDEST)
 
@@ -125,11 +135,14 @@ def widest(line: LayerPlan) -> LayerPlan:
 def gated_layers(
     student: nn.Module, weights: Mapping[str, Tensor], ranges: Mapping[str, Ranges]
 ) -> dict[str, GatedLayer]:
-    """The layers of a network from `build`, by name, now with gated weights (canonical) and ranges, in place."""
+    """Put gated weights and input ranges into all layers of a network from `build`, in place.
+
+    weights: canonical. Returns the layers by name.
+    """
     gated: dict[str, GatedLayer] = {}
     for name, layer in compressed_layers(student).items():
         weight = GatedWeight(weights[name], layer.plan.terms[0].grid.axis)
-        given = GatedRange(ranges[name]) if ranges[name] else None
-        replace_factors(layer, [weight], [] if given is None else [given])
-        gated[name] = GatedLayer(layer, weight, given)
+        input_range = GatedRange(ranges[name]) if ranges[name] else None
+        replace_factors(layer, [weight], [] if input_range is None else [input_range])
+        gated[name] = GatedLayer(layer, weight, input_range)
     return gated

@@ -1,9 +1,9 @@
-"""CGMQ: bit-widths of weights and inputs that train themselves under a constraint (arXiv 2409.20138).
+"""CGMQ: constraint-guided training of bit-widths for weights and inputs (arXiv 2409.20138).
 
 Epochs in which gates move alternate with epochs in which they rest; weights, biases and ranges
-train in both. A state is handed on only after its cost was counted in whole numbers, so the budget
-holds whatever the training does. Where the integer program puts the gates, from what each width
-does to the output, they need not move (docs/architecture.md).
+train in both. A state is kept only after its cost was counted in whole numbers, so the budget holds
+whatever the training does. If the integer program sets the gates, from how much each width harms
+the output, they need not move at all (docs/architecture.md).
 """
 
 import itertools
@@ -34,17 +34,17 @@ class CGMQ(Settings):
     """Gates under a budget, usually `bops`; its fields are those of `Settings`."""
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
-        """Train with gates; the plan of the best state met that keeps the budget. See `Method.plan`."""
+        """The plan of the best state under the budget in training with gates; see `Method.plan`."""
         return self.search(piece, budget).plan
 
     def search(self, piece: Workpiece, budget: Budget) -> Gating:
-        """The same, with what was seen on the way; `rabbet.report.draw_gates` draws it."""
+        """Search as `plan` does, and return its history too; see `rabbet.report.draw_gates`."""
         lines = [self._line(k, site) for k, site in enumerate(piece.survey)]
-        if self.granularity == "channel" and any(
-            limit.metric == "latency" for limit in budget.limits
-        ):
+        timed = any(limit.metric == "latency" for limit in budget.limits)
+        if self.granularity == "channel" and timed:
             raise BudgetError(
-                "outputs of several widths run apart, and take longer: a latency needs gates of layers"
+                "outputs of several widths run apart, and take longer: "
+                "a latency needs gates of layers"
             )
         self._require(piece, budget, lines)
         course = MovingGates(self, piece, lines, budget)
@@ -54,40 +54,50 @@ class CGMQ(Settings):
         return gating
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """Train at the plan's widths, from where gates that moved ended with it, else solved in order; see `Method`."""
+        """Train at the plan's widths; see `Method.fit`.
+
+        Training starts from the final weights of the search that found this plan, if gates moved in
+        it, else from layers solved in order.
+        """
         validate(plan, piece.survey)
         other = next((x for x in plan if not takes_gates(piece.survey[x.name], x)), None)
         if other is not None:
             raise PlanError(
                 f"CGMQ trains dense weights, every output on one signed grid; {other} is not one"
             )
-        course = FixedWidths(
-            self, piece, [plan[s.name] for s in piece.survey if plan.get(s.name)], self.finish
-        )
+        lines = [plan[s.name] for s in piece.survey if plan.get(s.name)]
+        course = FixedWidths(self, piece, lines, self.finish)
         kept = piece.jobs.kept(cache_key(piece, self, plan.compact))
         if kept is not None:
-            course.take(kept)
+            course.load_weights(kept)
         else:
             for name, layer in compressed_layers(solved(piece, plan)).items():
                 course.layers[name].start_from(layer)
             if self.rate is None:
-                course.pace = NEAR * math.sqrt(max(0.0, course.judged(PROBE, labels=False)))
+                distance = course.held_back_loss(PROBE, labels=False)
+                course.learning_rate = NEAR * math.sqrt(max(0.0, distance))
         before, after = course.train_fixed(piece)
-        return Fitted(course.network(piece, plan), (f"trained {course.summary} at these widths: held-back loss "
-                                                    f"{before:.4g} -> {after:.4g}",))  # fmt: skip
+        note = (
+            f"trained {course.summary} at these widths: held-back loss {before:.4g} -> {after:.4g}"
+        )
+        return Fitted(course.network(piece, plan), (note,))
 
-    def _line(self, place: int, site: Site) -> LayerPlan:
-        """A layer at the widest that a file holds: what a gate starts with."""
-        own = self.image if is_image(place, site) else "gate"
-        act = None if not site.multiplies else WIDEST if isinstance(own, str) else own
+    def _line(self, position: int, site: Site) -> LayerPlan:
+        """The line of a layer at the widest that a file holds, with which its gates start."""
+        act: int | None = WIDEST
+        if not site.multiplies:
+            act = None
+        elif is_image(position, site) and self.image != "gate":
+            act = self.image
         return LayerPlan(site.name, (Term(Dense(), self._grid(WIDEST)),), act)
 
     def _grid(self, bits: int) -> Grid:
+        """The grid of weights at a width."""
         kind = self.two if bits == 2 else "signed"
         return Grid.of(bits, kind, 0 if self.scales == "channel" else None)
 
     def _require(self, piece: Workpiece, budget: Budget, lines: list[LayerPlan]) -> None:
-        """Refuse a budget below the smallest widths at once."""
+        """Raise BudgetError if the smallest widths break the budget."""
         stored = [b for b in self.widths if b <= WIDEST]
         table = []
         for k, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""What each width of each tensor does to the output, measured before anything is trained."""
+"""How much each width of each tensor harms the output, measured before anything is trained."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,16 +17,17 @@ from rabbet.workpiece import Workpiece
 def measure_sensitivity(
     piece: Workpiece, gates: Gates, start: Mapping[str, Tensor], loss: Callable[[], float]
 ) -> None:
-    """Fill `gates.sensitivity`: every tensor alone at every width; the jobs remembers them, for other budgets too.
+    """Fill `gates.sensitivity` by rounding one tensor at a time, to every width.
 
-    start: the numbers of the layers. Weights are rounded with error feedback in the second moment of
-    their inputs. Training mends what rounding breaks in a weight and little of what it breaks in an
-    input; with weights rounded to nearest, they would be given the bits that inputs need
-    (docs/architecture.md).
+    The result is kept in the jobs, where a search under another budget finds it. start: the
+    parameters of the layers, on which it depends. Weights are rounded with error feedback in the
+    metric of their inputs' second moment, because training repairs most of the harm that rounding
+    does to a weight, but little of what it does to an input; rounded to nearest, weights would get
+    the bits that inputs need (docs/architecture.md).
     """
-    held = [b for b in gates.widths if b <= WIDEST]
+    stored = [b for b in gates.widths if b <= WIDEST]
     menus = {
-        x.site.name: tuple((Term(Dense(), x.weight.grid_of(b)),) for b in held)
+        x.site.name: tuple((Term(Dense(), x.weight.grid_of(b)),) for b in stored)
         for x in gates.layers
     }
     key = piece.key(
@@ -42,7 +43,8 @@ def measure_sensitivity(
                 canonical(layer.site, terms, read_numbers(result, menu, k))
                 for k, terms in enumerate(menu)
             )
-            return {b: w.to(layer.weight.latent.device) for b, w in zip(held, weights, strict=True)}
+            device = layer.weight.latent.device
+            return {b: w.to(device) for b, w in zip(stored, weights, strict=True)}
 
         for done in gates.probe(loss, rounded):
             piece.jobs.progress("measuring widths", done, len(gates.spans))

@@ -13,30 +13,30 @@ class Settings:
     """Gates under a budget, usually `bops`.
 
     As in the paper: `CGMQ(start="widest", epochs=6, finish=6, direction=1, widths=(2, 4, 8, 16,
-    32), scales="tensor", two="ternary")`. What trains learns by the task's loss if it has one, else
-    by the float network's outputs and those of its blocks.
+    32), scales="tensor", two="ternary")`. Training minimises the task's loss if it has one, else
+    the distance from the float network's outputs and those of its blocks.
     """
 
     start: Literal["widest", "program"] = "program"
-    """Of the gates: at the widest (the paper's), or where the integer program puts them."""
+    """Where gates start: at the widest (the paper's), or where the integer program puts them."""
     epochs: int = 0
-    """Pairs of an epoch in which gates move and one in which they rest."""
+    """Pairs of epochs: one in which gates move, and one in which they rest."""
     updates: Literal["alternating", "continuous"] = "alternating"
     """"continuous" moves the gates in both epochs of a pair."""
     direction: Literal[1, 2, 3] = 3
     """What decides how fast a gate moves.
 
-    1: the gradient of its tensor; 2: gradient and magnitude (both the paper's); 3: what the output
-    loses for what is saved.
+    1: the gradient of its tensor; 2: gradient and magnitude (both the paper's); 3: the harm to the
+    output, relative to the saving.
     """
     gates: float = 1.0
     """How far a gate of mean speed moves in an epoch, in widths."""
     finish: int = 18
-    """Epochs of training after the choice, with widths that stay."""
+    """Epochs of training after the choice, at fixed widths."""
     steps: int | None = None
-    """Of an epoch; None: as many as it takes to see every example."""
+    """Steps of an epoch; None: as many as it takes to see every example."""
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    """Bits that a gate chooses from; 16 and 32 run in float and are handed out at 8."""
+    """Bits that a gate chooses from; 16 and 32 train in float and are stored at 8."""
     granularity: Literal["layer", "channel"] = "layer"
     """A gate for each weight, or for each of its outputs.
 
@@ -53,13 +53,13 @@ class Settings:
     rate: float | None = None
     """Learning rate of Adam, relative to the mean magnitude of each tensor.
 
-    None: 0.01 where gates move; else smaller, the nearer the solved layers are to the float
-    network.
+    None: 0.01 while gates move; after that, the nearer the solved layers are to the float network,
+    the smaller.
     """
     features: float = 2.0
-    """Weight of the error of the blocks' outputs; of no use where the task has a loss."""
+    """Weight of the error of the blocks' outputs; not used if the task has a loss."""
     augment: bool = True
-    """Whether images are augmented; they never are where the task has a loss."""
+    """Whether images are augmented; they never are if the task has a loss."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,11 +74,13 @@ class Settings:
                 Grid.of(bits)
         if self.widths[0] > WIDEST:
             raise PlanError(
-                f"the smallest width must be one that a file holds, 2 to 8 bits; found {self.widths[0]}"
+                "the smallest width must be one that a file holds, 2 to 8 bits; "
+                f"found {self.widths[0]}"
             )
         if isinstance(self.image, int):
             Grid.of(self.image, "unsigned")
         if self.granularity == "channel" and not self.epochs:
             raise PlanError(
-                "gates of channels learn which outputs matter: granularity='channel' needs epochs of theirs"
+                "gates of channels learn which outputs matter: "
+                "granularity='channel' needs epochs of theirs"
             )

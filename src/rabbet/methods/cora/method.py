@@ -1,8 +1,8 @@
-"""CoRa: one bit-width for all layers, and low-rank convolutional adapters on what that leaves (arXiv 2408.00923).
+"""CoRa: one bit-width for all layers, and low-rank adapters for the residual (arXiv 2408.00923).
 
-The adapters' ranks are found by gradient, all at once, in a hundred batches (`search`); then the
-integer program lands them under the budget, and the plan is fitted: as the paper does it, nothing
-trained, or as `Joint` fits any plan.
+The ranks of all adapters are found by gradient at once, in a hundred batches (`search`); then the
+integer program lands them under the budget, and the plan is fitted: either as in the paper, where
+nothing is trained, or as `Joint` fits any plan.
 """
 
 from bisect import bisect_right
@@ -34,43 +34,44 @@ from rabbet.solve.whiten import principal
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
-RANKS = 128  # options that a layer has in the integer program
+RANKS = 128  # ranks of a layer in the integer program
 
 
 @dataclass(frozen=True)
 class CoRa:
-    """Adapters on a uniformly quantised network, their ranks found by gradient.
+    """Adapters for a uniformly quantised network, with ranks found by gradient.
 
     As in the paper: `CoRa(base="clipped", svd="plain", ranking=Ranking(250, 32, 4, 0.0, 0.9,
     "hinge", 0.01, 1.0, "labels", "batch"), linears=False)`.
     """
 
     bits: int = 4
-    """Of every layer's weight."""
+    """Bits of every layer's weight."""
     act: int | None = 8
     """Bits of every layer's input; None: float."""
     ends: int | None = None
-    """Bits of weights and inputs of the first and the last layer; None: the same as of all others."""
+    """Bits of weights and inputs of the first and the last layer; None: as of all other layers."""
     base: Literal["feedback", "clipped"] = "feedback"
-    """How weights are rounded: "feedback", per channel in the metric of the inputs; or "clipped".
+    """How weights are rounded.
 
-    That is the paper's: one scale a tensor for mean +- `sigmas` deviations, and nothing is solved
-    or tuned after it.
+    "feedback": error feedback in the metric of the inputs, a scale per channel; "clipped": the
+    paper's, one scale per tensor for mean +- `sigmas` standard deviations, with nothing solved or
+    tuned afterwards.
     """
     sigmas: float = 3.0
     """Standard deviations that "clipped" covers."""
     svd: Literal["whitened", "plain"] = "whitened"
-    """Of the residual: whitened by the second moment of the inputs, or plain (the paper's)."""
+    """SVD of the residual: whitened by the second moment of the inputs, or plain (the paper's)."""
     ranks: Literal["gradient", "heuristic"] = "gradient"
-    """By gradient (CoRa-O), or the same share of every layer's channels (CoRa-H)."""
+    """Found by gradient (CoRa-O), or the same share of every layer's channels (CoRa-H)."""
     adapter_grid: str = "8c"
-    """Of the adapters' factors, as a plan writes it."""
+    """Grid of the adapters' factors, in the notation of plans."""
     linears: bool = True
-    """Whether linears have adapters, too; in the paper only convs have."""
+    """Whether linear layers get adapters, too; in the paper only convs do."""
     ranking: Ranking = Ranking()  # noqa: RUF009 (frozen)
     """The search for the ranks."""
     tuning: Tuning = Tuning(steps=140)  # noqa: RUF009 (frozen)
-    """The loop at the end."""
+    """The tuning at the end, unless the base is "clipped"."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -81,7 +82,8 @@ class CoRa:
         Grid.parse(self.adapter_grid)
         if self.sigmas <= 0:
             raise PlanError(
-                f"sigmas is a number of standard deviations and must be positive; found {self.sigmas}"
+                "sigmas is a number of standard deviations and must be positive; "
+                f"found {self.sigmas}"
             )
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
@@ -91,26 +93,30 @@ class CoRa:
         require_feasible(table, budget, piece.float_cost, piece.cost)
         if self.ranks == "heuristic":
             return self._even(piece, bases, budget)
-        wanted = self._wanted(self.search(piece, budget))
-        # options near the ranks that the search found, the fewest ranks always among them: the
-        # budget was found feasible with those
-        table = [_near(row, wanted.get(row[0].plan.name, 0.0)) for row in table]
+        targets = self._targets(self.search(piece, budget))
+        # Only options near the target ranks; no adapter is always among them, as the budget was
+        # found feasible with that.
+        table = [_near(row, targets.get(row[0].plan.name, 0.0)) for row in table]
         prices = {
             r[0].plan.name: (r[-1].cost.bytes - r[0].cost.bytes) / max(_rank(r[-1]), 1)
             for r in table
         }
-        most = max([*prices.values(), 1e-9])
-        scores = [
-            [
-                ((_rank(o) - wanted.get(o.plan.name, 0.0)) * prices[o.plan.name] / most) ** 2
-                for o in row
-            ]
-            for row in table
-        ]
+        highest = max([*prices.values(), 1e-9])
+
+        def score(option: Option) -> float:
+            """The squared distance from the target rank, in bytes relative to the highest price."""
+            name = option.plan.name
+            return ((_rank(option) - targets.get(name, 0.0)) * prices[name] / highest) ** 2
+
+        scores = [[score(option) for option in row] for row in table]
         return allocate(scores, table, budget, piece.float_cost, piece.cost)
 
     def search(self, piece: Workpiece, budget: Budget) -> Search:
-        """Only find cut-offs under a budget: what `plan` does before it lands ranks under it."""
+        """Search for cut-offs under a budget, the first part of `plan`.
+
+        `rabbet.report.draw_search` draws the result. Raises PlanError if no layer can have an
+        adapter.
+        """
         bases = Plan(self._bases(piece))
         numbers = self._rounded(piece, bases)
         residuals, room = self._residuals(piece, bases, numbers, budget)
@@ -120,7 +126,7 @@ class CoRa:
         return search_ranks(student, piece, residuals, room, self.ranking)
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """The numbers of a plan; see `Method.fit`."""
+        """Find codes and scales as `Joint` does, or with a clipped base; see `Method.fit`."""
         if self.base == "feedback":
             return Joint(tuning=self.tuning).fit(piece, plan)
         validate(plan, piece.survey)
@@ -136,37 +142,33 @@ class CoRa:
         return Fitted(student, ("not tuned: the paper trains no weight",))
 
     def _bases(self, piece: Workpiece) -> tuple[LayerPlan, ...]:
-        """Every layer without adapters."""
+        """The line of every layer without an adapter."""
         sites = piece.survey.sites
         lines = []
         for k, site in enumerate(sites):
-            end = self.ends is not None and k in (0, len(sites) - 1)
-            act = self.ends if end and self.act is not None else self.act
-            bits = self.ends if end and self.ends is not None else self.bits
-            lines.append(
-                LayerPlan(
-                    site.name,
-                    (Term(Dense(), Grid.of(bits, axis=0)),),
-                    act if site.multiplies else None,
-                )
-            )
+            bits, act = self.bits, self.act
+            if self.ends is not None and k in (0, len(sites) - 1):
+                bits, act = self.ends, None if act is None else self.ends
+            term = Term(Dense(), Grid.of(bits, axis=0))
+            lines.append(LayerPlan(site.name, (term,), act if site.multiplies else None))
         return tuple(lines)
 
     def _options(self, piece: Workpiece, line: LayerPlan) -> list[Option]:
-        """The layer without an adapter, then with one of every rank."""
+        """The layer without an adapter, then with an adapter of every rank."""
         site = piece.survey[line.name]
         full = LowRank(1).full_rank(site) if self.linears or site.space else 0
         lines = [line, *(self._adapted(line, rank) for rank in range(1, full))]
-        return [Option(one, piece.layer_cost(site, one)) for one in lines]
+        return [Option(each, piece.layer_cost(site, each)) for each in lines]
 
     def _adapted(self, line: LayerPlan, rank: int) -> LayerPlan:
+        """A line with an adapter of this rank; of rank 0, the line itself."""
         if rank < 1:
             return line
         adapter = Term(LowRank(rank), Grid.parse(self.adapter_grid))
         return LayerPlan(line.name, (*line.terms, adapter), line.act)
 
     def _even(self, piece: Workpiece, bases: tuple[LayerPlan, ...], budget: Budget) -> Plan:
-        """The largest share of the channels of all layers that keeps the budget, to a thousandth."""
+        """CoRa-H: the largest share of all layers' channels in the budget, to a thousandth."""
         hosts = [line for line in bases if len(self._options(piece, line)) > 1]
         sites = [piece.survey[line.name] for line in hosts]
 
@@ -180,56 +182,55 @@ class CoRa:
 
         return at((bisect_right(range(1, 1000), False, key=over)) / 1000)
 
-    def _wanted(self, search: Search) -> dict[str, float]:
-        """Ranks to be landed; the paper rounds them up."""
+    def _targets(self, search: Search) -> dict[str, float]:
+        """The ranks to land near, by layer; without an offset rounded up, as in the paper."""
         if self.ranking.offset:
             return search.ranks
         return {name: float(torch.tensor(rank).ceil()) for name, rank in search.ranks.items()}
 
     def _rounded(self, piece: Workpiece, bases: Plan) -> dict[str, Numbers]:
+        """The rounded weights of all layers, before there are adapters."""
+        numbers: dict[str, Numbers] = {}
         if self.base == "clipped":
-            return {
-                line.name: [
-                    [clipped(piece, piece.survey[line.name], line.terms[0].grid, self.sigmas)]
-                ]
-                for line in bases
-            }
+            for line in bases:
+                site = piece.survey[line.name]
+                numbers[line.name] = [[clipped(piece, site, line.terms[0].grid, self.sigmas)]]
+            return numbers
         results = solve_menus(piece, "rounding", {line.name: (line.terms,) for line in bases})
-        return {line.name: read_numbers(results[line.name], (line.terms,), 0) for line in bases}
+        for line in bases:
+            numbers[line.name] = read_numbers(results[line.name], (line.terms,), 0)
+        return numbers
 
     def _residuals(
         self, piece: Workpiece, bases: Plan, numbers: Mapping[str, Numbers], budget: Budget
     ) -> tuple[dict[str, Residual], Tensor]:
-        """What rounding leaves of every layer that can have an adapter, and the room that the budget has for them.
+        """The residuals of all layers that can have an adapter, and the room for adapters.
 
-        The unit of a limit is what all these layers would cost dense on the adapters' grid: of
-        bytes, about the number of their weights, so that a price is the paper's share of
-        parameters.
+        Prices and room are in units, one for each limit: what all these layers would cost dense on
+        the adapters' grid. For bytes that is about the number of their weights, so that a price is
+        the share of parameters, as in the paper. The room is [limits].
         """
         hosts = {line.name: row for line in bases if len(row := self._options(piece, line)) > 1}
-        wide = {
+        dense = {
             n: LayerPlan(n, (Term(Dense(), Grid.parse(self.adapter_grid)),), r[0].plan.act)
             for n, r in hosts.items()
         }
         whole, least = piece.float_cost, piece.cost(bases)
+        amounts = [METRICS[limit.metric].amount for limit in budget.limits]
         units, room = [], []
-        for limit in budget.limits:
-            amount = METRICS[limit.metric].amount
+        for limit, amount in zip(budget.limits, amounts, strict=True):
             units.append(
-                sum(amount(piece.layer_cost(piece.survey[n], line)) for n, line in wide.items())
+                sum(amount(piece.layer_cost(piece.survey[n], line)) for n, line in dense.items())
             )
             room.append((limit.amount(whole) - amount(least)) / max(units[-1], 1))
         residuals = {}
         for name, row in hosts.items():
             left, right, values = self._decomposed(piece, piece.survey[name], numbers[name][0][0])
-            each = [
-                METRICS[x.metric].amount(row[-1].cost) - METRICS[x.metric].amount(row[0].cost)
-                for x in budget.limits
-            ]
-            prices = [
-                len(values) * p / _rank(row[-1]) / max(u, 1)
-                for p, u in zip(each, units, strict=True)
-            ]
+            largest = row[-1]
+            prices = []
+            for amount, unit in zip(amounts, units, strict=True):
+                cost = amount(largest.cost) - amount(row[0].cost)
+                prices.append(len(values) * cost / _rank(largest) / max(unit, 1))
             residuals[name] = Residual(
                 left, right, values, torch.tensor(prices, dtype=torch.float64)
             )
@@ -238,27 +239,33 @@ class CoRa:
     def _decomposed(
         self, piece: Workpiece, site: Site, base: Quantised
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Left [out, full], right [full, n] and the singular values of what a base leaves of the folded weight."""
+        """The residual of the folded weight: left [out, full], right [full, n], values [full].
+
+        With a clipped base and a plain SVD it is decomposed without the BatchNorm's gain, as in the
+        paper.
+        """
         residual = (piece.weight(site) - base.values).flatten(1)
-        moment = (
-            piece.moments().get(site.name) if self.svd == "whitened" else None
-        )  # none if nothing was sent there
+        # A layer that no example reached has no moment.
+        moment = piece.moments().get(site.name) if self.svd == "whitened" else None
         second = None if moment is None else moment[0]
-        gain = (
-            gain_of(piece, site, base.grid) if self.base == "clipped" and second is None else None
-        )
+        gain = None
+        if self.base == "clipped" and second is None:
+            gain = gain_of(piece, site, base.grid)
         if gain is not None:
             residual = residual / gain[:, None]
         left = principal(residual, second, min(residual.shape))
         right = left.mT @ residual
-        seen = right if second is None else right @ second
-        values = (seen * right).sum(1).clamp_min(0).sqrt()
+        weighted = right if second is None else right @ second
+        values = (weighted * right).sum(1).clamp_min(0).sqrt()
         return (left if gain is None else left * gain[:, None]), right, values
 
     def _clipped_with_adapters(
         self, piece: Workpiece, site: Site, line: LayerPlan
     ) -> list[list[Quantised]]:
-        """The paper's numbers: the base, and an adapter that halves the singular values between its factors."""
+        """The paper's codes and scales: the base and, if the line has one, the adapter.
+
+        Both factors of the adapter hold the roots of the singular values.
+        """
         forms = [t.form.name for t in line.terms]
         if forms not in (["dense"], ["dense", "lowrank"]) or line.terms[0].form.partial:
             raise PlanError(
@@ -282,11 +289,11 @@ class CoRa:
 
 
 def _rank(option: Option) -> int:
-    """Of the adapter of an option; 0 if it has none."""
+    """The rank of an option's adapter; 0 if it has none."""
     return sum(term.form.rank or 0 for term in option.plan.terms[1:])
 
 
-def _near(row: Sequence[Option], wanted: float) -> list[Option]:
-    """No adapter, and the ranks nearest to the one that is wanted."""
-    start = min(max(1, round(wanted) - RANKS // 2), max(1, len(row) - RANKS))
+def _near(row: Sequence[Option], target: float) -> list[Option]:
+    """The option without an adapter, and those of the `RANKS` ranks nearest to a target."""
+    start = min(max(1, round(target) - RANKS // 2), max(1, len(row) - RANKS))
     return [row[0], *row[start : start + RANKS]]

@@ -1,9 +1,9 @@
-"""Ranks by gradient: a soft threshold on the singular values of what rounding leaves (CoRa, arXiv 2408.00923).
+"""Ranks by gradient: a soft threshold on the residual's singular values (CoRa, arXiv 2408.00923).
 
-Layer l runs with `Q(W) + left diag(gain^2) right`, left @ right being the whole residual in order
-of its singular values, and the gain a low-pass Butterworth kernel that one number, the cut-off,
-moves. The weight is put together once a step and runs as one layer: the adapters' own convs, as
-large as the layer's, are never run.
+The residual is what rounding leaves of a weight. A layer runs with `Q(W) + left diag(gain^2)
+right`, where left @ right is the whole residual in order of its singular values, and the gain is a
+low-pass Butterworth kernel with one parameter, the cut-off. The weight is computed once per step
+and runs as one layer; the adapters' own convs, as large as the layer's, are never run.
 """
 
 import functools
@@ -27,12 +27,11 @@ from rabbet.train.losses import divergence
 from rabbet.train.qat import SoftAdapter, replace_factors
 from rabbet.workpiece import Norm, Workpiece
 
-LARGEST = (
-    1.0  # a multiplicative step moves the logarithm of a cut-off by at most the rate times this
-)
-LEAST = 0.25  # rank: a cut-off below it would never be felt again
-MEMORY = 0.9  # of the gradient, for multiplicative steps
-CHECKPOINT = 10
+# A multiplicative step changes the logarithm of a cut-off by at most the learning rate times this.
+LARGEST = 1.0
+LEAST = 0.25  # the smallest cut-off, in ranks: below it the gradient vanishes
+MEMORY = 0.9  # momentum of the gradient in multiplicative steps
+CHECKPOINT = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -44,28 +43,28 @@ class Ranking:
     batch: int = 64
     """Examples of a step."""
     order: int = 4
-    """Of the Butterworth kernel."""
+    """Order of the Butterworth kernel."""
     offset: float = 0.5
     """Where the first singular value lies on the kernel's axis.
 
-    0 (the paper's) always lets it pass; at 0.5 a layer can go without adapter.
+    0 (the paper's) always lets it pass; with 0.5 a layer can go without an adapter.
     """
     start: float | None = None
-    """The cut-off that all layers begin with, a share of the full rank; None: what the budget allows."""
+    """The first cut-off of all layers, a share of the full rank; None: what the budget allows."""
     steering: Literal["multiplicative", "hinge"] = "multiplicative"
-    """What keeps the budget.
+    """How the search keeps the budget.
 
-    "multiplicative" stays on it, and moves cut-offs until one more byte brings the same everywhere;
+    "multiplicative" stays on it, and moves cut-offs until one more byte helps equally everywhere;
     "hinge" is the paper's: Adam on loss + penalty * exp(excess), gradients clipped at 0.2.
     """
     rate: float = 0.1
     """Learning rate of either."""
     penalty: float = 1.0
-    """Of "hinge"."""
+    """Weight of the excess with "hinge"."""
     loss: Literal["teacher", "labels"] = "teacher"
     """Divergence from the float network's outputs, or the task's own loss (the paper's code)."""
     norm: Literal["frozen", "batch"] = "frozen"
-    """BatchNorms at their statistics, or on those of the batch (as the paper's code leaves them)."""
+    """BatchNorms use their own statistics, or those of the batch (as in the paper's code)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -74,9 +73,10 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Residual:
-    """What quantising leaves of a weight: `left @ right`, [out, full] and [full, n], the largest singular value first.
+    """The rounding residual of a weight, `left @ right`, the largest singular value first.
 
-    values: [full]. prices: what the adapter of full rank costs, as a share of each limit's unit.
+    left, right: [out, full] and [full, n]. values: the singular values, [full]. prices: the cost of
+    the adapter of full rank by each limit, in that limit's unit, [limits].
     """
 
     left: Tensor
@@ -87,11 +87,11 @@ class Residual:
 
 @dataclass(frozen=True)
 class Search:
-    """What a rank search saw.
+    """The history of a rank search.
 
-    cutoffs: in ranks, before each step and after the last, [steps + 1, layers]; losses, excess:
-    [steps], of the batch and of the budget (in the unit of `Residual.prices`). values: the singular
-    values of each layer.
+    cutoffs: in ranks, before each step and after the last, [steps + 1, layers]. losses: of each
+    step's batch, [steps]. excess: over the budget, in the unit of `Residual.prices`, [steps].
+    values: the singular values of each layer.
     """
 
     names: tuple[str, ...]
@@ -104,17 +104,17 @@ class Search:
 
     @property
     def ranks(self) -> dict[str, float]:
-        """The cut-off of each layer that the search ended with, in ranks."""
+        """The final cut-off of each layer, in ranks."""
         return dict(zip(self.names, self.cutoffs[-1].tolist(), strict=True))
 
 
 def butterworth(cutoff: Tensor, full: int, order: int, offset: float = 0.0) -> Tensor:
-    """Gains [full] of a low-pass kernel over the places i + offset: `1 / sqrt(1 + ((i + offset) / cutoff)^(2 order))`.
+    """Gains [full] of a low-pass kernel: `1 / sqrt(1 + ((i + offset) / cutoff)^(2 order))`.
 
-    cutoff: in places. At the cut-off the squared gain is a half.
+    cutoff: a scalar, in ranks. At the cut-off the squared gain is a half.
     """
-    places = torch.arange(full, dtype=cutoff.dtype, device=cutoff.device) + offset
-    return (1 + (places / cutoff) ** (2 * order)).rsqrt()
+    positions = torch.arange(full, dtype=cutoff.dtype, device=cutoff.device) + offset
+    return (1 + (positions / cutoff) ** (2 * order)).rsqrt()
 
 
 def search_ranks(
@@ -124,64 +124,72 @@ def search_ranks(
     room: Tensor,
     settings: Ranking,
 ) -> Search:
-    """Move the cut-off of every residual under a budget; the student, a network of its bases, is used up.
+    """Find the cut-off of every residual under a budget.
 
-    room: what adapters may cost, one entry a limit, in the unit of `Residual.prices`. During the
-    search inputs of layers are not quantised. Raises DataError if labels are asked for and the task
-    has no loss.
+    student: a network without adapters; it is changed and of no further use. room: what adapters
+    may cost by each limit, in the unit of `Residual.prices`, [limits]. Inputs of layers are not
+    quantised during the search. Raises DataError if labels are asked for and the task has no loss.
     """
     if settings.loss == "labels" and piece.task.loss is None:
         raise DataError(
-            "a search by labels needs Task(batches, loss=...), a function of the outputs and the batch"
+            "a search by labels needs Task(batches, loss=...), "
+            "a function of the outputs and the batch"
         )
     fulls = torch.tensor([len(r.values) for r in residuals.values()], dtype=torch.float64)
     prices = torch.stack([r.prices for r in residuals.values()], 1)  # [limits, layers]
-    steer = STEERING[settings.steering](settings, fulls, prices, room)
-    given = {
+    steering = STEERING[settings.steering](settings, fulls, prices, room)
+    inputs = {
         f"{n}.{part}": getattr(r, part)
         for n, r in residuals.items()
         for part in ("left", "right", "prices")
     }
-    key = piece.key("search", given | {"room": room}, {"settings": settings})
-    kept = piece.jobs.kept(key)
-    if kept is None:
-        course = _Searching(student, piece, residuals, steer, settings)
-        kept = course.train(f"{key}-steps")
-        piece.jobs.keep(key, kept)
-    values = tuple(r.values for r in residuals.values())
-    return Search(tuple(residuals), kept["cutoffs"], kept["losses"], kept["excess"], values, settings.order,
-                  settings.offset)  # fmt: skip
+    key = piece.key("search", inputs | {"room": room}, {"settings": settings})
+    history = piece.jobs.kept(key)
+    if history is None:
+        course = _RankSearch(student, piece, residuals, steering, settings)
+        history = course.train(f"{key}-steps")
+        piece.jobs.keep(key, history)
+    return Search(
+        names=tuple(residuals),
+        cutoffs=history["cutoffs"],
+        losses=history["losses"],
+        excess=history["excess"],
+        values=tuple(r.values for r in residuals.values()),
+        order=settings.order,
+        offset=settings.offset,
+    )
 
 
-class _Searching(Course):
-    """The cut-offs of a network, moved by its steering; every layer runs as one weight, on inputs in float."""
+class _RankSearch(Course):
+    """Trains the cut-offs of all residuals; every layer runs as one weight, on float inputs."""
 
     def __init__(
         self,
         student: nn.Module,
         piece: Workpiece,
         residuals: Mapping[str, Residual],
-        steer: "_Steering",
+        steering: "_Steering",
         settings: Ranking,
     ) -> None:
-        self.student, self.piece, self.steer, self.settings = student, piece, steer, settings
+        self.student, self.piece, self.steering, self.settings = student, piece, steering, settings
         self.steps = settings.steps
         self.pool = Pool.of(piece.task.read())
         self.layers = compressed_layers(student)
         for name, layer in self.layers.items():
             replace_factors(layer, [_soft(layer, residuals.get(name), settings)], [])
-        self.tuned = [_cutoff(self.layers[name]) for name in residuals]
-        self.groups = [{"params": self.tuned, "base": settings.rate}]
-        self.seen: dict[str, list[Tensor]] = {"cutoffs": [], "losses": [], "excess": []}
-        self._show()
+        self.cutoffs = [_cutoff(self.layers[name]) for name in residuals]
+        self.groups = [{"params": self.cutoffs, "base": settings.rate}]
+        self.history: dict[str, list[Tensor]] = {"cutoffs": [], "losses": [], "excess": []}
+        self._copy_cutoffs()
 
     def train(self, key: str) -> dict[str, Tensor]:
-        """Search to the end; what was seen."""
+        """Search to the end; returns the history, see `Search`."""
         with hooked(self._norms()):
             run(self, self.piece.jobs, key, "searching ranks", CHECKPOINT)
-        return {name: torch.stack(each) for name, each in self.seen.items()}
+        return {name: torch.stack(each) for name, each in self.history.items()}
 
     def _norms(self) -> list[Hook]:
+        """Hooks that run BatchNorms on the statistics of the batch, if the settings say so."""
         norms = self.piece.norms if self.settings.norm == "batch" else {}
         return [(self.layers[n], _renormed(norm)) for n, norm in norms.items() if n in self.layers]
 
@@ -190,45 +198,48 @@ class _Searching(Course):
         task, labels = self.piece.task, self.settings.loss == "labels"
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         batch = self.pool.draw(self.settings.batch, generator, augment=not labels)
-        answers = task.run(self.student, batch)
+        result = task.run(self.student, batch)
         if labels:
-            loss = task.judge(self.student, answers, batch)
+            loss = task.judge(self.student, result, batch)
         else:
             with torch.no_grad():
                 goal = outputs(task.run(self.piece.model, batch))
-            loss = divergence(outputs(answers), goal)
-        self.seen["losses"].append(loss.detach().double().cpu())
+            loss = divergence(outputs(result), goal)
+        self.history["losses"].append(loss.detach().double().cpu())
         return loss
 
     def update(self, adam: torch.optim.Optimizer) -> None:
-        """By the steering; a layer that a forward under `torch.no_grad` keeps the gradient from has a slope of zero."""
-        slopes = [torch.zeros_like(c) if c.grad is None else c.grad for c in self.tuned]
-        self.seen["excess"].append(self.steer.excess)
-        self.steer.step(torch.stack([slope.double().cpu() for slope in slopes]))
-        self._show()
+        """Move the cut-offs by the steering, not by Adam.
 
-    def _show(self) -> None:
-        """Give the layers the cut-offs of the steering."""
-        self.seen["cutoffs"].append(self.steer.cutoffs)
+        A layer that runs under `torch.no_grad` has no gradient, which counts as zero.
+        """
+        slopes = [torch.zeros_like(c) if c.grad is None else c.grad for c in self.cutoffs]
+        self.history["excess"].append(self.steering.excess)
+        self.steering.step(torch.stack([slope.double().cpu() for slope in slopes]))
+        self._copy_cutoffs()
+
+    def _copy_cutoffs(self) -> None:
+        """Copy the cut-offs of the steering to the layers, and record them."""
+        self.history["cutoffs"].append(self.steering.cutoffs)
         with torch.no_grad():
-            for own, cutoff in zip(self.tuned, self.steer.cutoffs, strict=True):
+            for own, cutoff in zip(self.cutoffs, self.steering.cutoffs, strict=True):
                 own.copy_(cutoff)
 
     def state(self) -> dict[str, Tensor]:
         """See `Course.state`."""
-        seen = {f"seen.{name}": torch.stack(each) for name, each in self.seen.items()}
-        return seen | {f"steer.{name}": tensor for name, tensor in self.steer.state().items()}
+        history = {f"seen.{name}": torch.stack(each) for name, each in self.history.items()}
+        return history | {f"steer.{name}": t for name, t in self.steering.state().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
-        self.seen = {name: list(state[f"seen.{name}"]) for name in self.seen}
-        self.steer.restore(
+        self.history = {name: list(state[f"seen.{name}"]) for name in self.history}
+        self.steering.restore(
             {k.removeprefix("steer."): t for k, t in state.items() if k.startswith("steer.")}
         )
 
 
 def _soft(layer: Compressed, residual: Residual | None, settings: Ranking) -> SoftAdapter:
-    """What a layer of one dense term runs with during the search."""
+    """The factor that takes the place of a layer's dense weight during the search."""
     base = layer.factors[0][0].numbers
     if residual is None:
         return SoftAdapter(base)
@@ -245,45 +256,48 @@ def _cutoff(layer: Compressed) -> Tensor:
 
 
 def _renormed(norm: Norm) -> Callable[[Compressed, object, Tensor], Tensor]:
-    """A hook that gives a layer's output the mean and spread of a folded BatchNorm, from the batch's own."""
+    """A hook that applies a folded BatchNorm's mean and spread in place of the batch's own."""
 
     def hook(layer: Compressed, _: object, out: Tensor) -> Tensor:
-        moved = layer.site.channels_last(out)
-        flat = moved.reshape(-1, moved.shape[-1])
+        last = layer.site.channels_last(out)
+        flat = last.reshape(-1, last.shape[-1])
         mean, spread = norm.mean.to(out.device), norm.spread.to(out.device)
-        fresh = F.batch_norm(flat, None, None, spread, mean, training=True).view(moved.shape)
-        return layer.site.channels_back(fresh)
+        normed = F.batch_norm(flat, None, None, spread, mean, training=True).view(last.shape)
+        return layer.site.channels_back(normed)
 
     return hook
 
 
 class _Steering:
-    """Holds the cut-offs, in ranks, and moves them by the gradient of the loss."""
+    """Holds the cut-offs and moves them by the gradient of the loss.
+
+    fulls: the full ranks, [layers]. prices: [limits, layers], see `Residual`. room: [limits].
+    shares: the cut-offs as shares of the full ranks, [layers].
+    """
 
     def __init__(self, settings: Ranking, fulls: Tensor, prices: Tensor, room: Tensor) -> None:
         self.settings, self.fulls, self.prices, self.room = settings, fulls, prices, room
-        self.shares = (
-            self._on_budget(torch.ones_like(fulls))
-            if settings.start is None
-            else fulls * 0 + settings.start
-        )
+        if settings.start is None:
+            self.shares = self._on_budget(torch.ones_like(fulls))
+        else:
+            self.shares = fulls * 0 + settings.start
 
     @property
     def cutoffs(self) -> Tensor:
-        """In ranks, [layers]."""
+        """The cut-offs in ranks, [layers]."""
         return self.shares * self.fulls
 
     @property
     def excess(self) -> Tensor:
-        """By how much the limit that is broken most is broken."""
+        """The amount above the limit that is broken most; negative if all are kept."""
         return (self.prices @ self.shares - self.room).max()
 
     def step(self, slopes: Tensor) -> None:
-        """Take the gradient of the loss by the cut-offs in ranks, [layers]."""
+        """Move the cut-offs; slopes: the gradient of the loss by `cutoffs`, [layers]."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
+        """The tensors of a checkpoint."""
         return {"shares": self.shares}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -291,7 +305,7 @@ class _Steering:
         self.shares = state["shares"]
 
     def _on_budget(self, shares: Tensor) -> Tensor:
-        """Shares of the full ranks in given proportions, as large as all limits allow."""
+        """Shares scaled to the largest that all limits allow, each at least `LEAST` ranks."""
         low, high = 0.0, float(1 / shares.min().clamp_min(1e-12))
         for _ in range(60):
             middle = (low + high) / 2
@@ -301,18 +315,23 @@ class _Steering:
 
 
 class _Multiplicative(_Steering):
-    """Cut-offs grow where a unit of the budget brings more than the mean, and shrink where less; all stay on it."""
+    """Cut-offs stay on the budget, and move towards equal gain per unit of it.
+
+    They grow where a unit of the budget brings more than on average, and shrink where it brings
+    less. mean: the running mean of the gains, [layers].
+    """
 
     mean: Tensor | None = None
 
     def step(self, slopes: Tensor) -> None:
-        gains = (-slopes * self.cutoffs).clamp_min(0)  # of the loss, by the logarithm of a cut-off
+        # The decrease of the loss by the logarithm of each cut-off.
+        gains = (-slopes * self.cutoffs).clamp_min(0)
         self.mean = gains if self.mean is None else MEMORY * self.mean + (1 - MEMORY) * gains
         tightest = int((self.prices @ self.shares / self.room).argmax())
         costs = self.prices[tightest] * self.shares
         worth = (self.mean / costs) / (self.mean.sum() / costs.sum()).clamp_min(1e-30)
-        move = worth.clamp_min(1e-9).log().clamp(-LARGEST, LARGEST)
-        self.shares = self._on_budget(self.shares * (self.settings.rate * move).exp())
+        change = worth.clamp_min(1e-9).log().clamp(-LARGEST, LARGEST)
+        self.shares = self._on_budget(self.shares * (self.settings.rate * change).exp())
 
     def state(self) -> dict[str, Tensor]:
         """See `_Steering.state`."""
@@ -325,42 +344,42 @@ class _Multiplicative(_Steering):
 
 
 class _Hinge(_Steering):
-    """Adam on the loss and `penalty * exp(relu(excess))`; gradients clipped at 0.2, shares in [1 / full, 1]."""
+    """The paper's: Adam on the loss plus `penalty * exp(relu(excess))`.
+
+    Gradients are clipped at 0.2, shares to [1 / full, 1].
+    """
 
     def __init__(self, settings: Ranking, fulls: Tensor, prices: Tensor, room: Tensor) -> None:
         super().__init__(settings, fulls, prices, room)
-        self.tuned = nn.Parameter(self.shares.clone())
-        self.adam = torch.optim.Adam([self.tuned], settings.rate)
+        self.parameter = nn.Parameter(self.shares.clone())
+        self.adam = torch.optim.Adam([self.parameter], settings.rate)
 
     def step(self, slopes: Tensor) -> None:
         over = (self.prices @ self.shares - self.room).clamp_min(0)
         hinge = self.settings.penalty * (self.prices * (over.exp() * (over > 0))[:, None]).sum(0)
-        self.tuned.grad = (slopes * self.fulls + hinge).clamp(-0.2, 0.2)
+        self.parameter.grad = (slopes * self.fulls + hinge).clamp(-0.2, 0.2)
         self.adam.step()
         with torch.no_grad():
-            self.tuned.copy_(
-                torch.minimum(
-                    torch.maximum(self.tuned, 1 / self.fulls), torch.ones_like(self.fulls)
-                )
-            )
-        self.shares = self.tuned.detach().clone()
+            raised = torch.maximum(self.parameter, 1 / self.fulls)
+            self.parameter.copy_(torch.minimum(raised, torch.ones_like(self.fulls)))
+        self.shares = self.parameter.detach().clone()
 
     def state(self) -> dict[str, Tensor]:
         """See `_Steering.state`."""
-        moments = {name: t.clone() for name, t in self.adam.state[self.tuned].items()}
+        moments = {name: t.clone() for name, t in self.adam.state[self.parameter].items()}
         return super().state() | moments
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See `_Steering.restore`."""
         super().restore(state)
         with torch.no_grad():
-            self.tuned.copy_(self.shares)
-        self.adam.state[self.tuned] = {name: state[name].clone() for name in ADAM}
+            self.parameter.copy_(self.shares)
+        self.adam.state[self.parameter] = {name: state[name].clone() for name in ADAM}
 
 
 STEERING: dict[str, type[_Steering]] = {"multiplicative": _Multiplicative, "hinge": _Hinge}
 
 
 def heuristic(sites: Sequence[Site], share: float) -> list[int]:
-    """CoRa-H: ranks `floor(share * min(in, out))`, one a site."""
+    """The ranks of CoRa-H, `floor(share * min(in, out))`, one for each site."""
     return [math.floor(share * min(s.shape[0], s.shape[1])) for s in sites]

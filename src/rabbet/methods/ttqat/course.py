@@ -1,4 +1,4 @@
-"""How a student of tensor trains is taught: what learns, from what, and which epoch is kept."""
+"""Distillation of a float transformer into tensor trains, first in float, then on the grid."""
 
 import math
 from typing import cast
@@ -23,83 +23,85 @@ from rabbet.train.loop import Course, run, shard
 from rabbet.train.qat import Latent, replace_factors, rounded_together
 from rabbet.workpiece import Workpiece
 
-HELD = 0.1  # share of the batches that choose between epochs and are not trained on
+HELD = 0.1  # share of the batches that are held back to choose between epochs
 
 
 class Teaching(Course):
-    """A student of latents, its teacher, and the best state on the grid."""
+    """Trains a student whose factors are latents; the best epoch on the grid is kept."""
 
     fused = True
 
     def __init__(self, method: Settings, piece: Workpiece, plan: Plan) -> None:
         self.method, self.piece, self.plan = method, piece, plan
         batches = piece.task.read()
-        order = torch.randperm(
-            len(batches), generator=torch.Generator().manual_seed(piece.seed)
-        ).tolist()
+        generator = torch.Generator().manual_seed(piece.seed)
+        order = torch.randperm(len(batches), generator=generator).tolist()
         count = 0 if piece.task.evaluate is not None else max(1, round(HELD * len(batches)))
         if len(batches) <= count:
             raise DataError(
-                "teaching needs at least two batches, one of them to be held back; make them smaller"
+                "teaching needs at least two batches, one of them to be held back; "
+                "make them smaller"
             )
         self.held = [batches[k] for k in order[:count]]
         self.batches = [batches[k] for k in order[count:]]
+        # Only chains are trained in float: matrices already start at the float weights.
         chains = any(line.terms[0].form.contracted for line in plan)
-        self.turn = (
-            method.epochs * len(self.batches) if chains else 0
-        )  # matrices start where these lead
-        self.steps = self.turn + method.finish * len(self.batches)
+        self.float_steps = method.epochs * len(self.batches) if chains else 0
+        self.steps = self.float_steps + method.finish * len(self.batches)
         self.student = build(piece.model, plan, piece.survey)
         self.layers = compressed_layers(self.student)
         self._start()
         distil = method.distil
         names = list(distil.blocks) or find_blocks(piece.model, piece.survey)
-        self.decodes = bool(
-            getattr(getattr(piece.model, "config", None), "is_encoder_decoder", False)
-        )
-        self.look = Recorder(self.student, names)
+        config = getattr(piece.model, "config", None)
+        self.decodes = bool(getattr(config, "is_encoder_decoder", False))
+        self.recorder = Recorder(self.student, names)
         self.teacher = Teacher(Recorder(piece.model, names), distil.memory)
-        shown = self._theirs(shard(self.batches[0]), 0)
-        self.depth, self.blind = len(shown.hidden), bool(distil.attention) and not shown.attention
-        for (
-            latent
-        ) in self._latents():  # scales have their size, and so their rate, before they are used
-            latent.settle()
+        recording = self._teacher_recording(shard(self.batches[0]), 0)
+        self.depth = len(recording.hidden)
+        self.lacks_attention = bool(distil.attention) and not recording.attention
+        # The learning rates of scales depend on their size, which has to be known from the start.
+        for latent in self._latents():
+            latent.move_to_grid()
             latent.on_grid = False
         if self._acts:
             calibrate_ranges(self.student, piece.task, piece.seed)
         self.groups = [{"params": [p], "base": method.rate * size} for p, size in self._sizes()]
         self.best = Best()
-        self.now = math.nan
+        self.last_loss = math.nan
 
     @property
     def measure(self) -> str:
-        """What chooses between epochs, in words."""
+        """The name of what chooses between epochs: the held-back loss, or the user's score."""
         return "loss" if self.piece.task.evaluate is None else "score"
 
     def _start(self) -> None:
-        """Latents in place of all factors, at their start."""
-        piece, moments = self.piece, self.piece.moments() if self.method.start == "metric" else {}
+        """Replace all factors by latents, which start at the decomposed float weights."""
+        piece = self.piece
+        moments = piece.moments() if self.method.start == "metric" else {}
         jobs: list[Job] = []
-        for place, line in enumerate(self.plan):
+        for position, line in enumerate(self.plan):
             site = piece.survey[line.name]
-            given = {"weight": piece.weight(site)} | (
-                {"second": moments[site.name]} if site.name in moments else {}
-            )
+            inputs = {"weight": piece.weight(site)}
+            if site.name in moments:
+                inputs["second"] = moments[site.name]
             term = line.terms[0]
-            seed = piece.seed * 1_000_003 + place  # layers of one shape do not start alike
+            # Layers of the same shape must not get the same random start.
+            seed = piece.seed * 1_000_003 + position
             settings = {"site": site, "term": term, "start": self.method.start, "seed": seed}
-            jobs.append((start_cores, given, settings))
+            jobs.append((start_cores, inputs, settings))
         for line, cores in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
             layer = self.layers[line.name]
             latents = [Latent(cores[str(k)], f.grid) for k, f in enumerate(layer.factors[0])]
             replace_factors(layer, latents)
 
     def _latents(self) -> list[Latent]:
+        """The latents of all layers."""
         return [latent for layer in self.layers.values() for latent in self._of(layer)]
 
     @staticmethod
     def _of(layer: Compressed) -> list[Latent]:
+        """The latents of a layer, which has one term."""
         return [cast(Latent, f) for f in layer.factors[0]]
 
     @property
@@ -107,126 +109,138 @@ class Teaching(Course):
         return [act for layer in self.layers.values() for act in layer.quantisers]
 
     def _sizes(self) -> list[tuple[Tensor, float]]:
-        """Everything that moves, and the size that its rate refers to: of scales and ranges their own."""
+        """All parameters that train, each with the size that its learning rate refers to.
+
+        For scales and ranges that is their own mean.
+        """
         sizes: list[tuple[Tensor, float]] = []
         for layer in self.layers.values():
             share = self.method.dense_rate if layer.forms[0].name == Dense.name else 1.0
             for latent in self._of(layer):
-                sizes += [
-                    (latent.value, share * _spread(latent.value)),
-                    (latent.scale, share * _mean(latent.scale)),
-                ]
-            sizes += [] if layer.bias is None else [(layer.bias, share * _spread(layer.bias))]
+                sizes.append((latent.value, share * _deviation(latent.value)))
+                sizes.append((latent.scale, share * _mean(latent.scale)))
+            if layer.bias is not None:
+                sizes.append((layer.bias, share * _deviation(layer.bias)))
         sizes += [(act.scale, _mean(act.scale)) for act in self._acts]
-        inside = {
-            id(p)
-            for m in self.student.modules()
-            if isinstance(m, Compressed)
-            for p in m.parameters()
-        }
-        free = [
+        layers = [m for m in self.student.modules() if isinstance(m, Compressed)]
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        outside = [
             p for p in self.student.parameters() if id(p) not in inside and p.is_floating_point()
         ]
-        return sizes + [(p, _spread(p)) for p in free]
+        return sizes + [(p, _deviation(p)) for p in outside]
 
-    def _learning(self) -> list[Tensor]:
+    def _trained(self) -> list[Tensor]:
+        """All parameters that train."""
         return [p for p, _ in self._sizes()]
 
     def rate(self, step: int) -> float:
-        """A cosine over the epochs in float, and half as high a one over those on the grid."""
-        first = step < self.turn
-        place, whole = (step, self.turn) if first else (step - self.turn, self.steps - self.turn)
-        height = 1.0 if first else 0.5
-        return (
-            height
-            * max(0.5 * (1 + math.cos(math.pi * place / whole)), 0.01)
-            * min(1.0, (place + 1) / 50)
-        )
+        """A cosine over the epochs in float, then one of half the height over those on the grid.
+
+        Both have 50 warm-up steps.
+        """
+        in_float = step < self.float_steps
+        phase_step = step if in_float else step - self.float_steps
+        phase_steps = self.float_steps if in_float else self.steps - self.float_steps
+        height = 1.0 if in_float else 0.5
+        cosine = max(0.5 * (1 + math.cos(math.pi * phase_step / phase_steps)), 0.01)
+        return height * cosine * min(1.0, (phase_step + 1) / 50)
 
     def loss(self, step: int) -> Tensor:
         """See `Course.loss`."""
-        if step == self.turn:
-            self._settle()
-        epoch, place = divmod(step, len(self.batches))
+        if step == self.float_steps:
+            self._move_to_grids()
+        epoch, in_epoch = divmod(step, len(self.batches))
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
-        k = int(torch.randperm(len(self.batches), generator=generator)[place])
+        k = int(torch.randperm(len(self.batches), generator=generator)[in_epoch])
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        loss = self.on(shard(self.batches[k]), k, self._stage(step), generator)
-        self.now = float(loss.detach())
+        loss = self._batch_loss(shard(self.batches[k]), k, self._stage(step), generator)
+        self.last_loss = float(loss.detach())
         return loss
 
     def _stage(self, step: int) -> Stage:
+        """The stage of a step: if blocks are taught in order, it grows over half of all steps."""
         if self.method.order == "all":
             return WHOLE
-        each = max(1, self.steps // (2 * (self.depth - 1)))  # half the steps walk the blocks
-        depth = min(1 + step // each, self.depth)
+        steps_per_block = max(1, self.steps // (2 * (self.depth - 1)))
+        depth = min(1 + step // steps_per_block, self.depth)
         top = self.method.order == "top"
         return Stage(depth, top, outputs=depth == self.depth)
 
-    def on(
-        self, batch: Batch, place: int, stage: Stage, generator: torch.Generator | None = None
+    def _batch_loss(
+        self, batch: Batch, number: int, stage: Stage, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The loss of a batch; `place` tells the teacher which it is; generator: for what the student is shown."""
-        task, theirs = self.piece.task, self._theirs(batch, place)
-        given = batch if generator is None else task.varied(batch, generator)
-        held: list[object] = []
+        """The loss on a batch.
 
-        def ours() -> object:
+        number: identifies the batch to the teacher. generator: for the variation of the batch that
+        the student sees (`Task.vary`); None: it sees the batch itself.
+        """
+        task = self.piece.task
+        theirs = self._teacher_recording(batch, number)
+        seen = batch if generator is None else task.varied(batch, generator)
+        results: list[object] = []
+
+        def run_student() -> object:
             with rounded_together(self._latents()):
-                held.append(task.run(self.student, given))
-            return held[0]
+                results.append(task.run(self.student, seen))
+            return results[0]
 
-        shown = self.look(ours)
+        ours = self.recorder(run_student)
         mask = mask_of(batch, self.decodes)
-        mask = None if mask is None else mask.to(shown.outputs[0].device)
+        mask = None if mask is None else mask.to(ours.outputs[0].device)
         distil = self.method.distil
-        loss = distil.loss(shown, theirs, mask, stage)
+        loss = distil.loss(ours, theirs, mask, stage)
         if task.loss is not None and stage.outputs and distil.labels:
-            loss = loss + distil.labels * task.judge(self.student, held[0], batch)
+            loss = loss + distil.labels * task.judge(self.student, results[0], batch)
         return loss
 
-    def _theirs(self, batch: Batch, place: int) -> Recording:
-        """What the float network shows of a batch."""
-        return self.teacher.record(place, lambda: self.piece.task.run(self.piece.model, batch))
+    def _teacher_recording(self, batch: Batch, number: int) -> Recording:
+        """The recording of the float network on a batch."""
+        return self.teacher.record(number, lambda: self.piece.task.run(self.piece.model, batch))
 
-    def _settle(self) -> None:
-        """From float onto the grids."""
+    def _move_to_grids(self) -> None:
+        """Start to round all factors and, if the plan says so, inputs."""
         with torch.no_grad():
             for latent in self._latents():
-                latent.settle()
+                latent.move_to_grid()
             if self._acts:
                 calibrate_ranges(self.student, self.piece.task, self.piece.seed)
 
-    def judged(self) -> float:
-        """The user's own score of the student, or the negative loss of held-back batches; larger is better."""
+    def score(self) -> float:
+        """The user's score of the student, or the negative loss on held-back batches.
+
+        Larger is better.
+        """
         task = self.piece.task
         if task.evaluate is not None:
             with torch.no_grad(), rounded_together(self._latents()):
                 return task.score(self.student)
         with torch.no_grad():
-            losses = [self.on(b, -1 - k, WHOLE) for k, b in enumerate(self.held)]
+            losses = [self._batch_loss(b, -1 - k, WHOLE) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(examples(b)) for b in self.held])
         return -float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
 
     def after_step(self, step: int) -> None:
         """See `Course.after_step`."""
-        if step >= self.turn and (step + 1) % len(self.batches) == 0:
+        if step >= self.float_steps and (step + 1) % len(self.batches) == 0:
             self.remember()
 
     def remember(self) -> None:
-        """Keep the state, as a file holds it, if it is the best so far; training goes on from the exact one."""
+        """Keep the current state, rounded as a file stores it, if it is the best so far.
+
+        Training goes on from the unrounded state.
+        """
         exact = self._copies()
         self._round()
-        score = self.judged()
+        score = self.score()
         if math.isnan(score):
             raise DataError(
                 "the loss of held-back examples is not a number; check the batches and the loss"
             )
         self.best.consider(-score, self._copies)
-        self._take(exact)
+        self._load(exact)
 
     def _round(self) -> None:
-        """Everything that is not on a grid to the types of the file."""
+        """Round scales, and all parameters outside the layers, to the types of the file."""
         inside = {id(p) for layer in self.layers.values() for p in layer.parameters()}
         with torch.no_grad():
             for name, p in self.student.named_parameters():
@@ -238,42 +252,44 @@ class Teaching(Course):
                 act.scale.clamp_(min=1e-12)
 
     def train(self) -> tuple[float, float]:
-        """Train to the end and go back to the best epoch; how the start and the end are judged."""
+        """Train, then go back to the best epoch on the grid; returns `measure` before and after."""
         piece = self.piece
         for act in self._acts:
-            act.observer = _unseen
-        before = self.judged()
+            act.observer = _ignore
+        before = self.score()
         key = piece.key("ttqat", self._copies(), {"method": self.method, "plan": self.plan.compact})
         if self.steps:
             run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))
         if not self.best.kept:  # no epoch on the grid
-            self._settle()
+            self._move_to_grids()
             self.remember()
-        self._take(self.best.kept)
+        self._load(self.best.kept)
         sign = 1 if piece.task.evaluate is not None else -1
         return sign * before, -sign * self.best.score
 
     def _copies(self) -> dict[str, Tensor]:
-        """What learns, as it is now; the inverse of `_take`."""
-        return {str(k): p.detach().clone() for k, p in enumerate(self._learning())}
+        """Copies of all parameters that train."""
+        return {str(k): p.detach().clone() for k, p in enumerate(self._trained())}
 
-    def _take(self, kept: dict[str, Tensor]) -> None:
+    def _load(self, copies: dict[str, Tensor]) -> None:
+        """The inverse of `_copies`."""
         with torch.no_grad():
-            for k, p in enumerate(self._learning()):
-                p.copy_(kept[str(k)])
+            for k, p in enumerate(self._trained()):
+                p.copy_(copies[str(k)])
 
     @property
     def detail(self) -> str:
         """See `Course.detail`."""
-        return f"loss {self.now:.3g}"
+        return f"loss {self.last_loss:.3g}"
 
     def state(self) -> dict[str, Tensor]:
-        """The best state, and whether the latents are on their grids."""
-        kept = {"on": torch.tensor(any(x.on_grid for x in self._latents()))}
+        """The best state, zero points, and whether the latents are on their grids."""
+        latents = self._latents()
+        kept = {"on": torch.tensor(any(latent.on_grid for latent in latents))}
         kept |= {f"zero.{k}": act.zero for k, act in enumerate(self._acts)}
-        kept |= {
-            f"group.{k}": z for k, z in enumerate(x.zero for x in self._latents()) if z is not None
-        }
+        for k, latent in enumerate(latents):
+            if latent.zero is not None:
+                kept[f"group.{k}"] = latent.zero
         return kept | self.best.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -289,21 +305,25 @@ class Teaching(Course):
                 latent.zero.copy_(state[f"group.{k}"])
 
     def network(self) -> nn.Module:
-        """The student with integers in place of the latents, and what stays as it is on the types of the file."""
+        """The student, with codes in place of the latents; it is as a file stores it."""
         for layer in self.layers.values():
             replace_factors(layer, [Factor(latent.numbers) for latent in self._of(layer)])
         return self.student.requires_grad_(False)
 
 
-def _unseen(_: Tensor) -> None:
-    """Lets activations pass while a network learns in float."""
+def _ignore(_: Tensor) -> None:
+    """An observer that lets activations pass unchanged while the network trains in float."""
 
 
-def _spread(p: Tensor) -> float:
-    """The deviation, but neither that of a bias that starts at zero nor that of a norm's gain."""
+def _deviation(p: Tensor) -> float:
+    """The root mean square, clamped: a bias may start at zero, and a norm's gain is large."""
     return float(p.detach().square().mean().sqrt().clamp(0.02, 0.2))
 
 
 def _mean(scale: Tensor) -> float:
-    """Of scales: per-channel ones are a thousandth of what they scale, and moved as it is they would change sign."""
+    """The mean magnitude of scales.
+
+    They need a rate of their own: per-channel scales are a thousandth of what they scale, and would
+    change sign at its rate.
+    """
     return float(scale.detach().abs().mean())

@@ -1,8 +1,9 @@
-"""TTQAT: transformers as tensor trains, trained on their grid, taught by the float network (arXiv 2306.01076).
+"""TTQAT: transformers as tensor trains, distilled and trained on their grid (arXiv 2306.01076).
 
-Linears become chains of cores, the table of words a tensor-train matrix. They start where the float
-weights, in the metric of their inputs, lie nearest; learn in float what the float network's blocks
-show; then on their grids, with scales that are learnt as well (LSQ).
+Linear layers become tensor trains, chains of cores, and the table of words a tensor-train matrix.
+They start from the best approximation of the float weights, in the metric of their inputs; they are
+distilled from the blocks of the float network, first in float, then on their grids, where scales
+are learnt as well (LSQ).
 """
 
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ from rabbet.workpiece import Workpiece
 
 @dataclass(frozen=True)
 class TTQAT(Settings):
-    """Tensor trains of given ranks, or of ranks and bits chosen under the budget; see `Settings`."""
+    """Tensor trains of given ranks, or of ranks and bits chosen for the budget; see `Settings`."""
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
-        """Chains at the given rank, or at those that harm least under the budget; see `Method.plan`."""
+        """Chains of the given rank, or those that harm least in the budget; see `Method.plan`."""
         for name in self.keep_dense:
             piece.survey[name]  # raises for a layer that is not there
         menus = {site.name: self.menu(site) for site in piece.survey}
@@ -41,37 +42,43 @@ class TTQAT(Settings):
         return allocate(scores, table, budget, piece.float_cost, piece.cost)
 
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
-        """What may become of a layer: chains that are smaller than the layer itself on `dense_bits` bits, or else that.
+        """Every candidate for a layer: chains smaller than the dense layer, or else that.
 
-        Where the rank is to be chosen, the layer itself stands beside them, on `grids` and on
-        `dense_bits` bits.
+        The size of the dense layer is that on `dense_bits`. If the rank is to be chosen, the dense
+        layer is a candidate in any case, on `dense_bits` and on the grids of `choices`.
         """
-        plain = Term(Dense(), Grid.of(self.dense_bits, axis=0))
-        chain: type[Chain] = TTM if site.looks_up else TT
-        given = self.table_rank if site.looks_up else self.rank
+        dense = Term(Dense(), Grid.of(self.dense_bits, axis=0))
         if site.name in self.keep_dense:
-            return ((plain,),)
+            return ((dense,),)
+        given_rank = self.table_rank if site.looks_up else self.rank
+        entries = self._chains(site, given_rank, term_lengths(site, dense).bytes)
+        if given_rank is None:
+            entries += [(Term(Dense(), Grid.parse(text)),) for text in self.choices.grids]
+        if given_rank is None or not entries:
+            entries.append((dense,))
+        return tuple(dict.fromkeys(entries))
+
+    def _chains(self, site: Site, given_rank: int | None, limit: int) -> list[tuple[Term, ...]]:
+        """The chains of a layer that take less than `limit` bytes, by rank and bits."""
+        chain: type[Chain] = TTM if site.looks_up else TT
         full = 0 if site.space or chain.name not in self.choices.forms else chain(1).full_rank(site)
+        if not full:
+            return []
         entries: list[tuple[Term, ...]] = []
-        for rank in self.choices.ranks if given is None else (given,):
+        for rank in self.choices.ranks if given_rank is None else (given_rank,):
             for bits in self.widths:
-                if not full:
-                    continue
                 grid = Grid.of(bits, "half" if bits == 2 else "signed")
                 term = Term(chain(min(rank, full)), grid)
-                if term_lengths(site, term).bytes < term_lengths(site, plain).bytes:
+                if term_lengths(site, term).bytes < limit:
                     entries.append((term,))
-        if given is None:
-            entries += [(Term(Dense(), Grid.parse(text)),) for text in self.choices.grids]
-        plainly = [(plain,)] if given is None or not entries else []
-        return tuple(dict.fromkeys([*entries, *plainly]))
+        return entries
 
     def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
         line = LayerPlan(site.name, terms, self.act if site.multiplies else None)
         return Option(line, piece.layer_cost(site, line))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
-        """Start, teach in float, teach on the grid, and go back to the best epoch on the grid; see `Method.fit`."""
+        """Train in float, then on the grid; the best epoch on the grid counts. See `Method.fit`."""
         validate(plan, piece.survey)
         other = next((x for x in plan if len(x.terms) > 1), None)
         if other is not None:
@@ -79,8 +86,7 @@ class TTQAT(Settings):
         course = Teaching(self, piece, plan)
         before, after = course.train()
         network = course.network()
-        taught = f"taught {course.summary}; held-back {course.measure} {before:.4g} -> {after:.4g}"
-        return Fitted(
-            network,
-            (taught, *(("no attention is taught, for none was seen",) if course.blind else ())),
-        )
+        notes = [f"taught {course.summary}; held-back {course.measure} {before:.4g} -> {after:.4g}"]
+        if course.lacks_attention:
+            notes.append("no attention is taught, for none was seen")
+        return Fitted(network, tuple(notes))

@@ -10,14 +10,17 @@ from rabbet.train.distil import Distillation
 
 @dataclass(frozen=True)
 class Choices:
-    """What the integer program may choose for a layer whose rank is not given."""
+    """What the integer program may choose for a layer whose rank is not given.
+
+    The paper has no such choice.
+    """
 
     ranks: tuple[int, ...] = (6, 10, 14, 20, 28, 40)
-    """Of tensor trains; beside each of the method's `bits`."""
+    """Ranks of tensor trains, each with every width of the method's `bits`."""
     forms: tuple[str, ...] = ("tt", "ttm")
-    """Tensor trains that exist: "tt" for linears, "ttm" for tables of words; ours."""
+    """Tensor trains to use: "tt" for linear layers, "ttm" for tables of words."""
     grids: tuple[str, ...] = ("tc", "2hc", "3c", "4c")
-    """Of layers that stay matrices, as a plan writes them; ours."""
+    """Grids of layers that stay dense, in the notation of plans."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -33,42 +36,43 @@ class Choices:
 class Settings:
     """Tensor trains of a uniform rank, or of ranks and bits chosen under the budget.
 
-    Batches are used as they are given. The best epoch on the grid is chosen by `Task.evaluate`,
-    which then should not see what is trained on, or else by batches that are held back.
+    Batches are used as they are given. The best epoch on the grid is chosen by `Task.evaluate`, if
+    the task has it, which then should not see the training data, or else by held-back batches.
     """
 
     bits: int | tuple[int, ...] = 4
-    """Of the cores (the paper's: 8, 4, 2); of several the program chooses for each layer."""
+    """Bits of the cores (the paper's: 8, 4, 2); the program chooses among several per layer."""
     rank: int | None = 20
-    """Of linears; None: chosen from `choices`. A layer that would not get smaller stays a matrix."""
+    """Rank of linear layers; None: from `choices`. A layer that would not shrink stays dense."""
     table_rank: int | None = 20
     """The same for tables of words."""
     choices: Choices = Choices()
-    """What is chosen from where a rank is None."""
+    """What the program chooses from if a rank is None."""
     dense_bits: int = 8
-    """Of what stays a matrix, a scale per output."""
+    """Bits of layers that stay dense, with a scale per output."""
     keep_dense: tuple[str, ...] = ()
-    """Names of layers that stay matrices on `dense_bits`."""
+    """Names of layers that stay dense, at `dense_bits`."""
     act: int | None = None
-    """Bits of the inputs, 8 between the halves (the paper's mode 2); None: float (its mode 1)."""
+    """Bits of inputs, 8 between a chain's halves (the paper's mode 2); None: float (its mode 1)."""
 
     start: Literal["metric", "plain", "random"] = "metric"
-    """Cores from the float weights in the metric of their inputs, or plainly; random: the paper's."""
+    """Cores from float weights, in the metric of the inputs or plain; or random (the paper's)."""
     epochs: int = 16
-    """In float; none of them where the plan holds no tensor train."""
+    """Epochs in float; left out if the plan has no tensor train."""
     finish: int = 8
     """Epochs on the grid, with scales that are learnt (LSQ, arXiv 1902.08153)."""
     order: Literal["all", "bottom", "top"] = "all"
-    """Blocks are taught all at once; or from the "bottom" (the paper's code) or the "top" (its text).
+    """How blocks are taught: all at once, from the "bottom" up, or from the "top" down.
 
-    In order, half of the steps walk the blocks, and the outputs are taught after that.
+    The paper's code begins at the bottom, its text at the top. One by one, blocks take half of all
+    steps, and only then are the outputs taught, too.
     """
     rate: float = 2e-2
-    """Learning rate of Adam, relative to the deviation of each tensor; of scales, to themselves."""
+    """Learning rate of Adam, relative to the deviation of each tensor; of scales, to their mean."""
     dense_rate: float = 1.0
-    """Share of `rate` for layers that stay matrices: they start where they should end."""
+    """Factor on `rate` for layers that stay dense: they start close to where they should end."""
     distil: Distillation = Distillation()  # noqa: RUF009 (frozen)
-    """What is taught, and what each part of it counts."""
+    """What is taught, and the weight of each part."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,4 +1,4 @@
-"""What the cores of a tensor train start from."""
+"""The cores that a tensor train starts from."""
 
 import math
 
@@ -10,21 +10,21 @@ from rabbet.forms import Aim
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
 
-STEPS = 60  # evaluations of the error of one decomposition
+STEPS = 60  # evaluations of the error in one decomposition
 
 
 def start_cores(
     weight: Tensor, second: Tensor | None = None, *, site: Site, term: Term, start: str, seed: int
 ) -> Tensors:
-    """Float factors that a layer starts from, by their place: a job for an jobs.
+    """The float factors that a layer starts from, by their position: a job.
 
-    Random ones are normal, the variance of the weight that they make 1 / (inputs + outputs), of a
-    table 1 / columns.
+    Random factors are normal, such that the variance of their product, the weight, is 1 / (inputs +
+    outputs), or 1 / columns for a table.
     """
     form = term.form
     if start == "random" and form.contracted:
         shapes = form.shapes(site)
-        # each bond is summed over once, and is an end of two cores
+        # Every bond is an axis of two cores, and is summed over once.
         paths = math.sqrt(math.prod(s[0] * s[-1] for s in shapes))
         variance = 1 / (site.shape[1] if site.looks_up else site.columns + site.shape[0])
         deviation = (variance / paths) ** (0.5 / len(shapes))
