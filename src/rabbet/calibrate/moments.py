@@ -34,7 +34,8 @@ class _Moment:
         rows = self.site.rows(args[0].detach().float(), self.places, self.generator)
         if not torch.isfinite(rows).all():
             raise DataError(
-                f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; check the batches"
+                f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; "
+                "check the batches"
             )
         part = (rows.mT @ rows).double()
         self.total = part if self.total is None else self.total + part
@@ -53,7 +54,7 @@ def second_moments(
 
     Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and
     fewer where they are wide (2^24 entries, but 8 for each column), drawn evenly from all batches,
-    or from every so-manieth where there are 8,192 examples or more, so that about 4,096 remain.
+    or, of 8,192 examples or more, from every n-th, so that about 4,096 remain.
     Memory is one batch and the moments. A table without heads has none; one with heads those of
     their inputs, and as much again for being looked up. Raises DataError, naming the site, for
     inputs that are not finite.
@@ -83,7 +84,10 @@ def second_moments(
 
 
 def _twofold(table: Tensor, second: Tensor) -> Tensor:
-    """The metric of a table that is looked up and multiplied with: the relative errors of both, added."""
+    """The metric of a table that is both looked up and multiplied with.
+
+    The relative errors of the two uses are added.
+    """
     share = ((table @ second[0]) * table).sum() / table.square().sum().clamp_min(1e-30)
     return second + share * torch.eye(len(second[0]))
 

@@ -17,7 +17,10 @@ VALUES = 2**16  # activations that a range is chosen from
 
 
 class Sample:
-    """A random sample of the values that pass, at most `per_call` of each tensor, and their extremes."""
+    """A random sample of the values that pass, and their extremes.
+
+    At most `per_call` values of each tensor are kept.
+    """
 
     def __init__(self, per_call: int, generator: torch.Generator) -> None:
         self.per_call, self.generator = per_call, generator
@@ -68,7 +71,7 @@ def calibrate_ranges(
 def range_ends(
     model: nn.Module, task: Task, widths: Iterable[int], seed: int = 0
 ) -> dict[str, dict[int, tuple[float, float]]]:
-    """The ends of each input's range as `calibrate_ranges` finds them at several widths, by layer and bits.
+    """The ends of each input's range, as `calibrate_ranges` chooses them, by layer and bits.
 
     The quantisers of the model are left at the last of the widths.
     """
@@ -87,13 +90,19 @@ def range_ends(
 
 
 def calibrate_inner(model: nn.Module, task: Task, seed: int = 0, limit: int = 512) -> None:
-    """The same for the tensors between factors only, for factors that have changed; inputs stay quantised."""
+    """Choose only the ranges of tensors between factors, in place, after the factors have changed.
+
+    Meanwhile the layers' own inputs stay quantised.
+    """
     acts = [act for layer in compressed_layers(model).values() for act in layer.quantisers[1:]]
     _calibrate(model, acts, task, seed, limit, silent)
 
 
 def calibrate_between(layer: Compressed, x: Tensor, seed: int = 0) -> None:
-    """The tensors between the factors of one layer, for a batch of its quantised or unquantised input."""
+    """Choose the ranges of the tensors between the factors of one layer, in place.
+
+    x: a batch of the layer's input, quantised or not.
+    """
     samples = {
         act: Sample(VALUES, torch.Generator().manual_seed(seed)) for act in layer.quantisers[1:]
     }

@@ -76,7 +76,10 @@ class Stopwatch:
         )
 
     def layer(self, site: Site, layer: LayerPlan | None) -> int:
-        """One layer alone, in nanoseconds; a look-up in a table is taken to cost nothing, its heads what they take."""
+        """One layer alone, in nanoseconds.
+
+        A look-up in a table is taken to cost nothing; the table's heads cost what they take.
+        """
         if site.name not in self.inputs:
             return 0
         alike = _like(
@@ -99,7 +102,7 @@ class Stopwatch:
         return self._layers[alike]
 
     def network(self, model: nn.Module) -> int:
-        """A compressed network as its exported file runs, in nanoseconds: timed now, whatever was kept."""
+        """The exported file of a compressed network, in nanoseconds; always timed anew."""
         return _time(assemble(model, self.piece.task).content, self._example)
 
     @property
@@ -154,7 +157,7 @@ def _runner(site: Site) -> str:
 
 
 def _like(site: Site, terms: tuple[Term, ...], act: int | None) -> LayerPlan:
-    """A line of the same form and ranks, in 8 bits: what layers that take the same time have in common."""
+    """A line of the same form and ranks on 8 bits: layers alike in that take the same time."""
     return LayerPlan(
         site.name, tuple(replace(t, grid=GRID) for t in terms), act if site.multiplies else None
     )

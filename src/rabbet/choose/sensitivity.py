@@ -1,4 +1,4 @@
-"""How much the network's output suffers from a change of one weight, for every candidate at the price of one pass.
+"""How much a change of one weight harms the network's output, for all candidates in one pass.
 
 The score of a change D of one weight is the expected relative error of the outputs to first order,
 `E ||J D||^2 / E ||y||^2`, with J the Jacobian of the outputs by that weight, one example at a time.
@@ -26,7 +26,7 @@ ENTRIES = 2**25  # gradient entries held at once
 def output_errors(
     piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 256
 ) -> dict[str, Tensor]:
-    """Relative squared error of the outputs for each change of each site alone, {name: [candidates]}.
+    """Relative squared error of the outputs for each change of one site, {name: [candidates]}.
 
     changes: differences of canonical weights, {name: [candidates, out, in / groups, *kernel]}.
     About `limit` examples are used. A layer that no gradient reaches (it runs under
@@ -72,13 +72,16 @@ def output_errors(
 
 
 Met = tuple[Site, Tensor, Tensor | None]
-"""What a layer was in one call (a table or its head), its input, and its output or the gradient by that."""
+"""One call of a layer: as what it ran (a table or its head), its input, its output or gradient."""
 
 
 def _recorded(
     piece: Workpiece, sites: Sequence[Site], batch: object
 ) -> tuple[dict[str, list[Any]], object]:
-    """What each site was in every call, its input and output, the outputs inside the graph of the result."""
+    """Every call of each site with its input and output, and the network's result.
+
+    The outputs are part of the graph of the result.
+    """
     calls: dict[str, list[Any]] = {s.name: [] for s in sites}
 
     def hook(role: Site) -> Callable[..., Tensor]:

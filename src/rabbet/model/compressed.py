@@ -1,4 +1,4 @@
-"""The one module that stands where a layer was: its bias plus the sum of its terms, of the quantised input."""
+"""The module that replaces a layer: its bias plus the sum of its terms, of the quantised input."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -71,7 +71,9 @@ class Factor(nn.Module):
 
 
 class ActQuant(nn.Module):
-    """Quantises activations to unsigned integers around a zero point: `scale * (clip(round(x / scale) + zero) - zero)`.
+    """Quantises activations to unsigned integers around a zero point.
+
+    `scale * (clip(round(x / scale) + zero) - zero)`.
 
     Running it before a range was set is an error. While `observer` is set, inputs
     are shown to it and pass unchanged.
@@ -95,7 +97,8 @@ class ActQuant(nn.Module):
             return x
         if not self.ready:
             raise ModelError(
-                "an input range is not calibrated; run calibrate_ranges of rabbet.calibrate.ranges first"
+                "an input range is not calibrated; "
+                "run calibrate_ranges of rabbet.calibrate.ranges first"
             )
         return self.grid.fake(x, self.scale, self.zero)
 
@@ -107,7 +110,7 @@ class ActQuant(nn.Module):
 
 
 class Compressed(nn.Module):
-    """A layer as its plan says: `bias + sum of terms` of the input, which is quantised where the plan says so.
+    """A layer as its plan says: `bias + sum of terms` of the input, quantised if the plan says so.
 
     Input and output shapes are those of the layer that it replaces. Of a table with heads,
     `forward` is the look-up and `multiply` what the heads do; the input that is quantised is
@@ -136,17 +139,23 @@ class Compressed(nn.Module):
 
     @property
     def quantisers(self) -> list[ActQuant]:
-        """The quantiser of the input, then of each tensor between two factors; empty if activations stay float."""
+        """The quantiser of the input, then those of the tensors between factors.
+
+        Empty if activations stay float.
+        """
         return list(self.acts)  # type: ignore[arg-type]
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which it may be given)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's own name)
         """The layer's output."""
         table = self._table
         return self._run(self.site, input, self.bias) if table is None else table.lookup(input)
 
     @property
     def _table(self) -> Factor | None:
-        """The table of a look-up, if it is there as it is: a few of 30,000 rows are all that has to be known."""
+        """The table of a look-up, if it is stored row by row.
+
+        Then only the rows that are asked for are computed, a few of 30,000.
+        """
         if not self.site.looks_up or self.forms != [Dense()]:
             return None
         table = self.factors[0][0]
@@ -187,7 +196,7 @@ class Compressed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The same in the layout of the layer that was replaced, for code that reads a layer's weight directly."""
+        """The same in the layout of the replaced layer, for code that reads a layer's weight."""
         return self.site.native(self.canonical)
 
     @property
@@ -220,7 +229,7 @@ class Head(nn.Module):
         super().__init__()
         self.table, self.bias = table, bias
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name, by which it may be given)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's own name)
         """Scores of all rows, [..., columns] -> [..., rows]."""
         return cast(Table, self.table).multiply(input, self.bias)
 

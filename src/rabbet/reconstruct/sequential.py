@@ -1,4 +1,4 @@
-"""The layers in the order in which they run, each solved again for the inputs that it will really meet.
+"""The layers solved again in the order in which they run, each for the inputs it will really meet.
 
 Candidates are solved for the float network's inputs, so that all layers can be solved at once.
 Behind layers that are quantised already the inputs are others: x' for x. The best weight for them
@@ -37,7 +37,7 @@ BETWEEN = 128  # examples that choose the ranges between the factors of a layer
 
 @dataclass(frozen=True)
 class _Met:
-    """What the float network's layer met and made: its input, and the mean and deviation of each channel."""
+    """The input of a layer of the float network, and the mean and deviation of its outputs."""
 
     given: Tensor
     mean: Tensor
@@ -45,8 +45,9 @@ class _Met:
 
 
 def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
-    """Solve and correct every layer of a compressed network in place, in one pass over about `limit` examples.
+    """Solve and correct every layer of a compressed network in place, in one pass.
 
+    About `limit` examples are used.
     Layers that run more than once and tables stay as they are; statistics are matched where every
     term has a scale for each output channel.
     """
@@ -67,7 +68,7 @@ def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> N
 
 
 def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
-    """Re-estimate the statistics of folded BatchNorms on the compressed network's own activations, in place.
+    """Re-estimate the statistics of folded BatchNorms in place, on the network's own activations.
 
     What arXiv 2308.04595 does after factorising: each output gets the mean and deviation that its
     BatchNorm was trained to give, layer by layer in one pass. It saves broken networks and harms
@@ -159,7 +160,10 @@ def _moments(site: Site, given: Tensor, wanted: Tensor, seed: int) -> tuple[Tens
 def _matcher(
     wanted_mean: Tensor, wanted_spread: Tensor, limits: tuple[float, float]
 ) -> Callable[[Compressed, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that gives a layer's channels a mean and a deviation, the gain between limits; returns the new output."""
+    """A hook that gives a layer's channels a mean and a deviation; it returns the new output.
+
+    limits: the least and the largest gain.
+    """
 
     def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if not len(out):
