@@ -71,8 +71,8 @@ class ScaledKind(Linear):
     def run(self, site, x, weight, bias):
         return F.linear(2 * x, weight, bias)
 
-    def rows(self, site, x, places, generator):
-        return super().rows(site, 2 * x, places, generator)
+    def patches(self, site, x, places, generator):
+        return super().patches(site, 2 * x, places, generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Pairs(Scales):
     def count(self, shape):
         return -(-shape[0] // 2)
 
-    def rows(self, x):
+    def slices(self, x):
         flat = x.flatten(1)
         return F.pad(flat, (0, 0, 0, len(flat) % 2)).reshape(self.count(x.shape), -1)
 

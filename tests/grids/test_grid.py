@@ -42,7 +42,7 @@ def _tensor(grid: Grid, seed: int = 0) -> torch.Tensor:
 def _loss(
     grid: Grid, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor | float = 1.0
 ) -> torch.Tensor:
-    return grid.scales.rows((grid.project(x, scale) - x).square() * weight).double().sum(1)
+    return grid.scales.slices((grid.project(x, scale) - x).square() * weight).double().sum(1)
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *ZEROS])
@@ -190,7 +190,7 @@ def test_a_refitted_scale_never_increases_the_error(grid):
         scale = grid.minmax(x)
         codes = grid.codes(x, scale)
         error = [
-            grid.scales.rows((grid.values(codes, s) - x).square()).sum(1)
+            grid.scales.slices((grid.values(codes, s) - x).square()).sum(1)
             for s in (scale, grid.refit(x, codes, scale))
         ]
         assert (error[1] <= error[0] * (1 + 1e-6)).all()
@@ -201,7 +201,10 @@ def test_a_refitted_scale_is_the_least_squares_one(grid):
     x = _tensor(grid)
     scale = grid.minmax(x)
     codes = grid.codes(x, scale)
-    z, rows = grid.scales.rows(codes + grid.codebook.shift).double(), grid.scales.rows(x).double()
+    z, rows = (
+        grid.scales.slices(codes + grid.codebook.shift).double(),
+        grid.scales.slices(x).double(),
+    )
     for refitted, start, a, b in zip(grid.refit(x, codes, scale), scale, z, rows, strict=True):
         exact = (
             torch.linalg.lstsq(a[:, None], b[:, None]).solution.item() if a.any() else start.item()
@@ -340,7 +343,7 @@ def test_the_gradient_of_fake_is_that_of_the_formula(text):
     )
     gain = 1 / math.sqrt(x.numel() / scale.numel() * max(grid.high, 1))
     assert torch.equal(dx, pull * inside)
-    assert torch.allclose(ds, grid.scales.rows(step * pull).sum(1) * gain, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ds, grid.scales.slices(step * pull).sum(1) * gain, rtol=1e-4, atol=1e-5)
 
 
 def test_latent_codes_round_and_let_the_gradient_through_inside_the_range():
@@ -386,7 +389,7 @@ def test_smaller_groups_of_inputs_have_less_error():
 def test_groups_are_of_consecutive_inputs_of_one_output():
     grid, x = Grid.parse("8g3"), torch.arange(20.0).view(2, 5, 2)
     assert grid.scale_shape((2, 5, 2)) == (8,)
-    rows = grid.scales.rows(x)
+    rows = grid.scales.slices(x)
     assert rows.tolist()[:4] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 0]]
     spread = grid.spread(torch.arange(8.0), (2, 5, 2))
     assert spread.flatten().tolist()[:10] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]

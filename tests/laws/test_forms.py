@@ -203,7 +203,7 @@ def test_a_site_runs_as_its_layer_does(name):
 def test_rows_times_the_weight_are_the_output(name):
     _, site, weight, x = _case(name)
     with torch.no_grad():
-        products = site.rows(x, None, torch.Generator()) @ site.matrix(weight).mT
+        products = site.patches(x, None, torch.Generator()) @ site.matrix(weight).mT
         # [groups, examples * places, out / groups] -> [examples, places, out]
         products = products.view(site.groups, len(x), -1, products.shape[2])
         ours = products.permute(1, 2, 0, 3).flatten(2)

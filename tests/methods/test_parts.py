@@ -329,9 +329,9 @@ def test_a_few_places_are_drawn_from_each_example_and_all_are_taken_on_request()
     layer = nn.Conv2d(2, 3, 3, padding=1)
     site = survey(layer, [rand(1, 2, 6, 6)]).sites[0]
     x = rand(4, 2, 6, 6)
-    every = site.rows(x, 10**6, torch.Generator())
+    every = site.patches(x, 10**6, torch.Generator())
     assert every.shape == (1, 4 * 36, 18)
-    few = site.rows(x, 5, torch.Generator().manual_seed(1))
+    few = site.patches(x, 5, torch.Generator().manual_seed(1))
     assert few.shape == (1, 4 * 5, 18)
     known = {tuple(row.tolist()) for row in every[0]}
     assert all(tuple(row.tolist()) in known for row in few[0])

@@ -31,7 +31,7 @@ class _Moment:
     rows: int = 0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
-        rows = self.site.rows(args[0].detach().float(), self.places, self.generator)
+        rows = self.site.patches(args[0].detach().float(), self.places, self.generator)
         if not torch.isfinite(rows).all():
             raise DataError(
                 f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; "

@@ -40,7 +40,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Choose only: print the plan that compress would fit, to be edited and given to its --plan."""
-    from rabbet.cli import making, tables, texts
+    from rabbet.cli import outcomes, tables, texts
     from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import writable
     from rabbet.cli.terminal import working
@@ -52,7 +52,7 @@ def plan(
         writable(out)
     inputs = open_inputs(model, data)
     with working(resume, processes, as_json) as jobs:
-        chosen = making.plan_for(inputs, limits, worker, seed, jobs)
+        chosen = outcomes.plan_for(inputs, limits, worker, seed, jobs)
     if out is not None:
         texts.write_plan(out, chosen.plan)
     costs = chosen.cost, chosen.float_cost
@@ -83,7 +83,7 @@ def compress(
 
     Accuracy is that of the file.
     """
-    from rabbet.cli import making, tables, texts
+    from rabbet.cli import outcomes, tables, texts
     from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import opened, ready
     from rabbet.cli.terminal import working
@@ -93,17 +93,17 @@ def compress(
     worker = texts.worker_of(method, quality)
     wanted = None if plan is None else texts.plan_of_file(plan)
     if wanted is not None and limits is not None:
-        making.require_countable(limits)
+        outcomes.require_countable(limits)
     target = ready(output)
     inputs = open_inputs(model, data, test)
     judge = inputs.judge
     before = None if judge is None else judge(inputs.network)
     with working(resume, processes, as_json) as jobs:
-        result = making.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
+        result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
     written = result.export(output, target)
     after = None if judge is None else judge(opened(output, inputs.network))
-    outcome = making.Outcome(output, result, written, judge, before, after)
+    outcome = outcomes.Outcome(output, result, written, judge, before, after)
     if as_json:
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))

@@ -163,7 +163,7 @@ class Grid:
 
     def minmax(self, x: Tensor) -> Tensor:
         """The scale that just covers the largest magnitude."""
-        return stored(self.scales.rows(x).abs().amax(1).clamp_min(1e-12) / self.codebook.span)
+        return stored(self.scales.slices(x).abs().amax(1).clamp_min(1e-12) / self.codebook.span)
 
     def mse(self, x: Tensor, weight: Tensor | None = None, steps: int = 80) -> Tensor:
         """The scale of least (weighted) squared error among fractions of the largest magnitude.
@@ -199,7 +199,7 @@ class Grid:
         if not self.scales.zeros:
             yield from ((scale, None) for scale in stored(self.minmax(x) * shares))
             return
-        rows = self.scales.rows(x)
+        rows = self.scales.slices(x)
         low, high = rows.amin(1).clamp(max=0) * shares, rows.amax(1).clamp_min(0) * shares
         scales = stored(((high - low) / (self.levels - 1)).clamp_min(1e-12))
         zeros = (self.low - low / scales).round().clamp(self.low, self.high)
@@ -212,14 +212,14 @@ class Grid:
 
         metric: None (plain), or [n, n] for x seen as rows [slices, n]: the least error in that.
         """
-        z = self.scales.rows(self.codebook.decode(codes))
+        z = self.scales.slices(self.codebook.decode(codes))
         hz = z if metric is None else z @ metric
-        top, bottom = (hz * self.scales.rows(x)).sum(1), (hz * z).sum(1)
+        top, bottom = (hz * self.scales.slices(x)).sum(1), (hz * z).sum(1)
         return stored(torch.where(bottom > 0, top / bottom.clamp_min(1e-30), scale))
 
     def _loss(self, x: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor | None) -> Tensor:
         square = (self.project(x, scale, 0.0 if zero is None else zero) - x) ** 2
-        return self.scales.rows(square if weight is None else square * weight).sum(1)
+        return self.scales.slices(square if weight is None else square * weight).sum(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class Scales(ABC):
         """How many scales a tensor has; raises PlanError for a shape that does not fit."""
 
     @abstractmethod
-    def rows(self, x: Tensor) -> Tensor:
+    def slices(self, x: Tensor) -> Tensor:
         """[count, n]: the entries that share each scale, zero-padded where there are fewer."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class OneScale(Scales):
         """One."""
         return 1
 
-    def rows(self, x: Tensor) -> Tensor:
+    def slices(self, x: Tensor) -> Tensor:
         """All entries."""
         return x.reshape(1, -1)
 
@@ -129,7 +129,7 @@ class PerSlice(Scales):
             )
         return shape[self.axis]
 
-    def rows(self, x: Tensor) -> Tensor:
+    def slices(self, x: Tensor) -> Tensor:
         """The slices, flattened."""
         return x.movedim(self.axis, 0).flatten(1)
 
@@ -188,7 +188,7 @@ class PerGroup(Scales):
         """Groups of all slices."""
         return shape[0] * self._parts(shape)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def slices(self, x: Tensor) -> Tensor:
         """The groups, those of one slice after one another."""
         flat = x.flatten(1) if x.ndim > 1 else x[:, None]
         return F.pad(flat, (0, -flat.shape[1] % self.size)).reshape(-1, self.size)

@@ -137,13 +137,13 @@ class Site:
         """Values [out] in a shape that broadcasts against the output of this layer."""
         return values.view(-1, *[1] * self.space)
 
-    def rows(self, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
+    def patches(self, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
         """Rows that the weight meets, [groups, rows, columns], of an input of this layer.
 
         places: at most this many random places of each example, the same for the whole batch; None
         for all.
         """
-        return self.kind.rows(self, x, places, generator)
+        return self.kind.patches(self, x, places, generator)
 
     def gradients(self, x: Tensor, slope: Tensor, n: int) -> Tensor:
         """The gradient with respect to the weight for each of n examples, [n, numel].
@@ -249,8 +249,10 @@ class LayerKind(ABC):
         return nn.functional.linear(x, weight, bias)
 
     @abstractmethod
-    def rows(self, site: Site, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
-        """See `Site.rows`."""
+    def patches(
+        self, site: Site, x: Tensor, places: int | None, generator: torch.Generator
+    ) -> Tensor:
+        """See `Site.patches`."""
 
     @abstractmethod
     def gradients(self, site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:

@@ -113,7 +113,9 @@ class Conv(LayerKind):
         """For each tap of the kernel its place in the window of prepared inputs, [taps]."""
         return torch.arange(site.taps)
 
-    def rows(self, site: Site, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
+    def patches(
+        self, site: Site, x: Tensor, places: int | None, generator: torch.Generator
+    ) -> Tensor:
         """Patches of the prepared input (im2col): what the kernel meets at each output place."""
         x = self.prepared(site, x)
         kernel, space, stride = site.shape[2:], x.shape[2:], self.step(site)
@@ -140,7 +142,7 @@ class Conv(LayerKind):
 
     def gradients(self, site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
         """Patches times slopes, place by place."""
-        patches = self.rows(site, x, None, torch.Generator())
+        patches = self.patches(site, x, None, torch.Generator())
         patches = patches.view(site.groups, n, -1, site.columns)
         out = site.shape[0] // site.groups
         slope = slope.reshape(n, -1, site.groups, out, slope[0, 0].numel()).permute(2, 0, 3, 1, 4)

@@ -41,7 +41,9 @@ class Embedding(LayerKind):
         """The look-up."""
         return F.embedding(x, weight)
 
-    def rows(self, site: Site, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
+    def patches(
+        self, site: Site, x: Tensor, places: int | None, generator: torch.Generator
+    ) -> Tensor:
         """None: a table meets indices."""
         raise NotImplementedError("a table that is looked up meets no rows")
 

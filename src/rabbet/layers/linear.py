@@ -29,7 +29,9 @@ class Linear(LayerKind):
         """The product."""
         return F.linear(x, weight, bias)
 
-    def rows(self, site: Site, x: Tensor, places: int | None, generator: torch.Generator) -> Tensor:
+    def patches(
+        self, site: Site, x: Tensor, places: int | None, generator: torch.Generator
+    ) -> Tensor:
         """The feature vectors, or a random choice of `places` per example if there are more."""
         rows = x.reshape(-1, x.shape[-1])
         if places is None or len(rows) <= places * x.shape[0]:

@@ -151,7 +151,7 @@ def _moments(site: Site, given: Tensor, wanted: Tensor, seed: int) -> tuple[Tens
     rows = max(PATCHES // site.columns, 8 * site.columns)
     places = max(1, -(-rows // len(given)))
     ours, theirs = (
-        site.rows(x, places, torch.Generator().manual_seed(seed)) for x in (given, wanted)
+        site.patches(x, places, torch.Generator().manual_seed(seed)) for x in (given, wanted)
     )
     count = ours.shape[1]
     return (ours.mT @ ours).cpu() / count, (theirs.mT @ ours).cpu() / count
