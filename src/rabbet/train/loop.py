@@ -109,7 +109,7 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
                 f"{stage}: {course.detail}" if course.detail else stage, step + 1, course.steps
             )
             if (
-                jobs.folder is not None
+                jobs.lasts(key)
                 and first_process()
                 and ((step + 1) % every == 0 or step + 1 == course.steps)
             ):
@@ -185,7 +185,7 @@ def _resume(
     optimiser: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
 ) -> int:
-    kept = jobs.kept(key) if jobs.folder is not None else None
+    kept = jobs.kept(key) if jobs.lasts(key) else None
     if kept is None:
         return 0
     step = kept["step"]
