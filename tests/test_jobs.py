@@ -1,17 +1,24 @@
 """Laws of the jobs: order, memory, folders."""
 
 import concurrent.futures
+import logging
 import multiprocessing
+import os
+import shutil
+import signal
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 
 from rabbet.core.plan import Term
+from rabbet.errors import RabbetError
 from rabbet.forms import Dense
 from rabbet.grids.grid import Grid
-from rabbet.jobs import Jobs, content_key
+from rabbet.jobs import Jobs, content_key, end_with_parent
 from rabbet.layers import Site
 from rabbet.layers.linear import Linear
 from rabbet.reconstruct.candidates import solve_site
@@ -111,11 +118,27 @@ def test_what_was_finished_before_a_failure_is_kept(tmp_path):
     assert RUNS == [0, 1]
 
 
+def _zeroed(content):
+    """The same header, and every value zero."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[:start] + bytes(len(content) - start)
+
+
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[8:]],
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b"",
+        lambda b: b"\xff" * len(b),
+        lambda b: b[8:],
+        _zeroed,
+        lambda b: b[:-1] + bytes([b[-1] ^ 16]),
+        lambda b: save(load(b)),
+        lambda b: save(load(b), {"job": "another 0"}),
+        lambda b: b"\2" + bytes(7) + b"{}",
+    ],
 )
-def test_a_damaged_result_is_made_again(damage, tmp_path):
+def test_a_damaged_result_is_made_again_and_that_is_said(damage, tmp_path, caplog):
     Jobs(folder=tmp_path).run("s", _jobs(2))
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 2
@@ -125,6 +148,20 @@ def test_a_damaged_result_is_made_again(damage, tmp_path):
     assert len(RUNS) == 3
     assert [r["y"][0].item() for r in results] == [0, 1]
     assert files[0].read_bytes() == whole
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert f"{files[0]} is damaged or holds another job's result" in caplog.text
+
+
+def test_another_jobs_results_are_not_taken_and_that_is_said_once(tmp_path, caplog):
+    Jobs(folder=tmp_path).run("s", _jobs(2))
+    first, second = sorted(tmp_path.iterdir())
+    shutil.copy(first, tmp_path / "kept")
+    shutil.copy(second, first)
+    shutil.move(tmp_path / "kept", second)
+    found = Jobs(folder=tmp_path).run("s", _jobs(2))
+    assert len(RUNS) == 4
+    assert [r["y"][0].item() for r in found] == [0, 1]
+    assert len(caplog.records) == 1
 
 
 def test_the_folder_holds_whole_safetensors_and_nothing_else(tmp_path):
@@ -189,3 +226,101 @@ def test_progress_counts_up_to_the_total():
     seen = []
     Jobs(progress=lambda *step: seen.append(step)).run("stage", _jobs(3))
     assert seen == [("stage", 1, 3), ("stage", 2, 3), ("stage", 3, 3)]
+
+
+def test_what_cannot_be_told_from_another_is_not_kept_and_that_is_said(tmp_path, caplog):
+    jobs = Jobs(folder=tmp_path)
+    for _ in range(2):
+        jobs.run("s", _jobs(1, factor=_Locked(2)))
+    assert RUNS == [0, 0]
+    assert list(tmp_path.iterdir()) == []
+    assert len(caplog.records) == 1
+    assert "an object of _thread.lock, which cannot be told from another" in caplog.text
+
+
+class _Locked(int):
+    """A number that holds a lock."""
+
+    def __init__(self, _):
+        self.lock = threading.Lock()
+
+
+def killed(x):
+    """A job in which the worker process is killed, after another had time to end."""
+    if x[0] == 1:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"y": x}
+
+
+def test_a_worker_that_is_killed_is_an_error_that_says_so_and_finished_work_is_kept(tmp_path):
+    jobs = [(killed, {"x": torch.tensor([float(k)])}, {}) for k in range(2)]
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool,
+        pytest.raises(RabbetError, match=r"a worker process died \(s\).*kept in .*go on"),
+    ):
+        Jobs(pool, tmp_path).run("s", jobs)
+    kept = Jobs(folder=tmp_path)
+    assert [kept.kept(kept.key("test_jobs.killed", x, {})) is not None for _, x, _ in jobs] == [
+        True,
+        False,
+    ]
+
+
+def test_a_failure_in_a_pool_starts_nothing_more_and_loses_nothing(tmp_path):
+    jobs = [(fails, {"x": torch.tensor([7.0])}, {}), *_jobs(4, wait=0.2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with pytest.raises(ArithmeticError, match="no 7"):
+            Jobs(pool, tmp_path).run("s", jobs)
+        assert len(RUNS) < 4
+    assert len(list(tmp_path.iterdir())) == len(RUNS)
+
+
+def test_jobs_in_a_pool_of_threads_keep_to_one_thread_each():
+    torch.set_num_threads(2)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2, initializer=torch.get_num_threads) as pool:
+            list(pool.map(torch.set_num_threads, [2, 2]))
+            jobs = [
+                (counted, {"x": torch.tensor([float(k)])}, {"wait": 0.1 * (k % 2)})
+                for k in range(6)
+            ]
+            found = Jobs(pool).run("s", jobs)
+        assert [r["threads"].item() for r in found] == [1] * 6
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def _parent_of_a_worker(sender):
+    """A process that starts a worker, tells its number, and waits."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent)
+    sender.send(pool.submit(os.getpid).result())
+    time.sleep(600)
+
+
+def test_a_worker_ends_with_its_parent_however_that_ended():
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    parent = spawn.Process(target=_parent_of_a_worker, args=(sender,))
+    parent.start()
+    worker = receiver.recv()
+    parent.kill()
+    parent.join()
+    for _ in range(600):  # a minute at most
+        if not _runs(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker went on")
+
+
+def _runs(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")  # one that has ended and was not asked for is a zombie
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"

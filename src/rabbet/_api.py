@@ -1,8 +1,10 @@
 """The front door: a float network and a budget in, a network that keeps it out."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 
@@ -17,7 +19,7 @@ from rabbet.errors import FileError, PlanError
 from rabbet.export import EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
-from rabbet.jobs import Jobs
+from rabbet.jobs import TURN, Jobs
 from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
 from rabbet.model.inspect import inspect_network
@@ -25,6 +27,23 @@ from rabbet.report.text import plain, report_parts
 from rabbet.workpiece import Workpiece
 
 Data = Task | Iterable[Batch]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_turn(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that threads run one after the other.
+
+    Torch has one number of threads for the whole process, which jobs set to one: two runs side by
+    side would sum in other orders, and write other bytes, each time.
+    """
+
+    @functools.wraps(function)
+    def waits(*args: P.args, **kwargs: P.kwargs) -> T:
+        with TURN:
+            return function(*args, **kwargs)
+
+    return waits
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class Result:
         """
         return self.export(path, "safetensors").bytes
 
+    @in_turn
     def export(self, path: str | Path, target: str | None = None) -> Written:
         """Write a file of the given target; returns its bytes and what to know of it.
 
@@ -91,6 +111,7 @@ class Result:
         return plain(report_parts(self.survey, self.plan, *costs, self.budget, self.notes))
 
 
+@in_turn
 def compress(  # noqa: PLR0913 (those behind the star are options, given by name)
     model: nn.Module,
     budget: str | Budget,
@@ -119,6 +140,7 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     return _finish(piece, worker, worker.plan(piece, limits), limits)
 
 
+@in_turn
 def plan(  # noqa: PLR0913 (as above)
     model: nn.Module,
     budget: str | Budget,
@@ -137,6 +159,7 @@ def plan(  # noqa: PLR0913 (as above)
     return worker.plan(_piece(model, limits, data, seed, jobs), limits)
 
 
+@in_turn
 def fit(  # noqa: PLR0913 (as above)
     model: nn.Module,
     plan: Plan | str,
@@ -155,6 +178,7 @@ def fit(  # noqa: PLR0913 (as above)
     return _finish(Workpiece.of(model, Task.of(data), jobs or Jobs(), seed), worker, chosen, None)
 
 
+@in_turn
 def survey(model: nn.Module, data: Data) -> Survey:
     """Every layer of a network that can be compressed, and what is left alone and why.
 
@@ -166,6 +190,7 @@ def survey(model: nn.Module, data: Data) -> Survey:
     return inspect_network(model, task.read()[0], task)
 
 
+@in_turn
 def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
     """What the network would cost under a plan (or its text), before anything is solved.
 

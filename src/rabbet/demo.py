@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rabbet.files import write_whole
+
 __all__ = ["DigitsNet", "calibration", "model", "test", "train"]
 
 WEIGHTS = "demo.safetensors"
@@ -140,10 +142,7 @@ def _accuracy(net: DigitsNet) -> float:
 
 def _rewrite(path: Path) -> None:
     net = train()
-    # Written beside, then renamed: a run that is stopped half-way leaves the old weights in place.
-    beside = path.with_suffix(".new")
-    beside.write_bytes(safetensors.torch.save(net.state_dict()))
-    beside.replace(path)
+    write_whole(path, [safetensors.torch.save(net.state_dict())])
     print(f"{path.name}: {path.stat().st_size} bytes, held-out accuracy {_accuracy(net):.2%}")
 
 

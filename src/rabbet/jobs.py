@@ -1,32 +1,46 @@
 """Independent jobs on any executor; finished ones are remembered by the content of their input.
 
 A job is a top-level function from tensors and plain settings to a dict of tensors. Its key is a
-hash of the function's name and of every byte of its input, so a killed run that is started again
-finds its finished results, and a second budget finds the candidates of the first. Results on disk
-are safetensors: nothing is ever unpickled from a folder.
+hash of the function's name, of every byte of its input and of what its settings are and compute, so
+a killed run that is started again finds its finished results, and a second budget finds the
+candidates of the first. Results on disk are safetensors, each with the key of its job and a
+checksum: nothing is ever unpickled from a folder, and nothing is taken from it that was damaged or
+belongs to another job.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+import secrets
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from rabbet.errors import FileError
+from rabbet.errors import FileError, RabbetError
+from rabbet.files import write_whole
+from rabbet.fingerprint import Untold, fingerprint
 
 Tensors = dict[str, Tensor]
 Job = tuple[Callable[..., Tensors], Mapping[str, Tensor], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]
+Finished = Generator[tuple[str, Tensors], None, None]
+
+ONCE = "once-"  # how the key of work begins that no other run can find again
+LOG = logging.getLogger("rabbet")
+TURN = threading.RLock()
+"""Held by the one thread that works: torch has one number of threads for the whole process."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -39,14 +53,20 @@ class Jobs:
 
     executor: any `concurrent.futures.Executor`; None runs them here, one after the other. folder:
     where results are kept between runs; None keeps them in memory, for the life of this object.
-    Functions of a task (`forward`, `loss`) count by their names only: after changing one, use
-    another folder.
+
+    Functions of a task (`forward`, `loss`) and the network's own code count by what they compute:
+    code, constants, defaults, closures, the globals that they read, the state of objects. What is
+    installed, such as torch, counts by its version. Work that depends on something that cannot be
+    told from another (a lock, a generator, an open file) is not kept. That, and an entry of the
+    folder that was damaged or is another job's, is said once, through the logger `rabbet`. The
+    checksums are against accidents, not against somebody who may write into the folder.
     """
 
     executor: Executor | None = None
     folder: Path | None = None
     progress: Progress = silent
     _memory: dict[str, Tensors] = field(default_factory=dict, repr=False)
+    _said: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         if self.folder is None:
@@ -64,78 +84,192 @@ class Jobs:
             )
 
     def run(self, stage: str, jobs: Sequence[Job]) -> list[Tensors]:
-        """Results in the order of the jobs, whatever the order in which they end."""
-        keys = [_key(job) for job in jobs]
+        """Results in the order of the jobs, whatever the order in which they end.
+
+        Raises RabbetError if a worker process dies; what the others have finished is kept.
+        """
+        keys = [self.key(_name(function), given, rest) for function, given, rest in jobs]
         results: dict[str, Tensors] = {k: kept for k in keys if (kept := self.kept(k)) is not None}
         missing = {k: job for k, job in zip(keys, jobs, strict=True) if k not in results}
-        for key, result in self._finished(missing):
-            self.keep(key, result)
-            results[key] = result
-            self.progress(stage, len(results), len(set(keys)))
+        # closed here, so that an error leaves no job waiting and the threads as they were
+        with TURN, one_thread(), contextlib.closing(self._finished(stage, missing)) as finished:
+            for key, result in finished:
+                self.keep(key, result)
+                results[key] = result
+                self.progress(stage, len(results), len(set(keys)))
         if not missing:
             self.progress(stage, len(results), len(results))
         return [results[k] for k in keys]
 
-    def _finished(self, jobs: dict[str, Job]) -> Iterator[tuple[str, Tensors]]:
+    def _finished(self, stage: str, jobs: dict[str, Job]) -> Finished:
         if self.executor is None:
-            yield from ((key, _call(job)) for key, job in jobs.items())
+            for key, job in jobs.items():
+                yield key, _call(job)
             return
-        futures = {
-            self.executor.submit(_call_packed, job[0], _packed(job[1]), job[2]): k
-            for k, job in jobs.items()
-        }
-        for future in as_completed(futures):
-            yield futures[future], load(future.result())
+        try:
+            yield from _spread(self.executor, jobs)
+        except BrokenExecutor as e:
+            kept = (
+                "Jobs(folder=...) would keep what is finished"
+                if self.folder is None
+                else f"what was finished is kept in {self.folder}: run it again to go on"
+            )
+            raise RabbetError(
+                f"a worker process died ({stage}), perhaps for want of memory: use fewer processes "
+                f"at once; a script must start them under `if __name__ == '__main__':`; {kept}"
+            ) from e
+
+    def key(self, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+        """The `content_key` of work; if its settings cannot be told from others, one used once."""
+        try:
+            return content_key(name, tensors, settings)
+        except Untold as e:
+            self.say_untold(name, e)
+            return f"{ONCE}{secrets.token_hex(20)}"
+
+    def lasts(self, key: str) -> bool:
+        """Whether what is kept under a key is there for the next run."""
+        return self.folder is not None and not key.startswith(ONCE)
 
     def kept(self, key: str) -> Tensors | None:
-        """The result that was kept under this key, if any; a damaged file counts as none."""
-        if self.folder is None:
+        """The result that was kept under this key, if any.
+
+        A file that is damaged or holds another job's result counts as none, and that is said.
+        """
+        if self.folder is None or not self.lasts(key):
             return self._memory.get(key)
-        with contextlib.suppress(OSError, SafetensorError):
-            return load_file(self.folder / f"{key}.safetensors")
-        return None
+        path = self.folder / f"{key}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            return _unsealed(path.read_bytes(), key)
+        except Exception:  # the bytes may be anybody's, and readers of them raise anything
+            self._say(
+                "damage",
+                f"{path} is damaged or holds another job's result: this work is done again, and so "
+                "is any other that is found like this",
+            )
+            return None
 
     def keep(self, key: str, result: Tensors) -> None:
-        """Remember a result, in memory or in the folder (written beside, then renamed)."""
-        if self.folder is None:
+        """Remember a result, in memory or in the folder."""
+        if self.folder is None or not self.lasts(key):
             self._memory[key] = result
             return
-        beside = self.folder / f"{key}.{os.getpid()}.part"
         try:
-            save_file({k: v.contiguous() for k, v in result.items()}, beside)
-            beside.replace(self.folder / f"{key}.safetensors")
-        except (OSError, SafetensorError) as e:  # the folder has gone, or the disk is full
-            beside.unlink(missing_ok=True)
+            write_whole(self.folder / f"{key}.safetensors", [_sealed(result, key)])
+        except FileError as e:  # the folder has gone, or the disk is full
             raise FileError(f"finished work cannot be kept in {self.folder}: {e}") from e
+
+    def say_untold(self, what: str, cause: Untold) -> None:
+        """Say that work is not kept because it depends on what cannot be told from another."""
+        if self.folder is not None:
+            self._say(
+                what,
+                f"{what} depends on {cause}, which cannot be told from another: work that needs it "
+                f"is not kept in {self.folder}",
+            )
+
+    def _say(self, topic: str, text: str) -> None:
+        if topic not in self._said:
+            self._said.add(topic)
+            LOG.warning("%s", text)
 
 
 def content_key(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """A hash of a name, the bytes of tensors, settings (by their `repr`) and rabbet's version."""
-    facts = [name, version("rabbet"), {k: repr(v) for k, v in sorted(settings.items())}]
+    """A hash of a name, tensors, settings, and the versions of rabbet and torch.
+
+    Tensors count by their bytes, settings by their `fingerprint`. Raises Untold for a setting that
+    cannot be told from another.
+    """
+    told = {k: fingerprint(v) for k, v in sorted(settings.items())}
+    facts = [name, version("rabbet"), torch.__version__, told]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for label, tensor in sorted(tensors.items()):
-        digest.update(f"{label} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+    for part in _content(tensors):
+        digest.update(part)
     return digest.hexdigest()[:40]
 
 
-def _key(job: Job) -> str:
-    function, tensors, settings = job
-    return content_key(f"{function.__module__}.{function.__qualname__}", tensors, settings)
+def _content(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """All that makes tensors what they are."""
+    for label, tensor in sorted(tensors.items()):
+        yield json.dumps([label, str(tensor.dtype), list(tensor.shape)]).encode()
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
 
 
-def _call(job: Job) -> Tensors:
-    # One thread per job, wherever it runs: another order of summation would give other bytes.
-    function, tensors, settings = job
+def _seal(result: Mapping[str, Tensor], key: str) -> dict[str, str]:
+    # one entry: safetensors writes several in any order, and the same work is to be the same bytes
+    digest = hashlib.blake2b(key=key.encode()[: hashlib.blake2b.MAX_KEY_SIZE], digest_size=20)
+    for part in _content(result):
+        digest.update(part)
+    return {"job": f"{key} {digest.hexdigest()}"}
+
+
+def _sealed(result: Mapping[str, Tensor], key: str) -> bytes:
+    """A result as the bytes of a file, with its job's key and a checksum."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in result.items()}
+    return save(tensors, _seal(tensors, key))
+
+
+def _unsealed(content: bytes, key: str) -> Tensors:
+    """The inverse; raises ValueError, or whatever a damaged file makes its reader raise."""
+    result = load(content)
+    length = int.from_bytes(content[:8], "little")
+    facts = json.loads(content[8 : 8 + length])["__metadata__"]
+    if facts != _seal(result, key):
+        raise ValueError("not what was kept under this key")
+    return result
+
+
+def _name(function: Callable[..., Tensors]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: sums in another order would be other bytes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
-            return function(**tensors, **settings)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _call(job: Job) -> Tensors:
+    function, tensors, settings = job
+    # Not set back here: in a pool of threads, others are still at work.
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return function(**tensors, **settings)
+
+
+def _spread(executor: Executor, jobs: Mapping[str, Job]) -> Finished:
+    """The results of an executor as they come.
+
+    After a failure nothing new is started, and what is being worked on is still waited for: it is
+    finished work, too. Then the first failure is raised.
+    """
+    futures = {
+        executor.submit(_call_packed, job[0], _packed(job[1]), job[2]): k for k, job in jobs.items()
+    }
+    failure: Exception | None = None
+    try:
+        for future in as_completed(futures):
+            try:
+                content = future.result()
+            except Exception as e:  # the first one counts: those that it stopped are Cancelled
+                failure = failure or e
+                for other in futures:
+                    other.cancel()
+                continue
+            yield futures[future], load(content)
+    finally:
+        for future in futures:
+            future.cancel()
+    if failure is not None:
+        raise failure
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
@@ -147,4 +281,26 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 def _call_packed(
     function: Callable[..., Tensors], tensors: bytes, settings: Mapping[str, Any]
 ) -> bytes:
+    end_with_parent()
     return _packed(_call((function, load(tensors), settings)))
+
+
+def end_with_parent() -> None:
+    """Let a worker process end when the one that started it has ended, however that was.
+
+    Otherwise it would wait for work for ever. Does nothing in a process that is no worker.
+    """
+    _watch_parent_of(os.getpid())
+
+
+@functools.cache
+def _watch_parent_of(_: int) -> None:  # by its number: a fork inherits the cache, not the thread
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="rabbet-parent", daemon=True).start()

@@ -1,5 +1,6 @@
 """What a method works on: the user's network, folded and measured."""
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,10 +14,10 @@ from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.core.layout import RESERVED, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
-from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
-from rabbet.jobs import Jobs, content_key
+from rabbet.fingerprint import Untold, fingerprint
+from rabbet.jobs import ONCE, Jobs
 from rabbet.layers import Site
 from rabbet.model.bn_fold import fold, norm_gain
 from rabbet.model.inspect import inspect_network, own_tensors, stored_tensors
@@ -74,7 +75,9 @@ class Workpiece:
 
     types: the original types of the network's tensors, for those that are not compressed: a
     half-precision embedding that is left alone is stored in half precision again. norms: by site,
-    the BatchNorms that were folded. clock: times layers, if a budget is about latency.
+    the BatchNorms that were folded. clock: times layers, if a budget is about latency. told: the
+    fingerprint of network, batches and functions as they are before anything runs; one of this
+    piece alone if they cannot be told from others.
     """
 
     model: nn.Module
@@ -85,6 +88,7 @@ class Workpiece:
     types: dict[str, str]
     norms: dict[str, Norm] = field(default_factory=dict)
     clock: Clock | None = None
+    told: str = ""
     _moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -93,6 +97,8 @@ class Workpiece:
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
         batches = task.read()
+        calls = {part: getattr(task, part) for part in ("forward", "loss", "vary", "evaluate")}
+        told = _told({**calls, "batches": batches, "network": model}, jobs)
         survey = inspect_network(model, batches[0], task)
         types = {
             name: DTYPES[str(t.dtype)]
@@ -105,7 +111,7 @@ class Workpiece:
             for s in survey
             if s.norm and isinstance(m := modules[s.norm], _BatchNorm)
         }
-        return cls(fold(model, survey), survey, task, jobs, seed, types, norms)
+        return cls(fold(model, survey), survey, task, jobs, seed, types, norms, told=told)
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""
@@ -114,17 +120,13 @@ class Workpiece:
     def key(self, name: str, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
         """The key of work on this task: `content_key` of network, seed, batches and functions, too.
 
-        Functions count by their names alone, as their content cannot be hashed.
+        Functions, and the network's own code, count by what they compute (`fingerprint`).
         """
-        inputs = {
-            f"in{k}": t for k, t in enumerate(t for b in self.task.read() for t in tensors(b))
-        }
-        inputs |= {f"net.{name}": t for name, t in stored_tensors(self.model).items()}
-        calls = [getattr(self.task, part) for part in ("forward", "loss", "vary", "evaluate")]
-        names = [getattr(f, "__qualname__", type(f).__qualname__) for f in calls]
-        return content_key(
-            name, {**given, **inputs}, {**settings, "seed": self.seed, "task": names}
+        network = {f"net.{name}": t for name, t in stored_tensors(self.model).items()}
+        key = self.jobs.key(
+            name, {**given, **network}, {**settings, "seed": self.seed, "told": self.told}
         )
+        return f"{ONCE}{key}" if self.told.startswith(ONCE) else key
 
     def held(self, name: str, tensor: Tensor) -> Tensor:
         """An uncompressed tensor of the network, rounded to the type that a file stores it in."""
@@ -162,6 +164,18 @@ class Workpiece:
         """What the float32 network costs."""
         cost = float_cost(self.survey)
         return cost if self.clock is None else replace(cost, time=self.clock.whole)
+
+
+def _told(parts: Mapping[str, Any], jobs: Jobs) -> str:
+    """The fingerprint of what work depends on; if a part cannot be told, one of no other run."""
+    told = {}
+    for name, part in parts.items():
+        try:
+            told[name] = fingerprint(part)
+        except Untold as e:
+            jobs.say_untold(f"the task's {name}" if name != "network" else "the network", e)
+            return f"{ONCE}{secrets.token_hex(20)}"
+    return fingerprint(told)
 
 
 def rest_of(

@@ -85,7 +85,8 @@ def test_a_stop_without_a_folder_mentions_resume(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_ends_a_real_process_with_one_line(jobs, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_real_process_with_one_line(number, code, jobs, tmp_path):
     given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", jobs)
     # a process started in the background may have been told to ignore the signal
     listens = {
@@ -95,11 +96,42 @@ def test_ctrl_c_ends_a_real_process_with_one_line(jobs, tmp_path):
     with _starts("compress", *given, **listens) as process:
         while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert err.startswith("stopped; ")
+    assert (process.returncode, out) == (code, "")
+    assert err.startswith("stopped; finished work is kept in ")
     assert err.count("\n") == 1
+    assert list(tmp_path.glob("work/*.safetensors"))
+
+
+def test_a_signal_before_any_work_ends_a_command_with_its_code(run, mine, monkeypatch):
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # the handler runs before this ends
+
+    monkeypatch.setattr("rabbet.cli.inputs.open_inputs", killed)
+    assert run("survey", f"{mine}:net") == (143, "", "stopped\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", 2)
+    with _starts("compress", *given, start_new_session=True) as process:
+        while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        # the pipes of its output close when the last process that holds them has ended
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_libraries_write_to_the_descriptor_is_no_part_of_the_output():
+    code = (
+        "import ctypes\nfrom rabbet.cli.ending import own_output\nown_output()\n"
+        "print('ours')\nctypes.CDLL(None).puts(b'stray')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("ours\n", "stray\n")
 
 
 def test_several_processes_write_the_same_bytes(run, small, tmp_path):

@@ -14,6 +14,7 @@ SOURCE = Path(rabbet.__file__).parent
 # package.
 FLOORS = (
     {"errors"},
+    {"files", "fingerprint"},
     {"grids", "jobs", "layers", "data"},
     {"solve"},
     {"forms"},
@@ -144,3 +145,11 @@ def test_nothing_is_unpickled():
         modules = {module.split(".")[0] for module, _, _ in _imports(path)}
         assert not modules & {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}, name
         assert not re.search(r"(?<!safetensors\.)\btorch\.load\(", path.read_text()), name
+
+
+def test_descriptors_of_the_process_belong_to_it():
+    # Other threads write to them meanwhile; only the command line is a process of its own.
+    for name, path in _files().items():
+        if _room(name) != "cli":
+            moved = re.findall(r"dup2|redirect_std\w+|logging\.disable", path.read_text())
+            assert not moved, f"{name}: {moved}"

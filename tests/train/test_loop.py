@@ -118,3 +118,21 @@ def test_hooks_see_what_passes_may_replace_it_and_never_stay_behind():
         raise KeyboardInterrupt
     assert torch.equal(layer(x), wanted)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("damage", ["a value", "another job's"])
+def test_a_checkpoint_that_does_not_fit_is_not_gone_on_from(damage, tmp_path, caplog):
+    whole = Bowl(LAYOUTS["contiguous"]())
+    run(whole, Jobs(folder=tmp_path), "key", "moving")
+    path = tmp_path / "key.safetensors"
+    content = path.read_bytes()
+    if damage == "a value":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 16]))
+    else:
+        run(Bowl(LAYOUTS["contiguous"](), steps=5), Jobs(folder=tmp_path), "other", "moving")
+        (tmp_path / "other.safetensors").replace(path)
+    again = Bowl(LAYOUTS["contiguous"]())
+    run(again, Jobs(folder=tmp_path), "key", "moving")
+    assert torch.equal(again.p, whole.p)
+    assert "is damaged or holds another job's result" in caplog.text
+    assert path.read_bytes() == content

@@ -25,7 +25,7 @@ from rabbet.data.task import Task
 from rabbet.export.onnx.write import assemble, assemble_alone, float_content
 from rabbet.forms import Dense
 from rabbet.grids.grid import Grid, Quantised
-from rabbet.jobs import Jobs, content_key
+from rabbet.jobs import Jobs
 from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.model.compressed import Compressed, Head
@@ -114,7 +114,7 @@ class Stopwatch:
     ) -> int:
         # a layer's time depends on its shapes alone
         weights = self._network if "whole" in facts else {}
-        key = content_key("latency", weights, facts | self.machine)
+        key = self.kept.key("latency", weights, facts | self.machine)
         kept = self.kept.kept(key)
         if kept is None:
             kept = {"nanoseconds": torch.tensor([_time(content(), given)])}

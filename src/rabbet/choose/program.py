@@ -5,12 +5,8 @@ its answer is counted again in whole numbers; if that is over a limit, within th
 solver, the program is solved again with less room.
 """
 
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -143,29 +139,16 @@ def _solve(
             LinearConstraint(csr_array(column[None] / scale), -np.inf, allowed / scale)
         )
     top = flat.max()
-    with _quiet():
-        result = milp(
-            flat / top * 1e3 if top > 0 else flat,
-            constraints=constraints,
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
-            options={"node_limit": NODES, "mip_rel_gap": 1e-4},
-        )
+    # Rarely, HiGHS writes a line of its own to the process's standard output, which no option
+    # stops; the descriptor is the process's, and only the command line, which owns it, moves it.
+    result = milp(
+        flat / top * 1e3 if top > 0 else flat,
+        constraints=constraints,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"node_limit": NODES, "mip_rel_gap": 1e-4},
+    )
     if result.x is None:
         return None
     parts = np.split(result.x, np.cumsum([len(r) for r in table])[:-1])
     return [int(np.argmax(part)) for part in parts]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Discard the lines that HiGHS writes to file descriptor 1, where a caller's JSON goes."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)

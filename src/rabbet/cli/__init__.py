@@ -1,14 +1,14 @@
 """The command line: survey, plan, compress, show, check, compare, export, eval, bench.
 
 What was asked for goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a budget that is
-broken or cannot be met, 2 any other mistake, 130 stopped by hand. A mistake is one line that starts
-with `error:`.
+broken or cannot be met, 2 any other mistake, 130 stopped by hand, 143 by SIGTERM. A mistake is one
+line that starts with `error:`.
 """
 
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rabbet.cli import compressing, reading, running
-from rabbet.cli.ending import CLOSED, INTERRUPTED, Stopped
+from rabbet.cli.ending import CLOSED, INTERRUPTED, Stopped, own_output, terminable
 from rabbet.errors import BudgetError, RabbetError
 
 # Newer versions of typer carry a click of their own: the root of its usage errors is found through
@@ -64,8 +64,19 @@ def _options(
     """What every command takes."""
 
 
+def program() -> int:
+    """The command line as a process of its own; returns the exit code."""
+    own_output()
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: the arguments of the process); returns the exit code."""
+    with terminable() as stopped:
+        return _answered(arguments, stopped)
+
+
+def _answered(arguments: Sequence[str] | None, stopped: Callable[[], int]) -> int:
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
@@ -75,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     except Stopped as e:
-        return _told(str(e), INTERRUPTED)
+        return _told(str(e), stopped())
     except (KeyboardInterrupt, typer.Abort):
-        return _told("stopped", INTERRUPTED)
+        return _told("stopped", stopped())
     except BudgetError as e:
         return _told(f"error: {e}", 1)
     except _Usage as e:
@@ -93,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 2
     if code == INTERRUPTED:  # typer's own word for a KeyboardInterrupt
-        return _told("stopped", INTERRUPTED)
+        return _told("stopped", stopped())
     return code if isinstance(code, int) else 0
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from rabbet.cli import main
+from rabbet.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

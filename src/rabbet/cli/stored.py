@@ -19,6 +19,7 @@ from rabbet.core.survey import Survey
 from rabbet.errors import FileError
 from rabbet.export import ENDINGS, target_of
 from rabbet.export.native import kept_as_it_is, read_parts
+from rabbet.files import require_regular
 from rabbet.runtime.session import Session
 from rabbet.workpiece import DTYPES
 
@@ -62,12 +63,16 @@ def ready(output: Path, target: str | None = None) -> str:
 
 
 def writable(output: Path) -> None:
-    """Refuse a file for which there is no folder that can be written to, before any work."""
+    """Refuse, before any work, a file that cannot be written.
+
+    There is no folder that can be written to, or something else than a file lies there.
+    """
     there = next(parent for parent in output.absolute().parents if parent.exists())
     if not there.is_dir():
         raise FileError(f"cannot write {output}: {there} is not a folder")
     if not os.access(there, os.W_OK):
         raise FileError(f"cannot write {output}: {there} cannot be written to")
+    require_regular(output)
 
 
 def opened(path: Path, network: nn.Module) -> nn.Module:

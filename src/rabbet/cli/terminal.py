@@ -19,13 +19,15 @@ from rich.progress import (
 )
 
 from rabbet.cli.ending import Stopped
-from rabbet.jobs import Jobs, silent
+from rabbet.jobs import Jobs, end_with_parent, silent
 from rabbet.jobs import Progress as Report
+
+DEAF = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def working(folder: Path | None, processes: int, quiet: bool) -> Iterator[Jobs]:
-    """Jobs for one command. Ctrl-C raises Stopped, and takes the worker processes along."""
+    """Jobs for one command; Ctrl-C or SIGTERM raises Stopped and ends the worker processes."""
     try:
         with contextlib.ExitStack() as stack:
             progress = silent if quiet else stack.enter_context(bars())
@@ -70,19 +72,25 @@ def workers(processes: int) -> Iterator[Executor]:
 
     A fork of a process in which torch has started threads may hang.
     """
-    executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    # Ctrl-C reaches the whole process group. The parent ends the workers, which would only print
-    # tracebacks: they are born deaf, since a signal may come while they are still importing. A
-    # submission each starts them all.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for _ in range(processes):
-        executor.submit(os.getpid)
-    signal.signal(signal.SIGINT, before)
+    others = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+    )
+    # Ctrl-C reaches the whole process group, a service manager's SIGTERM too. The parent ends the
+    # workers, which would only print tracebacks or look as if they had crashed: they are born deaf,
+    # since a signal may come while they are still importing. A submission each starts them all.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in DEAF}
+    try:
+        for _ in range(processes):
+            executor.submit(os.getpid)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     try:
         yield executor
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
         raise
     executor.shutdown()

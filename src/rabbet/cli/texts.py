@@ -11,7 +11,7 @@ import typer
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
-from rabbet.export.base import write_beside
+from rabbet.files import write_whole
 from rabbet.methods import METHODS, Method, method_of
 
 
@@ -95,4 +95,4 @@ def plan_of_file(path: Path) -> Plan:
 def write_plan(path: Path, plan: Plan) -> None:
     """Write a plan as text, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(path, [f"{plan}\n".encode()])
+    write_whole(path, [f"{plan}\n".encode()])

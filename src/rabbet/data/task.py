@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,17 +182,31 @@ def _asked(name: str) -> Iterator[None]:
         raise DataError(f"Task({name}=...) failed: {type(e).__name__}: {e}") from e
 
 
+_LOCK = threading.Lock()
+_MODES: dict[nn.Module, list[bool]] = {}
+"""The mode of each module before it was put into eval mode, and that again if it was once more."""
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode; afterwards every module is back in its own mode."""
-    modes = {m: m.training for m in model.modules()}
-    for module in modes:  # an exported program has no `eval`
-        module.training = False
+    """Put a model into eval mode; afterwards every module is back in its own mode.
+
+    Several threads may do so with one model: the last one out puts its modules back.
+    """
+    modules = list(model.modules())
+    with _LOCK:
+        for module in modules:
+            _MODES.setdefault(module, []).append(module.training)
+            module.training = False  # an exported program has no `eval`
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        with _LOCK:
+            for module in modules:
+                mode = _MODES[module].pop()
+                if not _MODES[module]:
+                    del _MODES[module]
+                module.training = mode
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:

@@ -35,19 +35,3 @@ class Written:
 
 
 Export = Callable[[Parcel, Path], Written]
-
-
-def write_beside(path: Path, parts: list[bytes]) -> int:
-    """Write a whole file or nothing: beside the path first, then renamed.
-
-    Returns the bytes written.
-    """
-    beside = path.with_name(path.name + ".part")
-    try:
-        with beside.open("wb") as file:
-            for part in parts:
-                file.write(part)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path.stat().st_size

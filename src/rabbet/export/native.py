@@ -16,7 +16,8 @@ from rabbet.core.layout import VERSION, WIDTHS, Rest, arrays, file_bytes, header
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
-from rabbet.export.base import Parcel, Written, write_beside
+from rabbet.export.base import Parcel, Written
+from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.grids.pack import pack, packed_bytes, unpack
 from rabbet.layers import Site, shares_table
@@ -64,7 +65,7 @@ def write_native(parcel: Parcel, path: Path) -> Written:
             f"the network takes {size:,} bytes and its plan {expected:,}: it was changed since; "
             "compress it again"
         )
-    return Written(write_beside(path, parts))
+    return Written(write_whole(path, parts))
 
 
 def _raw(tensor: Tensor) -> bytes:

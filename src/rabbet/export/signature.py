@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import io
 import itertools
 import logging
 import warnings
@@ -73,17 +72,35 @@ def output_names(value: Any) -> list[str]:
     return ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
 
 
+CHATTY = (
+    "torch",
+    "torch.onnx",
+    "torch.export",
+    "torch._dynamo",
+    "torch.fx",
+    "onnxscript",
+    "onnx_ir",
+)
+"""Loggers of torch's exporters."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's own messages: packages that it misses, values that it cannot fold."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Silence the exporter's own messages: packages that it misses, values that it cannot fold.
+
+    Only its own loggers: other threads log and print meanwhile.
+    """
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logging.disable(before)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 FIXED = ("inferred a static shape", "specialized it to be a constant")

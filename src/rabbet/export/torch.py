@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from rabbet.data.batches import replaced, suited, tensors
 from rabbet.data.task import Task, call
 from rabbet.errors import ModelError
-from rabbet.export.base import Parcel, Written, write_beside
+from rabbet.export.base import Parcel, Written
 from rabbet.export.signature import Flat, axes, quiet, reason, two
+from rabbet.files import write_whole
 from rabbet.model.compressed import ActQuant, Factor, compressed_layers
 
 
@@ -34,7 +35,7 @@ def write_torch(parcel: Parcel, path: Path) -> Written:
             torch.export.save(_program(unroll(parcel.model), parcel.task), content)
     except Exception as e:  # the exporter runs the user's code, which may raise anything
         raise ModelError(f"torch cannot export this network: {reason(e)}") from e
-    return Written(write_beside(path, [content.getvalue()]))
+    return Written(write_whole(path, [content.getvalue()]))
 
 
 def _program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:

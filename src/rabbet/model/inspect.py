@@ -20,7 +20,8 @@ from rabbet.data.batches import Batch, examples, tensors
 from rabbet.data.task import Task, evaluating
 from rabbet.errors import DataError, ModelError
 from rabbet.layers import LayerKind, Site, kind_of, looks_up, shares_table
-from rabbet.model.watch import Watch, buffers_kept
+from rabbet.model.surgery import copied
+from rabbet.model.watch import Watch
 
 
 def inspect_network(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
@@ -31,13 +32,23 @@ def inspect_network(model: nn.Module, batch: Batch, task: Task | None = None) ->
     to compress; DataError if the model does not run on the batch.
     """
     check(model)
+    model = _double(model)
     watch = Watch(model)
     try:
-        with evaluating(model), buffers_kept(model), torch.no_grad(), watch:
+        with evaluating(model), torch.no_grad(), watch:
             result = (task or Task(())).run(model, batch)
     finally:
         watch.remove()
     return _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """A copy that can be hooked and run, whoever else uses the model meanwhile.
+
+    Parameters are shared: they are only read. Raises ModelError for a model that holds what cannot
+    be copied.
+    """
+    return copied(model, {id(p): p for p in model.parameters()})
 
 
 def check(model: nn.Module) -> None:

@@ -1,18 +1,22 @@
 """Changes to a copy of a network: modules replaced, fused paths that bypass layers switched off."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
 from rabbet.errors import ModelError
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; raises ModelError for a model that holds what cannot be copied."""
+def copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; raises ModelError for a model that holds what cannot be copied.
+
+    shared: by their `id`, what is not copied.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, found {model!r}")
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, shared)
     except Exception as e:
         raise ModelError(
             f"the model cannot be copied ({e}); a compressed network is a changed copy"

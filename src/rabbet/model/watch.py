@@ -1,10 +1,7 @@
 """One forward pass, watched: what each layer is called with, and who uses its output."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -55,22 +52,3 @@ class Watch(TorchFunctionMode):
 
 def _watched(module: nn.Module) -> bool:
     return kind_of(module) is not None or isinstance(module, _BatchNorm)
-
-
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers afterwards, whatever a forward pass does to them, such as counting."""
-    before = [
-        (module, name, t, t.clone())
-        for module in model.modules()
-        for name, t in module.named_buffers("", False)
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, tensor, values in before:
-                # An expanded tensor cannot be written to.
-                if not tensor.equal(values):
-                    tensor.copy_(values)
-                setattr(module, name, tensor)

@@ -1,11 +1,13 @@
 """Pictures of a method's search; they need matplotlib (`pip install rabbet[report]`)."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rabbet.errors import FileError, PlanError
+from rabbet.files import write_whole
 from rabbet.methods.cgmq.gates import Gating
 from rabbet.methods.cora.search import Search, butterworth
 from rabbet.train.qat import WIDEST
@@ -66,10 +68,16 @@ def draw_gates(gating: Gating, path: str | Path) -> None:
 
 
 def _save(figure: Any, path: str | Path) -> None:
+    path = Path(path)
+    kind = path.suffix.removeprefix(".")
+    if not kind:
+        raise FileError(f"{path} must end in what kind of picture it is, such as .svg or .png")
+    content = io.BytesIO()
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as e:
+        figure.savefig(content, format=kind)
+    except ValueError as e:
         raise FileError(f"cannot write the picture {path}: {e}") from None
+    write_whole(path, [content.getvalue()])
 
 
 def _figure() -> Any:

@@ -111,7 +111,7 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
             detail = course.detail
             jobs.progress(f"{stage}: {detail}" if detail else stage, step + 1, course.steps)
             due = (step + 1) % every == 0 or step + 1 == course.steps
-            if due and jobs.folder is not None and first_process():
+            if due and jobs.lasts(key) and first_process():
                 jobs.keep(key, _checkpoint(course, optimiser, parameters, step + 1))
         course.learned = any(optimiser.state[p] for p in parameters)
     finally:
@@ -191,7 +191,7 @@ def _resume(
     optimiser: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
 ) -> int:
-    kept = jobs.kept(key) if jobs.folder is not None else None
+    kept = jobs.kept(key) if jobs.lasts(key) else None
     if kept is None:
         return 0
     step = kept["step"]

@@ -15,13 +15,14 @@ from torch import nn
 from rabbet.calibrate.ranges import Sample
 from rabbet.data.batches import examples, tensors
 from rabbet.data.task import Task
-from rabbet.export.base import Parcel, Written, write_beside
+from rabbet.export.base import Parcel, Written
 from rabbet.export.onnx.compare import compare, compare_plain
 from rabbet.export.onnx.graph import OPSET, Graph
 from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.qdq import QDQPlacement, Range
 from rabbet.export.onnx.trace import trace
 from rabbet.export.onnx.weights import write_weights
+from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor, compressed_layers
 from rabbet.runtime.session import KERNELS, Session, kernels, require_onnx
@@ -55,7 +56,7 @@ def write_float(model: nn.Module, task: Task, path: Path, opset: int = OPSET) ->
     opset: an older one for tools that do not know the newest. Raises as `write_onnx` does.
     """
     require_onnx()
-    return Written(write_beside(path, [float_content(model, task, opset)]))
+    return Written(write_whole(path, [float_content(model, task, opset)]))
 
 
 def float_content(model: nn.Module, task: Task, opset: int = OPSET) -> bytes:
@@ -73,7 +74,7 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
     short.shorten()
     content = short.bytes()
     Session(content)  # raises unless the runtime can open it
-    size = write_beside(path, [content])
+    size = write_whole(path, [content])
     return Written(size, _floats(assembled.content, parcel, assembled.written))
 
 

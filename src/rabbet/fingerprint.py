@@ -1,0 +1,263 @@
+"""A hash of what a value is and a callable computes, the same in every process.
+
+A function counts by its code, constants, defaults, closure and the globals that it reads; an object
+by its class and its state, as it would describe them to `pickle` (nothing is pickled); a set
+whatever its order. What is installed, such as torch, counts by its name and version, what is the
+user's by its content. Nothing here depends on addresses, on `hash` or on line numbers.
+"""
+
+import copyreg
+import dis
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ATOMS = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range}
+NAMED = (
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.ClassMethodDescriptorType,
+)
+OWN = Path(__file__).parent.name  # this package: its version is in every key
+GENERATED = {"_abc_impl", "__dict__", "__weakref__"}
+
+
+class Untold(Exception):  # noqa: N818 (no error: the caller does without)
+    """Two of such a value could not be told apart; the message says what it is."""
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of a value; raises Untold for one that holds what cannot be told apart."""
+    try:
+        return _Reader().digest(value).hex()
+    except RecursionError:
+        raise Untold("something nested without end") from None
+
+
+class _Reader:
+    """One walk through a value.
+
+    done: the digests of what was read, with the object, so that no other takes its address. open:
+    what is being read, so that a circle is told by how far back it leads.
+    """
+
+    def __init__(self) -> None:
+        self.done: dict[int, tuple[Any, bytes]] = {}
+        self.open: list[int] = []
+
+    def digest(self, value: Any) -> bytes:
+        """The hash of one value and all that it holds."""
+        if type(value) in ATOMS:
+            return _hash(type(value).__name__, [repr(value).encode()])
+        place = id(value)
+        if place in self.done:
+            return self.done[place][1]
+        if place in self.open:
+            return _hash("circle", [str(self.open.index(place)).encode()])
+        self.open.append(place)
+        try:
+            digest = self._read(value)
+        finally:
+            self.open.pop()
+        self.done[place] = value, digest
+        return digest
+
+    def _read(self, value: Any) -> bytes:
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+            facts = f"{value.dtype} {value.shape}"
+            flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            return _hash("array", [facts.encode(), flat.data])
+        if type(value) in (set, frozenset):  # each by a reader of its own: in no order
+            return _hash(type(value).__name__, sorted(_Reader().digest(v) for v in value))
+        if type(value) in (list, tuple):
+            return self.every(type(value).__name__, value)
+        if isinstance(value, dict) and type(value) is dict:
+            return self.every("dict", (part for item in value.items() for part in item))
+        reader = _READERS.get(type(value))
+        if reader is not None:
+            return reader(self, value)
+        return self.of_class(value) if isinstance(value, type) else self.of_object(value)
+
+    def every(self, kind: str, parts: Iterable[Any]) -> bytes:
+        return _hash(kind, [self.digest(part) for part in parts])
+
+    def tensor(self, value: Tensor) -> bytes:
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise Untold(f"a tensor on {value.device} of layout {value.layout}")
+        facts = f"{type(value).__name__} {value.dtype} {list(value.shape)} {value.requires_grad}"
+        flat = value.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
+        return _hash("tensor", [facts.encode(), flat.view(torch.uint8).numpy().data])
+
+    def function(self, value: types.FunctionType) -> bytes:
+        code, names = value.__code__, sorted(_globals(value.__code__))
+        top = (value.__module__ or "").partition(".")[0]
+        known = installed(code.co_filename) or top == OWN
+        if known and _found(value) is value:
+            return self.name(value)
+        read = {n: value.__globals__[n] for n in names if n in value.__globals__}
+        return self.every(
+            "function",
+            (
+                code,
+                value.__defaults__,
+                value.__kwdefaults__,
+                [_content(cell) for cell in value.__closure__ or ()],
+                {} if known else read,
+                {k: v for k, v in sorted(vars(value).items()) if k != "__wrapped__"},
+            ),
+        )
+
+    def code(self, value: types.CodeType) -> bytes:
+        facts = value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags
+        names = value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars
+        table = getattr(value, "co_exceptiontable", b"")
+        return self.every("code", (value.co_code, table, *facts, *names, *value.co_consts))
+
+    def builtin(self, value: Any) -> bytes:
+        owner = value.__self__
+        if owner is None or isinstance(owner, types.ModuleType | type):
+            return self.name(value)
+        return self.every("method", (value.__name__, owner))
+
+    def name(self, value: Any) -> bytes:
+        module = getattr(value, "__module__", None) or ""
+        owner = getattr(value, "__objclass__", None)
+        where = module if owner is None else f"{owner.__module__}.{owner.__qualname__}"
+        top = sys.modules.get(where.partition(".")[0])
+        version = "" if where.startswith(f"{OWN}.") else str(getattr(top, "__version__", ""))
+        name = getattr(value, "__qualname__", None) or value.__name__
+        return _hash("name", [where.encode(), name.encode(), version.encode()])
+
+    def module(self, value: types.ModuleType) -> bytes:
+        file = getattr(value, "__file__", None)
+        if _known(value.__name__):
+            return self.name(value)
+        if file is None or not file.endswith(".py"):
+            raise Untold(f"the module {value.__name__}, whose source is not there")
+        held = [v for _, v in sorted(vars(value).items()) if isinstance(v, types.ModuleType)]
+        return self.every("module", (value.__name__, Path(file).read_bytes(), *held))
+
+    def of_class(self, value: type) -> bytes:
+        if _known(value.__module__):
+            return self.name(value)
+        content = {
+            k: v
+            for k, v in sorted(vars(value).items())
+            if k not in GENERATED and (callable(v) or isinstance(v, _WRAPPED) or k[:2] != "__")
+        }
+        return self.every("class", (value.__qualname__, content, *value.__bases__))
+
+    def of_object(self, value: Any) -> bytes:
+        """Any other object, as it describes itself to be built anew."""
+        describe = copyreg.dispatch_table.get(type(value))
+        try:
+            described = value.__reduce_ex__(4) if describe is None else describe(value)
+        except Exception:  # whatever the class raises
+            raise Untold(_shown(value)) from None
+        if isinstance(described, str):
+            if not _known(getattr(value, "__module__", None) or type(value).__module__):
+                raise Untold(_shown(value))
+            return _hash("global", [type(value).__qualname__.encode(), described.encode()])
+        make, given, state, *items = (*described, None, None, None)[:5]
+        contents = [list(part) if part is not None else None for part in items]
+        return self.every("object", (type(value), make, given, _own(value, state), *contents))
+
+
+def _hash(kind: str, parts: Iterable[bytes | memoryview]) -> bytes:
+    digest = hashlib.sha256(kind.encode())
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _own(value: Any, state: Any) -> Any:
+    """The state of an object by name, without what it has only worked out and kept."""
+    if type(state) is not dict:
+        return state
+    cached = functools.cached_property
+    kept = {k for k in state if isinstance(getattr(type(value), str(k), None), cached)}
+    return {k: state[k] for k in state if k not in kept}
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is bound later
+        return ...
+
+
+def _globals(code: types.CodeType) -> Iterator[str]:
+    """The globals that a function, or one within it, reads."""
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD") and step.opname.endswith(("GLOBAL", "GLOBALS", "NAME")):
+            yield str(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals(constant)
+
+
+def installed(file: str) -> bool:
+    """Whether a file of Python belongs to the language or to a package that was installed."""
+    parts = Path(file).parts
+    standard = Path(dis.__file__).parent
+    return (
+        bool({"site-packages", "dist-packages"} & {*parts})
+        or standard in Path(file).parents
+        or file.startswith("<frozen ")
+    )
+
+
+def _known(module: str) -> bool:
+    """Whether a module counts by its name."""
+    top = module.partition(".")[0]
+    if top in sys.stdlib_module_names and top != "__main__":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return top == OWN or (file is not None and installed(file))
+
+
+def _found(value: Any) -> Any:
+    """What stands under the name that a function goes by."""
+    at: Any = sys.modules.get(value.__module__)
+    for name in value.__qualname__.split("."):
+        at = getattr(at, name, None)
+    return at
+
+
+def _shown(value: Any) -> str:
+    return f"an object of {type(value).__module__}.{type(value).__qualname__}"
+
+
+_WRAPPED = (property, staticmethod, classmethod, functools.cached_property)
+_READERS: Mapping[type, Callable[[_Reader, Any], bytes]] = {
+    types.FunctionType: _Reader.function,
+    types.CodeType: _Reader.code,
+    types.BuiltinFunctionType: _Reader.builtin,
+    types.ModuleType: _Reader.module,
+    types.MethodType: lambda read, m: read.every("method", (m.__func__, m.__self__)),
+    types.MethodWrapperType: lambda read, m: read.every("method", (m.__name__, m.__self__)),
+    types.MappingProxyType: lambda read, m: read.every("mapping", (dict(m),)),
+    functools.partial: lambda read, p: read.every(
+        "partial", (p.func, p.args, dict(sorted(p.keywords.items())))
+    ),
+    property: lambda read, p: read.every("property", (p.fget, p.fset, p.fdel)),
+    staticmethod: lambda read, m: read.every("static", (m.__func__,)),
+    classmethod: lambda read, m: read.every("of the class", (m.__func__,)),
+    type(functools.lru_cache(len)): lambda read, f: read.every("cached", (f.__wrapped__,)),
+    functools.cached_property: lambda read, p: read.every("cached", (p.func,)),
+    **dict.fromkeys(NAMED, _Reader.name),
+}
+"""How what has no state of its own, or hides it, is read, by its exact type."""

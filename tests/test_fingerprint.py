@@ -1,0 +1,212 @@
+"""The fingerprint of callables: what computes the same counts as one, in every process."""
+
+import collections
+import dataclasses
+import enum
+import functools
+import re
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rabbet.fingerprint import Untold, fingerprint
+
+
+def powered(power):
+    return lambda outputs, _: (outputs**power).sum()
+
+
+def defaulted(power):
+    def loss(outputs, power=power):
+        return outputs**power
+
+    return loss
+
+
+def keyword(power):
+    def loss(outputs, *, power=power):
+        return outputs**power
+
+    return loss
+
+
+def sourced(text, **names):
+    """A function from its text, in a module of its own."""
+    module = types.ModuleType("of_the_user")
+    vars(module).update(names)
+    exec(text, vars(module))
+    return module.f
+
+
+class Scaled:
+    def __init__(self, k):
+        self.k, self.words = k, {"alpha", "beta", "gamma", "delta"}
+
+    def __call__(self, outputs, _):
+        return self.k * outputs.sum()
+
+    def method(self):
+        return self.k
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    k: int
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+def subclass(body):
+    return type("Own", (nn.Module,), {"forward": sourced(body)})()
+
+
+def teacher(seed):
+    torch.manual_seed(seed)
+    net = nn.Linear(3, 2)
+    return lambda outputs: F.mse_loss(outputs, net(outputs))
+
+
+def held(value):
+    """A closure over a value."""
+    return lambda: value
+
+
+def recursive(step):
+    def f(n):
+        return 0 if n < step else f(n - step)
+
+    return f
+
+
+ADD, TAKE = "def f(x): return x + 1", "def f(x): return x - 1"
+PAIRS = {
+    "a constant in a closure": (powered(2), powered(4)),
+    "a constant": (lambda x: x + 1, lambda x: x + 2),
+    "an operation": (lambda x: x + 1, lambda x: x - 1),
+    "a name": (lambda x: x.sum(), lambda x: x.mean()),
+    "a default": (defaulted(2), defaulted(3)),
+    "a keyword's default": (keyword(2), keyword(3)),
+    "a global": (sourced("def f(x): return x * K", K=2), sourced("def f(x): return x * K", K=3)),
+    "a global's code": (
+        sourced("def f(x): return g(x)", g=sourced(ADD)),
+        sourced("def f(x): return g(x)", g=sourced(TAKE)),
+    ),
+    "a global of a function within": (
+        sourced("def f(x): return [K for _ in x]", K=2),
+        sourced("def f(x): return [K for _ in x]", K=3),
+    ),
+    "an attribute of a function": (
+        sourced("def f(): return f.k\nf.k = 1"),
+        sourced("def f(): return f.k\nf.k = 2"),
+    ),
+    "an object's state": (Scaled(1), Scaled(2)),
+    "a bound method": (Scaled(1).method, Scaled(2).method),
+    "slots": (Slotted(1), Slotted(2)),
+    "a partial": (functools.partial(torch.add, alpha=1), functools.partial(torch.add, alpha=2)),
+    "a cached function": (functools.lru_cache(powered(2)), functools.lru_cache(powered(3))),
+    "a module's settings": (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)),
+    "a module in a closure": (teacher(0), teacher(1)),
+    "a class's code": (subclass(ADD), subclass(TAKE)),
+    "a tensor of another type": (held(torch.ones(2)), held(torch.ones(2).double())),
+    "a tensor of another shape": (held(torch.ones(4)), held(torch.ones(2, 2))),
+    "an array": (held(torch.ones(3000).numpy()), held(torch.arange(3000.0).numpy())),
+    "functions of torch": (F.mse_loss, F.l1_loss),
+    "builtins": (torch.relu, torch.sigmoid),
+    "members": (Colour.RED, Colour.BLUE),
+    "patterns": (re.compile("a"), re.compile("b")),
+    "an order": (collections.OrderedDict(a=1, b=2), collections.OrderedDict(b=2, a=1)),
+    "a type": (1, True),
+    "a circle": (recursive(1), recursive(2)),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_what_computes_something_else_has_another_fingerprint(pair):
+    one, other = map(fingerprint, pair)
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: powered(2),
+        lambda: Scaled(3),
+        lambda: teacher(0),
+        lambda: sourced(ADD),
+        lambda: functools.partial(powered(2), None),
+        lambda: subclass(ADD),
+        lambda: recursive(1),
+    ],
+)
+def test_what_is_made_twice_has_one_fingerprint(make):
+    assert fingerprint(make()) == fingerprint(make())
+
+
+def test_where_a_function_stands_does_not_count():
+    assert fingerprint(sourced(ADD)) == fingerprint(sourced("\n\n# moved\n" + ADD))
+
+
+def test_a_function_that_has_run_is_the_same():
+    f = sourced("def f(x):\n    return sum(K * k for k in range(x))", K=2)
+    before = fingerprint(f)
+    for _ in range(2000):
+        f(3)
+    assert fingerprint(f) == before
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        threading.Lock(),
+        (k for k in "ab"),
+        sys.__stdout__,
+        Scaled(threading.Lock()),
+        held(threading.Lock()),
+        {threading.Lock()},
+    ],
+    ids=["lock", "generator", "file", "within an object", "within a closure", "within a set"],
+)
+def test_what_cannot_be_told_is_refused(value):
+    with pytest.raises(Untold, match="an object of"):
+        fingerprint(value)
+
+
+def _said(code, seed):
+    """What a process of its own prints; seed: of its hashes, by which sets are ordered."""
+    environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_another_process_with_other_hashes_finds_the_same():
+    names = (
+        "Scaled(1)",
+        "powered(3)",
+        "teacher(0)",
+        "Colour.RED",
+        "Scaled(2).method",
+        "Slotted(1)",
+    )
+    said = "lambda x: x in {'alpha', 'beta', 'gamma', 'delta'}"
+    values = ", ".join([*names, said])
+    code = f"from test_fingerprint import *\nfor v in ({values}): print(fingerprint(v))"
+    assert len({_said(code, seed) for seed in ("1", "2")}) == 1
+
+
+def test_every_known_network_can_be_told_and_is_the_same_in_another_process():
+    code = (
+        "from networks import NETWORKS, network\nfrom rabbet.fingerprint import fingerprint\n"
+        "for name in NETWORKS: print(name, fingerprint(network(name).model))"
+    )
+    assert len({_said(code, seed) for seed in ("1", "2")}) == 1
