@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,6 +28,7 @@ settings.load_profile("rabbet")
 EXACT = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp")
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # trials that tests share with benchmarks/endurance.py
 DATA = Path(os.environ.get("RABBET_DATA", ROOT.parent / "shared" / "data"))
 
 

@@ -42,7 +42,7 @@ OPTIONAL = {
     "matplotlib",
 }
 # Required, but slow to import and wanted by one step alone.
-SLOW = {"choose/program": {"scipy"}}
+SLOW = {"choose/milp": {"scipy"}}
 
 
 def _files():

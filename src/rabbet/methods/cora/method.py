@@ -88,7 +88,7 @@ class CoRa:
         """The same bits everywhere, and ranks that keep the budget; see `Method.plan`."""
         bases = self._bases(piece)
         table = [self._options(piece, line) for line in bases]
-        require_feasible(table, budget, piece.float_cost, piece.cost)
+        require_feasible(table, budget, piece)
         if self.ranks == "heuristic":
             return self._even(piece, bases, budget)
         wanted = self._wanted(self.search(piece, budget))
@@ -107,7 +107,7 @@ class CoRa:
             ]
             for row in table
         ]
-        return allocate(scores, table, budget, piece.float_cost, piece.cost)
+        return allocate(scores, table, budget, piece)
 
     def search(self, piece: Workpiece, budget: Budget) -> Search:
         """Only find cut-offs under a budget: what `plan` does before it lands ranks under it."""
