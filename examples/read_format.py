@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
     entries = json.loads(data[8:start])
     facts = entries.pop("__metadata__")
     assert facts["format"] == "rabbet/1", f"of another format: {facts['format']}"
+    if "crc32" in facts:  # older files have none
+        own = f"{zlib.crc32(data[:34] + b'00000000' + data[42:]):08x}"
+        assert data[34:42].decode() == facts["crc32"] == own, "damaged: its checksum is another"
     arrays = {}
     for name, e in entries.items():
         first, last = (start + offset for offset in e["data_offsets"])

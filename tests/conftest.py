@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -36,6 +37,7 @@ TABLES = (
 )
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # trials that tests share with benchmarks/endurance.py
 DATA = Path(os.environ.get("RABBET_DATA", ROOT.parent / "shared" / "data"))
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rabbet.calibrate.moments import second_moments
 from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
+from rabbet.core.frame import Frame, Rows
 from rabbet.core.layout import RESERVED, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
@@ -150,6 +151,11 @@ class Workpiece:
         """What one layer costs as planned, its time included if there is a clock."""
         cost = layer_cost(site, layer)
         return cost if self.clock is None else replace(cost, time=self.clock.layer(site, layer))
+
+    def frame(self, rows: Rows) -> Frame:
+        """The header of every plan that takes one line of each row."""
+        first = Plan(tuple(row[0] for row in rows))
+        return Frame.of(self.survey, self.rest(first), rows)
 
     def moments(self) -> dict[str, Tensor]:
         """Second moments of the inputs of every site, measured once."""

@@ -1,6 +1,7 @@
 """The command line: what each command prints, writes and returns."""
 
 import json
+import zlib
 
 import pytest
 
@@ -157,14 +158,30 @@ def test_check_counts_the_bytes_on_disk(run, small, tmp_path):
     content = small.read_bytes()
     length = int.from_bytes(content[:8], "little")
     # the header may end in any number of spaces: the file is whole, and longer than its plan needs
-    longer.write_bytes(
-        (length + 800).to_bytes(8, "little")
-        + content[8 : 8 + length]
-        + b" " * 800
-        + content[8 + length :]
+    whole = b"".join(
+        (
+            (length + 800).to_bytes(8, "little"),
+            content[8:34],
+            b"00000000",  # where the checksum stands
+            content[42 : 8 + length],
+            b" " * 800,
+            content[8 + length :],
+        )
     )
+    longer.write_bytes(whole[:34] + b"%08x" % zlib.crc32(whole) + whole[42:])
     assert run("check", longer, "--budget", f"bytes <= {len(content)}")[0] == 1
     assert run("check", longer, "--budget", f"bytes <= {len(content) + 800}")[0] == 0
+
+
+def test_a_flipped_bit_is_found_without_the_network(run, small, tmp_path):
+    content = small.read_bytes()
+    damaged = tmp_path / "damaged.safetensors"
+    for at in (20, 40, 300, len(content) // 2, len(content) - 1):
+        damaged.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        for command in (("show",), ("check", "--budget", BUDGET), ("compare", small)):
+            code, out, err = run(*command, damaged)
+            assert (code, out) == (2, "")
+            assert "damaged" in err
 
 
 @pytest.mark.parametrize("cut", [4, 1000, -1])

@@ -11,6 +11,7 @@ from torch import nn
 
 from rabbet import Joint, Task, compress, fit, load
 from rabbet.errors import FileError
+from rabbet.export.native import read_parts
 from rabbet.train.tuning import Tuning
 
 NASTY = (
@@ -81,8 +82,14 @@ def _refused(path, data, model=None):
 
 
 def _parts(data):
+    """Header, and values, of the file as it would have been written before there were checksums.
+
+    What is changed in such a file meets the checks that lie behind the checksum.
+    """
     size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"].pop("crc32", None)
+    return header, data[8 + size :]
 
 
 def _joined(header, values):
@@ -117,22 +124,63 @@ def test_a_file_with_more_behind_it_is_refused(whole, tmp_path):
         assert _refused(tmp_path / "f", whole + more)
 
 
+def _flipped(data, at, mask):
+    return data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
+
+
+def test_every_flipped_bit_is_refused_wherever_it_lies(whole, tmp_path):
+    path = tmp_path / "f"
+    everywhere = {(at, at % 8) for at in range(len(whole))}
+    for at, bit in everywhere | set(itertools.product(range(64), range(8))):
+        path.write_bytes(_flipped(whole, at, 1 << bit))
+        with pytest.raises(FileError):
+            read_parts(path)
+
+
+def test_values_that_change_places_are_refused(whole, tmp_path):
+    first = 8 + int.from_bytes(whole[:8], "little")
+    swapped = bytearray(whole)
+    at = next(k for k in range(first, len(whole) - 4) if whole[k] != whole[k + 4])
+    swapped[at], swapped[at + 4] = whole[at + 4], whole[at]
+    assert _refused(tmp_path / "f", bytes(swapped))
+
+
+def test_a_checksum_that_is_away_from_its_place_or_lies_beside_others_is_refused(whole, tmp_path):
+    header, values = _parts(whole)
+    facts = header["__metadata__"]
+    own = whole[34:42].decode()
+    for metadata in (
+        {**facts, "crc32": own},
+        {"crc32": own, **facts},
+        {"crc32": own.upper(), **facts},
+        {"crc32": "", **facts},
+        {"crc33": own, **facts},
+        {**facts, "more": ""},
+    ):
+        assert _refused(tmp_path / "f", _joined({**header, "__metadata__": metadata}, values))
+
+
+def test_the_same_header_written_in_another_way_is_refused(whole, tmp_path):
+    size = int.from_bytes(whole[:8], "little")
+    text = json.dumps(json.loads(whole[8 : 8 + size])).encode()
+    assert _refused(tmp_path / "f", _joined(text, whole[8 + size :]))
+
+
 @pytest.mark.parametrize("mask", [0x01, 0x04, 0x10, 0x80])
 def test_no_flipped_bit_of_the_header_leads_to_another_error(whole, mask, tmp_path):
-    size = 8 + int.from_bytes(whole[:8], "little")
+    data = _joined(*_parts(whole))
+    size = 8 + int.from_bytes(data[:8], "little")
     refused = 0
     for at in range(size):
-        refused += _refused(
-            tmp_path / "f", whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
-        )
+        refused += _refused(tmp_path / "f", _flipped(data, at, mask))
     # the rest are names, reasons and counts that a network cannot contradict
     assert refused > 0.6 * size
 
 
 def test_no_flipped_bit_of_the_values_leads_to_another_error(whole, tmp_path):
-    first = 8 + int.from_bytes(whole[:8], "little")
-    for at in range(first, len(whole)):
-        _refused(tmp_path / "f", whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
+    data = _joined(*_parts(whole))
+    for at in range(8 + int.from_bytes(data[:8], "little"), len(data)):
+        _refused(tmp_path / "f", _flipped(data, at, 0x80))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +385,8 @@ def test_an_array_that_is_missing_renamed_reshaped_or_of_another_type_is_refused
 
 
 def _overwritten(data, name, at, raw):
-    header, _ = _parts(data)
+    header, values = _parts(data)
+    data = _joined(header, values)
     start = 8 + int.from_bytes(data[:8], "little") + header[name]["data_offsets"][0] + at
     return data[:start] + raw + data[start + len(raw) :]
 
@@ -353,6 +402,28 @@ def test_an_input_scale_that_is_no_positive_number_is_refused(whole, value, tmp_
 def test_a_weight_scale_that_is_not_finite_is_refused(whole, raw, tmp_path):
     for at in (0, 2, 18):
         assert _refused(tmp_path / "f", _overwritten(whole, "rabbet.scales", at, raw))
+
+
+@pytest.mark.parametrize("raw", [b"\x7f\x7f", b"\x7f\xff"])
+def test_a_weight_scale_that_no_code_can_be_multiplied_with_is_refused(whole, raw, tmp_path):
+    assert _refused(tmp_path / "f", _overwritten(whole, "rabbet.scales", 0, raw))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bias_that_is_not_finite_is_refused(whole, value, tmp_path):
+    raw = struct.pack("<f", value)
+    assert _refused(tmp_path / "f", _overwritten(whole, "rabbet.biases", 4, raw))
+
+
+def test_a_zero_point_that_the_bits_do_not_have_is_refused(whole, tmp_path):
+    assert _refused(tmp_path / "f", _overwritten(whole, "rabbet.act_zeros", 0, b"\x10"))  # act@4
+
+
+def test_something_behind_the_last_code_is_refused(whole, tmp_path):
+    # fc: 12 ternary codes in 3 bytes, three digits spare; then 12 of one bit, four bits spare
+    count = _parts(whole)[0]["rabbet.codes"]["shape"][0]
+    assert _refused(tmp_path / "f", _overwritten(whole, "rabbet.codes", count - 1, b"\xf0"))
+    assert _refused(tmp_path / "f", _overwritten(whole, "rabbet.codes", count - 3, b"\xf2"))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 
 import torch
 from torch import nn
@@ -36,6 +37,25 @@ def _written(model, batch, text, numbers, ranges, path):
     return path.read_bytes()
 
 
+def _framed(text):
+    text = text.rstrip(b" ")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _stamped(header, values):
+    """A file with its checksum, computed as docs/format.md says."""
+    zeros = header.replace(b"CHECKSUM", b"00000000") + values
+    return header.replace(b"CHECKSUM", b"%08x" % zlib.crc32(zeros)) + values
+
+
+def _older(data):
+    """The file as it was written before there were checksums."""
+    size = int.from_bytes(data[:8], "little")
+    text = data[8:34] + data[44 : 8 + size]
+    return _framed(text.replace(b'"crc32":"', b"", 1)) + data[8 + size :]
+
+
 def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
     model = nn.Linear(3, 2)
     with torch.no_grad():
@@ -47,7 +67,7 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
         model, torch.zeros(1, 3), '"" dense@3c | act@8', numbers, [(0.125, 7)], tmp_path / "f"
     )
     header = (
-        b'{"__metadata__":{"format":"rabbet/1","plan":"\\"\\" dense@3c | act@8",'
+        b'{"__metadata__":{"crc32":"CHECKSUM","format":"rabbet/1","plan":"\\"\\" dense@3c | act@8",'
         b'"survey":"{\\"float_bytes\\":32,\\"sites\\":[[\\"\\",\\"linear\\",[2,3],1,1,{}]]}"},'
         b'"rabbet.biases":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
         b'"rabbet.act_scales":{"dtype":"F32","shape":[1],"data_offsets":[8,12]},'
@@ -55,7 +75,6 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
         b'"rabbet.act_zeros":{"dtype":"U8","shape":[1],"data_offsets":[16,17]},'
         b'"rabbet.codes":{"dtype":"U8","shape":[3],"data_offsets":[17,20]}}'
     )
-    header += b" " * (-len(header) % 8)
     # stored codes 0 7 4 | 5 3 6, three bits each, lowest first
     stream = 0 | 7 << 3 | 4 << 6 | 5 << 9 | 3 << 12 | 6 << 15
     values = (
@@ -64,11 +83,14 @@ def test_the_bytes_of_a_very_small_file_are_these(tmp_path):
         b"\x00\x3f\x80\xbe"  # scales 0.5, -0.25
         b"\x07"  # zero point
     ) + stream.to_bytes(3, "little")
-    assert data == len(header).to_bytes(8, "little") + header + values
-    again = load(tmp_path / "f", nn.Linear(3, 2))
-    assert again.canonical.tolist() == [[-2.0, 1.5, 0.0], [-0.25, 0.25, -0.5]]
-    # x = 1, 0.06, 100 on steps of 1/8 around 7, 8 bits: 1, 0, 31 = (255 - 7) / 8
-    assert again(torch.tensor([[1.0, 0.06, 100.0]])).tolist() == [[-2.0 + 1.0, -0.25 - 15.5 - 2.0]]
+    assert data == _stamped(_framed(header), values)
+    for content in (data, _framed(header.replace(b'"crc32":"CHECKSUM",', b"")) + values):
+        (tmp_path / "f").write_bytes(content)
+        again = load(tmp_path / "f", nn.Linear(3, 2))
+        assert again.canonical.tolist() == [[-2.0, 1.5, 0.0], [-0.25, 0.25, -0.5]]
+        # x = 1, 0.06, 100 on steps of 1/8 around 7, 8 bits: 1, 0, 31 = (255 - 7) / 8
+        outputs = again(torch.tensor([[1.0, 0.06, 100.0]])).tolist()
+        assert outputs == [[-2.0 + 1.0, -0.25 - 15.5 - 2.0]]
 
 
 class Every(nn.Module):
@@ -124,9 +146,15 @@ def test_a_file_with_a_thing_of_every_kind_has_these_bytes(tmp_path):
         "rabbet.scales": "BF16", "rabbet.act_zeros": "U8", "rabbet.codes": "U8",
     }  # fmt: skip
     assert hashlib.sha256(data[8 + size :]).hexdigest() == VALUES
-    assert hashlib.sha256(data).hexdigest() == WHOLE
-    again = load(tmp_path / "f", Every())
-    assert again.fc is again.again
+    assert hashlib.sha256(_older(data)).hexdigest() == WHOLE
+    (tmp_path / "older").write_bytes(_older(data))
+    states = []
+    for name in ("f", "older"):
+        again = load(tmp_path / name, Every())
+        assert again.fc is again.again
+        states.append(again.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert data[34:42] == b"%08x" % zlib.crc32(data[:34] + b"00000000" + data[42:])
 
 
 # Another hash means that existing files can no longer be read: change the version, not this.

@@ -42,8 +42,8 @@ OPTIONAL = {
     "distributed",
     "matplotlib",
 }
-# Required, but slow to import and needed by one step only.
-SLOW = {"choose/program": {"scipy"}}
+# Required, but slow to import and wanted by one step alone.
+SLOW = {"choose/milp": {"scipy"}}
 
 
 def _files():

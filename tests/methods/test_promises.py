@@ -59,19 +59,15 @@ def _exact(piece, table, choice):
     return plan_cost(piece.survey, plan, piece.rest(plan))
 
 
-def _text(metric, cost, spare=0):
-    """A limit that this cost only just keeps."""
+def _text(metric, cost):
+    """A limit that this cost just keeps."""
     if metric == "bits":
         return f"bits <= {math.ceil(cost.bits * 10**6) / 10**6:.6f}"
-    return f"{metric} <= {METRICS[metric].amount(cost) + (spare if metric == 'bytes' else 0)}"
+    return f"{metric} <= {METRICS[metric].amount(cost)}"
 
 
 def _budget(draw, case, method):
-    """The least reachable value of one quantity, or one to four limits that a random choice keeps.
-
-    Bytes then have a little room: a header is padded to 8 bytes and its numbers vary in length,
-    which the integer program does not see, so the last few bytes are not promised.
-    """
+    """The least reachable value of one quantity, or limits that a random choice keeps."""
     piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     table = _table(piece, method)
     metrics = draw(
@@ -82,7 +78,7 @@ def _budget(draw, case, method):
     if len(metrics) == 1 and draw(st.booleans()):
         return _text(metrics[0], _exact(piece, table, smallest(table, metrics[0])))
     choice = [draw(st.integers(0, len(row) - 1)) for row in table]
-    return ", ".join(_text(m, _exact(piece, table, choice), spare=24) for m in metrics)
+    return ", ".join(_text(m, _exact(piece, table, choice)) for m in metrics)
 
 
 def _snapshot(model):

@@ -48,6 +48,7 @@ def test_the_reader_knows_neither_torch_nor_rabbet():
         "sys",
         "collections",
         "pathlib",
+        "zlib",
         "numpy",
     }
 

@@ -1,21 +1,29 @@
 """The integer program: one option per layer, every limit of the budget as a row, least total score.
 
-This is the only place that brings a plan under its limits. The program works in floating point, so
-its answer is counted again in whole numbers; if that is over a limit, within the tolerance of the
-solver, the program is solved again with less room.
+This is the only place that brings a plan under its limits. Every limit is exact, the bytes too: the
+header's padding and its digits are part of the program (`core.frame`). The solver works in floating
+point, so each answer is counted again in whole numbers; one that is over a limit, within the
+tolerance of the solver, is taken out, and the program solved again. A budget is refused only once
+nothing is left.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
-from rabbet.core.budget import METRICS, Budget, heaviest
+from rabbet.choose.milp import Search
+from rabbet.core.budget import METRICS, Budget, Limit, heaviest
 from rabbet.core.cost import Cost
+from rabbet.core.frame import Frame, Rows
 from rabbet.core.plan import LayerPlan, Plan, quoted
 from rabbet.errors import BudgetError, ModelError
 
-NODES = 20_000  # of the search; a limit in seconds would give other plans on a busy machine
+CUTS = 200  # answers that are taken out before the limits are tightened instead
+ROUNDS = 8  # of tightening
+ALIGNED = 8  # bytes that the header is padded to
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +35,23 @@ class Option:
 
 
 Table = Sequence[Sequence[Option]]
-Exact = Callable[[Plan], Cost]
-"""The true cost of a plan, in whole numbers."""
+
+
+class Priced(Protocol):
+    """What knows the true cost of a plan, in whole numbers: a `Workpiece`."""
+
+    @property
+    def float_cost(self) -> Cost:
+        """What the float32 network costs."""
+        ...
+
+    def cost(self, plan: Plan) -> Cost:
+        """The exact cost of a plan."""
+        ...
+
+    def frame(self, rows: Rows) -> Frame | None:
+        """The header of every plan that takes one line of each row; None: bytes simply add up."""
+        ...
 
 
 def picked(table: Table, choice: Sequence[int]) -> Plan:
@@ -42,14 +65,14 @@ def smallest(table: Table, metric: str) -> list[int]:
     return [min(range(len(row)), key=lambda k: amount(row[k].cost)) for row in table]
 
 
-def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) -> None:
+def require_feasible(table: Table, budget: Budget, piece: Priced) -> None:
     """Refuse a budget that no choice of options meets, before anything is solved.
 
     Raises BudgetError naming the smallest reachable value and the layers that cost most there.
     """
     for limit in budget.limits:
-        choice = smallest(table, limit.metric)
-        cost = exact(picked(table, choice))
+        choice = _least(table, limit, piece)
+        cost, whole = piece.cost(picked(table, choice)), piece.float_cost
         if limit.broken_by(cost, whole):
             metric = METRICS[limit.metric]
             reached, base = metric.amount(cost), metric.amount(whole)
@@ -67,19 +90,19 @@ def require_feasible(table: Table, budget: Budget, whole: Cost, exact: Exact) ->
                 f"The heaviest layers at that point: {heaviest(costs, limit.metric)}{beside}"
             )
     if len(budget.limits) > 1:
-        zero = [[0.0] * len(row) for row in table]
-        if _solve(zero, table, budget, whole, exact, {}) is None:
+        together, proven = _landed(_nothing(table), table, budget, piece)
+        if together is None and proven:
             raise BudgetError(
                 f"each limit of '{budget}' can be met, but not all at once; loosen one of them"
             )
 
 
 def allocate(
-    scores: Sequence[Sequence[float]], table: Table, budget: Budget, whole: Cost, exact: Exact
+    scores: Sequence[Sequence[float]], table: Table, budget: Budget, piece: Priced
 ) -> Plan:
     """The plan of least total score under all limits.
 
-    scores: how much each option harms, [layers][options]. exact: the cost that the budget is
+    scores: how much each option harms, [layers][options]. piece: knows the cost that the budget is
     checked against. Raises ModelError naming a layer whose scores are not finite, BudgetError if no
     choice keeps the budget.
     """
@@ -88,67 +111,118 @@ def allocate(
             raise ModelError(
                 f"the scores of {quoted(options[0].plan.name)} are not finite: {list(row)}"
             )
-    room: dict[str, int] = {}
-    for _ in range(8):
-        choice = _solve(scores, table, budget, whole, exact, room)
-        if choice is None:
-            break
-        plan = picked(table, choice)
-        cost = exact(plan)
-        over = {x.metric: METRICS[x.metric].amount(cost) - x.amount(whole) for x in budget.limits}
-        if all(excess <= 0 for excess in over.values()):
-            return plan
-        for metric, excess in over.items():
-            room[metric] = room.get(metric, 0) + max(0, excess)
+    choice, proven = _landed(scores, table, budget, piece)
+    if choice is not None:
+        return picked(table, choice)
     # The tightest corner: the smallest choice is known to fit a single limit.
     for limit in budget.limits:
-        plan = picked(table, smallest(table, limit.metric))
-        cost = exact(plan)
-        if not any(x.broken_by(cost, whole) for x in budget.limits):
+        plan = picked(table, _least(table, limit, piece))
+        if _keeps(plan, budget, piece):
             return plan
-    raise BudgetError(f"no choice of options keeps '{budget}' in whole numbers; loosen it a little")
+    if proven:
+        raise BudgetError(f"no choice of options keeps '{budget}'; loosen it a little")
+    raise BudgetError(
+        f"no choice of options was found that keeps '{budget}', though there may be one; "
+        "loosen it a little"
+    )
 
 
-def _solve(
-    scores: Sequence[Sequence[float]],
-    table: Table,
-    budget: Budget,
-    whole: Cost,
-    exact: Exact,
-    room: dict[str, int],
-) -> list[int] | None:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+def _nothing(table: Table) -> list[list[float]]:
+    """Scores by which all choices are equally good."""
+    return [[0.0] * len(row) for row in table]
 
-    layer = np.repeat(np.arange(len(table)), [len(row) for row in table])
-    flat = np.concatenate([np.asarray(row, float) for row in scores])
-    one_each = csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    base = exact(picked(table, [0] * len(table)))
+
+def _keeps(plan: Plan, budget: Budget, piece: Priced) -> bool:
+    cost, whole = piece.cost(plan), piece.float_cost
+    return not any(limit.broken_by(cost, whole) for limit in budget.limits)
+
+
+def _least(table: Table, limit: Limit, piece: Priced) -> list[int]:
+    """The choice of least cost by the metric of a limit, or one that keeps the limit.
+
+    Of what adds up it is the cheapest option of every layer. Of bytes another may be smaller by
+    the header's padding: then ever smaller ones are asked for until there is none.
+    """
+    choice = smallest(table, limit.metric)
+    whole = piece.float_cost
+    while limit.metric == "bytes":
+        cost = piece.cost(picked(table, choice))
+        if not limit.broken_by(cost, whole):
+            break
+        smaller = Fraction(cost.bytes - 1)
+        below = Budget((replace(limit, value=smaller, share=False),))
+        found, _ = _landed(_nothing(table), table, below, piece)
+        if found is None:
+            break
+        choice = found
+    return choice
+
+
+def _landed(
+    scores: Sequence[Sequence[float]], table: Table, budget: Budget, piece: Priced
+) -> tuple[list[int] | None, bool]:
+    """The best choice that keeps the budget in whole numbers; None, and whether that is proven."""
+    room = dict.fromkeys((limit.metric for limit in budget.limits), 0)
+    whole, proven = piece.float_cost, True
+    for _ in range(ROUNDS):
+        search = _search(table, budget, piece, room)
+        excess = dict.fromkeys(room, 0)
+        for _ in range(CUTS):
+            answer = search.best(scores)
+            if answer.choice is None:
+                return None, proven and answer.proven
+            cost = piece.cost(picked(table, answer.choice))
+            over = {
+                x.metric: METRICS[x.metric].amount(cost) - x.amount(whole) for x in budget.limits
+            }
+            if all(amount <= 0 for amount in over.values()):
+                return answer.choice, True
+            excess = {metric: max(amount, over[metric]) for metric, amount in excess.items()}
+            search.exclude(answer.choice)
+        proven = False
+        room = {metric: amount + excess[metric] for metric, amount in room.items()}
+    return None, False
+
+
+def _search(table: Table, budget: Budget, piece: Priced, room: dict[str, int]) -> Search:
+    """The program of a budget; room: by how much each limit is tighter than it says."""
+    search = Search([len(row) for row in table])
+    rows = [[option.plan for option in row] for row in table]
+    first = [0] * len(table)
+    base = piece.cost(picked(table, first))
     for limit in budget.limits:
         amount = METRICS[limit.metric].amount
-        column = np.array([amount(option.cost) for row in table for option in row], float)
+        amounts = [amount(option.cost) for row in table for option in row]
         # What no option changes (untouched tensors, the fixed part of the header) is the difference
         # between the reference plan and the sum of its options.
         fixed = amount(base) - sum(amount(row[0].cost) for row in table)
-        allowed = limit.amount(whole) - fixed - room.get(limit.metric, 0)
-        if allowed <= 0 and column.min() > 0:
-            return None
-        scale = max(float(allowed), 1.0)
-        constraints.append(
-            LinearConstraint(csr_array(column[None] / scale), -np.inf, allowed / scale)
-        )
-    top = flat.max()
-    # Rarely, HiGHS writes a line of its own to the process's standard output, which no option
-    # stops; the descriptor is the process's, and only the command line, which owns it, moves it.
-    result = milp(
-        flat / top * 1e3 if top > 0 else flat,
-        constraints=constraints,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"node_limit": NODES, "mip_rel_gap": 1e-4},
-    )
-    if result.x is None:
-        return None
-    parts = np.split(result.x, np.cumsum([len(r) for r in table])[:-1])
-    return [int(np.argmax(part)) for part in parts]
+        allowed = limit.amount(piece.float_cost) - room[limit.metric]
+        frame = piece.frame(rows) if limit.metric == "bytes" else None
+        if frame is None:
+            search.limit(amounts, allowed - fixed)
+        else:
+            _limit_file(search, amounts, allowed - base.bytes, frame, search.places(first))
+    return search
+
+
+def _limit_file(
+    search: Search, amounts: Sequence[int], more: int, frame: Frame, first: Sequence[int]
+) -> None:
+    """Limit the bytes of the file to those of a reference choice and `more`.
+
+    The header is its text, in whole units of 8 bytes, and the text has a step up wherever a number
+    in it gets a digit more.
+    """
+    values = [size - line for size, line in zip(amounts, frame.lines, strict=True)]
+    units = -(-frame.text(first) // ALIGNED)
+    text: dict[int, int] = {}
+    for step in frame.steps:
+        taken = search.variable(1)
+        text[taken] = step.bytes
+        # Unless the step is taken, amounts stay below it.
+        search.limit(step.amounts, step.least - 1, {taken: -(step.most - step.least + 1)})
+    most = sum(frame.lines) + frame.base + sum(step.bytes for step in frame.steps)
+    header = search.variable(-(-most // ALIGNED))
+    search.limit(frame.lines, -frame.base, text | {header: -ALIGNED})
+    whole = sum(values[k] for k in first) + ALIGNED * units + more
+    search.limit(values, whole, {header: ALIGNED})

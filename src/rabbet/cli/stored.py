@@ -13,15 +13,13 @@ from torch import nn
 
 from rabbet._api import load
 from rabbet.core.cost import Cost, float_cost, plan_cost
-from rabbet.core.layout import arrays, lengths
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError
 from rabbet.export import ENDINGS, target_of
-from rabbet.export.native import kept_as_it_is, read_parts
+from rabbet.export.native import read_parts
 from rabbet.files import require_regular
 from rabbet.runtime.session import Session
-from rabbet.workpiece import DTYPES
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,9 @@ class Stored:
     @classmethod
     def read(cls, path: Path) -> "Stored":
         """Read a file. Raises FileError for one that is missing, damaged, or of another format."""
-        survey, plan, values = read_parts(path)
-        for name, dtype, count in arrays(lengths(survey, plan)):
-            array = values.pop(name, None)
-            if array is None or array.shape != (count,) or DTYPES.get(str(array.dtype)) != dtype:
-                raise FileError(
-                    f"{path} is damaged: its plan wants {count} entries of {dtype} in {name}"
-                )
-        cost = plan_cost(survey, plan, kept_as_it_is(values, path))
+        contents = read_parts(path)
+        survey, plan = contents.survey, contents.plan
+        cost = plan_cost(survey, plan, contents.kept)
         return cls(path, survey, plan, replace(cost, bytes=path.stat().st_size), float_cost(survey))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Columns
 
-from rabbet.report.text import Part, Table
+from rabbet.report.text import Part, Table, cut
 
 WIDE = 100_000  # columns of a file or a pipe: nothing is folded or cut
 
@@ -35,7 +35,7 @@ def _grid(table: Table) -> Columns:
     for k, head in enumerate(table.heads):
         grid.add_column(head, justify="left" if k < table.left else "right", overflow="fold")
     for row in table.rows:
-        grid.add_row(*row)
+        grid.add_row(*map(cut, row))
     return grid
 
 

@@ -20,6 +20,9 @@ VERSION = "rabbet/1"
 FINISHED = 8  # bits of the weight that a runtime is given in place of cores
 BETWEEN = 8  # bits of the activations between two factors
 RESERVED = "rabbet."
+CHECKSUM = "crc32"  # what the metadata calls the checksum
+UNSTAMPED = "00000000"  # in its place while it is computed
+STAMP = 8 + len('{"__metadata__":{"crc32":"')  # where its digits begin
 WIDTHS = {
     "F64": 8,
     "F32": 4,
@@ -123,38 +126,60 @@ def lengths(survey: Survey, plan: Plan) -> Lengths:
     return total
 
 
+ARRAYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rabbet.biases": ("F32", ("biases",)),
+    "rabbet.act_scales": ("F32", ("acts",)),
+    "rabbet.scales": ("BF16", ("scales",)),
+    "rabbet.act_zeros": ("U8", ("acts",)),
+    "rabbet.codes": ("U8", ("codes", "zeros")),
+}
+"""The arrays in the order of the file: their type, and the fields of `Lengths` that fill them."""
+
+
 def arrays(total: Lengths) -> Iterator[tuple[str, str, int]]:
     """Name, type and length of the arrays in the order of the file; empty ones are not stored."""
-    entries = (
-        ("rabbet.biases", "F32", total.biases),
-        ("rabbet.act_scales", "F32", total.acts),
-        ("rabbet.scales", "BF16", total.scales),
-        ("rabbet.act_zeros", "U8", total.acts),
-        ("rabbet.codes", "U8", total.codes + total.zeros),
-    )
-    return (entry for entry in entries if entry[2])
+    for name, (dtype, parts) in ARRAYS.items():
+        count = sum(getattr(total, part) for part in parts)
+        if count:
+            yield name, dtype, count
+
+
+def placed(total: Lengths, rest: tuple[Rest, ...]) -> list[tuple[str, str, list[int], int]]:
+    """Name, type, shape and bytes of every entry, in the order of the file.
+
+    Wide types come first, so that every value is aligned.
+    """
+    whole = [(r.name, r.dtype, list(r.shape), r.bytes) for r in sorted(rest, key=lambda r: r.name)]
+    packed = [(name, dtype, [n], n * WIDTHS[dtype]) for name, dtype, n in arrays(total)]
+    return sorted([*whole, *packed], key=lambda entry: -WIDTHS[entry[1]])
+
+
+def header_text(survey: Survey, plan: Plan, rest: tuple[Rest, ...], total: Lengths) -> str:
+    """The JSON of the header, not padded; the checksum is zeros, which the writer replaces.
+
+    total: what the arrays hold, which need not be what the plan puts into them.
+    """
+    facts = {
+        CHECKSUM: UNSTAMPED,  # first, so that its digits stand at the same place in every file
+        "format": VERSION,
+        "plan": plan.compact,
+        "survey": survey.to_json(),
+    }
+    entries: dict[str, object] = {"__metadata__": facts}
+    offset = 0
+    for name, dtype, shape, size in placed(total, rest):
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    return json.dumps(entries, separators=(",", ":"), ensure_ascii=True)
 
 
 def header(survey: Survey, plan: Plan, rest: tuple[Rest, ...]) -> bytes:
-    """The file up to its first value.
+    """The file up to its first value, with zeros for its checksum.
 
     It is the header's length as uint64, then JSON padded with spaces to 8 bytes. rest: tensors
-    kept uncompressed. Wide types come first, so that every value is aligned.
+    kept uncompressed.
     """
-    facts = {"format": VERSION, "plan": plan.compact, "survey": survey.to_json()}
-    entries: dict[str, object] = {"__metadata__": facts}
-    offset = 0
-    whole = [
-        (r.name, r.dtype, list(r.shape), r.bytes)
-        for r in sorted(rest, key=lambda r: (-WIDTHS[r.dtype], r.name))
-    ]
-    packed = [
-        (name, dtype, [n], n * WIDTHS[dtype]) for name, dtype, n in arrays(lengths(survey, plan))
-    ]
-    for name, dtype, shape, size in sorted([*whole, *packed], key=lambda e: -WIDTHS[e[1]]):
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
+    text = header_text(survey, plan, rest, lengths(survey, plan)).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

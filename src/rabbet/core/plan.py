@@ -19,15 +19,18 @@ empty (the network is one layer), stands in double quotes.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rabbet.errors import PlanError
 from rabbet.forms import FORMS, Form
 from rabbet.grids.grid import Grid
 
-_TERM = re.compile(r"([a-z]+)(?:\[([\d:x,-]+)\])?@(\w+)")
+WIDEST = 200  # of the column of names: one long name must not widen every line
+_TERM = re.compile(r"([a-z]+)(?:\[([0-9:x,-]+)\])?@(\w+)")
 _LINE = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"]\S*)\s+(.*)')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_INSIDE = re.compile(r"\[([^\]]*)\]")
+_RUN = re.compile(r"\b([0-9]{1,6})-([0-9]{1,6})\b")
 _PLAIN = re.compile(r'[^\s"#]+')
 
 
@@ -101,22 +104,23 @@ class Plan:
 
     layers: tuple[LayerPlan, ...] = ()
 
+    _index: dict[str, LayerPlan] = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
-        names = [layer.name for layer in self.layers]
-        twice = next((n for n in names if names.count(n) > 1), None)
-        if twice is not None:
-            raise PlanError(f"the plan has two lines for {quoted(twice)}; keep one")
+        index: dict[str, LayerPlan] = {}
+        for layer in self.layers:
+            if layer.name in index:
+                raise PlanError(f"the plan has two lines for {quoted(layer.name)}; keep one")
+            index[layer.name] = layer
+        object.__setattr__(self, "_index", index)
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
         """Read a plan; raises PlanError naming the line that cannot be read."""
-        lines = [
-            line for raw in text.splitlines() if (line := raw.strip()) and not line.startswith("#")
-        ]
-        return cls(tuple(LayerPlan.parse(_uncommented(line)) for line in lines))
+        return cls(tuple(map(LayerPlan.parse, _lines(text))))
 
     def __str__(self) -> str:
-        width = max((len(quoted(layer.name)) for layer in self.layers), default=0)
+        width = min(max((len(quoted(layer.name)) for layer in self.layers), default=0), WIDEST)
         return "\n".join(f"{quoted(layer.name):<{width}}  {layer.body}" for layer in self.layers)
 
     @property
@@ -138,7 +142,7 @@ class Plan:
 
     def get(self, name: str) -> LayerPlan | None:
         """The line of a layer, or None if the layer is not compressed."""
-        return next((layer for layer in self.layers if layer.name == name), None)
+        return self._index.get(name)
 
     def with_layer(self, layer: LayerPlan) -> "Plan":
         """The same plan with a layer's line replaced, or added if it had none."""
@@ -152,6 +156,26 @@ class Plan:
 def quoted(name: str) -> str:
     """A layer's name as a plan writes it."""
     return name if _PLAIN.fullmatch(name) else json.dumps(name)
+
+
+def outputs_named(text: str) -> int:
+    """How many outputs the terms of a plan name, counted from its text and not listed.
+
+    `0-999999` takes 8 bytes and a million numbers: of a text that nobody vouches for they are
+    counted before it is read.
+    """
+    lines = (match for line in _lines(text) if (match := _LINE.fullmatch(line)))
+    inside = (part for line in lines for part in _INSIDE.findall(line[2]))
+    runs = (run for part in inside for run in _RUN.findall(part))
+    return sum(max(int(last) - int(first) + 1, 0) for first, last in runs)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines that say something, without comments."""
+    for raw in text.splitlines():
+        line = raw.strip()
+        if line and not line.startswith("#"):
+            yield _uncommented(line)
 
 
 def _uncommented(line: str) -> str:

@@ -5,11 +5,11 @@ Values only; `model.inspect` collects them.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rabbet.errors import FileError, PlanError
 from rabbet.layers import Site
-from rabbet.layers.files import site_from_json, site_to_json
+from rabbet.layers.files import is_count, is_text, site_from_json, site_to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,16 @@ class Survey:
     sites: tuple[Site, ...]
     left: tuple[Left, ...]
     float_bytes: int
+    _index: dict[str, Site] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", {site.name: site for site in self.sites})
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
 
     def __getitem__(self, name: str) -> Site:
-        site = next((s for s in self.sites if s.name == name), None)
+        site = self._index.get(name)
         if site is None:
             raise PlanError(
                 f"{name!r} is not a layer that can be compressed here; "
@@ -58,18 +62,16 @@ class Survey:
         """The inverse of `to_json`; raises FileError for text that is not a survey's."""
         try:
             facts = json.loads(text)
-            sites = tuple(site_from_json(s) for s in facts["sites"])
-            left = tuple(Left(str(n), str(r), int(b)) for n, r, b in facts.get("left", ()))
-            survey = cls(sites, left, int(facts["float_bytes"]))
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ) as e:
-            raise FileError(f"the survey in the header cannot be read: {e}") from None
-        if len({s.name for s in sites}) < len(sites):
+            sites = tuple(map(site_from_json, facts["sites"]))
+            left = tuple(Left(n, r, b) for n, r, b in facts.get("left", ()))
+            survey = cls(sites, left, facts["float_bytes"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise FileError(f"the survey in the header cannot be read: {str(e)[:200]}") from None
+        if not is_count(survey.float_bytes, 1) or not all(
+            is_text(x.name) and is_text(x.reason) and is_count(x.bytes, 0) for x in left
+        ):
+            raise FileError("the survey in the header says bytes or reasons that nothing has")
+        names = [name for site in sites for name in (*site.names, *site.heads)]
+        if len(set(names)) < len(names):
             raise FileError("the survey in the header describes a layer twice")
         return survey

@@ -4,34 +4,42 @@ docs/format.md specifies it.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rabbet.core.layout import VERSION, WIDTHS, Rest, arrays, file_bytes, header, lengths
-from rabbet.core.plan import Plan
+from rabbet.core.layout import (
+    RESERVED,
+    Lengths,
+    Rest,
+    arrays,
+    file_bytes,
+    header,
+    layer_lengths,
+    lengths,
+    placed,
+)
+from rabbet.core.plan import Plan, outputs_named
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, Written
+from rabbet.export.container import TYPES, read_container, stamped
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.grids.pack import pack, packed_bytes, unpack
 from rabbet.layers import Site, shares_table
 from rabbet.model.bn_fold import drop_norms, own_biases
-from rabbet.model.build import empty, install, validate
+from rabbet.model.build import empty, install, validate_line
 from rabbet.model.compressed import Compressed, Factor, compressed_layers
 from rabbet.model.inspect import alike, stored_tensors
 from rabbet.model.surgery import copied
 
-TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+CODES = 8  # that a byte holds at most: those of one bit
+LONGEST = 1000  # signs of a reason that are shown
 
 
 def write_native(parcel: Parcel, path: Path) -> Written:
@@ -46,18 +54,12 @@ def write_native(parcel: Parcel, path: Path) -> Written:
             raise PlanError(
                 f"the network was changed: {r.name} is not what was compressed; compress it again"
             )
-    values = {
-        r.name: (r.dtype, tensors[r.name].detach().cpu().to(TYPES[r.dtype])) for r in parcel.rest
-    }
-    values |= {name: (dtype, tensor) for name, dtype, tensor in _packed(parcel)}
-    order = sorted(sorted(parcel.rest, key=lambda r: r.name), key=lambda r: -WIDTHS[r.dtype])
-    names = [r.name for r in order] + [
-        name for name, _, _ in arrays(lengths(parcel.survey, parcel.plan))
-    ]
-    names.sort(key=lambda name: -WIDTHS[values[name][0]])
+    values = {r.name: tensors[r.name].detach().cpu().to(TYPES[r.dtype]) for r in parcel.rest}
+    values |= dict(_packed(parcel))
+    order = placed(lengths(parcel.survey, parcel.plan), parcel.rest)
     parts = [
         header(parcel.survey, parcel.plan, parcel.rest),
-        *(_raw(values[name][1]) for name in names),
+        *(_raw(values[name]) for name, *_ in order),
     ]
     size, expected = sum(map(len, parts)), file_bytes(parcel.survey, parcel.plan, parcel.rest)
     if size != expected:
@@ -65,14 +67,14 @@ def write_native(parcel: Parcel, path: Path) -> Written:
             f"the network takes {size:,} bytes and its plan {expected:,}: it was changed since; "
             "compress it again"
         )
-    return Written(write_whole(path, parts))
+    return Written(write_whole(path, stamped(parts)))
 
 
 def _raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _packed(parcel: Parcel) -> Iterator[tuple[str, str, Tensor]]:
+def _packed(parcel: Parcel) -> Iterator[tuple[str, Tensor]]:
     """The arrays of all layers, in the order of the plan."""
     layers = compressed_layers(parcel.model)
     ordered = [layers[line.name] for line in parcel.plan]
@@ -86,8 +88,8 @@ def _packed(parcel: Parcel) -> Iterator[tuple[str, str, Tensor]]:
         "rabbet.act_zeros": [a.zero.cpu().to(torch.uint8) for a in acts],
         "rabbet.codes": [part for f in factors for part in _integers(f)],
     }
-    for name, dtype, _ in arrays(lengths(parcel.survey, parcel.plan)):
-        yield name, dtype, torch.cat(content[name])
+    for name, _, _ in arrays(lengths(parcel.survey, parcel.plan)):
+        yield name, torch.cat(content[name])
 
 
 def _integers(factor: Factor) -> Iterator[Tensor]:
@@ -103,6 +105,28 @@ def layer_factors(layer: Compressed) -> list[Factor]:
     return list(itertools.chain.from_iterable(layer.factors))
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A file as far as it can be read without a network; what it claims is what it holds.
+
+    arrays: the arrays of all lines; rest: the tensors that are kept as they are.
+    """
+
+    survey: Survey
+    plan: Plan
+    arrays: dict[str, Tensor]
+    rest: dict[str, Tensor]
+
+    @property
+    def kept(self) -> tuple[Rest, ...]:
+        """What the file holds uncompressed."""
+        names = {kind: name for name, kind in TYPES.items()}
+        return tuple(
+            Rest(name, names[tensor.dtype], tuple(tensor.shape))
+            for name, tensor in self.rest.items()
+        )
+
+
 def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, tuple[Rest, ...]]:
     """A compressed copy of `model` with the numbers of a file.
 
@@ -110,53 +134,67 @@ def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, 
     that it holds uncompressed are returned beside the copy. Raises FileError for a file that is
     missing, damaged, of another format, or of another network.
     """
-    survey, plan, values = read_parts(path)
+    contents = read_parts(path)
+    survey, plan = contents.survey, contents.plan
     result = _skeleton(model, survey, plan, path)
-    wanted = arrays(lengths(survey, plan))
-    streams = {
-        name: _Stream(values.pop(name, None), dtype, name, path) for name, dtype, _ in wanted
-    }
+    streams = {name: _Stream(array, name, path) for name, array in contents.arrays.items()}
     layers = compressed_layers(result)
     with torch.no_grad():
         for line in plan:
             _fill(layers[line.name], streams, path)
         for stream in streams.values():
             stream.close()
-        _fill_rest(result, values, path)
-    return result, survey, plan, kept_as_it_is(values, path)
+        _fill_rest(result, contents.rest, path)
+    return result, survey, plan, contents.kept
 
 
-def kept_as_it_is(values: Mapping[str, Tensor], path: Path) -> tuple[Rest, ...]:
-    """The tensors that a file holds uncompressed; raises FileError for an unknown type."""
-    names = {kind: name for name, kind in TYPES.items()}
-    strange = next((name for name, tensor in values.items() if tensor.dtype not in names), None)
-    if strange:
-        raise FileError(
-            f"{path} is not a rabbet file: {strange} is of type {values[strange].dtype}"
-        )
-    return tuple(
-        Rest(name, names[tensor.dtype], tuple(tensor.shape)) for name, tensor in values.items()
-    )
+def read_parts(path: Path) -> Contents:
+    """A file checked for damage, but not against a network; raises FileError.
 
-
-def read_parts(path: Path) -> tuple[Survey, Plan, dict[str, Tensor]]:
-    """Survey, plan and raw tensors of a file, checked for damage but not against a network."""
+    What it claims is held against its length before any work is done or memory taken for it.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != VERSION:
-                raise FileError(
-                    f"it is of format {facts.get('format')!r}, this version reads {VERSION!r}"
-                )
-            survey = Survey.from_json(facts.get("survey", ""))
-            plan = Plan.parse(facts.get("plan", ""))
-            validate(plan, survey)
-            names = file.keys()  # the file is no dict: it cannot be iterated
-            return survey, plan, {name: file.get_tensor(name) for name in names}
+        container = read_container(path)
+        survey = Survey.from_json(container.survey)
+        if outputs_named(container.plan) > CODES * container.bytes:
+            raise FileError("its plan names more outputs than a file of this length can hold")
+        plan = Plan.parse(container.plan)
+        rest = dict(container.tensors)
+        arrays = _arrays(plan, survey, rest)
+        return Contents(survey, plan, arrays, rest)
     except FileNotFoundError:
         raise FileError(f"there is no file {path}") from None
-    except (SafetensorError, OSError, RabbetError) as e:
-        raise FileError(f"{path} is damaged or not a rabbet file: {e}") from None
+    except (OSError, RabbetError) as e:
+        why = str(e)  # it may quote a line of the plan, which may be as long as the file
+        shown = why if len(why) <= LONGEST else f"{why[:LONGEST]}..."
+        raise FileError(f"{path} is damaged or not a rabbet file: {shown}") from None
+
+
+def _arrays(plan: Plan, survey: Survey, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The arrays that a plan wants, taken out of the tensors; their numbers are sound."""
+    if not len(plan):
+        raise FileError("its plan is empty")
+    codes = tensors.get("rabbet.codes")
+    most, total = 0 if codes is None else codes.numel(), Lengths()
+    if sum(len(line.terms) for line in plan) > most:  # each has codes, in bytes of its own
+        raise FileError(f"rabbet.codes has {most:,} bytes; its plan has more terms")
+    sites = {site.name: site for site in survey}
+    for line in plan:
+        validate_line(line, sites.get(line.name))
+        total += layer_lengths(sites[line.name], line)
+        if total.codes + total.zeros > most:  # line by line: the next may be costly to take apart
+            raise FileError(f"rabbet.codes ends after {most:,} bytes; its plan wants more")
+    result = {}
+    for name, dtype, count in arrays(total):
+        array = tensors.pop(name, None)
+        if array is None or array.dtype != TYPES[dtype] or tuple(array.shape) != (count,):
+            raise FileError(f"its plan wants {count:,} entries of {dtype} in {name}")
+        if array.is_floating_point() and not bool(torch.isfinite(array).all()):
+            raise FileError(f"an entry of {name} is not finite")
+        result[name] = array
+    if strange := next((name for name in tensors if name.startswith(RESERVED)), None):
+        raise FileError(f"its plan wants no {strange[:80]}")
+    return result
 
 
 def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Module:
@@ -211,11 +249,7 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
 class _Stream:
     """Reads one of the file's arrays piece by piece, from front to back."""
 
-    def __init__(self, values: Tensor | None, dtype: str, name: str, path: Path) -> None:
-        if values is None or values.ndim != 1 or values.dtype != TYPES[dtype]:
-            raise FileError(
-                f"{path} is damaged: the array {name} is missing, not flat or not of type {dtype}"
-            )
+    def __init__(self, values: Tensor, name: str, path: Path) -> None:
         self.values, self.name, self.path, self.at = values, name, path, 0
 
     def take(self, count: int) -> Tensor:
@@ -245,19 +279,16 @@ def _unpacked(stream: "_Stream", grid: Grid, shape: torch.Size) -> Tensor:
 def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
     for factor in layer_factors(layer):
         try:
-            for part in (factor.codes, factor.zero):
-                if part is not None:
-                    part.copy_(_unpacked(streams["rabbet.codes"], factor.grid, part.shape))
+            _fill_factor(factor, streams)
         except ValueError as e:
             raise FileError(f"{path} is damaged: the codes of {layer.site.name!r}: {e}") from None
-        factor.scale.copy_(streams["rabbet.scales"].take(len(factor.scale)).float())
     if layer.bias is not None:
         layer.bias.copy_(streams["rabbet.biases"].take(len(layer.bias)))
     for act in layer.quantisers:
         act.set_range(
             streams["rabbet.act_scales"].take(1), streams["rabbet.act_zeros"].take(1).float()
         )
-        if not bool(torch.isfinite(act.scale).all() and (act.scale > 0).all()):
+        if not bool((act.scale > 0).all()):
             raise FileError(
                 f"{path} is damaged: an input scale of {layer.site.name!r} is not a positive number"
             )
@@ -265,8 +296,17 @@ def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
             raise FileError(
                 f"{path} is damaged: a zero point of {layer.site.name!r} is above {act.grid.high}"
             )
-    if not all(torch.isfinite(f.scale).all() for f in layer_factors(layer)):
-        raise FileError(f"{path} is damaged: a scale of {layer.site.name!r} is not finite")
+
+
+def _fill_factor(factor: Factor, streams: dict[str, _Stream]) -> None:
+    """Raises ValueError for codes that the grid does not have, or that are too large."""
+    for part in (factor.codes, factor.zero):
+        if part is not None:
+            part.copy_(_unpacked(streams["rabbet.codes"], factor.grid, part.shape))
+    factor.scale.copy_(streams["rabbet.scales"].take(len(factor.scale)).float())
+    # A code lies at most as many levels from zero, and as many again from its zero point.
+    if not bool(torch.isfinite(factor.scale * (2 * factor.grid.levels)).all()):
+        raise ValueError("a scale is too large for them")
 
 
 def _fill_rest(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:

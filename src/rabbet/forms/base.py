@@ -163,7 +163,7 @@ class Form(ABC):
         raise NotImplementedError(f"{self.name} is not found by alternating over factors")
 
 
-_RANK = re.compile(r"\d+")
+_RANK = re.compile(r"0*[0-9]{1,15}")  # none is larger, and long ones take long to read
 
 
 @dataclass(frozen=True)

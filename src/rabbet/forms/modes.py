@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -13,7 +14,9 @@ from rabbet.forms.base import Ranked
 Modes = tuple[tuple[int, ...], tuple[int, ...]]
 """Sizes of the digits: of a layer's inputs and outputs, or of a table's rows and columns."""
 
-_MODES = re.compile(r"(\d+):(\d+(?:x\d+)*):(\d+(?:x\d+)*)")
+_MODES = re.compile(r"([0-9]+):([0-9]+(?:x[0-9]+)*):([0-9]+(?:x[0-9]+)*)")
+MOST_DIGITS = 16  # of an axis: torch knows no tensors of many axes
+LARGEST = 2**31  # an axis of so many entries has no usual digits: to find them would take long
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class Chain(Ranked):
 
 
 def _digits(text: str) -> tuple[int, ...]:
-    digits = tuple(map(int, text.split("x")))
+    parts = text.split("x")
+    if len(parts) > MOST_DIGITS or max(map(len, parts)) > len(str(LARGEST)):
+        raise PlanError(f"an axis has at most {MOST_DIGITS} modes, each below {LARGEST:,}")
+    digits = tuple(map(int, parts))
     if not all(digits):
         raise PlanError(f"{text!r}: a mode is at least 1")
     return digits
@@ -57,11 +63,62 @@ def _digits(text: str) -> tuple[int, ...]:
 def balanced(size: int, count: int) -> tuple[int, ...]:
     """At most `count` factors of a size, none of them 1, in falling order: 768 is 12 x 8 x 8.
 
-    They are those of least sum.
+    They are those of least sum. Raises PlanError for a size that has no usual digits.
     """
-    return min(
-        (f for f in _factors(size, count, 2)), key=lambda f: (sum(f), len(f), f), default=(size,)
-    )
+    if size >= LARGEST:
+        raise PlanError(
+            f"an axis of {size:,} has no usual modes; say which, such as tt[20:24x32:32x24]"
+        )
+    return _balanced(size, count, _divisors(size))
+
+
+def _balanced(size: int, count: int, divisors: tuple[int, ...]) -> tuple[int, ...]:
+    """See `balanced`; divisors: in rising order, those of the size among them."""
+    if count == 2:  # of two factors those nearest to one another
+        near = bisect_right(divisors, math.isqrt(size))
+        small = next(n for n in reversed(divisors[:near]) if size % n == 0)
+        return min((size,), (size // small, small), key=_badness) if small > 1 else (size,)
+    best: tuple[int, ...] = _balanced(size, count - 1, divisors) if count > 2 else (size,)
+    near = bisect_right(divisors, size, key=lambda n: n**count) if count > 2 else 0
+    for n in reversed(divisors[:near]):  # as the smallest factor, the largest first
+        # No smaller factor than one whose equals would already add up to more.
+        if n == 1 or n + (count - 1) * (size / n) ** (1 / (count - 1)) > sum(best) + 0.5:
+            break
+        if size % n == 0:
+            rest = _balanced(size // n, count - 1, divisors)
+            best = min(best, tuple(sorted((*rest, n), reverse=True)), key=_badness)
+    return best
+
+
+def _badness(factors: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    return sum(factors), len(factors), factors
+
+
+def _divisors(size: int) -> tuple[int, ...]:
+    """All divisors of a size, in rising order."""
+    divisors, left = [1], size
+    for prime in _primes(math.isqrt(LARGEST)):
+        if prime * prime > left:
+            break
+        power = 1
+        known = tuple(divisors)
+        while left % prime == 0:
+            left, power = left // prime, power * prime
+            divisors += [n * power for n in known]
+    if left > 1:
+        divisors += [n * left for n in divisors]
+    return tuple(sorted(divisors))
+
+
+@functools.cache
+def _primes(most: int) -> tuple[int, ...]:
+    """The primes up to a number."""
+    sieve = bytearray([1]) * (most + 1)
+    sieve[:2] = b"\0\0"
+    for n in range(2, math.isqrt(most) + 1):
+        if sieve[n]:
+            sieve[n * n :: n] = bytes(len(range(n * n, most + 1, n)))
+    return tuple(n for n in range(most + 1) if sieve[n])
 
 
 def exactly(size: int, count: int) -> tuple[int, ...]:
@@ -89,18 +146,6 @@ def _root(size: int, k: int) -> int:
     while root**k < size:
         root += 1
     return root
-
-
-def _factors(size: int, count: int, least: int) -> list[tuple[int, ...]]:
-    if size == 1:
-        return []
-    results: list[tuple[int, ...]] = [(size,)]
-    if count > 1:
-        for n in range(least, math.isqrt(size) + 1):
-            if size % n == 0:
-                rest = _factors(size // n, count - 1, n)
-                results += [tuple(sorted((n, *r), reverse=True)) for r in rest]
-    return results
 
 
 def check(modes: Modes, sizes: Sequence[int], names: Sequence[str], covers: bool = False) -> None:

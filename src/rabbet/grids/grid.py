@@ -22,6 +22,7 @@ from rabbet.grids.codebook import Codebook, nearest, points, read_codebook, unif
 from rabbet.grids.scales import OneScale, PerSlice, Scales, read_scales
 
 Zero = Tensor | float
+LONGEST = 32  # signs in the text of a grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Grid:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read `4`, `4c`, `u8`, `2h`, `1`, `t`, `4g64` ...; raises PlanError for anything else."""
+        if len(text) > LONGEST:  # every cut of it is tried
+            raise PlanError(f"{text[:LONGEST]!r}... is not a grid; none has so long a name")
         # The layout is the longest suffix that is one: no codebook ends the way a layout begins.
         for cut in range(1, len(text) + 1):
             book, scales = read_codebook(text[:cut]), read_scales(text[cut:])

@@ -43,8 +43,8 @@ def pack(codes: Tensor, levels: int) -> Tensor:
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     """The `count` codes that `pack` wrote, int64 [count].
 
-    Raises ValueError if the number of bytes is not the one that `count` codes take, or a byte is
-    not five ternary digits.
+    Raises ValueError if the number of bytes is not the one that `count` codes take, if a byte is
+    not five ternary digits, or if what is left over in the last byte is not zero.
     """
     if packed.numel() != packed_bytes(count, levels):
         raise ValueError(
@@ -55,10 +55,19 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
     if levels == 3:
         if wide.numel() and int(wide.max()) >= 3**5:
             raise ValueError(f"five ternary digits are a number below 243, found {int(wide.max())}")
-        return ((wide[:, None] // _TRITS) % 3).reshape(-1)[:count]
+        digits = ((wide[:, None] // _TRITS) % 3).reshape(-1)
+        return _without_spare(digits, count)
     bits = _bits(levels)
-    stream = ((wide[:, None] >> torch.arange(8)) & 1).reshape(-1)[: count * bits]
+    stream = ((wide[:, None] >> torch.arange(8)) & 1).reshape(-1)
+    stream = _without_spare(stream, count * bits)
     return (stream.view(-1, bits) << torch.arange(bits)).sum(1)
+
+
+def _without_spare(parts: Tensor, count: int) -> Tensor:
+    """The first parts; raises ValueError if those behind them, which fill a byte, are not zero."""
+    if bool(parts[count:].any()):
+        raise ValueError("there is something behind the last code")
+    return parts[:count]
 
 
 def _bits(levels: int) -> int:

@@ -113,7 +113,7 @@ class PerSlice(Scales):
     @classmethod
     def read(cls, text: str) -> Self | None:
         """`c`, or `c` and the axis."""
-        match = re.fullmatch(r"c(\d*)", text)
+        match = re.fullmatch(r"c(\d{0,2})", text)
         return None if match is None else cls(int(match[1] or 0))
 
     @property

@@ -21,6 +21,10 @@ FACTS = (
     "output_padding",
 )
 
+MOST = 2**53  # beyond this, readers that know only floating point lose count
+MOST_AXES = 8  # of a weight: no kind has more
+LONGEST = 200  # signs of a fact that a message shows
+
 
 def _usual(kind: LayerKind, shape: list[int]) -> dict[str, Any]:
     """The usual facts of a kind: most layers have a bias and run once."""
@@ -56,7 +60,26 @@ def site_from_json(facts: list[Any]) -> Site:
             return site
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         pass
-    raise FileError(f"{json.dumps(facts)} does not describe a layer")
+    raise FileError(f"{_shown(facts)} does not describe a layer")
+
+
+def _shown(facts: Any) -> str:
+    """The beginning of what was found; the whole of it may be as long as the file."""
+    try:
+        text = json.dumps(facts)
+    except RecursionError:
+        return "what nests deeply"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a value is a whole number from `least`, and no larger than every reader can hold."""
+    return type(value) is int and least <= value < MOST
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that can be printed: half a surrogate pair cannot."""
+    return type(value) is str and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _sound(site: Site) -> bool:
@@ -87,12 +110,14 @@ def _sound(site: Site) -> bool:
         site.heads,
     )
     return (
-        all(type(n) is int and n > 0 for n in counts)
-        and all(type(n) is int and n >= 0 for n in least)
+        all(is_count(n, 1) for n in counts)
+        and all(is_count(n, 0) for n in least)
+        and len(site.shape) <= MOST_AXES
+        and is_count(site.numel, 1)
         and all(type(t) is tuple for t in tuples)
         and bool(site.heads) == (site.head_positions > 0)
         and (site.looks_up or not site.heads)
-        and all(type(t) is str for t in texts)
+        and all(map(is_text, texts))
         and type(site.bias) is bool
         and site.kind.sound(site)
     )

@@ -77,12 +77,12 @@ class Joint:
             if piece.clock is not None:  # then every option is exported and timed
                 piece.jobs.progress("timing layers", len(table), len(piece.survey.sites))
 
-        require_feasible(table, budget, piece.float_cost, piece.cost)
+        require_feasible(table, budget, piece)
         # With a latency limit nothing is pruned: a candidate that is no cheaper may be faster.
         menus = {s.name: self.menu(s) for s in piece.survey}
         scores, kept = scored(piece, menus, prune=piece.clock is None)
         table = [[row[k] for k in ks] for row, ks in zip(table, kept, strict=True)]
-        return allocate(scores, table, budget, piece.float_cost, piece.cost)
+        return allocate(scores, table, budget, piece)
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""

@@ -26,21 +26,24 @@ def validate(plan: Plan, survey: Survey) -> None:
     if not len(plan):
         raise PlanError("the plan is empty; it must have a line for at least one layer")
     for layer in plan:
-        site = known.get(layer.name)
-        if site is None:
-            raise PlanError(
-                f"the plan has a line for {quoted(layer.name)}, "
-                "which is not a layer that can be compressed here"
-            )
-        if layer.act is not None and not site.multiplies:
-            raise PlanError(
-                f"{layer}: the input of an embedding is an index and cannot be quantised; "
-                "remove act"
-            )
-        for term in layer.terms:
-            _require(layer, term, site)
-            for shape in factor_shapes(site, term):
-                term.grid.scale_shape(shape)
+        validate_line(layer, known.get(layer.name))
+
+
+def validate_line(layer: LayerPlan, site: Site | None) -> None:
+    """Raise PlanError if a line does not fit its site, or there is none of its name."""
+    if site is None:
+        raise PlanError(
+            f"the plan has a line for {quoted(layer.name)}, "
+            "which is not a layer that can be compressed here"
+        )
+    if layer.act is not None and not site.multiplies:
+        raise PlanError(
+            f"{layer}: the input of an embedding is an index and cannot be quantised; remove act"
+        )
+    for term in layer.terms:
+        _require(layer, term, site)
+        for shape in factor_shapes(site, term):
+            term.grid.scale_shape(shape)
 
 
 def _require(layer: LayerPlan, term: Term, site: Site) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rabbet.core.cost import layer_cost
+from rabbet.core.layout import layer_lengths, line_bytes
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.forms import Aim, Dense, Form
 from rabbet.grids.grid import Grid, Quantised
@@ -40,8 +41,8 @@ def solve_site(
     """Numbers of the entries of a menu for one layer, and their errors in the metric.
 
     weight: canonical [out, in / groups, *kernel]; second: [groups, n, n] of its inputs, None where
-    there is none (a table). prune: leave out entries that provably help with no budget of bytes,
-    MACs or BOPs: see `_hopeless`. The result is a flat dict, as jobs return it: read it with
+    there is none (a table). prune: leave out entries that provably help with no budget but one
+    of latency: see `_hopeless`. The result is a flat dict, as jobs return it: read it with
     `read_numbers`; an entry that was left out has no error in it.
     """
     metric = Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
@@ -95,9 +96,24 @@ def _hopeless(
     )
 
 
-def _counts(site: Site, terms: Terms) -> tuple[int, int, int]:
-    cost = layer_cost(site, LayerPlan(site.name, terms))
-    return cost.bytes, cost.macs, cost.bops
+def _counts(site: Site, terms: Terms) -> tuple[int, ...]:
+    """Everything that any limit or the header of a file counts, whatever the bits of the input.
+
+    BOPs rise evenly with the bits of the input, so their ends stand for all widths. What a file
+    holds is taken apart: where an array begins stands in the header, and the text of a line is
+    padded there.
+    """
+    narrow, wide, plain = (LayerPlan(site.name, terms, act) for act in (2, 8, None))
+    held, cost = layer_lengths(site, wide), layer_cost(site, plain)
+    arithmetic = (cost.macs, cost.bops, *(layer_cost(site, x).bops for x in (narrow, wide)))
+    return (
+        line_bytes(plain),
+        held.codes + held.zeros,
+        held.codes,
+        held.scales,
+        held.acts,
+        *arithmetic,
+    )
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:

@@ -15,6 +15,7 @@ from rabbet.core.survey import Survey
 from rabbet.layers import Site
 
 KEPT = "kept as it is"
+LONGEST = 2000  # signs of a cell that are shown
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,14 @@ def plain(parts: Iterable[Part]) -> str:
     return "\n".join(lines)
 
 
+def cut(cell: str) -> str:
+    """A cell of bearable length: every row of a table is as wide as its longest."""
+    return cell if len(cell) <= LONGEST else f"{cell[:LONGEST]}..."
+
+
 def _aligned(table: Table) -> list[str]:
     """Columns of equal width, two spaces apart."""
-    rows = [table.heads, *table.rows]
+    rows = [list(map(cut, row)) for row in (table.heads, *table.rows)]
     widths = [max(len(row[k]) for row in rows) for k in range(len(table.heads))]
     pad = [str.ljust if k < table.left else str.rjust for k in range(len(widths))]
     return [

@@ -333,7 +333,7 @@ class MovingGates(FixedWidths):
             lines = [layer.line([bits], act) for bits, act in pairs]
             table.append([Option(line, self.piece.layer_cost(site, line)) for line in lines])
             scores.append([of_weight[bits] + of_input[act] for bits, act in pairs])
-        plan = allocate(scores, table, self.budget, self.piece.float_cost, self.piece.cost)
+        plan = allocate(scores, table, self.budget, self.piece)
         return self.gates.levels_of(plan)
 
     def remember(self) -> float:

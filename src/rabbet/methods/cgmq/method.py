@@ -108,4 +108,4 @@ class CGMQ(Settings):
                 for b, a in itertools.product(stored, acts)
             ]
             table.append([Option(p, piece.layer_cost(piece.survey[line.name], p)) for p in plans])
-        require_feasible(table, budget, piece.float_cost, piece.cost)
+        require_feasible(table, budget, piece)

@@ -90,7 +90,7 @@ class CoRa:
         """The same bits everywhere, and ranks that keep the budget; see `Method.plan`."""
         bases = self._bases(piece)
         table = [self._options(piece, line) for line in bases]
-        require_feasible(table, budget, piece.float_cost, piece.cost)
+        require_feasible(table, budget, piece)
         if self.ranks == "heuristic":
             return self._even(piece, bases, budget)
         targets = self._targets(self.search(piece, budget))
@@ -109,7 +109,7 @@ class CoRa:
             return ((_rank(option) - targets.get(name, 0.0)) * prices[name] / highest) ** 2
 
         scores = [[score(option) for option in row] for row in table]
-        return allocate(scores, table, budget, piece.float_cost, piece.cost)
+        return allocate(scores, table, budget, piece)
 
     def search(self, piece: Workpiece, budget: Budget) -> Search:
         """Search for cut-offs under a budget, the first part of `plan`.

@@ -35,11 +35,11 @@ class TTQAT(Settings):
         menus = {site.name: self.menu(site) for site in piece.survey}
         table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
 
-        require_feasible(table, budget, piece.float_cost, piece.cost)
+        require_feasible(table, budget, piece)
         if all(len(row) == 1 for row in table):
             return Plan(tuple(row[0].plan for row in table))
         scores, _ = scored(piece, menus, learns=True)
-        return allocate(scores, table, budget, piece.float_cost, piece.cost)
+        return allocate(scores, table, budget, piece)
 
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:
         """Every candidate for a layer: chains smaller than the dense layer, or else that.

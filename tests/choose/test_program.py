@@ -1,0 +1,127 @@
+"""The integer program against brute force: no budget that a choice keeps is refused."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from endurance import budgets, random_table
+from torch import nn
+
+from rabbet import Budget, Jobs, Joint, Task, fit
+from rabbet.choose.milp import Search
+from rabbet.choose.program import Option, picked, require_feasible
+from rabbet.core.layout import header
+from rabbet.core.plan import LayerPlan, Plan
+from rabbet.errors import BudgetError
+from rabbet.reconstruct.candidates import _counts
+from rabbet.train.tuning import Tuning
+from rabbet.workpiece import Workpiece
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_budgets_near_what_a_plan_costs_are_answered_as_by_brute_force(seed, tmp_path):
+    budgets(seed, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_frame_of_a_table_says_how_long_every_header_is(seed):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    piece, table = random_table(draw)
+    frame = piece.frame([[option.plan for option in row] for row in table])
+    search = Search([len(row) for row in table])
+    acts = {option.plan.act for row in table for option in row}
+    for _ in range(40):
+        choice = [draw.randrange(len(row)) for row in table]
+        plan = picked(table, choice)
+        length = len(header(piece.survey, plan, piece.rest(plan))) - 8
+        text = frame.text(search.places(choice))
+        # never longer; as long where the same arrays are there for every choice
+        assert text <= length
+        assert len(acts) > 1 or -(-text // 8) * 8 == length
+
+
+def test_where_an_array_begins_takes_a_digit_more_at_a_power_of_ten():
+    piece = _linear(8, 125)
+    rows = [[LayerPlan.parse(f"0 dense@{bits}c | act@8") for bits in (2, 7, 8)]]
+    frame = piece.frame(rows)
+    assert frame.steps  # 250, 875 and 1,000 bytes of codes
+    assert len({frame.text([k]) - frame.lines[k] for k in range(3)}) > 1
+    for k in range(3):
+        size = len(header(piece.survey, Plan((rows[0][k],)), piece.rest(Plan((rows[0][k],))))) - 8
+        assert -(-frame.text([k]) // 8) * 8 == size
+
+
+def _linear(inputs, outputs):
+    network = nn.Sequential(nn.Linear(inputs, outputs)).eval()
+    return Workpiece.of(network, Task([torch.zeros(2, inputs)]), Jobs())
+
+
+def test_the_smallest_file_may_be_one_of_more_codes_and_a_shorter_line():
+    # 1,023 codes and a long line against 1,024 codes and a short one: padding decides.
+    piece = _linear(3, 5)
+    site = piece.survey["0"]
+    lines = [
+        "0 dense@4c",
+        "0 dense[0-2]@4c + dense[3-4]@4c",
+        "0 dense@4g2",
+        "0 dense@t",
+        "0 dense@1",
+    ]
+    for pair in itertools.combinations(lines, 2):
+        options = [Option(x, piece.layer_cost(site, x)) for x in map(LayerPlan.parse, pair)]
+        least = min(piece.cost(Plan((option.plan,))).bytes for option in options)
+        require_feasible([options], Budget.parse(f"bytes <= {least}"), piece)
+        with pytest.raises(BudgetError, match=f"smallest reachable value is {least:,} bytes"):
+            require_feasible([options], Budget.parse(f"bytes <= {least - 1}"), piece)
+
+
+def test_scores_that_differ_by_many_powers_of_ten_are_told_apart():
+    search = Search([3, 3, 3])
+    search.limit([0, 1, 2] * 3, 2)
+    scores = [[1e3, 4e-9, 1e-9], [1e3, 2e-9, 1e-9], [2e-9, 1.5e-9, 1e-9]]
+    assert search.best(scores).choice == [1, 1, 0]
+
+
+def test_limits_that_only_together_leave_nothing_are_proven_to():
+    search = Search([2, 2])
+    search.limit([0, 3, 0, 3], 3)
+    search.limit([3, 0, 3, 0], 2)
+    answer = search.best([[0.0, 1.0], [0.0, 1.0]])
+    assert answer.choice is None
+    assert answer.proven
+
+
+def test_choices_that_are_taken_out_do_not_come_back():
+    search, seen = Search([2, 3]), set()
+    while (answer := search.best([[0.0, 1.0], [0.0, 1.0, 2.0]])).choice is not None:
+        assert tuple(answer.choice) not in seen
+        seen.add(tuple(answer.choice))
+        search.exclude(answer.choice)
+    assert answer.proven
+    assert seen == set(itertools.product(range(2), range(3)))
+
+
+def test_what_is_pruned_costs_no_less_by_anything_that_a_limit_or_the_header_counts():
+    piece = _linear(24, 24)
+    site = piece.survey["0"]
+    menu = Joint().menu(site)
+    for one, other in itertools.permutations(menu, 2):
+        if all(a <= b for a, b in zip(_counts(site, one), _counts(site, other), strict=True)):
+            for act in (None, 3, 8):
+                costs = [piece.cost(Plan((LayerPlan("0", terms, act),))) for terms in (one, other)]
+                assert all(
+                    getattr(costs[0], field) <= getattr(costs[1], field)
+                    for field in ("bytes", "macs", "bops", "code_bits")
+                )
+                bits = [cost.code_bits + cost.scale_bits for cost in costs]
+                assert bits[0] <= bits[1]
+
+
+def test_the_price_of_the_checksum_is_in_the_bytes(tmp_path):
+    network = nn.Sequential(nn.Linear(3, 2)).eval()
+    result = fit(network, "0 dense@4c", [torch.zeros(2, 3)], Joint(tuning=Tuning(steps=0)))
+    size = result.save(tmp_path / "f")
+    assert b'"crc32":"' in (tmp_path / "f").read_bytes()
+    assert size == result.cost.bytes == (tmp_path / "f").stat().st_size
