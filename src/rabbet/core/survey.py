@@ -5,7 +5,7 @@ Values only; `model.inspect` collects them.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rabbet.errors import FileError, PlanError
 from rabbet.layers import Site
@@ -23,11 +23,15 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The sites of a network in the order in which they run, and what is left alone."""
+    """The sites of a network in the order in which they run, and what is left alone.
+
+    notes: what else is to be known of the network, in words; no part of a file.
+    """
 
     sites: tuple[Site, ...]
     left: tuple[Left, ...]
     float_bytes: int
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

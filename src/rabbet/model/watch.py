@@ -1,10 +1,7 @@
 """One forward pass, watched: what each layer is called with, and who uses its output."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -21,6 +18,7 @@ class Watch(TorchFunctionMode):
         # module -> (input, output) of each call
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.uses: dict[int, int] = {}
+        self.read: set[int] = set()  # ids of all tensors that a function was given
         self.by_keyword: set[nn.Module] = set()
         self.hooks = [
             m.register_forward_hook(self._seen, with_kwargs=True)
@@ -43,6 +41,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if tensors(result):
             for tensor in tensors([args, kwargs or {}]):
+                self.read.add(id(tensor))
                 if id(tensor) in self.uses:
                     self.uses[id(tensor)] += 1
         return result
@@ -55,22 +54,3 @@ class Watch(TorchFunctionMode):
 
 def _watched(module: nn.Module) -> bool:
     return kind_of(module) is not None or isinstance(module, _BatchNorm)
-
-
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore all buffers afterwards, whatever a forward pass does to them, such as counting."""
-    before = [
-        (module, name, t, t.clone())
-        for module in model.modules()
-        for name, t in module.named_buffers("", False)
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, tensor, values in before:
-                # An expanded tensor cannot be written to.
-                if not tensor.equal(values):
-                    tensor.copy_(values)
-                setattr(module, name, tensor)
