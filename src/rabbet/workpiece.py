@@ -18,8 +18,11 @@ from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
 from rabbet.jobs import Jobs, content_key
 from rabbet.layers import Site
-from rabbet.model.bn_fold import fold, norm_gain
-from rabbet.model.inspect import inspect_network, own_tensors, stored_tensors
+from rabbet.model.bn_fold import norm_gain
+from rabbet.model.check import check
+from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
+from rabbet.model.proof import proven
+from rabbet.model.surgery import copied
 
 DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
@@ -93,7 +96,9 @@ class Workpiece:
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
         batches = task.read()
-        survey = inspect_network(model, batches[0], task)
+        check(model)
+        model = copied(model)
+        folded, survey = proven(model, survey_of(model, batches[0], task), task)
         types = {
             name: DTYPES[str(t.dtype)]
             for name, t in stored_tensors(model).items()
@@ -105,7 +110,7 @@ class Workpiece:
             for s in survey
             if s.norm and isinstance(m := modules[s.norm], _BatchNorm)
         }
-        return cls(fold(model, survey), survey, task, jobs, seed, types, norms)
+        return cls(folded, survey, task, jobs, seed, types, norms)
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""
