@@ -1,12 +1,16 @@
 """The front door: a float network and a budget in, a network that keeps it out."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from rabbet.choose.latency import Stopwatch
+from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.plan import Plan
@@ -18,13 +22,25 @@ from rabbet.export import EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
 from rabbet.jobs import Jobs
-from rabbet.methods import Method, method_of
+from rabbet.methods import QUALITY, Method, method_of
 from rabbet.model.build import plan_of, validate
-from rabbet.model.inspect import inspect_network
 from rabbet.report.text import plain, report_parts
 from rabbet.workpiece import Workpiece
 
 Data = Task | Iterable[Batch]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _with_gradients(call: Callable[P, T]) -> Callable[P, T]:
+    """A call that works in the middle of `torch.inference_mode` and `torch.no_grad`, too."""
+
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False):
+            return call(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,8 @@ class Result:
         if self.budget is not None:
             self.budget.check(self.cost, self.float_cost)
         try:
-            return EXPORTS[target](self.parcel, path)
+            with torch.inference_mode(False):
+                return EXPORTS[target](self.parcel, path)
         except OSError as e:
             raise FileError(f"cannot write {path}: {e}") from e
 
@@ -91,6 +108,7 @@ class Result:
         return plain(report_parts(self.survey, self.plan, *costs, self.budget, self.notes))
 
 
+@_with_gradients
 def compress(  # noqa: PLR0913 (those behind the star are options, given by name)
     model: nn.Module,
     budget: str | Budget,
@@ -112,13 +130,15 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
 
     Raises BudgetError at once for a budget that cannot be met, ModelError or DataError, by name of
     the layer, for a network or batches that cannot be used, PlanError for a quality beside a method
-    that does not have it.
+    that does not have it. What your own code raises (a loader, the forward, a loss) is passed on,
+    with a note of where it arose.
     """
     limits, worker = Budget.parse(budget), method_of(method, quality)
     piece = _piece(model, limits, data, seed, jobs)
     return _finish(piece, worker, worker.plan(piece, limits), limits)
 
 
+@_with_gradients
 def plan(  # noqa: PLR0913 (as above)
     model: nn.Module,
     budget: str | Budget,
@@ -137,6 +157,7 @@ def plan(  # noqa: PLR0913 (as above)
     return worker.plan(_piece(model, limits, data, seed, jobs), limits)
 
 
+@_with_gradients
 def fit(  # noqa: PLR0913 (as above)
     model: nn.Module,
     plan: Plan | str,
@@ -152,20 +173,23 @@ def fit(  # noqa: PLR0913 (as above)
     Raises PlanError if the plan does not fit the network.
     """
     chosen, worker = _planned(plan), method_of(method, quality)
-    return _finish(Workpiece.of(model, Task.of(data), jobs or Jobs(), seed), worker, chosen, None)
+    piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
+    if worker != QUALITY["fast"]:  # which trains nothing
+        require_gradients(piece)
+    return _finish(piece, worker, chosen, None)
 
 
+@_with_gradients
 def survey(model: nn.Module, data: Data) -> Survey:
     """Every layer of a network that can be compressed, and what is left alone and why.
 
-    data: as for `compress`; the network runs once, on the first batch, and is not changed. Raises
-    ModelError for a network that cannot be used or holds nothing to compress; DataError if it does
-    not run on the batch.
+    data: as for `compress`; copies of the network run on the first batch. Raises ModelError for a
+    network that cannot be used or holds nothing to compress; what its forward raises is passed on.
     """
-    task = Task.of(data)
-    return inspect_network(model, task.read()[0], task)
+    return Workpiece.of(model, Task.of(data), Jobs()).survey
 
 
+@_with_gradients
 def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
     """What the network would cost under a plan (or its text), before anything is solved.
 
@@ -185,8 +209,12 @@ def _planned(plan: Plan | str) -> Plan:
 
 
 def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None) -> Workpiece:
-    """The network on the bench, with a stopwatch beside it if the budget is about time."""
+    """The network on the bench, with a stopwatch beside it if the budget is about time.
+
+    The pass that takes gradients is tried at once: an hour later would be too late.
+    """
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
+    require_gradients(piece)
     if any(limit.metric == "latency" for limit in budget.limits):
         piece.clock = Stopwatch(piece)
     return piece
@@ -220,9 +248,11 @@ def _result(
     if budget is not None:
         budget.check(cost, piece.float_cost)
     parcel = Parcel(model, plan, piece.survey, piece.rest(plan), piece.task)
-    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, notes, parcel)
+    said = (*piece.survey.notes, *notes)
+    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel)
 
 
+@_with_gradients
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """The network of a native file, bit-exact, in a copy of `model`, which only gives the code.
 
