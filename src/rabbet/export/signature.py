@@ -158,9 +158,10 @@ DRAWS = "the network draws random numbers in its forward"
 
 
 def draws(model: nn.Module, task: Task) -> bool:
-    """Whether a forward draws random numbers."""
-    with torch.no_grad():
+    """Whether a forward is known to draw random numbers."""
+    with contextlib.suppress(Exception), torch.no_grad():  # asked only to explain another error
         return task.watched(model, task.read()[0])[1].drew
+    return False
 
 
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
