@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from rabbet.choose.latency import Stopwatch
+from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.plan import Plan
@@ -20,9 +22,8 @@ from rabbet.export import EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
 from rabbet.jobs import TURN, Jobs
-from rabbet.methods import Method, method_of
+from rabbet.methods import QUALITY, Method, method_of
 from rabbet.model.build import plan_of, validate
-from rabbet.model.inspect import inspect_network
 from rabbet.report.text import plain, report_parts
 from rabbet.workpiece import Workpiece
 
@@ -31,19 +32,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def in_turn(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that threads run one after the other.
+def in_turn(call: Callable[P, T]) -> Callable[P, T]:
+    """A call that threads run one after the other, in the middle of `torch.inference_mode`, too.
 
     Torch has one number of threads for the whole process, which jobs set to one: two runs side by
     side would sum in other orders, and write other bytes, each time.
     """
 
-    @functools.wraps(function)
-    def waits(*args: P.args, **kwargs: P.kwargs) -> T:
-        with TURN:
-            return function(*args, **kwargs)
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with TURN, torch.inference_mode(False):
+            return call(*args, **kwargs)
 
-    return waits
+    return run
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Result:
         if self.budget is not None:
             self.budget.check(self.cost, self.float_cost)
         try:
-            return EXPORTS[target](self.parcel, path)
+            with torch.inference_mode(False):
+                return EXPORTS[target](self.parcel, path)
         except OSError as e:
             raise FileError(f"cannot write {path}: {e}") from e
 
@@ -133,7 +135,8 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
 
     Raises BudgetError at once for a budget that cannot be met, ModelError or DataError, by name of
     the layer, for a network or batches that cannot be used, PlanError for a quality beside a method
-    that does not have it.
+    that does not have it. What your own code raises (a loader, the forward, a loss) is passed on,
+    with a note of where it arose.
     """
     limits, worker = Budget.parse(budget), method_of(method, quality)
     piece = _piece(model, limits, data, seed, jobs)
@@ -175,19 +178,20 @@ def fit(  # noqa: PLR0913 (as above)
     Raises PlanError if the plan does not fit the network.
     """
     chosen, worker = _planned(plan), method_of(method, quality)
-    return _finish(Workpiece.of(model, Task.of(data), jobs or Jobs(), seed), worker, chosen, None)
+    piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
+    if worker != QUALITY["fast"]:  # which trains nothing
+        require_gradients(piece)
+    return _finish(piece, worker, chosen, None)
 
 
 @in_turn
 def survey(model: nn.Module, data: Data) -> Survey:
     """Every layer of a network that can be compressed, and what is left alone and why.
 
-    data: as for `compress`; the network runs once, on the first batch, and is not changed. Raises
-    ModelError for a network that cannot be used or holds nothing to compress; DataError if it does
-    not run on the batch.
+    data: as for `compress`; copies of the network run on the first batch. Raises ModelError for a
+    network that cannot be used or holds nothing to compress; what its forward raises is passed on.
     """
-    task = Task.of(data)
-    return inspect_network(model, task.read()[0], task)
+    return Workpiece.of(model, Task.of(data), Jobs()).survey
 
 
 @in_turn
@@ -210,8 +214,12 @@ def _planned(plan: Plan | str) -> Plan:
 
 
 def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None) -> Workpiece:
-    """The network on the bench, with a stopwatch beside it if the budget is about time."""
+    """The network on the bench, with a stopwatch beside it if the budget is about time.
+
+    The pass that takes gradients is tried at once: an hour later would be too late.
+    """
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
+    require_gradients(piece)
     if any(limit.metric == "latency" for limit in budget.limits):
         piece.clock = Stopwatch(piece)
     return piece
@@ -245,9 +253,11 @@ def _result(
     if budget is not None:
         budget.check(cost, piece.float_cost)
     parcel = Parcel(model, plan, piece.survey, piece.rest(plan), piece.task)
-    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, notes, parcel)
+    said = (*piece.survey.notes, *notes)
+    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel)
 
 
+@in_turn
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """The network of a native file, bit-exact, in a copy of `model`, which only gives the code.
 

@@ -7,9 +7,12 @@
     ├── DataError     batches that are empty, of the wrong shape, or not finite
     └── FileError     a file that is damaged, of another format, or of another network
 
-Each message says what was asked, what was found and what to do.
+Each message says what was asked, what was found and what to do. An error of the user's own code (a
+loader, a forward, a loss) is none of these: it is passed on, with a note of where it arose.
 """
 
+import contextlib
+from collections.abc import Iterator
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -46,6 +49,28 @@ class DataError(RabbetError):
 
 class FileError(RabbetError):
     """A file that is damaged, of another format, or of another network."""
+
+
+NOTE = "raised in "
+"""How the notes begin that rabbet adds to errors of the user's own code."""
+
+
+@contextlib.contextmanager
+def theirs(place: str) -> Iterator[None]:
+    """Run the user's code within this: its errors pass unchanged, with a note of the place."""
+    try:
+        yield
+    except RabbetError:
+        raise
+    except Exception as e:
+        if note_of(e) is None:  # the innermost place tells most
+            e.add_note(NOTE + place)
+        raise
+
+
+def note_of(error: BaseException) -> str | None:
+    """Where in the user's own code an error arose; None for one that did not pass `theirs`."""
+    return next((n for n in getattr(error, "__notes__", ()) if n.startswith(NOTE)), None)
 
 
 def check_fields(settings: Any) -> None:

@@ -20,8 +20,11 @@ from rabbet.errors import ModelError, PlanError
 from rabbet.fingerprint import Untold, fingerprint
 from rabbet.jobs import ONCE, Jobs
 from rabbet.layers import Site
-from rabbet.model.bn_fold import fold, norm_gain
-from rabbet.model.inspect import inspect_network, own_tensors, stored_tensors
+from rabbet.model.bn_fold import norm_gain
+from rabbet.model.check import check
+from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
+from rabbet.model.proof import proven
+from rabbet.model.surgery import copied
 
 DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
@@ -100,7 +103,9 @@ class Workpiece:
         batches = task.read()
         calls = {part: getattr(task, part) for part in ("forward", "loss", "vary", "evaluate")}
         told = _told({**calls, "batches": batches, "network": model}, jobs)
-        survey = inspect_network(model, batches[0], task)
+        check(model)
+        model = copied(model)
+        folded, survey = proven(model, survey_of(model, batches[0], task), task)
         types = {
             name: DTYPES[str(t.dtype)]
             for name, t in stored_tensors(model).items()
@@ -112,7 +117,7 @@ class Workpiece:
             for s in survey
             if s.norm and isinstance(m := modules[s.norm], _BatchNorm)
         }
-        return cls(fold(model, survey), survey, task, jobs, seed, types, norms, told=told)
+        return cls(folded, survey, task, jobs, seed, types, norms, told=told)
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, on the CPU, where solvers run."""

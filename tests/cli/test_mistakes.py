@@ -4,6 +4,9 @@ import shlex
 
 import pytest
 
+from rabbet.errors import ModelError
+from rabbet.export import EXPORTS
+
 MISTAKES = {
     "survey mine_of_user:nett --data mine_of_user:batches": "has no 'nett'; did you mean net?",
     "survey mine_of_usr:net --data mine_of_user:batches": "no module 'mine_of_usr'",
@@ -85,3 +88,72 @@ def test_a_budget_that_cannot_be_met_is_exit_code_1(run, mine, tmp_path, command
     assert "smallest reachable value" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "a.safetensors").exists()
+
+
+HOSTILE = """
+import torch
+from torch import nn
+
+class Raising(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.calls = nn.Linear(9, 9), 0
+
+    def forward(self, x):
+        raise KeyError("no such \\n key")
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(9, 9)
+
+    def forward(self, x):
+        y = self.a(x)
+        return y if float(y.sum()) > 0 else -y
+
+def raising():
+    return Raising()
+
+def deciding():
+    return Deciding()
+
+def nines():
+    return [torch.rand(8, 9)]
+"""
+
+
+def test_an_error_of_a_forward_is_one_line_with_its_place(run, tmp_path, monkeypatch):
+    (tmp_path / "hostile_nets.py").write_text(HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("survey", "hostile_nets.py:raising", "--data", "hostile_nets.py:nines")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: KeyError: ")
+    assert "raised in the forward: the model does not run on a batch of float32[8, 9]" in err
+
+
+def test_a_network_that_cannot_be_exported_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    (tmp_path / "hostile_nets.py").write_text(HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rabbet.jobs.Jobs.run", lambda *_: pytest.fail("work was done"))
+    names = ("hostile_nets.py:deciding", "--data", "hostile_nets.py:nines", "--budget", "bits <= 8")
+    code, _, err = run("compress", *names, "--output", "a.onnx")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "torch cannot export this network to ONNX" in err
+
+
+def test_an_export_that_fails_in_the_end_leaves_the_native_file(run, kept, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ModelError("the runtime is broken")
+
+    monkeypatch.setitem(EXPORTS, "torch", broken)
+    target = tmp_path / "a.pt2"
+    arguments = ("--quality", "fast", "--resume", str(kept), "--output", str(target))
+    code, _, err = run("compress", *arguments)
+    assert code == 2
+    spare = tmp_path / "a.pt2.safetensors"
+    assert f"the runtime is broken; the compressed network is kept in {spare}" in err
+    monkeypatch.undo()
+    assert run("export", str(spare), "--output", str(target))[0] == 0
+    spare.unlink()
+    assert run("compress", *arguments)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]

@@ -193,3 +193,116 @@ def test_a_norm_behind_a_table_stays_where_it_is(tmp_path):
     assert torch.equal(load(tmp_path / "a.safetensors", model)(ids), result.model(ids))
     with torch.no_grad():
         assert float((result.model(ids) - model(ids)).norm() / model(ids).norm()) < 0.2
+
+
+class Keeping(nn.Module):
+    """Keeps an activation for a picture, as many networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        self.features = {"a": [F.relu(self.a(x))]}
+        return self.b(self.features["a"][0])
+
+
+class Autocast(nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+class Inferring(nn.Sequential):
+    @torch.inference_mode()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def _layers():
+    return nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)
+
+
+def _kept():
+    net = Keeping()
+    net(rand(4, 8))  # the graph of this pass is still there
+    return net
+
+
+def _made_in_inference_mode():
+    with torch.inference_mode():
+        return nn.Sequential(*_layers())
+
+
+def _spare():
+    """A layer without outputs, as pruning leaves behind."""
+
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.none, self.b = nn.Linear(8, 8), nn.Linear(8, 0), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(torch.cat([self.a(x), self.none(x)], 1))
+
+    return Spare()
+
+
+ODD = {
+    "keeps activations": _kept,
+    "autocast": lambda: Autocast(*_layers()),
+    "inference mode inside": lambda: Inferring(*_layers()),
+    "made in inference mode": _made_in_inference_mode,
+    "a layer without outputs": _spare,
+    "data parallel": lambda: nn.DataParallel(nn.Sequential(*_layers())),
+    "data parallel inside": lambda: nn.Sequential(nn.DataParallel(nn.Sequential(*_layers()))),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", ODD)
+def test_what_a_forward_may_do_is_taken_and_the_file_loads_again(name, steps, tmp_path):
+    net, x = ODD[name]().eval(), rand(16, 8)
+    method = Joint(("4c", "8c"), (), forms=(), tuning=Tuning(steps=steps, batch=8))
+    result = compress(net, "bits <= 8", [x], method)
+    result.save(tmp_path / "a.safetensors")
+    again = load(tmp_path / "a.safetensors", net)
+    with torch.no_grad():
+        assert torch.equal(result.model(x), again(x))
+        assert (again(x) - net(x)).norm() < 0.1 * net(x).norm()
+
+
+def test_a_call_in_inference_mode_works():
+    with torch.inference_mode():
+        result = compress(nn.Sequential(*_layers()).eval(), "bits <= 8", [rand(16, 8)], JOINT)
+    assert not result.model(rand(4, 8)).is_inference()
+
+
+def test_a_network_of_half_the_precision_is_told_that_its_copy_is_not():
+    net = nn.Sequential(*_layers()).eval().bfloat16()
+    result = compress(net, "bits <= 8", [rand(16, 8)], JOINT)
+    assert "in bfloat16, the compressed one computes in float32" in str(result)
+    assert result.model(rand(4, 8)).dtype == torch.float32
+
+
+JOINT = Joint(("4c", "8c"), (), forms=(), tuning=Tuning(steps=0))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_reasons_are_the_true_ones():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.head, self.idle = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+            self.old = nn.utils.weight_norm(nn.Linear(8, 8))
+            self.new = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+        def forward(self, x):
+            return self.head(self.new(self.old(F.linear(x, self.qkv.weight, self.qkv.bias))))
+
+    reasons = {left.name: left.reason for left in survey(Reading().eval(), [rand(4, 8)]).left}
+    assert "read and its forward never called" in reasons["qkv"]
+    assert "made of other tensors" in reasons["old"]
+    assert "parametrised" in reasons["new"]
+    assert reasons["new"] == reasons["new.parametrizations.weight"]
+    assert reasons["idle"] == "Linear never ran on the batch"

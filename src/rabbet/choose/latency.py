@@ -23,6 +23,7 @@ from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.data.batches import first_examples, tensors
 from rabbet.data.task import Task
 from rabbet.export.onnx.write import assemble, assemble_alone, float_content
+from rabbet.export.signature import unlabelled
 from rabbet.forms import Dense
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Jobs
@@ -48,6 +49,7 @@ class Stopwatch:
     def __init__(self, piece: Workpiece) -> None:
         require_onnx()
         self.piece = piece
+        self.task = unlabelled(piece.task, piece.model)[0]
         self.kept = Jobs(folder=folder())
         self.machine = {"machine": sorted(cpu().items())}
         self.inputs = _inputs(piece)
@@ -57,7 +59,7 @@ class Stopwatch:
     def whole(self) -> int:
         """The float network, in nanoseconds."""
         return self._timed(
-            lambda: float_content(self.piece.model, self.piece.task),
+            lambda: float_content(self.piece.model, self.task),
             self._example,
             {"whole": "float"},
         )
@@ -69,7 +71,7 @@ class Stopwatch:
         student = build(self.piece.model, Plan(tuple(lines)), self.piece.survey)
         calibrate_ranges(student, self.piece.task)
         time = self._timed(
-            lambda: assemble(student, self.piece.task).content, self._example, {"whole": "8 bits"}
+            lambda: assemble(student, self.task).content, self._example, {"whole": "8 bits"}
         )
         return time - sum(
             self.layer(s, line) for s, line in zip(self.piece.survey, lines, strict=True)
@@ -94,7 +96,7 @@ class Stopwatch:
                 if layer is None
                 else _random(alone, alike)
             )
-            given = torch.rand(self.inputs[site.name])
+            given = torch.rand(self.inputs[site.name], generator=_chance())
             task = Task([torch.cat([given, given])])
             facts = {"site": alone, "plan": alike.body, "input": given.shape}
             content = functools.partial(assemble_alone, runner, task)
@@ -103,11 +105,11 @@ class Stopwatch:
 
     def network(self, model: nn.Module) -> int:
         """The exported file of a compressed network, in nanoseconds; always timed anew."""
-        return _time(assemble(model, self.piece.task).content, self._example)
+        return _time(assemble(model, self.task).content, self._example)
 
     @property
     def _example(self) -> list[Tensor]:
-        return tensors(first_examples(self.piece.task.read()[0], 1))
+        return tensors(first_examples(self.task.read()[0], 1))
 
     def _timed(
         self, content: Callable[[], bytes], given: list[Tensor], facts: dict[str, Any]
@@ -175,10 +177,19 @@ class _Multiplied(nn.Module):
         return scores
 
 
+def _chance() -> torch.Generator:
+    """A generator of our own: the one that all code shares is the user's."""
+    return torch.Generator().manual_seed(0)
+
+
 def _random(site: Site, line: LayerPlan) -> nn.Module:
     """A layer with any numbers, as the whole of a network; of a table its head."""
+    chance = _chance()
     terms = [
-        [Quantised.nearest(torch.rand(shape) - 0.5, t.grid) for shape in factor_shapes(site, t)]
+        [
+            Quantised.nearest(torch.rand(shape, generator=chance) - 0.5, t.grid)
+            for shape in factor_shapes(site, t)
+        ]
         for t in line.terms
     ]
     layer = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rabbet.data.batches import examples, outputs
-from rabbet.errors import DataError
+from rabbet.data.batches import Batch, examples, first_examples, outputs
+from rabbet.errors import DataError, ModelError, RabbetError
 from rabbet.layers import Site
 from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
@@ -38,23 +38,7 @@ def output_errors(
     power, count = 0.0, 0
     sites = [s for s in piece.survey if s.name in changes]
     for batch in piece.task.read():
-        calls, result = _recorded(piece, sites, batch)
-        answers = outputs(result)
-        signs = [
-            torch.randint(0, 2, t.shape, generator=generator).to(t.device, t.dtype) * 2 - 1
-            for t in answers
-        ]
-        if not all(torch.isfinite(t).all() for t in answers):
-            raise DataError(
-                "the network's outputs hold NaN or infinite values on the given batches"
-            )
-        objective = torch.stack([(s * t).sum() for s, t in zip(signs, answers, strict=True)]).sum()
-        flat = [out for site in sites for _, _, out in calls[site.name]]
-        reached = (
-            torch.autograd.grad(objective, flat, allow_unused=True)
-            if objective.requires_grad
-            else [None] * len(flat)
-        )
+        calls, answers, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
         energy = sum(float(t.detach().double().square().sum()) for t in answers)
         for site in sites:
@@ -69,6 +53,53 @@ def output_errors(
         if count >= limit:
             break
     return {name: t / max(power, 1e-30) for name, t in total.items()}
+
+
+def require_gradients(piece: Workpiece) -> None:
+    """Try the pass that scores layers on one example, before anything long is done.
+
+    Raises ModelError if no gradient can be taken, though the network runs.
+    """
+    batch = piece.task.read()[0]
+    try:
+        _slopes(piece, list(piece.survey), first_examples(batch, 1), torch.Generator())
+    except Exception:  # it may need the others of the batch
+        try:
+            _slopes(piece, list(piece.survey), batch, torch.Generator())
+        except RabbetError:
+            raise
+        except Exception as e:
+            raise ModelError(
+                f"no gradient can be taken through the network: {type(e).__name__}: {e}. Layers "
+                "are scored by gradients; the network itself runs, so look for operations in place "
+                "and functions without a derivative in its forward"
+            ) from e
+
+
+def _slopes(
+    piece: Workpiece, sites: Sequence[Site], batch: Batch, generator: torch.Generator
+) -> tuple[dict[str, list[Any]], list[Tensor], Sequence[Tensor | None]]:
+    """What each site was, the outputs of the network, and their gradient with random signs.
+
+    The gradient is that by every output of every site in turn, None where none reaches.
+    """
+    calls, result = _recorded(piece, sites, batch)
+    answers = outputs(result)
+    signs = [
+        torch.randint(0, 2, t.shape, generator=generator).to(t.device, t.dtype) * 2 - 1
+        for t in answers
+    ]
+    if not all(torch.isfinite(t).all() for t in answers):
+        raise DataError("the network's outputs hold NaN or infinite values on the given batches")
+    objective = torch.stack(
+        [(s * t).sum().float() for s, t in zip(signs, answers, strict=True)]
+    ).sum()
+    flat = [out for site in sites for _, _, out in calls[site.name]]
+    inner = [out for out in flat if out.requires_grad]
+    if not inner or not objective.requires_grad:
+        return calls, answers, [None] * len(flat)
+    slopes = iter(torch.autograd.grad(objective, inner, allow_unused=True))
+    return calls, answers, [next(slopes) if out.requires_grad else None for out in flat]
 
 
 Met = tuple[Site, Tensor, Tensor | None]
@@ -86,8 +117,11 @@ def _recorded(
 
     def hook(role: Site) -> Callable[..., Tensor]:
         def seen(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            if out.is_inference():  # no gradient reaches it, and none can be asked for
+                calls[role.name].append((role, _exact(args[0].clone()), out))
+                return out
             out = out if out.requires_grad else out.requires_grad_()
-            calls[role.name].append((role, args[0].detach(), out))
+            calls[role.name].append((role, _exact(args[0].detach()), out))
             return out.clone()  # what follows may work in place
 
         return seen
@@ -96,6 +130,11 @@ def _recorded(
     hooks = [(piece.model.get_submodule(name), hook(role)) for name, role in roles]
     with torch.enable_grad(), hooked(hooks):
         return calls, piece.task.run(piece.model, batch)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """An input in the type of the weights, whatever autocast has made of it."""
+    return x.float() if x.is_floating_point() else x
 
 
 def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
@@ -128,7 +167,7 @@ def _projected(site: Site, met: Sequence[Met], changes: Tensor, batch: int) -> T
         for role, x, g in used:
             share = len(x) // count
             part = slice(start * share, (start + n) * share)
-            parts.append(role.gradients(x[part], g[part], n))
+            parts.append(role.gradients(x[part], g[part].float(), n))
         inner = torch.stack(parts).sum(0) @ flat.to(parts[0].device).T  # [examples, candidates]
         total += inner.double().square().sum(0).cpu()
     return total

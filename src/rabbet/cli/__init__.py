@@ -17,7 +17,7 @@ import typer
 
 from rabbet.cli import compressing, reading, running
 from rabbet.cli.ending import CLOSED, INTERRUPTED, Stopped, own_output, terminable
-from rabbet.errors import BudgetError, RabbetError
+from rabbet.errors import BudgetError, RabbetError, note_of
 
 # Newer versions of typer carry a click of their own: the root of its usage errors is found through
 # what is public.
@@ -98,14 +98,22 @@ def _answered(arguments: Sequence[str] | None, stopped: Callable[[], int]) -> in
         return _told(
             "error: a worker process died, perhaps for want of memory; try fewer --jobs", 2
         )
-    except (RabbetError, OSError) as e:
-        return _told(f"error: {e}", 2)
-    except Exception:  # a mistake of ours: it is shown whole, and is no broken budget
-        traceback.print_exc()
-        return 2
+    except Exception as e:
+        return _failed(e)
     if code == INTERRUPTED:  # typer's own word for a KeyboardInterrupt
         return _told("stopped", stopped())
     return code if isinstance(code, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    """A mistake of the user's is a line; one of ours is shown whole, and is no broken budget."""
+    place = note_of(error)  # in the user's own code
+    if place is not None:
+        return _told(f"error: {type(error).__name__}: {error}: {place}", 2)
+    if isinstance(error, RabbetError | OSError):
+        return _told(f"error: {error}", 2)
+    traceback.print_exception(error)
+    return 2
 
 
 def _told(line: str, code: int) -> int:

@@ -96,12 +96,13 @@ def compress(
         outcomes.require_countable(limits)
     target = ready(output)
     inputs = open_inputs(model, data, test)
+    outcomes.require_exportable(inputs, target)
     judge = inputs.judge
     before = None if judge is None else judge(inputs.network)
     with working(resume, processes, as_json) as jobs:
         result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    written = result.export(output, target)
+    written = outcomes.export_safely(result, output, target)
     after = None if judge is None else judge(opened(output, inputs.network))
     outcome = outcomes.Outcome(output, result, written, judge, before, after)
     if as_json:

@@ -14,7 +14,8 @@ from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
-from rabbet.export import Written
+from rabbet.errors import FileError
+from rabbet.export import TRIALS, Written
 from rabbet.jobs import Jobs
 from rabbet.methods import Method
 from rabbet.model.build import validate
@@ -84,6 +85,33 @@ def require_countable(limits: Budget) -> None:
             "rabbet bench",
             param_hint="--budget",
         )
+
+
+def require_exportable(inputs: Inputs, target: str) -> None:
+    """Refuse a network that torch cannot export before any work: the float one is tried."""
+    if target in TRIALS:
+        piece = Workpiece.of(inputs.network, inputs.task, Jobs())
+        TRIALS[target](piece.model, inputs.task)
+
+
+def export_safely(result: Result, output: Path, target: str) -> Written:
+    """Write a file for a runtime, the native one before it: if the export fails, nothing is lost.
+
+    The native file is taken away again once the other is there.
+    """
+    spare = output.with_name(f"{output.name}.safetensors")
+    if target == "safetensors" or spare.exists():
+        return result.export(output, target)
+    result.save(spare)
+    try:
+        written = result.export(output, target)
+    except Exception as e:
+        wish = f"rabbet export {spare} --output {output}"
+        raise FileError(
+            f"{e}; the compressed network is kept in {spare}, from which {wish} goes on"
+        ) from e
+    spare.unlink()
+    return written
 
 
 def plan_for(inputs: Inputs, limits: Budget, worker: Method, seed: int, jobs: Jobs) -> Chosen:

@@ -23,11 +23,15 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The sites of a network in the order in which they run, and what is left alone."""
+    """The sites of a network in the order in which they run, and what is left alone.
+
+    notes: what else is to be known of the network, in words; no part of a file.
+    """
 
     sites: tuple[Site, ...]
     left: tuple[Left, ...]
     float_bytes: int
+    notes: tuple[str, ...] = field(default=(), compare=False)
     _index: dict[str, Site] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,8 @@ from rabbet.data.batches import (
     suited,
     tensors,
 )
-from rabbet.errors import DataError, RabbetError
+from rabbet.data.state import Pass, clean_pass, state_kept
+from rabbet.errors import DataError, theirs
 
 Forward = Callable[[nn.Module, Batch], Any]
 
@@ -87,7 +88,8 @@ class Task:
         """
         if not self._read:
             batches, count = list[Batch](), 0
-            for batch in self.batches:
+            for batch in self._given():
+                _require_numbers(batch, len(batches))
                 size = examples(batch)
                 if any(bool(t.isnan().any()) for t in tensors(batch) if t.is_floating_point()):
                     raise DataError(
@@ -106,6 +108,20 @@ class Task:
             self._read.extend(batches)  # all or nothing: batches read before an error do not count
         return self._read
 
+    def _given(self) -> Iterator[Batch]:
+        """The user's batches; an error that their iterator raises is passed on, with a note."""
+        count = 0
+        with theirs("the data, before its first batch"):
+            batches = iter(self.batches)
+        while True:
+            with theirs(f"the data, at batch {count}, counted from 0"):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
+            count += 1
+
     def gathered(self, limit: int) -> Batch:
         """At most `limit` examples as one batch: the first batches joined while shapes agree."""
         batches = self.read()
@@ -120,19 +136,22 @@ class Task:
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """The model's output on a batch, its tensors moved to the model's device and floating type.
 
-        Raises DataError, with the cause, if the model does not accept the batch.
+        The pass leaves no trace in the model, and draws the same random numbers for the same batch
+        (see `rabbet.data.state`). What the forward raises is passed on, with a note.
         """
-        batch = suited(batch, model)
-        try:
-            return self.forward(model, batch)
-        except RabbetError:
-            raise
-        except Exception as e:  # the forward is the user's: it may raise anything
-            raise DataError(
-                f"the model does not run on a batch of {describe(batch)}: {e}. A batch is passed "
-                "as the model's arguments (tensor, tuple or mapping); use "
-                "Task(batches, forward=...) for anything else"
-            ) from e
+        return self.watched(model, batch)[0]
+
+    def watched(self, model: nn.Module, batch: Batch) -> tuple[Any, Pass]:
+        """The same, and what is known of the pass."""
+        place = (
+            f"the forward: the model does not run on a batch of {describe(batch)}. A batch is "
+            "passed as the model's arguments (tensor, tuple or mapping); use "
+            "Task(batches, forward=...) for anything else"
+        )
+        given = suited(batch, model)
+        with clean_pass(model, batch) as seen, theirs(place):
+            result = self.forward(model, given)
+        return result, seen
 
     def judge(self, model: nn.Module, result: Any, batch: Batch) -> Tensor:
         """The task's own loss, a scalar, for a model's result on a batch.
@@ -141,7 +160,7 @@ class Task:
         number.
         """
         assert self.loss is not None
-        with _asked("loss"):
+        with theirs("Task(loss=...)"):
             value = self.loss(result, suited(batch, model))
         if not isinstance(value, Tensor) or value.numel() != 1:
             shown = describe(value) if isinstance(value, Tensor) else type(value).__name__
@@ -153,11 +172,11 @@ class Task:
     def score(self, model: nn.Module) -> float:
         """The user's own score of a model in eval mode, larger is better.
 
-        The model is left in the mode that it was in, whatever the user's function sets. Raises
-        DataError unless the score is a number.
+        The model is left in the mode and the state that it was in, whatever the user's function
+        sets. Raises DataError unless the score is a number.
         """
         assert self.evaluate is not None
-        with evaluating(model), _asked("evaluate"):
+        with state_kept(model), evaluating(model), theirs("Task(evaluate=...)"):
             value = float(self.evaluate(model))
         if math.isnan(value):
             raise DataError("Task(evaluate=...) gave NaN; it must give a number, larger is better")
@@ -167,19 +186,20 @@ class Task:
         """A batch as the student sees it."""
         if self.vary is None:
             return batch
-        with _asked("vary"):
+        with theirs("Task(vary=...)"):
             return self.vary(batch, generator)
 
 
-@contextlib.contextmanager
-def _asked(name: str) -> Iterator[None]:
-    """Turn an error in a function of the user's into a DataError that names the function."""
-    try:
-        yield
-    except RabbetError:
-        raise
-    except Exception as e:
-        raise DataError(f"Task({name}=...) failed: {type(e).__name__}: {e}") from e
+def _require_numbers(batch: Batch, number: int) -> None:
+    """Raise DataError for tensors that cannot be cut into examples and computed with."""
+    for tensor in tensors(batch):
+        strange = "lies on the meta device and holds no numbers" if tensor.is_meta else ""
+        if tensor.layout != torch.strided or tensor.is_nested:
+            strange = "is sparse or nested; make it dense with .to_dense(), or pad it"
+        if strange:
+            raise DataError(
+                f"batch {number} of the data, counted from 0, holds a tensor that {strange}"
+            )
 
 
 _LOCK = threading.Lock()
@@ -224,7 +244,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
                     f"accuracy needs batches of (inputs, labels), found {describe(batch)}"
                 )
             x, y = batch
-            scores = outputs(call(model, suited(x, model)))[0]
+            with clean_pass(model, x):
+                scores = outputs(call(model, suited(x, model)))[0]
             if scores.shape[:1] + scores.shape[2:] != y.shape or scores.ndim < 2:
                 raise DataError(
                     f"scores {list(scores.shape)} are of classes on axis 1 and need labels "

@@ -3,13 +3,17 @@
 A new one is a file here and a line in EXPORTS.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
+from rabbet.data.task import Task
 from rabbet.errors import FileError
 from rabbet.export.base import Export, Written
 from rabbet.export.native import write_native
-from rabbet.export.onnx.write import write_onnx, write_openvino
-from rabbet.export.torch import write_torch
+from rabbet.export.onnx.write import float_content, write_onnx, write_openvino
+from rabbet.export.torch import program, write_torch
 
 EXPORTS: dict[str, Export] = {
     "safetensors": write_native,
@@ -17,6 +21,12 @@ EXPORTS: dict[str, Export] = {
     "openvino": write_openvino,
     "torch": write_torch,
 }
+TRIALS: dict[str, Callable[[nn.Module, Task], object]] = {
+    "onnx": float_content,
+    "openvino": float_content,
+    "torch": program,
+}
+"""What shows on a float network, before any work, whether torch can export it for a target."""
 ENDINGS = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch"}
 """The target that a path asks for by its ending."""
 
@@ -39,4 +49,4 @@ def target_of(path: Path, target: str | None = None) -> str:
     return target
 
 
-__all__ = ["ENDINGS", "EXPORTS", "Export", "Written", "target_of"]
+__all__ = ["ENDINGS", "EXPORTS", "TRIALS", "Export", "Written", "target_of"]

@@ -2,32 +2,37 @@
 
 import contextlib
 import inspect
-import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rabbet.data.batches import Batch, examples, first_examples, join, replaced, tensors
+from rabbet.data.state import state_kept
 from rabbet.data.task import Task, call
+from rabbet.errors import ModelError, RabbetError
 
 
 class Flat(nn.Module):
-    """The user's forward on flat tensors: takes those of a batch, returns those of the output."""
+    """The user's forward on flat tensors: takes those of a batch, returns those of the output.
 
-    def __init__(self, model: nn.Module, task: Task, batch: Batch) -> None:
+    writes: whether the forward writes to the network, which no exporter takes.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, batch: Batch, writes: bool = False) -> None:
         super().__init__()
-        self.model, self.task, self.batch = model, task, batch
+        self.model, self.task, self.batch, self.writes = model, task, batch, writes
 
     def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the output."""
         given = iter(parts)
-        return tuple(
-            tensors(self.task.forward(self.model, replaced(self.batch, lambda _: next(given))))
-        )
+        with state_kept(self.model) if self.writes else contextlib.nullcontext():
+            result = self.task.forward(self.model, replaced(self.batch, lambda _: next(given)))
+        return tuple(tensors(result))
 
 
 def two(batch: Batch) -> Batch:
@@ -64,12 +69,123 @@ def input_names(model: nn.Module, task: Task, batch: Batch) -> list[str]:
     return named if len(named) == count else [f"input_{k}" for k in range(count)]
 
 
-def output_names(value: Any) -> list[str]:
-    """Names for the tensors of an output."""
+def output_names(value: Any, taken: Sequence[str] = ()) -> list[str]:
+    """Names for the tensors of an output; one that an input has already gets `_out` behind it."""
     count = len(tensors(value))
+    names = ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
     if isinstance(value, dict) and len(value) == count:
-        return [str(k) for k in value]
-    return ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
+        names = [str(k) for k in value]
+    while clash := next((name for name in names if name in taken), None):
+        names[names.index(clash)] = clash + "_out"
+    return names
+
+
+def unlabelled(task: Task, model: nn.Module) -> tuple[Task, tuple[str, ...]]:
+    """A task whose batches hold no labels, and the names under which they were held.
+
+    Labels are what a forward need not be given, and without which it answers the same but for
+    single numbers such as a loss. They are told where batches and answers are mappings.
+    """
+    batch = task.read()[0]
+    if task.forward is not call or not isinstance(batch, Mapping):
+        return task, ()
+    known = inspect.signature(model.forward).parameters.values()
+    optional = [p.name for p in known if p.default is not p.empty and p.name in batch]
+    with torch.no_grad():
+        whole = task.run(model, batch) if optional else None
+    names = tuple(name for name in optional if _only_judges(task, model, name, whole))
+    if not names:
+        return task, ()
+    short = [{k: v for k, v in b.items() if k not in names} for b in task.read()]
+    return replace(task, batches=short), names
+
+
+def _only_judges(task: Task, model: nn.Module, name: str, whole: Any) -> bool:
+    """Whether without this part of a batch an answer only lacks numbers, and nothing changes."""
+    if not isinstance(whole, Mapping):
+        return False
+    batch = task.read()[0]
+    try:
+        with torch.no_grad():
+            less = task.run(model, {k: v for k, v in batch.items() if k != name})
+    except Exception:  # the forward is the user's: without this it may raise anything
+        return False
+    if not isinstance(less, Mapping):
+        return False
+    gone = [v for k, v in whole.items() if v is not None and less.get(k) is None]
+    numbers = bool(gone) and all(isinstance(v, Tensor) and v.numel() == 1 for v in gone)
+    ours = tensors({k: whole.get(k) for k in less if less[k] is not None})
+    theirs = tensors(less)
+    return (
+        numbers
+        and len(ours) == len(theirs)
+        and all(
+            a.shape == b.shape and torch.allclose(a.double(), b.double(), equal_nan=True)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+    )
+
+
+def labels_note(names: Sequence[str]) -> tuple[str, ...]:
+    """What to say of labels that are left out of a file."""
+    if not names:
+        return ()
+    verb = "is no input" if len(names) == 1 else "are no inputs"
+    return (f"{', '.join(names)} {verb} of the file: only the loss depends on it",)
+
+
+@contextlib.contextmanager
+def exporting(what: str, model: nn.Module, task: Task) -> Iterator[None]:
+    """Make one sentence of whatever fails in an export, and say where chance is the cause."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:  # the exporter runs the user's code, which may raise anything
+        told = isinstance(e, RabbetError)
+        if not str(e).startswith(DRAWS) and draws(model, task):
+            raise ModelError(
+                f"{DRAWS}, which no file can repeat; draw them outside and pass them as an input, "
+                f"or not at all in eval mode ({e if told else reason(e)})"
+            ) from e
+        if told:
+            raise
+        raise ModelError(f"torch cannot export this network to {what}: {reason(e)}") from e
+
+
+DRAWS = "the network draws random numbers in its forward"
+
+
+def draws(model: nn.Module, task: Task) -> bool:
+    """Whether a forward is known to draw random numbers."""
+    with contextlib.suppress(Exception), torch.no_grad():  # asked only to explain another error
+        return task.watched(model, task.read()[0])[1].drew
+    return False
+
+
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+@contextlib.contextmanager
+def afresh() -> Iterator[None]:
+    """Let torch trace recurrent layers as in a process that has exported nothing yet.
+
+    For dynamic lengths its exporter puts rules of its own in the place of the usual ones, which
+    take a layer apart place by place; but an operator that has been traced once remembers what it
+    was dispatched to, so that they would only hold for the first export of a process.
+    """
+    packets = [getattr(torch.ops.aten, name) for name in RECURRENT]
+    operators = [getattr(packet, name) for packet in packets for name in packet.overloads()]
+    try:
+        _forget(operators)
+        yield
+    finally:
+        _forget(operators)  # nor may what comes after depend on this
+
+
+def _forget(operators: Sequence[Any]) -> None:
+    for operator in operators:
+        operator._dispatch_cache.clear()  # noqa: SLF001 (torch has no public way)
 
 
 CHATTY = (
@@ -112,14 +228,16 @@ def reason(error: BaseException) -> str:
 
     The exporter wraps an error into pages of text.
     """
-    chain = list(itertools.takewhile(lambda e: e is not None, _causes(error)))
-    text = " ".join(str(chain[-1]).split())
+    last = list(_causes(error))[-1]
+    text = " ".join(str(last).split())
+    if not isinstance(last, RuntimeError | ValueError):  # others say little without their type
+        text = f"{type(last).__name__}: {text}"
     fixed = (
         ". Where the network makes a number of a size that varies, "
         "write x.shape[0], not len(x) or int(x.shape[0])"
     )
     advice = fixed if any(said in text for said in FIXED) else ""
-    return (text[:300] or type(chain[-1]).__name__) + advice
+    return (text[:300] or type(last).__name__) + advice
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -6,8 +6,9 @@ tools.
 """
 
 import copy
+import functools
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.data.batches import replaced, suited, tensors
+from rabbet.data.state import state_kept
 from rabbet.data.task import Task, call
-from rabbet.errors import ModelError
 from rabbet.export.base import Parcel, Written
-from rabbet.export.signature import Flat, axes, quiet, reason, two
+from rabbet.export.signature import (
+    Flat,
+    afresh,
+    axes,
+    exporting,
+    labels_note,
+    quiet,
+    two,
+    unlabelled,
+)
 from rabbet.files import write_whole
 from rabbet.model.compressed import ActQuant, Factor, compressed_layers
 
@@ -30,26 +40,53 @@ def write_torch(parcel: Parcel, path: Path) -> Written:
     export the network.
     """
     content = io.BytesIO()
-    try:
-        with quiet(), torch.no_grad():
-            torch.export.save(_program(unroll(parcel.model), parcel.task), content)
-    except Exception as e:  # the exporter runs the user's code, which may raise anything
-        raise ModelError(f"torch cannot export this network: {reason(e)}") from e
-    return Written(write_whole(path, [content.getvalue()]))
+    task, labels = unlabelled(parcel.task, parcel.model)
+    exported = program(unroll(parcel.model), task)
+    with exporting("a torch program", parcel.model, task), quiet():
+        torch.export.save(exported, content)
+    return Written(write_whole(path, [content.getvalue()]), labels_note(labels))
+
+
+def program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:
+    """A network as a program of torch's; ModelError if torch cannot export it."""
+    task, _ = unlabelled(task, model)
+    with exporting("a torch program", model, task), quiet(), torch.no_grad():
+        return _program(copy.deepcopy(model), task)
 
 
 def _program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:
     batch = suited(two(task.read()[0]), model)
-    dynamic = axes(task, batch)
+    _, seen = task.watched(model, batch)
+    flat = Flat(model, task, batch, seen.wrote)
     if task.forward is not call:
-        flat = Flat(model, task, batch)
-        return torch.export.export(flat, tuple(tensors(batch)), dynamic_shapes=(tuple(dynamic),))
+        return _exported(flat, tuple(tensors(batch)), {}, (tuple(axes(task, batch)),))
+    if seen.wrote:
+        model.forward = _leaving_no_trace(model, model.forward)
+    dynamic = axes(task, batch)
     shapes: Any = replaced(batch, lambda _: next(dynamic))
     if isinstance(batch, Mapping):
-        return torch.export.export(model, (), dict(batch), dynamic_shapes=dict(shapes))
+        return _exported(model, (), dict(batch), dict(shapes))
     if isinstance(batch, tuple | list):
-        return torch.export.export(model, tuple(batch), dynamic_shapes=tuple(shapes))
-    return torch.export.export(model, (batch,), dynamic_shapes=(shapes,))
+        return _exported(model, tuple(batch), {}, tuple(shapes))
+    return _exported(model, (batch,), {}, (shapes,))
+
+
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], named: dict[str, Any], shapes: Any
+) -> torch.export.ExportedProgram:
+    with afresh():
+        return torch.export.export(model, args, named, dynamic_shapes=shapes)
+
+
+def _leaving_no_trace(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that writes nothing to the network, which no exporter takes."""
+
+    @functools.wraps(forward)  # the exporter asks for the names of its arguments
+    def run(*args: Any, **named: Any) -> Any:
+        with state_kept(model):
+            return forward(*args, **named)
+
+    return run
 
 
 def unroll(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rabbet.core.layout import act_bits
 from rabbet.core.plan import LayerPlan, Term
+from rabbet.data.state import Solved
 from rabbet.errors import ModelError
 from rabbet.forms import Dense
 from rabbet.grids.grid import Grid, Quantised
@@ -19,7 +20,7 @@ Numbers = Sequence[Sequence[Quantised]]
 """The factors of each term of one layer."""
 
 
-class Factor(nn.Module):
+class Factor(Solved):
     """One small tensor on its grid.
 
     `codes` holds integers at rest, continuous codes while a method tunes them.
@@ -70,7 +71,7 @@ class Factor(nn.Module):
             self.zero.copy_(numbers.zero)
 
 
-class ActQuant(nn.Module):
+class ActQuant(Solved):
     """Quantises activations to unsigned integers around a zero point.
 
     `scale * (clip(round(x / scale) + zero) - zero)`.
@@ -109,7 +110,7 @@ class ActQuant(nn.Module):
         self.zero.copy_(zero.reshape(1))
 
 
-class Compressed(nn.Module):
+class Compressed(Solved):
     """A layer as its plan says: `bias + sum of terms` of the input, quantised if the plan says so.
 
     Input and output shapes are those of the layer that it replaces. Of a table with heads,

@@ -5,87 +5,65 @@ function mode sees who uses the output of a layer, which tells whether the Batch
 be folded into it.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils.parametrize import is_parametrized
 
 from rabbet.core.survey import Left, Survey
 from rabbet.data.batches import Batch, examples, tensors
+from rabbet.data.state import Pass
 from rabbet.data.task import Task, evaluating
 from rabbet.errors import DataError, ModelError
 from rabbet.layers import LayerKind, Site, kind_of, looks_up, shares_table
+from rabbet.model.check import check
 from rabbet.model.surgery import copied
 from rabbet.model.watch import Watch
 
 
 def inspect_network(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
-    """Run the model once on a batch and read the facts of its layers. The model is not changed.
+    """Run a copy of the model once on a batch and read the facts of its layers.
 
     batch: as the model takes it (tensor, tuple or mapping), or as `task.forward` takes it. Raises
     ModelError for a scripted or device-mixed model, for non-finite weights, or if there is nothing
-    to compress; DataError if the model does not run on the batch.
+    to compress; what the forward raises is passed on.
     """
     check(model)
-    model = _double(model)
+    return survey_of(copied(model, {id(p): p for p in model.parameters()}), batch, task)
+
+
+def survey_of(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
+    """The same for a copy that was checked: run once, and afterwards as it was before."""
     watch = Watch(model)
     try:
         with evaluating(model), torch.no_grad(), watch:
-            result = (task or Task(())).run(model, batch)
+            result, seen = (task or Task(())).watched(model, batch)
     finally:
         watch.remove()
-    return _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
+    survey = _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
+    return replace(survey, notes=tuple(_remarks(model, seen)))
 
 
-def _double(model: nn.Module) -> nn.Module:
-    """A copy that can be hooked and run, whoever else uses the model meanwhile.
-
-    Parameters are shared: they are only read. Raises ModelError for a model that holds what cannot
-    be copied.
-    """
-    return copied(model, {id(p): p for p in model.parameters()})
-
-
-def check(model: nn.Module) -> None:
-    """Raise ModelError, naming the layer in the way, for a model that cannot be compressed."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    for name, module in model.named_modules():
-        hidden = "scripted" if isinstance(module, torch.jit.ScriptModule) else ""
-        hidden = "compiled" if hasattr(module, "_orig_mod") else hidden
-        if hidden:
-            raise ModelError(
-                f"{name or 'the model'} is {hidden}, which hides its layers; "
-                "pass the eager module it was made from"
-            )
-    devices: dict[torch.device, str] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, UninitializedTensorMixin):
-            raise ModelError(
-                f"{name} is not initialised yet; run the model once before compressing it"
-            )
-        devices.setdefault(tensor.device, name)
-    if len(devices) > 1:
-        places = " and ".join(f"{name} on {device}" for device, name in devices.items())
-        raise ModelError(f"the model lies on several devices ({places}); move it to one")
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    numbers = {id(t) for t in itertools.chain(model.parameters(), *(m.buffers() for m in norms))}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ModelError(
-                f"{name} lies on the meta device and holds no numbers; load the weights first"
-            )
-        floating = tensor.is_floating_point()
-        masks = id(tensor) not in numbers  # such a buffer may hold infinities
-        if floating and not (~tensor.isnan() if masks else tensor.isfinite()).all():
-            raise ModelError(
-                f"{name} holds NaN or infinite values; a network must be finite to be compressed"
-            )
+def _remarks(model: nn.Module, seen: Pass) -> Iterator[str]:
+    """What a user should know of a network before it is compressed."""
+    if seen.drew:
+        yield (
+            "the network draws random numbers in its forward: rabbet draws the same ones for the "
+            "same batch, in the network and in its compressed copy, but a file for another runtime "
+            "cannot be compared with it"
+        )
+    kinds = {
+        str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()
+    }
+    if kinds - {"float32"}:
+        yield (
+            f"the network is in {' and '.join(sorted(kinds))}, the compressed one computes in "
+            "float32: give it inputs in float32"
+        )
 
 
 def hooked(module: nn.Module) -> bool:
@@ -109,10 +87,26 @@ def _why_not(module: nn.Module) -> str | None:
     """Why a layer of a known kind cannot be compressed; None if it can."""
     if is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
+    weight = module._parameters.get("weight")  # noqa: SLF001 (an attribute may be made of others)
+    if weight is None:
+        return (
+            "its weight is made of other tensors in each pass (weight_norm, spectral_norm or "
+            "pruning); make it a parameter first"
+        )
+    if not weight.numel():
+        return "its weight has no entries"
     if hooked(module):
         return "it has forward hooks of its own, which a replacement would lose"
     kind = kind_of(module)
     return None if kind is None else kind.obstacle(module)
+
+
+def _uncalled(module: nn.Module, watch: Watch) -> str:
+    """Why a layer of a known kind, which nothing was seen to call, is left alone."""
+    own = None if is_parametrized(module) else module._parameters.get("weight")  # noqa: SLF001
+    if own is not None and id(own) in watch.read:
+        return "its weight is read and its forward never called: a replacement would never run"
+    return _why_not(module) or f"{type(module).__name__} never ran on the batch"
 
 
 def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) -> Survey:
@@ -162,7 +156,12 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
         # A norm under a second name would stay behind there.
         norm = None if norm is not None and len(names[norm]) > 1 else norm
         sites.append(_site(module, kind, names, watch, (norm, own, batch)))
-    reasons = _unopened(names) | reasons
+    uncalled = {
+        names[m][0]: _uncalled(m, watch)
+        for m in names
+        if kind_of(m) is not None and m not in watch.calls
+    }
+    reasons = uncalled | _unopened(names) | reasons
     if not sites:
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items())
         detail = detail or "no conv, linear or embedding ran on the batch"
@@ -335,16 +334,27 @@ def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Itera
         if name not in gone and owner not in norms:
             bytes_of[owner] = bytes_of.get(owner, 0) + tensor.numel() * tensor.element_size()
     for owner, size in bytes_of.items():
-        module = modules[owner]
-        kind = type(module).__name__
-        unknown = f"{kind} is not a kind of layer that can be compressed"
-        yield Left(
-            owner,
-            reasons.get(
-                owner, unknown if kind_of(module) is None else f"{kind} never ran on the batch"
-            ),
-            size,
-        )
+        unknown = f"{type(modules[owner]).__name__} is not a kind of layer that can be compressed"
+        # The tensors of which a weight is made lie in a module of their own.
+        layer = owner.partition(".parametrizations.")[0]
+        yield Left(owner, reasons.get(owner, reasons.get(layer, unknown)), size)
+
+
+def unfolded(model: nn.Module, survey: Survey, names: Iterable[str]) -> Survey:
+    """The survey with the BatchNorms behind the named sites left where they are."""
+    reasons = {left.name: left.reason for left in survey.left}
+    sites = []
+    for site in survey:
+        if site.name in names and site.norm is not None:
+            reasons[site.norm] = (
+                f"folded into {site.name} it would change what the network answers: more reads the "
+                "output of that layer"
+            )
+            own = getattr(model.get_submodule(site.name), "bias", None) is not None
+            sites.append(replace(site, norm=None, bias=own))
+        else:
+            sites.append(site)
+    return replace(survey, sites=tuple(sites), left=tuple(_left(model, sites, reasons)))
 
 
 def own_tensors(site: Site) -> list[str]:

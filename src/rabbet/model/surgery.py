@@ -3,24 +3,59 @@
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rabbet.errors import ModelError
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""They spread a network over devices or processes; a copy of it is that of what they hold."""
+
 
 def copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy; raises ModelError for a model that holds what cannot be copied.
+    """A deep copy without the wrappers of data parallelism; ModelError for what cannot be copied.
 
-    shared: by their `id`, what is not copied.
+    Activations that the model keeps are copied as plain numbers, without the graph behind them, and
+    what was made in inference mode as tensors that gradients may reach. shared: by their `id`, what
+    is not copied.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, found {model!r}")
     try:
-        return copy.deepcopy(model, shared)
+        with torch.inference_mode(False), torch.no_grad(), _Detached():
+            # Of the wrappers, those of processes cannot be copied.
+            result = copy.deepcopy(_bare(model), shared)
     except Exception as e:
         raise ModelError(
             f"the model cannot be copied ({e}); a compressed network is a changed copy"
         ) from e
+    return _unwrapped(result)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    while isinstance(model, WRAPPERS):
+        model = model.module
+    return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Put what a wrapper inside a copy holds in its place."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, WRAPPERS):
+            model = replace_module(model, name, _bare(module))
+    return model
+
+
+class _Detached(TorchFunctionMode):
+    """Copies tensors that lie inside a graph, which torch refuses to."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = memo.get(id(tensor), tensor.detach().clone())
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 def leave_fast_path(model: nn.Module) -> None:

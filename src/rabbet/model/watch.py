@@ -18,6 +18,7 @@ class Watch(TorchFunctionMode):
         # module -> (input, output) of each call
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.uses: dict[int, int] = {}
+        self.read: set[int] = set()  # ids of all tensors that a function was given
         self.by_keyword: set[nn.Module] = set()
         self.hooks = [
             m.register_forward_hook(self._seen, with_kwargs=True)
@@ -40,6 +41,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if tensors(result):
             for tensor in tensors([args, kwargs or {}]):
+                self.read.add(id(tensor))
                 if id(tensor) in self.uses:
                     self.uses[id(tensor)] += 1
         return result

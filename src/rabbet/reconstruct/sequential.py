@@ -108,7 +108,7 @@ def _meet(piece: Workpiece, sites: list[Site], batch: Any) -> dict[str, _Met]:
 
     def seen(site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            met[site.name] = _Met(args[0].detach().clone(), *_statistics(out, site))
+            met[site.name] = _Met(args[0].detach().float().clone(), *_statistics(out.float(), site))
 
         return hook
 
@@ -122,11 +122,10 @@ def _meet(piece: Workpiece, sites: list[Site], batch: Any) -> dict[str, _Met]:
 
 def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Callable[..., None]:
     def hook(layer: Compressed, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
-        if args[0].shape != wanted.shape or not len(
-            wanted
-        ):  # an expert that is shown other places, or none
-            return
-        given = layer.quantisers[0](args[0]) if layer.quantisers else args[0]
+        met = args[0].float()
+        if met.shape != wanted.shape or not len(wanted):
+            return  # an expert that is shown other places, or none
+        given = layer.quantisers[0](met) if layer.quantisers else met
         second, cross = _moments(site, given, wanted, piece.seed)
         metric = Metric(second, DAMPING)
         target = site.matrix(weight)
@@ -141,7 +140,7 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
         for factors, solved in zip(layer.factors, numbers, strict=True):
             for factor, q in zip(factors, solved, strict=True):
                 factor.take(q)
-        calibrate_between(layer, args[0][:BETWEEN], piece.seed)
+        calibrate_between(layer, met[:BETWEEN], piece.seed)
 
     return hook
 
@@ -168,6 +167,7 @@ def _matcher(
     def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if not len(out):
             return out
+        out = out.float()
         mean, spread = _statistics(out, layer.site)
         gain = torch.where(spread > 1e-8, wanted_spread / spread.clamp_min(1e-8), 1.0).clamp(
             *limits
@@ -184,7 +184,7 @@ def _matcher(
             layer.bias.data = new
         # each term's scales were rounded for themselves
         if len(layer.factors) > 1 or len(first) != len(gain):
-            return layer.forward(args[0])
+            return layer.forward(args[0].float())
         ratio = layer.factors[0][-1].scale / first
         channel = layer.site.per_channel
         return (out - channel(old)) * channel(ratio) + channel(new)

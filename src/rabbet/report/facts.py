@@ -67,7 +67,12 @@ def survey_facts(survey: Survey) -> dict[str, Any]:
         }
         for site in survey
     ]
-    return {"sites": sites, "left": _left(survey), "float_bytes": survey.float_bytes}
+    return {
+        "sites": sites,
+        "left": _left(survey),
+        "float_bytes": survey.float_bytes,
+        "notes": list(survey.notes),
+    }
 
 
 def _left(survey: Survey) -> list[dict[str, Any]]:

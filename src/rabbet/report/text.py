@@ -143,7 +143,7 @@ def survey_parts(survey: Survey) -> list[Part]:
     ]
     held = f"{4 * survey.weights:,} of {survey.float_bytes:,} bytes in float32"
     summary = f"{len(survey.sites)} layers hold {held}"
-    return [Table(heads, rows, 3), "", summary, *left_lines(survey)]
+    return [Table(heads, rows, 3), "", summary, *left_lines(survey), *survey.notes]
 
 
 def total_parts(survey: Survey, cost: Cost, whole: Cost, budget: Budget | None) -> list[Part]:

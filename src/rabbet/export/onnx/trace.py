@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from rabbet.data.batches import suited, tensors
 from rabbet.data.task import Task
-from rabbet.errors import ModelError
 from rabbet.export.onnx.graph import OPSET, Graph
 from rabbet.export.onnx.padding import absorb_borders
 from rabbet.export.onnx.placeholders import DOMAIN
-from rabbet.export.signature import Flat, axes, input_names, output_names, quiet, reason, two
+from rabbet.export.signature import (
+    Flat,
+    afresh,
+    axes,
+    exporting,
+    input_names,
+    output_names,
+    quiet,
+    two,
+)
 from rabbet.model.compressed import ActQuant, Factor, compressed_layers
 
 
@@ -44,24 +52,21 @@ def trace(
             acts[key] = act
             layer.acts[k] = _Act(key, act.grid.bits)
     batch = suited(two(task.read()[0]), model)
-    flat = Flat(marked, task, batch)
     names = input_names(model, task, batch)
     with torch.no_grad():
-        outs = output_names(task.run(model, batch))
-    try:
-        with quiet():
-            program = torch.onnx.export(
-                flat,
-                tuple(t.clone() for t in tensors(batch)),
-                dynamo=True,
-                verbose=False,
-                opset_version=opset,
-                input_names=names,
-                output_names=outs,
-                dynamic_shapes=(tuple(axes(task, batch)),),
-            )
-    except Exception as e:  # the exporter runs the user's code, which may raise anything
-        raise ModelError(f"torch cannot export this network to ONNX: {reason(e)}") from e
+        answer, seen = task.watched(model, batch)
+    flat = Flat(marked, task, batch, seen.wrote)
+    with exporting("ONNX", model, task), quiet(), afresh():
+        program = torch.onnx.export(
+            flat,
+            tuple(t.clone() for t in tensors(batch)),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=names,
+            output_names=output_names(answer, names),
+            dynamic_shapes=(tuple(axes(task, batch)),),
+        )
     assert program is not None
     graph = Graph(program.model)
     absorb_borders(graph)

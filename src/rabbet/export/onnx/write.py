@@ -22,6 +22,7 @@ from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.qdq import QDQPlacement, Range
 from rabbet.export.onnx.trace import trace
 from rabbet.export.onnx.weights import write_weights
+from rabbet.export.signature import exporting, labels_note, unlabelled
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor, compressed_layers
@@ -56,26 +57,32 @@ def write_float(model: nn.Module, task: Task, path: Path, opset: int = OPSET) ->
     opset: an older one for tools that do not know the newest. Raises as `write_onnx` does.
     """
     require_onnx()
-    return Written(write_whole(path, [float_content(model, task, opset)]))
+    task, labels = unlabelled(task, model)
+    content = float_content(model, task, opset)
+    return Written(write_whole(path, [content]), labels_note(labels))
 
 
 def float_content(model: nn.Module, task: Task, opset: int = OPSET) -> bytes:
     """A float network as the bytes of a file."""
-    return trace(model, task, opset)[0].bytes()
+    require_onnx()
+    with exporting("ONNX", model, task):
+        return trace(model, unlabelled(task, model)[0], opset)[0].bytes()
 
 
 def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
     require_onnx()
-    parcel = replace(parcel, model=merged(parcel.model))
-    assembled = assemble(parcel.model, parcel.task, functions)
-    compare_plain(assembled.plain, parcel.model, parcel.task)
-    compare(assembled.content, assembled.plain, parcel.model, parcel.task)
-    short = Graph.read(assembled.content)
-    short.shorten()
-    content = short.bytes()
-    Session(content)  # raises unless the runtime can open it
-    size = write_whole(path, [content])
-    return Written(size, _floats(assembled.content, parcel, assembled.written))
+    task, labels = unlabelled(parcel.task, parcel.model)
+    with exporting("ONNX", parcel.model, task):
+        parcel = replace(parcel, model=merged(parcel.model), task=task)
+        assembled = assemble(parcel.model, task, functions)
+        compare_plain(assembled.plain, parcel.model, task)
+        compare(assembled.content, assembled.plain, parcel.model, task)
+        short = Graph.read(assembled.content)
+        short.shorten()
+        content = short.bytes()
+        Session(content)  # raises unless the runtime can open it
+        notes = _floats(assembled.content, parcel, assembled.written)
+    return Written(write_whole(path, [content]), (*notes, *labels_note(labels)))
 
 
 @dataclass(frozen=True)
