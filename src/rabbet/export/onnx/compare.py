@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from rabbet.data.batches import first_examples, suited, tensors
 from rabbet.data.task import Task
-from rabbet.errors import ModelError
+from rabbet.errors import FileError, ModelError
 from rabbet.export.onnx.graph import Graph
 from rabbet.model.compressed import ActQuant
+from rabbet.runtime.openvino import run_openvino
 from rabbet.runtime.session import Session
 
 EXAMPLES = 8
@@ -76,6 +77,22 @@ def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> None:
         "more representative batches give better ranges; if that does not help, act@8 may be too "
         "coarse here"
     )
+
+
+def compare_openvino(content: bytes, model: nn.Module, task: Task) -> None:
+    """Raise ModelError unless OpenVINO computes from the file what the compressed network does."""
+    batch = first_examples(task.read()[0], EXAMPLES)
+    feed = Session(content).feed(_flat(model, batch))
+    try:
+        result = run_openvino(content, feed)
+    except FileError as e:
+        raise ModelError(f"{e}; the target 'onnx' is for onnxruntime") from e
+    error = _error(result, _answer(model, task, batch))
+    if not error <= NEAR:
+        raise ModelError(
+            f"in OpenVINO the file's output differs from the network's by {100 * error:.3g} %, "
+            "though not in onnxruntime: use the target 'onnx' with that"
+        )
 
 
 def _inner(graph: Graph, names: Sequence[str], flat: Sequence[Tensor]) -> list[Any]:

@@ -61,7 +61,10 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
             unit = _unit(node) if node.op_type in ("Conv", "Gemm") and use.idx == 1 else None
             if unit is not None and (bias := _bias(node)) is not None:
                 weight = weight.with_room(bias / float(values(unit)), str(node.name))
-                _write_bias(graph, weight, node, bias, unit)
+                if node.op_type == "Conv" and not graph.functions_known:
+                    _add_bias(graph, node, bias)
+                else:
+                    _write_bias(graph, weight, node, bias, unit)
             product = node.op_type == "MatMul" and use.idx == 1
             alone = product and weight.axis is None and _unit(node) is None
             node.replace_input_with(use.idx, weight.dequantised(graph, 1 if alone else None))
@@ -134,6 +137,24 @@ def _write_bias(
     )
     value = graph.call("DequantizeLinear", *parts, name=f"{node.name}.bias.float", **axis)
     node.replace_input_with(2, value)
+
+
+def _add_bias(graph: Graph, node: "ir.Node", bias: NDArray[Any]) -> None:
+    """A conv's bias as a float addition behind it, for OpenVINO.
+
+    From a bias inside the conv, OpenVINO 2026.4 gives every channel that of channel 0 where the
+    conv meets a part of other sizes in a Concat.
+    """
+    out, weight = node.outputs[0], node.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    wide = bias.astype(np.float32).reshape(-1, *[1] * (len(weight.shape) - 2))
+    added = graph.call(
+        "Add", out, graph.constant(f"{node.name}.bias", wide), name=f"{out.name}.sum"
+    )
+    added.type, added.shape = out.type, out.shape
+    node.resize_inputs(2)
+    graph.swap(out, added, keep=[added.producer()])  # type: ignore[list-item]
 
 
 def _write_table(graph: Graph, weight: Weight, node: "ir.Node") -> None:

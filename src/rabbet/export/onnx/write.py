@@ -16,7 +16,7 @@ from rabbet.calibrate.ranges import Sample
 from rabbet.data.batches import examples, tensors
 from rabbet.data.task import Task
 from rabbet.export.base import Parcel, Written
-from rabbet.export.onnx.compare import compare, compare_plain
+from rabbet.export.onnx.compare import compare, compare_openvino, compare_plain
 from rabbet.export.onnx.graph import OPSET, Graph
 from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.qdq import QDQPlacement, Range
@@ -26,6 +26,7 @@ from rabbet.export.signature import exporting, labels_note, unlabelled
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor, compressed_layers
+from rabbet.runtime.openvino import openvino_known
 from rabbet.runtime.session import KERNELS, Session, kernels, require_onnx
 
 EXAMPLES = 256  # of the user's data, on which ranges are measured
@@ -46,7 +47,9 @@ def write_onnx(parcel: Parcel, path: Path) -> Written:
 def write_openvino(parcel: Parcel, path: Path) -> Written:
     """Write a file for OpenVINO; see `write_onnx`.
 
-    OpenVINO reads no functions in a file: weights take 4 bits where they fit, else 8.
+    OpenVINO reads no functions in a file: weights take 4 bits where they fit, else 8. If OpenVINO
+    is installed, the file is run there, too, and compared with the network; if not, a note says so.
+    Raises ModelError if OpenVINO cannot run the file.
     """
     return _write(parcel, path, functions=False)
 
@@ -82,6 +85,10 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         content = short.bytes()
         Session(content)  # raises unless the runtime can open it
         notes = _floats(assembled.content, parcel, assembled.written)
+        if not functions and openvino_known():
+            compare_openvino(content, parcel.model, task)
+        elif not functions:
+            notes = (*notes, "not tried in OpenVINO, which is not installed: rabbet[openvino]")
     return Written(write_whole(path, [content]), (*notes, *labels_note(labels)))
 
 
