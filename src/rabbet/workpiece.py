@@ -1,5 +1,6 @@
 """What a method works on: the user's network, folded and measured."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,7 +14,8 @@ from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.core.layout import RESERVED, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
-from rabbet.data.batches import tensors
+from rabbet.data.answers import Answers
+from rabbet.data.batches import examples, outputs, tensors
 from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
 from rabbet.jobs import Jobs, content_key
@@ -26,6 +28,10 @@ DTYPES = {
     "torch.bfloat16": "BF16", "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16",
     "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
+
+
+ANSWERS = 512  # examples whose outputs tell what outputs are
+ENTRIES = 2**24  # of outputs that are looked at
 
 
 class Clock(Protocol):
@@ -156,6 +162,20 @@ class Workpiece:
                 self.model, self.survey, self.task, self.seed, self.jobs.progress
             )
         return self._moments
+
+    @functools.cached_property
+    def answers(self) -> Answers:
+        """What the outputs are, declared by the task or told from the float network's own answers."""
+        told: list[list[Tensor]] = []
+        seen = size = 0
+        with torch.no_grad():
+            for batch in self.task.read():
+                told.append(outputs(self.task.run(self.model, batch)))
+                seen += examples(batch)
+                size += sum(t.numel() for t in told[-1])
+                if seen >= ANSWERS or size >= ENTRIES:
+                    break
+        return Answers.of(told, self.task.outputs, self.task.weights)
 
     @property
     def float_cost(self) -> Cost:

@@ -29,7 +29,7 @@ from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
 from rabbet.train.best import Best
 from rabbet.train.loop import Course, average, run, shard
-from rabbet.train.losses import block_names, distillation_loss, divergence
+from rabbet.train.losses import block_names, distillation_loss
 from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
@@ -104,7 +104,7 @@ class FixedWidths(Course):
         )
         if task.loss is None:
             loss = distillation_loss(
-                self.student, self.piece.model, task, batch, self.blocks, self.method.features
+                self.student, self.piece, batch, self.blocks, self.method.features
             )
         else:
             loss = task.judge(self.student, task.run(self.student, batch), batch)
@@ -126,7 +126,7 @@ class FixedWidths(Course):
         )
         if sum(t.numel() for t in goal) * len(self.held) <= GOALS:
             self.goals[place] = goal
-        return divergence(outputs(answers), goal)
+        return self.piece.answers.divergence(outputs(answers), goal)
 
     def judged(self, limit: float = math.inf, labels: bool = True) -> float:
         """Mean loss of held-back batches, the first of them up to a limit; or how far they are from float."""
