@@ -1,5 +1,6 @@
 """What a method works on: the user's network, folded and measured."""
 
+import functools
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from rabbet.core.frame import Frame, Rows
 from rabbet.core.layout import RESERVED, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
+from rabbet.data.answers import Answers
+from rabbet.data.batches import examples, outputs
 from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
 from rabbet.fingerprint import Untold, fingerprint
@@ -31,6 +34,10 @@ DTYPES = {
     "torch.bfloat16": "BF16", "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16",
     "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
+
+
+ANSWERS = 512  # examples whose outputs tell what outputs are
+ENTRIES = 2**24  # of outputs that are looked at
 
 
 class Clock(Protocol):
@@ -101,7 +108,8 @@ class Workpiece:
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
         batches = task.read()
-        calls = {part: getattr(task, part) for part in ("forward", "loss", "vary", "evaluate")}
+        parts = ("forward", "loss", "vary", "evaluate", "outputs", "weights")
+        calls = {part: getattr(task, part) for part in parts}
         told = _told({**calls, "batches": batches, "network": model}, jobs)
         check(model)
         model = copied(model)
@@ -169,6 +177,20 @@ class Workpiece:
                 self.model, self.survey, self.task, self.seed, self.jobs.progress
             )
         return self._moments
+
+    @functools.cached_property
+    def answers(self) -> Answers:
+        """What the outputs are, as the task declares it or the float network's answers tell."""
+        told: list[list[Tensor]] = []
+        seen = size = 0
+        with torch.no_grad():
+            for batch in self.task.read():
+                told.append(outputs(self.task.run(self.model, batch)))
+                seen += examples(batch)
+                size += sum(t.numel() for t in told[-1])
+                if seen >= ANSWERS or size >= ENTRIES:
+                    break
+        return Answers.of(told, self.task.outputs, self.task.weights)
 
     @property
     def float_cost(self) -> Cost:

@@ -30,7 +30,7 @@ from rabbet.reconstruct.candidates import read_numbers, solve_site
 from rabbet.reconstruct.network import solve_menus
 from rabbet.reconstruct.sequential import solve_in_order
 from rabbet.train.losses import block_names, distillation_loss
-from rabbet.train.tuning import Tuning, _Loop, mean_divergence, tune
+from rabbet.train.tuning import Tuning, _Loop, judge, tune
 from rabbet.workpiece import Workpiece
 
 QUICK = Joint(
@@ -480,10 +480,10 @@ def test_tuning_brings_the_answers_nearer_to_the_float_network():
     piece = _piece(count=24)
     student = _student(piece)
     unseen = [rand(64, 3, 8, 8, seed=999)]
-    before = mean_divergence(student, piece, unseen)
+    before = judge(student, piece, unseen)[0]
     note = tune(student, piece, Tuning(steps=100, batch=32))
     assert note.startswith("tuned 100 steps")
-    assert mean_divergence(student, piece, unseen) < 0.9 * before
+    assert judge(student, piece, unseen)[0] < 0.9 * before
     assert not any(t.requires_grad for t in (*student.parameters(), *student.buffers()))
 
 
@@ -519,16 +519,13 @@ def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
     student, batch = _student(piece), piece.task.read()[0]
     blocks = block_names(piece.survey)
     assert blocks
-    told = [
-        float(distillation_loss(student, piece.model, piece.task, batch, blocks, share))
-        for share in (0, 1, 3)
-    ]
-    assert told[0] == mean_divergence(student, piece, [batch])
+    told = [float(distillation_loss(student, piece, batch, blocks, share)) for share in (0, 1, 3)]
+    assert told[0] == judge(student, piece, [batch])[0]
     assert told[2] - told[0] == pytest.approx(3 * (told[1] - told[0]), rel=1e-3)
     assert 0 < told[0] < told[1]
-    assert float(
-        distillation_loss(piece.model, piece.model, piece.task, batch, blocks, 1.0)
-    ) == pytest.approx(0, abs=1e-6)
+    assert float(distillation_loss(piece.model, piece, batch, blocks, 1.0)) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_tuning_that_harms_is_undone_to_the_last_bit():

@@ -1,11 +1,11 @@
 """How much a change of one weight harms the network's output, for all candidates in one pass.
 
-The score of a change D of one weight is the expected relative error of the outputs to first order,
-`E ||J D||^2 / E ||y||^2`, with J the Jacobian of the outputs by that weight, one example at a time.
-For a random sign vector v, `E (v . J D)^2 = ||J D||^2`, and `v . J D` is the inner product of D
-with the gradient of `v . y`: one backward pass gives the gradients of all layers, and then every
-candidate costs one inner product. Unlike a Fisher-weighted error of the layer's output this keeps
-what different places and channels do together.
+The score of a change D of one weight is the expected error of the outputs to first order,
+`E ||J D||^2`, with J the Jacobian by that weight, one example at a time, of the outputs in units in
+which every channel has a variance of one. For a random sign vector v, `E (v . J D)^2 = ||J D||^2`,
+and `v . J D` is the inner product of D with the gradient of `v . y`: one backward pass gives the
+gradients of all layers, and then every candidate costs one inner product. Unlike a Fisher-weighted
+error of the layer's output this keeps what different places and channels do together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch, examples, first_examples, outputs
 from rabbet.errors import DataError, ModelError, RabbetError
 from rabbet.layers import Site
@@ -26,7 +27,10 @@ ENTRIES = 2**25  # gradient entries held at once
 def output_errors(
     piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 256
 ) -> dict[str, Tensor]:
-    """Relative squared error of the outputs for each change of one site, {name: [candidates]}.
+    """Error of the outputs for each change of one site alone, {name: [candidates]}.
+
+    It is the squared error relative to the variance of each channel, summed over the outputs by
+    what each counts (`Answers`).
 
     changes: differences of canonical weights, {name: [candidates, out, in / groups, *kernel]}.
     About `limit` examples are used. A layer that no gradient reaches (it runs under
@@ -35,24 +39,30 @@ def output_errors(
     """
     generator = torch.Generator().manual_seed(piece.seed)
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
-    power, count = 0.0, 0
+    count = 0
     sites = [s for s in piece.survey if s.name in changes]
     for batch in piece.task.read():
-        calls, answers, reached = _slopes(piece, sites, batch, generator)
+        calls, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
-        energy = sum(float(t.detach().double().square().sum()) for t in answers)
         for site in sites:
             met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
             if any(g is not None for _, _, g in met):
                 total[site.name] += _projected(site, met, changes[site.name], examples(batch))
             else:
-                total[site.name] += energy * _own_error(piece.weight(site), met, changes[site.name])
-        power += energy
+                total[site.name] += examples(batch) * _own_error(
+                    piece.weight(site), met, changes[site.name]
+                )
         count += examples(batch)
         piece.jobs.progress("scoring", min(count, limit), limit)
         if count >= limit:
             break
-    return {name: t / max(power, 1e-30) for name, t in total.items()}
+    return {name: t / count for name, t in total.items()}
+
+
+def _signs(answers: Answers, place: int, answer: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs of an output, times the roots of what its elements count."""
+    signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
+    return signs * answers.element_weights(place, answer.detach()).sqrt()
 
 
 def require_gradients(piece: Workpiece) -> None:
@@ -78,17 +88,14 @@ def require_gradients(piece: Workpiece) -> None:
 
 def _slopes(
     piece: Workpiece, sites: Sequence[Site], batch: Batch, generator: torch.Generator
-) -> tuple[dict[str, list[Any]], list[Tensor], Sequence[Tensor | None]]:
-    """What each site was, the outputs of the network, and their gradient with random signs.
+) -> tuple[dict[str, list[Any]], Sequence[Tensor | None]]:
+    """What each site was, and the gradient of the network's outputs with random signs.
 
     The gradient is that by every output of every site in turn, None where none reaches.
     """
     calls, result = _recorded(piece, sites, batch)
     answers = outputs(result)
-    signs = [
-        torch.randint(0, 2, t.shape, generator=generator).to(t.device, t.dtype) * 2 - 1
-        for t in answers
-    ]
+    signs = [_signs(piece.answers, k, t, generator) for k, t in enumerate(answers)]
     if not all(torch.isfinite(t).all() for t in answers):
         raise DataError("the network's outputs hold NaN or infinite values on the given batches")
     objective = torch.stack(
@@ -97,9 +104,9 @@ def _slopes(
     flat = [out for site in sites for _, _, out in calls[site.name]]
     inner = [out for out in flat if out.requires_grad]
     if not inner or not objective.requires_grad:
-        return calls, answers, [None] * len(flat)
+        return calls, [None] * len(flat)
     slopes = iter(torch.autograd.grad(objective, inner, allow_unused=True))
-    return calls, answers, [next(slopes) if out.requires_grad else None for out in flat]
+    return calls, [next(slopes) if out.requires_grad else None for out in flat]
 
 
 Met = tuple[Site, Tensor, Tensor | None]

@@ -3,13 +3,14 @@
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rabbet.data.answers import Kind
 from rabbet.data.batches import (
     Batch,
     describe,
@@ -49,7 +50,10 @@ class Task:
     be minimised, for methods that train on labels; the batch then holds them. vary: (batch,
     generator) -> a batch of the same shapes with the same correct outputs, for example with words
     dropped; methods that train on unchanged batches show it to the student, and the batch itself to
-    the teacher. limit: examples used at most; the rest of a longer iterable is not read.
+    the teacher. limit: examples used at most; the rest of a longer iterable is not read. outputs:
+    whether outputs are "scores" of classes or "values", one for all or one for each floating output
+    in order; None: told from the float network's answers, and "values" where that leaves a doubt.
+    weights: what each floating output counts beside the others; None: as much as any other.
     """
 
     batches: Iterable[Batch]
@@ -58,6 +62,8 @@ class Task:
     limit: int = 2048
     loss: Callable[[Any, Batch], Tensor] | None = None
     vary: Callable[[Batch, torch.Generator], Batch] | None = None
+    outputs: Kind | Sequence[Kind] | None = None
+    weights: Sequence[float] | None = None
     _read: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +72,16 @@ class Task:
             raise DataError(
                 f"data must be an iterable of batches or a Task, found {type(data).__name__}; "
                 "for one batch write [batch]"
+            )
+        kinds = [self.outputs] if isinstance(self.outputs, str) else self.outputs or []
+        strange = [kind for kind in kinds if kind not in get_args(Kind)]
+        if strange:
+            raise DataError(f"outputs are 'scores' or 'values'; found {strange[0]!r}")
+        weights = self.weights
+        if weights is not None and not (any(weights) and all(w >= 0 for w in weights)):
+            raise DataError(
+                "weights are what outputs count, at least 0 and one of them more; "
+                f"found {tuple(weights)}"
             )
         if self.limit < 1:
             raise DataError(

@@ -221,8 +221,8 @@ class Distillation:
     """Weight of the outputs: divergence (KL) of scores, relative squared error of numbers."""
     labels: float = 1.0
     """Weight of the task's own loss, if it has one."""
-    scores: bool = True
-    """Outputs are scores of classes over their last axis; False: they are numbers."""
+    scores: bool | None = None
+    """Whether outputs are scores of classes over their last axis; None: as `Task.outputs` says."""
     blocks: tuple[str, ...] = ()
     """Names of the modules whose outputs are the hidden states; if empty, they are looked for."""
     memory: int = 2**31
@@ -252,7 +252,7 @@ class Distillation:
             for a, b in zip(ours.outputs, theirs.outputs, strict=True):
                 if not a.ndim:  # a loss that the network returns beside its scores
                     continue
-                total = total + self.outputs * answer_error(a, b, mask, self.scores)
+                total = total + self.outputs * answer_error(a, b, mask, bool(self.scores))
         return total
 
 

@@ -1,46 +1,24 @@
 """How far the outputs of one network are from those of another."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rabbet.core.survey import Survey
+from rabbet.data.answers import scores_divergence
 from rabbet.data.batches import Batch, floating, outputs
-from rabbet.data.task import Task
 from rabbet.model.hooks import hooked
+from rabbet.workpiece import Workpiece
 
 LEAST = 1e-12  # the smallest mean square that an error is divided by
 
 
-def relative_error(
-    ours: Tensor, theirs: Tensor, reduce: Callable[[Tensor], Tensor] = torch.mean
-) -> Tensor:
-    """`|ours - theirs|^2 / |theirs|^2`, with means or sums of squares (`reduce`)."""
-    return reduce((ours - theirs).square()) / reduce(theirs.square()).clamp_min(LEAST)
-
-
-def divergence_of_scores(ours: Tensor, theirs: Tensor) -> Tensor:
-    """KL divergence of the softmax of scores [n, classes], the mean over rows."""
-    return F.kl_div(
-        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-
-
-def divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """How far outputs are from the float network's, summed over the outputs.
-
-    KL divergence for scores [n, classes], the relative squared error for any other shape.
-    """
-    total = teacher[0].new_zeros(())
-    for ours, theirs in zip(student, teacher, strict=True):
-        if theirs.ndim == 2 and theirs.shape[1] > 1:
-            total = total + divergence_of_scores(ours, theirs)
-        else:
-            total = total + relative_error(ours, theirs, torch.sum)
-    return total
+def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """`|ours - theirs|^2 / |theirs|^2`."""
+    return (ours - theirs).square().mean() / theirs.square().mean().clamp_min(LEAST)
 
 
 def feature_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
@@ -61,7 +39,7 @@ def answer_error(ours: Tensor, theirs: Tensor, mask: Tensor | None, scores: bool
     """
     classes = scores and ours.ndim > 1 and ours.shape[-1] > 1
     rows, goal = real_places(ours, mask), real_places(theirs, mask)
-    return divergence_of_scores(rows, goal) if classes else relative_error(rows, goal)
+    return scores_divergence(rows, goal) if classes else relative_error(rows, goal)
 
 
 def hidden_error(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
@@ -106,23 +84,18 @@ def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
 
 
 def distillation_loss(
-    student: nn.Module,
-    teacher: nn.Module,
-    task: Task,
-    batch: Batch,
-    blocks: Sequence[str],
-    features: float,
+    student: nn.Module, piece: Workpiece, batch: Batch, blocks: Sequence[str], features: float
 ) -> Tensor:
-    """How far the student is from the teacher on a batch; only the student gets a gradient.
+    """How far the student is from the float network on a batch; only the student gets a gradient.
 
     The divergence of the outputs plus `features` times the mean relative error of the outputs of
     the named blocks.
     """
-    with torch.no_grad(), _tapped(teacher, blocks) as theirs:
-        goal = outputs(task.run(teacher, batch))
+    with torch.no_grad(), _tapped(piece.model, blocks) as theirs:
+        goal = outputs(piece.task.run(piece.model, batch))
     with _tapped(student, blocks) as ours:
-        result = outputs(task.run(student, batch))
-    return divergence(result, goal) + features * feature_error(ours, theirs)
+        result = outputs(piece.task.run(student, batch))
+    return piece.answers.divergence(result, goal) + features * feature_error(ours, theirs)
 
 
 def block_names(survey: Survey) -> list[str]:

@@ -29,7 +29,7 @@ from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
 from rabbet.train.best import Best
 from rabbet.train.loop import Course, average, run, shard
-from rabbet.train.losses import block_names, distillation_loss, divergence
+from rabbet.train.losses import block_names, distillation_loss
 from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
@@ -102,7 +102,7 @@ class FixedWidths(Course):
         batch = shard(self.pool.draw(self.method.batch, generator, augment=augment))
         if task.loss is None:
             loss = distillation_loss(
-                self.student, self.piece.model, task, batch, self.blocks, self.method.features
+                self.student, self.piece, batch, self.blocks, self.method.features
             )
         else:
             loss = task.judge(self.student, task.run(self.student, batch), batch)
@@ -129,7 +129,7 @@ class FixedWidths(Course):
             goal = outputs(task.run(self.piece.model, batch))
         if sum(t.numel() for t in goal) * len(self.held) <= KEPT_ENTRIES:
             self.float_outputs[number] = goal
-        return divergence(outputs(result), goal)
+        return self.piece.answers.divergence(outputs(result), goal)
 
     def held_back_loss(self, limit: float = math.inf, labels: bool = True) -> float:
         """Mean loss over held-back batches, the task's own if it has one.

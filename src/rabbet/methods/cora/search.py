@@ -23,7 +23,6 @@ from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, compressed_layers
 from rabbet.model.hooks import Hook, hooked
 from rabbet.train.loop import ADAM, Course, run
-from rabbet.train.losses import divergence
 from rabbet.train.qat import SoftAdapter, replace_factors
 from rabbet.workpiece import Norm, Workpiece
 
@@ -204,7 +203,7 @@ class _RankSearch(Course):
         else:
             with torch.no_grad():
                 goal = outputs(task.run(self.piece.model, batch))
-            loss = divergence(outputs(result), goal)
+            loss = self.piece.answers.divergence(outputs(result), goal)
         self.history["losses"].append(loss.detach().double().cpu())
         return loss
 

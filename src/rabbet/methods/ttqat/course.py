@@ -1,6 +1,7 @@
 """Distillation of a float transformer into tensor trains, first in float, then on the grid."""
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -52,6 +53,9 @@ class Teaching(Course):
         self.layers = compressed_layers(self.student)
         self._start()
         distil = method.distil
+        if distil.scores is None:
+            distil = replace(distil, scores="scores" in piece.answers.kinds)
+        self.distil = distil
         names = list(distil.blocks) or find_blocks(piece.model, piece.survey)
         config = getattr(piece.model, "config", None)
         self.decodes = bool(getattr(config, "is_encoder_decoder", False))
@@ -187,7 +191,7 @@ class Teaching(Course):
         ours = self.recorder(run_student)
         mask = mask_of(batch, self.decodes)
         mask = None if mask is None else mask.to(ours.outputs[0].device)
-        distil = self.method.distil
+        distil = self.distil
         loss = distil.loss(ours, theirs, mask, stage)
         if task.loss is not None and stage.outputs and distil.labels:
             loss = loss + distil.labels * task.judge(self.student, results[0], batch)
