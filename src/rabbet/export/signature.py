@@ -76,7 +76,10 @@ def output_names(value: Any, taken: Sequence[str] = ()) -> list[str]:
     if isinstance(value, dict) and len(value) == count:
         names = [str(k) for k in value]
     while clash := next((name for name in names if name in taken), None):
-        names[names.index(clash)] = clash + "_out"
+        other = clash + "_out"
+        while other in {*taken, *names}:
+            other += "_out"
+        names[names.index(clash)] = other
     return names
 
 
