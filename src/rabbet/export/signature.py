@@ -195,7 +195,12 @@ def _forget(operators: Sequence[Any]) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the exporter's own messages: packages that it misses, values that it cannot fold."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    silenced = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(silenced),
+        contextlib.redirect_stderr(silenced),  # it prints the graph that it cannot follow
+    ):
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)
