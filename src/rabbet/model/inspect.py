@@ -102,8 +102,8 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 NOTHING_RAN = (
-    "no conv, linear or embedding ran on the batch; what runs is a copy, so a forward that is set on "
-    "the object must take its layers from the object that it is given"
+    "no conv, linear or embedding ran on the batch; what runs is a copy, so a forward that is set "
+    "on the object must take its layers from the object that it is given"
 )
 
 
