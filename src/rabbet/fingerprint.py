@@ -78,7 +78,7 @@ class _Reader:
         if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
             facts = f"{value.dtype} {value.shape}"
             flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            return _hash("array", [facts.encode(), memoryview(flat)])
+            return _hash("array", [facts.encode(), flat.data])
         if type(value) in (set, frozenset):  # each by a reader of its own: in no order
             return _hash(type(value).__name__, sorted(_Reader().digest(v) for v in value))
         if type(value) in (list, tuple):
@@ -98,7 +98,7 @@ class _Reader:
             raise Untold(f"a tensor on {value.device} of layout {value.layout}")
         facts = f"{type(value).__name__} {value.dtype} {list(value.shape)} {value.requires_grad}"
         flat = value.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
-        return _hash("tensor", [facts.encode(), memoryview(flat.view(torch.uint8).numpy())])
+        return _hash("tensor", [facts.encode(), flat.view(torch.uint8).numpy().data])
 
     def function(self, value: types.FunctionType) -> bytes:
         code, names = value.__code__, sorted(_globals(value.__code__))
