@@ -8,7 +8,7 @@
     └── FileError     a file that is damaged, of another format, or of another network
 
 Each message says what was asked, what was found and what to do. An error of the user's own code (a
-loader, a forward, a loss) is none of these: it is passed on as it is, with a note of where it arose.
+loader, a forward, a loss) is none of these: it is passed on as it is, with a note of its place.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ NOTE = "raised in "
 
 @contextlib.contextmanager
 def theirs(place: str) -> Iterator[None]:
-    """While this lasts the user's code runs: its errors pass unchanged, with a note of the place."""
+    """The user's code runs inside: its errors pass unchanged, with a note of the place."""
     try:
         yield
     except RabbetError:

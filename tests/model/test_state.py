@@ -1,4 +1,4 @@
-"""A network is handed out, and left behind, in the state that it was in; chance is left alone, too."""
+"""A network is handed out, and left behind, in the state that it was in; so is chance."""
 
 import copy
 import random
@@ -20,7 +20,7 @@ LINES = "a dense@8c | act@8\nb dense@8c | act@8"
 
 
 class Recording(nn.Module):
-    """Writes to all that a module can hold: buffers in place and anew, attributes, lists, numbers."""
+    """Writes to all that a module can hold: buffers, attributes, lists, numbers."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A forward pass that leaves no trace: neither in the network, nor in the chance that others draw from.
+"""A forward pass that leaves no trace: neither in the network nor in others' chance.
 
 A forward may write to buffers, keep activations as attributes, count its calls or draw random
 numbers. Every pass that rabbet runs starts from the state that the user's network has, and draws
@@ -43,7 +43,7 @@ class Pass:
 
 @contextlib.contextmanager
 def clean_pass(model: nn.Module, batch: Batch) -> Iterator[Pass]:
-    """While this lasts, a network may be run once on a batch; afterwards all is as it was before."""
+    """For one run of a network on a batch; afterwards all is as it was before."""
     seen = Pass()
     with state_kept(model, seen), _seeded(model, batch, seen):
         yield seen
@@ -88,7 +88,9 @@ def _written(held: dict[str, Any], given: dict[str, Any]) -> bool:
 
 
 def _untouched(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) or tensor.is_inference() or not tensor._version  # noqa: SLF001
+    if isinstance(tensor, nn.Parameter) or tensor.is_inference():
+        return True
+    return not tensor._version  # noqa: SLF001 (no public way to it)
 
 
 def _table(parameter: nn.Parameter | None) -> nn.Parameter | None:

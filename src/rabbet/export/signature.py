@@ -105,7 +105,7 @@ def unlabelled(task: Task, model: nn.Module) -> tuple[Task, tuple[str, ...]]:
 
 
 def _only_judges(task: Task, model: nn.Module, name: str, whole: Any) -> bool:
-    """Whether without this part of a batch nothing of an answer changes, but numbers are missing."""
+    """Whether without this part of a batch an answer only lacks single numbers."""
     if not isinstance(whole, Mapping):
         return False
     batch = task.read()[0]
@@ -140,7 +140,7 @@ def labels_note(names: Sequence[str]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def exporting(what: str, model: nn.Module, task: Task) -> Iterator[None]:
-    """Make one sentence of whatever goes wrong in an export, and say so where chance is the cause."""
+    """Make one sentence of what goes wrong in an export, and say where chance is the cause."""
     try:
         yield
     except OSError:
