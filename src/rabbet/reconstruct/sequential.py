@@ -10,8 +10,9 @@ scales, the shift into the bias, nothing is added. Unlike re-estimated batch-nor
 harms no network that is healthy.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
+from rabbet.data.augment import hold_back
+from rabbet.data.batches import Batch, examples, gathered, outputs
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Factor, compressed_layers
@@ -32,6 +35,8 @@ ENTRIES = 2**29  # floats that the float network's inputs may take
 PATCHES = 2**24  # entries of the patches of one layer
 # evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
 STEPS = 120
+HELD = 0.125  # share of the examples that are held back to judge
+JUDGES = 256  # examples that are enough to judge by
 BETWEEN = 128  # examples that choose the ranges between the factors of a layer
 
 
@@ -44,16 +49,58 @@ class _Met:
     spread: Tensor
 
 
-def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
-    """Solve and correct every layer of a compressed network in place, in one pass.
+def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> str:
+    """Run `solve_in_order`, and undo it if held-back examples got worse.
 
-    About `limit` examples are used.
+    With few examples, or where little is lost, corrections fit what is special to the examples that
+    they were computed from, so others judge them. Returns a note if they were undone, else "".
+    """
+    train, held = hold_back(piece.task.read(), HELD)
+    if not train:
+        return "layers not solved again in order: too few examples to hold one back"
+    layers = compressed_layers(student)
+    sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
+    batch, unused = gathered(train, min(limit, _affordable(piece, sites)))
+    judges = _first_batches([*held, *unused], JUDGES)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    start = output_divergence(student, piece, judges)
+    solve_in_order(student, piece, batch)
+    end = output_divergence(student, piece, judges)
+    if end <= start:
+        return ""
+    student.load_state_dict(before)
+    return (
+        "solving layers again in order undone: divergence on held-back examples "
+        f"{start:.4g} -> {end:.4g}"
+    )
+
+
+def _first_batches(batches: Sequence[Batch], limit: int) -> list[Batch]:
+    """The first batches of about `limit` examples."""
+    sizes = list(itertools.accumulate(map(examples, batches)))
+    return list(batches[: next((k + 1 for k, size in enumerate(sizes) if size >= limit), None)])
+
+
+def output_divergence(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
+    """How far the outputs are from the float network's (`Answers.divergence`), mean of examples."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            ours = outputs(piece.task.run(student, batch))
+            theirs = outputs(piece.task.run(piece.model, batch))
+            total += float(piece.answers.divergence(ours, theirs)) * examples(batch)
+            count += examples(batch)
+    return total / count
+
+
+def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
+    """Solve and correct every layer of a compressed network in place, in one pass over a batch.
+
     Layers that run more than once and tables stay as they are; statistics are matched where every
     term has a scale for each output channel.
     """
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
-    batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
     met = _meet(piece, sites, batch)
     sites = [s for s in sites if s.name in met]  # other examples may be sent another way
     solvers: list[Hook] = []
