@@ -277,18 +277,16 @@ def test_a_failure_in_a_pool_starts_nothing_more_and_loses_nothing(tmp_path):
     assert len(list(tmp_path.iterdir())) == len(RUNS)
 
 
-def test_jobs_in_a_pool_of_threads_keep_to_one_thread_each():
+def test_a_pool_of_threads_and_what_starts_later_keep_their_number_of_threads():
     torch.set_num_threads(2)
     try:
-        with concurrent.futures.ThreadPoolExecutor(2, initializer=torch.get_num_threads) as pool:
-            list(pool.map(torch.set_num_threads, [2, 2]))
-            jobs = [
-                (counted, {"x": torch.tensor([float(k)])}, {"wait": 0.1 * (k % 2)})
-                for k in range(6)
-            ]
-            found = Jobs(pool).run("s", jobs)
-        assert [r["threads"].item() for r in found] == [1] * 6
-        assert torch.get_num_threads() == 2
+        two = {"initializer": torch.set_num_threads, "initargs": (2,)}
+        with concurrent.futures.ThreadPoolExecutor(2, **two) as pool:
+            found = Jobs(pool).run("s", _jobs(4, wait=0.1))
+            assert [int(r["threads"]) for r in found] == [1] * 4
+            assert pool.submit(torch.get_num_threads).result() == 2
+        with concurrent.futures.ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(1)
 

@@ -35,8 +35,8 @@ T = TypeVar("T")
 def in_turn(call: Callable[P, T]) -> Callable[P, T]:
     """A call that threads run one after the other, in the middle of `torch.inference_mode`, too.
 
-    Torch has one number of threads for the whole process, which jobs set to one: two runs side by
-    side would sum in other orders, and write other bytes, each time.
+    A new thread takes over torch's number of threads from whichever set it last, and jobs set it to
+    one: runs side by side would sum in other orders, and write other bytes, each time.
     """
 
     @functools.wraps(call)

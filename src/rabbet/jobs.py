@@ -40,7 +40,8 @@ Finished = Generator[tuple[str, Tensors], None, None]
 ONCE = "once-"  # how the key of work begins that no other run can find again
 LOG = logging.getLogger("rabbet")
 TURN = threading.RLock()
-"""Held by the one thread that works: torch has one number of threads for the whole process."""
+"""Held by the one thread that works: one that is new takes over torch's number of threads from
+whichever thread set it last, so beside a job it would start with one."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -239,9 +240,7 @@ def one_thread() -> Iterator[None]:
 
 def _call(job: Job) -> Tensors:
     function, tensors, settings = job
-    # Not set back here: in a pool of threads, others are still at work.
-    torch.set_num_threads(1)
-    with torch.no_grad():
+    with one_thread(), torch.no_grad():
         return function(**tensors, **settings)
 
 

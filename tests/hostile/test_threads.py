@@ -1,5 +1,6 @@
 """Several threads at once: each gets what it would get alone, and nothing is lost."""
 
+import logging
 import os
 import sys
 import threading
@@ -78,19 +79,6 @@ def test_while_one_thread_surveys_another_sees_the_network_as_it_is():
     assert seen == [([True] * 7, False)]
 
 
-def test_threads_that_judge_one_network_leave_it_as_it_was():
-    net, inside = _net(), threading.Barrier(2)
-
-    def judge(_):
-        modes = [m.training for m in net.modules()]
-        inside.wait(60)
-        return float(any(modes))
-
-    task = rabbet.Task([rand(8, 3, 8, 8)], evaluate=judge)
-    assert _together(*[lambda: task.score(net)] * 2) == [0, 0]
-    assert all(m.training for m in net.modules())
-
-
 def test_whichever_thread_is_the_last_to_leave_puts_the_modes_back():
     net = _net()
     first, second = evaluating(net), evaluating(net)
@@ -105,8 +93,6 @@ def test_whichever_thread_is_the_last_to_leave_puts_the_modes_back():
 def test_nothing_is_swallowed_of_what_others_print_and_log_during_an_export(
     tmp_path, capsys, caplog
 ):
-    import logging
-
     pytest.importorskip("onnxscript")
     result = rabbet.fit(_net(), "0 dense@8c | act@8", [rand(8, 3, 8, 8)], QUALITY["fast"])
     forward = result.model.forward

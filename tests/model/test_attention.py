@@ -189,8 +189,11 @@ class Own(nn.MultiheadAttention):
     ],
 )
 def test_what_is_more_than_four_linears_stays(model):
-    whole = nn.ModuleDict({"attention": model, "other": nn.Linear(8, 8)})
-    whole.forward = lambda x: whole["other"](whole["attention"](x, x, x)[0])
+    class Whole(nn.ModuleDict):
+        def forward(self, x):
+            return self["other"](self["attention"](x, x, x)[0])
+
+    whole = Whole({"attention": model, "other": nn.Linear(8, 8)})
     assert isinstance(rabbet.open_attention(whole)["attention"], nn.MultiheadAttention)
     left = {x.name: x.reason for x in rabbet.survey(whole, [rand(4, 3, 8)]).left}
     assert "open_attention" not in str(left)

@@ -101,8 +101,19 @@ def _why_not(module: nn.Module) -> str | None:
     return None if kind is None else kind.obstacle(module)
 
 
-def _uncalled(module: nn.Module, watch: Watch) -> str:
-    """Why a layer of a known kind, which nothing was seen to call, is left alone."""
+NOTHING_RAN = (
+    "no conv, linear or embedding ran on the batch; what runs is a copy, so a forward that is set "
+    "on the object must take its layers from the object that it is given"
+)
+
+
+def _uncalled(names: Mapping[nn.Module, list[str]], watch: Watch) -> dict[str, str]:
+    """Why layers of known kinds, which nothing was seen to call, are left alone."""
+    idle = [m for m in names if kind_of(m) is not None and m not in watch.calls]
+    return {names[m][0]: _why_idle(m, watch) for m in idle}
+
+
+def _why_idle(module: nn.Module, watch: Watch) -> str:
     own = None if is_parametrized(module) else module._parameters.get("weight")  # noqa: SLF001
     if own is not None and id(own) in watch.read:
         return "its weight is read and its forward never called: a replacement would never run"
@@ -156,17 +167,13 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
         # A norm under a second name would stay behind there.
         norm = None if norm is not None and len(names[norm]) > 1 else norm
         sites.append(_site(module, kind, names, watch, (norm, own, batch)))
-    uncalled = {
-        names[m][0]: _uncalled(m, watch)
-        for m in names
-        if kind_of(m) is not None and m not in watch.calls
-    }
-    reasons = uncalled | _unopened(names) | reasons
+    reasons = _unopened(names) | reasons
     if not sites:
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items())
-        detail = detail or "no conv, linear or embedding ran on the batch"
+        detail = detail or NOTHING_RAN
         raise ModelError(f"nothing in this network can be compressed ({detail})")
-    return Survey(tuple(sites), tuple(_left(model, sites, reasons)), _float_bytes(model))
+    left = tuple(_left(model, sites, _uncalled(names, watch) | reasons))
+    return Survey(tuple(sites), left, _float_bytes(model))
 
 
 def _site(
