@@ -394,7 +394,7 @@ def test_after_solving_in_order_every_channel_has_the_mean_and_deviation_of_the_
             nn.Linear(24, 4),
         )
     )
-    batches = [rand(64, 3, 6, 6)]
+    batches = [rand(2048, 3, 6, 6)]
     piece = Workpiece.of(model, Task(batches), Jobs())
     lines = [LayerPlan.parse(f"{s.name} dense@3c") for s in piece.survey]
     student = build(piece.model, Plan(tuple(lines)), piece.survey)
@@ -414,10 +414,11 @@ def test_after_solving_in_order_every_channel_has_the_mean_and_deviation_of_the_
 
     mean, spread = statistics(piece.model)
     before = [(a - b).abs().max() for a, b in zip(statistics(student), (mean, spread), strict=True)]
-    solve_in_order(student, piece)
+    solve_in_order(student, piece, piece.task.gathered(2048))
     after = [(a - b).abs().max() for a, b in zip(statistics(student), (mean, spread), strict=True)]
-    assert after[0] < 0.01 < before[0]
-    assert after[1] < 0.01 < before[1]  # scales are bfloat16: three digits
+    # Corrections go as far as two halves of the examples agree; scales are bfloat16: three digits.
+    assert after[0] < 0.2 * before[0]
+    assert after[1] < 0.2 * before[1]
     for factor in (
         f for layer in compressed_layers(student).values() for fs in layer.factors for f in fs
     ):
@@ -431,7 +432,7 @@ def test_solving_in_order_skips_what_runs_twice_and_matches_only_what_has_a_scal
         piece.model, Plan.parse("stem dense@3\nbody dense@3c\nhead dense@3c"), piece.survey
     )
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    solve_in_order(student, piece)
+    solve_in_order(student, piece, piece.task.gathered(1024))
     changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
     assert not any(k.startswith("body") for k in changed)
     assert "head.bias" in changed
@@ -453,7 +454,7 @@ def test_solving_in_order_brings_the_outputs_nearer_to_the_float_network():
     with torch.no_grad():
         goal = model(fresh)
         before = (student(fresh) - goal).square().sum()
-        solve_in_order(student, piece)
+        solve_in_order(student, piece, piece.task.gathered(1024))
         after = (student(fresh) - goal).square().sum()
     assert after < 0.9 * before
 

@@ -81,6 +81,20 @@ def join(batches: Sequence[Batch]) -> Batch:
     return replaced(batches[0], lambda _: next(whole))
 
 
+def gathered(batches: Sequence[Batch], limit: int) -> tuple[Batch, list[Batch]]:
+    """At most `limit` examples as one batch, and the batches of which none was taken.
+
+    The first batches are joined while their shapes agree.
+    """
+    parts, count = [batches[0]], examples(batches[0])
+    for batch in batches[1:]:
+        if count >= limit or inner_shapes(batch) != inner_shapes(parts[0]):
+            break
+        parts.append(batch)
+        count += examples(batch)
+    return first_examples(join(parts), limit), list(batches[len(parts) :])
+
+
 def suited(batch: Batch, model: nn.Module) -> Batch:
     """A copy of a batch on the model's device and in its floating type.
 

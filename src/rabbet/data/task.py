@@ -16,8 +16,7 @@ from rabbet.data.batches import (
     describe,
     examples,
     first_examples,
-    inner_shapes,
-    join,
+    gathered,
     outputs,
     suited,
     tensors,
@@ -140,14 +139,7 @@ class Task:
 
     def gathered(self, limit: int) -> Batch:
         """At most `limit` examples as one batch: the first batches joined while shapes agree."""
-        batches = self.read()
-        parts, count = [batches[0]], examples(batches[0])
-        for batch in batches[1:]:
-            if count >= limit or inner_shapes(batch) != inner_shapes(parts[0]):
-                break
-            parts.append(batch)
-            count += examples(batch)
-        return first_examples(join(parts), limit)
+        return gathered(self.read(), limit)[0]
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """The model's output on a batch, its tensors moved to the model's device and floating type.

@@ -87,9 +87,9 @@ class Joint:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""
         validate(plan, piece.survey)
-        student = solved(piece, plan)
-        note = tune(student, piece, self.tuning)
-        return Fitted(student, (note,))
+        student, corrected = solved(piece, plan)
+        notes = (corrected, tune(student, piece, self.tuning))
+        return Fitted(student, tuple(note for note in notes if note))
 
     def menu(self, site: Site) -> tuple[Terms, ...]:
         """Every candidate for a layer: dense ones, dense ones with an adapter, and other forms."""

@@ -8,10 +8,14 @@ lets each layer make good what those before it broke.
 Then each channel's mean and deviation are made those of the float network: the gain goes into the
 scales, the shift into the bias, nothing is added. Unlike re-estimated batch-norm statistics this
 harms no network that is healthy.
+
+Both are estimates from a few examples. So each goes only as far as two halves of the examples agree
+on it, and in the end others judge whether the network has become better at all.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
+from rabbet.data.augment import hold_back
+from rabbet.data.batches import Batch, examples, gathered, outputs
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Factor, compressed_layers
@@ -32,28 +38,72 @@ ENTRIES = 2**29  # floats that the float network's inputs may take
 PATCHES = 2**24  # entries of the patches of one layer
 # evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
 STEPS = 120
+RIDGES = (DAMPING, 0.1, 1.0, 10.0)  # shares of the mean diagonal
+HELD = 0.125  # share of the examples that are held back to judge
+JUDGES = 256  # examples that are enough to judge by
 BETWEEN = 128  # examples that choose the ranges between the factors of a layer
 
 
 @dataclass(frozen=True)
 class _Met:
-    """The input of a layer of the float network, and the mean and deviation of its outputs."""
+    """The input of a layer of the float network, and the statistics of its outputs."""
 
     given: Tensor
-    mean: Tensor
-    spread: Tensor
+    outputs: "_Statistics"
 
 
-def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
-    """Solve and correct every layer of a compressed network in place, in one pass.
+def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> str:
+    """Run `solve_in_order`, and undo it if held-back examples got worse.
 
-    About `limit` examples are used.
+    With few examples, or where little is lost, corrections fit what is special to the examples that
+    they were computed from, so others judge them. Returns a note if they were undone, else "".
+    """
+    train, held = hold_back(piece.task.read(), HELD)
+    if not train:
+        return "layers not solved again in order: too few examples to hold one back"
+    layers = compressed_layers(student)
+    sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
+    batch, unused = gathered(train, min(limit, _affordable(piece, sites)))
+    judges = _first_batches([*held, *unused], JUDGES)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    start = output_divergence(student, piece, judges)
+    solve_in_order(student, piece, batch)
+    end = output_divergence(student, piece, judges)
+    if end <= start:
+        return ""
+    student.load_state_dict(before)
+    return (
+        "solving layers again in order undone: divergence on held-back examples "
+        f"{start:.4g} -> {end:.4g}"
+    )
+
+
+def _first_batches(batches: Sequence[Batch], limit: int) -> list[Batch]:
+    """The first batches of about `limit` examples."""
+    sizes = list(itertools.accumulate(map(examples, batches)))
+    return list(batches[: next((k + 1 for k, size in enumerate(sizes) if size >= limit), None)])
+
+
+def output_divergence(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
+    """How far the outputs are from the float network's (`Answers.divergence`), mean of examples."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            ours = outputs(piece.task.run(student, batch))
+            theirs = outputs(piece.task.run(piece.model, batch))
+            total += float(piece.answers.divergence(ours, theirs)) * examples(batch)
+            count += examples(batch)
+    return total / count
+
+
+def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
+    """Solve and correct every layer of a compressed network in place, in one pass over a batch.
+
     Layers that run more than once and tables stay as they are; statistics are matched where every
     term has a scale for each output channel.
     """
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
-    batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
     met = _meet(piece, sites, batch)
     sites = [s for s in sites if s.name in met]  # other examples may be sent another way
     solvers: list[Hook] = []
@@ -61,8 +111,8 @@ def solve_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> N
     for site in sites:
         layer, seen = layers[site.name], met[site.name]
         solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given)))
-        if _gained(layer) and len(seen.given):
-            matchers.append((layer, _matcher(seen.mean, seen.spread, GAIN)))
+        if _gained(layer) and len(seen.given) > 1:
+            matchers.append((layer, _matcher(seen.outputs, GAIN)))
     with torch.no_grad(), hooked(before=solvers, after=matchers):
         piece.task.run(student, batch)
 
@@ -81,7 +131,8 @@ def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -
     for site in sites:
         layer, norm = layers[site.name], piece.norms[site.name]
         if _gained(layer):
-            matchers.append((layer, _matcher(norm.mean, norm.spread, (0.0, math.inf))))
+            wanted = _Statistics(norm.mean[None], norm.spread[None])
+            matchers.append((layer, _matcher(wanted, (0.0, math.inf))))
     with torch.no_grad(), hooked(matchers):
         piece.task.run(student, batch)
 
@@ -108,7 +159,7 @@ def _meet(piece: Workpiece, sites: list[Site], batch: Any) -> dict[str, _Met]:
 
     def seen(site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            met[site.name] = _Met(args[0].detach().float().clone(), *_statistics(out.float(), site))
+            met[site.name] = _Met(args[0].detach().float().clone(), _in_halves(out.float(), site))
 
         return hook
 
@@ -126,52 +177,121 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
         if met.shape != wanted.shape or not len(wanted):
             return  # an expert that is shown other places, or none
         given = layer.quantisers[0](met) if layer.quantisers else met
-        second, cross = _moments(site, given, wanted, piece.seed)
-        metric = Metric(second, DAMPING)
         target = site.matrix(weight)
-        # W' = W E[x x'^T] (E[x' x'^T] + damping)^-1, written as a step from W so that damping pulls
-        # towards W
-        step = torch.linalg.solve(
-            metric.second.double(), (target @ (cross - second)).double().mT
-        ).mT.float()
-        aim = (target + step).reshape(site.shape)
-        held = [[f.numbers for f in factors] for factors in layer.factors]
-        numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], STEPS)[0]
-        for factors, solved in zip(layer.factors, numbers, strict=True):
-            for factor, q in zip(factors, solved, strict=True):
-                factor.take(q)
+        second, step = _step(target, _moments(site, given, wanted, piece.seed))
+        if step is not None:
+            aim = (target + step).reshape(site.shape)
+            held = [[f.numbers for f in factors] for factors in layer.factors]
+            metric = Metric(second, DAMPING)
+            numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], STEPS)[0]
+            for factors, solved in zip(layer.factors, numbers, strict=True):
+                for factor, q in zip(factors, solved, strict=True):
+                    factor.take(q)
         calibrate_between(layer, met[:BETWEEN], piece.seed)
 
     return hook
 
 
 def _moments(site: Site, given: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Means of x' x'^T and of x x'^T over the same places, [groups, n, n]."""
+    """Means of x' x'^T and of x x'^T over the same places, [halves, groups, n, n].
+
+    The halves are every second example; there is one half if there is one example.
+    """
     rows = max(PATCHES // site.columns, 8 * site.columns)
     places = max(1, -(-rows // len(given)))
-    ours, theirs = (
-        site.patches(x, places, torch.Generator().manual_seed(seed)) for x in (given, wanted)
-    )
-    count = ours.shape[1]
-    return (ours.mT @ ours).cpu() / count, (theirs.mT @ ours).cpu() / count
+    halves = min(2, len(given))
+    seconds, crosses = [], []
+    for k in range(halves):
+        ours, theirs = (
+            site.patches(x[k::halves], places, torch.Generator().manual_seed(seed))
+            for x in (given, wanted)
+        )
+        seconds.append((ours.mT @ ours).cpu() / ours.shape[1])
+        crosses.append((theirs.mT @ ours).cpu() / ours.shape[1])
+    return torch.stack(seconds), torch.stack(crosses)
+
+
+def _step(target: Tensor, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The second moment of x', and the step from W that the inputs x' ask for.
+
+    The step is `W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + ridge)^-1`, which with the least ridge
+    gives the least-squares solution of `W' x' = W x`. The ridge is the one whose step from either
+    half of the examples brings most on the other half: the fewer the independent rows, the more it
+    holds back. None if no step brings anything there.
+    """
+    seconds, crosses = moments
+    second, pull = seconds.mean(0), target @ (crosses.mean(0) - seconds.mean(0))
+    if len(seconds) < 2:
+        return second, None
+    pulls = target @ (crosses - seconds)  # [halves, groups, rows, n]
+
+    def brought(share: float) -> float:
+        """By how much the squared error of either half falls with the step of the other."""
+        steps = _solve(seconds, pulls, share).flip(0)
+        return float((steps * (2 * pulls - steps @ seconds)).double().sum())
+
+    best = max(RIDGES, key=brought)
+    if brought(best) <= 0:
+        return second, None
+    return second, _solve(second.double(), pull.double(), best).float()
+
+
+def _solve(second: Tensor, pull: Tensor, share: float) -> Tensor:
+    """`pull (second + ridge)^-1`, [..., rows, n]; ridge: a share of the mean diagonal."""
+    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    ridge = share * diagonal.mean(-1, keepdim=True) + 1e-12
+    damped = second + torch.diag_embed(ridge.expand_as(diagonal))
+    solution: Tensor = torch.linalg.solve(damped, pull.mT)
+    return solution.mT
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Means and deviations of channels, [halves, out]; one half if they are known for sure."""
+
+    mean: Tensor
+    spread: Tensor
+
+
+def _in_halves(out: Tensor, site: Site) -> _Statistics:
+    """The statistics of every second example."""
+    each = [_statistics(out[k::2], site) for k in (0, 1)]
+    return _Statistics(*(torch.stack(parts) for parts in zip(*each, strict=True)))
+
+
+def _trusted(corrections: Tensor, units: Tensor | float = 1.0) -> Tensor:
+    """The mean of the corrections that two halves ask for, [halves, out], as far as they agree.
+
+    The share is what one half explains of the other over all channels, in the given units: 1 where
+    they are the same, 0 where they have nothing in common.
+    """
+    if len(corrections) < 2:
+        return corrections[0]
+    one, other = corrections / units
+    both = (one.square() + other.square()).sum().clamp_min(1e-30)
+    trust: Tensor = (2 * (one * other).sum() / both).clamp(0, 1)
+    return trust * corrections.mean(0)
 
 
 def _matcher(
-    wanted_mean: Tensor, wanted_spread: Tensor, limits: tuple[float, float]
+    wanted: _Statistics, limits: tuple[float, float]
 ) -> Callable[[Compressed, tuple[Tensor, ...], Tensor], Tensor]:
     """A hook that gives a layer's channels a mean and a deviation; it returns the new output.
 
-    limits: the least and the largest gain.
+    limits: the least and the largest gain. Of two halves of the examples, both must agree.
     """
 
     def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         if not len(out):
             return out
         out = out.float()
+        sure = len(wanted.mean) < 2
         mean, spread = _statistics(out, layer.site)
-        gain = torch.where(spread > 1e-8, wanted_spread / spread.clamp_min(1e-8), 1.0).clamp(
-            *limits
-        )
+        ours = _Statistics(mean[None], spread[None]) if sure else _in_halves(out, layer.site)
+        ratio = wanted.spread / ours.spread.clamp_min(1e-8)
+        ratio = torch.where(ours.spread > 1e-8, ratio, 1.0).clamp(*limits)
+        gain = ratio[0] if sure else _trusted(ratio.log()).exp()
+        shift = _trusted(wanted.mean - ours.mean, wanted.spread.clamp_min(1e-8))
         old = torch.zeros_like(mean) if layer.bias is None else layer.bias.data
         first = layer.factors[0][-1].scale.clone()
         for form, factors in zip(layer.forms, layer.factors, strict=True):
@@ -179,15 +299,15 @@ def _matcher(
             scale = last.grid.scales.gained(last.scale, form.of_outputs(gain))
             assert scale is not None
             last.scale.copy_(stored(scale))
-        new = old if layer.bias is None else wanted_mean - (mean - old) * gain
+        new = old if layer.bias is None else mean + shift - (mean - old) * gain
         if layer.bias is not None:
             layer.bias.data = new
         # each term's scales were rounded for themselves
         if len(layer.factors) > 1 or len(first) != len(gain):
             return layer.forward(args[0].float())
-        ratio = layer.factors[0][-1].scale / first
+        real = layer.factors[0][-1].scale / first
         channel = layer.site.per_channel
-        return (out - channel(old)) * channel(ratio) + channel(new)
+        return (out - channel(old)) * channel(real) + channel(new)
 
     return hook
 

@@ -71,7 +71,7 @@ class CGMQ(Settings):
         if kept is not None:
             course.load_weights(kept)
         else:
-            for name, layer in compressed_layers(solved(piece, plan)).items():
+            for name, layer in compressed_layers(solved(piece, plan)[0]).items():
                 course.layers[name].start_from(layer)
             if self.rate is None:
                 distance = course.held_back_loss(PROBE, labels=False)

@@ -1,0 +1,79 @@
+"""Layers solved again in order: kept where held-back examples agree, undone where they do not."""
+
+import torch
+from networks import rand, settled
+from torch import nn
+
+import rabbet
+from rabbet import Joint, Task
+from rabbet.core.plan import LayerPlan, Plan
+from rabbet.jobs import Jobs
+from rabbet.methods import QUALITY
+from rabbet.model.compressed import compressed_layers
+from rabbet.reconstruct import sequential
+from rabbet.reconstruct.network import solved
+from rabbet.reconstruct.sequential import output_divergence
+from rabbet.train.tuning import Tuning
+from rabbet.workpiece import Workpiece
+
+
+def _network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)]
+    return settled(nn.Sequential(*layers))
+
+
+def _piece(model, batches):
+    return Workpiece.of(model, Task(batches), Jobs())
+
+
+def _plan(piece, text):
+    return Plan(tuple(LayerPlan.parse(f"{s.name} {text}") for s in piece.survey))
+
+
+def test_corrections_that_help_are_kept(monkeypatch):
+    piece = _piece(_network(), [rand(64, 3, 10, 10, seed=k) for k in range(4)])
+    plan, unseen = _plan(piece, "dense@2hc"), [rand(64, 3, 10, 10, seed=9)]
+    student, note = solved(piece, plan)
+    assert not note
+    monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
+    plain, _ = solved(piece, plan)
+    assert output_divergence(student, piece, unseen) < 0.9 * output_divergence(plain, piece, unseen)
+
+
+def test_corrections_that_harm_are_undone_and_that_is_said(monkeypatch):
+    piece = _piece(_network(), [rand(8, 3, 10, 10, seed=k) for k in range(4)])
+    plan = _plan(piece, "dense@8c | act@8")
+
+    def harm(student, *_):
+        for layer in compressed_layers(student).values():
+            layer.factors[0][0].scale.mul_(1.5)
+            layer.bias.data = layer.bias.data + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential, "solve_in_order", lambda *_: None)
+        plain, _ = solved(piece, plan)
+    monkeypatch.setattr(sequential, "solve_in_order", harm)
+    student, note = solved(piece, plan)
+    assert note.startswith("solving layers again in order undone: divergence on held-back examples")
+    state = plain.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
+    result = rabbet.fit(_network(), plan, piece.task, QUALITY["fast"])
+    assert note in result.notes
+
+
+def test_few_examples_of_wide_layers_do_not_make_the_network_worse(monkeypatch):
+    # 8 examples for 256 inputs: the step that fits them says nothing of any other.
+    torch.manual_seed(0)
+    layers = [nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    piece = _piece(settled(nn.Sequential(*layers)), [rand(8, 256), rand(8, 256, seed=1)])
+    plan, unseen = _plan(piece, "dense@8c | act@8"), [rand(256, 256, seed=9)]
+    ours = output_divergence(solved(piece, plan)[0], piece, unseen)
+    monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
+    assert ours <= 1.05 * output_divergence(solved(piece, plan)[0], piece, unseen)
+
+
+def test_without_a_second_example_nothing_is_corrected():
+    method = Joint(grids=("4c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
+    result = rabbet.compress(settled(nn.Linear(6, 4)), "bits <= 32", [rand(1, 6)], method)
+    assert "layers not solved again in order: too few examples to hold one back" in result.notes
