@@ -139,3 +139,17 @@ def hold_back(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list
 def _tail(batch: Batch, count: int) -> Batch:
     size = examples(batch)
     return replaced(batch, lambda t: t[size - count :] if t.ndim and len(t) == size else t)
+
+
+def with_augmented(batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """The batches and, if they hold images, four augmented copies of all of them.
+
+    A network is so confident on images that it was trained on that small differences do not show
+    there.
+    """
+    pool = Pool.of(batches)
+    if pool.image is None:
+        return list(batches)
+    generator = torch.Generator().manual_seed(seed)
+    count = examples(pool.parts[0])
+    return [*batches, *(pool.draw(count, generator) for _ in range(4))]

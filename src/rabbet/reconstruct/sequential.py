@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
-from rabbet.data.augment import hold_back
+from rabbet.data.augment import hold_back, with_augmented
 from rabbet.data.batches import Batch, examples, gathered, outputs
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
@@ -64,7 +64,7 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
     batch, unused = gathered(train, min(limit, _affordable(piece, sites)))
-    judges = _first_batches([*held, *unused], JUDGES)
+    judges = with_augmented(_first_batches([*held, *unused], JUDGES), piece.seed)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     start = output_divergence(student, piece, judges)
     solve_in_order(student, piece, batch)
@@ -241,8 +241,7 @@ def _solve(second: Tensor, pull: Tensor, share: float) -> Tensor:
     diagonal = second.diagonal(dim1=-2, dim2=-1)
     ridge = share * diagonal.mean(-1, keepdim=True) + 1e-12
     damped = second + torch.diag_embed(ridge.expand_as(diagonal))
-    solution: Tensor = torch.linalg.solve(damped, pull.mT)
-    return solution.mT
+    return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(damped)).mT
 
 
 @dataclass(frozen=True)

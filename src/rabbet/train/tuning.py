@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_inner
-from rabbet.data.augment import Pool, hold_back
-from rabbet.data.batches import Batch, examples, outputs
+from rabbet.data.augment import Pool, hold_back, with_augmented
+from rabbet.data.batches import Batch, outputs
 from rabbet.errors import check_fields, check_least
 from rabbet.forms import Dense
 from rabbet.grids.grid import stored
@@ -79,20 +79,6 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     if end < start:
         start, end = error, last
     return f"tuning undone: held-back examples got worse ({start:.4g} -> {end:.4g})"
-
-
-def with_augmented(batches: Sequence[Batch], seed: int) -> list[Batch]:
-    """The batches and, if they hold images, four augmented copies of all of them.
-
-    A network is so confident on images that it was trained on that small differences do not show
-    there.
-    """
-    pool = Pool.of(batches)
-    if pool.image is None:
-        return list(batches)
-    generator = torch.Generator().manual_seed(seed)
-    count = examples(pool.parts[0])
-    return [*batches, *(pool.draw(count, generator) for _ in range(4))]
 
 
 def judge(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> tuple[float, float]:
