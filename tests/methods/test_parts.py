@@ -153,9 +153,9 @@ class Counting(Jobs):
         self.stage = stage
         return super().run(stage, jobs)
 
-    def _finished(self, jobs):
+    def _finished(self, stage, jobs):
         self.ran = getattr(self, "ran", 0) + (len(jobs) if self.stage == "solving layers" else 0)
-        return super()._finished(jobs)
+        return super()._finished(stage, jobs)
 
 
 def test_a_second_budget_finds_the_candidates_of_the_first():
