@@ -110,8 +110,8 @@ class Workpiece:
         batches = task.read()
         parts = ("forward", "loss", "vary", "evaluate", "outputs", "weights")
         calls = {part: getattr(task, part) for part in parts}
-        told = _told({**calls, "batches": batches, "network": model}, jobs)
         check(model)
+        told = _told({**calls, "batches": batches, "network": model}, jobs)
         model = copied(model)
         folded, survey = proven(model, survey_of(model, batches[0], task), task)
         types = {

@@ -302,7 +302,7 @@ def test_gates_start_at_the_widest_and_the_cost_is_that_of_the_plan(channels):
     assert set(gates.levels) == {4}
     gates.set_levels([k % 3 for k in range(len(gates))])
     lines = Plan(tuple(layer.line() for layer in gates.layers))
-    cost, wanted = gates._priced(gates._counts(gates.levels)), piece.cost(lines)
+    cost, wanted = gates._cost(gates._counts(gates.levels)), piece.cost(lines)
     assert (cost.macs, cost.bops, cost.code_bits) == (wanted.macs, wanted.bops, wanted.code_bits)
 
 

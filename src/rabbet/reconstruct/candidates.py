@@ -25,6 +25,7 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
+HEADER = 24  # bytes that padding, and digits of the places of arrays, may add to a header at most
 PART = 1024  # rows that are rounded at once: a whole table of words would not fit into the cache
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
 COLD, WARM = 40, 10
@@ -89,31 +90,33 @@ def _hopeless(
     if rank is None:
         return False
     least = float(tail[min(rank, len(tail) - 1)])
-    cost = _counts(site, menu[k])
     return any(
-        error <= least and all(a <= b for a, b in zip(_counts(site, menu[j]), cost, strict=True))
-        for j, error in solved.items()
+        error <= least and _never_costs_more(site, menu[j], menu[k]) for j, error in solved.items()
     )
 
 
-def _counts(site: Site, terms: Terms) -> tuple[int, ...]:
-    """Everything that any limit or the header of a file counts, whatever the bits of the input.
+def _never_costs_more(site: Site, one: Terms, other: Terms) -> bool:
+    """Whether an entry costs no more than another by anything that a limit counts, latency apart.
 
-    BOPs rise evenly with the bits of the input, so their ends stand for all widths. What a file
-    holds is taken apart: where an array begins stands in the header, and the text of a line is
-    padded there.
+    That holds whatever the bits of the input: BOPs rise evenly with them, so their ends stand for
+    all widths. In a file every array counts, and the text of the line, because their places and
+    lengths stand in the header; or the sum does, where it is smaller by more than the header can
+    make of it.
     """
+    ours, theirs = (_counts(site, terms) for terms in (one, other))
+    (parts, total), (more, most) = ours[0], theirs[0]
+    smaller = all(a <= b for a, b in zip(parts, more, strict=True)) or total + HEADER <= most
+    return smaller and all(a <= b for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def _counts(site: Site, terms: Terms) -> tuple[tuple[tuple[int, ...], int], tuple[int, ...]]:
+    """Bytes of a file, part by part and in all; codes, MACs and BOPs."""
     narrow, wide, plain = (LayerPlan(site.name, terms, act) for act in (2, 8, None))
     held, cost = layer_lengths(site, wide), layer_cost(site, plain)
-    arithmetic = (cost.macs, cost.bops, *(layer_cost(site, x).bops for x in (narrow, wide)))
-    return (
-        line_bytes(plain),
-        held.codes + held.zeros,
-        held.codes,
-        held.scales,
-        held.acts,
-        *arithmetic,
-    )
+    text = line_bytes(plain)
+    parts = (text, held.codes + held.zeros, held.scales, held.acts)
+    bops = (cost.bops, *(layer_cost(site, x).bops for x in (narrow, wide)))
+    return (parts, text + held.bytes), (held.codes, cost.macs, *bops)
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:

@@ -84,7 +84,8 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         short.shorten()
         content = short.bytes()
         Session(content)  # raises unless the runtime can open it
-        notes = _floats(assembled.content, parcel, assembled.written)
+        ran = kernels(assembled.content) if functions else None
+        notes = _floats(ran, parcel, assembled.written)
         if not functions and openvino_known():
             compare_openvino(content, parcel.model, task)
         elif not functions:
@@ -165,14 +166,24 @@ def _chunks(task: Task) -> Any:
             yield [t[start : start + CHUNK] if t.ndim and len(t) == size else t for t in parts]
 
 
-def _floats(content: bytes, parcel: Parcel, written: Mapping[str, str]) -> tuple[str, ...]:
-    """The layers that do not run on an integer kernel, and why."""
-    ran = kernels(content)
+def _floats(
+    ran: Mapping[str, str] | None, parcel: Parcel, written: Mapping[str, str]
+) -> tuple[str, ...]:
+    """The layers that do not run on an integer kernel, and why.
+
+    ran: the kernel of each weight in onnxruntime; None for another runtime, of which only the plan
+    is known.
+    """
     layers = compressed_layers(parcel.model)
     notes = []
     for weight, name in written.items():
         layer = layers[name.rpartition(".")[0].rpartition(".")[0]]
         site = layer.site
+        told = site.name or "the network"
+        if ran is None:
+            if not layer.quantisers:
+                notes.append(f"{told} runs in float: its plan has no act")
+            continue
         # onnxruntime renames what it transposes, and what it rounds for lack of a kernel.
         unknown = "unknown kernel" if site.kind.integer_kernel else site.kind.operator
         kernel = ran.get(weight, ran.get(f"{weight}_T", unknown))
@@ -182,5 +193,5 @@ def _floats(content: bytes, parcel: Parcel, written: Mapping[str, str]) -> tuple
                 why = f"onnxruntime has no integer kernel for a {site.kind.name}"
             elif not layer.quantisers:
                 why = "its plan has no act"
-            notes.append(f"{site.name or 'the network'} runs in float ({kernel}): {why}")
+            notes.append(f"{told} runs in float ({kernel}): {why}")
     return tuple(dict.fromkeys(notes))
