@@ -93,7 +93,7 @@ def test_the_search_gives_rank_to_the_layer_that_needs_it():
     dead = torch.nn.Linear(16, 16, bias=False)
     model = torch.nn.Sequential(dead, torch.nn.Linear(16, 16, bias=False)).eval()
     x = [torch.randn(32, 16)]
-    piece = Workpiece.of(model, Task.of(x), Jobs())
+    piece = Workpiece.of(model, Task(x, outputs="scores"), Jobs())
     wide = torch.linalg.svd(torch.randn(16, 16))
     price = torch.tensor([1.0], dtype=torch.float64)
     residuals = {
