@@ -1,5 +1,8 @@
 """The work of plan and compress, and what is said of it."""
 
+import contextlib
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +94,18 @@ def require_exportable(inputs: Inputs, target: str) -> None:
     """Refuse a network that torch cannot export before any work: the float one is tried."""
     if target in TRIALS:
         piece = Workpiece.of(inputs.network, inputs.task, Jobs())
-        TRIALS[target](piece.model, inputs.task)
+        with unheard():
+            TRIALS[target](piece.model, inputs.task)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Keep standard error free of the graph that torch's exporter prints where it cannot go on.
+
+    Only here: a library's standard error is shared by all threads of its process.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def export_safely(result: Result, output: Path, target: str) -> Written:
@@ -101,10 +115,12 @@ def export_safely(result: Result, output: Path, target: str) -> Written:
     """
     spare = output.with_name(f"{output.name}.safetensors")
     if target == "safetensors" or spare.exists():
-        return result.export(output, target)
+        with unheard():
+            return result.export(output, target)
     result.save(spare)
     try:
-        written = result.export(output, target)
+        with unheard():
+            written = result.export(output, target)
     except Exception as e:
         wish = f"rabbet export {spare} --output {output}"
         raise FileError(

@@ -36,6 +36,7 @@ def export(
     from rabbet._api import Result
     from rabbet.cli import tables
     from rabbet.cli.inputs import demo, open_inputs
+    from rabbet.cli.outcomes import unheard
     from rabbet.cli.stored import ready
     from rabbet.export.onnx.write import write_float
 
@@ -52,7 +53,8 @@ def export(
     for path in (output, whole):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    written = result.export(output, chosen)
+    with unheard():
+        written = result.export(output, chosen)
     sizes, native = {str(output): written.bytes}, result.cost.bytes
     if whole is not None:
         sizes[str(whole)] = write_float(inputs.network, inputs.task, whole).bytes
