@@ -72,7 +72,7 @@ LIMITS = ["bops <= 0.39%", "bops <= 0.5%", "bops <= 1.3%", "bops <= 5%",
           "bytes <= 40%, bops <= 2%", "bits <= 3", "bpw <= 8, bops <= 3%"]  # fmt: skip
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     case=st.one_of(image_networks(), flat_networks(), token_networks()),
     method=methods(),

@@ -206,8 +206,9 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("order", ["all", "bottom", "top"])
-@pytest.mark.parametrize("start", ["metric", "plain", "random"])
+@pytest.mark.parametrize(
+    ("order", "start"), [("bottom", "metric"), ("top", "plain"), ("all", "random")]
+)
 def test_every_order_and_start_runs(order, start):
     model, data = bert(), sentences(3)
     result = rabbet.compress(
