@@ -110,13 +110,18 @@ def _never_costs_more(site: Site, one: Terms, other: Terms) -> bool:
 
 
 def _counts(site: Site, terms: Terms) -> tuple[tuple[tuple[int, ...], int], tuple[int, ...]]:
-    """Bytes of a file, part by part and in all; codes, MACs and BOPs."""
+    """Bytes of a file, part by part and in all; codes without and with scales, MACs and BOPs."""
     narrow, wide, plain = (LayerPlan(site.name, terms, act) for act in (2, 8, None))
     held, cost = layer_lengths(site, wide), layer_cost(site, plain)
     text = line_bytes(plain)
     parts = (text, held.codes + held.zeros, held.scales, held.acts)
     bops = (cost.bops, *(layer_cost(site, x).bops for x in (narrow, wide)))
-    return (parts, text + held.bytes), (held.codes, cost.macs, *bops)
+    return (parts, text + held.bytes), (
+        cost.code_bits,
+        cost.code_bits + cost.scale_bits,
+        cost.macs,
+        *bops,
+    )
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
