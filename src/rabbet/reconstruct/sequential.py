@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rabbet.calibrate.ranges import calibrate_between
 from rabbet.data.augment import hold_back, with_augmented
 from rabbet.data.batches import Batch, examples, gathered, outputs
+from rabbet.errors import RabbetError
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Factor, compressed_layers
@@ -66,7 +67,15 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     batch, unused = gathered(train, min(limit, _affordable(piece, sites)))
     judges = with_augmented(_first_batches([*held, *unused], JUDGES), piece.seed)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    start = output_divergence(student, piece, judges)
+    try:
+        start = output_divergence(student, piece, judges)
+    except RabbetError:
+        raise
+    except Exception as e:  # the forward is the user's: it may not take a part of a batch
+        return (
+            "layers not solved again in order: the network does not run on held-back examples "
+            f"alone ({type(e).__name__})"
+        )
     solve_in_order(student, piece, batch)
     end = output_divergence(student, piece, judges)
     if end <= start:
