@@ -2,7 +2,7 @@
 
 import functools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from rabbet.core.layout import RESERVED, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
 from rabbet.data.answers import Answers
-from rabbet.data.batches import examples, outputs
+from rabbet.data.batches import Batch, examples, outputs
 from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
 from rabbet.fingerprint import Untold, fingerprint
@@ -78,6 +78,28 @@ class Norm:
         ones = torch.ones_like(gain)
         mean = ones * 0 if norm.bias is None else norm.bias.detach().float()
         return cls(gain, mean, ones if norm.weight is None else norm.weight.detach().float().abs())
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far outputs are from the float network's: `Answers.divergence` and `Answers.error`.
+
+    declared: whether the user said what outputs are.
+    """
+
+    divergence: float
+    error: float
+    declared: bool
+
+    def is_below(self, other: "Distance") -> bool:
+        """Whether this is nearer; where outputs are only told to be scores, as values as well."""
+        return self.divergence < other.divergence and (self.declared or self.error <= other.error)
+
+    def since(self, before: "Distance") -> str:
+        """Both in words: the divergence, or the error where only that says that it is further."""
+        if self.divergence < before.divergence and not self.is_below(before):
+            return f"{before.error:.4g} -> {self.error:.4g}"
+        return f"{before.divergence:.4g} -> {self.divergence:.4g}"
 
 
 @dataclass
@@ -191,6 +213,19 @@ class Workpiece:
                 if seen >= ANSWERS or size >= ENTRIES:
                     break
         return Answers.of(told, self.task.outputs, self.task.weights)
+
+    def distance(self, student: nn.Module, batches: Sequence[Batch]) -> "Distance":
+        """How far a compressed network is from the float one on some batches, mean of examples."""
+        divergence, error, count = 0.0, 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                ours = outputs(self.task.run(student, batch))
+                theirs = outputs(self.task.run(self.model, batch))
+                size = examples(batch)
+                divergence += size * float(self.answers.divergence(ours, theirs))
+                error += size * float(self.answers.error(ours, theirs))
+                count += size
+        return Distance(divergence / count, error / count, self.answers.declared)
 
     @property
     def float_cost(self) -> Cost:

@@ -30,7 +30,7 @@ from rabbet.reconstruct.candidates import read_numbers, solve_site
 from rabbet.reconstruct.network import solve_menus
 from rabbet.reconstruct.sequential import solve_in_order
 from rabbet.train.losses import block_names, distillation_loss
-from rabbet.train.tuning import Tuning, _Loop, judge, tune
+from rabbet.train.tuning import Tuning, _Loop, tune
 from rabbet.workpiece import Workpiece
 
 QUICK = Joint(
@@ -481,10 +481,10 @@ def test_tuning_brings_the_answers_nearer_to_the_float_network():
     piece = _piece(count=24)
     student = _student(piece)
     unseen = [rand(64, 3, 8, 8, seed=999)]
-    before = judge(student, piece, unseen)[0]
+    before = piece.distance(student, unseen).divergence
     note = tune(student, piece, Tuning(steps=100, batch=32))
     assert note.startswith("tuned 100 steps")
-    assert judge(student, piece, unseen)[0] < 0.9 * before
+    assert piece.distance(student, unseen).divergence < 0.9 * before
     assert not any(t.requires_grad for t in (*student.parameters(), *student.buffers()))
 
 
@@ -521,7 +521,7 @@ def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
     blocks = block_names(piece.survey)
     assert blocks
     told = [float(distillation_loss(student, piece, batch, blocks, share)) for share in (0, 1, 3)]
-    assert told[0] == judge(student, piece, [batch])[0]
+    assert told[0] == pytest.approx(piece.distance(student, [batch]).divergence)
     assert told[2] - told[0] == pytest.approx(3 * (told[1] - told[0]), rel=1e-3)
     assert 0 < told[0] < told[1]
     assert float(distillation_loss(piece.model, piece, batch, blocks, 1.0)) == pytest.approx(

@@ -12,7 +12,6 @@ from rabbet.methods import QUALITY
 from rabbet.model.compressed import compressed_layers
 from rabbet.reconstruct import sequential
 from rabbet.reconstruct.network import solved
-from rabbet.reconstruct.sequential import output_divergence
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
@@ -38,7 +37,8 @@ def test_corrections_that_help_are_kept(monkeypatch):
     assert not note
     monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
     plain, _ = solved(piece, plan)
-    assert output_divergence(student, piece, unseen) < 0.9 * output_divergence(plain, piece, unseen)
+    ours, others = (piece.distance(net, unseen).divergence for net in (student, plain))
+    assert ours < 0.9 * others
 
 
 def test_corrections_that_harm_are_undone_and_that_is_said(monkeypatch):
@@ -55,7 +55,7 @@ def test_corrections_that_harm_are_undone_and_that_is_said(monkeypatch):
         plain, _ = solved(piece, plan)
     monkeypatch.setattr(sequential, "solve_in_order", harm)
     student, note = solved(piece, plan)
-    assert note.startswith("solving layers again in order undone: divergence on held-back examples")
+    assert note.startswith("solving layers again in order undone: held-back examples got worse")
     state = plain.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
     result = rabbet.fit(_network(), plan, piece.task, QUALITY["fast"])
@@ -68,9 +68,9 @@ def test_few_examples_of_wide_layers_do_not_make_the_network_worse(monkeypatch):
     layers = [nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
     piece = _piece(settled(nn.Sequential(*layers)), [rand(8, 256), rand(8, 256, seed=1)])
     plan, unseen = _plan(piece, "dense@8c | act@8"), [rand(256, 256, seed=9)]
-    ours = output_divergence(solved(piece, plan)[0], piece, unseen)
+    ours = piece.distance(solved(piece, plan)[0], unseen).divergence
     monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
-    assert ours <= 1.05 * output_divergence(solved(piece, plan)[0], piece, unseen)
+    assert ours <= 1.05 * piece.distance(solved(piece, plan)[0], unseen).divergence
 
 
 def test_without_a_second_example_nothing_is_corrected():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
 from rabbet.data.augment import hold_back, with_augmented
-from rabbet.data.batches import Batch, examples, gathered, outputs
+from rabbet.data.batches import Batch, examples, gathered
 from rabbet.errors import RabbetError
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
@@ -68,7 +68,7 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     judges = with_augmented(_first_batches([*held, *unused], JUDGES), piece.seed)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     try:
-        start = output_divergence(student, piece, judges)
+        start = piece.distance(student, judges)
     except RabbetError:
         raise
     except Exception as e:  # the forward is the user's: it may not take a part of a batch
@@ -77,32 +77,18 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
             f"alone ({type(e).__name__})"
         )
     solve_in_order(student, piece, batch)
-    end = output_divergence(student, piece, judges)
-    if end <= start:
+    end = piece.distance(student, judges)
+    if end.divergence <= start.divergence:
         return ""
     student.load_state_dict(before)
-    return (
-        "solving layers again in order undone: divergence on held-back examples "
-        f"{start:.4g} -> {end:.4g}"
-    )
+    worse = f"({start.divergence:.4g} -> {end.divergence:.4g})"
+    return f"solving layers again in order undone: held-back examples got worse {worse}"
 
 
 def _first_batches(batches: Sequence[Batch], limit: int) -> list[Batch]:
     """The first batches of about `limit` examples."""
     sizes = list(itertools.accumulate(map(examples, batches)))
     return list(batches[: next((k + 1 for k, size in enumerate(sizes) if size >= limit), None)])
-
-
-def output_divergence(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> float:
-    """How far the outputs are from the float network's (`Answers.divergence`), mean of examples."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            ours = outputs(piece.task.run(student, batch))
-            theirs = outputs(piece.task.run(piece.model, batch))
-            total += float(piece.answers.divergence(ours, theirs)) * examples(batch)
-            count += examples(batch)
-    return total / count
 
 
 def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:

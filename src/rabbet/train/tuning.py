@@ -1,7 +1,7 @@
 """Short tuning without labels: distils the float network into the compressed one, on its grid."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_inner
 from rabbet.data.augment import Pool, hold_back, with_augmented
-from rabbet.data.batches import Batch, outputs
 from rabbet.errors import check_fields, check_least
 from rabbet.forms import Dense
 from rabbet.grids.grid import stored
@@ -66,36 +65,15 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
         return {k: v.clone() for k, v in student.state_dict().items()}
 
     before = copied()
-    start, error = judge(student, piece, held)
+    start = piece.distance(student, held)
     loop = _Loop(student, piece, Pool.of(train), settings)
     loop.train(piece)
-    end, last = judge(student, piece, held)
-    # Where it is only told from the data that outputs are scores, their values have a say as well.
-    sure = piece.answers.declared or last <= error
-    if end < start and sure:
+    end = piece.distance(student, held)
+    if end.is_below(start):
         steps = f"tuned {settings.steps} steps"
-        return f"{steps}: divergence on held-back examples {start:.4g} -> {end:.4g}"
+        return f"{steps}: divergence on held-back examples {end.since(start)}"
     student.load_state_dict(before)
-    if end < start:
-        start, end = error, last
-    return f"tuning undone: held-back examples got worse ({start:.4g} -> {end:.4g})"
-
-
-def judge(student: nn.Module, piece: Workpiece, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Divergence of the outputs from the float network's, and their error as values.
-
-    Both are means over batches.
-    """
-    answers, each = piece.answers, []
-    with torch.no_grad():
-        for batch in batches:
-            ours = outputs(piece.task.run(student, batch))
-            theirs = outputs(piece.task.run(piece.model, batch))
-            each.append(
-                torch.stack([answers.divergence(ours, theirs), answers.error(ours, theirs)])
-            )
-    divergence, error = torch.stack(each).mean(0).tolist()
-    return divergence, error
+    return f"tuning undone: held-back examples got worse ({end.since(start)})"
 
 
 class _Loop(Course):
