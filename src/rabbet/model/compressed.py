@@ -243,3 +243,22 @@ class Head(nn.Module):
 def compressed_layers(model: nn.Module) -> dict[str, Compressed]:
     """Every compressed layer once, by the name of its site."""
     return {m.site.name: m for m in model.modules() if isinstance(m, Compressed)}
+
+
+def layers_kept(model: nn.Module) -> Callable[[], None]:
+    """Copy what the compressed layers hold; returns the function that puts it back.
+
+    The rest of a network is the user's, changes in no step of ours, and may hold tensors that
+    cannot be written to (`Tensor.expand`).
+    """
+    layers = compressed_layers(model).values()
+    kept = [
+        (layer, {name: tensor.clone() for name, tensor in layer.state_dict().items()})
+        for layer in layers
+    ]
+
+    def put_back() -> None:
+        for layer, state in kept:
+            layer.load_state_dict(state)
+
+    return put_back

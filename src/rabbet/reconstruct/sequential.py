@@ -28,7 +28,7 @@ from rabbet.data.batches import Batch, examples, gathered
 from rabbet.errors import RabbetError
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
-from rabbet.model.compressed import Compressed, Factor, compressed_layers
+from rabbet.model.compressed import Compressed, Factor, compressed_layers, layers_kept
 from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
 from rabbet.solve.rounding import Metric
@@ -66,7 +66,7 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
     batch, unused = gathered(train, min(limit, _affordable(piece, sites)))
     judges = with_augmented(_first_batches([*held, *unused], JUDGES), piece.seed)
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    put_back = layers_kept(student)
     try:
         start = piece.distance(student, judges)
     except RabbetError:
@@ -80,7 +80,7 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     end = piece.distance(student, judges)
     if end.divergence <= start.divergence:
         return ""
-    student.load_state_dict(before)
+    put_back()
     worse = f"({start.divergence:.4g} -> {end.divergence:.4g})"
     return f"solving layers again in order undone: held-back examples got worse {worse}"
 

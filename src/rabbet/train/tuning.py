@@ -12,7 +12,7 @@ from rabbet.data.augment import Pool, hold_back, with_augmented
 from rabbet.errors import check_fields, check_least
 from rabbet.forms import Dense
 from rabbet.grids.grid import stored
-from rabbet.model.compressed import Compressed, compressed_layers
+from rabbet.model.compressed import Compressed, compressed_layers, layers_kept
 from rabbet.train.loop import Course, Group, run, shard
 from rabbet.train.losses import block_names, distillation_loss
 from rabbet.workpiece import Workpiece
@@ -60,11 +60,7 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     if settings.steps == 0:
         return "not tuned: no steps were asked for"
     held = with_augmented(held, piece.seed)
-
-    def copied() -> dict[str, Tensor]:
-        return {k: v.clone() for k, v in student.state_dict().items()}
-
-    before = copied()
+    put_back = layers_kept(student)
     start = piece.distance(student, held)
     loop = _Loop(student, piece, Pool.of(train), settings)
     loop.train(piece)
@@ -72,7 +68,7 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     if end.is_below(start):
         steps = f"tuned {settings.steps} steps"
         return f"{steps}: divergence on held-back examples {end.since(start)}"
-    student.load_state_dict(before)
+    put_back()
     return f"tuning undone: held-back examples got worse ({end.since(start)})"
 
 
