@@ -17,7 +17,7 @@ from rabbet.core.layout import RESERVED, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
 from rabbet.data.answers import Answers
-from rabbet.data.batches import Batch, examples, outputs
+from rabbet.data.batches import Batch, outputs
 from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
 from rabbet.fingerprint import Untold, fingerprint
@@ -25,6 +25,7 @@ from rabbet.jobs import ONCE, Jobs
 from rabbet.layers import Site
 from rabbet.model.bn_fold import norm_gain
 from rabbet.model.check import check
+from rabbet.model.independence import with_axes
 from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
 from rabbet.model.proof import proven
 from rabbet.model.surgery import copied
@@ -38,6 +39,12 @@ DTYPES = {
 
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at
+
+
+UNKNOWN = (
+    "on part of a batch the network answers otherwise, or not at all, so each batch counts as one "
+    "example; if it holds several, say along which axis: Task(batches, axes=...)"
+)
 
 
 class Clock(Protocol):
@@ -129,13 +136,16 @@ class Workpiece:
         """Survey and fold a copy of a model; the model itself is not touched."""
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
-        batches = task.read()
-        parts = ("forward", "loss", "vary", "evaluate", "outputs", "weights")
+        parts = ("forward", "loss", "vary", "evaluate", "outputs", "weights", "axes")
         calls = {part: getattr(task, part) for part in parts}
         check(model)
-        told = _told({**calls, "batches": batches, "network": model}, jobs)
-        model = copied(model)
-        folded, survey = proven(model, survey_of(model, batches[0], task), task)
+        original, model = model, copied(model)
+        task = with_axes(model, task)
+        told = _told({**calls, "batches": task.read(), "network": original}, jobs)
+        survey = survey_of(model, task.read()[0], task)
+        if calls["axes"] is None and not task.examples.known:
+            survey = replace(survey, notes=(*survey.notes, UNKNOWN))
+        folded, survey = proven(model, survey, task)
         types = {
             name: DTYPES[str(t.dtype)]
             for name, t in stored_tensors(model).items()
@@ -208,7 +218,7 @@ class Workpiece:
         with torch.no_grad():
             for batch in self.task.read():
                 told.append(outputs(self.task.run(self.model, batch)))
-                seen += examples(batch)
+                seen += self.task.examples.count(batch)
                 size += sum(t.numel() for t in told[-1])
                 if seen >= ANSWERS or size >= ENTRIES:
                     break
@@ -221,7 +231,7 @@ class Workpiece:
             for batch in batches:
                 ours = outputs(self.task.run(student, batch))
                 theirs = outputs(self.task.run(self.model, batch))
-                size = examples(batch)
+                size = self.task.examples.count(batch)
                 divergence += size * float(self.answers.divergence(ours, theirs))
                 error += size * float(self.answers.error(ours, theirs))
                 count += size

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from rabbet import Task
-from rabbet.data.augment import Pool, hold_back
-from rabbet.data.batches import examples, first_examples, join, replaced, suited, tensors
+from rabbet.data.augment import Pool
+from rabbet.data.batches import replaced, suited, tensors
+from rabbet.data.examples import Axes
 from rabbet.errors import DataError
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -39,32 +40,88 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
-def test_what_is_joined_and_cut_is_what_was_there(kind):
-    whole = join([kind(rows(0, 8)), kind(rows(8, 11))])
-    assert examples(whole) == 11
+@pytest.fixture
+def axes(kind):
+    return Axes.along(kind(rows(0, 8)), 0)
+
+
+def test_what_is_joined_and_cut_is_what_was_there(kind, axes):
+    whole = axes.join([kind(rows(0, 8)), kind(rows(8, 11))])
+    assert axes.count(whole) == 11
     assert same(whole, kind(rows(0, 11)))
-    assert same(first_examples(whole, 4), kind(rows(0, 4)))
+    assert same(axes.first(whole, 4), kind(rows(0, 4)))
+    assert same(axes.take(whole, torch.tensor([2, 1])), kind(rows(0, 3).flip(0)[:2]))
 
 
 def test_a_limit_holds_whatever_batches_are(kind):
     task = Task([kind(rows(8 * k, 8 * k + 8)) for k in range(4)], limit=20)
-    assert sum(map(examples, task.read())) == 20
+    assert sum(map(task.examples.count, task.read())) == 20
     assert same(task.gathered(1024), kind(rows(0, 20)))
 
 
-def test_a_pool_draws_as_many_examples_as_are_asked_for(kind):
-    pool = Pool.of([kind(rows(8 * k, 8 * k + 8)) for k in range(4)])
+def test_a_pool_draws_as_many_examples_as_are_asked_for(kind, axes):
+    pool = Pool.of([kind(rows(8 * k, 8 * k + 8)) for k in range(4)], axes)
     drawn = pool.draw(5, torch.Generator().manual_seed(0))
-    assert examples(drawn) == 5
+    assert axes.count(drawn) == 5
     assert type(drawn) is type(kind(rows(0, 5)))
     assert pool.draws(8) == 4
 
 
-def test_what_is_held_back_is_not_kept(kind):
-    kept, held = hold_back([kind(rows(8 * k, 8 * k + 8)) for k in range(4)], 0.25)
-    first, last = (join(x) for x in (kept, held))
+def test_what_is_held_back_is_not_kept(kind, axes):
+    kept, held = axes.hold_back([kind(rows(8 * k, 8 * k + 8)) for k in range(4)], 0.25)
+    first, last = (axes.join(x) for x in (kept, held))
     assert same(first, kind(rows(0, 24)))
     assert same(last, kind(rows(24, 32)))
+
+
+@pytest.mark.parametrize("axes", [Axes(), Axes((None,))])
+def test_where_examples_are_not_known_to_lie_a_batch_is_one(axes):
+    batches = [rows(0, 8), rows(8, 16), rows(16, 24)]
+    assert axes.count(batches[0]) == 1
+    assert same(axes.first(batches[0]), batches[0])
+    assert [len(part) for part in axes.hold_back(batches, 0.125)] == [2, 1]
+    pool = Pool.of(batches, axes)
+    assert len(pool.draw(2, torch.Generator().manual_seed(0))) == 8
+    assert axes.gathered(batches, 1024) == (batches[0], batches[1:])
+
+
+def test_time_may_come_first():
+    axes = Axes((1, 0, None))
+
+    def batch(first, last):
+        count = last - first
+        return torch.rand(6, count, 3), torch.arange(first, last), torch.ones(count)
+
+    whole = axes.join([batch(0, 4), batch(4, 7)])
+    assert [tuple(t.shape) for t in whole] == [(6, 7, 3), (7,), (4,)]
+    assert axes.count(whole) == 7
+    assert [tuple(t.shape) for t in axes.first(whole, 2)] == [(6, 2, 3), (2,), (4,)]
+    drawn = Pool.of([whole], axes).draw(3, torch.Generator().manual_seed(0))
+    assert [tuple(t.shape) for t in drawn] == [(6, 3, 3), (3,), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        (3, "do not fit a batch of float32"),
+        ((0, 0), "do not fit a batch of float32"),
+        (-1, "numbers from 0"),
+        ("0", "numbers from 0"),
+        ((0.5,), "numbers from 0"),
+    ],
+)
+def test_axes_that_a_batch_does_not_have_are_refused(axes, said):
+    with pytest.raises(DataError, match=said):
+        Task([rows(0, 8)], axes=axes).read()
+
+
+def test_no_more_is_read_than_is_asked_for():
+    read = []
+    task = Task((read.append(k) or rows(0, 8) for k in range(9)), limit=20)
+    assert len(task.first()) == 8
+    assert read == [0]
+    assert [len(b) for b in task.read()] == [8, 8, 4]
+    assert read == [0, 1, 2]
 
 
 def test_every_tensor_is_moved(kind):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.core.survey import Survey
-from rabbet.data.batches import Batch, examples
+from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import DataError
 from rabbet.jobs import Progress, silent
@@ -59,9 +59,9 @@ def second_moments(
     their inputs, and as much again for being looked up. Raises DataError, naming the site, for
     inputs that are not finite.
     """
-    batches = task.read()
-    batches = batches[:: max(1, sum(map(examples, batches)) // EXAMPLES)]
-    count = sum(map(examples, batches))
+    batches, size = task.read(), task.examples.count
+    batches = batches[:: max(1, sum(map(size, batches)) // EXAMPLES)]
+    count = sum(map(size, batches))
     moments: dict[str, _Moment] = {}
     hooks: list[Hook] = []
     for site in survey:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.moments import run_through
-from rabbet.data.batches import examples
 from rabbet.data.task import Task
 from rabbet.grids.grid import Grid
 from rabbet.jobs import Progress, silent
@@ -120,7 +119,7 @@ def _calibrate(
 ) -> None:
     if not acts:
         return
-    sizes = list(itertools.accumulate(map(examples, task.read())))
+    sizes = list(itertools.accumulate(map(task.examples.count, task.read())))
     count = next((k + 1 for k, total in enumerate(sizes) if total >= limit), len(sizes))
     generator = torch.Generator().manual_seed(seed)
     samples = {act: Sample(-(-VALUES // count), generator) for act in acts}

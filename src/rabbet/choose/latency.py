@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Plan, Term
-from rabbet.data.batches import first_examples, tensors
+from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.export.onnx.write import assemble, assemble_alone, float_content
 from rabbet.export.signature import unlabelled
@@ -97,7 +97,7 @@ class Stopwatch:
                 else _random(alone, alike)
             )
             given = torch.rand(self.inputs[site.name], generator=_chance())
-            task = Task([torch.cat([given, given])])
+            task = Task([torch.cat([given, given])], axes=0)
             facts = {"site": alone, "plan": alike.body, "input": given.shape}
             content = functools.partial(assemble_alone, runner, task)
             self._layers[alike] = self._timed(content, [given], facts) * max(1, len(site.heads))
@@ -109,7 +109,7 @@ class Stopwatch:
 
     @property
     def _example(self) -> list[Tensor]:
-        return tensors(first_examples(self.task.read()[0], 1))
+        return tensors(self.task.examples.first(self.task.read()[0]))
 
     def _timed(
         self, content: Callable[[], bytes], given: list[Tensor], facts: dict[str, Any]
@@ -149,7 +149,7 @@ def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
     timed = [s for s in piece.survey if s.multiplies]
     hooks = [(piece.model.get_submodule(_runner(s)), seen(s.name)) for s in timed]
     with torch.no_grad(), hooked(before=hooks):
-        piece.task.run(piece.model, first_examples(piece.task.read()[0], 1))
+        piece.task.run(piece.model, piece.task.examples.first(piece.task.read()[0]))
     return shapes
 
 

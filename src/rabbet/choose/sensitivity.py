@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.data.answers import Answers
-from rabbet.data.batches import Batch, examples, first_examples, outputs
+from rabbet.data.batches import Batch, outputs
 from rabbet.errors import DataError, ModelError, RabbetError
 from rabbet.layers import Site
 from rabbet.model.hooks import hooked
@@ -42,17 +42,16 @@ def output_errors(
     count = 0
     sites = [s for s in piece.survey if s.name in changes]
     for batch in piece.task.read():
+        size = piece.task.examples.count(batch)
         calls, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
         for site in sites:
             met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
             if any(g is not None for _, _, g in met):
-                total[site.name] += _projected(site, met, changes[site.name], examples(batch))
+                total[site.name] += _projected(site, met, changes[site.name], size)
             else:
-                total[site.name] += examples(batch) * _own_error(
-                    piece.weight(site), met, changes[site.name]
-                )
-        count += examples(batch)
+                total[site.name] += size * _own_error(piece.weight(site), met, changes[site.name])
+        count += size
         piece.jobs.progress("scoring", min(count, limit), limit)
         if count >= limit:
             break
@@ -73,7 +72,7 @@ def require_gradients(piece: Workpiece) -> None:
     batch = piece.task.read()[0]
     _ = piece.answers  # what the network itself does on all batches is not the gradient's fault
     try:
-        _slopes(piece, list(piece.survey), first_examples(batch, 1), torch.Generator())
+        _slopes(piece, list(piece.survey), piece.task.examples.first(batch), torch.Generator())
     except Exception:  # it may need the others of the batch
         try:
             _slopes(piece, list(piece.survey), batch, torch.Generator())

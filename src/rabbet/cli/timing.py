@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rabbet.cli.inputs import DEMO_DATA, demo, open_task
-from rabbet.data.batches import examples, first_examples, join
+from rabbet.data.task import Task
 from rabbet.errors import FileError
 from rabbet.report.text import Part, Table
 from rabbet.runtime.bench import Timing, cpu, plain_int8, time_files
@@ -79,17 +79,17 @@ def measure(
     for path in files:
         if not path.is_file() or path.suffix != ".onnx":
             raise FileError(f"{path} is not an .onnx file; write one with rabbet export")
-    batches = open_task(DEMO_DATA if data is None else data).read()
+    task = open_task(DEMO_DATA if data is None else data)
     with tempfile.TemporaryDirectory() as folder:
         timed = {str(path): path for path in files}
         if plain and len(files) > 1:
-            timed["plain int8 of onnxruntime"] = plain_int8(files[1], batches, Path(folder))
+            timed["plain int8 of onnxruntime"] = plain_int8(files[1], task.read(), Path(folder))
         counts = {name: Counter(kernels(path).values()) for name, path in timed.items()}
         sizes = {name: path.stat().st_size for name, path in timed.items()}
         with demo(data, "--data"):
             times = {
-                count: time_files(timed, _several(batches, count), threads, runs)
-                for count in dict.fromkeys((1, batch))
+                count: time_files(timed, _several(task, count), threads, runs)
+                for count in dict.fromkeys((1, batch) if task.examples.known else (1,))
             }
     floats = [name for name, kernel in kernels(files[0]).items() if kernel not in KERNELS]
     machine = cpu() | {"threads": str(threads or "all")}
@@ -97,7 +97,7 @@ def measure(
     return Bench(machine, str(files[0]), base, floats, counts, sizes, times)
 
 
-def _several(batches: list[Any], count: int) -> Any:
+def _several(task: Task, count: int) -> Any:
     """A batch of so many examples, repeated if there are not as many."""
-    parts = [batches[0]] * -(-count // examples(batches[0]))
-    return first_examples(join(parts), count)
+    batch, axes = task.read()[0], task.examples
+    return axes.first(axes.join([batch] * -(-count // axes.count(batch))), count)

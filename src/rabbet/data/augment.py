@@ -3,6 +3,7 @@
 No label is ever used.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,15 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rabbet.data.batches import (
-    Batch,
-    examples,
-    first_examples,
-    inner_shapes,
-    join,
-    replaced,
-    tensors,
-)
+from rabbet.data.batches import Batch, replaced, tensors
+from rabbet.data.examples import Axes
 
 
 @dataclass(frozen=True)
@@ -30,25 +24,28 @@ class Pool:
     """
 
     parts: tuple[Batch, ...]
+    axes: Axes
     image: int | None
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> "Pool":
+    def of(cls, batches: Sequence[Batch], axes: Axes) -> "Pool":
         """Join batches if all shapes agree; otherwise they are kept apart and drawn whole."""
-        shapes = {tuple(inner_shapes(b)) for b in batches}
-        if len(shapes) > 1:
-            return cls(tuple(batches), None)
-        joined = join(batches)
+        first, *others = [axes.shapes(batch) for batch in batches]
+        if not axes.known or any(shapes != first for shapes in others):
+            return cls(tuple(batches), axes, None)
+        joined = axes.join(batches)
         images = [
             k
-            for k, t in enumerate(tensors(joined))
-            if t.ndim == 4 and t.is_floating_point() and min(t.shape[2:]) >= 8
+            for k, (t, (axis, _)) in enumerate(zip(tensors(joined), first, strict=True))
+            if axis == 0 and t.ndim == 4 and t.is_floating_point() and min(t.shape[2:]) >= 8
         ]
-        return cls((joined,), images[0] if len(images) == 1 else None)
+        return cls((joined,), axes, images[0] if len(images) == 1 else None)
 
     def draws(self, size: int) -> int:
         """How many draws of a size show about as many examples as the pool holds."""
-        return len(self.parts) if len(self.parts) > 1 else max(1, examples(self.parts[0]) // size)
+        if len(self.parts) > 1:
+            return len(self.parts)
+        return max(1, self.axes.count(self.parts[0]) // size)
 
     def draw(self, size: int, generator: torch.Generator, augment: bool = True) -> Batch:
         """A batch of random examples, its images augmented.
@@ -58,20 +55,14 @@ class Pool:
         if len(self.parts) > 1:
             return self.parts[int(torch.randint(len(self.parts), (1,), generator=generator))]
         whole = self.parts[0]
-        count = examples(whole)
-        index = torch.randperm(count, generator=generator)[:size]
-        place = iter(range(len(tensors(whole))))
+        index = torch.randperm(self.axes.count(whole), generator=generator)[:size]
+        chosen = self.axes.take(whole, index)
+        place = itertools.count()
 
-        def take(t: Tensor) -> Tensor:
-            k = next(place)
-            if not t.ndim or len(t) != count:
-                return t
-            chosen = t[index.to(t.device)]
-            if augment and k == self.image:
-                return mixed(cropped(chosen, generator), generator)
-            return chosen
+        def changed(t: Tensor) -> Tensor:
+            return mixed(cropped(t, generator), generator) if next(place) == self.image else t
 
-        return replaced(whole, take)
+        return replaced(chosen, changed) if augment else chosen
 
 
 def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,40 +107,15 @@ def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
     return images * (1 - weight) + other * weight
 
 
-def hold_back(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
-    """All examples split into the first ones and those held back from the end.
-
-    About `share` of them is held back, at least one example.
-    """
-    total = sum(map(examples, batches))
-    keep, kept, held, seen = total - max(1, round(total * share)), [], [], 0
-    for batch in batches:
-        size = examples(batch)
-        if seen + size <= keep:
-            kept.append(batch)
-        elif seen >= keep:
-            held.append(batch)
-        else:
-            kept.append(first_examples(batch, keep - seen))
-            held.append(_tail(batch, size - (keep - seen)))
-        seen += size
-    return kept, held
-
-
-def _tail(batch: Batch, count: int) -> Batch:
-    size = examples(batch)
-    return replaced(batch, lambda t: t[size - count :] if t.ndim and len(t) == size else t)
-
-
-def with_augmented(batches: Sequence[Batch], seed: int) -> list[Batch]:
+def with_augmented(batches: Sequence[Batch], axes: Axes, seed: int) -> list[Batch]:
     """The batches and, if they hold images, four augmented copies of all of them.
 
     A network is so confident on images that it was trained on that small differences do not show
     there.
     """
-    pool = Pool.of(batches)
+    pool = Pool.of(batches, axes)
     if pool.image is None:
         return list(batches)
     generator = torch.Generator().manual_seed(seed)
-    count = examples(pool.parts[0])
+    count = axes.count(pool.parts[0])
     return [*batches, *(pool.draw(count, generator) for _ in range(4))]

@@ -1,6 +1,7 @@
 """The user's task: batches, and how a network is run and judged on them."""
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +15,11 @@ from rabbet.data.answers import Kind
 from rabbet.data.batches import (
     Batch,
     describe,
-    examples,
-    first_examples,
-    gathered,
     outputs,
     suited,
-    tensors,
 )
+from rabbet.data.examples import Axes
+from rabbet.data.source import Source
 from rabbet.data.state import Pass, clean_pass, state_kept
 from rabbet.errors import DataError, theirs
 
@@ -52,7 +51,10 @@ class Task:
     the teacher. limit: examples used at most; the rest of a longer iterable is not read. outputs:
     whether outputs are "scores" of classes or "values", one for all or one for each floating output
     in order; None: told from the float network's answers, and "values" where that leaves a doubt.
-    weights: what each floating output counts beside the others; None: as much as any other.
+    weights: what each floating output counts beside the others; None: as much as any other. axes:
+    the axis along which a batch's examples lie, one number for the first tensor and those that are
+    as long there, or one for each tensor in order, None for one that all examples share; `()`: a
+    batch is one example, as it is. None: told by running the network on some of the examples.
     """
 
     batches: Iterable[Batch]
@@ -63,7 +65,9 @@ class Task:
     vary: Callable[[Batch, torch.Generator], Batch] | None = None
     outputs: Kind | Sequence[Kind] | None = None
     weights: Sequence[float] | None = None
-    _read: list[Batch] = field(default_factory=list, init=False, repr=False, compare=False)
+    axes: int | Sequence[int | None] | None = None
+    source: Source = field(init=False, repr=False, compare=False)
+    """The batches, read once and no further than they are asked for."""
 
     def __post_init__(self) -> None:
         data = self.batches
@@ -86,6 +90,14 @@ class Task:
             raise DataError(
                 f"limit is the number of examples to use, at least 1; found {self.limit}"
             )
+        axes = () if self.axes is None else (self.axes,) if _is_axis(self.axes) else self.axes
+        if not isinstance(axes, Sequence) or not all(a is None or _is_axis(a) for a in axes):
+            raise DataError(
+                "axes are numbers from 0, one for all tensors of a batch or one (or None) for each "
+                f"in order; found {self.axes!r}"
+            )
+        source = data if isinstance(data, Source) else Source(data)
+        object.__setattr__(self, "source", source)
 
     @classmethod
     def of(cls, data: "Task | Iterable[Batch]") -> "Task":
@@ -95,51 +107,46 @@ class Task:
         """
         return data if isinstance(data, Task) else cls(data)
 
+    def first(self) -> Batch:
+        """The first batch, whole. Raises as `read` does."""
+        return next(iter(self.source))
+
     def read(self) -> list[Batch]:
         """The batches up to the limit, as a list.
 
-        Each is checked to hold a tensor with at least one example. Raises DataError if there is no
-        batch, for one that is not a tensor, tuple, list or mapping with tensors, or for NaN.
+        Raises DataError if there is no batch, for one that holds no numbers, is not a tensor,
+        tuple, list or mapping with tensors, or holds NaN, and for axes that it does not have.
         """
-        if not self._read:
-            batches, count = list[Batch](), 0
-            for batch in self._given():
-                _require_numbers(batch, len(batches))
-                size = examples(batch)
-                if any(bool(t.isnan().any()) for t in tensors(batch) if t.is_floating_point()):
-                    raise DataError(
-                        f"batch {len(batches)} of the data, counted from 0, holds NaN; "
-                        "clean the data"
-                    )
-                fits = count + size <= self.limit
-                batches.append(batch if fits else first_examples(batch, self.limit - count))
-                count += size
-                if count >= self.limit:
-                    break
-            if not count:
-                raise DataError(
-                    "data holds no batch; give at least one (a generator can be read only once)"
-                )
-            self._read.extend(batches)  # all or nothing: batches read before an error do not count
-        return self._read
+        batches, count = list[Batch](), 0
+        for batch in self.source:
+            size = self.examples.count(batch)
+            fits = count + size <= self.limit
+            batches.append(batch if fits else self.examples.first(batch, self.limit - count))
+            count += size
+            if count >= self.limit:
+                break
+        return batches
 
-    def _given(self) -> Iterator[Batch]:
-        """The user's batches; an error that their iterator raises is passed on, with a note."""
-        count = 0
-        with theirs("the data, before its first batch"):
-            batches = iter(self.batches)
-        while True:
-            with theirs(f"the data, at batch {count}, counted from 0"):
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-            yield batch
-            count += 1
+    @functools.cached_property
+    def examples(self) -> Axes:
+        """Where the examples of a batch lie.
+
+        While that is neither declared nor told, they are counted along the first axis.
+        """
+        batch = self.first()
+        if self.axes is None or isinstance(self.axes, int):
+            axes = Axes.along(batch, self.axes or 0)
+            fit = axes.known or self.axes is None
+        else:
+            axes = Axes(tuple(self.axes))
+            fit = axes.fit(batch) or not axes.each
+        if not fit:
+            raise DataError(f"axes={self.axes!r} do not fit a batch of {describe(batch)}")
+        return axes
 
     def gathered(self, limit: int) -> Batch:
         """At most `limit` examples as one batch: the first batches joined while shapes agree."""
-        return gathered(self.read(), limit)[0]
+        return self.examples.gathered(self.read(), limit)[0]
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """The model's output on a batch, its tensors moved to the model's device and floating type.
@@ -198,16 +205,8 @@ class Task:
             return self.vary(batch, generator)
 
 
-def _require_numbers(batch: Batch, number: int) -> None:
-    """Raise DataError for tensors that cannot be cut into examples and computed with."""
-    for tensor in tensors(batch):
-        strange = "lies on the meta device and holds no numbers" if tensor.is_meta else ""
-        if tensor.layout != torch.strided or tensor.is_nested:
-            strange = "is sparse or nested; make it dense with .to_dense(), or pad it"
-        if strange:
-            raise DataError(
-                f"batch {number} of the data, counted from 0, holds a tensor that {strange}"
-            )
+def _is_axis(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 _LOCK = threading.Lock()

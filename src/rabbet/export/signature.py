@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rabbet.data.batches import Batch, examples, first_examples, join, replaced, tensors
+from rabbet.data.batches import Batch, replaced, tensors
 from rabbet.data.state import state_kept
 from rabbet.data.task import Task, call
 from rabbet.errors import ModelError, RabbetError
+from rabbet.model.independence import with_axes
 
 
 class Flat(nn.Module):
@@ -35,20 +36,25 @@ class Flat(nn.Module):
         return tuple(tensors(result))
 
 
-def two(batch: Batch) -> Batch:
-    """Two examples: with one, the exporter would take the batch axis for a constant."""
-    return first_examples(batch if examples(batch) > 1 else join([batch, batch]), 2)
+def example(task: Task) -> Batch:
+    """What the network is traced with: two examples, or a batch whose examples are not known.
+
+    With one example, the exporter would take the batch axis for a constant.
+    """
+    batch, axes = task.read()[0], task.examples
+    if axes.known and axes.count(batch) == 1:
+        batch = axes.join([batch, batch])
+    return axes.first(batch, 2)
 
 
 def axes(task: Task, batch: Batch) -> Iterator[dict[int, Any]]:
     """The dynamic axes of each tensor of a batch."""
-    size = examples(batch)
     shapes = [[t.shape for t in tensors(b)] for b in task.read()]
-    for k, tensor in enumerate(tensors(batch)):
-        same = [s[k] for s in shapes if len(s) > k and len(s[k]) == tensor.ndim]
-        differing = {d for d in range(1, tensor.ndim) if len({s[d] for s in same}) > 1}
-        batched = {0} if tensor.ndim and len(tensor) == size else set()
-        yield dict.fromkeys(sorted(batched | differing), torch.export.Dim.DYNAMIC)
+    for k, (axis, _) in enumerate(task.examples.shapes(batch)):
+        count = tensors(batch)[k].ndim
+        same = [s[k] for s in shapes if len(s) > k and len(s[k]) == count]
+        dynamic = {d for d in range(count) if d == axis or len({s[d] for s in same}) > 1}
+        yield dict.fromkeys(sorted(dynamic), torch.export.Dim.DYNAMIC)
 
 
 def input_names(model: nn.Module, task: Task, batch: Batch) -> list[str]:
@@ -84,12 +90,12 @@ def output_names(value: Any, taken: Sequence[str] = ()) -> list[str]:
 
 
 def unlabelled(task: Task, model: nn.Module) -> tuple[Task, tuple[str, ...]]:
-    """A task whose batches hold no labels, and the names under which they were held.
+    """A task whose batches hold no labels, its axes told, and the names of those labels.
 
     Labels are what a forward need not be given, and without which it answers the same but for
     single numbers such as a loss. They are told where batches and answers are mappings.
     """
-    batch = task.read()[0]
+    batch, task = task.first(), with_axes(model, task)
     if task.forward is not call or not isinstance(batch, Mapping):
         return task, ()
     known = inspect.signature(model.forward).parameters.values()
@@ -100,7 +106,10 @@ def unlabelled(task: Task, model: nn.Module) -> tuple[Task, tuple[str, ...]]:
     if not names:
         return task, ()
     short = [{k: v for k, v in b.items() if k not in names} for b in task.read()]
-    return replace(task, batches=short), names
+    owners = [name for name, value in batch.items() for _ in tensors(value)]
+    each = zip(owners, task.examples.each, strict=False)
+    axes = tuple(axis for name, axis in each if name not in names)
+    return replace(task, batches=short, axes=axes), names
 
 
 def _only_judges(task: Task, model: nn.Module, name: str, whole: Any) -> bool:

@@ -23,10 +23,10 @@ from rabbet.export.signature import (
     Flat,
     afresh,
     axes,
+    example,
     exporting,
     labels_note,
     quiet,
-    two,
     unlabelled,
 )
 from rabbet.files import write_whole
@@ -55,7 +55,7 @@ def program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:
 
 
 def _program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:
-    batch = suited(two(task.read()[0]), model)
+    batch = suited(example(task), model)
     _, seen = task.watched(model, batch)
     flat = Flat(model, task, batch, seen.wrote)
     if task.forward is not call:

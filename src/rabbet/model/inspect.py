@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from rabbet.core.survey import Left, Survey
-from rabbet.data.batches import Batch, examples, tensors
+from rabbet.data.batches import Batch, tensors
 from rabbet.data.state import Pass
 from rabbet.data.task import Task, evaluating
 from rabbet.errors import DataError, ModelError
@@ -44,7 +44,8 @@ def survey_of(model: nn.Module, batch: Batch, task: Task | None = None) -> Surve
             result, seen = (task or Task(())).watched(model, batch)
     finally:
         watch.remove()
-    survey = _assemble(model, watch, examples(batch), {id(t) for t in tensors(result)})
+    count = (task or Task([batch])).examples.count(batch)
+    survey = _assemble(model, watch, batch, count, {id(t) for t in tensors(result)})
     return replace(survey, notes=tuple(_remarks(model, seen)))
 
 
@@ -120,7 +121,9 @@ def _why_idle(module: nn.Module, watch: Watch) -> str:
     return _why_not(module) or f"{type(module).__name__} never ran on the batch"
 
 
-def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) -> Survey:
+def _assemble(
+    model: nn.Module, watch: Watch, batch: Batch, count: int, returned: set[int]
+) -> Survey:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -162,11 +165,11 @@ def _assemble(model: nn.Module, watch: Watch, batch: int, returned: set[int]) ->
             theirs = dict.fromkeys(sharing, f"its weight is shared with {name}")
             reasons = theirs | reasons | {name: reason}
             continue
-        _with_batch_axis(name, kind, module, calls, None if sites else batch)
+        _with_batch_axis(name, kind, module, calls, None if sites else tensors(batch)[0])
         norm = _foldable(kind, module, calls, watch, norms, returned)
         # A norm under a second name would stay behind there.
         norm = None if norm is not None and len(names[norm]) > 1 else norm
-        sites.append(_site(module, kind, names, watch, (norm, own, batch)))
+        sites.append(_site(module, kind, names, watch, (norm, own, count)))
     reasons = _unopened(names) | reasons
     if not sites:
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items())
@@ -254,15 +257,15 @@ def _with_batch_axis(
     kind: LayerKind,
     module: nn.Module,
     calls: list[tuple[Tensor, Tensor]],
-    batch: int | None,
+    first: Tensor | None,
 ) -> None:
     """Raise DataError for an input without a batch axis.
 
-    batch: examples of the batch, for the layer that runs first; None for all others.
+    first: the first tensor of the batch, for the layer that runs first; None for all others.
     """
     axes = kind.least_axes(module)
     # The entries of such a vector would count as examples.
-    if not kind.looks_up and calls[0][0].shape == (batch,):
+    if first is not None and not kind.looks_up and calls[0][0].shape == first.shape[:1]:
         axes = max(axes, 2)
     bare = next((given for given, _ in calls if given.ndim < axes), None)
     if bare is not None:

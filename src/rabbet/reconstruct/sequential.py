@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
-from rabbet.data.augment import hold_back, with_augmented
-from rabbet.data.batches import Batch, examples, gathered
+from rabbet.data.augment import with_augmented
+from rabbet.data.batches import Batch
+from rabbet.data.examples import Axes
 from rabbet.errors import RabbetError
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
@@ -59,13 +60,14 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     With few examples, or where little is lost, corrections fit what is special to the examples that
     they were computed from, so others judge them. Returns a note if they were undone, else "".
     """
-    train, held = hold_back(piece.task.read(), HELD)
+    axes = piece.task.examples
+    train, held = axes.hold_back(piece.task.read(), HELD)
     if not train:
         return "layers not solved again in order: too few examples to hold one back"
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
-    batch, unused = gathered(train, min(limit, _affordable(piece, sites)))
-    judges = with_augmented(_first_batches([*held, *unused], JUDGES), piece.seed)
+    batch, unused = axes.gathered(train, min(limit, _affordable(piece, sites)))
+    judges = with_augmented(_first_batches([*held, *unused], axes), axes, piece.seed)
     put_back = layers_kept(student)
     try:
         start = piece.distance(student, judges)
@@ -85,10 +87,10 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     return f"solving layers again in order undone: held-back examples got worse {worse}"
 
 
-def _first_batches(batches: Sequence[Batch], limit: int) -> list[Batch]:
-    """The first batches of about `limit` examples."""
-    sizes = list(itertools.accumulate(map(examples, batches)))
-    return list(batches[: next((k + 1 for k, size in enumerate(sizes) if size >= limit), None)])
+def _first_batches(batches: Sequence[Batch], axes: Axes) -> list[Batch]:
+    """The first batches, of examples enough to judge by."""
+    sizes = list(itertools.accumulate(map(axes.count, batches)))
+    return list(batches[: next((k + 1 for k, size in enumerate(sizes) if size >= JUDGES), None)])
 
 
 def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:

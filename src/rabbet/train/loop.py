@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rabbet.data.batches import Batch, examples, replaced
+from rabbet.data.batches import Batch
+from rabbet.data.examples import Axes
 from rabbet.errors import DataError
 from rabbet.jobs import Jobs
 
@@ -124,7 +125,7 @@ def first_process() -> bool:
     return not _several() or dist.get_rank() == 0
 
 
-def shard(batch: Batch) -> Batch:
+def shard(batch: Batch, axes: Axes) -> Batch:
     """This process's part of a batch: every n-th example, n the number of processes.
 
     Every process gets equally many, so examples that are left over are dropped. Raises DataError
@@ -132,15 +133,13 @@ def shard(batch: Batch) -> Batch:
     """
     if not _several():
         return batch
-    size, count = examples(batch), dist.get_world_size()
+    size, count = axes.count(batch), dist.get_world_size()
     if size < count:
         raise DataError(
             f"a batch of {size} cannot be shared by {count} processes; make batches larger"
         )
     used = size - size % count  # equal parts, so that the mean of means is the mean
-    return replaced(
-        batch, lambda t: t[dist.get_rank() : used : count] if t.ndim and len(t) == size else t
-    )
+    return axes.cut(batch, slice(dist.get_rank(), used, count))
 
 
 def _fill_missing_gradients(parameters: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_inner
-from rabbet.data.augment import Pool, hold_back, with_augmented
+from rabbet.data.augment import Pool, with_augmented
 from rabbet.errors import check_fields, check_least
 from rabbet.forms import Dense
 from rabbet.grids.grid import stored
@@ -54,15 +54,16 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     blocks' outputs. Adam, a cosine schedule; images are augmented. Checkpoints are kept in the
     jobs, and a run that was stopped resumes from the last. Returns a note on what was done.
     """
-    train, held = hold_back(piece.task.read(), HELD)
+    axes = piece.task.examples
+    train, held = axes.hold_back(piece.task.read(), HELD)
     if not train:
         return "not tuned: too few examples to hold one back"
     if settings.steps == 0:
         return "not tuned: no steps were asked for"
-    held = with_augmented(held, piece.seed)
+    held = with_augmented(held, axes, piece.seed)
     put_back = layers_kept(student)
     start = piece.distance(student, held)
-    loop = _Loop(student, piece, Pool.of(train), settings)
+    loop = _Loop(student, piece, Pool.of(train, axes), settings)
     loop.train(piece)
     end = piece.distance(student, held)
     if end.is_below(start):
@@ -128,7 +129,7 @@ class _Loop(Course):
     def loss(self, step: int) -> Tensor:
         """See `Course.loss`."""
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        batch = shard(self.pool.draw(self.settings.batch, generator))
+        batch = shard(self.pool.draw(self.settings.batch, generator), self.pool.axes)
         return distillation_loss(
             self.student, self.piece, batch, self.blocks, self.settings.features
         )

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rabbet.data.batches import first_examples, suited, tensors
+from rabbet.data.batches import suited, tensors
 from rabbet.data.task import Task
 from rabbet.errors import FileError, ModelError
 from rabbet.export.onnx.graph import Graph
@@ -24,7 +24,7 @@ NEAR = 0.25  # relative error that more 8-bit tensors may cause; a broken kernel
 def compare_plain(plain: bytes, model: nn.Module, task: Task) -> None:
     """Raise ModelError unless the traced graph computes what the network does, without rounding."""
     acts = [m for m in model.modules() if isinstance(m, ActQuant)]
-    batch = first_examples(task.read()[0], EXAMPLES)
+    batch = task.examples.first(task.read()[0], EXAMPLES)
     for act in acts:
         act.observer = _ignore
     try:
@@ -52,7 +52,7 @@ def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> None:
 
     The error names the first node that differs.
     """
-    batch = first_examples(task.read()[0], EXAMPLES)
+    batch = task.examples.first(task.read()[0], EXAMPLES)
     flat = _flat(model, batch)
     session = Session(content)
     error = _error(session.run(session.feed(flat)), _answer(model, task, batch))
@@ -81,7 +81,7 @@ def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> None:
 
 def compare_openvino(content: bytes, model: nn.Module, task: Task) -> None:
     """Raise ModelError unless OpenVINO computes from the file what the compressed network does."""
-    batch = first_examples(task.read()[0], EXAMPLES)
+    batch = task.examples.first(task.read()[0], EXAMPLES)
     feed = Session(content).feed(_flat(model, batch))
     try:
         result = run_openvino(content, feed)

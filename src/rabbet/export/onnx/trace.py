@@ -21,11 +21,11 @@ from rabbet.export.signature import (
     Flat,
     afresh,
     axes,
+    example,
     exporting,
     input_names,
     output_names,
     quiet,
-    two,
 )
 from rabbet.model.compressed import ActQuant, Factor, compressed_layers
 
@@ -51,7 +51,7 @@ def trace(
             key = f"{name}.in.{k}".lstrip(".")
             acts[key] = act
             layer.acts[k] = _Act(key, act.grid.bits)
-    batch = suited(two(task.read()[0]), model)
+    batch = suited(example(task), model)
     names = input_names(model, task, batch)
     with torch.no_grad():
         answer, seen = task.watched(model, batch)

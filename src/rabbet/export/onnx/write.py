@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rabbet.calibrate.ranges import Sample
-from rabbet.data.batches import examples, tensors
+from rabbet.data.batches import replaced, tensors
 from rabbet.data.task import Task
 from rabbet.export.base import Parcel, Written
 from rabbet.export.onnx.compare import compare, compare_openvino, compare_plain
@@ -160,10 +160,9 @@ def _measure(plain: bytes, names: Sequence[str], task: Task) -> dict[str, Range]
 def _chunks(task: Task) -> Any:
     """The user's batches, a few examples at a time."""
     for batch in task.read():
-        parts = [t.float() if t.is_floating_point() else t for t in tensors(batch)]
-        size = examples(batch)
-        for start in range(0, size, CHUNK):
-            yield [t[start : start + CHUNK] if t.ndim and len(t) == size else t for t in parts]
+        whole = replaced(batch, lambda t: t.float() if t.is_floating_point() else t)
+        for start in range(0, task.examples.count(batch), CHUNK):
+            yield tensors(task.examples.cut(whole, slice(start, start + CHUNK)))
 
 
 def _floats(

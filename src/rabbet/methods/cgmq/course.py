@@ -17,8 +17,8 @@ from rabbet.choose.program import Option, allocate
 from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan, Plan
-from rabbet.data.augment import Pool, hold_back
-from rabbet.data.batches import outputs, tensors
+from rabbet.data.augment import Pool
+from rabbet.data.batches import outputs
 from rabbet.errors import DataError
 from rabbet.layers import Site
 from rabbet.methods.cgmq.gates import Gates, Gating
@@ -62,10 +62,11 @@ class FixedWidths(Course):
     ) -> None:
         self.method, self.piece = method, piece
         self.blocks = block_names(piece.survey)
-        train, held = hold_back(piece.task.read(), HELD)
+        axes = piece.task.examples
+        train, held = axes.hold_back(piece.task.read(), HELD)
         if not train:
             raise DataError("training needs at least two examples, one of them to be held back")
-        self.pool, self.held = Pool.of(train), held
+        self.pool, self.held = Pool.of(train, axes), held
         self.epoch = method.steps or self.pool.draws(method.batch)
         self.steps = epochs * self.epoch
         wide = Plan(tuple(widest(line) for line in lines))
@@ -99,7 +100,7 @@ class FixedWidths(Course):
         task = self.piece.task
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         augment = self.method.augment and task.loss is None
-        batch = shard(self.pool.draw(self.method.batch, generator, augment=augment))
+        batch = shard(self.pool.draw(self.method.batch, generator, augment=augment), self.pool.axes)
         if task.loss is None:
             loss = distillation_loss(
                 self.student, self.piece, batch, self.blocks, self.method.features
@@ -141,7 +142,7 @@ class FixedWidths(Course):
         with torch.no_grad():
             for number, batch in enumerate(self.held):
                 losses.append(self._batch_loss(number, labels))
-                count += len(tensors(batch)[0])
+                count += self.piece.task.examples.count(batch)
                 if count >= limit:
                     break
         mean = float(torch.stack(losses).mean())

@@ -172,7 +172,7 @@ class _RankSearch(Course):
     ) -> None:
         self.student, self.piece, self.steering, self.settings = student, piece, steering, settings
         self.steps = settings.steps
-        self.pool = Pool.of(piece.task.read())
+        self.pool = Pool.of(piece.task.read(), piece.task.examples)
         self.layers = compressed_layers(student)
         for name, layer in self.layers.items():
             replace_factors(layer, [_soft(layer, residuals.get(name), settings)], [])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Plan
-from rabbet.data.batches import Batch, examples
+from rabbet.data.batches import Batch
 from rabbet.errors import DataError
 from rabbet.forms import Dense
 from rabbet.grids.grid import stored
@@ -34,7 +34,7 @@ class Teaching(Course):
 
     def __init__(self, method: Settings, piece: Workpiece, plan: Plan) -> None:
         self.method, self.piece, self.plan = method, piece, plan
-        batches = piece.task.read()
+        batches, self.axes = piece.task.read(), piece.task.examples
         generator = torch.Generator().manual_seed(piece.seed)
         order = torch.randperm(len(batches), generator=generator).tolist()
         count = 0 if piece.task.evaluate is not None else max(1, round(HELD * len(batches)))
@@ -61,7 +61,7 @@ class Teaching(Course):
         self.decodes = bool(getattr(config, "is_encoder_decoder", False))
         self.recorder = Recorder(self.student, names)
         self.teacher = Teacher(Recorder(piece.model, names), distil.memory)
-        recording = self._teacher_recording(shard(self.batches[0]), 0)
+        recording = self._teacher_recording(shard(self.batches[0], self.axes), 0)
         self.depth = len(recording.hidden)
         self.lacks_attention = bool(distil.attention) and not recording.attention
         # The learning rates of scales depend on their size, which has to be known from the start.
@@ -157,7 +157,7 @@ class Teaching(Course):
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + epoch)
         k = int(torch.randperm(len(self.batches), generator=generator)[in_epoch])
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
-        loss = self._batch_loss(shard(self.batches[k]), k, self._stage(step), generator)
+        loss = self._batch_loss(shard(self.batches[k], self.axes), k, self._stage(step), generator)
         self.last_loss = float(loss.detach())
         return loss
 
@@ -220,7 +220,7 @@ class Teaching(Course):
                 return task.score(self.student)
         with torch.no_grad():
             losses = [self._batch_loss(b, -1 - k, WHOLE) for k, b in enumerate(self.held)]
-        weights = torch.tensor([float(examples(b)) for b in self.held])
+        weights = torch.tensor([float(task.examples.count(b)) for b in self.held])
         return -float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
 
     def after_step(self, step: int) -> None:

@@ -1,0 +1,141 @@
+"""The examples of a batch: along which axis of each tensor they lie, and how batches are cut.
+
+Nothing is cut or joined along an axis that the user did not declare (`Task(axes=...)`) and that was
+not proven by running the network (`rabbet.model.independence`). Where axes are not known, a batch
+is one example, and is taken as it is.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rabbet.data.batches import Batch, describe, replaced, tensors
+from rabbet.errors import DataError
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axis of each tensor of a batch, in order, along which its examples lie.
+
+    None: all examples share the tensor. Without any axis, a batch is one example.
+    """
+
+    each: tuple[int | None, ...] = ()
+
+    @classmethod
+    def along(cls, batch: Batch, axis: int) -> "Axes":
+        """One axis of the first tensor, and of those that are as long there; others are shared."""
+        parts = tensors(batch)
+        size = parts[0].shape[axis] if parts[0].ndim > axis else None
+        return cls(tuple(axis if t.shape[axis : axis + 1] == (size,) else None for t in parts))
+
+    @property
+    def known(self) -> bool:
+        """Whether a batch can be cut and joined."""
+        return any(axis is not None for axis in self.each)
+
+    def count(self, batch: Batch) -> int:
+        """Examples in a batch. Raises DataError if tensors hold different numbers of them, or 0."""
+        axes = self._of(batch)
+        sizes = {t.shape[a] for t, a in zip(tensors(batch), axes, strict=True) if a is not None}
+        if len(sizes) > 1 or 0 in sizes:
+            raise DataError(
+                f"the examples of a batch lie along axes {axes} of its tensors, as declared or as "
+                f"in the first batch, and in this one they are not one number of them: "
+                f"{describe(batch)}; say where they lie with Task(batches, axes=...)"
+            )
+        return sizes.pop() if sizes else 1
+
+    def cut(self, batch: Batch, part: slice) -> Batch:
+        """Some of the examples of a batch, in a slice of them."""
+        return self._changed(batch, lambda t, axis: t[(slice(None),) * axis + (part,)])
+
+    def first(self, batch: Batch, count: int = 1) -> Batch:
+        """The first examples of a batch."""
+        return self.cut(batch, slice(count))
+
+    def take(self, batch: Batch, index: Tensor) -> Batch:
+        """Examples of a batch by their numbers."""
+        return self._changed(batch, lambda t, axis: t.index_select(axis, index.to(t.device)))
+
+    def shapes(self, batch: Batch) -> list[tuple[int | None, tuple[int, ...]]]:
+        """For each tensor its axis, and its shape without that.
+
+        Batches of which this is equal can be joined.
+        """
+        return [
+            (a, tuple(size for d, size in enumerate(t.shape) if d != a))
+            for t, a in zip(tensors(batch), self._of(batch), strict=True)
+        ]
+
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """Several batches of the same shapes as one; shared tensors are those of the first."""
+        if len(batches) == 1:
+            return batches[0]
+        columns = iter([*zip(*map(tensors, batches), strict=True)])
+        return self._changed(
+            batches[0],
+            lambda _, axis: torch.cat(next(columns), axis),
+            lambda t: next(columns)[0],
+        )
+
+    def gathered(self, batches: Sequence[Batch], limit: int) -> tuple[Batch, list[Batch]]:
+        """At most `limit` examples as one batch, and the batches of which none was taken.
+
+        The first batches are joined while their shapes agree.
+        """
+        parts, count = [batches[0]], self.count(batches[0])
+        for batch in batches[1:]:
+            alike = self.known and self.shapes(batch) == self.shapes(parts[0])
+            if count >= limit or not alike:
+                break
+            parts.append(batch)
+            count += self.count(batch)
+        return self.first(self.join(parts), limit), list(batches[len(parts) :])
+
+    def hold_back(self, batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+        """All examples split into the first ones and those held back from the end.
+
+        About `share` of them is held back, at least one example.
+        """
+        total = sum(map(self.count, batches))
+        keep, kept, held, seen = total - max(1, round(total * share)), [], [], 0
+        for batch in batches:
+            size = self.count(batch)
+            if seen + size <= keep:
+                kept.append(batch)
+            elif seen >= keep:
+                held.append(batch)
+            else:
+                kept.append(self.cut(batch, slice(keep - seen)))
+                held.append(self.cut(batch, slice(keep - seen, None)))
+            seen += size
+        return kept, held
+
+    def fit(self, batch: Batch) -> bool:
+        """Whether a batch has as many tensors, and they these axes."""
+        parts = tensors(batch)
+        return len(parts) == len(self.each) and all(
+            a is None or t.ndim > a for t, a in zip(parts, self.each, strict=True)
+        )
+
+    def _of(self, batch: Batch) -> tuple[int | None, ...]:
+        """The axes of a batch that is like the first one; none of another, which is one example."""
+        return self.each if self.fit(batch) else (None,) * len(tensors(batch))
+
+    def _changed(
+        self,
+        batch: Batch,
+        change: Callable[[Tensor, int], Any],
+        shared: Callable[[Tensor], Any] = lambda t: t,
+    ) -> Batch:
+        axes = iter(self._of(batch))
+
+        def changed(t: Tensor) -> Any:
+            axis = next(axes)
+            return shared(t) if axis is None else change(t, axis)
+
+        return replaced(batch, changed)

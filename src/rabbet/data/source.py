@@ -1,0 +1,68 @@
+"""The user's batches, read once however often they are asked for, and checked as they come."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from rabbet.data.batches import Batch, describe, tensors
+from rabbet.errors import DataError, theirs
+
+
+class Source:
+    """Batches of an iterable, which may be one-shot. No more is read than somebody asks for.
+
+    What the iterable raises is passed on, with a note; it is then read anew from its start.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self._read: list[Batch] = []
+        self._rest: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises DataError if there is no batch, or for one that cannot be computed with."""
+        place = 0
+        while place < len(self._read) or self._found():
+            yield self._read[place]
+            place += 1
+        if not place:
+            raise DataError(
+                "data holds no batch; give at least one (a generator can be read only once)"
+            )
+
+    def _found(self) -> bool:
+        """Read one more batch, if there is one."""
+        count = len(self._read)
+        try:
+            if self._rest is None:
+                with theirs("the data, before its first batch"):
+                    self._rest = iter(self.batches)
+            with theirs(f"the data, at batch {count}, counted from 0"):
+                try:
+                    batch = next(self._rest)
+                except StopIteration:
+                    return False
+            _check(batch, count)
+        except BaseException:  # batches read before an error do not count
+            self._read, self._rest = [], None
+            raise
+        self._read.append(batch)
+        return True
+
+
+def _check(batch: Batch, number: int) -> None:
+    """Raise DataError for a batch without numbers that can be computed with."""
+    parts = tensors(batch)
+    if not parts or not parts[0].numel():
+        raise DataError(
+            f"a batch must hold a tensor with at least one example, found {describe(batch)}"
+        )
+    where = f"batch {number} of the data, counted from 0, holds"
+    for tensor in parts:
+        strange = "lies on the meta device and holds no numbers" if tensor.is_meta else ""
+        if tensor.layout != torch.strided or tensor.is_nested:
+            strange = "is sparse or nested; make it dense with .to_dense(), or pad it"
+        if strange:
+            raise DataError(f"{where} a tensor that {strange}")
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise DataError(f"{where} NaN; clean the data")

@@ -1,0 +1,76 @@
+"""Along which axis the examples of a batch lie, told by running the network on some of them.
+
+Examples are what a network answers one by one: without the first half of them, it answers the
+others as before. That holds for no other axis of a batch, such as time, nodes of a graph or
+channels, unless the network treats its entries one by one as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.data.batches import Batch, floating
+from rabbet.data.examples import Axes
+from rabbet.data.task import Task, evaluating
+
+SAME = 0.01  # relative error of kernels for another batch size, and of codes that they tip
+AXES = (0, 1)  # torch's layers have their batches on one of these
+
+
+def with_axes(model: nn.Module, task: Task) -> Task:
+    """The task, with the axes of its examples declared, by the user or by this proof.
+
+    Passes on what the forward raises on the first batch as it is.
+    """
+    if task.axes is not None:
+        return task
+    batch = task.first()
+    with evaluating(model), torch.no_grad():
+        whole = floating(task.run(model, batch))
+        for axis in AXES:
+            axes = Axes.along(batch, axis)
+            if axes.known and _independent(model, task, batch, axes, whole):
+                return replace(task, batches=task.source, axes=axes.each)
+    return replace(task, batches=task.source, axes=())
+
+
+def _independent(
+    model: nn.Module, task: Task, batch: Batch, axes: Axes, whole: Sequence[Tensor]
+) -> bool:
+    """Whether a network answers the last half of a batch, or each of two copies, as before."""
+    size = axes.count(batch)
+    part = axes.cut(batch, slice(size // 2, None)) if size > 1 else axes.join([batch, batch])
+    try:
+        answers = floating(task.run(model, part))
+    except Exception:  # the forward is the user's, and may raise anything for part of a batch
+        return False
+    long, short = (whole, answers) if size > 1 else (answers, whole)
+    if len(long) != len(short):
+        return False
+    sizes = (size, size - size // 2) if size > 1 else (2, 1)
+    told = [_ends_with(a, b, sizes) for a, b in zip(long, short, strict=True)]
+    return True in told and False not in told
+
+
+def _ends_with(long: Tensor, short: Tensor, sizes: tuple[int, int]) -> bool | None:
+    """Whether one answer is the end of another; None for one that holds no examples, like a loss.
+
+    sizes: how many examples each is of.
+    """
+    if long.shape == short.shape:
+        return None
+    differing = [d for d in range(long.ndim) if long.shape[d : d + 1] != short.shape[d : d + 1]]
+    if long.ndim != short.ndim or len(differing) != 1:
+        return False
+    axis = differing[0]
+    if long.shape[axis] * sizes[1] != short.shape[axis] * sizes[0]:
+        return False
+    end = long.narrow(axis, long.shape[axis] - short.shape[axis], short.shape[axis])
+    one, other = end.double(), short.double()
+    known = one.isfinite() & other.isfinite()
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    scale = float(other[known].norm())
+    return float((one - other)[known].norm()) <= SAME * scale
