@@ -1,6 +1,7 @@
 """What a method works on: the user's network, folded and measured."""
 
 import functools
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ DTYPES = {
 
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at
+PARTS = 16  # in which examples are judged
 
 
 UNKNOWN = (
@@ -91,20 +93,35 @@ class Norm:
 class Distance:
     """How far outputs are from the float network's: `Answers.divergence` and `Answers.error`.
 
-    declared: whether the user said what outputs are.
+    Both for each part of the examples, [parts]. declared: whether the user said what outputs are.
     """
 
-    divergence: float
-    error: float
+    divergences: Tensor
+    errors: Tensor
     declared: bool
 
+    @property
+    def divergence(self) -> float:
+        """The mean over the parts."""
+        return float(self.divergences.mean())
+
+    @property
+    def error(self) -> float:
+        """The mean over the parts."""
+        return float(self.errors.mean())
+
     def is_below(self, other: "Distance") -> bool:
-        """Whether this is nearer; where outputs are only told to be scores, as values as well."""
-        return self.divergence < other.divergence and (self.declared or self.error <= other.error)
+        """Whether this is nearer for certain: by more than the standard error of the difference.
+
+        Where outputs are only told to be scores, they may be no further as values either.
+        """
+        gains = other.divergences - self.divergences
+        doubt = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+        return float(gains.mean()) >= doubt and (self.declared or self.error <= other.error)
 
     def since(self, before: "Distance") -> str:
         """Both in words: the divergence, or the error where only that says that it is further."""
-        if self.divergence < before.divergence and not self.is_below(before):
+        if self.divergence < before.divergence and self.error > before.error and not self.declared:
             return f"{before.error:.4g} -> {self.error:.4g}"
         return f"{before.divergence:.4g} -> {self.divergence:.4g}"
 
@@ -225,17 +242,23 @@ class Workpiece:
         return Answers.of(told, self.task.outputs, self.task.weights)
 
     def distance(self, student: nn.Module, batches: Sequence[Batch]) -> "Distance":
-        """How far a compressed network is from the float one on some batches, mean of examples."""
-        divergence, error, count = 0.0, 0.0, 0
+        """How far a compressed network is from the float one on some batches.
+
+        They are taken in parts of about equally many examples, to show how much these differ.
+        """
+        axes = self.task.examples
+        size = max(1, sum(map(axes.count, batches)) // PARTS)
+        divergences, errors = [], []
         with torch.no_grad():
             for batch in batches:
-                ours = outputs(self.task.run(student, batch))
-                theirs = outputs(self.task.run(self.model, batch))
-                size = self.task.examples.count(batch)
-                divergence += size * float(self.answers.divergence(ours, theirs))
-                error += size * float(self.answers.error(ours, theirs))
-                count += size
-        return Distance(divergence / count, error / count, self.answers.declared)
+                for k in range(0, axes.count(batch), size):
+                    part = axes.cut(batch, slice(k, k + size))
+                    ours = outputs(self.task.run(student, part))
+                    theirs = outputs(self.task.run(self.model, part))
+                    divergences.append(float(self.answers.divergence(ours, theirs)))
+                    errors.append(float(self.answers.error(ours, theirs)))
+        declared = self.answers.declared
+        return Distance(torch.tensor(divergences), torch.tensor(errors), declared)
 
     @property
     def float_cost(self) -> Cost:

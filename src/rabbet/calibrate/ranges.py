@@ -13,6 +13,10 @@ from rabbet.jobs import Progress, silent
 from rabbet.model.compressed import ActQuant, Compressed, compressed_layers
 
 VALUES = 2**16  # activations that a range is chosen from
+COARSE, FINE = (
+    20,
+    5,
+)  # shares of the extremes that are tried: from far, and on each side of the best
 
 
 class Sample:
@@ -37,22 +41,28 @@ class Sample:
         )
         self.kept.append(flat[chosen.to(flat.device)].float().cpu())
 
-    def range(self, grid: Grid, steps: int = 100) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of least squared error among shrunken versions of the extremes."""
-        best, least = (torch.ones(1), torch.zeros(1)), torch.inf
+    def range(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of least squared error among shrunken versions of the extremes.
+
+        Shares of 0.1 to 1 are tried from far, then finer ones around the best.
+        """
         if self.high == self.low:
-            return best
+            return torch.ones(1), torch.zeros(1)
         values = torch.cat(self.kept)
-        for k in range(steps):
-            share = 1 - k / steps * 0.9
+
+        def at(share: float) -> tuple[Tensor, Tensor]:
             scale = torch.tensor([(self.high - self.low) * share / grid.high])
-            zero = (-self.low * share / scale).round().clamp(0, grid.high)
-            error = float(
-                (grid.values(grid.codes(values, scale, zero), scale, zero) - values).square().mean()
-            )
-            if error < least:
-                best, least = (scale, zero), error
-        return best
+            return scale, (-self.low * share / scale).round().clamp(0, grid.high)
+
+        def error(share: float) -> float:
+            scale, zero = at(share)
+            rounded = grid.values(grid.codes(values, scale, zero), scale, zero)
+            return float(rounded.sub_(values).square_().mean())
+
+        step = 0.9 / COARSE
+        best = min((1 - step * k for k in range(COARSE + 1)), key=error)
+        near = (best + step * k / (FINE + 1) for k in range(-FINE, FINE + 1))
+        return at(min((share for share in near if share <= 1), key=error))
 
 
 def calibrate_ranges(

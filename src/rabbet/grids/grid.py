@@ -10,7 +10,6 @@ negative, which mirrors the grid: that matters where it is asymmetric and short 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -23,6 +22,11 @@ from rabbet.grids.scales import OneScale, PerSlice, Scales, read_scales
 
 Zero = Tensor | float
 LONGEST = 32  # signs in the text of a grid
+COARSE, FINE = (
+    20,
+    10,
+)  # shares of the magnitude that are tried as scales: from far, and near the best
+ENTRIES = 2**17  # entries of all trials at once that stay in a processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,22 +117,28 @@ class Grid:
 
     def codes(self, x: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
         """The nearest codes, as floats: `clip(round(x / scale - shift) + zero, low, high)`."""
-        steps = x / self.spread(scale, x.shape)
-        book = self.codebook.uniform
-        if book is None:
-            return self.codebook.encode(steps)
-        codes = nearest(steps, book.shift) + self._zero(zero, x.shape)
-        return codes.clamp(self.low, self.high)
+        return self._encode(x, self.spread(scale, x.shape), self._zero(zero, x.shape))
 
     def values(self, codes: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
         """What codes stand for: `scale * (codes + shift - zero)`; else scale times their points."""
-        wide = self.spread(scale, codes.shape)
+        return self._decode(codes, self.spread(scale, codes.shape), self._zero(zero, codes.shape))
+
+    def _encode(self, x: Tensor, wide: Tensor, zero: Zero) -> Tensor:
+        """`codes` for scales and zero points that broadcast against the values."""
+        book = self.codebook.uniform
+        if book is None:
+            return self.codebook.encode(x / wide)
+        codes = nearest(x / wide, book.shift)
+        return codes.add_(zero).clamp_(self.low, self.high)
+
+    def _decode(self, codes: Tensor, wide: Tensor, zero: Zero) -> Tensor:
+        """`values` for scales and zero points that broadcast against the codes."""
         book = self.codebook.uniform
         if book is None:
             return self.codebook.decode(codes) * wide
         if not isinstance(zero, Tensor) and zero == 0.0:
             return points(codes, book.shift, wide)
-        return points(codes + book.shift, -self._zero(zero, codes.shape), wide)
+        return points(codes + book.shift, -zero, wide)
 
     def project(self, x: Tensor, scale: Tensor, zero: Zero = 0.0) -> Tensor:
         """The nearest point of the grid."""
@@ -166,47 +176,70 @@ class Grid:
 
     def minmax(self, x: Tensor) -> Tensor:
         """The scale that just covers the largest magnitude."""
-        return stored(self.scales.slices(x).abs().amax(1).clamp_min(1e-12) / self.codebook.span)
+        return stored(_covering(self.scales.slices(x), self.codebook.span))
 
-    def mse(self, x: Tensor, weight: Tensor | None = None, steps: int = 80) -> Tensor:
+    def mse(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The scale of least (weighted) squared error among fractions of the largest magnitude.
 
-        weight: broadcasts against x; the diagonal of the metric, say. steps: how many fractions.
-        Layouts with zero points are searched by `search`.
+        weight: broadcasts against x; the diagonal of the metric, say. Layouts with zero points are
+        searched by `search`.
         """
-        return self.search(x, weight, steps)[0]
+        return self.search(x, weight)[0]
 
-    def search(
-        self, x: Tensor, weight: Tensor | None = None, steps: int = 80
-    ) -> tuple[Tensor, Tensor | None]:
+    def search(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Scale, and zero point if the layout has any, of least (weighted) squared error.
 
-        See `mse`; with zero points fractions of the range are tried.
+        See `mse`; with zero points fractions of the range are tried. Shares of 0.15 to 1.05 are
+        tried from far to near: every slice tries finer ones around its best. That takes 31 trials,
+        and finds less error than 80 at equal distances.
         """
-        shares = torch.tensor([1.0, *(1.05 - 0.9 * k / steps for k in range(steps))])
-        trials = self._trials(x, shares.to(x.device)[:, None])
-        best, zero = next(trials)
-        least = self._loss(x, best, zero, weight)
-        for scale, other in trials:
-            loss = self._loss(x, scale, other, weight)
-            better = loss < least
-            best, least = torch.where(better, scale, best), torch.minimum(loss, least)
-            zero = None if zero is None or other is None else torch.where(better, other, zero)
-        return best, zero
-
-    def _trials(self, x: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """For each share [trials, 1] a scale that covers it of the magnitude.
-
-        With zero points it is of the range, and the zero point beside it.
-        """
-        if not self.scales.zeros:
-            yield from ((scale, None) for scale in stored(self.minmax(x) * shares))
-            return
         rows = self.scales.slices(x)
-        low, high = rows.amin(1).clamp(max=0) * shares, rows.amax(1).clamp_min(0) * shares
-        scales = stored(((high - low) / (self.levels - 1)).clamp_min(1e-12))
-        zeros = (self.low - low / scales).round().clamp(self.low, self.high)
-        yield from zip(scales, zeros, strict=True)
+        if weight is not None:
+            weight = self.scales.slices(weight.expand_as(x))
+        elif rows.numel() != x.numel():
+            weight = self.scales.slices(torch.ones_like(x))  # padding counts for nothing
+        step = 0.9 / COARSE
+        coarse = torch.tensor([1.0, *(1.05 - step * k for k in range(COARSE))], device=x.device)
+        best, share = self._best(rows, weight, coarse[:, None].expand(-1, len(rows)))
+        fine = torch.linspace(-step, step, FINE + 2, device=x.device)[1:-1]
+        nearer, _ = self._best(rows, weight, (share + fine[:, None]).clamp_min(step))
+        take = nearer[0] < best[0]
+        scale, zero = (torch.where(take, b, a) for a, b in zip(best[1:], nearer[1:], strict=True))
+        return scale, zero if self.scales.zeros else None
+
+    def _best(
+        self, rows: Tensor, weight: Tensor | None, shares: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Least loss, its scale and its zero point of each slice, and its share; [slices] each.
+
+        rows: [slices, n]; shares of the magnitude, or of the range, to try: [trials, slices].
+        """
+        if self.scales.zeros:
+            low, high = rows.amin(1).clamp(max=0) * shares, rows.amax(1).clamp_min(0) * shares
+            scales = stored(((high - low) / (self.levels - 1)).clamp_min(1e-12))
+            zeros = (self.low - low / scales).round().clamp(self.low, self.high)
+        else:
+            scales = stored(stored(_covering(rows, self.codebook.span)) * shares)
+            zeros = torch.zeros_like(scales)
+        # As many slices, or of a long one as many trials, at once as stay in the cache.
+        count, size = len(shares), max(1, rows.shape[1])
+        several, some = max(1, ENTRIES // (count * size)), max(1, ENTRIES // size)
+        losses = torch.empty_like(scales)
+        for k in range(0, len(rows), several):
+            mine = slice(k, k + several)
+            own = None if weight is None else weight[mine]
+            for t in range(0, count, some):
+                part = slice(t, t + some), mine
+                losses[part] = self._losses(rows[mine], own, scales[part], zeros[part])
+        least, first = losses.min(0)
+        scale, zero, share = (t.gather(0, first[None])[0] for t in (scales, zeros, shares))
+        return (least, scale, zero), share
+
+    def _losses(self, rows: Tensor, weight: Tensor | None, scales: Tensor, zeros: Tensor) -> Tensor:
+        """The (weighted) squared error of each slice on each of its trials, [trials, slices]."""
+        wide, zero = scales[..., None], zeros[..., None] if self.scales.zeros else 0.0
+        square = self._decode(self._encode(rows, wide, zero), wide, zero).sub_(rows).square_()
+        return (square if weight is None else square.mul_(weight)).sum(2)
 
     def refit(
         self, x: Tensor, codes: Tensor, scale: Tensor, metric: Tensor | None = None
@@ -219,10 +252,6 @@ class Grid:
         hz = z if metric is None else z @ metric
         top, bottom = (hz * self.scales.slices(x)).sum(1), (hz * z).sum(1)
         return stored(torch.where(bottom > 0, top / bottom.clamp_min(1e-30), scale))
-
-    def _loss(self, x: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor | None) -> Tensor:
-        square = (self.project(x, scale, 0.0 if zero is None else zero) - x) ** 2
-        return self.scales.slices(square if weight is None else square * weight).sum(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +276,10 @@ class Quantised:
     def values(self) -> Tensor:
         """The tensor that is meant."""
         return self.grid.values(self.codes, self.scale, 0.0 if self.zero is None else self.zero)
+
+
+def _covering(rows: Tensor, span: float) -> Tensor:
+    return rows.abs().amax(1).clamp_min(1e-12) / span
 
 
 def stored(scale: Tensor) -> Tensor:

@@ -55,10 +55,11 @@ class _Met:
 
 
 def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> str:
-    """Run `solve_in_order`, and undo it if held-back examples got worse.
+    """Run `solve_in_order`, and undo it unless held-back examples get better for certain.
 
     With few examples, or where little is lost, corrections fit what is special to the examples that
-    they were computed from, so others judge them. Returns a note if they were undone, else "".
+    they were computed from, so others judge them: their gain must be larger than its standard
+    error. Returns a note if the corrections were undone, else "".
     """
     axes = piece.task.examples
     train, held = axes.hold_back(piece.task.read(), HELD)
@@ -80,11 +81,11 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
         )
     solve_in_order(student, piece, batch)
     end = piece.distance(student, judges)
-    if end.divergence <= start.divergence:
+    if end.is_below(start):
         return ""
     put_back()
-    worse = f"({start.divergence:.4g} -> {end.divergence:.4g})"
-    return f"solving layers again in order undone: held-back examples got worse {worse}"
+    change = end.since(start)
+    return f"solving layers again in order undone: no sure gain on held-back examples ({change})"
 
 
 def _first_batches(batches: Sequence[Batch], axes: Axes) -> list[Batch]:

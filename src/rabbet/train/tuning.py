@@ -48,7 +48,7 @@ class Tuning:
 
 
 def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
-    """Tune a compressed network in place; the result is kept only if held-back examples improve.
+    """Tune a compressed network in place; kept only if held-back examples improve for certain.
 
     The loss is the divergence of the outputs plus `features` times the mean relative error of the
     blocks' outputs. Adam, a cosine schedule; images are augmented. Checkpoints are kept in the
@@ -70,7 +70,7 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
         steps = f"tuned {settings.steps} steps"
         return f"{steps}: divergence on held-back examples {end.since(start)}"
     put_back()
-    return f"tuning undone: held-back examples got worse ({end.since(start)})"
+    return f"tuning undone: no sure gain on held-back examples ({end.since(start)})"
 
 
 class _Loop(Course):
