@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from rabbet.choose.latency import Stopwatch
-from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.plan import Plan
@@ -22,7 +21,7 @@ from rabbet.export import EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
 from rabbet.jobs import TURN, Jobs
-from rabbet.methods import QUALITY, Method, method_of
+from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
 from rabbet.report.text import plain, report_parts
 from rabbet.workpiece import Workpiece
@@ -179,8 +178,6 @@ def fit(  # noqa: PLR0913 (as above)
     """
     chosen, worker = _planned(plan), method_of(method, quality)
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
-    if worker != QUALITY["fast"]:  # which trains nothing
-        require_gradients(piece)
     return _finish(piece, worker, chosen, None)
 
 
@@ -214,12 +211,8 @@ def _planned(plan: Plan | str) -> Plan:
 
 
 def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None) -> Workpiece:
-    """The network on the bench, with a stopwatch beside it if the budget is about time.
-
-    The pass that takes gradients is tried at once: an hour later would be too late.
-    """
+    """The network on the bench, with a stopwatch beside it if the budget is about time."""
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
-    require_gradients(piece)
     if any(limit.metric == "latency" for limit in budget.limits):
         piece.clock = Stopwatch(piece)
     return piece

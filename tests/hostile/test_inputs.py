@@ -291,8 +291,15 @@ def test_a_network_through_which_no_gradient_passes_is_told_before_any_work():
         def forward(ctx, x):
             return x.clone()
 
-    with pytest.raises(ModelError, match="no gradient can be taken through the network"):
-        compress(Answers(Stubborn.apply), "bits <= 4", [rand(4, 6)], QUICK, jobs=Idle())
+    model, batches = Answers(Stubborn.apply), [rand(4, 6)]
+    for method in (QUICK, CoRa(), CGMQ(), TTQAT(rank=None, table_rank=None)):
+        with pytest.raises(ModelError, match="no gradient can be taken through the network"):
+            compress(model, "bits <= 4", batches, method, jobs=Idle())
+    for method in (Joint(), CGMQ(), TTQAT()):
+        with pytest.raises(ModelError, match="no gradient can be taken through the network"):
+            fit(model, "fc  dense@4c", batches, method, jobs=Idle())
+    fit(model, "fc  dense@4c", batches, QUICK)  # which needs none
+    compress(model, "bytes <= 1000%", batches, ADMM())
 
 
 def test_a_network_that_cannot_be_copied_is_refused():

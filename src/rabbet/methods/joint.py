@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rabbet.choose.program import Option, allocate, require_feasible
 from rabbet.choose.scoring import scored
+from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields
@@ -71,6 +72,7 @@ class Joint:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
+        require_gradients(piece)
         table: list[list[Option]] = []
         for site in piece.survey:
             table.append([self._option(piece, site, terms) for terms in self.menu(site)])
@@ -87,6 +89,8 @@ class Joint:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""
         validate(plan, piece.survey)
+        if self.tuning.steps:
+            require_gradients(piece)
         student, corrected = solved(piece, plan)
         notes = (corrected, tune(student, piece, self.tuning))
         return Fitted(student, tuple(note for note in notes if note))

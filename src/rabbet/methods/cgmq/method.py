@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from rabbet.choose.program import Option, require_feasible
+from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import BudgetError, PlanError
@@ -47,6 +48,7 @@ class CGMQ(Settings):
                 "a latency needs gates of layers"
             )
         self._require(piece, budget, lines)
+        require_gradients(piece)
         course = MovingGates(self, piece, lines, budget)
         gating = course.train(piece)
         if self.epochs:
@@ -66,6 +68,7 @@ class CGMQ(Settings):
                 f"CGMQ trains dense weights, every output on one signed grid; {other} is not one"
             )
         lines = [plan[s.name] for s in piece.survey if plan.get(s.name)]
+        require_gradients(piece)
         course = FixedWidths(self, piece, lines, self.finish)
         kept = piece.jobs.kept(cache_key(piece, self, plan.compact))
         if kept is not None:

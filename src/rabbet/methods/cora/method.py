@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.program import Option, allocate, require_feasible
+from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields
@@ -117,6 +118,7 @@ class CoRa:
         `rabbet.report.draw_search` draws the result. Raises PlanError if no layer can have an
         adapter.
         """
+        require_gradients(piece)
         bases = Plan(self._bases(piece))
         numbers = self._rounded(piece, bases)
         residuals, room = self._residuals(piece, bases, numbers, budget)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rabbet.choose.program import Option, allocate, require_feasible
 from rabbet.choose.scoring import scored
+from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.layout import term_lengths
 from rabbet.core.plan import LayerPlan, Plan, Term
@@ -38,6 +39,7 @@ class TTQAT(Settings):
         require_feasible(table, budget, piece)
         if all(len(row) == 1 for row in table):
             return Plan(tuple(row[0].plan for row in table))
+        require_gradients(piece)
         scores, _ = scored(piece, menus, learns=True)
         return allocate(scores, table, budget, piece)
 
@@ -83,6 +85,7 @@ class TTQAT(Settings):
         other = next((x for x in plan if len(x.terms) > 1), None)
         if other is not None:
             raise PlanError(f"TTQAT trains layers of one term; {other} has {len(other.terms)}")
+        require_gradients(piece)
         course = Teaching(self, piece, plan)
         before, after = course.train()
         network = course.network()
