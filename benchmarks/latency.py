@@ -39,7 +39,7 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.latency import Stopwatch
 from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Term
-from rabbet.data.batches import first_examples, tensors
+from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.export.base import Parcel
 from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
@@ -245,8 +245,8 @@ def nncf_file(case: Case, path: Path, folder: Path) -> Path:
     import nncf
     import openvino
 
-    session = rabbet.Session(path, 1)
-    data = nncf.Dataset([session.feed(first_examples(batch, 1)) for batch in case.data])
+    session, axes = rabbet.Session(path, 1), Task.of(case.data).examples
+    data = nncf.Dataset([session.feed(axes.first(batch)) for batch in case.data])
     target = folder / "nncf.xml"
     openvino.save_model(
         nncf.quantize(openvino.Core().read_model(path), data), target, compress_to_fp16=False

@@ -160,9 +160,9 @@ class Workpiece:
         task = with_axes(model, task)
         told = _told({**calls, "batches": task.read(), "network": original}, jobs)
         survey = survey_of(model, task.read()[0], task)
+        folded, survey = proven(model, survey, task)
         if calls["axes"] is None and not task.examples.known:
             survey = replace(survey, notes=(*survey.notes, UNKNOWN))
-        folded, survey = proven(model, survey, task)
         types = {
             name: DTYPES[str(t.dtype)]
             for name, t in stored_tensors(model).items()

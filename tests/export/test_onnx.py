@@ -12,7 +12,7 @@ from torch import nn
 
 import rabbet
 from rabbet.cli.stored import opened
-from rabbet.data.batches import examples, first_examples, tensors
+from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.errors import DataError, FileError, ModelError
 from rabbet.export.native import write_native
@@ -81,9 +81,10 @@ def test_the_file_answers_as_the_network_at_every_batch_size(written, kernels_ar
     case, compressed, export, path = written
     assert export.bytes == path.stat().st_size
     session = Session(path)
+    axes = compressed.task.examples
     for batch in case.batches:
-        for count in {1, examples(batch)}:
-            part = first_examples(batch, count)
+        for count in {1, axes.count(batch)}:
+            part = axes.first(batch, count)
             ours = session(*tensors(part))
             ours = list(ours) if isinstance(ours, tuple) else [ours]
             theirs = _answers(compressed.model, part)

@@ -84,8 +84,9 @@ def test_labels_are_no_inputs_of_a_file(ending, tmp_path):
 def test_what_changes_an_answer_is_no_label():
     net = settled(Judging())
     for batches in ([{k: b[k] for k in ("ids", "scale")} for b in _labelled()], tokens()):
-        task = Task(batches)
-        assert unlabelled(task, net) == (task, ())
+        task, names = unlabelled(Task(batches), net)
+        assert names == ()
+        assert list(task.source) == batches
 
 
 class Recurrent(nn.Module):

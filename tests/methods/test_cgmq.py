@@ -17,6 +17,7 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan
 from rabbet.data.batches import outputs
+from rabbet.data.examples import Axes
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods.cgmq import course as cgmq
 from rabbet.methods.cgmq.course import FixedWidths, MovingGates
@@ -518,9 +519,9 @@ class _Parting(Course):
 def _one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    assert len(shard(torch.zeros(7, 2))) == 3
+    assert len(shard(torch.zeros(7, 2), Axes((0,)))) == 3
     with pytest.raises(DataError, match="cannot be shared"):
-        shard(torch.zeros(1, 2))
+        shard(torch.zeros(1, 2), Axes((0,)))
     course = _Parting(rank)
     run(course, Jobs(), "parting", "training")
     assert [float(v.detach().max()) < 1 for v in course.values] == [True, True, False]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,9 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.program import Option, allocate, picked, require_feasible
 from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan
-from rabbet.data.augment import Pool, cropped, hold_back, mixed
-from rabbet.data.batches import examples, outputs, tensors
+from rabbet.data.augment import Pool, cropped, mixed
+from rabbet.data.batches import outputs, tensors
+from rabbet.data.examples import Axes
 from rabbet.errors import BudgetError, ModelError, PlanError
 from rabbet.methods import METHODS
 from rabbet.model.bn_fold import fold
@@ -507,7 +509,7 @@ def test_tuning_starts_from_the_codes_that_were_solved(line):
     plan = Plan(tuple(LayerPlan.parse(f"{s.name} {line}") for s in piece.survey))
     student = build(piece.model, plan, piece.survey, numbers)
     before = {k: v.clone() for k, v in student.state_dict().items() if "codes" in k}
-    _Loop(student, piece, Pool.of(piece.task.read()), Tuning())
+    _Loop(student, piece, Pool.of(piece.task.read(), piece.task.examples), Tuning())
     after = {k: v for k, v in student.state_dict().items() if k in before}
     assert all(torch.equal(after[k].detach().round(), v) for k, v in before.items())
     moved = any(not torch.equal(after[k], v) for k, v in before.items())
@@ -543,7 +545,7 @@ def test_tuning_that_harms_is_undone_to_the_last_bit():
 )
 def test_tuning_says_why_it_did_nothing(count, steps, word):
     piece = _piece()
-    piece.task._read[:] = [piece.task.read()[0][:count]]
+    piece.task = replace(piece.task, batches=[piece.task.read()[0][:count]])
     student = _student(piece)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     note = tune(student, piece, Tuning(steps=steps))
@@ -588,15 +590,16 @@ def test_tuning_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
 def test_splitting_batches_keeps_every_example_once_and_in_order(sizes, share):
     numbers = iter(torch.arange(sum(sizes)).split(sizes))
     batches = [{"x": n.float(), "scale": 2.0} for n in numbers]
-    kept, held = hold_back(batches, share)
+    axes = Axes((0,))
+    kept, held = axes.hold_back(batches, share)
     both = [x for b in (*kept, *held) for x in b["x"].tolist()]
     assert both == list(range(sum(sizes)))
     assert held
-    assert sum(map(examples, held)) == max(1, round(sum(sizes) * share))
+    assert sum(map(axes.count, held)) == max(1, round(sum(sizes) * share))
 
 
 def test_drawn_images_are_as_many_and_as_large_and_depend_on_the_generator_alone():
-    pool = Pool.of([rand(8, 3, 8, 8, seed=k) for k in range(3)])
+    pool = Pool.of([rand(8, 3, 8, 8, seed=k) for k in range(3)], Axes((0,)))
     assert pool.image == 0
     a, b, c = (pool.draw(10, torch.Generator().manual_seed(k)) for k in (1, 1, 2))
     assert a.shape == (10, 3, 8, 8)
@@ -626,14 +629,14 @@ def test_a_mixed_image_lies_between_two_images():
 
 def test_tokens_and_vectors_are_drawn_as_they_are():
     whole = {tuple(row.tolist()) for b in tokens() for row in b}
-    pool = Pool.of(tokens())
+    pool = Pool.of(tokens(), Axes((0,)))
     assert pool.image is None
     assert all(tuple(r.tolist()) in whole for r in pool.draw(4, torch.Generator()))
 
 
 def test_batches_of_different_shapes_are_drawn_whole():
     batches = [rand(4, 3, 8, 8), rand(2, 3, 9, 9)]
-    drawn = Pool.of(batches).draw(64, torch.Generator().manual_seed(0))
+    drawn = Pool.of(batches, Axes((0,))).draw(64, torch.Generator().manual_seed(0))
     assert any(drawn is b for b in batches)
 
 
@@ -642,7 +645,8 @@ def test_gathered_examples_are_the_first_ones(name):
     case = network(name)
     task = Task(case.batches)
     joined = task.gathered(7)
-    assert examples(joined) == min(7, sum(map(examples, case.batches)))
+    size = task.examples.count
+    assert size(joined) == min(7, sum(map(size, case.batches)))
     first = tensors(case.batches[0])[0]
     count = min(len(first), 7)
     assert torch.equal(tensors(joined)[0][:count], first[:count])

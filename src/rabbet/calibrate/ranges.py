@@ -36,10 +36,10 @@ class Sample:
         if not len(flat):  # an expert that no place was sent to
             return
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
-        chosen = torch.randint(
-            len(flat), (min(self.per_call, len(flat)),), generator=self.generator
-        )
-        self.kept.append(flat[chosen.to(flat.device)].float().cpu())
+        if len(flat) > self.per_call:
+            chosen = torch.randint(len(flat), (self.per_call,), generator=self.generator)
+            flat = flat[chosen.to(flat.device)]
+        self.kept.append(flat.float().cpu().clone())  # what follows may work in place
 
     def range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Scale and zero point of least squared error among shrunken versions of the extremes.
