@@ -52,7 +52,7 @@ from rabbet.train.qat import Latent, rounded_together
 from rabbet.workpiece import Workpiece
 
 NUMBERS = Distillation(scores=False)  # outputs are no scores of classes
-SHORT = {"rank": 6, "table_rank": 6, "epochs": 3, "finish": 2, "distil": NUMBERS}
+SHORT = {"rank": 6, "table_rank": 6, "epochs": 3, "finish": 2, "start": "plain", "distil": NUMBERS}
 
 
 def bert(seed=0, **kwargs):

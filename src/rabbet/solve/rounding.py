@@ -158,11 +158,14 @@ def _gather(x: Tensor, order: Tensor, axis: int) -> Tensor:
     return x.gather(axis, index.expand_as(x))
 
 
-def _by_column(values: Tensor, order: Tensor | None = None) -> list[Tensor] | Tensor:
-    """Values [groups, rows, n or 1] for column j at place j, [groups, rows]."""
-    if values.shape[2] == 1:
-        return values[..., 0]
-    return list((values if order is None else _gather(values, order, 2)).unbind(2))
+def _by_column(values: Tensor, columns: slice, order: Tensor | None = None) -> Tensor:
+    """Values [groups, rows, n or 1] of some columns, each a row: [groups, columns or 1, rows].
+
+    So a column lies in one piece in memory.
+    """
+    if values.shape[2] > 1:
+        values = (values if order is None else _gather(values, order, 2))[:, :, columns]
+    return values.mT.contiguous()
 
 
 def feedback(rows: Rows, metric: Metric) -> Rows:
@@ -170,27 +173,26 @@ def feedback(rows: Rows, metric: Metric) -> Rows:
 
     Column by column, each error is spread over the columns to come.
     """
-    u = metric.factor
-    work = _gather(rows.target, metric.order, 2)
-    n = work.shape[2]
+    u, order = metric.factor, metric.order
+    work = _gather(rows.target, order, 2)
     codes = torch.empty_like(work)
-    scales = _by_column(rows.spread(rows.scale), metric.order)
-    shifts = _by_column(rows.spread(rows.shift), metric.order)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        block, errors = work[:, :, start:stop].clone(), torch.empty_like(work[:, :, start:stop])
-        inner = u[:, start:stop, start:stop]
-        for j in range(stop - start):
-            scale = scales[start + j] if isinstance(scales, list) else scales
-            shift = shifts[start + j] if isinstance(shifts, list) else shifts
-            column = block[:, :, j]
-            code = nearest(column / scale, shift).clamp_(rows.low, rows.high)
-            codes[:, :, start + j] = code
-            error = (column - points(code, shift, scale)) / inner[:, j, j, None]
-            errors[:, :, j] = error
-            block[:, :, j + 1 :] -= error[:, :, None] * inner[:, None, j, j + 1 :]
-        work[:, :, stop:] -= errors @ u[:, start:stop, stop:]
-    return replace(rows, codes=_gather(codes, metric.order.argsort(dim=1), 2))
+    scale, shift = rows.spread(rows.scale), rows.spread(rows.shift)
+    for start in range(0, work.shape[2], BLOCK):
+        mine = slice(start, start + BLOCK)
+        block, inner = _by_column(work, mine), u[:, mine, mine]
+        scales, shifts = (_by_column(values, mine, order) for values in (scale, shift))
+        found, errors = torch.empty_like(block), torch.empty_like(block)
+        for j in range(block.shape[1]):
+            at = j if scales.shape[1] > 1 else 0
+            column = block[:, j] / scales[:, at]
+            found[:, j] = nearest(column, shifts[:, at]).clamp_(rows.low, rows.high)
+            # the error in units of the scale, over the entry of the factor
+            error = column.sub_(found[:, j]).sub_(shifts[:, at]).mul_(scales[:, at])
+            errors[:, j] = error.div_(inner[:, j, j, None])
+            block[:, j + 1 :].addcmul_(errors[:, j, None], inner[:, j, j + 1 :, None], value=-1)
+        codes[:, :, mine] = found.mT
+        work[:, :, start + BLOCK :] -= errors.mT @ u[:, mine, start + BLOCK :]
+    return replace(rows, codes=_gather(codes, order.argsort(dim=1), 2))
 
 
 def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
@@ -199,22 +201,23 @@ def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
     Each step is the exact minimum over one column, so none increases the error.
     """
     h = metric.second
-    codes, scales = rows.codes.clone(), _by_column(rows.spread(rows.scale))
+    codes, scale = rows.codes.clone(), rows.spread(rows.scale)
     # [groups, rows, n]: minus half the gradient with respect to the values
     pull = (rows.target - rows.values) @ h
     for _ in range(sweeps):
         for start in range(0, h.shape[1], BLOCK):
-            stop = min(start + BLOCK, h.shape[1])
-            inner, local = h[:, start:stop, start:stop], pull[:, :, start:stop].clone()
-            block, moved = codes[:, :, start:stop], torch.empty_like(local)
-            for j in range(stop - start):
-                scale = scales[start + j] if isinstance(scales, list) else scales
-                ideal = block[:, :, j] + local[:, :, j] / (scale * inner[:, j, j, None])
-                code = torch.minimum(torch.maximum(ideal.round(), rows.low), rows.high)
-                step = (code - block[:, :, j]) * scale
-                block[:, :, j], moved[:, :, j] = code, step
-                local -= step[:, :, None] * inner[:, None, j, :]
-            pull -= moved @ h[:, start:stop]
+            mine = slice(start, start + BLOCK)
+            inner, local, block = h[:, mine, mine], _by_column(pull, mine), _by_column(codes, mine)
+            scales, moved = _by_column(scale, mine), torch.empty_like(block)
+            curves = scales * inner.diagonal(dim1=1, dim2=2)[..., None]
+            for j in range(block.shape[1]):
+                best = torch.addcdiv(block[:, j], local[:, j], curves[:, j]).round_()
+                step = best.clamp_(rows.low, rows.high).sub_(block[:, j])
+                block[:, j] += step
+                moved[:, j] = step.mul_(scales[:, j if scales.shape[1] > 1 else 0])
+                local[:, j + 1 :].addcmul_(step[:, None], inner[:, j, j + 1 :, None], value=-1)
+            codes[:, :, mine] = block.mT
+            pull -= moved.mT @ h[:, mine]
     return replace(rows, codes=codes)
 
 
