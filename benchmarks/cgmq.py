@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import rabbet
 from rabbet import CGMQ, Joint, Task
+from rabbet.data.answers import scores_divergence
 from rabbet.errors import BudgetError
 from rabbet.methods import Method
-from rabbet.train.losses import divergence
 from rabbet.train.tuning import Tuning
 
 Labelled = list[tuple[Tensor, Tensor]]
@@ -270,7 +270,7 @@ def _joint(
             continue
         result = rabbet.fit(model, plan, data, UNTRAINED, jobs=jobs)
         with torch.no_grad():
-            apart = [float(divergence([result.model(x)], [model(x)])) for x in held]
+            apart = [float(scores_divergence(result.model(x), model(x))) for x in held]
         candidates.append((statistics.mean(apart), act, plan))
     return min(candidates)[2]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rabbet.export.base import write_beside
+from rabbet.files import write_whole
 
 DATA = Path(os.environ.get("RABBET_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -62,7 +62,7 @@ def known(
     if not path.exists():
         record = {"setting": setting, "outcome": measure()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, [json.dumps(record).encode()])
+        write_whole(path, [json.dumps(record).encode()])
     read: dict[str, Any] = json.loads(path.read_text())["outcome"]
     return read
 

@@ -30,12 +30,11 @@ from reconstruction import reconstruct
 import rabbet
 from rabbet import CoRa, Joint, Task
 from rabbet.core.plan import LayerPlan
-from rabbet.data.batches import outputs
+from rabbet.data.answers import scores_divergence
 from rabbet.methods import Method
 from rabbet.methods.base import Fitted
 from rabbet.methods.cora.search import Ranking
 from rabbet.runtime.bench import time_files
-from rabbet.train.losses import divergence
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
@@ -85,9 +84,7 @@ class Bench:
     def apart(self, student: torch.nn.Module) -> float:
         """Divergence from the float network on held-back training images: finer than accuracy."""
         with torch.no_grad():
-            each = [
-                float(divergence(outputs(student(x)), outputs(self.model(x)))) for x in self.held
-            ]
+            each = [float(scores_divergence(student(x), self.model(x))) for x in self.held]
         return statistics.mean(each)
 
 
@@ -184,7 +181,7 @@ def step(bench: Bench) -> None:
     for p in bench.model.parameters():
         p.requires_grad_(True)
     with torch.no_grad():
-        goal = outputs(bench.model(x))
+        goal = bench.model(x)
     times: dict[str, list[float]] = {"plain": [], "search": []}
     marks: list[float] = []
 
@@ -195,7 +192,7 @@ def step(bench: Bench) -> None:
     for _ in range(3):
         for _ in range(8):
             start = time.perf_counter()
-            divergence(outputs(bench.model(x)), goal).backward()
+            scores_divergence(bench.model(x), goal).backward()
             times["plain"].append(time.perf_counter() - start)
         marks.clear()
         rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3, ranking=Ranking(steps=9)),
