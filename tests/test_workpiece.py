@@ -53,7 +53,6 @@ OTHERS = {
         {"vary": functools.partial(torch.mul, other=1)},
         {"vary": functools.partial(torch.mul, other=2)},
     ],
-    "another judge": [{"evaluate": lambda m: 1.0}, {"evaluate": lambda m: 2.0}],
     "another network of the same numbers": [{"bend": torch.relu}, {"bend": torch.tanh}],
     "another number in a batch": [{"batches": [(rand(4, 6), 1)]}, {"batches": [(rand(4, 6), 2)]}],
 }
@@ -64,6 +63,16 @@ def test_what_computes_something_else_has_another_key(pair):
     one, other, again = (_key(**given) for given in (*pair, pair[0]))
     assert one == again
     assert one != other
+
+
+def test_a_judge_counts_where_it_has_a_say():
+    pieces = [
+        Workpiece.of(settled(nn.Linear(6, 4)), Task([rand(4, 6)], evaluate=judge), Jobs())
+        for judge in (lambda m: 1.0, lambda m: 2.0)
+    ]
+    for judged in (False, True):
+        one, other = (piece.key("work", {}, {}, judged=judged) for piece in pieces)
+        assert (one == other) != judged
 
 
 def test_work_with_what_cannot_be_told_is_kept_for_this_run_alone(tmp_path, caplog):

@@ -64,6 +64,7 @@ class Result:
     parcel: Parcel
 
     @classmethod
+    @in_turn
     def load(cls, path: str | Path, model: nn.Module, data: Data) -> "Result":
         """The result of an earlier run, from its native file: to be shown, or to be exported.
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import secrets
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -40,13 +41,15 @@ DTYPES = {
 
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at
-PARTS = 16  # in which examples are judged
+ALONE = 0.1  # share by which a distance must fall where one part of the examples judges alone
 
 
 UNKNOWN = (
     "on part of a batch the network answers otherwise, or not at all, so each batch counts as one "
     "example; if it holds several, say along which axis: Task(batches, axes=...)"
 )
+
+UNABLE = "the network does not run on some of its examples, or on many at once"
 
 
 class Clock(Protocol):
@@ -116,8 +119,11 @@ class Distance:
         Where outputs are only told to be scores, they may be no further as values either.
         """
         gains = other.divergences - self.divergences
-        doubt = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-        return float(gains.mean()) >= doubt and (self.declared or self.error <= other.error)
+        doubt = ALONE * other.divergence
+        if len(gains) > 1:
+            doubt = float(gains.std()) / math.sqrt(len(gains))
+        sure = float(gains.mean()) > doubt
+        return sure and (self.declared or self.error <= other.error)
 
     def since(self, before: "Distance") -> str:
         """Both in words: the divergence, or the error where only that says that it is further."""
@@ -153,7 +159,7 @@ class Workpiece:
         """Survey and fold a copy of a model; the model itself is not touched."""
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise PlanError(f"seed is a whole number from 0 to {2**32 - 1}; found {seed!r}")
-        parts = ("forward", "loss", "vary", "evaluate", "outputs", "weights", "axes")
+        parts = ("forward", "loss", "vary", "outputs", "weights", "axes")
         calls = {part: getattr(task, part) for part in parts}
         check(model)
         original, model = model, copied(model)
@@ -180,16 +186,26 @@ class Workpiece:
         """The canonical float weight of a site, on the CPU, where solvers run."""
         return site.kind.weight(self.model.get_submodule(site.name)).detach().cpu()
 
-    def key(self, name: str, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+    def key(
+        self,
+        name: str,
+        given: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+        judged: bool = False,
+    ) -> str:
         """The key of work on this task: `content_key` of network, seed, batches and functions, too.
 
-        Functions, and the network's own code, count by what they compute (`fingerprint`).
+        Functions, and the network's own code, count by what they compute (`fingerprint`). judged:
+        whether `Task(evaluate=...)` has a say in it.
         """
         network = {f"net.{name}": t for name, t in stored_tensors(self.model).items()}
+        told = [self.told]
+        if judged:
+            told.append(_told({"evaluate": self.task.evaluate}, self.jobs))
         key = self.jobs.key(
-            name, {**given, **network}, {**settings, "seed": self.seed, "told": self.told}
+            name, {**given, **network}, {**settings, "seed": self.seed, "told": told}
         )
-        return f"{ONCE}{key}" if self.told.startswith(ONCE) else key
+        return f"{ONCE}{key}" if any(part.startswith(ONCE) for part in told) else key
 
     def held(self, name: str, tensor: Tensor) -> Tensor:
         """An uncompressed tensor of the network, rounded to the type that a file stores it in."""
@@ -230,33 +246,37 @@ class Workpiece:
     @functools.cached_property
     def answers(self) -> Answers:
         """What the outputs are, as the task declares it or the float network's answers tell."""
-        told: list[list[Tensor]] = []
+        axes, told = self.task.examples, list[list[Tensor]]()
         seen = size = 0
         with torch.no_grad():
             for batch in self.task.read():
                 told.append(outputs(self.task.run(self.model, batch)))
-                seen += self.task.examples.count(batch)
+                seen += axes.count(batch)
                 size += sum(t.numel() for t in told[-1])
                 if seen >= ANSWERS or size >= ENTRIES:
                     break
-        return Answers.of(told, self.task.outputs, self.task.weights)
+        count = axes.count(self.task.read()[0])
+        places = [axes.of_layer(answer, count) for answer in told[0]]
+        return Answers.of(told, self.task.outputs, self.task.weights, places)
 
-    def distance(self, student: nn.Module, batches: Sequence[Batch]) -> "Distance":
-        """How far a compressed network is from the float one on some batches.
+    def distance(self, student: nn.Module, parts: Sequence[Sequence[Batch]]) -> "Distance":
+        """How far a compressed network is from the float one on each part of some examples.
 
-        They are taken in parts of about equally many examples, to show how much these differ.
+        A part is one or more batches, which count alike (see `judging_parts`).
         """
-        axes = self.task.examples
-        size = max(1, sum(map(axes.count, batches)) // PARTS)
-        divergences, errors = [], []
+        divergences: list[float] = []
+        errors: list[float] = []
         with torch.no_grad():
-            for batch in batches:
-                for k in range(0, axes.count(batch), size):
-                    part = axes.cut(batch, slice(k, k + size))
-                    ours = outputs(self.task.run(student, part))
-                    theirs = outputs(self.task.run(self.model, part))
-                    divergences.append(float(self.answers.divergence(ours, theirs)))
-                    errors.append(float(self.answers.error(ours, theirs)))
+            for part in parts:
+                pairs = [
+                    (outputs(self.task.run(student, b)), outputs(self.task.run(self.model, b)))
+                    for b in part
+                ]
+                for kept, measure in (
+                    (divergences, self.answers.divergence),
+                    (errors, self.answers.error),
+                ):
+                    kept.append(statistics.mean(float(measure(*pair)) for pair in pairs))
         declared = self.answers.declared
         return Distance(torch.tensor(divergences), torch.tensor(errors), declared)
 

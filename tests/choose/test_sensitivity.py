@@ -134,3 +134,27 @@ def test_small_scores_predict_small_errors():
     moved = functional_call(model, {"0.weight": model[0].weight + change}, (x,))
     real = ((moved - model(x)).square().mean(0) / model(x).var(0, correction=0)).mean()
     assert score == pytest.approx(real.item(), rel=0.25)
+
+
+@pytest.mark.parametrize("length", [8, 12, 5])
+def test_a_layer_scores_the_same_whichever_axis_the_examples_lie_along(length):
+    torch.manual_seed(0)
+    net = settled(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)))
+
+    class Summed(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.net, self.first = net, first
+
+        def forward(self, x):  # one output per example
+            return self.net(x).sum((2, 1 - self.first))[:, None]
+
+    x = rand(4, length, 6)
+    changes = {"net.0": 0.01 * rand(3, 16, 6), "net.2": 0.01 * rand(3, 4, 16)}
+    scores = []
+    for first, batch in ((0, x), (1, x.transpose(0, 1).contiguous())):
+        piece = Workpiece.of(Summed(first), Task([batch]), Jobs())
+        assert piece.task.axes == (first,)
+        scores.append(output_errors(piece, changes))
+    for name in changes:
+        assert torch.allclose(scores[0][name], scores[1][name], rtol=1e-4)

@@ -93,7 +93,7 @@ def test_neither_units_nor_offsets_of_values_matter(shape):
     moved = [t * units + 50 * units for t in (ours, theirs)]
     answers = Answers.of([[moved[1]]], "values")
     assert float(answers.error(moved[:1], moved[1:])) == pytest.approx(float(error), rel=0.3)
-    parts = answers.element_weights(0, moved[1])
+    parts = answers.element_weights(0, moved[1], len(theirs))
     weighed = ((moved[0] - moved[1]).square() * parts).sum() / len(theirs)
     assert float(weighed) == pytest.approx(float(answers.error(moved[:1], moved[1:])), rel=1e-4)
 

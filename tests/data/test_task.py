@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rabbet import Task
-from rabbet.data.augment import Pool
+from rabbet.data.augment import PARTS, Pool, judging_parts
 from rabbet.data.batches import replaced, suited, tensors
 from rabbet.data.examples import Axes
 from rabbet.errors import DataError
@@ -136,3 +136,59 @@ def test_what_was_read_before_an_error_is_not_kept():
     for _ in range(2):
         with pytest.raises(DataError, match="batch 2 of the data"):
             task.read()
+
+
+def test_what_all_examples_share_is_never_taken_from_another_batch():
+    axes = Axes((0, None))
+    batches = [(rows(0, 8), torch.tensor(float(k))) for k in (1, 1, 2, 2)]
+    gathered, unused = axes.gathered(batches, 1024)
+    assert len(gathered[0]) == 16
+    assert [float(t) for _, t in unused] == [2, 2]
+    pool = Pool.of(batches, axes)
+    assert len(pool.parts) == 4
+    assert len(Pool.of(batches[:2], axes).parts) == 1
+
+
+def test_a_batch_that_is_not_like_the_first_is_refused():
+    task = Task([(rows(0, 8), rows(0, 8)), (rows(0, 8),)])
+    with pytest.raises(DataError, match="make batches alike"):
+        task.read()
+    assert len(Task([(rows(0, 8), rows(0, 8)), (rows(0, 8),)], axes=()).read()) == 2
+
+
+def test_a_limit_is_of_examples_where_a_batch_cannot_be_cut():
+    assert len(Task([rows(0, 8)] * 9, axes=(), limit=20).read()) == 3
+
+
+def test_examples_are_told_in_what_a_layer_is_given():
+    first, time, none = Axes((0,)), Axes((1,)), Axes()
+    x = torch.arange(24.0).view(6, 4, 1)
+    assert first.of_layer(x, 3) == 0
+    assert first.of_layer(x, 5) is None
+    assert time.of_layer(x, 4) == 1
+    assert time.of_layer(x, 6) == 0  # what is left of time, such as a mean over it
+    assert time.of_layer(x, 3) is None
+    assert none.of_layer(x, 1) is None
+    one, other = first.halves(x, 3)  # two rows an example
+    assert torch.equal(one, x[[0, 1, 4, 5]])
+    assert torch.equal(other, x[[2, 3]])
+    assert [h.shape[1] for h in time.halves(x, 4)] == [2, 2]
+    assert first.halves(x[:1], 1) == none.halves(x, 2) == []
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_examples_that_judge_come_in_parts_of_about_equal_size(images):
+    shape = (3, 8, 8) if images else (5,)
+    batches = [torch.rand(9, *shape) for _ in range(5)]
+    parts = judging_parts(batches, Axes((0,)), 0)
+    assert len(parts) == PARTS
+    assert {len(part) for part in parts} == {5 if images else 1}
+    assert {len(version) for part in parts for version in part} <= {2, 3}
+    assert torch.equal(torch.cat([part[0] for part in parts]), torch.cat(batches))
+    apart = judging_parts([*batches, torch.rand(9, *shape[:-1], 11)], Axes((0,)), 0)
+    assert {len(part) for part in apart} == {1}
+    assert sum(len(part[0]) for part in apart) == 54
+    assert [len(p) for p in judging_parts([batches[0][:2]], Axes((0,)), 0)] == [
+        5 if images else 1
+    ] * 2
+    assert judging_parts(batches, Axes(), 0) == [[b] for b in batches]

@@ -482,7 +482,7 @@ def _student(piece, line="dense@2hc | act@8"):
 def test_tuning_brings_the_answers_nearer_to_the_float_network():
     piece = _piece(count=24)
     student = _student(piece)
-    unseen = [rand(64, 3, 8, 8, seed=999)]
+    unseen = [[rand(64, 3, 8, 8, seed=999)]]
     before = piece.distance(student, unseen).divergence
     note = tune(student, piece, Tuning(steps=100, batch=32))
     assert note.startswith("tuned 100 steps")
@@ -523,7 +523,7 @@ def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
     blocks = block_names(piece.survey)
     assert blocks
     told = [float(distillation_loss(student, piece, batch, blocks, share)) for share in (0, 1, 3)]
-    assert told[0] == pytest.approx(piece.distance(student, [batch]).divergence)
+    assert told[0] == pytest.approx(piece.distance(student, [[batch]]).divergence)
     assert told[2] - told[0] == pytest.approx(3 * (told[1] - told[0]), rel=1e-3)
     assert 0 < told[0] < told[1]
     assert float(distillation_loss(piece.model, piece, batch, blocks, 1.0)) == pytest.approx(

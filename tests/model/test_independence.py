@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rabbet import Joint, Task, compress, survey
-from rabbet.data.batches import tensors
+from rabbet.data.batches import replaced, tensors
 from rabbet.data.task import call
 from rabbet.errors import ModelError
 from rabbet.model.independence import with_axes
@@ -63,6 +63,13 @@ CASES = {
     "time first": (encoder(False), rand(24, 8, 6), (1,)),
     "time first, one sequence": (encoder(False), rand(24, 1, 6), (1,)),
     "a recurrent layer": (nn.LSTM(6, 16), rand(24, 8, 6), (1,)),
+    "one place in time": (nn.MultiheadAttention(6, 2), (rand(1, 8, 6),) * 3, (1, 1, 1)),
+    "a mean of one": (Calls(lambda ls, x: ls[0](x - x.mean(0)), nn.Linear(6, 4)), rand(1, 6), ()),
+    "at most eight": (
+        Calls(lambda ls, x: ls[0](x + torch.zeros(8, 6)[: len(x)]), nn.Linear(6, 4)),
+        rand(8, 6),
+        (),
+    ),
     "its state beside": (nn.GRU(6, 16), (rand(24, 8, 6), rand(1, 8, 16)), (1, 1)),
     "a graph": (Calls(graph, nn.Linear(6, 4)), (rand(30, 6), EDGES), ()),
     "bags": (
@@ -114,7 +121,7 @@ def test_a_layer_costs_what_one_sequence_of_it_costs_whichever_axis_comes_first(
 )
 def test_networks_of_every_kind_of_batch_are_compressed_and_corrected(name):
     model, batch, axes = CASES[name]
-    several = [batch, batch, batch]
+    several = [replaced(batch, lambda t: t.clone()) for _ in range(3)]
     result = compress(model.eval(), "bits <= 6", Task(several, limit=64), QUICK)
     assert all("layers not solved again" not in note for note in result.notes)
     assert any("Task(batches, axes=...)" in n for n in result.survey.notes) == (not axes)

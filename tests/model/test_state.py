@@ -10,7 +10,7 @@ from networks import rand, settled
 from torch import nn
 
 from rabbet import Joint, Task, accuracy, compress, fit, load, plan, price, survey
-from rabbet.data.state import clean_pass, state_kept
+from rabbet.data.state import clean_pass, seed_of, state_kept
 from rabbet.methods import QUALITY
 from rabbet.train.tuning import Tuning
 
@@ -212,3 +212,11 @@ def test_a_network_that_draws_is_told_of_and_gives_the_same_bytes(tmp_path):
     assert "draws random numbers" in survey(net, X).notes[0]
     assert "draws random numbers" in str(result)
     assert not survey(settled(Recording()), X).notes
+
+
+def test_batches_that_begin_alike_draw_different_numbers():
+    dark = torch.zeros(3, 8, 1, 28, 28)
+    dark[..., 9:20, 9:20] = torch.rand(3, 8, 1, 11, 11)
+    labels = torch.arange(3)
+    seeds = {seed_of(batch) for batch in dark} | {seed_of((dark[0], k)) for k in labels}
+    assert len(seeds) == 6

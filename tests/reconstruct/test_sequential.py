@@ -1,5 +1,8 @@
 """Layers solved again in order: kept where held-back examples agree, undone where they do not."""
 
+import functools
+
+import pytest
 import torch
 from networks import rand, settled
 from torch import nn
@@ -7,13 +10,14 @@ from torch import nn
 import rabbet
 from rabbet import Joint, Task
 from rabbet.core.plan import LayerPlan, Plan
+from rabbet.data.examples import Axes
 from rabbet.jobs import Jobs
 from rabbet.methods import QUALITY
 from rabbet.model.compressed import compressed_layers
 from rabbet.reconstruct import sequential
 from rabbet.reconstruct.network import solved
 from rabbet.train.tuning import Tuning
-from rabbet.workpiece import Workpiece
+from rabbet.workpiece import Distance, Workpiece
 
 
 def _network():
@@ -32,7 +36,7 @@ def _plan(piece, text):
 
 def test_corrections_that_help_are_kept(monkeypatch):
     piece = _piece(_network(), [rand(64, 3, 10, 10, seed=k) for k in range(4)])
-    plan, unseen = _plan(piece, "dense@2hc"), [rand(64, 3, 10, 10, seed=9)]
+    plan, unseen = _plan(piece, "dense@2hc"), [[rand(64, 3, 10, 10, seed=9)]]
     student, note = solved(piece, plan)
     assert not note
     monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
@@ -69,7 +73,7 @@ def test_few_examples_of_wide_layers_do_not_make_the_network_worse(monkeypatch):
     torch.manual_seed(0)
     layers = [nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
     piece = _piece(settled(nn.Sequential(*layers)), [rand(8, 256), rand(8, 256, seed=1)])
-    plan, unseen = _plan(piece, "dense@8c | act@8"), [rand(256, 256, seed=9)]
+    plan, unseen = _plan(piece, "dense@8c | act@8"), [[rand(256, 256, seed=9)]]
     ours = piece.distance(solved(piece, plan)[0], unseen).divergence
     monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
     assert ours <= 1.05 * piece.distance(solved(piece, plan)[0], unseen).divergence
@@ -79,3 +83,53 @@ def test_without_a_second_example_nothing_is_corrected():
     method = Joint(grids=("4c",), adapters=(), forms=(), act=None, tuning=Tuning(steps=0))
     result = rabbet.compress(settled(nn.Linear(6, 4)), "bits <= 32", [rand(1, 6)], method)
     assert "layers not solved again in order: too few examples to hold one back" in result.notes
+
+
+def _distance(*divergences, errors=None):
+    values = torch.tensor(divergences)
+    return Distance(values, values if errors is None else torch.tensor(errors), declared=True)
+
+
+def test_nearer_is_what_is_nearer_by_more_than_chance():
+    start = _distance(1.0, 2.0, 3.0, 4.0)
+    assert _distance(0.9, 1.9, 2.9, 3.9).is_below(start)
+    assert not start.is_below(start)
+    assert not _distance(0.0, 3.0, 2.0, 4.9).is_below(start)
+    assert not _distance(0.95).is_below(_distance(1.0))  # one part cannot say how much parts differ
+    assert _distance(0.8).is_below(_distance(1.0))
+
+
+class _Fixed(nn.Module):
+    """Takes 32 examples at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("places", torch.zeros(32, 16))
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x + self.places[: len(x)])))
+
+
+@pytest.mark.parametrize("axes", [None, 0])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_network_that_takes_no_more_than_its_batches_is_compressed(axes, steps):
+    method = Joint(grids=("4c",), adapters=(), forms=(), act=None, tuning=Tuning(steps, batch=64))
+    data = Task([rand(32, 16, seed=k) for k in range(8)], axes=axes)
+    result = rabbet.compress(settled(_Fixed()), "bits <= 32", data, method)
+    assert any("on many at once" in n or "one example" in n for n in result.notes)
+
+
+def test_an_expert_that_is_shown_other_places_is_not_matched():
+    torch.manual_seed(0)
+    layer = settled(nn.Sequential(nn.Linear(6, 4)))
+    piece = _piece(layer, [rand(64, 6) + 2])
+    student = solved(piece, _plan(piece, "dense@8c"))[0]
+    met, halves = rand(64, 6) + 2, functools.partial(Axes((0,)).halves, count=64)
+    seen = sequential._in_halves(layer(met), piece.survey["0"], halves)
+    hook = sequential._matcher(seen, sequential.GAIN, met.shape, halves)
+    compressed, others = student[0], rand(5, 6) - 2
+    before = compressed.bias.clone()
+    out = compressed(others)
+    assert torch.equal(hook(compressed, (others,), out), out)
+    assert torch.equal(compressed.bias, before)

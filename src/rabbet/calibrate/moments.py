@@ -22,16 +22,20 @@ EXAMPLES = 4096  # from which rows are drawn, about: more only take longer
 
 @dataclass
 class _Moment:
-    """The running mean of x x^T over patches, [groups, n, n], summed in double."""
+    """The running mean of x x^T over patches, [groups, n, n], summed in double.
+
+    most: rows that are drawn from one call, about.
+    """
 
     site: Site
-    places: int
+    most: int
     generator: torch.Generator
     total: Tensor | None = None
     rows: int = 0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
-        rows = self.site.patches(args[0].detach().float(), self.places, self.generator)
+        given = args[0].detach().float()
+        rows = self.site.patches(given, -(-self.most // max(1, len(given))), self.generator)
         if not torch.isfinite(rows).all():
             raise DataError(
                 f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; "
@@ -61,7 +65,6 @@ def second_moments(
     """
     batches, size = task.read(), task.examples.count
     batches = batches[:: max(1, sum(map(size, batches)) // EXAMPLES)]
-    count = sum(map(size, batches))
     moments: dict[str, _Moment] = {}
     hooks: list[Hook] = []
     for site in survey:
@@ -69,8 +72,8 @@ def second_moments(
             continue
         met = site.head if site.heads else site
         rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
-        places = max(1, -(-rows // (count * met.calls)))
-        moments[site.name] = _Moment(met, places, torch.Generator().manual_seed(seed))
+        most = -(-rows // (len(batches) * met.calls))
+        moments[site.name] = _Moment(met, most, torch.Generator().manual_seed(seed))
         layers = [model.get_submodule(name) for name in site.heads or (site.name,)]
         hooks += [(layer, moments[site.name]) for layer in layers]
     with hooked(before=hooks):

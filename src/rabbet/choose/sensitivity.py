@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch, outputs
+from rabbet.data.examples import Axes
 from rabbet.errors import DataError, ModelError, RabbetError
 from rabbet.layers import Site
 from rabbet.model.hooks import hooked
@@ -39,16 +40,16 @@ def output_errors(
     """
     generator = torch.Generator().manual_seed(piece.seed)
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
-    count = 0
+    count, axes = 0, piece.task.examples
     sites = [s for s in piece.survey if s.name in changes]
     for batch in piece.task.read():
-        size = piece.task.examples.count(batch)
+        size = axes.count(batch)
         calls, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
         for site in sites:
             met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
             if any(g is not None for _, _, g in met):
-                total[site.name] += _projected(site, met, changes[site.name], size)
+                total[site.name] += _projected(site, met, changes[site.name], axes, size)
             else:
                 total[site.name] += size * _own_error(piece.weight(site), met, changes[site.name])
         count += size
@@ -58,10 +59,16 @@ def output_errors(
     return {name: t / count for name, t in total.items()}
 
 
-def _signs(answers: Answers, place: int, answer: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs of an output, times the roots of what its elements count."""
-    signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
-    return signs * answers.element_weights(place, answer.detach()).sqrt()
+def _signed(
+    answers: Answers, values: Sequence[Tensor], count: int, generator: torch.Generator
+) -> Tensor:
+    """The sum of all outputs of `count` examples with random signs, each element as it counts."""
+    total = []
+    for place, answer in enumerate(values):
+        signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
+        roots = answers.element_weights(place, answer.detach(), count).sqrt()
+        total.append((signs * roots * answer).sum().float())
+    return torch.stack(total).sum()
 
 
 def require_gradients(piece: Workpiece) -> None:
@@ -95,12 +102,9 @@ def _slopes(
     """
     calls, result = _recorded(piece, sites, batch)
     answers = outputs(result)
-    signs = [_signs(piece.answers, k, t, generator) for k, t in enumerate(answers)]
     if not all(torch.isfinite(t).all() for t in answers):
         raise DataError("the network's outputs hold NaN or infinite values on the given batches")
-    objective = torch.stack(
-        [(s * t).sum().float() for s, t in zip(signs, answers, strict=True)]
-    ).sum()
+    objective = _signed(piece.answers, answers, piece.task.examples.count(batch), generator)
     flat = [out for site in sites for _, _, out in calls[site.name]]
     inner = [out for out in flat if out.requires_grad]
     if not inner or not objective.requires_grad:
@@ -156,15 +160,20 @@ def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
         )
 
 
-def _projected(site: Site, met: Sequence[Met], changes: Tensor, batch: int) -> Tensor:
-    """Sum over examples of (gradient . change)^2, [candidates].
+def _projected(site: Site, met: Sequence[Met], changes: Tensor, axes: Axes, batch: int) -> Tensor:
+    """Sum over a batch's examples of (gradient . change)^2, [candidates].
 
     A first axis of several rows an example (windows, frames or tokens flattened into it) is split
-    evenly. One that the batch does not divide counts as one example: the signs of examples are
-    independent, so the expectation is the same.
+    evenly. Where a layer's input does not tell where its examples lie, all count as one: their
+    signs are independent, so the expectation is the same.
     """
     used = [(role, x, g) for role, x, g in met if g is not None]
-    count = batch if all(g.ndim > 1 and len(x) % batch == 0 for _, x, g in used) else 1
+    places = {0 if site.space else axes.of_layer(x, batch) for _, x, _ in used}
+    place = places.pop() if len(places) == 1 else None
+    if place is not None:
+        used = [(role, x.movedim(place, 0), g.movedim(place, 0)) for role, x, g in used]
+    told = place is not None and all(g.ndim > 1 and len(x) % batch == 0 for _, x, g in used)
+    count = batch if told else 1
     step = max(1, min(count, ENTRIES // site.numel))
     total = torch.zeros(len(changes), dtype=torch.float64)
     flat = changes.flatten(1)  # [candidates, numel]

@@ -53,10 +53,12 @@ class Answers:
         answers: Sequence[Sequence[Tensor]],
         kinds: Kind | Sequence[Kind] | None = None,
         weights: Sequence[float] | None = None,
+        examples: Sequence[int | None] = (),
     ) -> "Answers":
         """From the outputs of a float network for each of some batches, [batches][outputs].
 
         kinds: what the user says of all outputs, or of each. weights: what each output counts.
+        examples: the axis of each output along which examples lie, the first if nothing is said.
         Raises DataError if the user speaks of another number of outputs than there are.
         """
         # Lists of images have as many outputs as there are images: those that all batches have.
@@ -70,7 +72,8 @@ class Answers:
                     f"{len(columns)} floating ones"
                 )
         told = kinds or ["scores" if _are_scores(column) else "values" for column in columns]
-        axes = [_channel_axis(column) for column in columns]
+        places = [*examples, *[0] * len(columns)][: len(columns)]
+        axes = [_channel_axis(column, place) for column, place in zip(columns, places, strict=True)]
         variances = [_variances(c, axis) for c, axis in zip(columns, axes, strict=True)]
         given = [1.0] * len(columns) if weights is None else list(weights)
         mean = sum(given) / len(given)
@@ -105,14 +108,14 @@ class Answers:
     def _relative(self, place: int, ours: Tensor, theirs: Tensor) -> Tensor:
         return ((ours - theirs).square() / self._spread(place, theirs)).mean()
 
-    def element_weights(self, place: int, answer: Tensor) -> Tensor:
+    def element_weights(self, place: int, answer: Tensor, count: int) -> Tensor:
         """What the squared error of each element of an output counts, broadcastable to it.
 
-        Where every element errs by the deviation of its channel, the sum over an example is the
-        weight of the output.
+        count: examples that the output is of. Where every element errs by the deviation of its
+        channel, the sum over an example is the weight of the output.
         """
         place = self._place(place)
-        inner = max(1, answer.numel() // max(1, len(answer))) if answer.ndim else 1
+        inner = max(1, answer.numel() // count)
         return self.weights[place] / (inner * self._spread(place, answer))
 
     def _spread(self, place: int, answer: Tensor) -> Tensor:
@@ -164,12 +167,16 @@ def _entropy(rows: Tensor) -> float:
     return float(-(logs.exp() * logs).sum(-1).mean())
 
 
-def _channel_axis(column: Sequence[Tensor]) -> int | None:
-    """The axis, of those whose length never changes, along which sizes differ most."""
+def _channel_axis(column: Sequence[Tensor], examples: int | None) -> int | None:
+    """The axis, of those whose length never changes, along which sizes differ most.
+
+    examples: the axis of examples, which is none of these, as the first is none.
+    """
     first = column[0]
     if any(t.ndim != first.ndim for t in column):
         return None
-    fixed = [a for a in range(1, first.ndim) if len({t.shape[a] for t in column}) == 1]
+    inner = [a for a in range(1, first.ndim) if a != examples]
+    fixed = [a for a in inner if len({t.shape[a] for t in column}) == 1]
     return max(fixed, key=lambda a: _contrast(first, a), default=None)
 
 

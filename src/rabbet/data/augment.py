@@ -14,6 +14,9 @@ from torch import Tensor
 from rabbet.data.batches import Batch, replaced, tensors
 from rabbet.data.examples import Axes
 
+PARTS = 16  # in which examples are judged
+COPIES = 4  # augmented ones of each image that judges
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -29,14 +32,13 @@ class Pool:
 
     @classmethod
     def of(cls, batches: Sequence[Batch], axes: Axes) -> "Pool":
-        """Join batches if all shapes agree; otherwise they are kept apart and drawn whole."""
-        first, *others = [axes.shapes(batch) for batch in batches]
-        if not axes.known or any(shapes != first for shapes in others):
+        """Join batches if that can be; otherwise they are kept apart and drawn whole."""
+        if not all(axes.joinable(batches[0], batch) for batch in batches):
             return cls(tuple(batches), axes, None)
         joined = axes.join(batches)
         images = [
             k
-            for k, (t, (axis, _)) in enumerate(zip(tensors(joined), first, strict=True))
+            for k, (t, axis) in enumerate(zip(tensors(joined), axes.each, strict=True))
             if axis == 0 and t.ndim == 4 and t.is_floating_point() and min(t.shape[2:]) >= 8
         ]
         return cls((joined,), axes, images[0] if len(images) == 1 else None)
@@ -57,12 +59,16 @@ class Pool:
         whole = self.parts[0]
         index = torch.randperm(self.axes.count(whole), generator=generator)[:size]
         chosen = self.axes.take(whole, index)
+        return self.augmented(chosen, generator) if augment else chosen
+
+    def augmented(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The same examples, their images augmented."""
         place = itertools.count()
 
         def changed(t: Tensor) -> Tensor:
             return mixed(cropped(t, generator), generator) if next(place) == self.image else t
 
-        return replaced(chosen, changed) if augment else chosen
+        return replaced(batch, changed)
 
 
 def cropped(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,15 +113,30 @@ def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
     return images * (1 - weight) + other * weight
 
 
-def with_augmented(batches: Sequence[Batch], axes: Axes, seed: int) -> list[Batch]:
-    """The batches and, if they hold images, four augmented copies of all of them.
+def judging_parts(batches: Sequence[Batch], axes: Axes, seed: int) -> list[list[Batch]]:
+    """Examples to judge by, in parts of about equally many, which show how much examples differ.
 
-    A network is so confident on images that it was trained on that small differences do not show
-    there.
+    Images come with four augmented copies of the same part: a network is so confident on images
+    that it was trained on that small differences do not show there.
     """
     pool = Pool.of(batches, axes)
-    if pool.image is None:
-        return list(batches)
+    if len(pool.parts) > 1:
+        total = sum(map(axes.count, batches))
+        return [
+            [part]
+            for batch in batches
+            for part in _cut(batch, axes, round(PARTS * axes.count(batch) / total))
+        ]
     generator = torch.Generator().manual_seed(seed)
-    count = axes.count(pool.parts[0])
-    return [*batches, *(pool.draw(count, generator) for _ in range(4))]
+    whole = pool.parts[0]
+    copies = 0 if pool.image is None else COPIES
+    versions = [whole, *(pool.augmented(whole, generator) for _ in range(copies))]
+    return [list(part) for part in zip(*(_cut(v, axes, PARTS) for v in versions), strict=True)]
+
+
+def _cut(batch: Batch, axes: Axes, parts: int) -> list[Batch]:
+    """A batch in at most so many parts, whose sizes differ by one at most."""
+    count = axes.count(batch)
+    parts = max(1, min(parts, count))
+    ends = [count * k // parts for k in range(parts + 1)]
+    return [axes.cut(batch, slice(a, b)) for a, b in itertools.pairwise(ends)]

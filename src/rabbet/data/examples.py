@@ -62,17 +62,21 @@ class Axes:
         return self._changed(batch, lambda t, axis: t.index_select(axis, index.to(t.device)))
 
     def shapes(self, batch: Batch) -> list[tuple[int | None, tuple[int, ...]]]:
-        """For each tensor its axis, and its shape without that.
-
-        Batches of which this is equal can be joined.
-        """
+        """For each tensor its axis, and its shape without that."""
         return [
             (a, tuple(size for d, size in enumerate(t.shape) if d != a))
             for t, a in zip(tensors(batch), self._of(batch), strict=True)
         ]
 
+    def joinable(self, one: Batch, other: Batch) -> bool:
+        """Whether two batches can be one: their shapes agree, and what all examples share."""
+        if not self.known or self.shapes(one) != self.shapes(other):
+            return False
+        pairs = zip(tensors(one), tensors(other), self.each, strict=True)
+        return all(axis is not None or torch.equal(a, b) for a, b, axis in pairs)
+
     def join(self, batches: Sequence[Batch]) -> Batch:
-        """Several batches of the same shapes as one; shared tensors are those of the first."""
+        """Several batches that are `joinable` as one."""
         if len(batches) == 1:
             return batches[0]
         columns = iter([*zip(*map(tensors, batches), strict=True)])
@@ -85,12 +89,11 @@ class Axes:
     def gathered(self, batches: Sequence[Batch], limit: int) -> tuple[Batch, list[Batch]]:
         """At most `limit` examples as one batch, and the batches of which none was taken.
 
-        The first batches are joined while their shapes agree.
+        The first batches are joined while they are `joinable`.
         """
         parts, count = [batches[0]], self.count(batches[0])
         for batch in batches[1:]:
-            alike = self.known and self.shapes(batch) == self.shapes(parts[0])
-            if count >= limit or not alike:
+            if count >= limit or not self.joinable(parts[0], batch):
                 break
             parts.append(batch)
             count += self.count(batch)
@@ -115,6 +118,30 @@ class Axes:
             seen += size
         return kept, held
 
+    def of_layer(self, x: Tensor, count: int) -> int | None:
+        """The axis of a layer's input or output along which a batch's examples lie.
+
+        On the first axis each may have several rows (windows, frames, tokens). None if the tensor
+        does not tell.
+        """
+        axis = next((a for a in self.each if a is not None), None)
+        if axis is None or not x.ndim:
+            return None
+        if axis == 0:
+            return 0 if len(x) % count == 0 else None
+        return next((a for a in (axis, 0) if x.shape[a : a + 1] == (count,)), None)
+
+    def halves(self, x: Tensor, count: int) -> list[Tensor]:
+        """A layer's input or output by every second example of a batch of so many.
+
+        Nothing if there are no two, or if they cannot be told apart.
+        """
+        axis = self.of_layer(x, count)
+        if axis is None or count < 2 or not x.numel():
+            return []
+        rows = torch.arange(x.shape[axis], device=x.device).view(count, -1)
+        return [x.index_select(axis, rows[k::2].flatten()) for k in (0, 1)]
+
     def fit(self, batch: Batch) -> bool:
         """Whether a batch has as many tensors, and they these axes."""
         parts = tensors(batch)
@@ -123,8 +150,16 @@ class Axes:
         )
 
     def _of(self, batch: Batch) -> tuple[int | None, ...]:
-        """The axes of a batch that is like the first one; none of another, which is one example."""
-        return self.each if self.fit(batch) else (None,) * len(tensors(batch))
+        """The axes of a batch's tensors. Raises DataError for one that is not like the first."""
+        if not self.known:
+            return (None,) * len(tensors(batch))
+        if not self.fit(batch):
+            raise DataError(
+                f"the examples of a batch lie along axes {self.each} of its tensors, as declared "
+                f"or as in the first batch; this one is {describe(batch)}: make batches alike, or "
+                "say Task(batches, axes=())"
+            )
+        return self.each
 
     def _changed(
         self,

@@ -25,7 +25,7 @@ OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 CHANCE = (random.Random, np.random.Generator, np.random.RandomState)
 LARGE = 1000  # entries of a container, beyond which its entries are not looked into: a vocabulary
-ENTRIES = 16  # of the first tensor of a batch, which its seed depends on
+ENTRIES = 1024  # of each tensor of a batch, evenly spread, which its seed depends on
 
 
 class Solved(nn.Module):
@@ -155,10 +155,13 @@ def _seeded(model: nn.Module, batch: Batch, seen: Pass) -> Iterator[None]:
 
 
 def seed_of(batch: Batch) -> int:
-    """The seed of a pass: the first entries of a batch, so that batches draw different numbers."""
-    first = next(iter(tensors(batch)), torch.zeros(0))
-    head = first.detach().flatten()[:ENTRIES].cpu().contiguous()
-    return zlib.crc32(head.view(torch.uint8).numpy().tobytes())
+    """The seed of a pass, from entries of all of a batch: other batches draw other numbers."""
+    seed = 0
+    for tensor in tensors(batch):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // ENTRIES)].cpu().contiguous()
+        seed = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), seed)
+    return seed
 
 
 _Place = tuple[Callable[[], Any], Callable[[Any], Any], Callable[[int], Any]]

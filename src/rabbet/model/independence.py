@@ -1,8 +1,8 @@
 """Along which axis the examples of a batch lie, told by running the network on some of them.
 
-Examples are what a network answers one by one: without the first half of them, it answers the
-others as before. That holds for no other axis of a batch, such as time, nodes of a graph or
-channels, unless the network treats its entries one by one as well.
+Examples are what a network answers one by one: without the first half of them, or behind as many
+others, it answers as before. That holds for no other axis of a batch, such as time, nodes of a
+graph or channels, unless the network treats its entries one by one as well.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rabbet.data.batches import Batch, floating
+from rabbet.data.batches import Batch, floating, replaced
 from rabbet.data.examples import Axes
 from rabbet.data.task import Task, evaluating
 
@@ -39,17 +39,38 @@ def with_axes(model: nn.Module, task: Task) -> Task:
 def _independent(
     model: nn.Module, task: Task, batch: Batch, axes: Axes, whole: Sequence[Tensor]
 ) -> bool:
-    """Whether a network answers the last half of a batch, or each of two copies, as before."""
+    """Whether a network answers a batch behind others, and its last half alone, as before."""
     size = axes.count(batch)
-    part = axes.cut(batch, slice(size // 2, None)) if size > 1 else axes.join([batch, batch])
     try:
-        answers = floating(task.run(model, part))
-    except Exception:  # the forward is the user's, and may raise anything for part of a batch
+        behind = floating(task.run(model, axes.join([_others(batch, axes), batch])))
+        if not _end_alike(behind, whole, (2, 1)):
+            return False
+        if size == 1:
+            return True
+        half = floating(task.run(model, axes.cut(batch, slice(size // 2, None))))
+        return _end_alike(whole, half, (size, size - size // 2))
+    except Exception:  # the forward is the user's, and may raise anything for such batches
         return False
-    long, short = (whole, answers) if size > 1 else (answers, whole)
+
+
+def _others(batch: Batch, axes: Axes) -> Batch:
+    """As many other examples: the same in another order, or a single one changed."""
+    size = axes.count(batch)
+    if size > 1:
+        return axes.take(batch, torch.arange(size).roll(1))
+    owned = iter(axes.each)
+
+    def changed(t: Tensor) -> Tensor:
+        if next(owned) is None or not t.ndim:
+            return t
+        return t.flip(-1) * 0.5 if t.is_floating_point() else t.flip(-1)
+
+    return replaced(batch, changed)
+
+
+def _end_alike(long: Sequence[Tensor], short: Sequence[Tensor], sizes: tuple[int, int]) -> bool:
     if len(long) != len(short):
         return False
-    sizes = (size, size - size // 2) if size > 1 else (2, 1)
     told = [_ends_with(a, b, sizes) for a, b in zip(long, short, strict=True)]
     return True in told and False not in told
 

@@ -13,6 +13,7 @@ Both are estimates from a few examples. So each goes only as far as two halves o
 on it, and in the end others judge whether the network has become better at all.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
-from rabbet.data.augment import with_augmented
+from rabbet.data.augment import judging_parts
 from rabbet.data.batches import Batch
 from rabbet.data.examples import Axes
 from rabbet.errors import RabbetError
@@ -33,7 +34,7 @@ from rabbet.model.compressed import Compressed, Factor, compressed_layers, layer
 from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
 from rabbet.solve.rounding import Metric
-from rabbet.workpiece import Workpiece
+from rabbet.workpiece import UNABLE, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 ENTRIES = 2**29  # floats that the float network's inputs may take
@@ -46,12 +47,16 @@ JUDGES = 256  # examples that are enough to judge by
 BETWEEN = 128  # examples that choose the ranges between the factors of a layer
 
 
+Halves = Callable[[Tensor], list[Tensor]]
+"""Cuts an input or output of a layer into every second example, see `Axes.halves`."""
+
+
 @dataclass(frozen=True)
 class _Met:
     """The input of a layer of the float network, and the statistics of its outputs."""
 
     given: Tensor
-    outputs: "_Statistics"
+    outputs: "_Statistics | None"
 
 
 def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> str:
@@ -68,22 +73,22 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
     batch, unused = axes.gathered(train, min(limit, _affordable(piece, sites)))
-    judges = with_augmented(_first_batches([*held, *unused], axes), axes, piece.seed)
+    judges = judging_parts(_first_batches([*held, *unused], axes), axes, piece.seed)
     put_back = layers_kept(student)
     try:
         start = piece.distance(student, judges)
+        solve_in_order(student, piece, batch)
+        end = piece.distance(student, judges)
     except RabbetError:
         raise
-    except Exception as e:  # the forward is the user's: it may not take a part of a batch
-        return (
-            "layers not solved again in order: the network does not run on held-back examples "
-            f"alone ({type(e).__name__})"
-        )
-    solve_in_order(student, piece, batch)
-    end = piece.distance(student, judges)
+    except Exception as e:  # the forward is the user's: it may not take such parts of the batches
+        put_back()
+        return f"layers not solved again in order: {UNABLE} ({type(e).__name__})"
     if end.is_below(start):
         return ""
     put_back()
+    if torch.equal(start.divergences, end.divergences):
+        return ""  # nothing was to be corrected
     change = end.since(start)
     return f"solving layers again in order undone: no sure gain on held-back examples ({change})"
 
@@ -102,15 +107,17 @@ def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
     """
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
-    met = _meet(piece, sites, batch)
+    axes = piece.task.examples
+    halves: Halves = functools.partial(axes.halves, count=axes.count(batch))
+    met = _meet(piece, sites, batch, halves)
     sites = [s for s in sites if s.name in met]  # other examples may be sent another way
     solvers: list[Hook] = []
     matchers: list[Hook] = []
     for site in sites:
         layer, seen = layers[site.name], met[site.name]
-        solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given)))
-        if _gained(layer) and len(seen.given) > 1:
-            matchers.append((layer, _matcher(seen.outputs, GAIN)))
+        solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given, halves)))
+        if _gained(layer) and seen.outputs is not None:
+            matchers.append((layer, _matcher(seen.outputs, GAIN, seen.given.shape, halves)))
     with torch.no_grad(), hooked(before=solvers, after=matchers):
         piece.task.run(student, batch)
 
@@ -152,12 +159,14 @@ def _affordable(piece: Workpiece, sites: list[Site]) -> int:
     return max(1, ENTRIES // max(1, each))
 
 
-def _meet(piece: Workpiece, sites: list[Site], batch: Any) -> dict[str, _Met]:
+def _meet(piece: Workpiece, sites: list[Site], batch: Any, halves: Halves) -> dict[str, _Met]:
     met: dict[str, _Met] = {}
 
     def seen(site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            met[site.name] = _Met(args[0].detach().float().clone(), _in_halves(out.float(), site))
+            met[site.name] = _Met(
+                args[0].detach().float().clone(), _in_halves(out.float(), site, halves)
+            )
 
         return hook
 
@@ -169,14 +178,16 @@ def _meet(piece: Workpiece, sites: list[Site], batch: Any) -> dict[str, _Met]:
     return met
 
 
-def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Callable[..., None]:
+def _solver(
+    piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor, halves: Halves
+) -> Callable[..., None]:
     def hook(layer: Compressed, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
         met = args[0].float()
         if met.shape != wanted.shape or not len(wanted):
             return  # an expert that is shown other places, or none
         given = layer.quantisers[0](met) if layer.quantisers else met
         target = site.matrix(weight)
-        second, step = _step(target, _moments(site, given, wanted, piece.seed))
+        second, step = _step(target, _moments(site, given, wanted, piece.seed, halves))
         if step is not None:
             aim = (target + step).reshape(site.shape)
             held = [[f.numbers for f in factors] for factors in layer.factors]
@@ -190,20 +201,18 @@ def _solver(piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor) -> Cal
     return hook
 
 
-def _moments(site: Site, given: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _moments(
+    site: Site, given: Tensor, wanted: Tensor, seed: int, halves: Halves
+) -> tuple[Tensor, Tensor]:
     """Means of x' x'^T and of x x'^T over the same places, [halves, groups, n, n].
 
-    The halves are every second example; there is one half if there is one example.
+    The halves are every second example; there is one half where these cannot be told.
     """
     rows = max(PATCHES // site.columns, 8 * site.columns)
     places = max(1, -(-rows // len(given)))
-    halves = min(2, len(given))
     seconds, crosses = [], []
-    for k in range(halves):
-        ours, theirs = (
-            site.patches(x[k::halves], places, torch.Generator().manual_seed(seed))
-            for x in (given, wanted)
-        )
+    for pair in zip(halves(given) or [given], halves(wanted) or [wanted], strict=True):
+        ours, theirs = (site.patches(x, places, torch.Generator().manual_seed(seed)) for x in pair)
         seconds.append((ours.mT @ ours).cpu() / ours.shape[1])
         crosses.append((theirs.mT @ ours).cpu() / ours.shape[1])
     return torch.stack(seconds), torch.stack(crosses)
@@ -250,10 +259,10 @@ class _Statistics:
     spread: Tensor
 
 
-def _in_halves(out: Tensor, site: Site) -> _Statistics:
-    """The statistics of every second example."""
-    each = [_statistics(out[k::2], site) for k in (0, 1)]
-    return _Statistics(*(torch.stack(parts) for parts in zip(*each, strict=True)))
+def _in_halves(out: Tensor, site: Site, halves: Halves) -> _Statistics | None:
+    """The statistics of every second example; None where these cannot be told."""
+    each = [_statistics(half, site) for half in halves(out)]
+    return _Statistics(*(torch.stack(parts) for parts in zip(*each, strict=True))) if each else None
 
 
 def _trusted(corrections: Tensor, units: Tensor | float = 1.0) -> Tensor:
@@ -271,20 +280,29 @@ def _trusted(corrections: Tensor, units: Tensor | float = 1.0) -> Tensor:
 
 
 def _matcher(
-    wanted: _Statistics, limits: tuple[float, float]
+    wanted: _Statistics,
+    limits: tuple[float, float],
+    shape: torch.Size | None = None,
+    halves: Halves | None = None,
 ) -> Callable[[Compressed, tuple[Tensor, ...], Tensor], Tensor]:
     """A hook that gives a layer's channels a mean and a deviation; it returns the new output.
 
-    limits: the least and the largest gain. Of two halves of the examples, both must agree.
+    limits: the least and the largest gain. shape: of the input that the wanted statistics come
+    from; another one is of other places. halves: cuts an output as those were cut; of two halves,
+    both must agree.
     """
 
     def hook(layer: Compressed, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if not len(out):
+        if not len(out) or shape not in (None, args[0].shape):
             return out
         out = out.float()
-        sure = len(wanted.mean) < 2
+        sure = halves is None
         mean, spread = _statistics(out, layer.site)
-        ours = _Statistics(mean[None], spread[None]) if sure else _in_halves(out, layer.site)
+        ours = _Statistics(mean[None], spread[None])
+        if halves is not None:
+            told = _in_halves(out, layer.site, halves)
+            assert told is not None  # it was for an output of the same shape
+            ours = told
         ratio = wanted.spread / ours.spread.clamp_min(1e-8)
         ratio = torch.where(ours.spread > 1e-8, ratio, 1.0).clamp(*limits)
         gain = ratio[0] if sure else _trusted(ratio.log()).exp()

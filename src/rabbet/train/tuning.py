@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_inner
-from rabbet.data.augment import Pool, with_augmented
-from rabbet.errors import check_fields, check_least
+from rabbet.data.augment import Pool, judging_parts
+from rabbet.errors import RabbetError, check_fields, check_least
 from rabbet.forms import Dense
 from rabbet.grids.grid import stored
 from rabbet.model.compressed import Compressed, compressed_layers, layers_kept
 from rabbet.train.loop import Course, Group, run, shard
 from rabbet.train.losses import block_names, distillation_loss
-from rabbet.workpiece import Workpiece
+from rabbet.workpiece import UNABLE, Workpiece
 
 HELD = 0.125  # share of the calibration examples that are held back, to accept or undo the tuning
 CHECKPOINT = 100
@@ -60,12 +60,19 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
         return "not tuned: too few examples to hold one back"
     if settings.steps == 0:
         return "not tuned: no steps were asked for"
-    held = with_augmented(held, axes, piece.seed)
-    put_back = layers_kept(student)
-    start = piece.distance(student, held)
-    loop = _Loop(student, piece, Pool.of(train, axes), settings)
+    judges = judging_parts(held, axes, piece.seed)
+    put_back, pool = layers_kept(student), Pool.of(train, axes)
+    try:
+        start = piece.distance(student, judges)
+        with torch.no_grad():
+            piece.task.run(student, pool.draw(settings.batch, torch.Generator()))
+    except RabbetError:
+        raise
+    except Exception as e:  # the forward is the user's: it may not take such parts of the batches
+        return f"not tuned: {UNABLE} ({type(e).__name__})"
+    loop = _Loop(student, piece, pool, settings)
     loop.train(piece)
-    end = piece.distance(student, held)
+    end = piece.distance(student, judges)
     if end.is_below(start):
         steps = f"tuned {settings.steps} steps"
         return f"{steps}: divergence on held-back examples {end.since(start)}"

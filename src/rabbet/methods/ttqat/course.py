@@ -261,7 +261,12 @@ class Teaching(Course):
         for act in self._acts:
             act.observer = _ignore
         before = self.score()
-        key = piece.key("ttqat", self._copies(), {"method": self.method, "plan": self.plan.compact})
+        key = piece.key(
+            "ttqat",
+            self._copies(),
+            {"method": self.method, "plan": self.plan.compact},
+            judged=True,
+        )
         if self.steps:
             run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))
         if not self.best.kept:  # no epoch on the grid
