@@ -10,6 +10,7 @@ from networks import rand, settled
 from torch import nn
 
 import rabbet
+from rabbet import Task
 from rabbet.jobs import Jobs
 from rabbet.workpiece import Workpiece
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rabbet.calibrate.moments import second_moments
 from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.core.frame import Frame, Rows
-from rabbet.core.layout import RESERVED, Rest
+from rabbet.core.layout import RESERVED, TYPE_NAMES, TYPES, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Survey
 from rabbet.data.answers import Answers
@@ -31,13 +31,6 @@ from rabbet.model.independence import with_axes
 from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
 from rabbet.model.proof import proven
 from rabbet.model.surgery import copied
-
-DTYPES = {
-    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16",
-    "torch.bfloat16": "BF16", "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16",
-    "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
-}  # fmt: skip
-
 
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at
@@ -170,9 +163,9 @@ class Workpiece:
         if calls["axes"] is None and not task.examples.known:
             survey = replace(survey, notes=(*survey.notes, UNKNOWN))
         types = {
-            name: DTYPES[str(t.dtype)]
+            name: TYPE_NAMES[t.dtype]
             for name, t in stored_tensors(model).items()
-            if str(t.dtype) in DTYPES
+            if t.dtype in TYPE_NAMES
         }
         modules = dict(model.named_modules())
         norms = {
@@ -209,8 +202,8 @@ class Workpiece:
 
     def held(self, name: str, tensor: Tensor) -> Tensor:
         """An uncompressed tensor of the network, rounded to the type that a file stores it in."""
-        kind = next((k for k, v in DTYPES.items() if v == self.types.get(name)), str(tensor.dtype))
-        return tensor.to(getattr(torch, kind.removeprefix("torch."))).to(tensor.dtype)
+        kind = self.types.get(name)
+        return tensor if kind is None else tensor.to(TYPES[kind]).to(tensor.dtype)
 
     def rest(self, plan: Plan) -> tuple[Rest, ...]:
         """The tensors that a file holds uncompressed under a plan."""

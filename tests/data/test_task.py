@@ -54,7 +54,9 @@ def test_what_is_joined_and_cut_is_what_was_there(kind, axes):
 
 
 def test_a_limit_holds_whatever_batches_are(kind):
-    task = Task([kind(rows(8 * k, 8 * k + 8)) for k in range(4)], limit=20)
+    batches = [kind(rows(8 * k, 8 * k + 8)) for k in range(4)]
+    assert len(Task(batches, limit=20).read()) == 3
+    task = Task(batches, limit=20, axes=0)
     assert sum(map(task.examples.count, task.read())) == 20
     assert same(task.gathered(1024), kind(rows(0, 20)))
 
@@ -117,7 +119,7 @@ def test_axes_that_a_batch_does_not_have_are_refused(axes, said):
 
 def test_no_more_is_read_than_is_asked_for():
     read = []
-    task = Task((read.append(k) or rows(0, 8) for k in range(9)), limit=20)
+    task = Task((read.append(k) or rows(0, 8) for k in range(9)), limit=20, axes=0)
     assert len(task.first()) == 8
     assert read == [0]
     assert [len(b) for b in task.read()] == [8, 8, 4]
@@ -157,7 +159,8 @@ def test_a_batch_that_is_not_like_the_first_is_refused():
 
 
 def test_a_limit_is_of_examples_where_a_batch_cannot_be_cut():
-    assert len(Task([rows(0, 8)] * 9, axes=(), limit=20).read()) == 3
+    assert [len(b) for b in Task([rows(0, 8)] * 9, axes=(), limit=20).read()] == [8, 8, 8]
+    assert [len(b) for b in Task([rows(0, 8)] * 9, limit=20).read()] == [8, 8, 8]
 
 
 def test_examples_are_told_in_what_a_layer_is_given():

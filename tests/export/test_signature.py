@@ -99,6 +99,24 @@ class Recurrent(nn.Module):
         return self.head(self.body(self.table(ids))[0][:, -1])
 
 
+class Gated(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.head = nn.GRU(16, width, batch_first=True), nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0])
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_recurrent_layer_of_any_width_is_exported(width, tmp_path):
+    net, data = settled(Gated(width)), [rand(4, 10, 16)]
+    result = fit(net, "head dense@8c | act@8", data, quality="fast")
+    result.export(tmp_path / "small.onnx")
+    answer, wanted = Session(tmp_path / "small.onnx")(data[0]), result.model(data[0])
+    assert (answer - wanted).norm() < 0.1 * wanted.norm()
+
+
 def test_an_export_depends_on_nothing_but_the_network():
     data = [tokens(length=n)[0] for n in (7, 9)]
     first, second = (trace(settled(Recurrent()), Task(data))[0].bytes() for _ in range(2))

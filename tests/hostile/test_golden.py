@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from rabbet import Plan, Task, load, survey
+from rabbet.core.layout import TYPE_NAMES
 from rabbet.export.base import Parcel
 from rabbet.export.native import write_native
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
-from rabbet.workpiece import DTYPES, rest_of
+from rabbet.workpiece import rest_of
 
 
 def _ramp(*shape: int, step: float = 1 / 16) -> torch.Tensor:
@@ -30,7 +31,7 @@ def _written(model, batch, text, numbers, ranges, path):
     for layer in compressed_layers(student).values():
         for act, (scale, zero) in zip(layer.quantisers, ranges, strict=False):
             act.set_range(torch.tensor(scale), torch.tensor(float(zero)))
-    types = {name: DTYPES[str(t.dtype)] for name, t in model.state_dict().items()}
+    types = {name: TYPE_NAMES[t.dtype] for name, t in model.state_dict().items()}
     rest = rest_of(fold(model, surveyed), surveyed, plan, types)
     parcel = Parcel(student, plan, surveyed, rest, Task([batch]))
     assert write_native(parcel, path).bytes == path.stat().st_size

@@ -62,7 +62,7 @@ class Sample:
         step = 0.9 / COARSE
         best = min((1 - step * k for k in range(COARSE + 1)), key=error)
         near = (best + step * k / (FINE + 1) for k in range(-FINE, FINE + 1))
-        return at(min((share for share in near if share <= 1), key=error))
+        return at(min((share for share in near if 0.1 <= share <= 1), key=error))
 
 
 def calibrate_ranges(

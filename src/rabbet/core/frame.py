@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from rabbet.core.layout import (
     ARRAYS,
-    WIDTHS,
+    TYPES,
     Lengths,
     Rest,
     arrays,
@@ -114,7 +114,7 @@ def _thresholds(
     for name, dtype, _, size in placed(most, rest):
         parts = ARRAYS[name][1] if name in ARRAYS else ()
         count = _Number(0, tuple(int(f in parts) for f in FIELDS))
-        end = start.plus(count, WIDTHS[dtype]) if parts else start.plus(_Number(size))
+        end = start.plus(count, TYPES[dtype].itemsize) if parts else start.plus(_Number(size))
         if not parts or name in always:
             for number in (start, end, *([count] if parts else [])):
                 lowest, highest = (number.fixed + number.of(ends) for ends in (least, most))

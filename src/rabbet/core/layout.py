@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.core.survey import Survey
 from rabbet.grids.grid import Grid
@@ -23,18 +25,13 @@ RESERVED = "rabbet."
 CHECKSUM = "crc32"  # what the metadata calls the checksum
 UNSTAMPED = "00000000"  # in its place while it is computed
 STAMP = 8 + len('{"__metadata__":{"crc32":"')  # where its digits begin
-WIDTHS = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""The types that a file can hold, by the names that safetensors gives them."""
+TYPE_NAMES = {kind: name for name, kind in TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +48,7 @@ class Rest:
         count = 1
         for n in self.shape:
             count *= n
-        return count * WIDTHS[self.dtype]
+        return count * TYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +147,8 @@ def placed(total: Lengths, rest: tuple[Rest, ...]) -> list[tuple[str, str, list[
     Wide types come first, so that every value is aligned.
     """
     whole = [(r.name, r.dtype, list(r.shape), r.bytes) for r in sorted(rest, key=lambda r: r.name)]
-    packed = [(name, dtype, [n], n * WIDTHS[dtype]) for name, dtype, n in arrays(total)]
-    return sorted([*whole, *packed], key=lambda entry: -WIDTHS[entry[1]])
+    packed = [(name, dtype, [n], n * TYPES[dtype].itemsize) for name, dtype, n in arrays(total)]
+    return sorted([*whole, *packed], key=lambda entry: -TYPES[entry[1]].itemsize)
 
 
 def header_text(survey: Survey, plan: Plan, rest: tuple[Rest, ...], total: Lengths) -> str:

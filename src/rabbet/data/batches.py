@@ -1,9 +1,11 @@
 """Batches as users bring them, nested tuples, lists and mappings of tensors, and their handling."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rabbet.errors import DataError
@@ -80,3 +82,20 @@ def outputs(value: Any) -> list[Tensor]:
             "nothing to compare"
         )
     return parts
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of a difference over that of what is compared with, where both are finite.
+
+    Infinite where shapes differ, or where values that are not finite are not the same.
+    """
+    if ours.shape != theirs.shape:
+        return math.inf
+    a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    known = b.isfinite()
+    if not torch.equal(a[~known].nan_to_num(), b[~known].nan_to_num()):
+        return math.inf
+    if not a[known].isfinite().all():
+        return math.inf
+    distance, size = float((a - b)[known].norm()), float(b[known].norm())
+    return distance / max(size, 1e-30) if distance else 0.0

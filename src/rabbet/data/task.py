@@ -122,8 +122,9 @@ class Task:
         for batch in self.source:
             known = self.examples.known
             size = self.examples.count(batch) if known else Axes.along(batch, 0).count(batch)
-            fits = count + size <= self.limit
-            batches.append(batch if fits else self.examples.first(batch, self.limit - count))
+            # what is counted along an axis that nobody has said or proven is not cut there
+            whole = self.axes is None or count + size <= self.limit
+            batches.append(batch if whole else self.examples.first(batch, self.limit - count))
             count += size
             if count >= self.limit:
                 break

@@ -15,15 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rabbet.core.layout import CHECKSUM, STAMP, UNSTAMPED, VERSION, WIDTHS
+from rabbet.core.layout import CHECKSUM, STAMP, TYPES, UNSTAMPED, VERSION
 from rabbet.errors import FileError
 from rabbet.layers.files import MOST, is_count, is_text
 
-TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 FACTS = {"format", "plan", "survey"}
 AXES = 64  # that a tensor of torch can have
 STAMPED = slice(STAMP, STAMP + len(UNSTAMPED))
@@ -140,4 +135,4 @@ def _claim(name: str, entry: dict[str, Any]) -> tuple[str, list[int], int]:
         raise FileError(f"{name[:80]!r} has no shape of at most {AXES} axes")
     if not all(is_count(n, 0) for n in shape) or math.prod(max(n, 1) for n in shape) >= MOST:
         raise FileError(f"{name[:80]!r} has the shape {str(shape)[:80]}, which no tensor has")
-    return dtype, shape, math.prod(shape) * WIDTHS[dtype]
+    return dtype, shape, math.prod(shape) * TYPES[dtype].itemsize

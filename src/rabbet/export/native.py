@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rabbet.core.layout import (
     RESERVED,
+    TYPE_NAMES,
+    TYPES,
     Lengths,
     Rest,
     arrays,
@@ -27,7 +29,7 @@ from rabbet.core.plan import Plan, outputs_named
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.base import Parcel, Written
-from rabbet.export.container import TYPES, read_container, stamped
+from rabbet.export.container import read_container, stamped
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.grids.pack import pack, packed_bytes, unpack
@@ -120,9 +122,8 @@ class Contents:
     @property
     def kept(self) -> tuple[Rest, ...]:
         """What the file holds uncompressed."""
-        names = {kind: name for name, kind in TYPES.items()}
         return tuple(
-            Rest(name, names[tensor.dtype], tuple(tensor.shape))
+            Rest(name, TYPE_NAMES[tensor.dtype], tuple(tensor.shape))
             for name, tensor in self.rest.items()
         )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rabbet.data.batches import Batch, floating, replaced
+from rabbet.data.batches import Batch, floating, relative_error, replaced
 from rabbet.data.examples import Axes
 from rabbet.data.task import Task, evaluating
 
@@ -89,9 +89,4 @@ def _ends_with(long: Tensor, short: Tensor, sizes: tuple[int, int]) -> bool | No
     if long.shape[axis] * sizes[1] != short.shape[axis] * sizes[0]:
         return False
     end = long.narrow(axis, long.shape[axis] - short.shape[axis], short.shape[axis])
-    one, other = end.double(), short.double()
-    known = one.isfinite() & other.isfinite()
-    if not torch.equal(one.isfinite(), other.isfinite()):
-        return False
-    scale = float(other[known].norm())
-    return float((one - other)[known].norm()) <= SAME * scale
+    return relative_error(short, end) <= SAME

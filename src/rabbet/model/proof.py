@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.core.survey import Survey
-from rabbet.data.batches import floating
+from rabbet.data.batches import floating, relative_error
 from rabbet.data.task import Task, evaluating
 from rabbet.errors import ModelError
 from rabbet.model.bn_fold import fold
@@ -93,16 +93,7 @@ def _error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The largest relative error among the outputs, where both are finite."""
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
-    return max((_apart(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    a, b = one.double(), other.double()
-    known = a.isfinite() & b.isfinite()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return float("inf")
-    distance = (a - b)[known].norm()
-    return float(distance / b[known].norm().clamp_min(1e-30)) if float(distance) else 0.0
+    return max((relative_error(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
 
 
 def _noted(survey: Survey, note: str) -> Survey:

@@ -1,14 +1,14 @@
 """Whether a file computes the same as the network does, and if not, where they diverge."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rabbet.data.batches import suited, tensors
+from rabbet.data.batches import relative_error, suited, tensors
 from rabbet.data.task import Task
 from rabbet.errors import FileError, ModelError
 from rabbet.export.onnx.graph import Graph
@@ -111,20 +111,10 @@ def _flat(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def _error(outputs: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """The largest relative error among the floating outputs.
-
-    It is infinite where shapes, or the places of non-finite values, differ.
-    """
-    worst = 0.0
-    for a, b in zip(outputs, wanted, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if np.issubdtype(b.dtype, np.floating):
-            known = np.isfinite(b)
-            same = np.array_equal(a[~known], b[~known], equal_nan=True)
-            if not same or not np.isfinite(a[known]).all():
-                return float("inf")
-            square = float(np.square(b[known], dtype=np.float64).sum())
-            off = float(np.square(a[known].astype(np.float64) - b[known]).sum())
-            worst = max(worst, (off / max(square, 1e-12)) ** 0.5)
-    return worst
+    """The largest relative error among the floating outputs."""
+    pairs = [
+        (torch.from_numpy(a), torch.from_numpy(b)) for a, b in zip(outputs, wanted, strict=True)
+    ]
+    if any(a.shape != b.shape for a, b in pairs):
+        return math.inf
+    return max((relative_error(a, b) for a, b in pairs if b.is_floating_point()), default=0.0)

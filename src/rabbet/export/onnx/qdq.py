@@ -115,6 +115,7 @@ class QDQPlacement:
     def _visit(self, node: "ir.Node") -> None:
         """Decide whether the outputs of a node are quantised; nodes come in order."""
         data = [v for v in node.inputs if v is not None and v.const_value is None]
+        # What is computed of constants alone is one; the exporter does not fold large ones.
         if node.domain == DOMAIN:
             if node.op_type == "act":
                 self._take(_first(node))
@@ -124,12 +125,12 @@ class QDQPlacement:
             and is_placeholder(node.inputs[1], "weight")
         ):
             self._make(_settled(node.outputs[0]))
-        elif node.op_type in BORDER and all(map(_bordered, data)):
+        elif data and node.op_type in BORDER and all(map(_bordered, data)):
             self._make(node.outputs[0], _source(data[0]))
         elif _passes(node) and data and data[0] in self.root:
             for out in filter(self._is_wanted, node.outputs):
                 self._make(out, data[0])
-        elif all(v in self.root for v in data):
+        elif data and all(v in self.root for v in data):
             if node.op_type in INTEGER and len(data) == len(node.inputs) and self._pays(node, data):
                 self._make(_settled(node.outputs[0]))
             elif node.op_type in CUTTING and self._is_wanted(node.outputs[0]):
@@ -226,7 +227,8 @@ def _bordered(value: "ir.Value | None") -> bool:
     """Whether a value is the quantised input of a layer, with or without a border."""
     node = None if value is None else value.producer()
     if node is not None and node.op_type in BORDER:
-        return all(_bordered(v) for v in node.inputs if v is not None and v.const_value is None)
+        inner = [v for v in node.inputs if v is not None and v.const_value is None]
+        return bool(inner) and all(map(_bordered, inner))  # parts of constants are no layer's input
     return is_placeholder(value, "act")
 
 
