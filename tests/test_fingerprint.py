@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import enum
 import functools
+import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -178,6 +180,40 @@ def test_a_function_that_has_run_is_the_same():
 def test_what_cannot_be_told_is_refused(value):
     with pytest.raises(Untold, match="an object of"):
         fingerprint(value)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Load modules of a user, given by their texts, anew; returns the first."""
+    versions = itertools.count()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def load(**texts):
+        folder = tmp_path / str(next(versions))
+        for name, text in texts.items():
+            path = folder.joinpath(*name.split("__")).with_suffix(".py")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        names = [name.replace("__", ".") for name in texts]
+        for name in {*names, *(name.partition(".")[0] for name in names)}:
+            monkeypatch.setitem(sys.modules, name, None)  # to be put back in the end
+            del sys.modules[name]
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            return [importlib.import_module(name) for name in reversed(names)][-1]
+
+    return load
+
+
+@pytest.mark.parametrize("name", ["queue", "profile", "code", "types"])
+def test_a_class_counts_by_its_content_though_its_module_is_named_like_a_standard_one(
+    name, modules
+):
+    text = "class Loss:\n    def __call__(self, x): return x"
+    one, again, other = (
+        fingerprint(modules(**{name: text + end}).Loss()) for end in ("", "  # same", " ** 2")
+    )
+    assert one == again != other
 
 
 def _said(code, seed):

@@ -29,6 +29,7 @@ NAMED = (
     types.ClassMethodDescriptorType,
 )
 OWN = Path(__file__).parent.name  # this package: its version is in every key
+MAIN = {"__main__", "__mp_main__"}
 GENERATED = {"_abc_impl", "__dict__", "__weakref__"}
 
 
@@ -127,7 +128,12 @@ class _Reader:
 
     def builtin(self, value: Any) -> bytes:
         owner = value.__self__
-        if owner is None or isinstance(owner, types.ModuleType | type):
+        if owner is None or isinstance(owner, types.ModuleType):
+            where = value.__module__ or getattr(owner, "__name__", "")
+            if not _known(where):
+                raise Untold(f"{where}.{value.__name__}, whose source is not there")
+            return self.name(value)
+        if isinstance(owner, type) and _known(owner.__module__):
             return self.name(value)
         return self.every("method", (value.__name__, owner))
 
@@ -142,7 +148,7 @@ class _Reader:
 
     def module(self, value: types.ModuleType) -> bytes:
         file = getattr(value, "__file__", None)
-        if _known(value.__name__):
+        if _known(value.__name__, value):
             return self.name(value)
         if file is None or not file.endswith(".py"):
             raise Untold(f"the module {value.__name__}, whose source is not there")
@@ -220,13 +226,23 @@ def installed(file: str) -> bool:
     )
 
 
-def _known(module: str) -> bool:
-    """Whether a module counts by its name."""
-    top = module.partition(".")[0]
-    if top in sys.stdlib_module_names and top != "__main__":
+def _known(name: str, module: Any = None) -> bool:
+    """Whether a module, or what says that it is of it, counts by its name.
+
+    Where a module lies decides, so a user's `queue.py` is the user's. Only one that lies nowhere
+    goes by its package, or by its name. module: the module itself, where it is at hand.
+    """
+    top = name.partition(".")[0]
+    if top in MAIN:  # under a profiler it is the profiler's, and its functions are the user's
+        return False
+    if top == OWN:
         return True
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return top == OWN or (file is not None and installed(file))
+    own = sys.modules.get(name) if module is None else module
+    for at in (own, sys.modules.get(top)):
+        file = getattr(at, "__file__", None)
+        if file is not None:
+            return installed(file)
+    return top in sys.stdlib_module_names
 
 
 def _found(value: Any) -> Any:
