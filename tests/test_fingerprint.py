@@ -12,9 +12,11 @@ import sys
 import threading
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from rabbet.fingerprint import Untold, fingerprint
@@ -89,6 +91,16 @@ def recursive(step):
     return f
 
 
+class Halved(torch.Tensor):
+    def sum(self):
+        return super().sum() / 2
+
+
+def tagged(tensor, tag):
+    tensor.tag = tag
+    return tensor
+
+
 ADD, TAKE = "def f(x): return x + 1", "def f(x): return x - 1"
 PAIRS = {
     "a constant in a closure": (powered(2), powered(4)),
@@ -121,6 +133,9 @@ PAIRS = {
     "a tensor of another type": (held(torch.ones(2)), held(torch.ones(2).double())),
     "a tensor of another shape": (held(torch.ones(4)), held(torch.ones(2, 2))),
     "an array": (held(torch.ones(3000).numpy()), held(torch.arange(3000.0).numpy())),
+    "a tensor of another class": (held(torch.ones(2)), held(torch.ones(2).as_subclass(Halved))),
+    "what hangs on a tensor": (held(tagged(torch.ones(2), 1)), held(tagged(torch.ones(2), 2))),
+    "a mask": (np.ma.array([1, 2], mask=[0, 1]), np.ma.array([1, 2], mask=[1, 0])),
     "functions of torch": (F.mse_loss, F.l1_loss),
     "builtins": (torch.relu, torch.sigmoid),
     "members": (Colour.RED, Colour.BLUE),
@@ -214,6 +229,42 @@ def test_a_class_counts_by_its_content_though_its_module_is_named_like_a_standar
         fingerprint(modules(**{name: text + end}).Loss()) for end in ("", "  # same", " ** 2")
     )
     assert one == again != other
+
+
+class Bare(torch.Tensor):
+    """A tensor without storage."""
+
+    @staticmethod
+    def __new__(cls):
+        return torch.Tensor._make_wrapper_subclass(cls, (3,))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def _fake():
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:torch.quantize_per")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.nested.nested_tensor([torch.ones(2)] * 2, layout=torch.jagged),
+        lambda: torch.ones(2, 2).to_sparse(),
+        lambda: torch.ones(2, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        _fake,
+        Bare,
+    ],
+    ids=["nested", "jagged", "sparse", "meta", "quantised", "fake", "without storage"],
+)
+def test_a_tensor_that_cannot_be_read_is_refused(make):
+    with pytest.raises(Untold, match="whose numbers cannot be read"):
+        fingerprint(held(make()))
 
 
 def _said(code, seed):

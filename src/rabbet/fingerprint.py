@@ -76,7 +76,8 @@ class _Reader:
     def _read(self, value: Any) -> bytes:
         if isinstance(value, Tensor):
             return self.tensor(value)
-        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        plain = type(value) is np.ndarray or isinstance(value, np.generic)
+        if plain and not value.dtype.hasobject:  # others, with a mask say, describe themselves
             facts = f"{value.dtype} {value.shape}"
             flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             return _hash("array", [facts.encode(), flat.data])
@@ -95,11 +96,17 @@ class _Reader:
         return _hash(kind, [self.digest(part) for part in parts])
 
     def tensor(self, value: Tensor) -> bytes:
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise Untold(f"a tensor on {value.device} of layout {value.layout}")
-        facts = f"{type(value).__name__} {value.dtype} {list(value.shape)} {value.requires_grad}"
-        flat = value.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
-        return _hash("tensor", [facts.encode(), flat.view(torch.uint8).numpy().data])
+        untold = Untold(f"a {type(value).__qualname__} whose numbers cannot be read")
+        if value.layout != torch.strided or value.is_nested or value.is_meta or value.is_quantized:
+            raise untold
+        facts = f"{value.dtype} {list(value.shape)} {value.requires_grad}"
+        try:
+            flat = value.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
+            content = flat.view(torch.uint8).numpy().data
+        except Exception:  # without storage, or a class of its own, which raises anything
+            raise untold from None
+        told = [self.of_class(type(value)), self.digest(vars(value))]
+        return _hash("tensor", [facts.encode(), content, *told])
 
     def function(self, value: types.FunctionType) -> bytes:
         code, names = value.__code__, sorted(_globals(value.__code__))
