@@ -13,7 +13,7 @@ SOURCE = Path(rabbet.__file__).parent
 # From the ground up. A module imports only what stands on a lower line, or a file of its own
 # package.
 FLOORS = (
-    {"errors"},
+    {"errors", "origin"},
     {"files", "fingerprint"},
     {"grids", "jobs", "layers", "data"},
     {"solve"},
