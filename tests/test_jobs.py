@@ -299,10 +299,26 @@ def _parent_of_a_worker(sender):
     time.sleep(600)
 
 
-def test_a_worker_ends_with_its_parent_however_that_ended():
+def numbered(x):
+    """A job that tells its process."""
+    return {"process": torch.tensor([os.getpid()])}
+
+
+def _parent_of_a_worker_of_jobs(sender):
+    """The same with a pool that only `Jobs` makes its own."""
+    pool = concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    )
+    jobs = [(numbered, {"x": torch.ones(1)}, {})]
+    sender.send(int(Jobs(pool).run("s", jobs)[0]["process"]))
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("parent_of", [_parent_of_a_worker, _parent_of_a_worker_of_jobs])
+def test_a_worker_ends_with_its_parent_however_that_ended(parent_of):
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    parent = spawn.Process(target=_parent_of_a_worker, args=(sender,))
+    parent = spawn.Process(target=parent_of, args=(sender,))
     parent.start()
     worker = receiver.recv()
     parent.kill()
@@ -313,6 +329,35 @@ def test_a_worker_ends_with_its_parent_however_that_ended():
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker went on")
+
+
+def _outlives_its_parent(sender):
+    """A process with jobs on threads of its own, which tells when its parent has ended."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        Jobs(pool).run("s", _jobs(1))
+    sender.send("jobs are done")
+    multiprocessing.parent_process().join()
+    time.sleep(0.5)  # for whatever else waits for the parent
+    sender.send("goes on")
+
+
+def _parent_of_a_process(sender):
+    spawn = multiprocessing.get_context("spawn")
+    spawn.Process(target=_outlives_its_parent, args=(sender,)).start()
+    time.sleep(600)
+
+
+def test_a_process_of_the_user_whose_jobs_run_on_threads_may_outlive_its_parent():
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    parent = spawn.Process(target=_parent_of_a_process, args=(sender,))
+    parent.start()
+    sender.close()  # so that nothing comes when the others have ended
+    assert receiver.recv() == "jobs are done"
+    parent.kill()
+    parent.join()
+    assert receiver.poll(60)
+    assert receiver.recv() == "goes on"
 
 
 def _runs(process):

@@ -1,24 +1,30 @@
 """A hash of what a value is and a callable computes, the same in every process.
 
-A function counts by its code, constants, defaults, closure and the globals that it reads; an object
-by its class and its state, as it would describe them to `pickle` (nothing is pickled); a set
-whatever its order. What is installed, such as torch, counts by its name and version, what is the
-user's by its content. Nothing here depends on addresses, on `hash` or on line numbers.
+A function counts by its code, constants, defaults, closure, the globals that it reads and what it
+imports when it runs; an object by its class and its state, as it would describe them to `pickle`
+(nothing is pickled); a set whatever its order. What is installed, such as torch, counts by its
+name and version, what is the user's by its content. The content of a module is what code reads of
+it (`module.name`), as it is now; all that it holds, where code passes the module itself on. Nothing
+here depends on addresses, on `hash` or on line numbers.
 """
 
 import copyreg
 import dis
 import functools
 import hashlib
+import importlib.util
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from importlib.machinery import EXTENSION_SUFFIXES
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from rabbet.origin import OWN, installed, known, known_late, version
 
 ATOMS = {type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range}
 NAMED = (
@@ -28,7 +34,8 @@ NAMED = (
     types.MemberDescriptorType,
     types.ClassMethodDescriptorType,
 )
-OWN = Path(__file__).parent.name  # this package: its version is in every key
+READS = {"LOAD_ATTR", "LOAD_METHOD"}
+LATE = "__getattr__"  # what a module has that makes attributes when they are read
 GENERATED = {"_abc_impl", "__dict__", "__weakref__"}
 
 
@@ -75,7 +82,8 @@ class _Reader:
     def _read(self, value: Any) -> bytes:
         if isinstance(value, Tensor):
             return self.tensor(value)
-        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        plain = type(value) is np.ndarray or isinstance(value, np.generic)
+        if plain and not value.dtype.hasobject:  # others, with a mask say, describe themselves
             facts = f"{value.dtype} {value.shape}"
             flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             return _hash("array", [facts.encode(), flat.data])
@@ -88,25 +96,32 @@ class _Reader:
         reader = _READERS.get(type(value))
         if reader is not None:
             return reader(self, value)
+        if isinstance(value, types.ModuleType):  # or of a class of its own
+            return self.module(value)
         return self.of_class(value) if isinstance(value, type) else self.of_object(value)
 
     def every(self, kind: str, parts: Iterable[Any]) -> bytes:
         return _hash(kind, [self.digest(part) for part in parts])
 
     def tensor(self, value: Tensor) -> bytes:
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise Untold(f"a tensor on {value.device} of layout {value.layout}")
-        facts = f"{type(value).__name__} {value.dtype} {list(value.shape)} {value.requires_grad}"
-        flat = value.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
-        return _hash("tensor", [facts.encode(), flat.view(torch.uint8).numpy().data])
+        untold = Untold(f"a {type(value).__qualname__} whose numbers cannot be read")
+        if value.layout != torch.strided or value.is_nested or value.is_meta or value.is_quantized:
+            raise untold
+        facts = f"{value.dtype} {list(value.shape)} {value.requires_grad}"
+        try:
+            flat = value.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
+            content = flat.view(torch.uint8).numpy().data
+        except Exception:  # without storage, or a class of its own, which raises anything
+            raise untold from None
+        told = [self.of_class(type(value)), self.digest(vars(value))]
+        return _hash("tensor", [facts.encode(), content, *told])
 
     def function(self, value: types.FunctionType) -> bytes:
-        code, names = value.__code__, sorted(_globals(value.__code__))
+        code = value.__code__
         top = (value.__module__ or "").partition(".")[0]
-        known = installed(code.co_filename) or top == OWN
-        if known and _found(value) is value:
+        theirs = installed(code.co_filename) or top == OWN
+        if theirs and _found(value) is value:
             return self.name(value)
-        read = {n: value.__globals__[n] for n in names if n in value.__globals__}
         return self.every(
             "function",
             (
@@ -114,7 +129,7 @@ class _Reader:
                 value.__defaults__,
                 value.__kwdefaults__,
                 [_content(cell) for cell in value.__closure__ or ()],
-                {} if known else read,
+                [] if theirs else [_read_by(value), _imported_by(value)],
                 {k: v for k, v in sorted(vars(value).items()) if k != "__wrapped__"},
             ),
         )
@@ -127,7 +142,12 @@ class _Reader:
 
     def builtin(self, value: Any) -> bytes:
         owner = value.__self__
-        if owner is None or isinstance(owner, types.ModuleType | type):
+        if owner is None or isinstance(owner, types.ModuleType):
+            where = value.__module__ or getattr(owner, "__name__", "")
+            if not known(where):
+                raise Untold(f"{where}.{value.__name__}, whose source is not there")
+            return self.name(value)
+        if isinstance(owner, type) and known(owner.__module__):
             return self.name(value)
         return self.every("method", (value.__name__, owner))
 
@@ -136,21 +156,23 @@ class _Reader:
         owner = getattr(value, "__objclass__", None)
         where = module if owner is None else f"{owner.__module__}.{owner.__qualname__}"
         top = sys.modules.get(where.partition(".")[0])
-        version = "" if where.startswith(f"{OWN}.") else str(getattr(top, "__version__", ""))
+        release = "" if where.startswith(f"{OWN}.") else str(getattr(top, "__version__", ""))
         name = getattr(value, "__qualname__", None) or value.__name__
-        return _hash("name", [where.encode(), name.encode(), version.encode()])
+        return _hash("name", [where.encode(), name.encode(), release.encode()])
 
     def module(self, value: types.ModuleType) -> bytes:
-        file = getattr(value, "__file__", None)
-        if _known(value.__name__):
-            return self.name(value)
-        if file is None or not file.endswith(".py"):
-            raise Untold(f"the module {value.__name__}, whose source is not there")
-        held = [v for _, v in sorted(vars(value).items()) if isinstance(v, types.ModuleType)]
-        return self.every("module", (value.__name__, Path(file).read_bytes(), *held))
+        """A module that is passed on as it is: all that it holds may count."""
+        name, file = value.__name__, getattr(value, "__file__", None) or ""
+        if known(name, value):
+            top = sys.modules.get(name.partition(".")[0])
+            return self.every("name", (name, str(getattr(top, "__version__", ""))))
+        if type(value) is not types.ModuleType or file.endswith(tuple(EXTENSION_SUFFIXES)):
+            raise Untold(f"the module {name}, whose source is not there")
+        held = {k: v for k, v in sorted(vars(value).items()) if k == LATE or not _dunder(k)}
+        return self.every("module", (held,))
 
     def of_class(self, value: type) -> bytes:
-        if _known(value.__module__):
+        if known(value.__module__):
             return self.name(value)
         content = {
             k: v
@@ -167,7 +189,7 @@ class _Reader:
         except Exception:  # whatever the class raises
             raise Untold(_shown(value)) from None
         if isinstance(described, str):
-            if not _known(getattr(value, "__module__", None) or type(value).__module__):
+            if not known(getattr(value, "__module__", None) or type(value).__module__):
                 raise Untold(_shown(value))
             return _hash("global", [type(value).__qualname__.encode(), described.encode()])
         make, given, state, *items = (*described, None, None, None)[:5]
@@ -199,34 +221,94 @@ def _content(cell: types.CellType) -> Any:
         return ...
 
 
-def _globals(code: types.CodeType) -> Iterator[str]:
-    """The globals that a function, or one within it, reads."""
-    for step in dis.get_instructions(code):
-        if step.opname.startswith("LOAD") and step.opname.endswith(("GLOBAL", "GLOBALS", "NAME")):
-            yield str(step.argval)
+def _dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _steps(code: types.CodeType) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function and of those within it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _globals(constant)
+            yield from _codes(constant)
 
 
-def installed(file: str) -> bool:
-    """Whether a file of Python belongs to the language or to a package that was installed."""
-    parts = Path(file).parts
-    standard = Path(dis.__file__).parent
-    return (
-        bool({"site-packages", "dist-packages"} & {*parts})
-        or standard in Path(file).parents
-        or file.startswith("<frozen ")
-    )
+def _paths(code: types.CodeType) -> Iterator[tuple[str, ...]]:
+    """The globals that code reads, each with the attributes that are read of it at once."""
+    steps = _steps(code)
+    for k, step in enumerate(steps):
+        if step.opname.startswith("LOAD") and step.opname.endswith(("GLOBAL", "GLOBALS", "NAME")):
+            after = (steps[i] for i in range(k + 1, len(steps)))
+            then = itertools.takewhile(lambda s: s.opname in READS, after)
+            yield (str(step.argval), *(str(s.argval) for s in then))
 
 
-def _known(module: str) -> bool:
-    """Whether a module counts by its name."""
-    top = module.partition(".")[0]
-    if top in sys.stdlib_module_names and top != "__main__":
-        return True
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return top == OWN or (file is not None and installed(file))
+def _read_by(function: types.FunctionType) -> dict[str, Any]:
+    """What a function reads of globals, by name.
+
+    Of the user's modules among them, and of those in them, only the attributes that it reads.
+    """
+    space, found = function.__globals__, {}
+    for first, *rest in sorted({p for code in _codes(function.__code__) for p in _paths(code)}):
+        if first not in space:  # a builtin
+            continue
+        name, at = first, space[first]
+        for part in rest:
+            if not isinstance(at, types.ModuleType) or known(at.__name__, at):
+                break
+            name, at = f"{name}.{part}", _member(at, part)
+        found[name] = at
+    return found
+
+
+def _member(module: types.ModuleType, name: str) -> Any:
+    """What code gets that reads an attribute of a module; `...` if there is none as yet."""
+    held = vars(module)
+    if type(module) is not types.ModuleType or (_dunder(name) and name not in held):
+        return module  # a class of its own may work it out; `__dict__` is all that it holds
+    return held.get(name, held.get(LATE, ...))
+
+
+def _imports(code: types.CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """What code imports: how many packages up, from where, and which names (none: the module)."""
+    steps = _steps(code)
+    for k, step in enumerate(steps):
+        if step.opname != "IMPORT_NAME":
+            continue
+        level, names = (s.argval for s in steps[k - 2 : k])
+        name = str(step.argval)
+        if names is None and steps[k + 1].opname != "IMPORT_FROM":
+            name = name.partition(".")[0]  # `import a.b` gives a, and `import a.b as c` only a.b
+        yield level, name, names or ()
+
+
+def _imported_by(function: types.FunctionType) -> dict[str, Any]:
+    """What a function imports when it runs, by name; raises Untold for what is not loaded yet."""
+    space, found = function.__globals__, {}
+    package = space.get("__package__") or str(space.get("__name__", "")).rpartition(".")[0]
+    for level, name, members in {i for code in _codes(function.__code__) for i in _imports(code)}:
+        try:
+            full = importlib.util.resolve_name("." * level + name, package)
+        except ImportError:
+            raise Untold(f"an import of {'.' * level}{name} outside of any package") from None
+        if known_late(full):
+            found[full] = version(full.partition(".")[0])  # whether it is loaded yet or not
+            continue
+        for member in members or ("",):
+            part = f"{full}.{member}" if member else full
+            module = sys.modules.get(full)
+            at: Any = module
+            if module is not None and member:
+                at = _member(module, member)
+                at = sys.modules.get(part) if at is ... else at
+            if at is None and (module is None or member not in vars(module)):
+                raise Untold(f"{part}, which is imported when the code runs and is not loaded yet")
+            found[part] = at
+    return dict(sorted(found.items()))
 
 
 def _found(value: Any) -> Any:
@@ -246,12 +328,14 @@ _READERS: Mapping[type, Callable[[_Reader, Any], bytes]] = {
     types.FunctionType: _Reader.function,
     types.CodeType: _Reader.code,
     types.BuiltinFunctionType: _Reader.builtin,
-    types.ModuleType: _Reader.module,
     types.MethodType: lambda read, m: read.every("method", (m.__func__, m.__self__)),
     types.MethodWrapperType: lambda read, m: read.every("method", (m.__name__, m.__self__)),
     types.MappingProxyType: lambda read, m: read.every("mapping", (dict(m),)),
     functools.partial: lambda read, p: read.every(
         "partial", (p.func, p.args, dict(sorted(p.keywords.items())))
+    ),
+    TypeVar: lambda read, t: read.every(
+        "type", (t.__name__, t.__bound__, t.__constraints__, t.__covariant__, t.__contravariant__)
     ),
     property: lambda read, p: read.every("property", (p.fget, p.fset, p.fdel)),
     staticmethod: lambda read, m: read.every("static", (m.__func__,)),

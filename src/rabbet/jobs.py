@@ -56,11 +56,12 @@ class Jobs:
     where results are kept between runs; None keeps them in memory, for the life of this object.
 
     Functions of a task (`forward`, `loss`) and the network's own code count by what they compute:
-    code, constants, defaults, closures, the globals that they read, the state of objects. What is
-    installed, such as torch, counts by its version. Work that depends on something that cannot be
-    told from another (a lock, a generator, an open file) is not kept. That, and an entry of the
-    folder that was damaged or is another job's, is said once, through the logger `rabbet`. The
-    checksums are against accidents, not against somebody who may write into the folder.
+    code, constants, defaults, closures, the globals that they read, what they import, the state of
+    objects. What is installed, such as torch, counts by its version. Work that depends on something
+    that cannot be told from another (a lock, a generator, an open file, a module that is not loaded
+    yet) is not kept. That, and an entry of the folder that was damaged or is another job's, is said
+    once, through the logger `rabbet`. The checksums are against accidents, not against somebody who
+    may write into the folder.
     """
 
     executor: Executor | None = None
@@ -250,8 +251,10 @@ def _spread(executor: Executor, jobs: Mapping[str, Job]) -> Finished:
     After a failure nothing new is started, and what is being worked on is still waited for: it is
     finished work, too. Then the first failure is raised.
     """
+    here = os.getpid()
     futures = {
-        executor.submit(_call_packed, job[0], _packed(job[1]), job[2]): k for k, job in jobs.items()
+        executor.submit(_call_packed, job[0], _packed(job[1]), job[2], here): k
+        for k, job in jobs.items()
     }
     failure: Exception | None = None
     try:
@@ -278,16 +281,21 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _call_packed(
-    function: Callable[..., Tensors], tensors: bytes, settings: Mapping[str, Any]
+    function: Callable[..., Tensors], tensors: bytes, settings: Mapping[str, Any], sender: int
 ) -> bytes:
-    end_with_parent()
+    """A job where the executor runs it; sender: the process that gave it out."""
+    parent = multiprocessing.parent_process()
+    # A process of the user's, with threads that run its jobs, has a parent too: not the sender.
+    if parent is not None and parent.pid == sender:
+        end_with_parent()
     return _packed(_call((function, load(tensors), settings)))
 
 
 def end_with_parent() -> None:
-    """Let a worker process end when the one that started it has ended, however that was.
+    """Let this process, a worker of a pool, end when the one that started it has, however that was.
 
-    Otherwise it would wait for work for ever. Does nothing in a process that is no worker.
+    Otherwise it would wait for work for ever. For workers alone, as the initializer of their pool:
+    any other process that `multiprocessing` started would end with its parent, too.
     """
     _watch_parent_of(os.getpid())
 
@@ -295,7 +303,7 @@ def end_with_parent() -> None:
 @functools.cache
 def _watch_parent_of(_: int) -> None:  # by its number: a fork inherits the cache, not the thread
     parent = multiprocessing.parent_process()
-    if parent is None:
+    if parent is None:  # `multiprocessing` did not start it
         return
 
     def watch() -> None:

@@ -9,7 +9,7 @@ from endurance import budgets, random_table
 from torch import nn
 
 from rabbet import Budget, Jobs, Joint, Task, fit
-from rabbet.choose.milp import Search
+from rabbet.choose.milp import IntegerProgram
 from rabbet.choose.program import Option, picked, require_feasible
 from rabbet.core.layout import header
 from rabbet.core.plan import LayerPlan, Plan
@@ -30,13 +30,13 @@ def test_the_frame_of_a_table_says_how_long_every_header_is(seed):
     torch.manual_seed(seed)
     piece, table = random_table(draw)
     frame = piece.frame([[option.plan for option in row] for row in table])
-    search = Search([len(row) for row in table])
+    program = IntegerProgram([len(row) for row in table])
     acts = {option.plan.act for row in table for option in row}
     for _ in range(40):
         choice = [draw.randrange(len(row)) for row in table]
         plan = picked(table, choice)
         length = len(header(piece.survey, plan, piece.rest(plan))) - 8
-        text = frame.text(search.places(choice))
+        text = frame.text(program.places(choice))
         # never longer; as long where the same arrays are there for every choice
         assert text <= length
         assert len(acts) > 1 or -(-text // 8) * 8 == length
@@ -78,27 +78,27 @@ def test_the_smallest_file_may_be_one_of_more_codes_and_a_shorter_line():
 
 
 def test_scores_that_differ_by_many_powers_of_ten_are_told_apart():
-    search = Search([3, 3, 3])
-    search.limit([0, 1, 2] * 3, 2)
+    program = IntegerProgram([3, 3, 3])
+    program.limit([0, 1, 2] * 3, 2)
     scores = [[1e3, 4e-9, 1e-9], [1e3, 2e-9, 1e-9], [2e-9, 1.5e-9, 1e-9]]
-    assert search.best(scores).choice == [1, 1, 0]
+    assert program.best(scores).choice == [1, 1, 0]
 
 
 def test_limits_that_only_together_leave_nothing_are_proven_to():
-    search = Search([2, 2])
-    search.limit([0, 3, 0, 3], 3)
-    search.limit([3, 0, 3, 0], 2)
-    answer = search.best([[0.0, 1.0], [0.0, 1.0]])
+    program = IntegerProgram([2, 2])
+    program.limit([0, 3, 0, 3], 3)
+    program.limit([3, 0, 3, 0], 2)
+    answer = program.best([[0.0, 1.0], [0.0, 1.0]])
     assert answer.choice is None
     assert answer.proven
 
 
 def test_choices_that_are_taken_out_do_not_come_back():
-    search, seen = Search([2, 3]), set()
-    while (answer := search.best([[0.0, 1.0], [0.0, 1.0, 2.0]])).choice is not None:
+    program, seen = IntegerProgram([2, 3]), set()
+    while (answer := program.best([[0.0, 1.0], [0.0, 1.0, 2.0]])).choice is not None:
         assert tuple(answer.choice) not in seen
         seen.add(tuple(answer.choice))
-        search.exclude(answer.choice)
+        program.exclude(answer.choice)
     assert answer.proven
     assert seen == set(itertools.product(range(2), range(3)))
 

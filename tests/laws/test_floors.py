@@ -13,7 +13,7 @@ SOURCE = Path(rabbet.__file__).parent
 # From the ground up. A module imports only what stands on a lower line, or a file of its own
 # package.
 FLOORS = (
-    {"errors"},
+    {"errors", "origin"},
     {"files", "fingerprint"},
     {"grids", "jobs", "layers", "data"},
     {"solve"},
@@ -153,3 +153,12 @@ def test_descriptors_of_the_process_belong_to_it():
         if _room(name) != "cli":
             moved = re.findall(r"dup2|redirect_std\w+|logging\.disable", path.read_text())
             assert not moved, f"{name}: {moved}"
+
+
+def test_a_word_of_the_architecture_means_one_thing():
+    text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    table = text.partition("## The few other words")[2].partition("\n## ")[0]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    words = [word for first in firsts for word in re.findall(r"`(\w+)`", first)]
+    assert len(words) > 50
+    assert {word for word in words if words.count(word) > 1} == set()

@@ -1,4 +1,4 @@
-"""A search in whole numbers: one option of each row, limits that all hold, the least total score.
+"""A program in whole numbers: one option of each row, limits that all hold, the least total score.
 
 HiGHS works in floating point, so its rows are made of whole numbers that are as small as they can
 be: each row of options counts from its cheapest one, and what all amounts share is divided away.
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NODES = 20_000  # of the search; a limit in seconds would give other plans on a busy machine
+NODES = 20_000  # that HiGHS visits; a limit in seconds would give other plans on a busy machine
 TOP = 1e5  # the largest score that HiGHS sees: its absolute gap of 1e-6 is then far below the sum
-FINER = 100  # how much smaller the largest score must have become to search again with finer ones
+FINER = 100  # how much smaller the largest score must have become to ask again with finer ones
 OPTIMAL, INFEASIBLE = 0, 2  # what scipy calls these ends
 
 
@@ -27,7 +27,7 @@ class Answer:
 
 
 @dataclass
-class Search:
+class IntegerProgram:
     """Which option of each row; limits are added to it, and choices taken out of it.
 
     counts: options in each row. Variables are the options, one row after the other, each 0 or 1,

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rabbet.choose.milp import Search
+from rabbet.choose.milp import IntegerProgram
 from rabbet.core.budget import METRICS, Budget, Limit, heaviest
 from rabbet.core.cost import Cost
 from rabbet.core.frame import Frame, Rows
@@ -165,10 +165,10 @@ def _landed(
     room = dict.fromkeys((limit.metric for limit in budget.limits), 0)
     whole, proven = piece.float_cost, True
     for _ in range(ROUNDS):
-        search = _search(table, budget, piece, room)
+        program = _program(table, budget, piece, room)
         excess = dict.fromkeys(room, 0)
         for _ in range(CUTS):
-            answer = search.best(scores)
+            answer = program.best(scores)
             if answer.choice is None:
                 return None, proven and answer.proven
             cost = piece.cost(picked(table, answer.choice))
@@ -178,15 +178,15 @@ def _landed(
             if all(amount <= 0 for amount in over.values()):
                 return answer.choice, True
             excess = {metric: max(amount, over[metric]) for metric, amount in excess.items()}
-            search.exclude(answer.choice)
+            program.exclude(answer.choice)
         proven = False
         room = {metric: amount + excess[metric] for metric, amount in room.items()}
     return None, False
 
 
-def _search(table: Table, budget: Budget, piece: Priced, room: dict[str, int]) -> Search:
+def _program(table: Table, budget: Budget, piece: Priced, room: dict[str, int]) -> IntegerProgram:
     """The program of a budget; room: by how much each limit is tighter than it says."""
-    search = Search([len(row) for row in table])
+    program = IntegerProgram([len(row) for row in table])
     rows = [[option.plan for option in row] for row in table]
     first = [0] * len(table)
     base = piece.cost(picked(table, first))
@@ -199,14 +199,14 @@ def _search(table: Table, budget: Budget, piece: Priced, room: dict[str, int]) -
         allowed = limit.amount(piece.float_cost) - room[limit.metric]
         frame = piece.frame(rows) if limit.metric == "bytes" else None
         if frame is None:
-            search.limit(amounts, allowed - fixed)
+            program.limit(amounts, allowed - fixed)
         else:
-            _limit_file(search, amounts, allowed - base.bytes, frame, search.places(first))
-    return search
+            _limit_file(program, amounts, allowed - base.bytes, frame, program.places(first))
+    return program
 
 
 def _limit_file(
-    search: Search, amounts: Sequence[int], more: int, frame: Frame, first: Sequence[int]
+    program: IntegerProgram, amounts: Sequence[int], more: int, frame: Frame, first: Sequence[int]
 ) -> None:
     """Limit the bytes of the file to those of a reference choice and `more`.
 
@@ -217,12 +217,12 @@ def _limit_file(
     units = -(-frame.text(first) // ALIGNED)
     text: dict[int, int] = {}
     for step in frame.steps:
-        taken = search.variable(1)
+        taken = program.variable(1)
         text[taken] = step.bytes
         # Unless the step is taken, amounts stay below it.
-        search.limit(step.amounts, step.least - 1, {taken: -(step.most - step.least + 1)})
+        program.limit(step.amounts, step.least - 1, {taken: -(step.most - step.least + 1)})
     most = sum(frame.lines) + frame.base + sum(step.bytes for step in frame.steps)
-    header = search.variable(-(-most // ALIGNED))
-    search.limit(frame.lines, -frame.base, text | {header: -ALIGNED})
+    header = program.variable(-(-most // ALIGNED))
+    program.limit(frame.lines, -frame.base, text | {header: -ALIGNED})
     whole = sum(values[k] for k in first) + ALIGNED * units + more
-    search.limit(values, whole, {header: ALIGNED})
+    program.limit(values, whole, {header: ALIGNED})

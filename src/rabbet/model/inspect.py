@@ -67,7 +67,7 @@ def _remarks(model: nn.Module, seen: Pass) -> Iterator[str]:
         )
 
 
-def hooked(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a layer has forward hooks; torch has no public way to ask."""
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 
@@ -81,7 +81,7 @@ def opens(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     customised = len([*module.children()]) > 1 or "forward" in vars(module)
     if customised or not shares_table(module.out_proj):
         return False
-    return not any(is_parametrized(m) or hooked(m) for m in (module, module.out_proj))
+    return not any(is_parametrized(m) or has_hooks(m) for m in (module, module.out_proj))
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -96,7 +96,7 @@ def _why_not(module: nn.Module) -> str | None:
         )
     if not weight.numel():
         return "its weight has no entries"
-    if hooked(module):
+    if has_hooks(module):
         return "it has forward hooks of its own, which a replacement would lose"
     kind = kind_of(module)
     return None if kind is None else kind.obstacle(module)
@@ -311,7 +311,7 @@ def _foldable(
     if norm is None or len(calls) > 1 or id(out) in returned or watch.uses[id(out)] != 1:
         return None
     own = type(norm).forward is _BatchNorm.forward
-    if len(watch.calls[norm]) > 1 or norm.running_mean is None or not own or hooked(norm):
+    if len(watch.calls[norm]) > 1 or norm.running_mean is None or not own or has_hooks(norm):
         return None
     return norm if kind.foldable(module, out) else None
 
