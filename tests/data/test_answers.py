@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import rand
+from networks import rand, settled
 from torch import nn
 
 import rabbet
 from rabbet import Joint, Task, compress, demo
-from rabbet.data.answers import Answers
+from rabbet.data.answers import Answers, UnlikeError
 from rabbet.errors import DataError
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
@@ -186,3 +186,29 @@ def test_regressions_are_not_made_worse_by_tuning():
         errors[steps] = float((result.model(unseen) - wanted).abs().mean())
     # As scores, kelvins are nearer to the float network's after tuning, and further off as values.
     assert errors[100] <= errors[0]
+
+
+def test_outputs_that_cannot_be_compared_are_refused_and_empty_ones_count_nothing():
+    answers = Answers.of([[rand(8, 4), rand(8, 0)]])
+    assert float(answers.error([rand(8, 4), rand(8, 0)], [rand(8, 4), rand(8, 0)])) == 0
+    with pytest.raises(UnlikeError, match="other shapes"):
+        answers.divergence([rand(7, 4), rand(8, 0)], [rand(8, 4), rand(8, 0)])
+    scores = Answers.of([[_scores(64, 10)]], "scores")
+    row = _scores(1, 10)[0]
+    assert float(scores.divergence([row], [row])) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_network_that_selects_by_its_values_is_compressed_and_told():
+    class Selecting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            y = self.b(torch.relu(self.a(x)))
+            return y[y[:, 0] > y[:, 1]]
+
+    method = Joint(grids=("2hc",), adapters=(), forms=(), tuning=Tuning(steps=40, batch=32))
+    data = Task([rand(32, 6, seed=k) for k in range(8)], axes=0)
+    result = compress(settled(Selecting()), "bits <= 32", data, method)
+    assert any("other shapes" in note for note in result.notes)

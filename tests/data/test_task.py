@@ -159,7 +159,7 @@ def test_a_batch_that_is_not_like_the_first_is_refused():
 
 
 def test_a_limit_is_of_examples_where_a_batch_cannot_be_cut():
-    assert [len(b) for b in Task([rows(0, 8)] * 9, axes=(), limit=20).read()] == [8, 8, 8]
+    assert [len(b) for b in Task([rows(0, 8)] * 9, axes=(), limit=3).read()] == [8, 8, 8]
     assert [len(b) for b in Task([rows(0, 8)] * 9, limit=20).read()] == [8, 8, 8]
 
 
@@ -195,3 +195,48 @@ def test_examples_that_judge_come_in_parts_of_about_equal_size(images):
         5 if images else 1
     ] * 2
     assert judging_parts(batches, Axes(), 0) == [[b] for b in batches]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ({"a": rows(0, 8), "b": rows(8, 16)}, {"b": rows(0, 8), "a": rows(8, 16)}),
+        ((rows(0, 8), 1), (rows(0, 8), 2)),
+        ((rows(0, 8), "en"), (rows(0, 8), "fr")),
+        ((rows(0, 8), object()), (rows(0, 8), object())),
+        (rows(0, 8), rows(0, 8).double()),
+        ([rows(0, 8)], (rows(0, 8),)),
+    ],
+)
+def test_batches_that_differ_in_more_than_their_examples_are_kept_apart(pair):
+    axes = Axes.along(pair[0], 0)
+    assert axes.joinable(pair[0], pair[0])
+    assert not axes.joinable(*pair)
+
+
+def test_labels_beside_sequences_that_lie_along_the_second_axis_are_examples_too():
+    sequences, labels, mask = torch.rand(5, 8, 3), torch.arange(8), torch.ones(8, 5)
+    assert Axes.along((sequences, labels, mask), 1).each == (1, 0, 0)
+
+
+def test_features_are_no_examples_where_their_numbers_agree():
+    assert Axes((1,)).of_layer(torch.rand(80, 16), 16) is None
+    assert Axes((1,)).of_layer(torch.rand(5, 16, 16), 16) == 1
+
+
+def test_a_limit_counts_graphs_where_each_is_an_example():
+    graphs = [torch.rand(3000, 8) for _ in range(4)]
+    assert len(Task(graphs, axes=(), limit=2048).read()) == 4
+
+
+def test_an_iterable_that_fills_its_tensors_anew_is_refused():
+    kept = torch.zeros(4, 3)
+
+    def batches():
+        for k in range(3):
+            yield kept.fill_(k)
+
+    with pytest.raises(DataError, match="yield copies"):
+        Task(batches()).read()
+    whole = torch.arange(24.0).view(8, 3)
+    assert len(Task(part for part in whole.split(2)).read()) == 4

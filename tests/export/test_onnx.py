@@ -1,13 +1,15 @@
 """The ONNX file: answers, integer kernels, packed bytes; for every network, grid and term."""
 
 import copy
+import functools
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from exporting import CASES, GRIDS, parcel
-from networks import Case, images, rand, settled
+from networks import Case, images, lasting, rand, settled
 from torch import nn
 
 import rabbet
@@ -18,7 +20,8 @@ from rabbet.errors import DataError, FileError, ModelError
 from rabbet.export.native import write_native
 from rabbet.export.onnx import compare
 from rabbet.export.onnx.merge import merged
-from rabbet.export.onnx.write import write_float, write_onnx, write_openvino
+from rabbet.export.onnx.write import assemble, write_float, write_onnx, write_openvino
+from rabbet.export.signature import unlabelled
 from rabbet.grids.pack import packed_bytes
 from rabbet.methods import QUALITY
 from rabbet.model.compressed import compressed_layers
@@ -98,7 +101,7 @@ def test_the_file_answers_as_the_network_at_every_batch_size(written, kernels_ar
 def test_every_layer_runs_on_an_integer_kernel(written):
     _, compressed, export, path = written
     floats = [s for s in compressed.survey if not s.kind.integer_kernel]
-    assert len(export.notes) == len(floats)
+    assert len(lasting(export.notes)) == len(floats)
     assert all(f"{s.name} runs in float (ConvTranspose)" in "".join(export.notes) for s in floats)
     ran = kernels(path)
     multiplied = [
@@ -170,7 +173,7 @@ def test_the_integers_in_the_runtime_are_exactly_the_codes(write, tmp_path):
 def test_inputs_of_fewer_bits_are_cut_to_their_codes(act, tmp_path):
     case = CASES["cifar resnet"]()
     compressed = parcel(case, ("dense@8c",), act)
-    assert write_onnx(compressed, tmp_path / "small.onnx").notes == ()
+    assert lasting(write_onnx(compressed, tmp_path / "small.onnx").notes) == ()
     answer, wanted = (
         Session(tmp_path / "small.onnx")(case.batches[0]),
         _answers(compressed.model, case.batches[0])[0],
@@ -448,9 +451,34 @@ def test_resnet20_keeps_its_accuracy_in_the_runtime(real, tmp_path: Path):
         Case(real.nets.cifar_resnet(20), list(torch.from_numpy(train).split(64))),
         ("dense@6c", "dense@8c"),
     )
-    assert write_onnx(compressed, tmp_path / "small.onnx").notes == ()
+    assert lasting(write_onnx(compressed, tmp_path / "small.onnx").notes) == ()
     assert set(kernels(tmp_path / "small.onnx").values()) == {"QLinearConv", "QGemm"}
     apart = rabbet.accuracy(Session(tmp_path / "small.onnx"), test) - rabbet.accuracy(
         compressed.model, test
     )
     assert abs(apart) <= 1.0
+
+
+def test_where_only_the_integer_kernels_of_a_processor_differ_that_is_said(monkeypatch):
+    case = CASES["stack"]()
+    compressed = parcel(case, TERMS["dense"])
+    task, _ = unlabelled(compressed.task, compressed.model)
+    model = merged(compressed.model)
+    made = assemble(model, task)
+
+    class Saturating(Session):
+        """Kernels that are off by a fifth, where they are not left out."""
+
+        def __init__(self, source, *args, exact=False, **kwargs):
+            super().__init__(source, *args, exact=exact, **kwargs)
+            self.factor = 1.0 if exact else 1.2
+
+        def run(self, feed, outputs=None):
+            return [a * np.float32(self.factor) for a in super().run(feed, outputs)]
+
+    exact = functools.partial(Session, exact=True)
+    monkeypatch.setattr(compare, "Session", exact)
+    assert compare.compare(made.content, made.plain, model, task) == ()
+    monkeypatch.setattr(compare, "Session", Saturating)
+    (note,) = compare.compare(made.content, made.plain, model, task)
+    assert note.startswith("the integer kernels of this processor")

@@ -65,6 +65,12 @@ CASES = {
     "a recurrent layer": (nn.LSTM(6, 16), rand(24, 8, 6), (1,)),
     "one place in time": (nn.MultiheadAttention(6, 2), (rand(1, 8, 6),) * 3, (1, 1, 1)),
     "a mean of one": (Calls(lambda ls, x: ls[0](x - x.mean(0)), nn.Linear(6, 4)), rand(1, 6), ()),
+    "means of the batch, in kelvin": (
+        Calls(lambda ls, x: ls[0](x - x.mean(0)) + 300, nn.Linear(6, 4)),
+        rand(64, 6),
+        (),
+    ),
+    "rows, in kelvin": (Calls(lambda ls, x: ls[0](x) + 300, nn.Linear(6, 4)), rand(64, 6), (0,)),
     "at most eight": (
         Calls(lambda ls, x: ls[0](x + torch.zeros(8, 6)[: len(x)]), nn.Linear(6, 4)),
         rand(8, 6),

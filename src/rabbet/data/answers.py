@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rabbet.errors import DataError
+from rabbet.errors import DataError, ModelError
 
 Kind = Literal["scores", "values"]
 
@@ -30,6 +30,10 @@ CERTAIN = 0.85  # share of the shuffled entropy below which outputs are scores
 DOUBT = 3.0  # over the root of the rows: what chance may take from that share
 SHARPNESS = 3.0  # of the softmax that the test looks at: scores a deviation apart differ by this
 NOISE = 1e-10  # smallest variance of a channel, as a share of its mean square
+
+
+class UnlikeError(ModelError):
+    """Outputs of a compressed network that cannot be compared with the float one's."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,15 @@ class Answers:
         self, ours: Sequence[Tensor], theirs: Sequence[Tensor], kinds: Sequence[str]
     ) -> Tensor:
         total = theirs[0].new_zeros(())
+        if [t.shape for t in ours] != [t.shape for t in theirs]:
+            raise UnlikeError(
+                "the compressed network's outputs have other shapes than the float one's: they "
+                "depend on values (a selection by scores, say), and cannot be compared; give "
+                "Task(batches, forward=...) that returns what is selected from"
+            )
         for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if not b.numel():
+                continue
             place = self._place(k)
             scores = kinds[place] == "scores"
             apart = scores_divergence(a, b) if scores else self._relative(place, a, b)
@@ -128,7 +140,8 @@ class Answers:
 def scores_divergence(ours: Tensor, theirs: Tensor) -> Tensor:
     """KL divergence of the softmax over the classes, the mean over all rows."""
     axis = class_axis(theirs)
-    rows, goal = (t.movedim(axis, -1).flatten(0, -2) for t in (ours, theirs))
+    classes = theirs.shape[axis]
+    rows, goal = (t.movedim(axis, -1).reshape(-1, classes) for t in (ours, theirs))
     return F.kl_div(
         rows.log_softmax(-1), goal.log_softmax(-1), log_target=True, reduction="batchmean"
     )
@@ -195,6 +208,8 @@ def _variances(column: Sequence[Tensor], axis: int | None) -> Tensor:
         for t in column
     ]
     joined = torch.cat([r.double().cpu() for r in rows], 1)
+    if not joined.numel():
+        return torch.ones(len(joined))
     variance = joined.var(1, correction=0)
     energy = joined.square().mean()
     # A single answer, or a constant one, varies not at all: then its size is all there is.

@@ -5,7 +5,7 @@ not proven by running the network (`rabbet.model.independence`). Where axes are 
 is one example, and is taken as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rabbet.data.batches import Batch, describe, replaced, tensors
 from rabbet.errors import DataError
+
+LEAVES = (bool, int, float, complex, str, bytes)  # that can be compared
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,18 @@ class Axes:
 
     @classmethod
     def along(cls, batch: Batch, axis: int) -> "Axes":
-        """One axis of the first tensor, and of those that are as long there; others are shared."""
+        """One axis of the first tensor, and of those that are as long there.
+
+        A tensor that is as long on its first axis, such as labels beside sequences that lie along
+        the second, has its examples there; others are shared.
+        """
         parts = tensors(batch)
         size = parts[0].shape[axis] if parts[0].ndim > axis else None
-        return cls(tuple(axis if t.shape[axis : axis + 1] == (size,) else None for t in parts))
+
+        def place(t: Tensor) -> int | None:
+            return next((a for a in (axis, 0) if t.shape[a : a + 1] == (size,)), None)
+
+        return cls(tuple(map(place, parts)))
 
     @property
     def known(self) -> bool:
@@ -69,8 +79,8 @@ class Axes:
         ]
 
     def joinable(self, one: Batch, other: Batch) -> bool:
-        """Whether two batches can be one: their shapes agree, and what all examples share."""
-        if not self.known or self.shapes(one) != self.shapes(other):
+        """Whether two batches can be one: alike in structure and shapes, and in what is shared."""
+        if not self.known or not _alike(one, other) or self.shapes(one) != self.shapes(other):
             return False
         pairs = zip(tensors(one), tensors(other), self.each, strict=True)
         return all(axis is not None or torch.equal(a, b) for a, b, axis in pairs)
@@ -129,7 +139,8 @@ class Axes:
             return None
         if axis == 0:
             return 0 if len(x) % count == 0 else None
-        return next((a for a in (axis, 0) if x.shape[a : a + 1] == (count,)), None)
+        # the last axis is that of features, whose number may be the same
+        return next((a for a in (axis, 0) if a < x.ndim - 1 and x.shape[a] == count), None)
 
     def halves(self, x: Tensor, count: int) -> list[Tensor]:
         """A layer's input or output by every second example of a batch of so many.
@@ -174,3 +185,18 @@ class Axes:
             return shared(t) if axis is None else change(t, axis)
 
         return replaced(batch, changed)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two nested values have the same structure, types of tensors, and all else equal."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return bool(one.dtype == other.dtype)
+    if isinstance(one, Mapping):  # in this order: tensors are told by their places
+        pairs = zip(one.values(), other.values(), strict=False)
+        return list(one) == list(other) and all(_alike(a, b) for a, b in pairs)
+    if isinstance(one, tuple | list):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_alike(a, b) for a, b in pairs)
+    return one is other or (isinstance(one, LEAVES) and bool(one == other))

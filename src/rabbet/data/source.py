@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from rabbet.data.batches import Batch, describe, tensors
 from rabbet.errors import DataError, theirs
@@ -18,6 +19,9 @@ class Source:
         self.batches = batches
         self._read: list[Batch] = []
         self._rest: Iterator[Batch] | None = None
+        self._held: list[Tensor] = []
+        """The tensors of the last batch, to see whether the next one is written over it."""
+        self._last: list[int] = []
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises DataError if there is no batch, or for one that cannot be computed with."""
@@ -43,11 +47,22 @@ class Source:
                 except StopIteration:
                     return False
             _check(batch, count)
+            self._require_own(batch, count)
         except BaseException:  # batches read before an error do not count
-            self._read, self._rest = [], None
+            self._read, self._rest, self._held, self._last = [], None, [], []
             raise
         self._read.append(batch)
         return True
+
+    def _require_own(self, batch: Batch, count: int) -> None:
+        """Raise DataError where the iterable fills the tensors of the last batch anew."""
+        now = [t for t in tensors(batch) if not t.is_inference()]
+        if self._last != [t._version for t in self._held]:  # noqa: SLF001 (no public way)
+            raise DataError(
+                f"while batch {count} of the data was read, that before it changed: the iterable "
+                "writes into the same tensors again; yield copies (tensor.clone())"
+            )
+        self._held, self._last = now, [t._version for t in now]  # noqa: SLF001
 
 
 def _check(batch: Batch, number: int) -> None:

@@ -48,8 +48,8 @@ class Task:
     be minimised, for methods that train on labels; the batch then holds them. vary: (batch,
     generator) -> a batch of the same shapes with the same correct outputs, for example with words
     dropped; methods that train on unchanged batches show it to the student, and the batch itself to
-    the teacher. limit: examples used at most, counted along the first axis where they are not known
-    to lie along another; the rest of a longer iterable is not read. outputs:
+    the teacher. limit: examples used at most (batches, where each counts as one example); the
+    rest of a longer iterable is not read. outputs:
     whether outputs are "scores" of classes or "values", one for all or one for each floating output
     in order; None: told from the float network's answers, and "values" where that leaves a doubt.
     weights: what each floating output counts beside the others; None: as much as any other. axes:
@@ -120,8 +120,7 @@ class Task:
         """
         batches, count = list[Batch](), 0
         for batch in self.source:
-            known = self.examples.known
-            size = self.examples.count(batch) if known else Axes.along(batch, 0).count(batch)
+            size = self.examples.count(batch)
             # what is counted along an axis that nobody has said or proven is not cut there
             whole = self.axes is None or count + size <= self.limit
             batches.append(batch if whole else self.examples.first(batch, self.limit - count))

@@ -26,6 +26,7 @@ COARSE, FINE = (
     20,
     10,
 )  # shares of the magnitude that are tried as scales: from far, and near the best
+DEAD = 1e-6  # weight, as a share of the largest, of an entry that counts for nothing
 ENTRIES = 2**17  # entries of all trials at once that stay in a processor's cache
 
 
@@ -196,6 +197,8 @@ class Grid:
         rows = self.scales.slices(x)
         if weight is not None:
             weight = self.scales.slices(weight.expand_as(x))
+            # What counts for nothing has no say in how far a grid must reach.
+            rows = torch.where(weight >= DEAD * weight.amax(1, keepdim=True), rows, 0.0)
         elif rows.numel() != x.numel():
             weight = self.scales.slices(torch.ones_like(x))  # padding counts for nothing
         step = 0.9 / COARSE

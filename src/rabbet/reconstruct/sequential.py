@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
+from rabbet.data.answers import UnlikeError
 from rabbet.data.augment import judging_parts
 from rabbet.data.batches import Batch
 from rabbet.data.examples import Axes
@@ -79,6 +80,9 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
         start = piece.distance(student, judges)
         solve_in_order(student, piece, batch)
         end = piece.distance(student, judges)
+    except UnlikeError as e:
+        put_back()
+        return f"layers not solved again in order: {e}"
     except RabbetError:
         raise
     except Exception as e:  # the forward is the user's: it may not take such parts of the batches

@@ -55,10 +55,18 @@ def require_onnx(*names: str) -> None:
 
 
 class Session(nn.Module):
-    """A file as a network: tensors in, tensors out. threads: 0 for as many as there are cores."""
+    """A file as a network: tensors in, tensors out.
+
+    threads: 0 for as many as there are cores. optimised: where to write the graph that runs. exact:
+    run every node as it is written, in floats between QDQ pairs, without integer kernels.
+    """
 
     def __init__(
-        self, source: Path | str | bytes, threads: int = 0, optimised: Path | None = None
+        self,
+        source: Path | str | bytes,
+        threads: int = 0,
+        optimised: Path | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         require_onnx("onnxruntime")
@@ -69,10 +77,12 @@ class Session(nn.Module):
         options.log_severity_level = 3
         # Threads that spin after a run would take the cores from whatever is timed next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        levels = onnxruntime.GraphOptimizationLevel
+        if exact:
+            options.graph_optimization_level = levels.ORT_DISABLE_ALL
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
             # The last level only changes the layout of weights for the processor, and renames them.
-            levels = onnxruntime.GraphOptimizationLevel
             options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
         try:
             content = source if isinstance(source, bytes) else str(source)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_inner
+from rabbet.data.answers import UnlikeError
 from rabbet.data.augment import Pool, judging_parts
 from rabbet.errors import RabbetError, check_fields, check_least
 from rabbet.forms import Dense
@@ -66,13 +67,19 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
         start = piece.distance(student, judges)
         with torch.no_grad():
             piece.task.run(student, pool.draw(settings.batch, torch.Generator()))
+    except UnlikeError as e:
+        return f"not tuned: {e}"
     except RabbetError:
         raise
     except Exception as e:  # the forward is the user's: it may not take such parts of the batches
         return f"not tuned: {UNABLE} ({type(e).__name__})"
     loop = _Loop(student, piece, pool, settings)
-    loop.train(piece)
-    end = piece.distance(student, judges)
+    try:
+        loop.train(piece)
+        end = piece.distance(student, judges)
+    except UnlikeError as e:  # whether shapes differ may show only in training
+        put_back()
+        return f"tuning undone: {e}"
     if end.is_below(start):
         steps = f"tuned {settings.steps} steps"
         return f"{steps}: divergence on held-back examples {end.since(start)}"

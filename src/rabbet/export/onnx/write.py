@@ -79,7 +79,7 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         parcel = replace(parcel, model=merged(parcel.model), task=task)
         assembled = assemble(parcel.model, task, functions)
         compare_plain(assembled.plain, parcel.model, task)
-        compare(assembled.content, assembled.plain, parcel.model, task)
+        saturated = compare(assembled.content, assembled.plain, parcel.model, task)
         short = Graph.read(assembled.content)
         short.shorten()
         content = short.bytes()
@@ -90,7 +90,7 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
             compare_openvino(content, parcel.model, task)
         elif not functions:
             notes = (*notes, "not tried in OpenVINO, which is not installed: rabbet[openvino]")
-    return Written(write_whole(path, [content]), (*notes, *labels_note(labels)))
+    return Written(write_whole(path, [content]), (*notes, *saturated, *labels_note(labels)))
 
 
 @dataclass(frozen=True)
