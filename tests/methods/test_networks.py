@@ -476,8 +476,11 @@ def test_the_example_limit_is_kept():
         return model(batch)
 
     endless = (rand(4, 3, 8, 8, seed=k) for k in range(10**9))
-    compress(case.model, "bits <= 8.5", Task(endless, forward, limit=10), EXACT)
-    assert sum(Task([rand(4, 3, 8, 8)] * 9, limit=10).read()[k].shape[0] for k in range(3)) == 10
+    compress(case.model, "bits <= 8.5", Task(endless, forward, limit=10, axes=0), EXACT)
+    assert (
+        sum(Task([rand(4, 3, 8, 8)] * 9, limit=10, axes=0).read()[k].shape[0] for k in range(3))
+        == 10
+    )
     assert seen
     assert max(seen) <= 10
 
