@@ -103,7 +103,7 @@ def test_bench_times_files_in_turn_and_counts_kernels(run, exported):
         (("eval", "none.onnx"), "there is no file none.onnx"),
         (("eval", "SMALL", "--model", "rabbet.demo:DigitsNet"), "say what to measure with"),
         (("bench", "SMALL"), "is not an .onnx file"),
-        (("bench", "none.onnx"), "is not an .onnx file"),
+        (("bench", "none.onnx"), "there is no file none.onnx"),
     ],
 )
 def test_a_mistake_is_one_line(run, small, tmp_path, monkeypatch, arguments, words):

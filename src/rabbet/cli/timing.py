@@ -77,13 +77,16 @@ def measure(
     plain: a plain int8 export of the second file, if there is one, is timed as well.
     """
     for path in files:
+        if not path.exists():
+            raise FileError(f"there is no file {path}")
         if not path.is_file() or path.suffix != ".onnx":
             raise FileError(f"{path} is not an .onnx file; write one with rabbet export")
     task = open_task(DEMO_DATA if data is None else data)
     with tempfile.TemporaryDirectory() as folder:
         timed = {str(path): path for path in files}
         if plain and len(files) > 1:
-            timed["plain int8 of onnxruntime"] = plain_int8(files[1], task.read(), Path(folder))
+            with demo(data, "--data"):
+                timed["plain int8 of onnxruntime"] = plain_int8(files[1], task.read(), Path(folder))
         counts = {name: Counter(kernels(path).values()) for name, path in timed.items()}
         sizes = {name: path.stat().st_size for name, path in timed.items()}
         with demo(data, "--data"):
