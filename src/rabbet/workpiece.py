@@ -35,13 +35,10 @@ from rabbet.model.surgery import copied
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at
 ALONE = 0.1  # share by which a distance must fall where one part of the examples judges alone
-
-
 UNKNOWN = (
     "on part of a batch the network answers otherwise, or not at all, so each batch counts as one "
     "example; if it holds several, say along which axis: Task(batches, axes=...)"
 )
-
 UNABLE = "the network does not run on some of its examples, or on many at once"
 
 

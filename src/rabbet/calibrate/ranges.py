@@ -13,10 +13,8 @@ from rabbet.jobs import Progress, silent
 from rabbet.model.compressed import ActQuant, Compressed, compressed_layers
 
 VALUES = 2**16  # activations that a range is chosen from
-COARSE, FINE = (
-    20,
-    5,
-)  # shares of the extremes that are tried: from far, and on each side of the best
+# shares of the extremes that are tried: from far, and on each side of the best
+COARSE, FINE = 20, 5
 
 
 class Sample:
@@ -39,7 +37,9 @@ class Sample:
         if len(flat) > self.per_call:
             chosen = torch.randint(len(flat), (self.per_call,), generator=self.generator)
             flat = flat[chosen.to(flat.device)]
-        self.kept.append(flat.float().cpu().clone())  # what follows may work in place
+        else:
+            flat = flat.clone()  # what follows may work in place
+        self.kept.append(flat.float().cpu())
 
     def range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Scale and zero point of least squared error among shrunken versions of the extremes.

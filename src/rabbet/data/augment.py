@@ -22,8 +22,8 @@ COPIES = 4  # augmented ones of each image that judges
 class Pool:
     """Examples to draw batches from.
 
-    parts: one joined batch if shapes agree, else all batches. image: the position of the images
-    among the tensors of the joined batch, if there are any.
+    parts: one joined batch if batches can be joined, else all of them. axes: where examples lie.
+    image: the position of the images among the tensors of the joined batch, if there are any.
     """
 
     parts: tuple[Batch, ...]

@@ -78,16 +78,20 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
     put_back = layers_kept(student)
     try:
         start = piece.distance(student, judges)
-        solve_in_order(student, piece, batch)
-        end = piece.distance(student, judges)
+        with torch.no_grad():
+            piece.task.run(piece.model, batch)
     except UnlikeError as e:
-        put_back()
         return f"layers not solved again in order: {e}"
     except RabbetError:
         raise
     except Exception as e:  # the forward is the user's: it may not take such parts of the batches
-        put_back()
         return f"layers not solved again in order: {UNABLE} ({type(e).__name__})"
+    solve_in_order(student, piece, batch)
+    try:
+        end = piece.distance(student, judges)
+    except UnlikeError as e:  # whether shapes differ may show only now
+        put_back()
+        return f"solving layers again in order undone: {e}"
     if end.is_below(start):
         return ""
     put_back()
