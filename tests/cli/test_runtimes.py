@@ -91,6 +91,15 @@ def test_bench_times_files_in_turn_and_counts_kernels(run, exported):
     assert {"processor", "instructions", "threads", "onnxruntime"} <= facts["machine"].keys()
 
 
+def test_bench_says_that_batches_which_are_one_example_are_not_joined(run, exported, tmp_path):
+    text = "from rabbet import Task, demo\ndata = lambda: Task(demo.calibration(), axes=())\n"
+    (tmp_path / "nets.py").write_text(text)
+    data = ("--data", f"{tmp_path / 'nets.py'}:data", "--runs", 2)
+    code, out, _ = run("bench", exported / "s.onnx", "--batch", 4, *data)
+    assert code == 0
+    assert "no batch of 4: a batch of these data is one example" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -19,7 +19,7 @@ class Bench:
     """What was measured: of every file its kernels, its bytes, and its times by the batch's size.
 
     floats: the layers of the first file that run in float. base: the file that others are held
-    against.
+    against. notes: what was asked for and not timed.
     """
 
     machine: dict[str, str]
@@ -29,6 +29,7 @@ class Bench:
     kernels: dict[str, Counter[str]]
     sizes: dict[str, int]
     times: dict[int, dict[str, Timing]]
+    notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """All of it for JSON."""
@@ -41,7 +42,12 @@ class Bench:
             }
             for name, size in self.sizes.items()
         ]
-        return {"machine": self.machine, "files": files, "float layers": self.floats}
+        return {
+            "machine": self.machine,
+            "files": files,
+            "float layers": self.floats,
+            "notes": self.notes,
+        }
 
     def parts(self) -> list[Part]:
         """All of it for people."""
@@ -62,7 +68,7 @@ class Bench:
         ]
         machine = ", ".join(f"{name}: {value}" for name, value in self.machine.items())
         floats = [f"{name} runs in float in {self.file}" for name in self.floats]
-        return [machine, "", Table(heads, rows), *floats]
+        return [machine, "", Table(heads, rows), *self.notes, *floats]
 
     def _integer_kernels(self, name: str) -> str:
         counts = self.kernels[name]
@@ -97,7 +103,10 @@ def measure(
     floats = [name for name, kernel in kernels(files[0]).items() if kernel not in KERNELS]
     machine = cpu() | {"threads": str(threads or "all")}
     base = str(files[1] if len(files) > 1 else files[0])
-    return Bench(machine, str(files[0]), base, floats, counts, sizes, times)
+    notes: tuple[str, ...] = ()
+    if batch not in times:
+        notes = (f"no batch of {batch}: a batch of these data is one example, and none is joined",)
+    return Bench(machine, str(files[0]), base, floats, counts, sizes, times, notes)
 
 
 def _several(task: Task, count: int) -> Any:

@@ -86,11 +86,13 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         Session(content)  # raises unless the runtime can open it
         ran = kernels(assembled.content) if functions else None
         notes = _floats(ran, parcel, assembled.written)
+        if functions:  # what onnxruntime's kernels do says nothing of another runtime
+            notes = (*notes, *saturated)
         if not functions and openvino_known():
             compare_openvino(content, parcel.model, task)
         elif not functions:
             notes = (*notes, "not tried in OpenVINO, which is not installed: rabbet[openvino]")
-    return Written(write_whole(path, [content]), (*notes, *saturated, *labels_note(labels)))
+    return Written(write_whole(path, [content]), (*notes, *labels_note(labels)))
 
 
 @dataclass(frozen=True)
