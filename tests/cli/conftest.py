@@ -3,10 +3,10 @@
 import sys
 
 import pytest
+from commands import QUICK
 
 from rabbet.cli import main
 
-FAST = ("--quality", "fast")
 MINE = """
 import torch
 from torch import nn
@@ -70,7 +70,7 @@ def kept(tmp_path_factory):
 def small(kept, tmp_path_factory):
     """The demo network, compressed."""
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    assert main(["compress", "--output", str(path), "--resume", str(kept), *FAST]) == 0
+    assert main(["compress", "--output", str(path), "--resume", str(kept), *QUICK]) == 0
     return path
 
 

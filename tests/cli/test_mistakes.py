@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+from commands import QUICK
 
 from rabbet.errors import ModelError
 from rabbet.export import EXPORTS
@@ -147,7 +148,7 @@ def test_an_export_that_fails_in_the_end_leaves_the_native_file(run, kept, tmp_p
 
     monkeypatch.setitem(EXPORTS, "torch", broken)
     target = tmp_path / "a.pt2"
-    arguments = ("--quality", "fast", "--resume", str(kept), "--output", str(target))
+    arguments = (*QUICK, "--resume", str(kept), "--output", str(target))
     code, _, err = run("compress", *arguments)
     assert code == 2
     spare = tmp_path / "a.pt2.safetensors"

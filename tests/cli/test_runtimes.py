@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from commands import QUICK
 
 import rabbet
 from rabbet import demo
@@ -62,7 +63,7 @@ def test_eval_measures_any_file_that_is_written(run, small, exported, tmp_path):
 
 
 def test_compress_writes_for_a_runtime_and_says_how_good_that_file_is(run, kept, tmp_path):
-    arguments = ("--quality", "fast", "--resume", kept)
+    arguments = (*QUICK, "--resume", kept)
     code, out, _ = run("compress", "--output", tmp_path / "s.onnx", *arguments)
     assert code == 0
     after = rabbet.accuracy(rabbet.Session(tmp_path / "s.onnx"), demo.test())

@@ -7,11 +7,10 @@ import sys
 import time
 
 import pytest
+from commands import QUICK
 
 import rabbet
 from rabbet.reconstruct import network
-
-FAST = ("--quality", "fast")
 
 
 def _starts(*arguments, **kwargs):
@@ -32,7 +31,7 @@ def test_a_write_that_fails_leaves_nothing_behind(run, kept, tmp_path, monkeypat
         return rename(beside, there)
 
     monkeypatch.setattr(type(path), "replace", full)
-    code, out, err = run("compress", "--output", path, "--resume", kept, *FAST)
+    code, out, err = run("compress", "--output", path, "--resume", kept, *QUICK)
     assert (code, out) == (2, "")
     assert "No space left" in err
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
@@ -51,7 +50,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
 
     stops.__module__, stops.__qualname__ = solve.__module__, solve.__qualname__
     monkeypatch.setattr(network, "solve_site", stops)
-    code, out, err = run("compress", "--output", path, "--resume", folder, *FAST)
+    code, out, err = run("compress", "--output", path, "--resume", folder, *QUICK)
     assert (code, out) == (130, "")
     assert (
         err == f"stopped; finished work is kept in {folder}: run the same command again to go on\n"
@@ -65,7 +64,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
 
     counted.__module__, counted.__qualname__ = solve.__module__, solve.__qualname__
     monkeypatch.setattr(network, "solve_site", counted)
-    assert run("compress", "--output", path, "--resume", folder, *FAST)[0] == 0
+    assert run("compress", "--output", path, "--resume", folder, *QUICK)[0] == 0
     # each layer's candidates once over both runs, then the lines of the plan
     assert solved[:3] == first
     assert len(set(solved[:6])) == 6
@@ -78,7 +77,7 @@ def test_a_stop_without_a_folder_mentions_resume(run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rabbet.Joint, "plan", stops)
-    code, out, err = run("compress", "--output", tmp_path / "a.safetensors", *FAST)
+    code, out, err = run("compress", "--output", tmp_path / "a.safetensors", *QUICK)
     assert (code, out) == (130, "")
     assert "--resume DIR" in err
     assert err.count("\n") == 1
@@ -93,7 +92,7 @@ def test_a_signal_ends_a_real_process_with_one_line(number, code, jobs, tmp_path
         "start_new_session": True,
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     }
-    with _starts("compress", *given, **listens) as process:
+    with _starts("compress", *given, *QUICK, **listens) as process:
         while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
             time.sleep(0.02)
         os.killpg(process.pid, number)
@@ -116,7 +115,7 @@ def test_a_signal_before_any_work_ends_a_command_with_its_code(run, mine, monkey
 
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
     given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", 2)
-    with _starts("compress", *given, start_new_session=True) as process:
+    with _starts("compress", *given, *QUICK, start_new_session=True) as process:
         while not list(tmp_path.glob("work/*.safetensors")) and process.poll() is None:
             time.sleep(0.02)
         process.kill()
@@ -135,7 +134,7 @@ def test_what_libraries_write_to_the_descriptor_is_no_part_of_the_output():
 
 
 def test_several_processes_write_the_same_bytes(run, small, tmp_path):
-    code, _, err = run("compress", "--output", tmp_path / "a.safetensors", "--jobs", 2, *FAST)
+    code, _, err = run("compress", "--output", tmp_path / "a.safetensors", "--jobs", 2, *QUICK)
     assert (code, err) == (0, "")
     assert (tmp_path / "a.safetensors").read_bytes() == small.read_bytes()
 

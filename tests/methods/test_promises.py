@@ -202,7 +202,7 @@ def test_every_known_network_keeps_every_promise(name, method, data, tmp_path_fa
 @pytest.mark.parametrize("name", ["residual", "tokens"])
 def test_other_processes_write_the_same_bytes(name, tmp_path):
     case = network(name)
-    method = Joint(tuning=Tuning(steps=2, batch=4))
+    method = dataclasses.replace(FAST, tuning=Tuning(steps=2, batch=4))
     compress(case.model, "bits <= 4", case.batches, method).save(tmp_path / "a")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:

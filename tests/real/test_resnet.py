@@ -18,9 +18,9 @@ from rabbet.workpiece import Workpiece
 
 pytestmark = pytest.mark.data
 PLAIN = Joint(
-    grids=("2hc", "3c", "4c", "5c", "8c"),
+    grids=("2hc", "3c", "4c", "8c"),
     adapters=(("2hc", 0.1),),
-    forms=("cp",),
+    forms=("lowrank",),
     shares=(0.5,),
     factor_grids=("4c",),
     tuning=Tuning(steps=0),
@@ -34,13 +34,13 @@ def net(real):
 
 @pytest.fixture(scope="module")
 def calibration(real):
-    images, _ = real.load.cifar10("train", 256)
+    images, _ = real.load.cifar10("train", 128)
     return list(torch.from_numpy(images).split(64))
 
 
 @pytest.fixture(scope="module")
 def test(real):
-    images, labels = real.load.cifar10("test", 1000)
+    images, labels = real.load.cifar10("test", 500)
     return list(
         zip(torch.from_numpy(images).split(250), torch.from_numpy(labels).split(250), strict=True)
     )

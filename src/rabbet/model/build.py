@@ -116,8 +116,13 @@ def plan_of(model: nn.Module, survey: Survey) -> Plan:
 
 def empty(site: Site, plan: LayerPlan) -> Compressed:
     """A layer of the right shapes with blank numbers, to load a file into."""
-    terms = [[_blank(shape, t.grid) for shape in factor_shapes(site, t)] for t in plan.terms]
-    return Compressed(site, plan, terms, torch.zeros(site.shape[0]) if site.bias else None)
+    bias = torch.zeros(site.shape[0]) if site.bias else None
+    return Compressed(site, plan, blank_numbers(site, plan), bias)
+
+
+def blank_numbers(site: Site, plan: LayerPlan) -> list[list[Quantised]]:
+    """Numbers of the right shapes, all zero, for whoever brings the real ones later."""
+    return [[_blank(shape, t.grid) for shape in factor_shapes(site, t)] for t in plan.terms]
 
 
 def _blank(shape: tuple[int, ...], grid: Grid) -> Quantised:

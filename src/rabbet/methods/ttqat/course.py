@@ -16,7 +16,7 @@ from rabbet.grids.grid import stored
 from rabbet.jobs import Job
 from rabbet.methods.ttqat.settings import Settings
 from rabbet.methods.ttqat.start import start_cores
-from rabbet.model.build import build
+from rabbet.model.build import blank_numbers, build
 from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_layers
 from rabbet.train.best import Best
 from rabbet.train.distil import WHOLE, Recorder, Recording, Stage, Teacher, find_blocks, mask_of
@@ -49,7 +49,8 @@ class Teaching(Course):
         chains = any(line.terms[0].form.contracted for line in plan)
         self.float_steps = method.epochs * len(self.batches) if chains else 0
         self.steps = self.float_steps + method.finish * len(self.batches)
-        self.student = build(piece.model, plan, piece.survey)
+        blank = {line.name: blank_numbers(piece.survey[line.name], line) for line in plan}
+        self.student = build(piece.model, plan, piece.survey, blank)
         self.layers = compressed_layers(self.student)
         self._start()
         distil = method.distil
