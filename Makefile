@@ -15,8 +15,8 @@ demo: .venv/stamp ## compress the embedded digits network into build/, export it
 	$(BIN)/rabbet eval build/digits.onnx --test rabbet.demo:test
 
 # One thread a worker: two workers on two cores would otherwise fight over them.
-test: lint ## lint, then run all tests; pytest's summary is the last line
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+test: lint ## lint, then run the tests, with ALL=1 the slow ones, too; pytest's summary is the last line
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(if $(ALL),,-m "not slow")
 
 lint: .venv/stamp ## ruff (rules and format), mypy
 	$(BIN)/ruff check

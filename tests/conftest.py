@@ -14,7 +14,7 @@ from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter import _registration
 
 from rabbet.export.onnx import compare
-from rabbet.runtime.bench import cpu
+from rabbet.runtime.bench import EXACT, cpu
 
 torch.set_num_threads(1)
 
@@ -26,9 +26,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("rabbet")
-
-# Processors on which onnxruntime's int8 kernels do not saturate at 16 bits (docs/onnx.md).
-EXACT = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp")
 
 TABLES = (
     (_registration.ONNXRegistry, "from_torchlib"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -405,6 +406,18 @@ def flat_networks(draw: st.DrawFn) -> Case:
         model = nn.Sequential(*layers)
     batches = [rand(draw(st.sampled_from([1, 5])), widths[0], seed=k) for k in range(2)]
     return Case(settled(model, draw(st.integers(0, 99))), batches)
+
+
+def thinned(cases, keep=3):
+    """Every so-many-th case as it is, the others slow."""
+    return [
+        case if k % keep == 0 else pytest.param(*_parts(case), marks=pytest.mark.slow)
+        for k, case in enumerate(cases)
+    ]
+
+
+def _parts(case):
+    return case if isinstance(case, tuple) else (case,)
 
 
 def lasting(notes):

@@ -355,6 +355,27 @@ def test_what_cannot_be_told_of_modules_is_refused(body, said, modules):
         fingerprint(modules({"user": text, "helper": helper, **PACK}).f)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return globals()['K'] * b",
+        "return eval('K') * b",
+        "return __import__('helper').K * b",
+        "import importlib; return importlib.import_module('helper').K * b",
+        "import os; return float(os.environ['K']) * b",
+        "from os import getenv; return float(getenv('K')) * b",
+    ],
+)
+def test_what_code_reads_unseen_is_refused(body, modules):
+    text = f"K = 2.0\ndef f(b):\n    {body}"
+    with pytest.raises(Untold, match="code that uses "):
+        fingerprint(modules({"user": text, "helper": "K = 1.0"}).f)
+
+
+def test_a_method_that_is_called_like_a_builtin_is_none(modules):
+    fingerprint(modules({"user": "def f(model):\n    return model.eval()"}).f)
+
+
 @pytest.mark.parametrize("name", ["colorsys", "rich"])
 def test_what_is_installed_counts_by_its_name_whether_it_is_loaded_or_not(name, monkeypatch):
     late = sourced(f"def f(x):\n    import {name}\n    return {name}.y(x)")
@@ -400,6 +421,7 @@ def test_another_process_with_other_hashes_finds_the_same():
     assert len({_said(code, seed) for seed in ("1", "2")}) == 1
 
 
+@pytest.mark.slow
 def test_every_known_network_can_be_told_and_is_the_same_in_another_process():
     code = (
         "from networks import NETWORKS, network\nfrom rabbet.fingerprint import fingerprint\n"

@@ -315,6 +315,7 @@ def _parent_of_a_worker_of_jobs(sender):
 
 
 @pytest.mark.parametrize("parent_of", [_parent_of_a_worker, _parent_of_a_worker_of_jobs])
+@pytest.mark.slow
 def test_a_worker_ends_with_its_parent_however_that_ended(parent_of):
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)

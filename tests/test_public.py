@@ -104,6 +104,7 @@ def test_options_are_given_by_name_and_mean_the_same_everywhere(call):
     assert by_name == ["quality", "seed", "jobs"]
 
 
+@pytest.mark.slow
 def test_a_quality_is_the_default_method_with_another_tuning(fitted):
     assert [method_of(None, name) for name in QUALITY] == list(QUALITY.values())
     assert method_of(rabbet.Joint(), "best") == QUALITY["best"]

@@ -35,6 +35,9 @@ NAMED = (
     types.ClassMethodDescriptorType,
 )
 READS = {"LOAD_ATTR", "LOAD_METHOD"}
+# Builtins, and attributes, through which code reads what cannot be seen in it.
+DYNAMIC = {"eval", "exec", "globals", "__import__"}
+OUTSIDE = {"environ", "getenv", "import_module"}
 LATE = "__getattr__"  # what a module has that makes attributes when they are read
 GENERATED = {"_abc_impl", "__dict__", "__weakref__"}
 
@@ -253,6 +256,10 @@ def _read_by(function: types.FunctionType) -> dict[str, Any]:
     Of the user's modules among them, and of those in them, only the attributes that it reads.
     """
     space, found = function.__globals__, {}
+    for code in _codes(function.__code__):
+        called = {first for first, *_ in _paths(code)} - space.keys()
+        for name in sorted(called & DYNAMIC | set(code.co_names) & OUTSIDE):
+            raise Untold(f"code that uses {name}")
     for first, *rest in sorted({p for code in _codes(function.__code__) for p in _paths(code)}):
         if first not in space:  # a builtin
             continue

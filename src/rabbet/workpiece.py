@@ -26,8 +26,8 @@ from rabbet.fingerprint import Untold, fingerprint
 from rabbet.jobs import ONCE, Jobs
 from rabbet.layers import Site
 from rabbet.model.bn_fold import norm_gain
-from rabbet.model.check import check
-from rabbet.model.independence import with_axes
+from rabbet.model.check import check, check_sizes
+from rabbet.model.independence import doubts, with_axes
 from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
 from rabbet.model.proof import proven
 from rabbet.model.surgery import copied
@@ -157,8 +157,11 @@ class Workpiece:
         told = _told({**calls, "batches": task.read(), "network": original}, jobs)
         survey = survey_of(model, task.read()[0], task)
         folded, survey = proven(model, survey, task)
+        check_sizes(folded, survey)
         if calls["axes"] is None and not task.examples.known:
             survey = replace(survey, notes=(*survey.notes, UNKNOWN))
+        if calls["axes"] is not None:
+            survey = replace(survey, notes=(*survey.notes, *doubts(model, task)))
         types = {
             name: TYPE_NAMES[t.dtype]
             for name, t in stored_tensors(model).items()

@@ -69,6 +69,7 @@ def test_plan_as_json_has_plan_and_cost(run, kept):
     assert facts["budget"] == "bits <= 3"
 
 
+@pytest.mark.slow
 def test_compress_needs_nothing_but_a_file_to_write(run, tmp_path):
     path = tmp_path / "build" / "deep" / "digits.safetensors"
     code, out, err = run("compress", "--output", path, "--quality", "fast")
@@ -119,6 +120,7 @@ def test_a_plan_over_the_budget_is_refused_before_anything_is_solved(
     assert not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_within_the_budget_is_fitted(run, kept, tmp_path):
     (tmp_path / "plan.txt").write_text(run("plan", "--resume", kept, *QUICK)[1])
     given = ("--plan", tmp_path / "plan.txt", "--budget", BUDGET, "--resume", kept)

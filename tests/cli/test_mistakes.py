@@ -142,6 +142,7 @@ def test_a_network_that_cannot_be_exported_is_refused_before_any_work(run, tmp_p
     assert "torch cannot export this network to ONNX" in err
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_in_the_end_leaves_the_native_file(run, kept, tmp_path, monkeypatch):
     def broken(*_):
         raise ModelError("the runtime is broken")

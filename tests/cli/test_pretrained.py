@@ -66,6 +66,7 @@ def here(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "method", ["joint tuning.steps=0", "ttqat rank=6 table_rank=6 epochs=1 finish=1"]
 )
+@pytest.mark.slow
 def test_a_folder_is_surveyed_and_compressed_and_its_file_read_again(run, here, name, method):
     data = ("--data", "batches_of_user:batches")
     code, out, _ = run("survey", name, *data)

@@ -85,6 +85,7 @@ def test_a_stop_without_a_folder_mentions_resume(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_a_signal_ends_a_real_process_with_one_line(number, code, jobs, tmp_path):
     given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", jobs)
     # a process started in the background may have been told to ignore the signal
@@ -113,6 +114,7 @@ def test_a_signal_before_any_work_ends_a_command_with_its_code(run, mine, monkey
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
     given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", 2)
     with _starts("compress", *given, *QUICK, start_new_session=True) as process:
@@ -133,6 +135,7 @@ def test_what_libraries_write_to_the_descriptor_is_no_part_of_the_output():
     assert (done.stdout, done.stderr) == ("ours\n", "stray\n")
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_bytes(run, small, tmp_path):
     code, _, err = run("compress", "--output", tmp_path / "a.safetensors", "--jobs", 2, *QUICK)
     assert (code, err) == (0, "")

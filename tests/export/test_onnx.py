@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from exporting import CASES, GRIDS, parcel
-from networks import Case, images, lasting, rand, settled
+from networks import Case, images, lasting, rand, settled, thinned
 from torch import nn
 
 import rabbet
@@ -70,7 +70,9 @@ PAIRS = list(
 )
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module", params=thinned([(p,) for p in PAIRS], 2), ids=[f"{n}-{k}" for n, k in PAIRS]
+)
 def written(request, tmp_path_factory):
     """A case, compressed with a kind of terms, and its file."""
     name, kind = request.param
@@ -207,8 +209,11 @@ def test_a_layer_whose_input_stays_float_is_listed_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(n, ("dense", "trains", "rows")[k % 3]) for k, n in enumerate(CASES)]
-    + [("tied", "dense"), ("bert", "trains"), ("tokens", "rows")],
+    thinned(
+        [(n, ("dense", "trains", "rows")[k % 3]) for k, n in enumerate(CASES)]
+        + [("tied", "dense"), ("bert", "trains"), ("tokens", "rows")],
+        4,
+    ),
 )
 def test_no_weight_that_meets_floats_is_dequantised_in_every_run(name, kind, tmp_path):
     case, terms = CASES[name](), TERMS[kind]
@@ -427,6 +432,7 @@ def _said(facts, key):
     return str(getattr(value, "value", value))
 
 
+@pytest.mark.slow
 def test_axes_in_which_batches_differ_are_dynamic(tmp_path):
     compressed = parcel(CASES["bert"]())
     write_onnx(compressed, tmp_path / "small.onnx")
@@ -441,6 +447,7 @@ def test_axes_in_which_batches_differ_are_dynamic(tmp_path):
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_resnet20_keeps_its_accuracy_in_the_runtime(real, tmp_path: Path):
     train, _ = real.load.cifar10("train", 256)
     images, labels = real.load.cifar10("test", 500)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import NETWORKS, network
+from networks import NETWORKS, network, thinned
 
 import rabbet
 from rabbet import Joint, Plan, Task
@@ -76,7 +76,7 @@ def test_rows_on_one_grid_are_the_layer_on_it(name):
     assert costs[0].bops == costs[1].bops
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", thinned(NETWORKS))
 def test_a_network_of_rows_is_fitted_and_saved(name, tmp_path):
     case, _, _, pairs = _plans(name)
     split = _split(pairs)

@@ -167,6 +167,7 @@ def test_the_same_header_written_in_another_way_is_refused(whole, tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x04, 0x10, 0x80])
+@pytest.mark.slow
 def test_no_flipped_bit_of_the_header_leads_to_another_error(whole, mask, tmp_path):
     data = _joined(*_parts(whole))
     size = 8 + int.from_bytes(data[:8], "little")

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Residual, network, rand, settled
+from networks import NETWORKS, Residual, network, rand, settled, thinned
 from torch import nn
 
 from rabbet import (
@@ -28,7 +28,7 @@ from rabbet import (
 )
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.budget import METRICS
-from rabbet.data.batches import tensors
+from rabbet.data.batches import relative_error, tensors
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError
 from rabbet.methods.ttqat import Distillation
 from rabbet.model.build import build
@@ -80,7 +80,7 @@ LIMITED = [m for m in METRICS if m != "latency"]
 LIMITS = [(n, LIMITED[(k + d) % len(LIMITED)]) for k, n in enumerate(NETWORKS) for d in (0, 2)]
 
 
-@pytest.mark.parametrize(("name", "metric"), LIMITS)
+@pytest.mark.parametrize(("name", "metric"), thinned(LIMITS))
 def test_an_impossible_budget_is_refused_before_any_work_and_names_what_can_be_reached(
     name, metric
 ):
@@ -150,6 +150,42 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(name, index, value):
         model.get_parameter(name)[index] = value
     with pytest.raises(ModelError, match=re.escape(name)):
         compress(model, "bits <= 4", [X], QUICK, jobs=Idle())
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-30, 1e18, 1e30])
+def test_a_weight_too_small_or_large_to_be_solved_for_is_refused_by_name(size):
+    model = _net()
+    with torch.no_grad():
+        model[3].weight.mul_(size)
+    with pytest.raises(ModelError, match=r"3: the largest of its weights, .* is "):
+        compress(model, "bits <= 4", [X], QUICK, jobs=Idle())
+    with torch.no_grad():
+        model[3].weight.zero_()
+    compress(model, "bits <= 4", [X], QUICK)
+
+
+def _linear_error(weights, inputs):
+    """How far 4 bits are off for a network and inputs of a size."""
+    model = settled(nn.Sequential(nn.Linear(16, 48, bias=False), nn.Linear(48, 8, bias=False)))
+    with torch.no_grad():
+        model[0].weight.mul_(weights)
+    mixed = rand(16, 16) * torch.logspace(0, -2, 16)
+    data = [inputs * (rand(64, 16, seed=k) @ mixed) for k in range(4)]
+    result = compress(model, "bits <= 3", data, Joint(tuning=Tuning(steps=10)))
+    with torch.no_grad():
+        return relative_error(result.model(data[0]), model(data[0]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"), [(1e-9, 1.0), (1.0, 1e-8), (1e9, 1.0), (1.0, 1e12), (1e-6, 1e-6)]
+)
+def test_the_units_of_weights_and_inputs_change_nothing(weights, inputs):
+    assert _linear_error(weights, inputs) < 1.2 * _linear_error(1.0, 1.0)
+
+
+def test_inputs_whose_squares_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="do not fit float32"):
+        compress(_net(), "bits <= 4", [X * 1e20], QUICK)
 
 
 def test_a_buffer_that_is_not_finite_is_refused_by_name():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from networks import rand
+from networks import rand, thinned
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -223,7 +223,7 @@ def test_gradients_are_those_of_torch_example_by_example(name):
         assert torch.allclose(gradients[k].view_as(wanted), wanted, atol=1e-4)
 
 
-@every_ranked_form
+@pytest.mark.parametrize(("form", "name"), thinned([(f, n) for f, n in FITTING if f in RANKED], 2))
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_error_falls_with_the_rank(form, name, weighted):
     _, site, weight, _ = _case(name)

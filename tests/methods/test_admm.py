@@ -85,6 +85,7 @@ def _error(method):
     return float(_run(method).notes[0].rpartition(" ")[2])
 
 
+@pytest.mark.slow
 def test_the_ablations_change_the_error_as_the_paper_says():
     paper, nearest = _error(ADMM(sweeps=10)), _error(ADMM(solver="nearest"))
     assert paper < nearest
@@ -94,6 +95,7 @@ def test_the_ablations_change_the_error_as_the_paper_says():
     assert paper < _error(ADMM(rate=3.0, sweeps=10))
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_bytes(tmp_path):
     _run(ADMM(**SHORT)).save(tmp_path / "a")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

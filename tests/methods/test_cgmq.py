@@ -102,6 +102,7 @@ def test_the_floor_is_named_with_its_value():
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.slow
 def test_the_tightest_byte_budgets_are_kept_too(granularity):
     case = network("residual")
     method = CGMQ(
@@ -161,6 +162,7 @@ def test_the_nearer_the_start_the_smaller_the_steps_unless_a_rate_is_given(monke
     )
 
 
+@pytest.mark.slow
 def test_training_brings_the_network_nearer_to_float():
     method = CGMQ(epochs=2, finish=4, steps=10)
     result = compress(demo.model(), "bops <= 0.5%", demo.calibration(), method)
@@ -480,6 +482,7 @@ def test_the_gates_are_drawn(tmp_path, suffix, granularity):
 
 
 @pytest.mark.parametrize("budget", [BUDGET, "bytes <= 2826"])
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_like_one_that_was_not(tmp_path, budget):
     method = CGMQ(epochs=2, finish=2, steps=4, batch=6, granularity="channel", gates=3.0)
 
@@ -529,6 +532,7 @@ def _one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     case, whole = network("residual"), _run(CALM)
     mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)

@@ -509,6 +509,7 @@ def test_a_folded_layer_without_a_line_is_stored_in_float32_whatever_it_was(dtyp
     saved_and_loaded(result, model, tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_more_bits_are_nearer_to_the_network():
     case = Case(settled(Tokens()), tokens())
     errors = [

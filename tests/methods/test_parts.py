@@ -74,6 +74,7 @@ def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_a_plan_can_be_chosen_edited_and_fitted(name):
     case, method = network("stack"), METHODS[name]()
     chosen = plan(case.model, WITHIN[name], case.batches, method)
@@ -84,6 +85,7 @@ def test_a_plan_can_be_chosen_edited_and_fitted(name):
     assert result.budget is None
 
 
+@pytest.mark.slow
 def test_choosing_and_fitting_are_together_what_compress_does(tmp_path):
     case = network("residual")
     method = Joint(
@@ -169,6 +171,7 @@ def test_a_second_budget_finds_the_candidates_of_the_first():
     assert jobs.ran == 7
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_is_started_again_does_not_do_finished_work_twice(tmp_path):
     case = network("residual")
     done = []

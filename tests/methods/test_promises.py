@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, flat_networks, image_networks, network, token_networks
+from networks import NETWORKS, flat_networks, image_networks, network, thinned, token_networks
 
 from rabbet import Budget, Jobs, Joint, Plan, Task, compress, load
 from rabbet.choose.program import smallest
@@ -158,6 +158,7 @@ every_kind = pytest.mark.parametrize(
 @every_kind
 @settings(max_examples=12)
 @given(data=st.data())
+@pytest.mark.slow
 def test_a_network_keeps_every_promise(networks, data, tmp_path_factory):
     case = data.draw(networks)
     budget = _budget(data.draw, case, FAST)
@@ -173,6 +174,7 @@ def test_a_network_keeps_every_promise(networks, data, tmp_path_factory):
 @every_kind
 @settings(max_examples=4)
 @given(data=st.data())
+@pytest.mark.slow
 def test_a_tuned_network_keeps_every_promise(networks, data, tmp_path_factory):
     case = data.draw(networks)
     budget = _budget(data.draw, case, TUNED)
@@ -184,13 +186,11 @@ def test_a_tuned_network_keeps_every_promise(networks, data, tmp_path_factory):
 
 # Every network with the fast method, and with one of the others in turn.
 PAIRS = [
-    pytest.param(name, method, id=f"{name}-{label}")
-    for k, name in enumerate(NETWORKS)
-    for label, method in (("fast", FAST), [("float inputs", FLOAT), ("tuned", TUNED)][k % 2])
+    (name, method) for k, name in enumerate(NETWORKS) for method in (FAST, (FLOAT, TUNED)[k % 2])
 ]
 
 
-@pytest.mark.parametrize(("name", "method"), PAIRS)
+@pytest.mark.parametrize(("name", "method"), thinned(PAIRS))
 @settings(max_examples=1)
 @given(data=st.data())
 def test_every_known_network_keeps_every_promise(name, method, data, tmp_path_factory):
@@ -200,6 +200,7 @@ def test_every_known_network_keeps_every_promise(name, method, data, tmp_path_fa
 
 
 @pytest.mark.parametrize("name", ["residual", "tokens"])
+@pytest.mark.slow
 def test_other_processes_write_the_same_bytes(name, tmp_path):
     case = network(name)
     method = dataclasses.replace(FAST, tuning=Tuning(steps=2, batch=4))
@@ -272,6 +273,7 @@ def test_the_hooks_of_the_user_stay_and_see_nothing_afterwards():
     assert result.model is not case.model
 
 
+@pytest.mark.slow
 def test_input_ranges_of_every_width_are_set():
     case = network("residual")
     for act in (2, 4, 8):

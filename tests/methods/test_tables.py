@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import OneTable, lasting, network, rand, settled, tokens
+from networks import OneTable, lasting, network, rand, settled, thinned, tokens
 from torch import nn
 
 import rabbet
@@ -47,7 +47,7 @@ TABLES = ("dense@8c | act@8", "dense@4 | act@6", "dense@8", "ttm[9]@8c", "ttm[9]
           "dense@4c + dense@4 | act@8", "dense[0-9]@4c + dense[10-29]@8c | act@8")  # fmt: skip
 
 
-@pytest.mark.parametrize("line", TABLES)
+@pytest.mark.parametrize("line", thinned(TABLES, 2))
 @pytest.mark.parametrize(("heads", "first"), [(1, False), (1, True), (2, False)])
 def test_heads_that_share_a_table_run_with_it_and_it_is_stored_once(
     line, heads, first, tmp_path, kernels_are_exact

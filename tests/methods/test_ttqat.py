@@ -153,6 +153,7 @@ def apart(result, model, data):
     )
 
 
+@pytest.mark.slow
 def test_teaching_brings_the_student_nearer():
     model, data = bert(), sentences()
     errors = []
@@ -163,6 +164,7 @@ def test_teaching_brings_the_student_nearer():
 
 
 @pytest.mark.parametrize("act", [8, 4])
+@pytest.mark.slow
 def test_inputs_are_quantised_where_asked(act, tmp_path):
     model, data = bert(), sentences()
     result = rabbet.compress(model, "bytes <= 20%", data, TTQAT(**SHORT | {"act": act}))
@@ -178,6 +180,7 @@ def test_inputs_are_quantised_where_asked(act, tmp_path):
         assert torch.allclose(torch.from_numpy(answer), result.model(**data[1])[0], atol=0.3)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path):
     model, data = bert(), sentences()
     method = TTQAT(**SHORT | {"act": 8})
@@ -217,6 +220,7 @@ def test_every_order_and_start_runs(order, start):
     assert torch.isfinite(result.model(**data[0])[0]).all()
 
 
+@pytest.mark.slow
 def test_ranks_and_bits_are_chosen_under_the_budget():
     model, data = bert(), sentences()
     method = TTQAT(
@@ -771,6 +775,7 @@ def _one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_same_epoch(tmp_path):
     mp.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
     files = [(tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(2)]

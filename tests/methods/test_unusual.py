@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import rand, settled, tokens
+from networks import rand, settled, thinned, tokens
 from torch import nn
 
 from rabbet import CGMQ, TTQAT, CoRa, Joint, Task, compress, load, survey
@@ -122,7 +122,7 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", thinned(NETWORKS))
 def test_a_method_takes_the_network_and_its_file_answers_as_it_does(name, method, tmp_path):
     make, data = NETWORKS[name]
     model, batches = settled(make()), data()

@@ -7,8 +7,8 @@ from torch import nn
 from rabbet import Joint, Task, compress, survey
 from rabbet.data.batches import replaced, tensors
 from rabbet.data.task import call
-from rabbet.errors import ModelError
-from rabbet.model.independence import with_axes
+from rabbet.errors import DataError, ModelError
+from rabbet.model.independence import UNCONFIRMED, with_axes
 from rabbet.train.tuning import Tuning
 
 QUICK = Joint(forms=(), adapters=(), tuning=Tuning(steps=0))
@@ -112,6 +112,22 @@ def test_axes_are_those_that_the_network_treats_one_by_one(name):
 def test_what_is_declared_is_not_tried():
     model = Calls(lambda _, x: pytest.fail("ran"))
     assert with_axes(model, Task([rand(8, 6)], axes=1)).axes == 1
+
+
+def test_what_is_declared_and_another_axis_is_proven_is_refused():
+    model, batch, _ = CASES["time first"]
+    with pytest.raises(DataError, match=r"axes=0 was declared.*pass axes=1"):
+        compress(model.eval(), "bits <= 6", Task([batch], axes=0), QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "told"),
+    [("means of the batch", 0, 1), ("time first", 1, 0), ("a graph", (), 0), ("rows", 0, 0)],
+)
+def test_what_is_declared_and_a_run_does_not_confirm_is_told(name, axes, told):
+    model, batch, _ = CASES[name]
+    result = compress(model.eval(), "bits <= 6", Task([batch], axes=axes), QUICK)
+    assert result.survey.notes.count(UNCONFIRMED) == told
 
 
 @pytest.mark.parametrize("sequences", [1, 8])

@@ -70,6 +70,7 @@ def test_every_batch_norm_is_folded_and_the_network_answers_as_before(net, test,
     assert sum(s.macs for s in surveyed) == 40_551_040
 
 
+@pytest.mark.slow
 def test_eight_bits_for_weights_and_inputs_lose_next_to_nothing(piece, test, whole):
     plan = "\n".join(f"{s.name} dense@8c | act@8" for s in piece.survey)
     result = fit(piece.model, plan, piece.task, PLAIN, jobs=piece.jobs)
@@ -77,6 +78,7 @@ def test_eight_bits_for_weights_and_inputs_lose_next_to_nothing(piece, test, who
     assert result.cost.bytes < 0.28 * result.float_cost.bytes
 
 
+@pytest.mark.slow
 def test_three_bits_a_weight_lose_at_most_a_point_and_a_half_without_tuning(
     net, piece, calibration, test, whole, tmp_path
 ):
@@ -90,6 +92,7 @@ def test_three_bits_a_weight_lose_at_most_a_point_and_a_half_without_tuning(
         assert all(torch.equal(result.model(x), again(x)) for x, _ in test)
 
 
+@pytest.mark.slow
 def test_error_feedback_rounding_beats_rounding_to_nearest_at_three_bits(piece, test):
     moments, grid = piece.moments(), Grid.parse("3c")
     terms = (Term(Dense(), grid),)
@@ -111,6 +114,7 @@ def test_error_feedback_rounding_beats_rounding_to_nearest_at_three_bits(piece, 
     assert ours > plain + 5
 
 
+@pytest.mark.slow
 def test_whitened_adapters_beat_plain_ones(piece, test):
     moments = piece.moments()
     base, fine = Grid.parse("3c"), Grid.parse("8c")
@@ -140,6 +144,7 @@ def test_whitened_adapters_beat_plain_ones(piece, test):
     assert white > plain
 
 
+@pytest.mark.slow
 def test_a_plan_of_real_layers_keeps_several_limits_at_once(piece):
     chosen = PLAIN.plan(piece, Budget.parse("bytes <= 10%, bops <= 2%, bits <= 2.6"))
     cost, whole = piece.cost(chosen), piece.float_cost

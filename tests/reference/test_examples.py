@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "quickstart.py"],

@@ -232,6 +232,7 @@ def test_several_terms_beat_their_first_one_alone():
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.slow
 def test_alternating_over_terms_longer_never_ends_worse(monkeypatch):
     site, _ = _layer()
     helped = 0

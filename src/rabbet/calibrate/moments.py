@@ -36,12 +36,15 @@ class _Moment:
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
         given = args[0].detach().float()
         rows = self.site.patches(given, -(-self.most // max(1, len(given))), self.generator)
+        where = f"the inputs of {self.site.name or 'the network'}"
         if not torch.isfinite(rows).all():
-            raise DataError(
-                f"the inputs of {self.site.name or 'the network'} hold NaN or infinite values; "
-                "check the batches"
-            )
+            raise DataError(f"{where} hold NaN or infinite values; check the batches")
         part = (rows.mT @ rows).double()
+        if not torch.isfinite(part).all():
+            raise DataError(
+                f"{where} reach {float(rows.abs().max()):.3g}, whose squares do not fit float32; "
+                "scale the batches down"
+            )
         self.total = part if self.total is None else self.total + part
         self.rows += rows.shape[1]
 

@@ -1,4 +1,4 @@
-"""The command line: survey, plan, compress, show, check, compare, export, eval, bench.
+"""The command line of rabbet: each command is a function of this package.
 
 What was asked for goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a budget that is
 broken or cannot be met, 2 any other mistake, 130 stopped by hand, 143 by SIGTERM. A mistake is one
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbet.cli import compressing, reading, running
+from rabbet.cli import compressing, reading, running, starting
 from rabbet.cli.ending import CLOSED, INTERRUPTED, Stopped, own_output, terminable
 from rabbet.errors import BudgetError, RabbetError, note_of
 
@@ -33,6 +33,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
+    starting.doctor,
+    starting.init,
     compressing.survey,
     compressing.plan,
     compressing.compress,

@@ -7,8 +7,9 @@ from typing import Any
 import typer
 
 from rabbet._api import load
-from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST, open_network
+from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST
 from rabbet.cli.judge import Judge, open_judge
+from rabbet.cli.networks import open_network
 from rabbet.cli.stored import Stored
 from rabbet.core.plan import quoted
 from rabbet.report.facts import cost_facts
@@ -32,10 +33,12 @@ def scores_of(files: list[Path], model: str | None, test: str | None) -> Scores 
         raise typer.BadParameter(
             f"{given} needs {missing}: accuracy is measured with both", param_hint=missing
         )
-    judge = None if model is None else open_judge(test)
-    if model is None or judge is None:
+    if model is None:
         return None
     network = open_network(model)
+    judge = open_judge(test, network=network)
+    if judge is None:
+        return None
     return Scores(judge, [judge(load(file, network)) for file in files])
 
 

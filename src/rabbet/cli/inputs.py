@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import typer
 from torch import nn
 
+from rabbet.cli.datasets import is_data, open_data
 from rabbet.cli.judge import Judge, open_judge
-from rabbet.cli.pretrained import pretrained
+from rabbet.cli.networks import open_network
 from rabbet.cli.references import reporting, resolve
 from rabbet.data.task import Task
 from rabbet.errors import DataError, RabbetError
@@ -53,27 +53,16 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
         raise typer.BadParameter(
             f"{model} needs batches: name a module:callable that gives them", param_hint="--data"
         )
-    network, task = open_network(model), open_task(data)
-    return Inputs(network, task, open_judge(test, task))
+    network = open_network(model)
+    task = open_task(data, network)
+    return Inputs(network, task, open_judge(test, task, network))
 
 
-def open_network(reference: str) -> nn.Module:
-    """The network that a reference names, in eval mode.
-
-    It may also lie in a folder that `save_pretrained` wrote.
-    """
-    if reference and Path(reference).is_dir():
-        return pretrained(Path(reference))
-    network = resolve(reference, "MODEL")
-    if not isinstance(network, nn.Module):
-        raise typer.BadParameter(
-            f"{reference} gives {type(network).__name__}, not a torch.nn.Module", param_hint="MODEL"
-        )
-    return network.eval()
-
-
-def open_task(reference: str) -> Task:
-    """The batches or the task that a reference names."""
+def open_task(reference: str, network: nn.Module | None = None) -> Task:
+    """The batches or the task that a reference names; network: what files are prepared for."""
+    if is_data(reference):
+        batches = open_data(reference, network, "--data").spread()
+        return Task(batches, limit=batches.limit)
     try:
         task = Task.of(resolve(reference, "--data"))
     except DataError as e:

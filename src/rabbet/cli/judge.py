@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from torch import nn
 
+from rabbet.cli.datasets import is_data, open_data
 from rabbet.cli.references import attribute, reporting, resolve_value
 from rabbet.data.task import Task, accuracy
 
@@ -35,14 +36,20 @@ class Judge:
         return f"{value:.2f}{self.unit}" if self.unit else f"{value:.6g}"
 
 
-def open_judge(reference: str | None, task: Task | None = None) -> Judge | None:
+def open_judge(
+    reference: str | None, task: Task | None = None, network: nn.Module | None = None
+) -> Judge | None:
     """What judges a network, if anything does.
 
-    It is the test that a reference names, else the task's own evaluation.
+    It is the test that a reference names, else the task's own evaluation. network: what files are
+    prepared for.
     """
     if reference is None:
         own = None if task is None else task.evaluate
         return None if own is None else Judge("evaluation", "", own, "the task's evaluate")
+    if is_data(reference):
+        pairs = open_data(reference, network, "--test").labelled()
+        return Judge("accuracy", "%", lambda network: accuracy(network, pairs), reference)
     named = attribute(reference, "--test")
     value = named if _takes_one(named) else resolve_value(named, reference, "--test")
     if callable(value) and not isinstance(value, Iterable):

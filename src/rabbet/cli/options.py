@@ -21,7 +21,11 @@ def known_quality(name: str) -> str:
 
 
 REFERENCE = "module:callable or file.py:callable, called without arguments"
-NETWORK = f"{REFERENCE}, or a folder of Hugging Face's save_pretrained"
+NETWORK = (
+    f"{REFERENCE}; timm:NAME, torchvision:NAME; a folder of Hugging Face's save_pretrained; a .pt2 "
+    "of torch.export"
+)
+FILES = "a folder of images, .npy, .npz, .txt"
 
 Model = Annotated[
     str | None,
@@ -29,11 +33,14 @@ Model = Annotated[
         metavar="MODEL", help=f"The trained network: {NETWORK}. Default: the demo network."
     ),
 ]
-Data = Annotated[str | None, typer.Option(help=f"Unlabelled batches or a Task: {REFERENCE}.")]
+Data = Annotated[
+    str | None, typer.Option(help=f"Unlabelled batches or a Task: {REFERENCE}; or {FILES}.")
+]
 Test = Annotated[
     str | None,
     typer.Option(
-        help="Batches of (inputs, labels), or a function from a model to a number, named likewise."
+        help="Batches of (inputs, labels), or a function from a model to a number, named likewise; "
+        "or a folder of images for each class, .npz, .tsv."
     ),
 ]
 BudgetText = Annotated[str, typer.Option("--budget", help="Such as 'bytes <= 10%, bops <= 0.5%'.")]

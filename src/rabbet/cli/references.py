@@ -1,5 +1,6 @@
 """Finds what a reference names: `module:callable`, or `path/to/file.py:callable`."""
 
+import ast
 import contextlib
 import difflib
 import importlib
@@ -32,6 +33,23 @@ def resolve_value(named: Any, reference: str, option: str) -> Any:
         return named
     with reporting(reference, option):
         return named()
+
+
+def settings_of(reference: str) -> tuple[str, dict[str, Any]]:
+    """What a reference names, and the settings behind it: `timm:resnet18 pretrained=False`."""
+    words, settings = reference.split(" "), dict[str, Any]()
+    while len(words) > 1 and "=" in words[-1]:
+        name, _, value = words.pop().partition("=")
+        settings[name] = literal(value)
+    return " ".join(words), dict(reversed(settings.items()))
+
+
+def literal(text: str) -> Any:
+    """The value that a text writes down; what is none is a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def attribute(reference: str, option: str) -> Any:

@@ -76,18 +76,20 @@ def evaluate(
 ) -> None:
     """Run a file, in its runtime, over labelled batches or a function of your own."""
     from rabbet.cli import tables
-    from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST, demo, open_network
+    from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST, demo
     from rabbet.cli.judge import open_judge
+    from rabbet.cli.networks import open_network
     from rabbet.cli.stored import opened
 
     if test is None and model not in (None, DEMO_MODEL):
         raise typer.BadParameter(
             "say what to measure with: batches of (inputs, labels)", param_hint="--test"
         )
-    judge = open_judge(DEMO_TEST if test is None else test)
+    network = open_network(DEMO_MODEL if model is None else model)
+    judge = open_judge(DEMO_TEST if test is None else test, network=network)
     assert judge is not None
     with demo(model, "--model"):
-        network = opened(file, open_network(DEMO_MODEL if model is None else model))
+        network = opened(file, network)
     with demo(test, "--test"):
         score = judge(network)
     if as_json:

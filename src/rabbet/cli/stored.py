@@ -35,6 +35,11 @@ class Stored:
     @classmethod
     def read(cls, path: Path) -> "Stored":
         """Read a file. Raises FileError for one that is missing, damaged, or of another format."""
+        if path.suffix in ENDINGS and ENDINGS[path.suffix] != "safetensors":
+            raise FileError(
+                f"{path} is written for a runtime and does not say what its plan is; name the "
+                "native file that it was exported from (.safetensors)"
+            )
         contents = read_parts(path)
         survey, plan = contents.survey, contents.plan
         cost = plan_cost(survey, plan, contents.kept)

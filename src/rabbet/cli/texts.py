@@ -1,6 +1,5 @@
 """How the text in an option is read: a budget, a method with its settings, a file with a plan."""
 
-import ast
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -8,6 +7,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from rabbet.cli.references import literal
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
@@ -66,10 +66,7 @@ def _with(settings: Any, name: str, value: str, text: str) -> Any:
     kind = get_type_hints(type(settings))[name]
     options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     kinds = [k for k in (get_origin(one) or one for one in options) if isinstance(k, type)]
-    try:
-        new = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        new = value  # a word
+    new = literal(value)
     whole = isinstance(new, int) and not isinstance(new, bool) and float in kinds
     if inner or (kinds and type(new) not in kinds and not whole):
         wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)

@@ -7,7 +7,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from rabbet.core.survey import Survey
 from rabbet.errors import ModelError
+
+SIZES = 1e-10, 1e15
+"""What the largest weight of a layer may be: squares of errors beyond do not fit float32."""
 
 
 @torch.no_grad()
@@ -32,6 +36,20 @@ def check(model: nn.Module) -> None:
     numbers = {id(t) for t in itertools.chain(model.parameters(), *(m.buffers() for m in norms))}
     for name, tensor in named:
         _require_numbers(name, tensor, masks=id(tensor) not in numbers)
+
+
+@torch.no_grad()
+def check_sizes(model: nn.Module, survey: Survey) -> None:
+    """Raise ModelError, naming the layer, where weights are too small or large to be solved for."""
+    for site in survey:
+        weight = site.kind.weight(model.get_submodule(site.name))
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+        if largest and not SIZES[0] <= largest <= SIZES[1]:
+            raise ModelError(
+                f"{site.name or 'the network'}: the largest of its weights, batch norm folded in, "
+                f"is {largest:.3g}, and it has to lie between {SIZES[0]:g} and {SIZES[1]:g}; set "
+                "weights that mean nothing to zero, or put the factor into the layers around it"
+            )
 
 
 def _require_layers(name: str, module: nn.Module) -> None:

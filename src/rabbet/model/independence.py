@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from rabbet.data.batches import Batch, floating, relative_error, replaced
 from rabbet.data.examples import Axes
 from rabbet.data.task import Task, evaluating
+from rabbet.errors import DataError
 
 SAME = 0.01  # relative error of kernels for another batch size, and of codes that they tip
 LEAST = 1e-3  # of the size of an answer, below which its spread is the noise of floats
+UNCONFIRMED = (
+    "examples are taken to lie along the axes that were declared, though the network does not "
+    "answer half of a batch as it answers the whole"
+)
 AXES = (0, 1)  # torch's layers have their batches on one of these
 
 
@@ -35,6 +40,30 @@ def with_axes(model: nn.Module, task: Task) -> Task:
             if axes.known and _independent(model, task, batch, axes, whole):
                 return replace(task, batches=task.source, axes=axes.each)
     return replace(task, batches=task.source, axes=())
+
+
+def doubts(model: nn.Module, task: Task) -> tuple[str, ...]:
+    """A note where a run does not confirm that examples lie along the axes that were declared.
+
+    Raises DataError where it confirms another axis instead.
+    """
+    axes = task.examples
+    if not axes.known:
+        return ()
+    batch = task.first()
+    with evaluating(model), torch.no_grad():
+        whole = floating(task.run(model, batch))
+        if _independent(model, task, batch, axes, whole):
+            return ()
+        for axis in AXES:
+            other = Axes.along(batch, axis)
+            if other.known and _independent(model, task, batch, other, whole):
+                raise DataError(
+                    f"axes={task.axes!r} was declared, but the network answers otherwise when it "
+                    f"is given half of a batch along them; along axis {axis} it answers as before: "
+                    f"pass axes={axis}, or none"
+                )
+    return (UNCONFIRMED,)
 
 
 def _independent(

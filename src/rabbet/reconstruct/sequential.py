@@ -254,7 +254,8 @@ def _step(target: Tensor, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
 def _solve(second: Tensor, pull: Tensor, share: float) -> Tensor:
     """`pull (second + ridge)^-1`, [..., rows, n]; ridge: a share of the mean diagonal."""
     diagonal = second.diagonal(dim1=-2, dim2=-1)
-    ridge = share * diagonal.mean(-1, keepdim=True) + 1e-12
+    mean = diagonal.mean(-1, keepdim=True)
+    ridge = torch.where(mean > 0, share * mean, 1.0)  # 1 for inputs that are always zero
     damped = second + torch.diag_embed(ridge.expand_as(diagonal))
     return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(damped)).mT
 

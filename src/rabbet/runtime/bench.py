@@ -18,6 +18,8 @@ from rabbet.runtime.session import Session, require_onnx
 WARM = 5
 BURST = 3  # timed runs of one file in a row, after one that brings its data back into the caches
 SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "asimddp")
+EXACT = {"amx_int8", "avx512_vnni", "avx_vnni", "asimddp"}
+"""Those with which onnxruntime's int8 kernels do not saturate at 16 bits (docs/onnx.md)."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,17 @@ def cpu() -> dict[str, str]:
     require_onnx("onnxruntime")
     import onnxruntime
 
+    return processor() | {"onnxruntime": str(onnxruntime.__version__)}
+
+
+def processor() -> dict[str, str]:
+    """The processor, its cores, and its best instruction set for integers."""
     facts = _cpuinfo()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
     return {
         "processor": facts.get("model name", platform.processor() or platform.machine()),
         "cores": str(os.cpu_count()),
         "instructions": next((s for s in SETS if s in flags), "unknown"),
-        "onnxruntime": str(onnxruntime.__version__),
     }
 
 

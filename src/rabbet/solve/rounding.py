@@ -28,7 +28,8 @@ class Metric:
     def __init__(self, second: Tensor, damping: float = 0.01) -> None:
         self.identity = False
         diagonal = second.diagonal(dim1=1, dim2=2)
-        ridge = damping * diagonal.mean(1) + 1e-12
+        mean = diagonal.mean(1)
+        ridge = torch.where(mean > 0, damping * mean, 1.0)  # 1 for inputs that are always zero
         self.second = second.float() + torch.diag_embed(ridge.float()[:, None].expand_as(diagonal))
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         # The most used input comes first: all others can still compensate its rounding error.

@@ -13,7 +13,7 @@ from rabbet.data.batches import Batch, floating, outputs
 from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
 
-LEAST = 1e-12  # the smallest mean square that an error is divided by
+LEAST = 1e-24  # the smallest mean square that an error is divided by
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

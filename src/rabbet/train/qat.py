@@ -19,6 +19,7 @@ from rabbet.grids.grid import Grid, Quantised, stored
 from rabbet.model.compressed import ActQuant, Compressed, Factor
 
 FLOAT = 32  # a width that is not rounded
+TINY = 1e-12  # the smallest reach of a range, of either sign
 # The widest that a file holds. Wider gates run in float, but are priced and stored at this width.
 WIDEST = 8
 
@@ -180,7 +181,7 @@ class GatedWeight(Factor):
         Its grid covers the reach, or the share of it that is best for so few levels.
         """
         # A negative reach mirrors the grid.
-        reach = torch.where(self.reach.abs() < 1e-8, 1e-8, self.reach)
+        reach = torch.where(self.reach.abs() < TINY, TINY, self.reach)
         grid = self.grid_of(bits)
         return self._share(grid) * 2 * reach / (grid.levels - 1)
 
@@ -255,14 +256,14 @@ class GatedRange(ActQuant):
         low_share, high_share = (self._share(end, bits) for end in (0, 1))
         # Zero lies on every grid, so that padding is exact.
         low = (self.low * low_share).clamp(max=0)
-        high = (self.high * high_share).clamp_min(1e-8)
+        high = (self.high * high_share).clamp_min(TINY)
         scale = (high - low) / (2**bits - 1)
         return scale, (-low / scale).detach().round()
 
     def _share(self, end: int, bits: int) -> float:
         """An end of the calibrated range at a width, as a share of that at 8 bits; end: 0 or 1."""
         widest = self.ranges[WIDEST][end]
-        return self.ranges[bits][end] / widest if abs(widest) > 1e-8 else 1.0
+        return self.ranges[bits][end] / widest if abs(widest) > TINY else 1.0
 
     def start_from(self, act: ActQuant) -> None:
         """Take over a range that was calibrated for the current width.
@@ -322,4 +323,4 @@ def rows_by_width(bits: Sequence[int]) -> list[tuple[int, tuple[int, ...] | None
 def _largest(weight: Tensor, axis: int | None) -> Tensor:
     """The largest magnitude in a weight, [1], or in each of its rows, [out]."""
     rows = weight.reshape(1, -1) if axis is None else weight.flatten(1)
-    return rows.abs().amax(1).clamp_min(1e-8)
+    return rows.abs().amax(1).clamp_min(TINY)

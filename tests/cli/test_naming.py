@@ -1,0 +1,342 @@
+"""Networks and data that a command finds by a name or a file, without a program of the user's."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import rabbet
+from rabbet.cli import starting
+from rabbet.cli.datasets import open_data
+from rabbet.cli.networks import open_network
+from rabbet.cli.references import settings_of
+from rabbet.errors import DataError, FileError, ModelError
+from rabbet.model.program import layers_of
+
+QUICK = ("--method", "joint forms=() adapters=() tuning.steps=0", "--budget", "bits <= 5")
+SCALED = "size=16 mean=0.5,0.5,0.5 std=0.2,0.2,0.2"
+
+
+class Mixed(nn.Module):
+    """A layer of each kind, one that runs twice, and what is no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.same = nn.Conv2d(8, 8, 3, padding="same", groups=2)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.words = nn.Embedding(10, 5, padding_idx=0)
+        self.head, self.scale = nn.Linear(8, 5), nn.LayerNorm(5)
+
+    def forward(self, x, words):
+        x = torch.relu(self.norm(self.first(x)))
+        x = self.up(self.same(self.same(x))).mean((2, 3))
+        return self.scale(self.head(x) + self.words(words))
+
+
+def exported(network, batch, path):
+    count = torch.export.Dim("count")
+    shapes = tuple({0: count} for _ in batch)
+    torch.export.save(torch.export.export(network, batch, dynamic_shapes=shapes), path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Images of two sizes in a folder for each of three classes."""
+    draw = np.random.default_rng(0)
+    for k in range(9):
+        file = tmp_path / "pictures" / "abc"[k % 3] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (20 + k, 30, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A file of torch.export in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    return exported(network.eval(), (torch.rand(2, 3, 16, 16),), tmp_path / "net.pt2")
+
+
+def test_settings_stand_behind_a_name():
+    assert settings_of("timm:a pretrained=False b=x") == ("timm:a", {"pretrained": False, "b": "x"})
+    assert settings_of("my folder/with spaces") == ("my folder/with spaces", {})
+    assert settings_of("my folder mean=1,2 size=3") == ("my folder", {"mean": (1, 2), "size": 3})
+
+
+def test_an_exported_program_is_made_of_its_layers_again(tmp_path):
+    torch.manual_seed(0)
+    network, batch = Mixed().eval(), (torch.rand(4, 3, 8, 8), torch.randint(0, 10, (4,)))
+    network.norm.running_mean.normal_()
+    again = open_network(str(exported(network, batch, tmp_path / "net.pt2")))
+    other = torch.rand(6, 3, 8, 8), torch.randint(0, 10, (6,))
+    with torch.no_grad():
+        assert torch.equal(again(*other), network(*other))
+    ours, theirs = rabbet.survey(again, [batch]), rabbet.survey(network, [batch])
+    assert {s.name: (s.shape, s.macs, s.calls) for s in ours} == {
+        s.name: (s.shape, s.macs, s.calls) for s in theirs
+    }
+    assert [s.norm for s in ours if s.norm] == ["norm"]
+    result = rabbet.compress(again, "bits <= 6", [batch], quality="fast")
+    result.save(tmp_path / "small.safetensors")
+    loaded = rabbet.load(tmp_path / "small.safetensors", open_network(str(tmp_path / "net.pt2")))
+    with torch.no_grad():
+        assert torch.equal(loaded(*other), result.model(*other))
+
+
+def test_tied_weights_of_a_program_stay_tied(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, words):
+            return self.head(self.words(words))
+
+    batch = (torch.randint(0, 30, (4, 7)),)
+    again = open_network(str(exported(Tied().eval(), batch, tmp_path / "net.pt2")))
+    (site,) = rabbet.survey(again, [batch])
+    assert len(site.heads) == 1
+
+
+def test_a_program_in_training_mode_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ModelError, match="exported in training mode"):
+        layers_of(torch.export.export(network, (torch.rand(2, 3, 8, 8),)))
+
+
+def test_a_program_and_images_are_compressed_without_a_line_of_python(run, program, pictures):
+    given = (str(program), "--data", f"{pictures} {SCALED}", "--test", f"{pictures} {SCALED}")
+    output = program.with_name("small.safetensors")
+    code, out, err = run("compress", *given, "--output", output, *QUICK, "--json")
+    assert code == 0, err
+    assert json.loads(out)["evaluation"]["quantity"] == "accuracy"
+    given = ("--model", program, "--test", f"{pictures} {SCALED} batch=4")
+    code, out, err = run("eval", output, *given, "--json")
+    assert (code, err) == (0, "")
+
+
+def test_images_are_scaled_cut_and_numbered_by_class(pictures):
+    batches = open_data(f"{pictures} {SCALED} batch=4", None, "--data")
+    shapes = [tuple(x.shape) for x in batches]
+    assert shapes == [(4, 3, 16, 16), (4, 3, 16, 16), (1, 3, 16, 16)]
+    assert torch.cat([y for _, y in batches.labelled()]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    some = open_data(f"{pictures} {SCALED} limit=3", None, "--data").spread()
+    assert torch.equal(next(iter(some)), torch.cat(list(batches))[::3])
+
+
+def test_a_network_that_says_how_images_are_prepared_needs_no_settings(pictures):
+    network = nn.Identity()
+    network.pretrained_cfg = {
+        "input_size": (3, 8, 8), "mean": (0, 0, 0), "std": (1, 1, 1), "crop_pct": 0.5,
+        "interpolation": "bicubic",
+    }  # fmt: skip
+    x = next(iter(open_data(str(pictures), network, "--data")))
+    assert x.shape == (9, 3, 8, 8)
+    assert 0 <= x.min() < x.max() <= 1
+
+
+def test_arrays_are_inputs_by_name_and_labels(tmp_path):
+    x, y = np.random.default_rng(0).random((5, 4), np.float32), np.arange(5)
+    np.save(tmp_path / "x.npy", x)
+    assert torch.equal(
+        next(iter(open_data(str(tmp_path / "x.npy"), None, "--data"))), torch.tensor(x)
+    )
+    np.savez(tmp_path / "x.npz", left=x, right=x, labels=y)
+    (inputs, labels), *_ = open_data(f"{tmp_path / 'x.npz'} batch=2", None, "--data").labelled()
+    assert inputs.keys() == {"left", "right"}
+    assert labels.tolist() == [0, 1]
+
+
+def test_texts_are_numbered_by_the_tokenizer_of_the_folder(run, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "a", "good", "bad", "film"]
+    tokenizer = Tokenizer(WordLevel({w: k for k, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    config = BertConfig(vocab_size=6, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=16)  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "net")
+    lines = ["a good film", "bad film", "a bad bad film", "good"] * 4
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    pairs = "\n".join(f"{t}\t{k % 2}" for k, t in enumerate(lines))
+    (tmp_path / "texts.tsv").write_text(pairs)
+    given = (f"hf:{tmp_path / 'net'}", "--data", tmp_path / "texts.txt", "--output",
+             tmp_path / "small.safetensors", "--test", tmp_path / "texts.tsv")  # fmt: skip
+    code, _, err = run("compress", *given, *QUICK)
+    assert code == 2
+    assert "numbered by a tokenizer" in err
+    fast.save_pretrained(tmp_path / "net")
+    code, out, err = run("compress", *given, *QUICK)
+    assert code == 0, err
+    assert "accuracy: " in out
+
+
+@pytest.mark.parametrize(
+    ("reference", "content", "words"),
+    [
+        ("nowhere.npy", None, "there is no file"),
+        ("x.npy", b"no array", "cannot be read as arrays"),
+        ("x.npz", b"PK no archive", "cannot be read as arrays"),
+        ("x.npy batch=0", b"", "batch=0: a whole number"),
+        ("x.npy colour=3", b"", "'colour' is no setting here; there are batch, limit"),
+        (". wide=3", None, "'wide' is no setting here"),
+        (".", None, "does not say how images are scaled: write size="),
+        (f". {SCALED}", None, "holds no example"),
+        (". size=16 mean=1 std=1,1,1", None, "mean=1: three numbers"),
+        ("x.txt", b"a", "numbered by a tokenizer"),
+    ],
+)
+def test_data_that_cannot_be_read_are_one_line(run, program, reference, content, words):
+    if content is not None:
+        Path(reference.split()[0]).write_bytes(content)
+    code, out, err = run("survey", program, "--data", reference)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_labels_that_are_not_there_are_named(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((3, 2)))
+    with pytest.raises(DataError, match="no labels to judge with"):
+        open_data(str(tmp_path / "x.npy"), None, "--test").labelled()
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("timm:resnet1888", "timm has no network 'resnet1888'; did you mean"),
+        ("torchvision:resnet19", "torchvision has no network 'resnet19'; did you mean"),
+        ("hf:someone/something", "there is no folder someone/something; nothing is downloaded"),
+        ("hf:. size=3", "a folder takes no settings, found size"),
+        ("nowhere.pt2", "there is no file nowhere.pt2"),
+        ("torchvision:resnet18 sizes=3", "torchvision:resnet18 sizes=3 failed: TypeError"),
+    ],
+)
+def test_networks_that_are_not_there_are_one_line(run, reference, words):
+    code, out, err = run("survey", reference, "--data", "rabbet.demo:calibration")
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_a_damaged_program_is_one_line(run, tmp_path):
+    (tmp_path / "net.pt2").write_bytes(b"no archive")
+    code, _, err = run("survey", tmp_path / "net.pt2", "--data", "rabbet.demo:calibration")
+    assert code == 2
+    assert "cannot be read as a program of torch.export" in err
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Stand-ins for timm and torchvision, whose builds fit one build of torch each."""
+
+    def made(name, **settings):
+        if settings.pop("sizes", None):
+            raise TypeError("unexpected keyword argument 'sizes'")
+        network = nn.Conv2d(3, 4, 3).train()
+        network.asked = name, settings
+        return network
+
+    def made_by_timm(name, **settings):
+        network = made(name, **settings)
+        network.pretrained_cfg = {"input_size": (3, 160, 160), "mean": (0, 0, 0), "std": (1, 1, 1)}
+        return network
+
+    preset = SimpleNamespace(
+        crop_size=[224], resize_size=[256], mean=[0.5] * 3, std=[0.5] * 3,
+        interpolation=SimpleNamespace(value="bilinear"),
+    )  # fmt: skip
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: preset))
+    models = SimpleNamespace(
+        list_models=lambda: ["resnet18"], get_model=made, get_model_weights=lambda _: weights
+    )
+    timm = SimpleNamespace(list_models=lambda: ["resnet18"], create_model=made_by_timm)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize(
+    ("reference", "asked", "size"),
+    [
+        ("timm:resnet18", {"pretrained": True}, 160),
+        ("timm:resnet18.a1_in1k pretrained=False", {"pretrained": False}, 160),
+        ("torchvision:resnet18", {"weights": "DEFAULT"}, 224),
+        ("torchvision:resnet18 weights=None", {"weights": None}, 224),
+    ],
+)
+def test_networks_of_libraries_say_how_their_images_are_prepared(reference, asked, size, pictures):
+    network = open_network(reference)
+    assert network.asked[1] == asked
+    assert not network.training
+    x = next(iter(open_data(f"{pictures} batch=2", network, "--data")))
+    assert x.shape == (2, 3, size, size)
+
+
+def test_a_library_that_is_not_installed_is_named(run, monkeypatch):
+    for name in ("timm", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, None)
+        code, _, err = run("survey", f"{name}:resnet18", "--data", "rabbet.demo:calibration")
+        assert code == 2
+        assert "which is not installed; install rabbet[vision]" in err
+
+
+def test_a_file_for_a_runtime_is_told_from_a_damaged_one(run, tmp_path):
+    (tmp_path / "small.onnx").write_bytes(b"x")
+    for command in (("show",), ("check", "--budget", "bytes <= 10%")):
+        code, _, err = run(*command, tmp_path / "small.onnx")
+        assert code == 2
+        assert "is written for a runtime" in err
+
+
+def test_missing_files_are_named():
+    with pytest.raises(FileError, match="there is no file"):
+        open_data("nowhere.txt", None, "--data")
+
+
+def test_doctor_says_what_is_there_and_what_is_missing(run, monkeypatch):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert f"torch: {torch.__version__}" in out
+    assert "int8 kernels of onnxruntime: " in out
+    monkeypatch.setitem(starting.EXTRAS, "onnx", (("no-such-package",), "nothing"))
+    assert "pip install 'rabbet[onnx" in run("doctor")[1]
+    facts = json.loads(run("doctor", "--json")[1])
+    assert facts["extras"]["onnx"] == {"no-such-package": None}
+
+
+def test_init_writes_a_program_in_which_only_the_data_are_missing(run, program):
+    code, out, err = run("init", program)
+    assert (code, err) == (0, "")
+    assert "nets.py" in out
+    text = Path("nets.py").read_text()
+    assert "0 takes float32 [examples, 3, height, width]" in text
+    data = "[(torch.rand(3, 16, 16), k % 3) for k in range(64)]"
+    text = text.replace("TRAIN = ...", f"import torch\nTRAIN = {data}")
+    Path("nets.py").write_text(text.replace("TEST = ...", f"TEST = {data}"))
+    given = ("nets.py:network", "--data", "nets.py:batches", "--test", "nets.py:labelled")
+    code, out, err = run("compress", *given, "--output", "small.safetensors", *QUICK)
+    assert (code, err) == (0, "")
+    assert "accuracy: " in out
+    code, _, err = run("init", program)
+    assert code == 2
+    assert "nets.py is there already" in err
