@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import rabbet
-from rabbet.cli import starting
+from rabbet.cli import machine
 from rabbet.cli.datasets import open_data
 from rabbet.cli.networks import open_network
 from rabbet.cli.references import settings_of
@@ -318,7 +318,7 @@ def test_doctor_says_what_is_there_and_what_is_missing(run, monkeypatch):
     assert (code, err) == (0, "")
     assert f"torch: {torch.__version__}" in out
     assert "int8 kernels of onnxruntime: " in out
-    monkeypatch.setitem(starting.EXTRAS, "onnx", (("no-such-package",), "nothing"))
+    monkeypatch.setitem(machine.EXTRAS, "onnx", (("no-such-package",), "nothing"))
     assert "pip install 'rabbet[onnx" in run("doctor")[1]
     facts = json.loads(run("doctor", "--json")[1])
     assert facts["extras"]["onnx"] == {"no-such-package": None}

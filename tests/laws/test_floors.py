@@ -39,6 +39,8 @@ OPTIONAL = {
     "transformers",
     "sklearn",
     "PIL",
+    "timm",
+    "torchvision",
     "distributed",
     "matplotlib",
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from torch import nn
 
@@ -12,6 +13,7 @@ from rabbet.cli.datasets import PREPARATION
 from rabbet.cli.pretrained import pretrained
 from rabbet.cli.references import reporting, resolve, settings_of
 from rabbet.errors import FileError
+from rabbet.model.program import layers_of
 
 PROGRAM = ".pt2"
 VISION = "install rabbet[vision]"
@@ -96,10 +98,6 @@ def _folder(name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 def _program(path: Path) -> nn.Module:
     """The layers of a program that `torch.export.save` wrote."""
-    import torch
-
-    from rabbet.model.program import layers_of
-
     if not path.is_file():
         raise FileError(f"there is no file {path}")
     try:
