@@ -48,12 +48,19 @@ def silent(stage: str, done: int, total: int) -> None:
     """Show no progress. A stage may be followed by `: ` and details; done and total are steps."""
 
 
+def logged(stage: str, done: int, total: int) -> None:
+    """Report progress to the logger `rabbet`, at level INFO."""
+    LOG.info("%s: %d of %d", stage, done, total)
+
+
 @dataclass
 class Jobs:
     """Where jobs run and where their results are kept.
 
     executor: any `concurrent.futures.Executor`; None runs them here, one after the other. folder:
     where results are kept between runs; None keeps them in memory, for the life of this object.
+    progress: is told the stage, the steps done and their number; the default reports to the logger
+    `rabbet`, which `logging.basicConfig(level="INFO")` shows.
 
     Functions of a task (`forward`, `loss`) and the network's own code count by what they compute:
     code, constants, defaults, closures, the globals that they read, what they import, the state of
@@ -66,7 +73,7 @@ class Jobs:
 
     executor: Executor | None = None
     folder: Path | None = None
-    progress: Progress = silent
+    progress: Progress = logged
     _memory: dict[str, Tensors] = field(default_factory=dict, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
 

@@ -17,7 +17,7 @@ from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.core.frame import Frame, Rows
 from rabbet.core.layout import RESERVED, TYPE_NAMES, TYPES, Rest
 from rabbet.core.plan import LayerPlan, Plan
-from rabbet.core.survey import Survey
+from rabbet.core.survey import Left, Survey
 from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch, outputs
 from rabbet.data.task import Task
@@ -204,6 +204,11 @@ class Workpiece:
         """An uncompressed tensor of the network, rounded to the type that a file stores it in."""
         kind = self.types.get(name)
         return tensor if kind is None else tensor.to(TYPES[kind]).to(tensor.dtype)
+
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """What is left alone."""
+        return self.survey.left
 
     def rest(self, plan: Plan) -> tuple[Rest, ...]:
         """The tensors that a file holds uncompressed under a plan."""

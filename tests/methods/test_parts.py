@@ -220,7 +220,7 @@ def _priced(rows, whole, fixed=17, exact=None):
         total = sum((costs[line] for line in plan), Cost(bytes=fixed))
         return total if exact is None else exact(total)
 
-    return SimpleNamespace(float_cost=whole, cost=cost, frame=lambda _: None)
+    return SimpleNamespace(float_cost=whole, left=(), cost=cost, frame=lambda _: None)
 
 
 @settings(max_examples=60)

@@ -19,6 +19,7 @@ from rabbet.core.budget import METRICS, Budget, Limit, heaviest
 from rabbet.core.cost import Cost
 from rabbet.core.frame import Frame, Rows
 from rabbet.core.plan import LayerPlan, Plan, quoted
+from rabbet.core.survey import Left
 from rabbet.errors import BudgetError, ModelError
 
 CUTS = 200  # answers that are taken out before the limits are tightened instead
@@ -43,6 +44,11 @@ class Priced(Protocol):
     @property
     def float_cost(self) -> Cost:
         """What the float32 network costs."""
+        ...
+
+    @property
+    def left(self) -> Sequence[Left]:
+        """What is left alone, and takes its bytes under any plan."""
         ...
 
     def cost(self, plan: Plan) -> Cost:
@@ -81,6 +87,10 @@ def require_feasible(table: Table, budget: Budget, piece: Priced) -> None:
             what = "header and all else" if limit.metric == "bytes" else "all else"
             heavy = rest > max(map(metric.amount, costs.values()))
             beside = f"; {what} {metric.show(rest, whole.weights)}" if heavy else ""
+            left = sorted(piece.left, key=lambda x: -x.bytes)[:3] if limit.metric == "bytes" else ()
+            if heavy and left:
+                named = ", ".join(f"{quoted(x.name)} {x.bytes:,}" for x in left)
+                beside += f", of which is left alone: {named}"
             least = metric.show(reached, whole.weights)
             allowed = metric.show(limit.amount(whole), whole.weights)
             raise BudgetError(

@@ -98,13 +98,13 @@ def compress(
     inputs = open_inputs(model, data, test)
     outcomes.require_exportable(inputs, target)
     judge = inputs.judge
-    before = None if judge is None else judge(inputs.network)
+    before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
     with working(resume, processes, as_json) as jobs:
         result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
     written = outcomes.export_safely(result, output, target)
     after = None if judge is None else judge(opened(output, inputs.network))
-    outcome = outcomes.Outcome(output, result, written, judge, before, after)
+    outcome = outcomes.Outcome(output, result, written, judge, before, after, examples)
     if as_json:
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))

@@ -11,25 +11,31 @@ from torch import nn
 
 from rabbet.cli.datasets import is_data, open_data
 from rabbet.cli.references import attribute, reporting, resolve_value
-from rabbet.data.task import Task, accuracy
+from rabbet.data.task import Task, correct
 
 
 @dataclass(frozen=True)
 class Judge:
     """One number for a network, larger is better.
 
-    quantity: what the number is; unit: what follows it.
+    quantity: what the number is; unit: what follows it. run: gives it, and how many labelled
+    examples stand behind it, 0 where only the user knows.
     """
 
     quantity: str
     unit: str
-    run: Callable[[nn.Module], float]
+    run: Callable[[nn.Module], tuple[float, int]]
     reference: str
 
     def __call__(self, network: nn.Module) -> float:
         """Judge a network; a usage error if the user's batches or function fail."""
+        return self.measured(network)[0]
+
+    def measured(self, network: nn.Module) -> tuple[float, int]:
+        """The number, and how many labelled examples stand behind it."""
         with reporting(self.reference, "--test"):
-            return float(self.run(network))
+            value, count = self.run(network)
+            return float(value), count
 
     def show(self, value: float) -> str:
         """A number of this judge in words."""
@@ -46,14 +52,16 @@ def open_judge(
     """
     if reference is None:
         own = None if task is None else task.evaluate
-        return None if own is None else Judge("evaluation", "", own, "the task's evaluate")
+        return (
+            None if own is None else Judge("evaluation", "", _uncounted(own), "the task's evaluate")
+        )
     if is_data(reference):
         pairs = open_data(reference, network, "--test").labelled()
-        return Judge("accuracy", "%", lambda network: accuracy(network, pairs), reference)
+        return Judge("accuracy", "%", _accuracy(pairs), reference)
     named = attribute(reference, "--test")
     value = named if _takes_one(named) else resolve_value(named, reference, "--test")
     if callable(value) and not isinstance(value, Iterable):
-        return Judge("evaluation", "", value, reference)
+        return Judge("evaluation", "", _uncounted(value), reference)
     if not isinstance(value, Iterable):
         raise typer.BadParameter(
             f"{reference} gives {type(value).__name__}, not batches of (inputs, labels) or a "
@@ -62,7 +70,19 @@ def open_judge(
         )
     # read twice, before and after: what can be read only once is kept
     batches = list(value) if isinstance(value, Iterator) else value
-    return Judge("accuracy", "%", lambda network: accuracy(network, batches), reference)
+    return Judge("accuracy", "%", _accuracy(batches), reference)
+
+
+def _accuracy(pairs: Iterable[Any]) -> Callable[[nn.Module], tuple[float, int]]:
+    def run(network: nn.Module) -> tuple[float, int]:
+        right, total = correct(network, pairs)
+        return 100 * right / total, total
+
+    return run
+
+
+def _uncounted(judge: Callable[[nn.Module], float]) -> Callable[[nn.Module], tuple[float, int]]:
+    return lambda network: (judge(network), 0)
 
 
 def _takes_one(named: Any) -> bool:

@@ -10,9 +10,9 @@ import typer
 from torch import nn
 
 from rabbet.cli.datasets import PREPARATION
-from rabbet.cli.pretrained import pretrained
 from rabbet.cli.references import reporting, resolve, settings_of
 from rabbet.errors import FileError
+from rabbet.hf import from_pretrained
 from rabbet.model.program import layers_of
 
 PROGRAM = ".pt2"
@@ -33,7 +33,7 @@ def open_network(reference: str) -> nn.Module:
         with reporting(reference, "MODEL"):
             return _LIBRARIES[library](name, settings).eval()
     if reference and Path(reference).is_dir():
-        return pretrained(Path(reference))
+        return from_pretrained(reference)
     if Path(reference).suffix == PROGRAM:
         return _program(Path(reference))
     network = resolve(reference, "MODEL")
@@ -93,7 +93,7 @@ def _folder(name: str, settings: Mapping[str, Any]) -> nn.Module:
             f"there is no folder {name}; nothing is downloaded: fetch the network first, with "
             f"`hf download {name} --local-dir FOLDER`, and pass hf:FOLDER"
         )
-    return pretrained(Path(name))
+    return from_pretrained(name)
 
 
 def _program(path: Path) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class Outcome:
     judge: Judge | None
     before: float | None
     after: float | None
+    examples: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -77,7 +79,32 @@ class Outcome:
         if not native:
             size = f"{result.cost.bytes:,} bytes"
             parts.append(f"the native file, which a budget of bytes is about: {size}")
-        return parts
+        return [*parts, self.sentence]
+
+    @property
+    def sentence(self) -> str:
+        """All of it in one sentence."""
+        smaller = f"{self.result.float_cost.bytes / self.written.bytes:.3g}x smaller than float32"
+        if self.before is None or self.after is None or not self.examples:
+            return smaller
+        lost = self.before - self.after
+        change = "as accurate" if not lost else f"{abs(lost):.2f} points {_side(lost)}"
+        error = _deviation(self.examples, self.before, self.after)
+        told = "within" if abs(lost) <= 2 * error else "beyond"
+        sure = f"{told} what so many can tell (two deviations are {2 * error:.2f})"
+        return f"{smaller}; {change} on {self.examples:,} examples, {sure}"
+
+
+def _side(lost: float) -> str:
+    return "less accurate" if lost > 0 else "more accurate"
+
+
+def _deviation(count: int, *shares: float) -> float:
+    """The standard deviation of the difference of accuracies in per cent, were they independent.
+
+    At most so much: they are of the same examples.
+    """
+    return math.sqrt(sum(share * (100 - share) for share in shares) / count)
 
 
 def require_countable(limits: Budget) -> None:

@@ -60,9 +60,12 @@ def export(
         sizes[str(whole)] = write_float(inputs.network, inputs.task, whole).bytes
     if as_json:
         facts = {"target": chosen, "files": sizes, "native": native, "notes": list(written.notes)}
-        tables.print_json(facts)
+        tables.print_json(facts | {"error": written.error})
         return
     lines = [f"{name}: {size:,} bytes ({native:,} in {file})" for name, size in sizes.items()]
+    if written.error is not None:
+        share = f"{100 * written.error:.2g} %"
+        lines.append(f"its answers differ from the compressed network's in torch by {share}")
     tables.show([*lines, *written.notes])
 
 

@@ -7,8 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Columns
 
-from rabbet.report.text import Part, Table, cut
+from rabbet.report.text import Part, Table, cut, shortened
 
+BAR, LONGEST = "\u2587", 9  # a bit of a bar, and how many are drawn: more is a float
+SHORTEST = 12  # signs of a name that stay, however narrow the terminal
 WIDE = 100_000  # columns of a file or a pipe: nothing is folded or cut
 
 
@@ -17,7 +19,7 @@ def show(parts: Iterable[Part], stderr: bool = False) -> None:
     console = _console(stderr)
     for part in parts:
         if isinstance(part, Table):
-            console.print(_grid(part))
+            console.print(_grid(part, console))
         else:
             console.print(part, soft_wrap=True)
 
@@ -29,13 +31,22 @@ def _console(stderr: bool) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=WIDE, **plain)
 
 
-def _grid(table: Table) -> Columns:
-    """Columns under bold heads."""
+def _grid(table: Table, console: Console) -> Columns:
+    """Columns under bold heads; on a terminal names fit its width, and bits are drawn."""
+    heads, rows = list(table.heads), [list(map(cut, row)) for row in table.rows]
+    if console.is_terminal and rows:
+        if table.bits:
+            heads, bars = [*heads, "bits"], [BAR * round(bits) for bits in table.bits]
+            rows = [[*row, bar[:LONGEST]] for row, bar in zip(rows, bars, strict=True)]
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        room = widths[0] - (sum(widths) + 2 * len(widths) - console.width)
+        rows = [[shortened(row[0], max(SHORTEST, room)), *row[1:]] for row in rows]
     grid = Columns(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for k, head in enumerate(table.heads):
-        grid.add_column(head, justify="left" if k < table.left else "right", overflow="fold")
-    for row in table.rows:
-        grid.add_row(*map(cut, row))
+    for k, head in enumerate(heads):
+        left = k < table.left or k >= len(table.heads)
+        grid.add_column(head, justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
     return grid
 
 

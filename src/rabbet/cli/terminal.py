@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from rabbet.cli.ending import Stopped
 from rabbet.jobs import Jobs, end_with_parent, silent
 from rabbet.jobs import Progress as Report
 
+EVERY = 10.0  # seconds between two lines of progress
 DEAF = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -43,10 +46,10 @@ def working(folder: Path | None, processes: int, quiet: bool) -> Iterator[Jobs]:
 
 @contextlib.contextmanager
 def bars() -> Iterator[Report]:
-    """A progress bar a stage on stderr, gone at the end; silent where stderr is not a terminal."""
+    """A progress bar a stage on stderr, gone at the end; a line now and then where it is a file."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield silent
+        yield Lines()
         return
     columns = (
         TextColumn("{task.description}"),
@@ -64,6 +67,20 @@ def bars() -> Iterator[Report]:
             shown.update(stages[name], completed=done, total=total, description=stage)
 
         yield report
+
+
+class Lines:
+    """A line on stderr every ten seconds: what takes less says nothing."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report that so many steps of a stage are done."""
+        now = time.monotonic()
+        if now - self.last >= EVERY:
+            self.last = now
+            print(f"{stage}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,17 @@ class Survey:
             )
         return site
 
+    def __str__(self) -> str:
+        """A line for every layer, then what is left alone and why, and the notes."""
+        rows = [
+            (s.name, s.kind.name, "x".join(map(str, s.shape)), f"{s.macs:,} MACs")
+            for s in self.sites
+        ]
+        widths = [max((len(row[k]) for row in rows), default=0) for k in range(3)]
+        lines = ["  ".join(map(str.ljust, row, [*widths, 0])) for row in rows]
+        left = [f"left alone: {x.name} ({x.bytes:,} bytes): {x.reason}" for x in self.left]
+        return "\n".join([*lines, *left, *self.notes])
+
     @property
     def weights(self) -> int:
         """Entries of all weights that can be compressed."""

@@ -244,6 +244,12 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     The model is left in the mode that it was in. Raises DataError for batches that are not such
     pairs.
     """
+    right, total = correct(model, batches)
+    return 100 * right / total
+
+
+def correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """How many of the labels are answered right, and how many there are; see `accuracy`."""
     right = total = 0
     with evaluating(model), torch.no_grad():
         for batch in batches:
@@ -265,4 +271,4 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
             total += y.numel()
     if not total:
         raise DataError("no labelled batch to measure accuracy on")
-    return 100 * right / total
+    return right, total

@@ -27,11 +27,14 @@ class Parcel:
 class Written:
     """What an export did.
 
-    bytes: of the file. notes: what the user should know, such as layers that run in float.
+    bytes: of the file. notes: what the user should know, such as layers that run in float. error:
+    how far its answers in the runtime lie from the compressed network's, the norm of the difference
+    over theirs; None where it was not run.
     """
 
     bytes: int
     notes: tuple[str, ...] = ()
+    error: float | None = None
 
 
 Export = Callable[[Parcel, Path], Written]

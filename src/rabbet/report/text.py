@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rabbet.core.budget import METRICS, Budget, Limit
 from rabbet.core.cost import Cost, layer_cost
 from rabbet.core.plan import Plan, quoted
-from rabbet.core.survey import Survey
+from rabbet.core.survey import Left, Survey
 from rabbet.layers import Site
 
 KEPT = "kept as it is"
@@ -20,11 +20,15 @@ LONGEST = 2000  # signs of a cell that are shown
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under heads; the first `left` columns are flush left, the others right."""
+    """Rows of cells under heads; the first `left` columns are flush left, the others right.
+
+    bits: of each row, drawn as a bar where the table is shown on a terminal.
+    """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1
+    bits: Sequence[float] = ()
 
 
 Part = Table | str
@@ -35,7 +39,7 @@ class LayerRow(NamedTuple):
     """A site and what it costs under a plan.
 
     body: its line of the plan without the name; None if the layer is not compressed, in which case
-    the costs are those of float32.
+    the costs are those of float32. bits: of its codes, for each of its weights.
     """
 
     site: Site
@@ -43,6 +47,7 @@ class LayerRow(NamedTuple):
     bytes: int
     macs: int
     bops: int
+    bits: float
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,10 @@ def layer_rows(survey: Survey, plan: Plan) -> list[LayerRow]:
     for site in survey:
         line = plan.get(site.name)
         if line is None:
-            rows.append(LayerRow(site, None, 4 * site.numel, site.macs, site.macs * 1024))
+            rows.append(LayerRow(site, None, 4 * site.numel, site.macs, site.macs * 1024, 32.0))
         else:
             cost = layer_cost(site, line)
-            rows.append(LayerRow(site, line.body, cost.bytes, cost.macs, cost.bops))
+            rows.append(LayerRow(site, line.body, cost.bytes, cost.macs, cost.bops, cost.bits))
     return rows
 
 
@@ -126,6 +131,7 @@ def plan_table(survey: Survey, plan: Plan, cost: Cost) -> Table:
         ("layer", "shape", "plan", "bytes", "MACs", "BOPs"),
         [(*words, f"{size:,}", f"{macs:,}", f"{bops:,}") for *words, size, macs, bops in cells],
         3,
+        [*(row.bits for row in rows), 0.0],
     )
 
 
@@ -170,8 +176,17 @@ def report_parts(
 
 
 def left_lines(survey: Survey) -> list[str]:
-    """Every layer that is left alone, and why."""
-    return [f"left alone: {quoted(x.name)} ({x.bytes:,} bytes): {x.reason}" for x in survey.left]
+    """What is left alone, a line for each reason, heaviest first; their bytes are in float32."""
+    groups: dict[str, list[Left]] = {}
+    for left in survey.left:
+        groups.setdefault(left.reason, []).append(left)
+    lines = []
+    for reason, group in sorted(groups.items(), key=lambda g: -sum(x.bytes for x in g[1])):
+        first = quoted(max(group, key=lambda x: x.bytes).name)
+        others = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        size = sum(x.bytes for x in group)
+        lines.append(f"left alone: {first}{others} ({size:,} bytes): {reason}")
+    return lines
 
 
 def plain(parts: Iterable[Part]) -> str:
@@ -185,6 +200,14 @@ def plain(parts: Iterable[Part]) -> str:
 def cut(cell: str) -> str:
     """A cell of bearable length: every row of a table is as wide as its longest."""
     return cell if len(cell) <= LONGEST else f"{cell[:LONGEST]}..."
+
+
+def shortened(cell: str, width: int) -> str:
+    """A cell without its middle, where it is longer than a width."""
+    if len(cell) <= width:
+        return cell
+    end = (width - 3) // 2
+    return f"{cell[: width - 3 - end]}...{cell[len(cell) - end :]}"
 
 
 def _aligned(table: Table) -> list[str]:

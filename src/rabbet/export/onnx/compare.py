@@ -49,11 +49,14 @@ def _ignore(_: Tensor) -> None:
     """An observer that only keeps a quantiser from rounding."""
 
 
-def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> tuple[str, ...]:
-    """Raise ModelError unless the file computes what the compressed network does.
+def compare(
+    content: bytes, plain: bytes, model: nn.Module, task: Task
+) -> tuple[float, tuple[str, ...]]:
+    """How far the file's answers lie from the compressed network's, relative to them, and a note.
 
-    The error names the first node that differs. Where only the integer kernels of this processor
-    differ, a note says so: the file is right, and other processors run it as it is.
+    Raises ModelError, naming the first node that differs, if that is too far. Where only the
+    integer kernels of this processor differ, a note says so: the file is right, and other
+    processors run it as it is.
     """
     batch = task.examples.first(task.read()[0], EXAMPLES)
     flat = _flat(model, batch)
@@ -62,13 +65,13 @@ def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> tuple
     if error > KERNELS:
         without = _error(Session(content, exact=True).run(session.feed(flat)), answer)
         if without <= min(error / 2, NEAR):
-            return (
+            return error, (
                 f"the integer kernels of this processor ({cpu()['instructions']}) saturate at 16 "
                 f"bits: here the file's answers differ from the network's by {100 * error:.2g} %, "
                 f"without them by {100 * without:.2g} %",
             )
     if error <= NEAR:
-        return ()
+        return error, ()
     whole, exact = Graph.read(content), Graph.read(plain)
     known = {str(out.name): str(node.name) for node in whole.nodes for out in node.outputs}
     names = [
@@ -90,8 +93,8 @@ def compare(content: bytes, plain: bytes, model: nn.Module, task: Task) -> tuple
     )
 
 
-def compare_openvino(content: bytes, model: nn.Module, task: Task) -> None:
-    """Raise ModelError unless OpenVINO computes from the file what the compressed network does."""
+def compare_openvino(content: bytes, model: nn.Module, task: Task) -> float:
+    """How far OpenVINO's answers lie from the compressed network's; ModelError if too far."""
     batch = task.examples.first(task.read()[0], EXAMPLES)
     feed = Session(content).feed(_flat(model, batch))
     try:
@@ -104,6 +107,7 @@ def compare_openvino(content: bytes, model: nn.Module, task: Task) -> None:
             f"in OpenVINO the file's output differs from the network's by {100 * error:.3g} %, "
             "though not in onnxruntime: use the target 'onnx' with that"
         )
+    return error
 
 
 def _inner(graph: Graph, names: Sequence[str], flat: Sequence[Tensor]) -> list[Any]:

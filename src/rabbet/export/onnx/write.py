@@ -79,7 +79,7 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         parcel = replace(parcel, model=merged(parcel.model), task=task)
         assembled = assemble(parcel.model, task, functions)
         compare_plain(assembled.plain, parcel.model, task)
-        saturated = compare(assembled.content, assembled.plain, parcel.model, task)
+        error, saturated = compare(assembled.content, assembled.plain, parcel.model, task)
         short = Graph.read(assembled.content)
         short.shorten()
         content = short.bytes()
@@ -89,10 +89,10 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         if functions:  # what onnxruntime's kernels do says nothing of another runtime
             notes = (*notes, *saturated)
         if not functions and openvino_known():
-            compare_openvino(content, parcel.model, task)
+            error = compare_openvino(content, parcel.model, task)
         elif not functions:
             notes = (*notes, "not tried in OpenVINO, which is not installed: rabbet[openvino]")
-    return Written(write_whole(path, [content]), (*notes, *labels_note(labels)))
+    return Written(write_whole(path, [content]), (*notes, *labels_note(labels)), error)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Networks of Hugging Face's transformers: read from a folder, and written compressed into one.
+
+A folder that `save_pretrained` here has written holds the config, the native file, and a model card
+made of the result; `from_pretrained` gives the compressed network back. Nothing is downloaded, no
+code that lies in a folder is run, and nothing is unpickled.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rabbet._api import Result, load
+from rabbet.errors import FileError, ModelError
+from rabbet.files import write_whole
+
+NATIVE = "rabbet.safetensors"  # the compressed network in a folder
+CARD = "README.md"
+
+
+def save_pretrained(
+    result: Result, folder: str | Path, *, tokenizer: Any = None, data: str = ""
+) -> Path:
+    """Write a compressed network of transformers into a folder; returns the folder.
+
+    tokenizer: is saved beside it. data: what it was calibrated or trained with, in words, for the
+    model card. Raises ModelError for a network that is not of transformers, FileError for a place
+    that cannot be written.
+    """
+    config: Any = getattr(result.model, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        raise ModelError(
+            f"{type(result.model).__name__} has no config of transformers; write it with "
+            "result.save(...)"
+        )
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        result.save(folder / NATIVE)
+        config.architectures = [type(result.model).__name__]
+        config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_whole(folder / CARD, [card(result, data).encode()])
+    except OSError as e:
+        raise FileError(f"cannot write into {folder}: {e}") from e
+    return folder
+
+
+def from_pretrained(folder: str | Path) -> nn.Module:
+    """The network of a folder in eval mode: compressed where `save_pretrained` here wrote it.
+
+    It is of the class that the config names. It runs without a cache of keys and values, which is
+    no output to compare. Raises FileError without transformers, for a folder without a readable
+    config, of an architecture that transformers does not have, or whose weights are missing or
+    damaged.
+    """
+    folder = Path(folder)
+    kind = _class_of(folder)
+    if not (folder / NATIVE).is_file():
+        return _read(folder, kind)
+    with _quiet():
+        try:
+            network: Any = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        except Exception as e:  # transformers raises whatever it likes
+            raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
+    network.config.use_cache = False
+    return load(folder / NATIVE, network.eval())
+
+
+def card(result: Result, data: str = "") -> str:
+    """A model card in Markdown: what it is, what it costs, how it was made, how it is run."""
+    name, budget = type(result.model).__name__, result.budget
+    smaller = result.float_cost.bytes / result.cost.bytes
+    base = str(getattr(getattr(result.model, "config", None), "_name_or_path", "") or "")
+    head = ["---", "library_name: rabbet", "tags: [rabbet, compressed, quantized]", "---"]
+    lines = [
+        *head,
+        "",
+        f"# {name}, compressed {smaller:.3g} times",
+        "",
+        f"{result.cost.bytes:,} bytes in place of {result.float_cost.bytes:,} in float32"
+        f"{f', by the budget `{budget}`' if budget else ''}.",
+        *([f"Made from `{base}`."] if base else []),
+        f"Data: {data or 'not said'}.",
+        "",
+        "```",
+        str(result),
+        "```",
+        "",
+        "To run it:",
+        "",
+        "```python",
+        "from rabbet.hf import from_pretrained",
+        "",
+        'network = from_pretrained("this folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _class_of(folder: Path) -> Any:
+    """The class of transformers that the config in a folder names."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileError(
+            f"{folder} has no config.json: it is not a folder that save_pretrained wrote"
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise FileError(f"{folder} is read with transformers; install rabbet[hf]") from None
+    try:
+        names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [""]
+    except (OSError, ValueError, AttributeError) as e:
+        raise FileError(f"{config} cannot be read: {e}") from None
+    kind: Any = getattr(transformers, str(names[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise FileError(
+            f"{config} names the architecture {names[0]!r}, which transformers does not have"
+        )
+    return kind
+
+
+def _read(folder: Path, kind: Any) -> nn.Module:
+    """The float network of a known class."""
+    if not any(folder.glob("*.safetensors")):
+        raise FileError(f"{folder} holds no *.safetensors; save the network with save_pretrained")
+    network: Any
+    try:
+        with _quiet():
+            network, info = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as e:  # transformers and safetensors raise whatever they like
+        raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
+    if info["missing_keys"]:
+        # transformers would make up what is not there
+        raise FileError(
+            f"{folder} lacks tensors of {kind.__name__}: {', '.join(sorted(info['missing_keys']))}"
+        )
+    network.config.use_cache = False
+    ready: nn.Module = network.eval()
+    return ready
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar, and without a report of what is raised anyway."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
