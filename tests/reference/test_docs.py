@@ -28,8 +28,12 @@ NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 SLOW = {
     "README.md",
     "docs/howto/machines.md",
+    "docs/methods/cora.md",
     "docs/reference/cli.md",
+    "docs/tutorials/budget.md",
+    "docs/tutorials/convnet.md",
     "docs/tutorials/deploy.md",
+    "docs/tutorials/plan.md",
     "docs/tutorials/transformer.md",
 }
 
