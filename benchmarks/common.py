@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from records import processor
+from records import code, processor
 
 from rabbet.files import write_whole
 
@@ -55,7 +55,12 @@ def alike(lengths: Sequence[int], size: int, order: random.Random | None = None)
 def known(
     folder: Path, setting: str, seed: int, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The outcome of a setting and seed: read from the folder, or measured and kept there."""
+    """The outcome of a setting and seed: read from the folder, or measured and kept there.
+
+    Outcomes of another commit are measured again.
+    """
+    commit, changed = code()
+    setting = f"{setting}, code {commit}{' with changes' * changed}"
     path = (
         folder / "outcomes" / f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}-seed{seed}.json"
     )

@@ -164,7 +164,7 @@ def _version(package: str) -> str | None:
 
 
 def _key(stored: dict[str, Any]) -> tuple[Any, ...]:
-    return stored["table"], stored["label"], stored["settings"], stored["seed"]
+    return stored["table"], stored["settings"], stored["seed"]
 
 
 @contextmanager
@@ -235,9 +235,10 @@ class Table:
         found = self._rows(settings, lambda: [(settings, measure())], label, True)
         return found[0]["values"] if found else None
 
-    def rows(self, shared: Values, measure: Callable[[], Group]) -> None:
+    def rows(self, shared: Values, measure: Callable[[], Group]) -> Group:
         """The same for rows that are measured together; `shared` are settings that all have."""
-        self._rows(shared, measure, "", False)
+        found = self._rows(shared, measure, "", False)
+        return [(each["settings"], each["values"]) for each in found]
 
     def _rows(
         self, settings: Values, measure: Callable[[], Group], label: str, one: bool
@@ -289,10 +290,11 @@ class Table:
         ]
 
     def _expected(self, stored: dict[str, Any], settings: Values) -> str:
-        """How long the rows took that agree with these settings best, in words."""
+        """How long those rows took that agree with half of these settings or more, and best."""
         rows = [r for r in stored["rows"] if r["table"] == self.name and r.get("seconds")]
         agree = [sum(settings.get(k) == v for k, v in r["settings"].items()) for r in rows]
-        like = [r["seconds"] for r, n in zip(rows, agree, strict=True) if n == max(agree)]
+        most = max([len(settings) / 2, *agree])
+        like = [r["seconds"] for r, n in zip(rows, agree, strict=True) if n == most]
         return f"such rows took about {duration(statistics.median(like))}" if like else ""
 
     def _print(self, rows: list[dict[str, Any]]) -> None:
