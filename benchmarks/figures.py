@@ -148,8 +148,10 @@ def about(rows: list[Row], command: str) -> str:
         when = f"{next(iter(ages))}."
     else:
         when = f"Rows: {'; '.join(f'{n} {text}' for text, n in sorted(ages.items()))}."
-    sentences = [when[0].upper() + when[1:], *(f"{m[0].upper()}{m[1:]}." for m in machines)]
-    return f"*{' '.join(sentences)} {' / '.join(seeds).capitalize()}.* Printed by `{command}`."
+    notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
+    sentences = (when, *(f"{text}." for text in (*machines, " / ".join(seeds), *notes)))
+    text = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    return f"*{text}* Printed by `{command}`."
 
 
 def age(row: Row) -> str:

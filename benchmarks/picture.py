@@ -39,12 +39,12 @@ class Series:
 
 def frontier(read: Read) -> str:
     """The picture, from stored rows."""
-    whole = next(r for r in _resnet20(read) if _is(r, budget="float32"))["values"]
-    return drawn(series(read, whole["accuracy"]), whole["accuracy"], whole["file bytes"])
+    whole = _whole(read)
+    return drawn(series(read), whole["accuracy"], whole["file bytes"])
 
 
-def series(read: Read, whole: float) -> list[Series]:
-    """What is drawn, of ResNet-20 alone; `whole` is its accuracy in float."""
+def series(read: Read) -> list[Series]:
+    """What is drawn, of ResNet-20 alone."""
     compressed = _resnet20(read)
     both = [r for r in compressed if _is(r, rank="on", tier="default")]
     bits = [r for r in compressed if _is(r, rank="off", tier="default")]
@@ -58,7 +58,7 @@ def series(read: Read, whole: float) -> list[Series]:
         Series("rank and bits", "circle", _points(r for r in both if not _limits_macs(r))),
         Series("the same, MACs limited too", "circle", _points(r for r in both if _limits_macs(r))),
         Series("bits only", "square", _points(bits)),
-        Series("equal widths, inputs too", "diamond", _points(equal, whole)),
+        Series("equal widths, inputs too", "diamond", _points(equal, _whole(read)["accuracy"])),
         Series("CoRa with the paper's settings", "up", _points(paper)),
         Series("ADMM of the paper", "down", _points(admm)),
     ]
@@ -66,6 +66,12 @@ def series(read: Read, whole: float) -> list[Series]:
 
 def _resnet20(read: Read) -> list[Row]:
     return [r for r in read("frontier", "compressed") if _is(r, network="resnet20")]
+
+
+def _whole(read: Read) -> Row:
+    """What is stored of the float network."""
+    found: Row = next(r for r in _resnet20(read) if _is(r, budget="float32"))["values"]
+    return found
 
 
 def _is(row: Row, **settings: Any) -> bool:

@@ -58,12 +58,12 @@ def test_the_picture_has_a_mark_for_each_of_its_points():
     drawn = [mark.text for mark in root.iter("{http://www.w3.org/2000/svg}title")][1:]
     wanted = [
         f"{each.name}: {size:,} bytes, {drop:.2f}"
-        for each in series(figures.read, 91.5)
+        for each in series(figures.read)
         for size, drop in each.points
     ]
     assert drawn == wanted
     assert len(figures.PICTURE.read_bytes()) < 10_000
-    assert all(drop < DROPS[1] for each in series(figures.read, 91.5) for _, drop in each.points)
+    assert all(drop < DROPS[1] for each in series(figures.read) for _, drop in each.points)
 
 
 def test_text_in_brackets_goes_with_its_values_and_other_text_stays():
