@@ -125,6 +125,8 @@ class Records:
         self.place, self.places = getattr(args, "share", None) or (0, 1)
         self.met = 0
         self.commit, self.changed = code()
+        if self.resume and self.changed:
+            print("--resume skips nothing: the code is not as it was committed", file=sys.stderr)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {p: version for p in packages if (version := _version(p))}
         self.machine = processor() | {"threads": torch.get_num_threads(), "versions": versions}

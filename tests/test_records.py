@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,7 @@ def test_code_that_is_no_checkout_has_no_commit(monkeypatch, tmp_path):
     assert records.code() == (None, True)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_stored_rows_and_the_page_are_no_change_of_the_code(monkeypatch, tmp_path):
     def git(*words):
         name = ("-c", "user.name=a", "-c", "user.email=a@b.example")
