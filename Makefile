@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint figures docs clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/stamp ## compress the embedded digits network into build/, export it, and judge the exported file
 	@mkdir -p build
@@ -22,6 +22,9 @@ lint: .venv/stamp ## ruff (rules and format), mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+figures: .venv/stamp ## make docs/figures.md and its picture of the stored rows of the benchmarks
+	$(BIN)/python benchmarks/figures.py
 
 docs: .venv/docs-stamp ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

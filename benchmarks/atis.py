@@ -8,8 +8,8 @@ sentences.py. Float bytes: every float32 parameter. Accuracy is that of the writ
 slot F1 on dev and test together (1,393 sentences), on test alone after the slash. A tenth of the
 training sentences chooses between epochs. FOLDER keeps trained dense models, decomposed layers and
 the outcome of each setting with each seed, so that parts and seeds can be run one by one or side by
-side, and a killed run resumes. Use a new folder after changing the code: old results are not
-recognised as such.
+side, and a killed run resumes. Outcomes of another commit are measured again; dense models are
+not, and changes that are not committed are not recognised: use a new folder after those.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from common import head, known, machine, row
+from common import known, machine
+from records import Group, Records, Table, Values, add_options, spread, told
 from sentences import (
     FIRST,
     Corpus,
@@ -165,30 +166,52 @@ class Bench:
             score(model, self.data.test),
         )
 
-    def line(self, label: str, outcomes: list[Outcome], dense_: list[Score] | None) -> None:
-        """A row: the mean over seeds, and the drop from the mean of the dense models."""
-        intent, slots = ([getattr(f.pooled, k) for f in outcomes] for k in ("intent", "slots"))
-        alone = [statistics.mean(getattr(f.test, k) for f in outcomes) for k in ("intent", "slots")]
-        held = [
-            f"{statistics.mean(getattr(f.held, k) for f in outcomes):.2f}"
-            for k in ("intent", "slots")
-        ]
-        drops = ["-", "-"]
-        if dense_ is not None:
-            drops = [
-                f"{statistics.mean(getattr(d, k) for d in dense_) - statistics.mean(x):.2f}"
-                for k, x in (("intent", intent), ("slots", slots))
-            ]
-        size = round(statistics.mean(f.bytes for f in outcomes))
-        row(label, len(outcomes), f"{size:,}", f"{statistics.mean(f.ratio for f in outcomes):.0f}",
-            " / ".join(held), f"{statistics.mean(intent):.2f} / {alone[0]:.2f}",
-            f"{statistics.mean(slots):.2f} / {alone[1]:.2f}", *drops,
-            f"{statistics.mean(f.seconds for f in outcomes):.0f}")  # fmt: skip
+
+def means(outcomes: list[Outcome], whole: list[Score] | None) -> Values:
+    """A row: means over seeds, and drops from the mean of the dense models."""
+    scores = {
+        ("held", "intent"): "held-back intent",
+        ("held", "slots"): "held-back slots",
+        ("pooled", "intent"): "intent",
+        ("test", "intent"): "intent on test",
+        ("pooled", "slots"): "slot F1",
+        ("test", "slots"): "slot F1 on test",
+    }
+    values: Values = {
+        "file bytes": round(statistics.mean(f.bytes for f in outcomes)),
+        "times smaller": statistics.mean(f.ratio for f in outcomes),
+        "seconds an epoch": statistics.mean(f.seconds for f in outcomes),
+    } | {
+        name: statistics.mean(getattr(getattr(f, part), k) for f in outcomes)
+        for (part, k), name in scores.items()
+    }
+    if whole is not None:
+        for k, name, drop in (
+            ("intent", "intent", "intent drop"),
+            ("slots", "slot F1", "slot drop"),
+        ):
+            values[drop] = statistics.mean(getattr(d, k) for d in whole) - values[name]
+    return values
 
 
-COLUMNS = ("model", "seeds", "file bytes", "times smaller", "held-back intent / slots",
-           "intent / test",
-           "slot F1 / test", "intent drop", "slot drop", "seconds an epoch")  # fmt: skip
+COLUMNS = {
+    "model": "", "longer": "", "file bytes": ",", "times smaller": ".0f",
+    "held-back intent": ".2f", "held-back slots": ".2f", "intent": ".2f", "intent on test": ".2f",
+    "slot F1": ".2f", "slot F1 on test": ".2f", "intent drop": ".2f", "slot drop": ".2f",
+    "seconds an epoch": ".0f",
+}  # fmt: skip
+SPEED = {
+    "places": "", "ms, dense float": ".2f", "dynamic int8": ".1f", "tt": ".1f",
+    "tt, 8-bit inputs": ".1f", "tt over int8": ".1f",
+}  # fmt: skip
+STEP = {
+    "model": "", "batch": "", "ms": ".0f", "times faster": ".1f", "MB for the backward pass": ".1f",
+    "MB that learn": ".1f",
+}  # fmt: skip
+DATA = (
+    "ATIS: a tenth of the training sentences chooses the epoch; dev and test (1,393 sentences) to "
+    "measure"
+)
 
 SIZES = {
     "rank 20, 4 bits, tables and heads as they are": TTQAT(
@@ -219,46 +242,60 @@ ORDERS = {
 }
 
 
-def tables(bench: Bench, methods: dict[str, TTQAT], seeds: list[int]) -> None:
+def tables(bench: Bench, part: str, methods: dict[str, TTQAT], table: Table, own: Values) -> None:
     """A row for each setting, with the same number of steps however many copies are shown."""
     pace = bench.longer / (1 + bench.copies)
-    paced = {
-        k: {part: max(1, int(getattr(m, part) * pace)) for part in ("epochs", "finish")}
-        for k, m in methods.items()
-    }
-    methods = {k: replace(m, **paced[k]) for k, m in methods.items()}
-    teachers = [bench.teacher(s) for s in seeds]
-    whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
-    for label, method in methods.items():
+
+    def measured(label: str, method: TTQAT) -> Values:
+        teachers, whole = _teachers(bench, _seeds(table))
+        paced = {k: max(1, int(getattr(method, k) * pace)) for k in ("epochs", "finish")}
+        method = replace(method, **paced)
         budget = BUDGETS.get(label, LOOSE)
         setting = repr(method) if budget == LOOSE else f"{method!r}, {budget}"
         runs = [
-            (functools.partial(bench.outcome, t, method, s, budget), s)
-            for t, s in zip(teachers, seeds, strict=True)
+            bench.known(setting, s, functools.partial(bench.outcome, t, method, s, budget))
+            for t, s in zip(teachers, _seeds(table), strict=True)
         ]
-        bench.line(label, [bench.known(setting, s, measure) for measure, s in runs], whole)
+        return means(runs, whole)
+
+    for label, method in methods.items():
+        settings = {"part": part, "model": label, "longer": bench.longer} | own
+        table.row(settings, functools.partial(measured, label, method), label)
 
 
-def float_rows(bench: Bench, seeds: list[int]) -> None:
+def _seeds(table: Table) -> list[int]:
+    assert isinstance(table.seed, list)
+    return table.seed
+
+
+def _teachers(bench: Bench, seeds: list[int]) -> tuple[list[Tagger], list[Score]]:
+    """The dense models of these seeds, and their scores on dev and test."""
+    teachers = [bench.teacher(s) for s in seeds]
+    return teachers, [score(t, bench.data.dev, bench.data.test) for t in teachers]
+
+
+def float_rows(bench: Bench, table: Table) -> None:
     """The dense models themselves."""
-    for label, shape in (("dense float32, width 768", {}), ("dense float32, width 80", SMALL)):
+
+    def measured(shape: dict[str, int]) -> Values:
         outcomes = []
-        for seed in seeds:
+        for seed in _seeds(table):
             model, seconds = dense(bench.data, seed, bench.folder, _recipe(shape), **shape)
             size = sum(p.numel() * 4 for p in model.parameters())
             outcomes.append(Outcome(*bench.scores(model), size, 1, seconds))
-        bench.line(label, outcomes, None)
+        return means(outcomes, None)
+
+    for label, shape in (("dense float32, width 768", {}), ("dense float32, width 80", SMALL)):
+        settings = {"part": "dense", "model": label, "longer": None}
+        table.row(settings, functools.partial(measured, shape), label)
 
 
 def _recipe(shape: dict[str, int]) -> Recipe:
     return Recipe() if not shape else replace(Recipe(), rate=2e-3, epochs=40)
 
 
-def control(bench: Bench, seeds: list[int]) -> None:
+def control(bench: Bench, table: Table, own: Values) -> None:
     """A dense encoder of the same bytes: trained, taught by the large one's scores, then 8 bits."""
-    teachers = [bench.teacher(s) for s in seeds]
-    whole = [score(t, bench.data.dev, bench.data.test) for t in teachers]
-    size = sum(p.numel() * 4 for p in teachers[0].parameters())
 
     def small(teacher: Tagger, seed: int) -> Outcome:
         model, _ = dense(bench.data, seed, bench.folder, _recipe(SMALL), **SMALL)
@@ -267,11 +304,21 @@ def control(bench: Bench, seeds: list[int]) -> None:
         run(taught, rabbet.Jobs(), "control", "teaching")
         model.load_state_dict(taught.best)
         method = Joint(adapters=(), forms=(), grids=("8c",), act=None, tuning=Tuning(steps=0))
+        size = sum(p.numel() * 4 for p in teacher.parameters())
         return bench.outcome(model, method, seed, whole=size)
 
-    runs = [(functools.partial(small, t, s), s) for t, s in zip(teachers, seeds, strict=True)]
-    outcomes = [bench.known(f"control, longer {bench.longer}", s, measure) for measure, s in runs]
-    bench.line("control: dense, width 80, 8 bits", outcomes, whole)
+    def measured() -> Values:
+        teachers, whole = _teachers(bench, _seeds(table))
+        setting = f"control, longer {bench.longer}"
+        runs = [
+            bench.known(setting, s, functools.partial(small, t, s))
+            for t, s in zip(teachers, _seeds(table), strict=True)
+        ]
+        return means(runs, whole)
+
+    label = "control: dense, width 80, 8 bits"
+    settings = {"part": "control", "model": label, "longer": bench.longer} | own
+    table.row(settings, measured, label)
 
 
 class _Answers(Course):
@@ -321,12 +368,13 @@ class _Answers(Course):
                 )
 
 
-def speed(bench: Bench) -> None:
+def speed(bench: Bench, table: Table) -> None:
     """Latency of one sentence on one thread: the export against dense float and dynamic int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     teacher = bench.untrained()
-    for places in (16, 64):
+
+    def measured(places: int) -> Values:
         batch = {
             "ids": torch.randint(FIRST, bench.data.words, (2, places)),
             "attention_mask": torch.ones(2, places, dtype=torch.long),
@@ -348,13 +396,17 @@ def speed(bench: Bench) -> None:
                     calibrate_ranges(student, task)
                 _export(student, plan, survey, task, files[name])
             timings = time_files(files, [t[:1] for t in batch.values()], runs=200, threads=1)
-        base = timings["float"].median
-        row(
-            places,
-            f"{base:.2f}",
-            *(f"{base / timings[n].median:.1f}" for n in ("int8", "tt", "tt8")),
-            f"{timings['int8'].median / min(timings['tt'].median, timings['tt8'].median):.1f}",
-        )
+        times = {name: timing.median for name, timing in timings.items()}
+        return {
+            "ms, dense float": times["float"],
+            "dynamic int8": times["float"] / times["int8"],
+            "tt": times["float"] / times["tt"],
+            "tt, 8-bit inputs": times["float"] / times["tt8"],
+            "tt over int8": times["int8"] / min(times["tt"], times["tt8"]),
+        }
+
+    for places in (16, 64):
+        table.row({"places": places}, functools.partial(measured, places))
 
 
 def _export(model: nn.Module, plan: rabbet.Plan, survey: Survey, task: Task, path: Path) -> None:
@@ -364,7 +416,7 @@ def _export(model: nn.Module, plan: rabbet.Plan, survey: Survey, task: Task, pat
     write_onnx(Parcel(model, plan, survey, (), task), path)
 
 
-def step(bench: Bench) -> None:
+def step(bench: Bench) -> Group:
     """The cost of a training step of 32 sentences: dense, as tensor trains, and those on 4 bits.
 
     Memory: what is kept for the backward pass; and the parameters with their gradients and both
@@ -388,6 +440,7 @@ def step(bench: Bench) -> None:
             answers = task.run(model, batch)
         task.loss(answers, batch).backward()
 
+    found: Group = []
     dense_ms = math.nan
     for name, parameters in (
         ("dense", list(teacher.parameters())),
@@ -415,9 +468,14 @@ def step(bench: Bench) -> None:
             kept.pop(p.untyped_storage().data_ptr(), None)
         median = statistics.median(ms[2:])
         dense_ms = median if name == "dense" else dense_ms
-        row(name, tuple(batch["ids"].shape), f"{median:.0f}", f"{dense_ms / median:.1f}",
-            f"{sum(kept.values()) / 1e6:.1f}",
-            f"{16 * sum(p.numel() for p in parameters) / 1e6:.1f}")  # fmt: skip
+        values = {
+            "ms": median,
+            "times faster": dense_ms / median,
+            "MB for the backward pass": sum(kept.values()) / 1e6,
+            "MB that learn": 16 * sum(p.numel() for p in parameters) / 1e6,
+        }
+        found.append(({"model": name, "batch": " x ".join(map(str, batch["ids"].shape))}, values))
+    return found
 
 
 PARTS = ("dense", "sizes", "control", "starts", "orders", "speed", "step")
@@ -435,42 +493,28 @@ def main() -> None:
         "--copies", type=int, default=3, help="of the sentences that what is compressed learns from"
     )
     parser.add_argument("--longer", type=int, default=1, help="times as many steps of teaching")
-    parser.add_argument(
-        "--only", nargs="+", default=(), help="settings of which the label holds one of these"
-    )
+    add_options(parser, jobs=True)
     args = parser.parse_args()
+    spread(args)
     bench = Bench(corpus(), args.keep, args.copies, args.longer)
     print(f"{machine()}")
+    records = Records("atis", args, packages=("transformers", "onnxruntime"))
+    own = told(parser, args, "copies")
+    noise = "random tokens; untrained weights, for speed alone"
     for part in args.parts:
-        print(f"\n{part}\n")
+        print(f"\n{part}")
+        table = Table(records, "models", COLUMNS, DATA, args.seeds)
         if part == "speed":
-            head(
-                "places",
-                "ms, dense float",
-                "times faster: dynamic int8",
-                "tt",
-                "tt, 8-bit inputs",
-                "tt over int8",
-            )
-            speed(bench)
-            continue
-        if part == "step":
-            head(
-                "model", "batch", "ms", "times faster", "MB for the backward pass", "MB that learn"
-            )
-            step(bench)
-            continue
-        head(*COLUMNS)
-        if part == "dense":
-            float_rows(bench, args.seeds)
+            speed(bench, Table(records, "speed", SPEED, noise))
+        elif part == "step":
+            Table(records, "step", STEP, DATA).rows({}, functools.partial(step, bench))
+        elif part == "dense":
+            float_rows(bench, table)
         elif part == "control":
-            control(bench, args.seeds)
+            control(bench, table, own)
         else:
             chosen = {"sizes": SIZES, "starts": STARTS, "orders": ORDERS}[part]
-            wanted = {
-                k: v for k, v in chosen.items() if not args.only or any(o in k for o in args.only)
-            }
-            tables(bench, wanted, args.seeds)
+            tables(bench, part, chosen, table, own)
 
 
 if __name__ == "__main__":

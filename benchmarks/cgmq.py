@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import head, machine, reader, row
+from common import machine, reader
 from frontier import cifar
+from records import Records, Table, Values, add_options, spread, told
 from torch import Tensor, nn
 
 import rabbet
@@ -139,32 +140,64 @@ def widths(result: rabbet.Result) -> str:
     return " ".join(pairs)
 
 
-def on_lenet(methods: dict[str, CGMQ], budgets: tuple[float, ...], seeds: int) -> None:
+def short(result: rabbet.Result) -> str:
+    """The widths of all layers but the first and the last, as ranges."""
+    inner = list(result.plan)[1:-1]
+    weights = [t.grid.bits for line in inner for t in line.terms]
+    inputs = [line.act or 32 for line in inner]
+    both = (("weights", weights), ("inputs", inputs))
+    return ", ".join(
+        f"{what} {min(bits)}" + (f" to {max(bits)}" if max(bits) > min(bits) else "")
+        for what, bits in both
+    )
+
+
+def on_lenet(
+    methods: dict[str, CGMQ], budgets: tuple[float, ...], table: Table, own: Values
+) -> None:
     """A row for each method and budget: the mean over seeds."""
-    test = batched(*mnist("test"), 500)
-    task = task_of(batched(*mnist("train"), 500))
-    models = [lenet(seed) for seed in range(seeds)]
-    whole = [rabbet.accuracy(m, test) for m in models]
-    row("LeNet-5", "float32", "100", "100", f"{statistics.mean(whole):.2f}", _spread(whole), *"---")
+    assert isinstance(table.seed, list)
+    seeds = table.seed
+
+    @functools.cache
+    def data() -> tuple[Labelled, Task, list[nn.Module]]:
+        test = batched(*mnist("test"), 500)
+        return test, task_of(batched(*mnist("train"), 500)), [lenet(seed) for seed in seeds]
+
+    def whole() -> Values:
+        test, _, models = data()
+        accuracies = [rabbet.accuracy(m, test) for m in models]
+        return {"accuracy": statistics.mean(accuracies), "spread": _spread(accuracies)}
+
+    def mean(method: CGMQ, share: float) -> Values:
+        test, task, models = data()
+        runs = [
+            measured(m, f"bops <= {share}%", task, method, test, k)
+            for k, m in zip(seeds, models, strict=True)
+        ]
+        accuracies = [r[0] for r in runs]
+        held = [float(on_held(r[1])) for r in runs if on_held(r[1]) != "-"]
+        return {
+            "found, largest": 100 * max(r[1].cost.bops / r[1].float_cost.bops for r in runs),
+            "accuracy": statistics.mean(accuracies),
+            "spread": _spread(accuracies),
+            "held-back loss": statistics.mean(held) if held else None,
+            "seconds": statistics.mean(r[2] for r in runs),
+            "weights/inputs": widths(runs[0][1]),
+        }
+
+    table.row({"network": "LeNet-5", "method": "float32", "budget": None}, whole)
     for label, method in methods.items():
         for share in budgets:
-            runs = [
-                measured(m, f"bops <= {share}%", task, method, test, k)
-                for k, m in enumerate(models)
-            ]
-            accuracies, spent = [r[0] for r in runs], statistics.mean(r[2] for r in runs)
-            most = max(r[1].cost.bops / r[1].float_cost.bops for r in runs)
-            held = statistics.mean(float(on_held(r[1])) for r in runs)
-            row("LeNet-5", label, share, f"{100 * most:.4f}",
-                f"{statistics.mean(accuracies):.2f}", _spread(accuracies),
-                f"{held:.4f}", f"{spent:.0f}", widths(runs[0][1]))  # fmt: skip
+            settings = {"network": "LeNet-5", "method": label, "budget": share} | own
+            table.row(settings, functools.partial(mean, method, share))
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
-def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> None:
+def on_resnet(settings: CGMQ, budgets: tuple[float, ...], table: Table, own: Values) -> None:
     """The same on ResNet-20, against uniform widths and `Joint`, with and without that training.
 
     Both have 8 bits for the image and the input of the last layer; uniform widths, as is usual,
@@ -174,69 +207,72 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], only: list[str]) -> No
     images = torch.from_numpy(reader("load").cifar10("train", 20000)[0])
     task = Task(list(images.split(500)), limit=len(images))  # no labels: taught by its own outputs
     held = list(images[1600:2600].split(100))
-    row("ResNet-20", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", *"----")
-    onward = moving(settings, start="program", widths=settings.widths)
     jobs = rabbet.Jobs()
+    table.row(
+        {"network": "ResNet-20", "chosen by": None, "training": "float32", "budget": None},
+        lambda: {"accuracy": rabbet.accuracy(model, test)},
+    )
+    gates = {
+        "CGMQ": ("CGMQ, gates at rest", settings),
+        "CGMQ, gates go on": (
+            "CGMQ, gates go on",
+            moving(settings, start="program", widths=settings.widths),
+        ),
+        "CGMQ, gates from the widest": ("CGMQ, gates from the widest", moving(settings)),
+    }
+    plain = {
+        "trained": ("trained as long", task, settings),
+        "tuned": ("only fitted", Task(data), DENSE),
+        "not tuned": ("without training", Task(data), UNTRAINED),
+    }
     for share in budgets:
-        budget = f"bops <= {share}%"
-        joint = functools.cache(functools.partial(_joint, model, share, data, held, jobs))
-        uniform = _uniform(model, data, share)
-        runs: dict[str, Callable[[], tuple[float, rabbet.Result, float]]] = {
-            "CGMQ, gates at rest": functools.partial(
-                measured, model, budget, task, settings, test, 0
-            ),
-            "CGMQ, gates go on": functools.partial(measured, model, budget, task, onward, test, 0),
-            "CGMQ, gates from the widest": functools.partial(
-                measured, model, budget, task, moving(settings), test, 0
-            ),
-            "uniform, trained as long": functools.partial(
-                fitted, model, uniform, task, settings, test
-            ),
-            "uniform, only fitted": functools.partial(
-                fitted, model, uniform, Task(data), DENSE, test
-            ),
-            "uniform, without training": functools.partial(
-                fitted, model, uniform, Task(data), UNTRAINED, test
-            ),
-            # B023: these are called before `joint` becomes another
-            "Joint, trained as long": lambda: fitted(
-                model,
-                joint(),  # noqa: B023
-                task,
-                settings,
-                test,
-            ),
-            "Joint, only fitted": lambda: fitted(
-                model,
-                joint(),  # noqa: B023
-                Task(data),
-                DENSE,
-                test,
-            ),
-            "Joint, without training": lambda: fitted(
-                model,
-                joint(),  # noqa: B023
-                Task(data),
-                UNTRAINED,
-                test,
+        plans: dict[str, tuple[str, Callable[[], rabbet.Plan]]] = {
+            "equal widths": ("uniform", functools.partial(_uniform, model, data, share)),
+            "Joint": (
+                "Joint",
+                functools.cache(functools.partial(_joint, model, share, data, held, jobs)),
             ),
         }
-        for label, run in (
-            (k, v) for k, v in runs.items() if not only or any(o in k for o in only)
-        ):
-            accuracy, result, seconds = run()
-            spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
-            row(
-                "ResNet-20",
-                label,
-                share,
-                spent,
-                f"{accuracy:.2f}",
-                "-",
-                on_held(result),
-                f"{seconds:.0f}",
-                widths(result),
+
+        def line(
+            chosen: str, training: str, label: str, run: Callable[[], Run], share: float = share
+        ) -> None:
+            row = {"network": "ResNet-20", "chosen by": chosen, "training": training}
+            table.row(
+                row | {"budget": share} | own, lambda: _found(*run()), f"{label}, {share:g} %"
             )
+
+        for chosen, (label, method) in gates.items():
+            budget = f"bops <= {share}%"
+            run = functools.partial(measured, model, budget, task, method, test, 0)
+            line(chosen, "trained", label, run)
+        for chosen, (name, plan) in plans.items():
+            for training, (how, batches, method) in plain.items():
+                run = functools.partial(_of_plan, model, plan, batches, method, test)
+                line(chosen, training, f"{name}, {how}", run)
+
+
+Run = tuple[float, rabbet.Result, float]
+
+
+def _of_plan(
+    model: nn.Module, plan: Callable[[], rabbet.Plan], task: Task, method: Method, test: Labelled
+) -> Run:
+    return fitted(model, plan(), task, method, test)
+
+
+def _found(accuracy: float, result: rabbet.Result, seconds: float) -> Values:
+    """What a row of one run shows."""
+    loss = on_held(result)
+    return {
+        "found": 100 * result.cost.bops / result.float_cost.bops,
+        "file bytes": result.cost.bytes,
+        "accuracy": accuracy,
+        "held-back loss": None if loss == "-" else float(loss),
+        "seconds": seconds,
+        "widths": short(result),
+        "weights/inputs": widths(result),
+    }
 
 
 def _share(model: nn.Module, plan: rabbet.Plan, data: list[Tensor]) -> float:
@@ -338,28 +374,42 @@ def _moved(x: Tensor) -> Tensor:
     return wide[each, :, rows, columns.expand_as(rows)].permute(0, 3, 1, 2)
 
 
-def on_vgg(settings: CGMQ, device: str, epochs: int) -> None:
+def on_vgg(settings: CGMQ, args: argparse.Namespace, table: Table, own: Values) -> None:
     """VGG-7 on CIFAR-10, taught by its own float outputs on augmented images, without labels."""
-    model = vgg(device, epochs)
+    device = args.device
     images, _ = reader("load").cifar10("train", 20000)
     data = list(torch.from_numpy(images).to(device).split(500))
     test = [(x.to(device), y.to(device)) for x, y in cifar(20)[2]]
-    row("VGG-7", "float32", "100", "100", f"{rabbet.accuracy(model, test):.2f}", *"----")
-    for share in (0.40, 0.51, 1.0):
+    model = functools.cache(functools.partial(vgg, device, args.float_epochs))
+    table.row(
+        {"network": "VGG-7", "chosen by": None, "training": "float32", "budget": None} | own,
+        lambda: {"accuracy": rabbet.accuracy(model(), test)},
+    )
+
+    def run(share: float) -> Values:
         task = Task(data, limit=len(images))
-        accuracy, result, seconds = measured(model, f"bops <= {share}%", task, settings, test, 0)
-        spent = f"{100 * result.cost.bops / result.float_cost.bops:.4f}"
-        row(
-            "VGG-7",
-            "CGMQ",
-            share,
-            spent,
-            f"{accuracy:.2f}",
-            "-",
-            on_held(result),
-            f"{seconds:.0f}",
-            widths(result),
-        )
+        return _found(*measured(model(), f"bops <= {share}%", task, settings, test, 0))
+
+    for share in (0.40, 0.51, 1.0):
+        row = {"network": "VGG-7", "chosen by": "CGMQ", "training": "trained", "budget": share}
+        table.row(row | own, functools.partial(run, share))
+
+
+LENET = {
+    "network": "", "method": "", "budget": "", "found, largest": ".4f", "accuracy": ".2f",
+    "spread": ".2f", "held-back loss": ".4f", "seconds": ".0f", "weights/inputs": "",
+}  # fmt: skip
+ONE_RUN = {
+    "network": "", "chosen by": "", "training": "", "budget": "", "found": ".4f", "file bytes": ",",
+    "accuracy": ".2f", "held-back loss": ".4f", "seconds": ".0f", "weights/inputs": "",
+}  # fmt: skip
+MNIST = (
+    "MNIST: a tenth of the training images chooses between epochs; 10,000 test images to measure"
+)
+CIFAR = (
+    "CIFAR-10: 20,000 training images without labels, 1,600 of them to tune; 5,000 test images to "
+    "measure"
+)
 
 
 def main() -> None:
@@ -374,36 +424,38 @@ def main() -> None:
     )
     parser.add_argument("--float-epochs", type=int, default=60, help="of vgg7 in float")
     parser.add_argument("--budgets", nargs="+", type=float, help="default: all of theirs")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        help="rows of directions and resnet20 with one of these words",
-    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=18, help="in all")
     parser.add_argument("--steps", type=int, help="of an epoch; default: all images")
     parser.add_argument("--rate", type=float, help="default: that of CGMQ")
+    add_options(parser, jobs=True)
     args = parser.parse_args()
-    print(f"{machine()}\n")
-    head("network", "method", "budget, % of BOPs", "found, largest", "accuracy", "spread",
-         "held-back loss", "seconds",
-         "weights/inputs")  # fmt: skip
+    spread(args)
+    print(f"{machine()}")
+    records, own = Records("cgmq", args), told(parser, args, "epochs", "steps", "rate")
     settings = CGMQ(finish=args.epochs, steps=args.steps, rate=args.rate)
+    many = Table(records, "lenet", LENET, MNIST, list(range(args.seeds)))
     if "lenet" in args.parts:
-        on_lenet({"CGMQ": settings}, tuple(args.budgets or BUDGETS), args.seeds)
+        on_lenet({"CGMQ": settings}, tuple(args.budgets or BUDGETS), many, own)
     if "directions" in args.parts:
-        cases = {f"direction {d}": moving(settings, direction=d) for d in (1, 2, 3)}
-        cases |= {"continuous": moving(settings, updates="continuous")}
+        cases = {
+            f"direction {d}, {what}": moving(settings, direction=d)
+            for d, what in enumerate(
+                ("the gradient", "gradient and size", "the measured harm of a width"), 1
+            )
+        }
+        together = "continuous: direction 3, weights and gates in the same epochs"
+        cases |= {together: moving(settings, updates="continuous")}
         cases |= {"gates of channels": moving(settings, granularity="channel")}
         cases |= {"as in the paper": moving(settings, direction=1, scales="tensor", two="ternary")}
         cases |= {"where the program starts": settings}
-        cases = {k: v for k, v in cases.items() if not args.only or any(o in k for o in args.only)}
-        on_lenet(cases, tuple(args.budgets or (0.40, 0.90)), args.seeds)
+        on_lenet(cases, tuple(args.budgets or (0.40, 0.90)), many, own)
     if "resnet20" in args.parts:
-        on_resnet(settings, tuple(args.budgets or (0.5, 1.0, 2.0)), args.only)
+        one = Table(records, "resnet20", ONE_RUN, CIFAR)
+        on_resnet(settings, tuple(args.budgets or (0.5, 1.0, 2.0)), one, own)
     if "vgg7" in args.parts:
-        on_vgg(settings, args.device, args.float_epochs)
+        own |= told(parser, args, "float_epochs")
+        on_vgg(settings, args, Table(records, "vgg7", ONE_RUN, CIFAR), own)
 
 
 if __name__ == "__main__":

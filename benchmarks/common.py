@@ -1,10 +1,9 @@
-"""What the benchmarks share: the data folder, the machine, and tables printed line by line."""
+"""What the benchmarks share: the data folder, the machine, tables that are only printed."""
 
 import hashlib
 import importlib.util
 import json
 import os
-import platform
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from records import code, processor
 
 from rabbet.files import write_whole
 
@@ -55,7 +55,12 @@ def alike(lengths: Sequence[int], size: int, order: random.Random | None = None)
 def known(
     folder: Path, setting: str, seed: int, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The outcome of a setting and seed: read from the folder, or measured and kept there."""
+    """The outcome of a setting and seed: read from the folder, or measured and kept there.
+
+    Outcomes of another commit are measured again.
+    """
+    commit, changed = code()
+    setting = f"{setting}, code {commit}{' with changes' * changed}"
     path = (
         folder / "outcomes" / f"{hashlib.sha256(setting.encode()).hexdigest()[:16]}-seed{seed}.json"
     )
@@ -69,19 +74,11 @@ def known(
 
 def machine() -> str:
     """The machine that the figures were measured on."""
-    cpu = next(
-        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")),
-        platform.processor(),
-    )
+    facts = processor()
     return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{facts['processor']}, {facts['cores']} cores, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
     )
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def row(*cells: object) -> None:

@@ -12,10 +12,12 @@ tuning, batches of 64 (paper: 32).
 
 import argparse
 import contextlib
+import functools
 import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -23,9 +25,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import head, machine, reader, row
-from frontier import cifar
+from common import machine, reader
+from frontier import CIFAR, cifar
 from reconstruction import reconstruct
+from records import Records, Table, Values, add_options
 
 import rabbet
 from rabbet import CoRa, Joint, Task
@@ -88,45 +91,62 @@ class Bench:
         return statistics.mean(each)
 
 
-def ranks(bench: Bench, seeds: int, shares: list[float], settings: list[str]) -> None:
+def ranks(bench: Bench, table: Table, args: argparse.Namespace) -> None:
     """Searched ranks against even ones at the same budget."""
-    for label in settings:
-        method = SETTINGS[label]
-        for bits, share in itertools.product((3, 4), shares):
-            budget = f"bits <= {bits + 8 * share / 100:.2f}"
-            cells = []
-            for kind in ("gradient", "heuristic"):
-                chosen = replace(method, bits=bits, ranks=kind)
-                runs = [bench.drop(chosen, budget, seed) for seed in range(seeds)]
-                cells += _spread([r[0] for r in runs], 2) + _spread(
-                    [bench.apart(r[1].model) for r in runs], 5
-                )
-            row(bench.name, label, bits, f"{share:.0f} %", *cells)
+
+    def measured(method: CoRa, budget: str) -> Values:
+        values: Values = {}
+        for kind, name in (("gradient", "searched"), ("heuristic", "even")):
+            runs = [
+                bench.drop(replace(method, ranks=kind), budget, seed) for seed in range(args.seeds)
+            ]
+            values |= _spread(f"{name}, drop", [r[0] for r in runs])
+            apart = [1000 * bench.apart(r[1].model) for r in runs]
+            values |= _spread(f"{name}, divergence", apart)
+        return values
+
+    for label in args.settings:
+        for bits, share in itertools.product((3, 4), args.shares):
+            table.row(
+                {"network": bench.name, "settings": label, "bits": bits, "adapters, %": share},
+                functools.partial(
+                    measured,
+                    replace(SETTINGS[label], bits=bits),
+                    f"bits <= {bits + 8 * share / 100:.2f}",
+                ),
+            )
 
 
-def _spread(values: list[float], digits: int) -> list[str]:
+def _spread(name: str, values: list[float]) -> Values:
     """Mean and deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return [f"{statistics.mean(values):.{digits}f}", f"{deviation:.{digits}f}"]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {name: statistics.mean(values), f"{name} +-": deviation}
 
 
-def figures(bench: Bench, chosen: list[str]) -> None:
+def figures(bench: Bench, table: Table, args: argparse.Namespace) -> None:
     """Accuracy at 3 bits with adapters, at low bits, and with the same bytes spent otherwise."""
-    for label in chosen:
+    for label in args.cases:
         bits, act, ends, share = CASES[label]
         ours = replace(OURS, bits=bits, act=act, ends=ends)
-        bare = _bare_bits(bench, ours)
-        drop, result, seconds = bench.drop(ours, f"bits <= {bare + 8 * share:.3f}")
-        size = result.cost.bytes
-        _figure(bench, label, "CoRa, ours", drop, result, seconds)
         paper = replace(PAPER, bits=bits, act=act, ends=ends)
-        _figure(bench, label, "CoRa, paper", *bench.drop(paper, f"bits <= {bare + 8 * share:.3f}"))
-        same = f"bytes <= {size}"
+        budget = f"bits <= {_bare_bits(bench, ours) + 8 * share:.3f}"
+        row = functools.partial(_figure, bench, table, label)
+        first = row("CoRa, ours", ours, lambda budget=budget: budget)
+        row("CoRa, the paper's settings", paper, lambda budget=budget: budget)
+        same = functools.cache(functools.partial(_bytes, bench, ours, budget, first))
         tuning = replace(ours.tuning, steps=ours.tuning.steps + ours.ranking.steps)
-        joint = _ended(Joint(act=act, tuning=tuning), ends)
-        _figure(bench, label, "Joint, same bytes", *bench.drop(joint, same))
-        only = _ended(Joint(adapters=(), forms=(), act=act, tuning=tuning), ends)
-        _figure(bench, label, "bits only, same bytes", *bench.drop(only, same))
+        joint = Joint(act=act, tuning=tuning)
+        row("Joint, same bytes", _ended(joint, ends), same)
+        only = replace(joint, adapters=(), forms=())
+        row("bits only, same bytes", _ended(only, ends), same)
+
+
+def _bytes(bench: Bench, method: CoRa, budget: str, found: Values | None) -> str:
+    """The bytes that a row has found as a budget; without the row, those of the method's plan."""
+    if found:
+        return f"bytes <= {found['file bytes']}"
+    plan = rabbet.plan(bench.model, budget, bench.task, method, jobs=bench.jobs)
+    return f"bytes <= {rabbet.price(bench.model, plan, bench.data).bytes}"
 
 
 class _Ended:
@@ -159,23 +179,24 @@ def _bare_bits(bench: Bench, method: CoRa) -> float:
 
 
 def _figure(
-    bench: Bench, label: str, method: str, drop: float, result: rabbet.Result, seconds: float
-) -> None:
-    cost, base = result.cost, result.float_cost
-    bops = f"{100 * cost.bops / base.bops:.3f}"
-    row(
-        bench.name,
-        label,
-        method,
-        f"{cost.bits:.3f}",
-        f"{cost.bytes:,}",
-        bops,
-        f"{drop:.2f}",
-        f"{seconds:.0f}",
-    )
+    bench: Bench, table: Table, case: str, label: str, method: Method, budget: Callable[[], str]
+) -> Values | None:
+    """A row; the budget is asked for only if it is measured."""
+
+    def measured() -> Values:
+        drop, result, seconds = bench.drop(method, budget())
+        return {
+            "mean bits": result.cost.bits,
+            "file bytes": result.cost.bytes,
+            "% BOPs": 100 * result.cost.bops / result.float_cost.bops,
+            "drop": drop,
+            "seconds": seconds,
+        }
+
+    return table.row({"network": bench.name, "case": case, "method": label}, measured)
 
 
-def step(bench: Bench) -> None:
+def step(bench: Bench) -> Values:
     """The cost of an iteration of the search, against a forward and backward pass in float."""
     x = bench.data[0][:64]
     for p in bench.model.parameters():
@@ -199,32 +220,40 @@ def step(bench: Bench) -> None:
                     jobs=rabbet.Jobs(progress=seen))  # fmt: skip
         times["search"] += [b - a for a, b in itertools.pairwise(marks)]
     plain, search = (1e3 * statistics.median(times[k]) for k in ("plain", "search"))
-    row(bench.name, f"{plain:.0f}", f"{search:.0f}", f"{search / plain:.2f}")
+    return {
+        "ms forward and backward": plain,
+        "ms an iteration of the search": search,
+        "ratio": search / plain,
+    }
 
 
-def reconstruction(bench: Bench, iterations: list[int]) -> None:
+def reconstruction(bench: Bench, table: Table, args: argparse.Namespace) -> None:
     """Learned rounding of blocks, at no more bits than the bytes of the adapters would buy."""
+
+    def rounded(bits: int, count: int) -> Values:
+        start = time.perf_counter()
+        student, total = reconstruct(bench.model, bench.data, bits, 8, count)
+        seconds = time.perf_counter() - start
+        drop = bench.whole - rabbet.accuracy(student, bench.test)
+        return {"iterations": total, "drop": drop, "seconds": seconds}
+
+    def adapted(bits: int, method: CoRa) -> Values:
+        drop, _, seconds = bench.drop(replace(method, bits=bits), f"bits <= {bits + 0.4}")
+        total = method.ranking.steps + method.tuning.steps
+        return {"iterations": total, "drop": drop, "seconds": seconds}
+
+    methods = {"CoRa, adapters of 5 %, not tuned": UNTUNED, "CoRa, adapters of 5 %": OURS}
     for bits in (3, 4):
-        for count in iterations:
-            start = time.perf_counter()
-            student, total = reconstruct(bench.model, bench.data, bits, 8, count)
-            seconds = time.perf_counter() - start
-            drop = bench.whole - rabbet.accuracy(student, bench.test)
-            row(
-                bench.name,
-                bits,
-                f"reconstruction, {count:,} a block",
-                f"{total:,}",
-                f"{drop:.2f}",
-                f"{seconds:.0f}",
-            )
-        for label, method in (("CoRa, 5 %, untuned", UNTUNED), ("CoRa, 5 %", OURS)):
-            drop, _, seconds = bench.drop(replace(method, bits=bits), f"bits <= {bits + 0.4}")
-            total = method.ranking.steps + method.tuning.steps
-            row(bench.name, bits, label, total, f"{drop:.2f}", f"{seconds:.0f}")
+        shared = {"network": bench.name, "bits": bits}
+        for count in args.iterations:
+            settings = shared | {"method": "reconstruction", "iterations a block": count}
+            table.row(settings, functools.partial(rounded, bits, count))
+        for label, method in methods.items():
+            settings = shared | {"method": label, "iterations a block": None}
+            table.row(settings, functools.partial(adapted, bits, method))
 
 
-def latency(bench: Bench) -> None:
+def latency(bench: Bench) -> Values:
     """The exported network with its adapters against the same without."""
     plan = rabbet.plan(bench.model, "bits <= 3.4", bench.data, CoRa(bits=3), jobs=bench.jobs)
     bare = rabbet.Plan(tuple(LayerPlan(x.name, x.terms[:1], x.act) for x in plan))
@@ -240,52 +269,40 @@ def latency(bench: Bench) -> None:
         timings = time_files(files, bench.data[0][:1], runs=300)
     slow, fast = timings["with"].median, timings["without"].median
     count = sum(len(x.terms) > 1 for x in plan)
-    row(
-        bench.name,
-        f"{count} of {len(plan)}",
-        f"{slow:.3f}",
-        f"{fast:.3f}",
-        f"{slow / fast:.2f}",
-        "; ".join(notes),
-    )
+    return {
+        "layers with adapters": f"{count} of {len(plan)}",
+        "ms with": slow,
+        "ms without": fast,
+        "ratio": slow / fast,
+        "not on integer kernels": "; ".join(notes),
+    }
 
 
-HEADS: dict[str, tuple[str, ...]] = {
-    "ranks": (
-        "network",
-        "settings",
-        "bits",
-        "adapters",
-        "searched: drop",
-        "+-",
-        "divergence",
-        "+-",
-        "even: drop",
-        "+-",
-        "divergence",
-        "+-",
-    ),
-    "figures": (
-        "network",
-        "bits, weights/inputs",
-        "method",
-        "mean bits",
-        "file bytes",
-        "% BOPs",
-        "drop",
-        "seconds",
-    ),
-    "step": ("network", "ms forward and backward", "ms an iteration of the search", "ratio"),
-    "reconstruction": ("network", "bits", "method", "iterations", "drop", "seconds"),
-    "latency": (
-        "network",
-        "layers with adapters",
-        "ms with",
-        "ms without",
-        "ratio",
-        "not on integer kernels",
-    ),
-}
+COLUMNS: dict[str, dict[str, str]] = {
+    "ranks": {
+        "network": "", "settings": "", "bits": "", "adapters, %": "g",
+        "searched, drop": ".2f", "searched, drop +-": ".2f",
+        "searched, divergence": ".2f", "searched, divergence +-": ".2f",
+        "even, drop": ".2f", "even, drop +-": ".2f",
+        "even, divergence": ".2f", "even, divergence +-": ".2f",
+    },
+    "figures": {
+        "network": "", "case": "", "method": "", "mean bits": ".3f", "file bytes": ",",
+        "% BOPs": ".3f", "drop": ".2f", "seconds": ".0f",
+    },
+    "step": {
+        "network": "", "ms forward and backward": ".0f", "ms an iteration of the search": ".0f",
+        "ratio": ".2f",
+    },
+    "reconstruction": {
+        "network": "", "bits": "", "method": "", "iterations a block": ",", "iterations": ",",
+        "drop": ".2f", "seconds": ".0f",
+    },
+    "latency": {
+        "network": "", "layers with adapters": "", "ms with": ".3f", "ms without": ".3f",
+        "ratio": ".2f", "not on integer kernels": "",
+    },
+}  # fmt: skip
 
 
 def main() -> None:
@@ -316,31 +333,38 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--picture", type=Path, help="where to draw a search at 3 bits and 5 %%")
+    add_options(parser)
     args = parser.parse_args()
     print(f"{machine()}")
+    records = Records("cora", args, packages=("onnxruntime",))
     parallel = (
         ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) if args.jobs > 1 else None
     )
     with parallel or contextlib.nullcontext():
         benches = [Bench(name, rabbet.Jobs(parallel)) for name in args.nets]
         for part in args.parts:
-            print(f"\n{part}\n")
-            head(*HEADS[part])
+            print(f"\n{part}")
+            table = _table(part, records, args.seeds)
             for bench in benches:
-                _run(part, bench, args)
+                _run(part, bench, table, args)
         if args.picture:
             _draw(benches[0], args.picture)
 
 
-def _run(part: str, bench: Bench, args: argparse.Namespace) -> None:
-    if part == "ranks":
-        ranks(bench, args.seeds, args.shares, args.settings)
-    elif part == "reconstruction":
-        reconstruction(bench, args.iterations)
-    elif part == "figures":
-        figures(bench, args.cases)
+def _table(part: str, records: Records, seeds: int) -> Table:
+    other = "; divergence (in 1/1000) on 2,000 other training images" if part == "ranks" else ""
+    seed = list(range(seeds)) if part == "ranks" else 0
+    return Table(records, part, COLUMNS[part], CIFAR + other, seed)
+
+
+def _run(part: str, bench: Bench, table: Table, args: argparse.Namespace) -> None:
+    if part in ("step", "latency"):
+        measure = {"step": step, "latency": latency}[part]
+        table.row({"network": bench.name}, functools.partial(measure, bench))
     else:
-        {"step": step, "latency": latency}[part](bench)
+        {"ranks": ranks, "figures": figures, "reconstruction": reconstruction}[part](
+            bench, table, args
+        )
 
 
 def _draw(bench: Bench, path: Path) -> None:

@@ -11,10 +11,12 @@ Latency is that of one sequence on one thread, in turn with the float network in
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import head, machine, row
+from common import machine
+from records import Group, Records, Table, add_options
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -38,52 +40,60 @@ def network() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config()).eval()
 
 
-def main() -> None:
-    """Print the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--start", choices=("metric", "plain", "random"), default="metric")
-    args = parser.parse_args()
+def measured(begin: str) -> Group:
+    """All figures, of one run."""
+    found: dict[str, float] = {}
     model = network()
     task = Task(
         batches(model.config.vocab_size),
         forward=lambda m, b: m(b["input_ids"], use_cache=False).logits,
     )
     batch = task.read()[0]
-    print(f"{machine()}\n")
-    head("what", "found")
-
     start = time.perf_counter()
-    method = TTQAT(4, start=args.start, epochs=1, finish=1)
+    method = TTQAT(4, start=begin, epochs=1, finish=1)
     result = rabbet.compress(model, "bytes <= 10%", task, method)
-    row("float bytes", f"{result.float_cost.bytes:,}")
-    row("compressed in, minutes", f"{(time.perf_counter() - start) / 60:.1f}")
+    found["float bytes"] = result.float_cost.bytes
+    found["compressed in, minutes"] = round((time.perf_counter() - start) / 60, 1)
     with tempfile.TemporaryDirectory() as folder:
         small, files = (
             Path(folder) / "small.safetensors",
             {n: Path(folder) / f"{n}.onnx" for n in ("float", "tt")},
         )
         result.save(small)
-        row("file bytes", f"{small.stat().st_size:,}")
-        row("times smaller", f"{result.float_cost.bytes / small.stat().st_size:.0f}")
+        found["file bytes"] = small.stat().st_size
+        found["times smaller"] = round(result.float_cost.bytes / small.stat().st_size)
         with torch.no_grad():
             gap = (
                 (task.run(rabbet.load(small, model), batch) - task.run(result.model, batch))
                 .abs()
                 .max()
             )
-        row("the file against the result, largest difference of a score", float(gap))
+        found["largest difference of a score, the file against the result"] = float(gap)
         start = time.perf_counter()
         result.export(files["tt"])
-        row("exported in, seconds", f"{time.perf_counter() - start:.0f}")
+        found["exported in, seconds"] = round(time.perf_counter() - start)
         write_float(model, task, files["float"])
-        row("ONNX bytes, float", f"{files['float'].stat().st_size:,}")
-        row("ONNX bytes, tensor trains", f"{files['tt'].stat().st_size:,}")
+        found["ONNX bytes, float"] = files["float"].stat().st_size
+        found["ONNX bytes, tensor trains"] = files["tt"].stat().st_size
         timings = time_files(files, [batch["input_ids"][:1]], runs=30, threads=1)
-    row(f"ms for {TOKENS} tokens, float", f"{timings['float'].median:.0f}")
-    row(f"ms for {TOKENS} tokens, tensor trains", f"{timings['tt'].median:.0f}")
-    row("times faster", f"{timings['float'].median / timings['tt'].median:.1f}")
+    found[f"ms for {TOKENS} tokens, float"] = round(timings["float"].median)
+    found[f"ms for {TOKENS} tokens, tensor trains"] = round(timings["tt"].median)
+    found["times faster"] = round(timings["float"].median / timings["tt"].median, 1)
+    return [({"what": what, "start": begin}, {"found": value}) for what, value in found.items()]
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--start", choices=("metric", "plain", "random"), default="metric")
+    add_options(parser)
+    args = parser.parse_args()
+    print(machine())
+    records = Records("decoder", args, packages=("transformers", "onnxruntime"))
+    table = Table(records, "figures", {"what": "", "found": ",.10g"}, "random tokens and weights")
+    table.rows({"start": args.start}, partial(measured, args.start))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Random trials until time is up: what broke, and the seed that breaks it again.
 
-    python benchmarks/endurance.py [--minutes 10] [--seed 0] [--only networks,files,...]
+    python benchmarks/endurance.py [--minutes 10] [--seed 0] [--only networks files ...]
 
 The rows take turns, each with the next seed, so that `--only NAME --seed N --minutes 0` repeats
 trial N of a row. Exits with 1 if anything broke. A new row is a function of a seed and an empty
@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from records import Group, Records, Table, add_options
 from torch import Tensor, nn
 
 from rabbet import ADMM, CGMQ, TTQAT, Budget, CoRa, Jobs, Joint, Result, Task, compress, fit, load
@@ -466,21 +467,11 @@ def tried(name: str, seed: int) -> str | None:
     return None
 
 
-def main() -> int:
-    """Try, say what broke, and count."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the first trial of each row")
-    parser.add_argument("--only", default=",".join(ROWS), help="rows, joined by commas")
-    given = parser.parse_args()
-    names = given.only.split(",")
-    if strange := [name for name in names if name not in ROWS]:
-        parser.error(f"no such row: {', '.join(strange)}; there are {', '.join(ROWS)}")
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def tried_for(minutes: float, first: int, names: list[str]) -> Group:
+    """Trials in turn until time is up: what broke is said at once, the counts are returned."""
     trials, failures = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    end = time.monotonic() + 60 * given.minutes
-    for seed in itertools.count(given.seed):
+    end = time.monotonic() + 60 * minutes
+    for seed in itertools.count(first):
         for name in names:
             what = tried(name, seed)
             trials[name] += 1
@@ -489,9 +480,39 @@ def main() -> int:
                 print(f"BROKEN --only {name} --seed {seed}: {what}", flush=True)
         if time.monotonic() >= end:
             break
-    for name in names:
-        print(f"{name}: {trials[name]} tried, {failures[name]} broken")
-    return int(any(failures.values()))
+    return [
+        ({"row": n, "minutes": minutes}, {"tried": trials[n], "broken": failures[n]}) for n in names
+    ]
+
+
+def main() -> int:
+    """Try, say what broke, and count."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial of each row")
+    add_options(parser)
+    given = parser.parse_args()
+    names = [name for text in given.only or ROWS for name in text.split(",")]
+    if strange := [name for name in names if name not in ROWS]:
+        parser.error(f"no such row: {', '.join(strange)}; there are {', '.join(ROWS)}")
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if given.minutes == 0:  # repeats a trial, which is no figure
+        found = tried_for(0, given.seed, names)
+        for settings, counts in found:
+            print(f"{settings['row']}: {counts['tried']} tried, {counts['broken']} broken")
+        return int(any(counts["broken"] for _, counts in found))
+    given.only = []  # all rows take turns, so they are one group
+    columns = {"row": "", "minutes": "g", "tried": ",", "broken": ","}
+    table = Table(Records("endurance", given), "trials", columns, "random", given.seed)
+    shared = {"minutes": given.minutes, "rows": " ".join(names)}
+
+    def measure() -> Group:
+        found = tried_for(given.minutes, given.seed, names)
+        return [(settings | shared, counts) for settings, counts in found]
+
+    stored = table.rows(shared, measure)
+    return int(any(values["broken"] for _, values in stored))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ network; candidates are solved once and shared by the budgets (the first row of 
 """
 
 import argparse
+import functools
 import itertools
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import head, machine, reader, row
+from common import machine, reader
+from records import Records, Table, Values, add_options
 from torch import Tensor, nn
 
 import rabbet
@@ -75,39 +76,40 @@ NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
 TABLE = ("bits <= 4", "bits <= 3", "bits <= 2", "bits <= 1.5", "bpw <= 2",
          "macs <= 70%, bytes <= 13%",
          "macs <= 50%, bytes <= 13%", "macs <= 35%, bytes <= 9%")  # fmt: skip
-HEAD = (
-    "network", "budget", "tier", "rank", "bits/weight", "with scales", "file bytes",
-    "% of float32 parameters",
-    "% MACs", "% BOPs", "accuracy", "drop", "seconds", "ONNX bytes", "ONNX accuracy",
-)  # fmt: skip
+COLUMNS = {
+    "network": "", "budget": "", "tier": "", "rank": "", "bits/weight": ".3f", "with scales": ".3f",
+    "file bytes": ",", "% of float32 parameters": ".2f", "% MACs": ".1f", "% BOPs": ".3f",
+    "accuracy": ".2f", "drop": ".2f", "seconds": ".0f", "ONNX bytes": ",", "ONNX accuracy": ".2f",
+}  # fmt: skip
+DATA = {
+    "mobilenet": "ImageNet: 150 of 650 validation images without labels to calibrate, the other "
+    "500 to measure",
+}
+CIFAR = (
+    "CIFAR-10: 1,600 training images without labels to calibrate, the first 5,000 test images to "
+    "measure"
+)
 
 
-def measure(
-    name: str, budgets: list[str], tiers: list[str], ranks: list[str], jobs: rabbet.Jobs, seed: int
-) -> None:
+def measure(name: str, args: argparse.Namespace, records: Records, jobs: rabbet.Jobs) -> None:
     """The rows of one network."""
     model, data, test = NETS[name]()
     whole = rabbet.accuracy(model, test)
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    row(
-        name,
-        "float32",
-        "-",
-        "-",
-        "32",
-        "32",
-        f"{parameters:,}",
-        "100",
-        "100",
-        "100",
-        f"{whole:.2f}",
-        *"-----",
-    )
-    for budget, tier, rank in itertools.product(budgets, tiers, ranks):
+    table = Table(records, "compressed", COLUMNS, DATA.get(name, CIFAR), args.seed)
+    table.row(
+        {"network": name, "budget": "float32", "tier": None, "rank": None},
+        lambda: {
+            "bits/weight": 32, "with scales": 32, "file bytes": parameters,
+            "% of float32 parameters": 100, "% MACs": 100, "% BOPs": 100, "accuracy": whole,
+        },
+    )  # fmt: skip
+
+    def compressed(budget: str, tier: str, rank: str) -> Values:
         start = time.perf_counter()
         method = QUALITY[tier]
         chosen = method if rank == "on" else replace(method, forms=())
-        result = rabbet.compress(model, budget, data, chosen, seed=seed, jobs=jobs)
+        result = rabbet.compress(model, budget, data, chosen, seed=args.seed, jobs=jobs)
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"
@@ -115,26 +117,28 @@ def measure(
             accuracy = rabbet.accuracy(rabbet.load(path, model), test)
             exported = result.export(Path(folder) / "small.onnx")
             ran = rabbet.accuracy(rabbet.Session(Path(folder) / "small.onnx"), test)
-        cost, base = result.cost, result.float_cost
-        bits = f"{cost.bits:.3f}", f"{(cost.code_bits + cost.scale_bits) / cost.weights:.3f}"
-        work = (
-            f"{100 * size / parameters:.2f}",
-            f"{100 * cost.macs / base.macs:.1f}",
-            f"{100 * cost.bops / base.bops:.3f}",
-        )
-        quality = (
-            f"{accuracy:.2f}",
-            f"{whole - accuracy:.2f}",
-            f"{seconds:.0f}",
-            f"{exported.bytes:,}",
-            f"{ran:.2f}",
-        )
-        row(name, budget, tier, rank, *bits, f"{size:,}", *work, *quality)
-        print(
-            f"{'; '.join((*result.notes, *exported.notes))}. {_layers(result)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        cost, base, notes = result.cost, result.float_cost, (*result.notes, *exported.notes)
+        undone = any(note.startswith("tuning undone") for note in notes)
+        return {
+            "bits/weight": cost.bits,
+            "with scales": (cost.code_bits + cost.scale_bits) / cost.weights,
+            "file bytes": size,
+            "% of float32 parameters": 100 * size / parameters,
+            "% MACs": 100 * cost.macs / base.macs,
+            "% BOPs": 100 * cost.bops / base.bops,
+            "accuracy": accuracy,
+            "drop": whole - accuracy,
+            "seconds": seconds,
+            "ONNX bytes": exported.bytes,
+            "ONNX accuracy": ran,
+            "tuning": "undone" if undone else None,
+            "notes": "; ".join(notes),
+            "layers": _layers(result),
+        }
+
+    for budget, tier, rank in itertools.product(args.budgets, args.tiers, args.ranks):
+        settings = {"network": name, "budget": budget, "tier": tier, "rank": rank}
+        table.row(settings, functools.partial(compressed, budget, tier, rank))
 
 
 def _layers(result: rabbet.Result) -> str:
@@ -160,16 +164,16 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes that solve layers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="folder that keeps finished work between runs")
+    add_options(parser, folder=True)
     args = parser.parse_args()
-    print(f"seed {args.seed}; {machine()}\n")
-    head(*HEAD)
+    print(f"seed {args.seed}; {machine()}")
+    records = Records("frontier", args, packages=("onnxruntime",))
+    folder = Path(args.resume) if isinstance(args.resume, str) else None
     with ProcessPoolExecutor(
         args.jobs, mp_context=multiprocessing.get_context("spawn")
     ) as executor:
         for name in args.nets:
-            jobs = rabbet.Jobs(executor, folder=args.resume)
-            measure(name, args.budgets, args.tiers, args.ranks, jobs, args.seed)
+            measure(name, args, records, rabbet.Jobs(executor, folder=folder))
 
 
 if __name__ == "__main__":

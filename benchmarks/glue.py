@@ -13,8 +13,9 @@ labels. Float bytes: every float32 parameter. A ratio of 10 is a budget of a ten
 whole file; activations are float; accuracy is that of the written file, loaded again. Held-back
 sentences of SST-2 are mostly phrases of training sentences. `tt` is `ttqat` with tables of words as
 matrices at low bits, `bits` the same with matrices alone. FOLDER keeps teachers, decomposed layers
-and the outcome of each setting, so that rows can be run one by one. Use a new folder after changing
-the code: old results are not recognised as such.
+and the outcome of each setting, so that rows can be run one by one. Outcomes of another commit are
+measured again; teachers are not, and changes that are not committed are not recognised: use a new
+folder after those.
 """
 
 import functools
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import DATA, alike, head, known, machine, reader, row
+from records import Records, Table, Values, add_options, spread, told
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertForSequenceClassification
 
@@ -48,6 +50,13 @@ Batch = dict[str, Tensor]
 """`input_ids` and `attention_mask` [n, length], `labels` [n]."""
 MOST = 1000  # sentences held back, at most a tenth
 SHOWN = 1024  # sentences that methods without training see, without labels
+RowOf = Callable[[float | None, Callable[[], Values]], Values | None]
+COLUMNS = {
+    "task": "", "method": "", "ratio": "g", "file bytes": ",", "times smaller": ".2f",
+    "held back": ".2f", "dev": ".2f", "drop": ".2f", "seconds": "", "words": "", "layers": "",
+    "notes": "",
+}  # fmt: skip
+MEASURE = "GLUE: a part of the training split chooses between epochs; the dev split to measure"
 METHODS = ("joint", "ttqat", "tt", "bits")
 WORDS = "bert.embeddings.word_embeddings"
 
@@ -213,33 +222,22 @@ def teacher(given: Problem, seed: int, folder: Path) -> nn.Module:
     return model
 
 
-def lines(given: Problem, model: nn.Module, label: str, method: Method, args: Namespace) -> None:
+def lines(given: Problem, model: nn.Module, row_of: RowOf, method: Method, args: Namespace) -> None:
     """A row for each ratio: compress, write, load again, measure."""
-    whole = given.score(model, given.dev)
-    for ratio in args.ratios:
+
+    def measured(ratio: float) -> Values:
         setting = f"{given.name}, {len(given.train.ids)}, {given.recipe}, {ratio:g}, {method}"
-        measured = known(
-            args.keep,
-            setting,
-            args.seed,
-            functools.partial(outcome, given, model, method, ratio, args),
-        )
-        if "refused" in measured:  # not every method reaches every ratio
-            row(
-                given.name,
-                f"{label}, {ratio:g}x",
-                *"-----",
-                measured["seconds"],
-                "-",
-                "-",
-                measured["refused"],
-            )
-            continue
-        row(given.name, f"{label}, {ratio:g}x", f"{measured['bytes']:,}",
-            f"{measured['ratio']:.2f}", f"{measured['held']:.2f}",
-            f"{measured['dev']:.2f}", f"{whole - measured['dev']:.2f}",
-            measured["seconds"], measured["words"], measured["layers"],
-            measured["notes"])  # fmt: skip
+        measure = functools.partial(outcome, given, model, method, ratio, args)
+        values = known(args.keep, setting, args.seed, measure)
+        if "refused" in values:  # not every method reaches every ratio
+            return {"seconds": values["seconds"], "notes": values["refused"]}
+        whole = given.score(model, given.dev)
+        renamed = {"file bytes": values["bytes"], "times smaller": values["ratio"],
+                   "held back": values["held"], "drop": whole - values["dev"]}  # fmt: skip
+        return renamed | {k: values[k] for k in ("dev", "seconds", "words", "layers", "notes")}
+
+    for ratio in args.ratios:
+        row_of(ratio, functools.partial(measured, ratio))
 
 
 def outcome(
@@ -248,7 +246,7 @@ def outcome(
     """What a row shows, or why there is none."""
     size = sum(p.numel() * 4 for p in model.parameters())
     task = given.task(args.seed) if isinstance(method, TTQAT) else given.unlabelled(args.seed)
-    jobs = rabbet.Jobs(folder=args.keep / "layers", progress=told if args.watch else silent)
+    jobs = rabbet.Jobs(folder=args.keep / "layers", progress=watched if args.watch else silent)
     start = time.perf_counter()
     try:
         result = rabbet.compress(
@@ -269,7 +267,7 @@ def outcome(
     }  # fmt: skip
 
 
-def told(stage: str, done: int, total: int) -> None:
+def watched(stage: str, done: int, total: int) -> None:
     """The state of things, with the time of day."""
     print(f"{time.strftime('%H:%M:%S')} {stage} {done}/{total}", file=sys.stderr, flush=True)
 
@@ -309,7 +307,9 @@ def main() -> None:
         "--tuning", type=int, default=200, help="steps of tuning after Joint, without labels"
     )
     parser.add_argument("--watch", action="store_true", help="tell every step, on standard error")
+    add_options(parser, jobs=True)
     args = parser.parse_args()
+    spread(args)
     trained = TTQAT(
         (2, 3, 4), None, None, Choices(tuple(args.ranks), grids=("1c", "tc", "2hc", "3c", "4c")),
         epochs=args.epochs, finish=args.finish, rate=args.rate, dense_rate=args.matrices,
@@ -320,22 +320,43 @@ def main() -> None:
         "tt": replace(trained, choices=replace(trained.choices, forms=("tt",))),
         "bits": replace(trained, choices=replace(trained.choices, forms=())),
     }
-    print(f"{machine()}\n")
+    print(f"{machine()}")
+    records = Records("glue", args, packages=("transformers",))
+    data = told(parser, args, "sentences", "teaching")
+    trains = data | told(parser, args, "epochs", "finish", "ranks", "rate", "matrices")
     for name in args.tasks:
         given = problem(name, args.seed, args.sentences, args.teaching)
         model = teacher(given, args.seed, args.keep)
-        size = sum(p.numel() * 4 for p in model.parameters())
-        print(
-            f"{len(given.train.ids):,} sentences are trained on, "
-            f"{len(given.held.ids):,} held back\n"
-        )
-        head("task", "model", "file bytes", "times smaller", "held back", "dev", "drop",
-             "seconds", "words", "layers", "notes")  # fmt: skip
-        whole = [f"{given.score(model, part):.2f}" for part in (given.held, given.dev)]
-        row(name, "float32", f"{size:,}", 1, *whole, *"-----")
+        trained_on, held = len(given.train.ids), len(given.held.ids)
+        print(f"\n{trained_on:,} sentences are trained on, {held:,} held back")
+        table = Table(records, "models", COLUMNS, MEASURE, args.seed)
+
+        def row_of(
+            label: str,
+            own: Values,
+            ratio: float | None,
+            measure: Callable[[], Values],
+            table: Table = table,
+            name: str = name,
+        ) -> Values | None:
+            settings = {"task": name, "method": label, "ratio": ratio} | own
+            text = f"{name}, {label}" + ("" if ratio is None else f", {ratio:g}x")
+            return table.row(settings, measure, text)
+
+        row_of("float32", data, None, functools.partial(whole, given, model))
         for label in args.methods:
-            lines(given, model, label, methods[label], args)
-        print()
+            own = data | told(parser, args, "tuning") if label == "joint" else trains
+            lines(given, model, functools.partial(row_of, label, own), methods[label], args)
+
+
+def whole(given: Problem, model: nn.Module) -> Values:
+    """What the row of the float network shows."""
+    return {
+        "file bytes": sum(p.numel() * 4 for p in model.parameters()),
+        "times smaller": 1,
+        "held back": given.score(model, given.held),
+        "dev": given.score(model, given.dev),
+    }
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import head, machine, reader, row
+from common import machine, reader
+from records import Group, Records, Table, Values, add_options, told
 from torch import Tensor, nn
 
 import rabbet
@@ -51,6 +52,22 @@ from rabbet.runtime.bench import cpu, plain_int8
 from rabbet.runtime.session import KERNELS, kernels
 from rabbet.workpiece import Workpiece
 
+COLUMNS = {
+    "network": "", "input": "", "what": "", "median ms": ".3f", "p95 ms": ".3f",
+    "against float": ".2f", "against dense int8": ".2f", "% MACs": ".1f", "file bytes": ",",
+    "integer kernels": "",
+}  # fmt: skip
+PREDICTED = {
+    "network": "", "weights": "", "ms predicted": ".3f", "ms measured": ".3f",
+    "% of the measured, too much": "+.0f",
+}  # fmt: skip
+DATA = {
+    "resnet20": "CIFAR-10 training images to calibrate",
+    "resnet56": "CIFAR-10 training images to calibrate",
+    "resnet18": "noise: random weights and images, for speed alone",
+    "mobilenet": "ImageNet validation images to calibrate",
+    "minilm": "random tokens",
+}
 Run = Callable[[], Any]
 Make = Callable[[Any], Run]
 
@@ -96,6 +113,9 @@ class ResNet18(nn.Module):
         """[b, 3, 224, 224] -> [b, 1000]."""
         x = self.blocks(self.pool(F.relu(self.norm(self.stem(x)))))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+SHARES: dict[str, float] = {}  # in per cent of the MACs, by what the weights are
 
 
 @dataclass(frozen=True)
@@ -171,8 +191,7 @@ def export(case: Case, kind: str, folder: Path) -> dict[str, Path]:
         *write_openvino(parcel, paths["openvino"]).notes,
     ):
         print(note, file=sys.stderr)
-    share = piece.cost(plan).macs / piece.float_cost.macs
-    print(f"{kind}: {100 * share:.1f} % of the MACs", file=sys.stderr)
+    SHARES[kind] = 100 * piece.cost(plan).macs / piece.float_cost.macs
     return paths
 
 
@@ -321,17 +340,26 @@ def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def measure(name: str, grids: list[str], threads: int, rounds: int) -> None:
-    """The table of one network."""
-    case = NETS[name]()
+def measure(name: str, args: argparse.Namespace, own: Values) -> Group:
+    """The rows of one network, all timed in one run."""
+    case, found = NETS[name](), []
     with tempfile.TemporaryDirectory() as folder:
-        usable = entries(name, case, grids, threads, Path(folder))
+        usable = entries(name, case, args.grids, args.threads, Path(folder))
         for label, batch in case.timed.items():
-            times = timed({what: make(batch) for what, (_, make) in usable.items()}, rounds)
-            report(name, label, times, {what: path for what, (path, _) in usable.items()})
+            times = timed({what: make(batch) for what, (_, make) in usable.items()}, args.rounds)
+            values = report(times, {what: path for what, (path, _) in usable.items()})
+            for what, row in values.items():
+                _, _, runtime = what.rpartition(" ")
+                weights = what.split()[1] if what.startswith("rabbet ") else None
+                if what.startswith("onnxruntime"):
+                    runtime = "onnxruntime"
+                settings = {"network": name, "input": label, "what": what, "weights": weights}
+                share = SHARES.get(str(weights))
+                found.append((settings | {"runtime": runtime} | own, row | {"% MACs": share}))
+    return found
 
 
-def predict(name: str, grids: list[str]) -> None:
+def predict(name: str, kind: str) -> Values:
     """The predicted time that a latency budget limits, beside the time of the real file.
 
     The prediction is the sum of layers timed alone.
@@ -339,49 +367,39 @@ def predict(name: str, grids: list[str]) -> None:
     case = NETS[name]()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["RABBET_CACHE"] = cache  # without earlier timings
-        for kind in grids:
-            piece, plan, student = uniform(case, kind)
-            piece.clock = Stopwatch(piece)
-            guess, actual = piece.cost(plan).time, piece.clock.network(student)
-            row(
-                name,
-                kind,
-                f"{guess / 1e6:.3f}",
-                f"{actual / 1e6:.3f}",
-                f"{100 * (guess / actual - 1):+.0f} %",
-            )
+        piece, plan, student = uniform(case, kind)
+        piece.clock = Stopwatch(piece)
+        guess, actual = piece.cost(plan).time, piece.clock.network(student)
+        return {
+            "ms predicted": guess / 1e6,
+            "ms measured": actual / 1e6,
+            "% of the measured, too much": 100 * (guess / actual - 1),
+        }
 
 
-def report(
-    name: str, label: str, times: dict[str, list[float]], files: dict[str, Path | None]
-) -> None:
-    """A row for each run: median, 95th percentile, speed-up, bytes, share of integer kernels."""
+def report(times: dict[str, list[float]], files: dict[str, Path | None]) -> dict[str, Values]:
+    """For each run: median, 95th percentile, speed-up, bytes, share of integer kernels."""
     base = statistics.median(times["float onnxruntime"])
     dense = {
         r: statistics.median(t)
         for r in ("onnxruntime", "OpenVINO")
         if (t := times.get(f"rabbet 8c {r}"))
     }
+    found = {}
     for what, spent in times.items():
         path, median = files[what], statistics.median(spent)
         path = path if path is not None and path.suffix == ".onnx" else None
         ran = list(kernels(path).values()) if path else []
-        integer = f"{sum(k in KERNELS for k in ran)} of {len(ran)}" if path else "-"
-        size = f"{path.stat().st_size:,}" if path else "-"
-        tail = float(np.percentile(spent, 95))
         own = dense.get(what.rpartition(" ")[2])
-        gain = f"{own / median:.2f}x" if own and what.startswith("rabbet") else "-"
-        row(
-            name,
-            label,
-            what,
-            f"{median:.3f}",
-            f"{tail:.3f}",
-            f"{base / median:.2f}x",
-            gain,
-            size,
-            integer,
-        )
+        found[what] = {
+            "median ms": median,
+            "p95 ms": float(np.percentile(spent, 95)),
+            "against float": base / median,
+            "against dense int8": own / median if own and what.startswith("rabbet") else None,
+            "file bytes": path.stat().st_size if path else None,
+            "integer kernels": f"{sum(k in KERNELS for k in ran)} of {len(ran)}" if path else None,
+        }
+    return found
 
 
 def main() -> None:
@@ -403,18 +421,22 @@ def main() -> None:
     parser.add_argument(
         "--predict", action="store_true", help="only compare predicted with measured latency"
     )
+    add_options(parser)
     args = parser.parse_args()
     facts = "; ".join(f"{k}: {v}" for k, v in cpu().items())
-    print(f"{machine()}; {facts}; onnxruntime with {args.threads or 'all'} threads\n")
-    if args.predict:
-        head("network", "weights", "ms predicted", "ms measured", "predicted against measured")
-        for name in args.nets:
-            predict(name, args.grids)
-        return
-    head("network", "input", "what", "median ms", "p95 ms", "against float", "against dense int8",
-         "file bytes", "integer kernels")  # fmt: skip
+    print(f"{machine()}; {facts}; onnxruntime with {args.threads or 'all'} threads")
+    records = Records("latency", args, packages=("onnxruntime", "openvino", "nncf"))
+    others = told(parser, args, "threads", "rounds", "grids")
+    own = {name: others.get(name) for name in ("threads", "rounds")}
+    own["grids"] = " ".join(others["grids"]) if "grids" in others else None  # timed in turn
     for name in args.nets:
-        measure(name, args.grids, args.threads, args.rounds)
+        if args.predict:
+            table = Table(records, "predicted", PREDICTED, DATA[name])
+            for kind in args.grids:
+                table.row({"network": name, "weights": kind}, partial(predict, name, kind))
+        else:
+            table = Table(records, "latency", COLUMNS, DATA[name])
+            table.rows({"network": name} | own, partial(measure, name, args, own))
 
 
 if __name__ == "__main__":

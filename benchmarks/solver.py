@@ -10,15 +10,19 @@ Seed 0.
 """
 
 import argparse
+import functools
+import itertools
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import tensorly
 import torch
-from common import head, machine, reader, row
-from frontier import NETS
+from common import machine, reader
+from frontier import CIFAR, NETS
+from records import Group, Records, Table, Values, add_options
 from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
@@ -38,12 +42,23 @@ from rabbet.solve.metric_cp import MetricCP, joined
 from rabbet.solve.rounding import Metric
 from rabbet.workpiece import Workpiece
 
+T = TypeVar("T")
 LAYERS = (
     "resnet20:layer3.1.conv1:134",
     "resnet20:layer2.1.conv1:63",
     "resnet56:layer3.1.conv1:134",
     "shape:512:1141",
 )
+SOLVED = {"layer": "", "bits": "", "solver": "", "relative error": ".4f", "seconds": ".2f"}
+CORRECTED = {
+    "kernels": "", "bits": "", "error over its bound, largest": ".6f",
+    "sensitivity lowered, median": ".1f", "least": ".1f",
+    "% between predicted and true error, median": ".1f", "worst": ".1f",
+}  # fmt: skip
+AGAINST = {
+    "layer": "", "threads": "", "sweeps": "", "our error": ".5f", "tensorly's error": ".5f",
+    "our ms a sweep": ".2f", "tensorly's ms": ".2f", "times faster": ".1f",
+}  # fmt: skip
 
 
 def kernel(text: str) -> tuple[Tensor, int]:
@@ -56,44 +71,72 @@ def kernel(text: str) -> tuple[Tensor, int]:
     return model.get_submodule(name).weight.detach(), int(rank)
 
 
-def timed(run: Callable[[], object]) -> tuple[object, float]:
+def timed(run: Callable[[], T]) -> tuple[T, float]:
     """What a call returns, and its seconds."""
     start = time.perf_counter()
     result = run()
     return result, time.perf_counter() - start
 
 
-def solvers(text: str, bits: int) -> None:
+def solvers(table: Table, text: str, bits: int) -> None:
     """A row for each way to get quantised factors."""
     weight, rank = kernel(text)
     tensor = weight.flatten(2)
     problem, grids = CPProblem(tensor), [Grid.of(bits)] * 3
-    ours: dict[str, Callable[[], float]] = {
-        "variable projection, rounded in turn": lambda: quantised_cp(weight, rank, bits).error,
-        "the same, a scale per column": lambda: quantised_cp(weight, rank, bits, "column").error,
+
+    @functools.cache
+    def start() -> tuple[Fit, float]:
+        return timed(lambda: als(problem, svd_start(tensor, rank)))
+
+    @functools.cache
+    def exact() -> Fit:
+        return epc(problem, start()[0].factors, start()[0].error)
+
+    @functools.cache
+    def loose() -> Fit:
+        return loosened(problem, start()[0], grids)
+
+    # each names what it begins with, whose seconds do not count, and what is made of that
+    ours: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
+        "ALS, to nearest": (lambda: start()[0], lambda fit: nearest(problem, fit, grids)),
+        "ADMM from a random start": (
+            lambda: random_start(tensor.shape, rank),
+            lambda factors: admm(problem, factors, grids).error,
+        ),
+        "EPC, to nearest": (exact, lambda fit: nearest(problem, fit, grids)),
+        "EPC, ADMM (the paper)": (exact, lambda fit: admm(problem, fit.factors, grids).error),
+        "EPC with slack, to nearest": (loose, lambda fit: nearest(problem, fit, grids)),
+        "EPC with slack, ADMM": (loose, lambda fit: admm(problem, fit.factors, grids).error),
+        "EPC with slack, rounded in turn": (
+            loose,
+            lambda fit: alternate(problem, fit.factors, grids).error,
+        ),
     }
-    if rank < 500:
-        start, seconds = timed(lambda: als(problem, svd_start(tensor, rank)))
-        assert isinstance(start, Fit)
-        corrected = epc(problem, start.factors, start.error)
-        loose = loosened(problem, start, grids)
-        ours = {
-            "ALS, to nearest": lambda: nearest(problem, start, grids),
-            "ADMM from a random start": lambda: (
-                admm(problem, random_start(tensor.shape, rank), grids).error
-            ),
-            "EPC, to nearest": lambda: nearest(problem, corrected, grids),
-            "EPC, ADMM (the paper)": lambda: admm(problem, corrected.factors, grids).error,
-            "EPC with slack, to nearest": lambda: nearest(problem, loose, grids),
-            "EPC with slack, ADMM": lambda: admm(problem, loose.factors, grids).error,
-            "EPC with slack, rounded in turn": lambda: (
-                alternate(problem, loose.factors, grids).error
-            ),
-        } | ours
-        row(text, bits, f"float ALS, {start.steps} sweeps", f"{start.error:.4f}", f"{seconds:.2f}")
-    for name, run in ours.items():
-        error, seconds = timed(run)
-        row(text, bits, name, f"{error:.4f}", f"{seconds:.2f}")
+    settings = {"layer": text, "bits": bits}
+    if rank >= 500:
+        ours = {}
+    else:
+        table.row(settings | {"solver": "float ALS"}, lambda: _swept(*start()))
+    ours["variable projection, rounded in turn"] = (
+        lambda: weight,
+        lambda w: quantised_cp(w, rank, bits).error,
+    )
+    ours["the same, a scale per column"] = (
+        lambda: weight,
+        lambda w: quantised_cp(w, rank, bits, "column").error,
+    )
+    for name, (begin, end) in ours.items():
+        table.row(settings | {"solver": name}, functools.partial(_spent, begin, end))
+
+
+def _swept(fit: Fit, seconds: float) -> Values:
+    return {"relative error": fit.error, "seconds": seconds, "sweeps": fit.steps}
+
+
+def _spent(begin: Callable[[], Any], end: Callable[[Any], float]) -> Values:
+    first = begin()
+    error, seconds = timed(lambda: end(first))
+    return {"relative error": error, "seconds": seconds}
 
 
 def nearest(problem: CPProblem, fit: Fit, grids: list[Grid]) -> float:
@@ -105,7 +148,7 @@ def nearest(problem: CPProblem, fit: Fit, grids: list[Grid]) -> float:
     return problem.relative(tuple(held))
 
 
-def in_metric(text: str, bits: int) -> None:
+def in_metric(text: str, bits: int) -> Group:
     """The same solvers in the metric of the inputs (1,600 training images, BatchNorm folded in)."""
     net, name, rank_text = text.split(":")
     rank = int(rank_text)
@@ -126,29 +169,30 @@ def in_metric(text: str, bits: int) -> None:
         a, b, c = joined(held.factors)
         return relative((b.values, c.values.view(-1, *site.shape[2:]), a.values))
 
+    found: Group = []
+
+    def add(solver: str, error: float, seconds: float) -> None:
+        settings = {"layer": text, "bits": bits, "solver": solver}
+        found.append((settings, {"relative error": error, "seconds": seconds}))
+
     small = start(weight.flatten(1), second[0], site.shape[1], rank)
     first, seconds = timed(lambda: als(problem, MetricCP.split(*_filled(problem, small)), 50))
-    row(text, bits, f"float ALS, {first.steps} sweeps", f"{first.error:.4f}", f"{seconds:.2f}")
+    add("float ALS", first.error, seconds)
     fit, seconds = timed(lambda: form.decompose(site, weight, second, Aim(0.0, None, 120)))
-    row(text, bits, "float variable projection", f"{relative(fit):.4f}", f"{seconds:.2f}")
+    add("float variable projection", relative(fit), seconds)
     kept, seconds = timed(lambda: epc(problem, first.factors, 1.05 * first.error, 20))
-    row(text, bits, "float EPC, bound 1.05", f"{kept.error:.4f}", f"{seconds:.2f}")
+    add("float EPC, bound 1.05", kept.error, seconds)
     for label, run in {
         "EPC, ADMM, 3 sweeps": lambda: admm(problem, kept.factors, grids, 3),
         "EPC, rounded in turn": lambda: alternate(problem, kept.factors, grids, 5),
     }.items():
         held, seconds = timed(run)
-        row(text, bits, label, f"{chained(held):.4f}", f"{seconds:.2f}")
+        add(label, chained(held), seconds)
     numbers, seconds = timed(
         lambda: solve_menu(site, weight, [(term,)], Metric(second), steps=120)[0]
     )
-    row(
-        text,
-        bits,
-        "as Joint does",
-        f"{relative([q.values for q in numbers[0]]):.4f}",
-        f"{seconds:.2f}",
-    )
+    add("as Joint does", relative([q.values for q in numbers[0]]), seconds)
+    return found
 
 
 def _filled(problem: MetricCP, small: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +204,7 @@ def _filled(problem: MetricCP, small: tuple[Tensor, Tensor]) -> tuple[Tensor, Te
     return solved(gram, right), b, c
 
 
-def correction(bits: int) -> None:
+def correction(bits: int) -> Values:
     """EPC on the 3x3 layers of ResNet-56 at rate 2: bound, sensitivity and predictions."""
     model = reader("nets").cifar_resnet(56)
     grids = [Grid.of(bits)] * 3
@@ -181,11 +225,17 @@ def correction(bits: int) -> None:
         bound.append(exact.error / start.error)
         gain.append(sensitivity(start.factors) / sensitivity(exact.factors))
         off.append(abs(predicted(problem, fit, grids) / nearest(problem, fit, grids) - 1))
-    row(len(off), bits, f"{max(bound):.6f}", f"{statistics.median(gain):.1f}x, {min(gain):.1f}x",
-        f"{100 * statistics.median(off):.1f} %, {100 * max(off):.1f} %")  # fmt: skip
+    return {
+        "kernels": len(off),
+        "error over its bound, largest": max(bound),
+        "sensitivity lowered, median": statistics.median(gain),
+        "least": min(gain),
+        "% between predicted and true error, median": 100 * statistics.median(off),
+        "worst": 100 * max(off),
+    }
 
 
-def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5) -> None:
+def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5) -> Values:
     """Seconds per sweep from the same random start, in turn, and the final errors of both.
 
     Jobs run on one thread.
@@ -208,8 +258,13 @@ def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5)
     assert isinstance(ours, Fit)
     theirs_error = float((tensorly.cp_to_tensor(theirs) - tensor).norm() / tensor.norm())
     mine, other = (statistics.median(spent[k]) for k in ("ours", "tensorly"))
-    row(text, threads, sweeps, f"{ours.error:.5f}", f"{theirs_error:.5f}",
-        f"{1e3 * mine:.2f}", f"{1e3 * other:.2f}", f"{other / mine:.1f}x")  # fmt: skip
+    return {
+        "our error": ours.error,
+        "tensorly's error": theirs_error,
+        "our ms a sweep": 1e3 * mine,
+        "tensorly's ms": 1e3 * other,
+        "times faster": other / mine,
+    }
 
 
 def main() -> None:
@@ -222,37 +277,27 @@ def main() -> None:
         "--metric", nargs="*", default=["resnet20:layer3.1.conv1:128"], help="layers of networks"
     )
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
+    add_options(parser)
     args = parser.parse_args()
     many = torch.get_num_threads()
-    print(f"seed 0; {machine()}\n")
-    head("layer", "bits", "solver", "relative error", "seconds")
-    for text in args.layers:
-        for bits in args.bits:
-            solvers(text, bits)
-    print()
-    head("layer, in the metric of its inputs", "bits", "solver", "relative error", "seconds")
-    for text in args.metric:
-        for bits in args.bits:
-            in_metric(text, bits)
-    print()
-    head("kernels", "bits", "EPC error / bound, largest", "sensitivity lowered, median and least",
-         "predicted against true error, median and worst")  # fmt: skip
+    print(f"seed 0; {machine()}")
+    records = Records("solver", args, packages=("tensorly",))
+    table = Table(records, "solvers", SOLVED, "the weights alone")
+    for text, bits in itertools.product(args.layers, args.bits):
+        solvers(table, text, bits)
+    table = Table(records, "metric", SOLVED, CIFAR)
+    for text, bits in itertools.product(args.metric, args.bits):
+        table.rows({"layer": text, "bits": bits}, functools.partial(in_metric, text, bits))
+    table = Table(records, "correction", CORRECTED, "the weights of ResNet-56")
     for bits in args.bits:
-        correction(bits)
-    print()
-    head(
-        "layer",
-        "threads",
-        "sweeps",
-        "our error",
-        "tensorly's",
-        "our ms a sweep",
-        "tensorly's",
-        "ratio",
-    )
-    for text in args.layers:
-        for threads in (1, many):
-            against_tensorly(text, threads, 5 if text.startswith("shape") else 30)
+        table.row({"network": "resnet56", "bits": bits}, functools.partial(correction, bits))
+    table = Table(records, "tensorly", AGAINST, "the weights alone")
+    for text, threads in itertools.product(args.layers, (1, many)):
+        sweeps = 5 if text.startswith("shape") else 30
+        table.row(
+            {"layer": text, "threads": threads, "sweeps": sweeps},
+            functools.partial(against_tensorly, text, threads, sweeps),
+        )
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
