@@ -12,12 +12,12 @@ from torch import nn
 from rabbet.choose.latency import Stopwatch
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost, float_cost, plan_cost
-from rabbet.core.plan import Plan
+from rabbet.core.plan import Plan, quoted
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import FileError, PlanError
-from rabbet.export import EXPORTS, Written, target_of
+from rabbet.export import ENDINGS, EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
 from rabbet.jobs import TURN, Jobs
@@ -79,23 +79,26 @@ class Result:
     def save(self, path: str | Path) -> int:
         """Write the native file, whole or not at all; returns its bytes, which are `cost.bytes`.
 
-        Raises as `export` does.
+        Raises FileError for the ending of another kind of file, and as `export` does.
         """
+        if ENDINGS.get(Path(path).suffix, "safetensors") != "safetensors":
+            raise FileError(
+                f"save writes the native file, which ends in .safetensors; found {path}: for a "
+                "runtime use result.export"
+            )
         return self.export(path, "safetensors").bytes
 
     @in_turn
     def export(self, path: str | Path, target: str | None = None) -> Written:
         """Write a file of the given target; returns its bytes and what to know of it.
 
-        target: for which runtime; the default goes by the path's ending. Raises FileError for an
-        unknown target or a folder that cannot be written; PlanError or BudgetError, and writes
-        nothing, if the network was changed since and is no longer what the plan says or what the
-        budget allows.
+        target: for which runtime; the default goes by the path's ending. Folders that are not there
+        are made. Raises FileError for an unknown target or a place that cannot be written;
+        PlanError or BudgetError, and writes nothing, if the network was changed since and is no
+        longer what the plan says or what the budget allows.
         """
         path = Path(path)
         target = target_of(path, target)
-        if not path.parent.is_dir():
-            raise FileError(f"cannot write {path}: there is no folder {path.parent}")
         if plan_of(self.model, self.survey) != self.plan:
             raise PlanError(
                 "the network was changed and is not what its plan says; compress it again"
@@ -103,6 +106,7 @@ class Result:
         if self.budget is not None:
             self.budget.check(self.cost, self.float_cost)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with torch.inference_mode(False):
                 return EXPORTS[target](self.parcel, path)
         except OSError as e:
@@ -247,6 +251,10 @@ def _result(
     if budget is not None:
         budget.check(cost, piece.float_cost)
     parcel = Parcel(model, plan, piece.survey, piece.rest(plan), piece.task)
+    missing = [s.name for s in piece.survey if plan.get(s.name) is None]
+    if missing:
+        names = ", ".join(map(quoted, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        notes = (f"no line in the plan, so kept in float: {len(missing)} ({names})", *notes)
     said = (*piece.survey.notes, *notes)
     return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel)
 

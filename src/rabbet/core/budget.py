@@ -67,7 +67,7 @@ METRICS: dict[str, Quantity] = {
     ),
 }
 _LIMIT = re.compile(
-    r"([a-z]+)\s*(<=|≤)\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)",
+    r"([a-z]+)\s*(<=|≤|<|==?)\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)",
     re.IGNORECASE,
 )
 
@@ -110,6 +110,7 @@ class Budget:
     def parse(cls, text: "str | Budget") -> "Budget":
         """Read clauses `metric <= number unit`, separated by commas.
 
+        `<` and `=` mean the same, and a number of bytes alone (`10 MB`) is one of `bytes`.
         Metrics and units: bytes (B, kB, MB, GB, KiB, MiB, GiB, %), macs and bops (k, M, G, T, %),
         bits (mean bits of the codes per weight, %), bpw (the same, scales included, %), latency
         (us, ms, s, %). `%` is a share of the float32 network. Raises BudgetError for anything else.
@@ -144,6 +145,11 @@ class Budget:
 
 def _clause(text: str) -> Limit:
     m = _LIMIT.fullmatch(text)
+    alone = None if m else _LIMIT.fullmatch(f"bytes <= {text}")
+    if alone is not None and alone[4].lower() in METRICS["bytes"].units.keys() - {""}:
+        return _clause(f"bytes <= {text}")
+    if m is not None and m[2] in ("<", "=", "=="):
+        return _clause(f"{m[1]} <= {text[m.start(3) :]}")
     if m is None:
         raise BudgetError(
             f"{text!r} is not a budget; write metric <= number unit, such as 'bytes <= 120 kB'"

@@ -3,13 +3,20 @@
 Values only; `model.inspect` collects them.
 """
 
+import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rabbet.errors import FileError, PlanError
 from rabbet.layers import Site
 from rabbet.layers.files import is_count, is_text, site_from_json, site_to_json
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What somebody who wrote an unknown name may have meant, in words; nothing if that is open."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,7 @@ class Survey:
         site = self._index.get(name)
         if site is None:
             raise PlanError(
-                f"{name!r} is not a layer that can be compressed here; "
+                f"{name!r} is not a layer that can be compressed here{near(name, self._index)}; "
                 "see the survey for those that are"
             )
         return site

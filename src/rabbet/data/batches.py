@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,23 @@ def replaced(value: Any, change: Callable[[Tensor], Any]) -> Any:
             return type(value)(*parts)
         return tuple(parts) if isinstance(value, tuple) else parts
     return value
+
+
+def with_tensors(batch: Batch) -> Batch:
+    """A batch with numpy's arrays as tensors; one that holds none is returned as it is.
+
+    Raises DataError for an array that is not of numbers.
+    """
+    if isinstance(batch, np.ndarray):
+        try:
+            return torch.tensor(batch)
+        except TypeError as e:
+            raise DataError(f"a batch holds an array of {batch.dtype}: {e}") from None
+    if isinstance(batch, Mapping) and any(isinstance(v, np.ndarray) for v in batch.values()):
+        return {k: with_tensors(v) for k, v in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(map(with_tensors, batch))
+    return batch
 
 
 def suited(batch: Batch, model: nn.Module) -> Batch:

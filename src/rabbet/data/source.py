@@ -1,6 +1,6 @@
 """The user's batches, read once however often they are asked for, and checked as they come."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from rabbet.errors import DataError, theirs
 class Source:
     """Batches of an iterable, which may be one-shot. No more is read than somebody asks for.
 
+    ready: what is done to a batch as it comes.
+
     What the iterable raises is passed on, with a note; it is then read anew from its start.
     """
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Iterable[Batch], ready: Callable[[Batch], Batch]) -> None:
+        self.batches, self.ready = batches, ready
         self._read: list[Batch] = []
         self._rest: Iterator[Batch] | None = None
         self._held: list[Tensor] = []
@@ -43,7 +45,7 @@ class Source:
                     self._rest = iter(self.batches)
             with theirs(f"the data, at batch {count}, counted from 0"):
                 try:
-                    batch = next(self._rest)
+                    batch = self.ready(next(self._rest))
                 except StopIteration:
                     return False
             _check(batch, count)

@@ -17,6 +17,7 @@ from rabbet.data.batches import (
     describe,
     outputs,
     suited,
+    with_tensors,
 )
 from rabbet.data.examples import Axes
 from rabbet.data.source import Source
@@ -97,7 +98,9 @@ class Task:
                 "axes are numbers from 0, one for all tensors of a batch or one (or None) for each "
                 f"in order; found {self.axes!r}"
             )
-        source = data if isinstance(data, Source) else Source(data)
+        # A forward of the user's may want what the iterable gives as it is.
+        ready = with_tensors if self.forward is call else lambda batch: batch
+        source = data if isinstance(data, Source) else Source(data, ready)
         object.__setattr__(self, "source", source)
 
     @classmethod

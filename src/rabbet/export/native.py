@@ -181,7 +181,7 @@ def _arrays(plan: Plan, survey: Survey, tensors: dict[str, Tensor]) -> dict[str,
         raise FileError(f"rabbet.codes has {most:,} bytes; its plan has more terms")
     sites = {site.name: site for site in survey}
     for line in plan:
-        validate_line(line, sites.get(line.name))
+        validate_line(line, sites)
         total += layer_lengths(sites[line.name], line)
         if total.codes + total.zeros > most:  # line by line: the next may be costly to take apart
             raise FileError(f"rabbet.codes ends after {most:,} bytes; its plan wants more")

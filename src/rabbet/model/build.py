@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Plan, Term, quoted
-from rabbet.core.survey import Survey
+from rabbet.core.survey import Survey, near
 from rabbet.errors import PlanError
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
@@ -26,15 +26,16 @@ def validate(plan: Plan, survey: Survey) -> None:
     if not len(plan):
         raise PlanError("the plan is empty; it must have a line for at least one layer")
     for layer in plan:
-        validate_line(layer, known.get(layer.name))
+        validate_line(layer, known)
 
 
-def validate_line(layer: LayerPlan, site: Site | None) -> None:
+def validate_line(layer: LayerPlan, sites: Mapping[str, Site]) -> None:
     """Raise PlanError if a line does not fit its site, or there is none of its name."""
+    site = sites.get(layer.name)
     if site is None:
         raise PlanError(
-            f"the plan has a line for {quoted(layer.name)}, "
-            "which is not a layer that can be compressed here"
+            f"the plan has a line for {quoted(layer.name)}, which is not a layer that can be "
+            f"compressed here{near(layer.name, sites)}"
         )
     if layer.act is not None and not site.multiplies:
         raise PlanError(

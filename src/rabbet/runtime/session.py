@@ -84,6 +84,8 @@ class Session(nn.Module):
             options.optimized_model_filepath = str(optimised)
             # The last level only changes the layout of weights for the processor, and renames them.
             options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            raise FileError(f"there is no file {source}")
         try:
             content = source if isinstance(source, bytes) else str(source)
             self.session = onnxruntime.InferenceSession(
