@@ -437,6 +437,7 @@ def test_axes_in_which_batches_differ_are_dynamic(tmp_path):
     compressed = parcel(CASES["bert"]())
     write_onnx(compressed, tmp_path / "small.onnx")
     session = Session(tmp_path / "small.onnx")
+    assert [i.shape for i in session.session.get_inputs()] == [["batch", "length"]] * 2
     for count, length in ((1, 5), (4, 13)):
         ids = torch.randint(40, (count, length))
         assert session(input_ids=ids, attention_mask=torch.ones_like(ids))[0].shape == (

@@ -42,7 +42,9 @@ def output_errors(
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
     count, axes = 0, piece.task.examples
     sites = [s for s in piece.survey if s.name in changes]
-    for batch in piece.task.read():
+    batches = piece.task.read()
+    wanted = min(limit, sum(map(axes.count, batches)))
+    for batch in batches:
         size = axes.count(batch)
         calls, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
@@ -53,7 +55,7 @@ def output_errors(
             else:
                 total[site.name] += size * _own_error(piece.weight(site), met, changes[site.name])
         count += size
-        piece.jobs.progress("scoring", min(count, limit), limit)
+        piece.jobs.progress("scoring", min(count, wanted), wanted)
         if count >= limit:
             break
     return {name: t / count for name, t in total.items()}

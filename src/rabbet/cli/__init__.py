@@ -28,7 +28,6 @@ app = typer.Typer(
     help="Fits a trained PyTorch network to a hard budget: "
     "bit-width and rank of every layer, chosen together.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

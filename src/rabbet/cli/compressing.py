@@ -102,9 +102,10 @@ def compress(
     with working(resume, processes, as_json) as jobs:
         result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
+    replaced = output.exists()
     written = outcomes.export_safely(result, output, target)
     after = None if judge is None else judge(opened(output, inputs.network))
-    outcome = outcomes.Outcome(output, result, written, judge, before, after, examples)
+    outcome = outcomes.Outcome(output, result, written, judge, before, after, examples, replaced)
     if as_json:
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))

@@ -38,7 +38,7 @@ def demo(given: str | None, option: str) -> Iterator[None]:
     except RabbetError as e:
         if given is not None:
             raise
-        raise type(e)(f"{e} (no {option} was given: this is the demo's)") from None
+        raise type(e)(f"without {option} it is the demo's that is taken: {e}") from None
 
 
 def open_inputs(model: str | None, data: str | None, test: str | None = None) -> Inputs:

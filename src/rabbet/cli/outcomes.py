@@ -49,6 +49,7 @@ class Outcome:
     before: float | None
     after: float | None
     examples: int = 0
+    replaced: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -75,7 +76,8 @@ class Outcome:
         if judge is not None and self.before is not None and self.after is not None:
             scores = f"{judge.show(self.before)} -> {judge.show(self.after)}"
             parts.append(f"{judge.quantity}: {scores}")
-        parts.append(f"{self.output}: {self.written.bytes:,} bytes")
+        older = ", in place of an older file" if self.replaced else ""
+        parts.append(f"{self.output}: {self.written.bytes:,} bytes{older}")
         if not native:
             size = f"{result.cost.bytes:,} bytes"
             parts.append(f"the native file, which a budget of bytes is about: {size}")

@@ -83,11 +83,14 @@ def evaluate(
     from rabbet.cli.judge import open_judge
     from rabbet.cli.networks import open_network
     from rabbet.cli.stored import opened
+    from rabbet.errors import FileError
 
     if test is None and model not in (None, DEMO_MODEL):
         raise typer.BadParameter(
             "say what to measure with: batches of (inputs, labels)", param_hint="--test"
         )
+    if not file.is_file():
+        raise FileError(f"there is no file {file}")
     network = open_network(DEMO_MODEL if model is None else model)
     judge = open_judge(DEMO_TEST if test is None else test, network=network)
     assert judge is not None

@@ -4,7 +4,8 @@ Most of what depends on the graph-editing library (`onnx_ir`) is here.
 """
 
 import itertools
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +63,27 @@ class Graph:
         """The nodes in order."""
         self.model.graph.sort()
         return list(self.model.graph)
+
+    def name_axes(self, names: Mapping[str, Mapping[int, str]]) -> None:
+        """Give free axes the names that they have in the inputs: names of axes by input."""
+        import onnx_ir as ir
+
+        known: dict[str, str] = {}
+        for value in self.inputs:
+            for axis, name in names.get(str(value.name), {}).items():
+                size = None if value.shape is None else value.shape[axis]
+                if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                    known.setdefault(str(size.value), name)
+
+        def renamed(size: Any) -> Any:
+            if not isinstance(size, ir.SymbolicDim) or size.value is None:
+                return size
+            text = re.sub(r"\w+", lambda m: known.get(m[0], m[0]), str(size.value))
+            return ir.SymbolicDim(text)
+
+        for value in self.all_values():
+            if value.shape is not None:
+                value.shape = ir.Shape([renamed(size) for size in value.shape])
 
     @property
     def inputs(self) -> "list[ir.Value]":

@@ -21,6 +21,7 @@ from rabbet.export.signature import (
     Flat,
     afresh,
     axes,
+    axis_names,
     example,
     exporting,
     input_names,
@@ -69,6 +70,7 @@ def trace(
         )
     assert program is not None
     graph = Graph(program.model)
+    graph.name_axes(dict(zip(names, axis_names(task, batch), strict=True)))
     absorb_borders(graph)
     return graph, weights, acts
 

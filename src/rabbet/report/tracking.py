@@ -1,0 +1,45 @@
+"""Progress and results for experiment trackers: TensorBoard and MLflow.
+
+Neither is imported here: the writer of the one and the module of the other are passed in.
+"""
+
+from typing import Any
+
+from rabbet.core.cost import Cost
+from rabbet.jobs import Progress
+
+
+def to_tensorboard(writer: Any) -> Progress:
+    """A `Jobs(progress=...)` that writes a scalar for each stage: the share that is done.
+
+    writer: a `torch.utils.tensorboard.SummaryWriter`.
+    """
+
+    def report(stage: str, done: int, total: int) -> None:
+        writer.add_scalar(f"progress/{stage.partition(': ')[0]}", done / max(total, 1), done)
+
+    return report
+
+
+def to_mlflow(mlflow: Any) -> Progress:
+    """A `Jobs(progress=...)` that logs a metric for each stage to the active run: the share done.
+
+    mlflow: the module.
+    """
+
+    def report(stage: str, done: int, total: int) -> None:
+        name = stage.partition(": ")[0].replace(" ", "_")
+        mlflow.log_metric(f"progress.{name}", done / max(total, 1), step=done)
+
+    return report
+
+
+def metrics_of(cost: Cost, whole: Cost) -> dict[str, float]:
+    """The metrics of a result by name, for `mlflow.log_metrics` and the like.
+
+    Bytes, MACs, BOPs and bits a weight, and the first three as shares of the float32 network.
+    """
+    amounts = {"bytes": cost.bytes, "macs": cost.macs, "bops": cost.bops}
+    base = {"bytes": whole.bytes, "macs": whole.macs, "bops": whole.bops}
+    shares = {f"{name}.share": amount / max(base[name], 1) for name, amount in amounts.items()}
+    return {**amounts, **shares, "bits": cost.bits}
