@@ -245,9 +245,10 @@ ORDERS = {
 def tables(bench: Bench, part: str, methods: dict[str, TTQAT], table: Table, own: Values) -> None:
     """A row for each setting, with the same number of steps however many copies are shown."""
     pace = bench.longer / (1 + bench.copies)
+    trained = functools.cache(functools.partial(_teachers, bench, _seeds(table)))
 
     def measured(label: str, method: TTQAT) -> Values:
-        teachers, whole = _teachers(bench, _seeds(table))
+        teachers, whole = trained()
         paced = {k: max(1, int(getattr(method, k) * pace)) for k in ("epochs", "finish")}
         method = replace(method, **paced)
         budget = BUDGETS.get(label, LOOSE)

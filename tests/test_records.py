@@ -130,8 +130,8 @@ def test_what_rows_of_a_kind_took_is_said_before_the_next(table, tmp_path, capsy
     path.write_text(path.read_text().replace('"seconds": 0.0', '"seconds": 600.0'))
     rows.row({"net": "a", "bits": 3}, _measured())
     assert capsys.readouterr().err == "a, 3: such rows took about 10 minutes\n"
-    assert [records.duration(s) for s in (7.6, 119, 120, 7200)] == [
-        "8 seconds", "119 seconds", "2 minutes", "2 hours"
+    assert [records.duration(s) for s in (0.4, 7.6, 119, 120, 7200)] == [
+        "a second", "8 seconds", "119 seconds", "2 minutes", "2 hours"
     ]  # fmt: skip
 
 
