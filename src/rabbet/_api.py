@@ -255,6 +255,10 @@ def _result(
     if missing:
         names = ", ".join(map(quoted, missing[:3])) + (", ..." if len(missing) > 3 else "")
         notes = (f"no line in the plan, so kept in float: {len(missing)} ({names})", *notes)
+    dead = piece.dead
+    if dead:
+        names = ", ".join(map(quoted, dead[:3])) + (", ..." if len(dead) > 3 else "")
+        notes = (f"inputs that are zero in all batches: those of {names}", *notes)
     said = (*piece.survey.notes, *notes)
     return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel)
 

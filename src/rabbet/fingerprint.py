@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +38,8 @@ NAMED = (
 READS = {"LOAD_ATTR", "LOAD_METHOD"}
 # Builtins, and attributes, through which code reads what cannot be seen in it.
 DYNAMIC = {"eval", "exec", "globals", "__import__"}
-OUTSIDE = {"environ", "getenv", "import_module"}
+OUTSIDE = {"environ", "environb", "expandvars", "getenv", "import_module", "argv", "f_globals"}
+UNSEEN = (eval, exec, globals, __import__, os.getenv, importlib.import_module)
 LATE = "__getattr__"  # what a module has that makes attributes when they are read
 GENERATED = {"_abc_impl", "__dict__", "__weakref__"}
 
@@ -83,6 +85,8 @@ class _Reader:
         return digest
 
     def _read(self, value: Any) -> bytes:
+        if any(value is one for one in UNSEEN):
+            raise Untold(f"code that uses {value.__name__}")
         if isinstance(value, Tensor):
             return self.tensor(value)
         plain = type(value) is np.ndarray or isinstance(value, np.generic)

@@ -26,7 +26,7 @@ from rabbet.fingerprint import Untold, fingerprint
 from rabbet.jobs import ONCE, Jobs
 from rabbet.layers import Site
 from rabbet.model.bn_fold import norm_gain
-from rabbet.model.check import check, check_sizes
+from rabbet.model.check import check, check_magnitudes
 from rabbet.model.independence import doubts, with_axes
 from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
 from rabbet.model.proof import proven
@@ -157,7 +157,7 @@ class Workpiece:
         told = _told({**calls, "batches": task.read(), "network": original}, jobs)
         survey = survey_of(model, task.read()[0], task)
         folded, survey = proven(model, survey, task)
-        check_sizes(folded, survey)
+        check_magnitudes(folded, survey)
         if calls["axes"] is None and not task.examples.known:
             survey = replace(survey, notes=(*survey.notes, UNKNOWN))
         if calls["axes"] is not None:
@@ -209,6 +209,11 @@ class Workpiece:
     def left(self) -> tuple[Left, ...]:
         """What is left alone."""
         return self.survey.left
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """Sites whose inputs were zero in all batches, as far as they were measured."""
+        return tuple(name for name, second in self._moments.items() if not bool(second.any()))
 
     def rest(self, plan: Plan) -> tuple[Rest, ...]:
         """The tensors that a file holds uncompressed under a plan."""

@@ -1,6 +1,8 @@
 """Networks and data that a command finds by a name or a file, without a program of the user's."""
 
+import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -17,8 +20,10 @@ from rabbet.cli import machine
 from rabbet.cli.datasets import open_data
 from rabbet.cli.networks import open_network
 from rabbet.cli.references import settings_of
+from rabbet.data.batches import relative_error
 from rabbet.errors import DataError, FileError, ModelError
 from rabbet.model.program import layers_of
+from rabbet.train.tuning import Tuning
 
 QUICK = ("--method", "joint forms=() adapters=() tuning.steps=0", "--budget", "bits <= 5")
 SCALED = "size=16 mean=0.5,0.5,0.5 std=0.2,0.2,0.2"
@@ -115,7 +120,7 @@ def test_tied_weights_of_a_program_stay_tied(tmp_path):
 
 def test_a_program_in_training_mode_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    with pytest.raises(ModelError, match="exported in training mode"):
+    with pytest.raises(ModelError, match="takes the statistics of the batch"):
         layers_of(torch.export.export(network, (torch.rand(2, 3, 8, 8),)))
 
 
@@ -331,8 +336,8 @@ def test_init_writes_a_program_in_which_only_the_data_are_missing(run, program):
     text = Path("nets.py").read_text()
     assert "0 takes float32 [examples, 3, height, width]" in text
     data = "[(torch.rand(3, 16, 16), k % 3) for k in range(64)]"
-    text = text.replace("TRAIN = ...", f"import torch\nTRAIN = {data}")
-    Path("nets.py").write_text(text.replace("TEST = ...", f"TEST = {data}"))
+    text = text.replace("TRAIN = None", f"import torch\nTRAIN = {data}")
+    Path("nets.py").write_text(text.replace("TEST = None", f"TEST = {data}"))
     given = ("nets.py:network", "--data", "nets.py:batches", "--test", "nets.py:labelled")
     code, out, err = run("compress", *given, "--output", "small.safetensors", *QUICK)
     assert (code, err) == (0, "")
@@ -340,3 +345,160 @@ def test_init_writes_a_program_in_which_only_the_data_are_missing(run, program):
     code, _, err = run("init", program)
     assert code == 2
     assert "nets.py is there already" in err
+
+
+class Clash(nn.Module):
+    """A layer used with two strides, beside one that has the name that comes to mind."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.c_2 = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        twice = nn.functional.conv2d(self.c(x), self.c.weight, self.c.bias, stride=2, padding=1)
+        return self.c_2(twice)
+
+
+class Own(nn.Module):
+    """Weights of its own: a parameter, a kernel in a buffer, and a layer with one more."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 6))
+        self.register_buffer("kernel", torch.randn(4, 1, 3))
+        self.scaled = nn.Linear(4, 4)
+        self.scaled.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.w)
+        x = nn.functional.conv1d(x[..., None], self.kernel, padding=1, groups=4)[..., 0]
+        return self.scaled(x) * self.scaled.scale
+
+
+PROGRAMS = {
+    "a clash of names": (Clash, (torch.rand(4, 3, 8, 8),), {"c_2"}),
+    "own weights": (Own, (torch.rand(4, 6),), {"w_layer", "scaled_2"}),
+    "a layer alone": (lambda: nn.Linear(6, 4), (torch.rand(4, 6),), {"layer"}),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+        (torch.rand(4, 5, 16),),
+        None,
+    ),
+    "layers below a layer": (
+        lambda: lora(nn.Linear(6, 4)),
+        (torch.rand(4, 6),),
+        None,
+    ),
+}
+
+
+def lora(layer):
+    """A layer with two small ones of its own."""
+    layer.down, layer.up = nn.Linear(6, 2), nn.Linear(2, 4)
+    forward = type(layer).forward
+    layer.forward = lambda x: forward(layer, x) + layer.up(layer.down(x))
+    return layer
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_ordinary_programs_answer_as_before_and_are_compressed(name):
+    make, batch, names = PROGRAMS[name]
+    torch.manual_seed(0)
+    network = make().eval()
+    again = layers_of(torch.export.export(network, batch))
+    with torch.no_grad():
+        assert torch.allclose(again(*batch), network(*batch), atol=1e-6)
+    sites = rabbet.survey(again, [batch])
+    assert names is None or {s.name for s in sites} == names
+    method = rabbet.Joint(forms=(), adapters=(), tuning=Tuning(steps=0))
+    result = rabbet.compress(again, "bits <= 8", [batch], method)
+    with torch.no_grad():
+        assert relative_error(result.model(*batch), network(*batch)) < 0.1
+
+
+def test_a_program_refuses_sizes_that_it_was_not_exported_for(tmp_path):
+    network = nn.Sequential(nn.LSTM(6, 8, batch_first=True))
+    program = torch.export.export(network.eval(), (torch.rand(4, 5, 6),))
+    again = layers_of(program)
+    assert again(torch.rand(4, 5, 6))[0].shape == (4, 5, 8)
+    for copied in (again, copy.deepcopy(again)):
+        with pytest.raises(
+            ModelError, match=r"exported for inputs of \[4, 5, 6\], found \[8, 5, 6\]"
+        ):
+            copied(torch.rand(8, 5, 6))
+
+
+def test_a_program_of_a_compressed_network_is_compressed_again(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    data = [torch.randn(64, 16) for _ in range(4)]
+    method = rabbet.Joint(forms=(), adapters=(), tuning=Tuning(steps=0))
+    first = rabbet.compress(network.eval(), "bits <= 8", data, method)
+    first.export(tmp_path / "small.pt2")
+    again = open_network(str(tmp_path / "small.pt2"))
+    second = rabbet.compress(again, "bits <= 8", data, method)
+    with torch.no_grad():
+        assert relative_error(second.model(data[0]), first.model(data[0])) < 0.05
+
+
+def test_what_is_read_is_never_written_over(run, program, pictures, tmp_path):
+    given = (program, "--data", f"{pictures} {SCALED}", *QUICK, "--output")
+    before = program.read_bytes()
+    for output in (program, pictures / "small.safetensors"):
+        code, out, err = run("compress", *given, output)
+        assert (code, out) == (2, "")
+        assert "would be written over what is read from" in err
+    assert program.read_bytes() == before
+
+
+def test_classes_of_a_test_are_numbered_as_those_of_the_data(run, program, pictures, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(pictures / "c", part / "c")
+    (part / ".hidden").mkdir()
+    (part / "c" / "._x.png").write_bytes(b"no image")
+    data = open_data(f"{pictures} {SCALED}", None, "--data")
+    test = open_data(f"{part} {SCALED}", None, "--test")
+    assert [y.tolist() for _, y in test.labelled(data.table.classes)] == [[2, 2, 2]]
+    (part / "c").rename(part / "d")
+    with pytest.raises(DataError, match="the class 'd' of the test is not among"):
+        test = open_data(f"{part} {SCALED}", None, "--test").labelled(data.table.classes)
+    (part / "e").mkdir()
+    with pytest.raises(FileError, match="e holds no image of"):
+        open_data(f"{part} {SCALED}", None, "--test")
+
+
+def test_labels_that_a_network_cannot_give_are_refused():
+    network = nn.Linear(4, 3).eval()
+    for labels in ([0, 3], [-1, 0], [0.5, 1.0]):
+        with pytest.raises(DataError, match="whole numbers from 0 below 3"):
+            rabbet.accuracy(network, [(torch.rand(2, 4), torch.tensor(labels))])
+
+
+def test_pictures_of_16_bits_and_grey_are_read_as_they_look(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8)
+    for name, values in (("a.png", grey), ("b.png", grey.astype(np.uint16) * 257)):
+        Image.fromarray(values).save(tmp_path / name)
+    x = next(iter(open_data(f"{tmp_path} {SCALED}", None, "--data")))
+    assert torch.equal(x[0], x[1])
+
+
+def test_arrays_without_names_are_arguments_in_order(tmp_path):
+    x, y = np.zeros((5, 4), ">f4"), np.ones((5, 2), np.float32)
+    np.savez(tmp_path / "two.npz", x, y)
+    inputs = next(iter(open_data(str(tmp_path / "two.npz"), None, "--data")))
+    assert [t.shape for t in inputs] == [(5, 4), (5, 2)]
+    np.savez(tmp_path / "one.npz", anything=x, labels=np.arange(5))
+    (inputs, labels), *_ = open_data(f"{tmp_path / 'one.npz'} limit=3", None, "--test").labelled()
+    assert inputs.shape == (3, 4)
+    assert labels.tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["interpolation=foo", "interpolation=3", "mean=a,b,c", "crop=0", "crop=x", "std=0,0,0"],
+)
+def test_settings_of_images_are_checked(setting, pictures):
+    with pytest.raises(typer.BadParameter, match=setting.partition("=")[0]):
+        open_data(f"{pictures} {SCALED} {setting}", None, "--data")

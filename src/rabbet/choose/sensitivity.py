@@ -35,8 +35,8 @@ def output_errors(
 
     changes: differences of canonical weights, {name: [candidates, out, in / groups, *kernel]}.
     About `limit` examples are used. A layer that no gradient reaches (it runs under
-    `torch.no_grad`) counts with the relative error of its own output. Raises DataError if the
-    outputs of the network are not finite.
+    `torch.no_grad`, or what follows rounds) counts with the relative error of its own output.
+    Raises DataError if the outputs of the network are not finite.
     """
     generator = torch.Generator().manual_seed(piece.seed)
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
@@ -50,7 +50,8 @@ def output_errors(
         slopes = iter(reached)
         for site in sites:
             met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
-            if any(g is not None for _, _, g in met):
+            # Rounding in the forward passes a gradient of zeros, which says as little as none.
+            if any(g is not None and bool(g.any()) for _, _, g in met):
                 total[site.name] += _projected(site, met, changes[site.name], axes, size)
             else:
                 total[site.name] += size * _own_error(piece.weight(site), met, changes[site.name])

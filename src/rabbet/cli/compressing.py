@@ -85,7 +85,7 @@ def compress(
     """
     from rabbet.cli import outcomes, tables, texts
     from rabbet.cli.inputs import open_inputs
-    from rabbet.cli.stored import opened, ready
+    from rabbet.cli.stored import opened, ready, require_other
     from rabbet.cli.terminal import working
 
     asked = options.DEFAULT_BUDGET if budget is None and plan is None else budget
@@ -95,6 +95,7 @@ def compress(
     if wanted is not None and limits is not None:
         outcomes.require_countable(limits)
     target = ready(output)
+    require_other(output, model, data, test)
     inputs = open_inputs(model, data, test)
     outcomes.require_exportable(inputs, target)
     judge = inputs.judge

@@ -6,6 +6,7 @@ settings. How images are scaled and words are numbered is taken from the network
 says it.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ LIMIT = 512  # examples to calibrate with, where no other number is given
 LENGTH = 128  # tokens of a text, at most
 LABELS = "labels"  # what the labels of an .npz are called
 PREPARATION = "pretrained_cfg"  # where timm's networks say how images are prepared, and ours do
+WAYS = ("nearest", "bilinear", "bicubic", "lanczos")
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
@@ -47,9 +49,11 @@ class Asked:
         for name in self.settings.keys() - names:
             raise self.wrong(f"{name!r} is no setting here; there are {', '.join(names)}")
 
-    def number(self, name: str, default: int) -> int:
-        """A setting that is a whole number from 1."""
+    def number(self, name: str, default: int | None) -> int | None:
+        """A setting that is a whole number from 1, if it is given."""
         value = self.settings.get(name, default)
+        if value is None:
+            return None
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.wrong(f"{name}={value!r}: a whole number, at least 1")
         return value
@@ -60,45 +64,65 @@ class Table:
     """Examples that are read when they are needed.
 
     join: the inputs of those at given places, as a network takes them. labels: the class of each,
-    if they are known.
+    if they are known; classes: their names in order, where they have some.
     """
 
     count: int
     join: Callable[[range], Any]
     labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Batches:
     """The batches of a table, one after the other, read anew each time.
 
-    limit: how many examples are enough to calibrate with.
+    limit: how many examples are used, at equal distances; None: all to judge, 512 to calibrate.
     """
 
     table: Table
     size: int
-    limit: int
+    limit: int | None
 
     def __iter__(self) -> Iterator[Any]:
         """Inputs alone."""
         for start in range(0, self.table.count, self.size):
             yield self.table.join(range(start, min(start + self.size, self.table.count)))
 
-    def spread(self) -> "Batches":
+    def spread(self, most: int = LIMIT) -> "Batches":
         """At most `limit` examples, at equal distances: files lie sorted by class."""
-        table = self.table
-        places = range(0, table.count, -(-table.count // self.limit))
-        chosen = Table(len(places), lambda some: table.join(places[some.start : some.stop]))
-        return Batches(chosen, self.size, self.limit)
+        table, limit = self.table, self.limit or most
+        step = -(-table.count // limit)
+        places = range(0, table.count, step)
+        labels = None if table.labels is None else table.labels[::step]
 
-    def labelled(self) -> "Labelled":
-        """Pairs of (inputs, labels); raises DataError where there are no labels."""
-        if self.table.labels is None:
+        def join(some: range) -> Any:
+            return table.join(places[some.start : some.stop])
+
+        return Batches(Table(len(places), join, labels, table.classes), self.size, limit)
+
+    def labelled(self, classes: tuple[str, ...] = ()) -> "Labelled":
+        """Pairs of (inputs, labels); classes: how they are numbered, if not by this folder alone.
+
+        Raises DataError where there are no labels, or for a class that is not among those.
+        """
+        if self.limit is not None and self.table.count > self.limit:
+            return self.spread().labelled(classes)
+        own, labels = self.table.classes, self.table.labels
+        if own and classes and labels is not None:
+            strange = sorted(set(own) - set(classes))
+            if strange:
+                raise DataError(
+                    f"the class {strange[0]!r} of the test is not among those of the data: "
+                    f"{', '.join(classes)}"
+                )
+            labels = torch.tensor([classes.index(name) for name in own])[labels]
+        if labels is None:
             raise DataError(
                 "no labels to judge with: images lie in a folder for each class, an .npz holds "
                 f"{LABELS!r}, a .tsv a class behind each text"
             )
-        return Labelled(self, self.table.labels)
+        return Labelled(self, labels)
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,7 @@ class Labelled:
 def is_data(reference: str) -> bool:
     """Whether a reference names a file or folder that is read here."""
     path = Path(settings_of(reference)[0])
-    return path.suffix in _READERS or (bool(reference) and path.is_dir())
+    return path.suffix.lower() in _READERS or (bool(reference) and path.is_dir())
 
 
 def open_data(reference: str, network: nn.Module | None, option: str) -> Batches:
@@ -129,11 +153,12 @@ def open_data(reference: str, network: nn.Module | None, option: str) -> Batches
     asked = Asked(Path(place), settings, network, option)
     if not asked.path.exists():
         raise FileError(f"there is no file {asked.path}")
-    size, limit = asked.number("batch", BATCH), asked.number("limit", LIMIT)
-    table = (_images if asked.path.is_dir() else _READERS[asked.path.suffix])(asked)
+    size, limit = asked.number("batch", BATCH), asked.number("limit", None)
+    read = _images if asked.path.is_dir() else _READERS[asked.path.suffix.lower()]
+    table = read(asked)
     if not table.count:
         raise FileError(f"{asked.path} holds no example")
-    return Batches(table, size, limit)
+    return Batches(table, size or BATCH, limit)
 
 
 def _images(asked: Asked) -> Table:
@@ -145,19 +170,54 @@ def _images(asked: Asked) -> Table:
             f"images in {asked.path} are read with pillow; install rabbet[vision]"
         ) from None
     prepare = _preparation(asked)
-    files = sorted(p for p in asked.path.rglob("*") if p.suffix.lower() in PICTURES)
-    classes = [p.relative_to(asked.path).parts[0] for p in files if p.parent != asked.path]
-    number = {name: k for k, name in enumerate(sorted(set(classes)))}
-    labels = torch.tensor([number[c] for c in classes]) if len(classes) == len(files) else None
+    folders = sorted(p for p in asked.path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    by_class = [_pictures(folder) for folder in folders]
+    loose = [p for p in sorted(asked.path.iterdir()) if _is_picture(p)]
+    empty = [p.name for p, files in zip(folders, by_class, strict=True) if not files]
+    if empty:
+        raise FileError(
+            f"the folder {asked.path / empty[0]} holds no image of {', '.join(sorted(PICTURES))}"
+        )
+    files = [*loose, *(file for some in by_class for file in some)]
+    labels = torch.tensor([k for k, some in enumerate(by_class) for _ in some])
 
     def read(file: Path) -> Tensor:
         try:
             with Image.open(file) as image:
-                return prepare(image.convert("RGB"))
-        except OSError as e:
+                return prepare(_in_colour(image))
+        except Exception as e:  # pillow raises whatever its readers do
             raise FileError(f"{file} cannot be read as an image: {e}") from None
 
-    return Table(len(files), lambda some: torch.stack([read(files[k]) for k in some]), labels)
+    return Table(
+        len(files),
+        lambda some: torch.stack([read(files[k]) for k in some]),
+        None if loose else labels,
+        tuple(folder.name for folder in folders),
+    )
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The images in a folder and below, links followed, what is hidden left out."""
+    found: list[Path] = []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += filter(_is_picture, (Path(at) / name for name in names))
+    return sorted(found)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and path.name[0] != "." and path.is_file()
+
+
+def _in_colour(image: Any) -> Any:
+    """An image as red, green and blue of 8 bits each."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):  # pillow would cut what is above 255
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no known range; save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def _preparation(asked: Asked) -> Callable[[Any], Tensor]:
@@ -177,10 +237,21 @@ def _preparation(asked: Asked) -> Callable[[Any], Tensor]:
                 f"'{asked.path} size=224 mean=0.485,0.456,0.406 std=0.229,0.224,0.225'"
             )
     size = asked.number("size", given["size"])
+    assert size is not None
     for name in ("mean", "std"):
-        if not isinstance(given[name], Sequence) or len(given[name]) != 3:
-            raise asked.wrong(f"{name}={given[name]!r}: three numbers, one for each colour")
+        value = given[name]
+        three = isinstance(value, Sequence) and len(value) == 3 and all(map(_is_number, value))
+        if not three or (name == "std" and not all(value)):
+            raise asked.wrong(f"{name}={value!r}: three numbers, one for each colour")
+    if not _is_number(given["crop"]) or not 0 < given["crop"] <= 1:
+        raise asked.wrong(f"crop={given['crop']!r}: the share of a side that is kept, up to 1")
+    if given["interpolation"] not in WAYS:
+        raise asked.wrong(f"interpolation={given['interpolation']!r}: one of {', '.join(WAYS)}")
     return _scaled(size, given["crop"], given["interpolation"], given["mean"], given["std"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _scaled(
@@ -209,7 +280,7 @@ def _arrays(asked: Asked) -> Table:
     try:
         content: Any = np.load(asked.path, allow_pickle=False)
         parts = {"": content} if isinstance(content, np.ndarray) else dict(content)
-        named = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in parts.items()}
+        named = {name: torch.from_numpy(_native(a)) for name, a in parts.items()}
     except (OSError, ValueError, TypeError, EOFError, BadZipFile) as e:
         raise FileError(f"{asked.path} cannot be read as arrays: {e}") from None
     counts = {len(t) if t.ndim else 0 for t in named.values()}
@@ -219,17 +290,27 @@ def _arrays(asked: Asked) -> Table:
     if len(counts) > 1:
         raise FileError(f"the arrays in {asked.path} differ in length: {sorted(counts)}")
 
+    # Arrays without names of their own are arguments in order.
+    ordered = len(named) == 1 or set(named) == {f"arr_{k}" for k in range(len(named))}
+
     def join(some: range) -> Any:
         cut = {name: t[some.start : some.stop : some.step] for name, t in named.items()}
-        return cut.get("", cut)
+        parts = tuple(cut[name] for name in sorted(cut))
+        return cut if not ordered else parts[0] if len(parts) == 1 else parts
 
     return Table(counts.pop(), join, labels)
+
+
+def _native(array: Any) -> Any:
+    """An array in the byte order of this machine, in one piece."""
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _lines(asked: Asked) -> Table:
     """`.txt`: a text a line. `.tsv`: a text, a tab and the number of its class."""
     asked.require("length")
     tokenizer, length = _tokenizer(asked), asked.number("length", LENGTH)
+    assert length is not None
     try:
         text = asked.path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -238,7 +319,7 @@ def _lines(asked: Asked) -> Table:
     labels = None
     if asked.path.suffix == ".tsv":
         parts = [line.rpartition("\t") for line in texts]
-        if not all(text and number.strip().isdigit() for text, _, number in parts):
+        if not all(text and number.strip().isdecimal() for text, _, number in parts):
             raise FileError(f"in {asked.path} a line is a text, a tab and the number of its class")
         texts = [text for text, _, _ in parts]
         labels = torch.tensor([int(number) for _, _, number in parts])

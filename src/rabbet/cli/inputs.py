@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import typer
 from torch import nn
 
-from rabbet.cli.datasets import is_data, open_data
+from rabbet.cli.datasets import Batches, is_data, open_data
 from rabbet.cli.judge import Judge, open_judge
 from rabbet.cli.networks import open_network
 from rabbet.cli.references import reporting, resolve
@@ -55,14 +55,15 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
         )
     network = open_network(model)
     task = open_task(data, network)
-    return Inputs(network, task, open_judge(test, task, network))
+    known = task.batches.table.classes if isinstance(task.batches, Batches) else ()
+    return Inputs(network, task, open_judge(test, task, network, known))
 
 
 def open_task(reference: str, network: nn.Module | None = None) -> Task:
     """The batches or the task that a reference names; network: what files are prepared for."""
     if is_data(reference):
         batches = open_data(reference, network, "--data").spread()
-        return Task(batches, limit=batches.limit)
+        return Task(batches, limit=batches.table.count)
     try:
         task = Task.of(resolve(reference, "--data"))
     except DataError as e:

@@ -43,12 +43,15 @@ class Judge:
 
 
 def open_judge(
-    reference: str | None, task: Task | None = None, network: nn.Module | None = None
+    reference: str | None,
+    task: Task | None = None,
+    network: nn.Module | None = None,
+    classes: tuple[str, ...] = (),
 ) -> Judge | None:
     """What judges a network, if anything does.
 
     It is the test that a reference names, else the task's own evaluation. network: what files are
-    prepared for.
+    prepared for. classes: how the folders of classes are numbered, where the data say so.
     """
     if reference is None:
         own = None if task is None else task.evaluate
@@ -56,7 +59,7 @@ def open_judge(
             None if own is None else Judge("evaluation", "", _uncounted(own), "the task's evaluate")
         )
     if is_data(reference):
-        pairs = open_data(reference, network, "--test").labelled()
+        pairs = open_data(reference, network, "--test").labelled(classes)
         return Judge("accuracy", "%", _accuracy(pairs), reference)
     named = attribute(reference, "--test")
     value = named if _takes_one(named) else resolve_value(named, reference, "--test")

@@ -104,7 +104,8 @@ def _program(path: Path) -> nn.Module:
         program = torch.export.load(path)
     except Exception as e:  # torch raises whatever it likes
         raise FileError(f"{path} cannot be read as a program of torch.export: {e}") from e
-    return layers_of(program)
+    with reporting(str(path), "MODEL"):
+        return layers_of(program)
 
 
 _LIBRARIES: Mapping[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {

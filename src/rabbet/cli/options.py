@@ -22,10 +22,10 @@ def known_quality(name: str) -> str:
 
 REFERENCE = "module:callable or file.py:callable, called without arguments"
 NETWORK = (
-    f"{REFERENCE}; timm:NAME, torchvision:NAME; a folder of Hugging Face's save_pretrained; a .pt2 "
+    f"{REFERENCE}; timm:NAME, torchvision:NAME; hf:FOLDER of save_pretrained; a .pt2 "
     "of torch.export"
 )
-FILES = "a folder of images, .npy, .npz, .txt"
+FILES = "a folder of images, .npy, .npz, .txt, .tsv"
 
 Model = Annotated[
     str | None,

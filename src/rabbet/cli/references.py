@@ -38,10 +38,11 @@ def resolve_value(named: Any, reference: str, option: str) -> Any:
 def settings_of(reference: str) -> tuple[str, dict[str, Any]]:
     """What a reference names, and the settings behind it: `timm:resnet18 pretrained=False`."""
     words, settings = reference.split(" "), dict[str, Any]()
-    while len(words) > 1 and "=" in words[-1]:
+    while len(words) > 1 and ("=" in words[-1] or not words[-1]):
         name, _, value = words.pop().partition("=")
-        settings[name] = literal(value)
-    return " ".join(words), dict(reversed(settings.items()))
+        if name:
+            settings.setdefault(name, literal(value))  # the last of two counts
+    return " ".join(words).strip(), dict(reversed(settings.items()))
 
 
 def literal(text: str) -> Any:

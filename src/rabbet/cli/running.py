@@ -37,7 +37,7 @@ def export(
     from rabbet.cli import tables
     from rabbet.cli.inputs import demo, open_inputs
     from rabbet.cli.outcomes import unheard
-    from rabbet.cli.stored import ready
+    from rabbet.cli.stored import ready, require_other
     from rabbet.export.onnx.write import write_float
 
     chosen = ready(output, target)
@@ -47,6 +47,9 @@ def export(
         )
     if whole is not None:
         ready(whole)
+    for path in (output, whole):
+        if path is not None:
+            require_other(path, file, model, data)
     inputs = open_inputs(model, data)
     with demo(model, "--model"):
         result = Result.load(file, inputs.network, inputs.task)

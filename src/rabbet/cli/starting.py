@@ -34,6 +34,6 @@ def init(
     if out.suffix != ".py":
         raise typer.BadParameter(f"{out} must end in .py", param_hint="--out")
     writable(out)
-    write_whole(out, [program_for(model, open_network(model)).encode()])
+    write_whole(out, [program_for(model, open_network(model), str(out)).encode()])
     print(f"{out}: fill in what stands in capitals, then run")
     print(f"    rabbet survey {out}:network --data {out}:batches")

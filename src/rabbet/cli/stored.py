@@ -12,6 +12,7 @@ import typer
 from torch import nn
 
 from rabbet._api import load
+from rabbet.cli.references import settings_of
 from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
@@ -58,6 +59,17 @@ def ready(output: Path, target: str | None = None) -> str:
     known = target_of(output, target)
     writable(output)
     return known
+
+
+def require_other(output: Path, *references: str | Path | None) -> None:
+    """Refuse, before any work, to write over the network or the data that a command reads."""
+    for reference in references:
+        path = None if reference is None else Path(settings_of(str(reference))[0])
+        if path is None or not path.exists():
+            continue
+        inside = path.is_dir() and output.resolve().is_relative_to(path.resolve())
+        if inside or path.resolve() == output.resolve():
+            raise FileError(f"{output} would be written over what is read from {reference}")
 
 
 def writable(output: Path) -> None:

@@ -1,14 +1,17 @@
 """A nets.py to start from, in which only the user's data are missing."""
 
 import inspect
+from pathlib import Path
 
 from torch import nn
 
 
-def program_for(reference: str, network: nn.Module) -> str:
-    """The text of a nets.py for a network that a reference names."""
+def program_for(reference: str, network: nn.Module, file: str) -> str:
+    """The text of a nets.py, by its name, for a network that a reference names."""
+    place = Path(reference)
     return TEMPLATE.format(
-        reference=reference,
+        file=file,
+        reference=str(place.resolve()) if place.exists() else reference,
         kind=type(network).__name__,
         arguments=", ".join(inspect.signature(network.forward).parameters),
         inputs=_inputs(network),
@@ -32,10 +35,10 @@ def _inputs(network: nn.Module) -> str:
 
 TEMPLATE = '''"""A network, and data for it, as the commands of rabbet take them.
 
-    rabbet survey nets.py:network --data nets.py:batches
-    rabbet compress nets.py:network --data nets.py:batches --test nets.py:labelled \\
+    rabbet survey {file}:network --data {file}:batches
+    rabbet compress {file}:network --data {file}:batches --test {file}:labelled \\
         --budget "bytes <= 10%" --output small.safetensors
-    rabbet export small.safetensors --model nets.py:network --data nets.py:batches \\
+    rabbet export small.safetensors --model {file}:network --data {file}:batches \\
         --output small.onnx
 """
 
@@ -43,8 +46,8 @@ from torch.utils.data import DataLoader
 
 from rabbet.cli.networks import open_network
 
-TRAIN = ...  # YOUR TRAINING DATA: a torch Dataset of (inputs, label), prepared as in training
-TEST = ...  # YOUR TEST DATA, likewise; it is only measured on
+TRAIN = None  # YOUR TRAINING DATA: a torch Dataset of (inputs, label), prepared as in training
+TEST = None  # YOUR TEST DATA, likewise; it is only measured on
 
 
 def network():
@@ -58,6 +61,8 @@ def batches():
     {inputs}. A batch is what the network is given: a tensor, a tuple of arguments, or a mapping of
     arguments by name. Examples drawn at random stand for all classes.
     """
+    if TRAIN is None:
+        raise ValueError("fill in TRAIN in {file}")
     for count, (inputs, _) in enumerate(DataLoader(TRAIN, batch_size=32, shuffle=True)):
         if count == 32:
             break
@@ -66,5 +71,7 @@ def batches():
 
 def labelled():
     """Pairs of (inputs, labels): whole numbers of classes, which are on axis 1 of the outputs."""
+    if TEST is None:
+        raise ValueError("fill in TEST in {file}")
     yield from DataLoader(TEST, batch_size=64)
 '''

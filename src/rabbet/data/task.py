@@ -270,6 +270,12 @@ def correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple
                     f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; "
                     f"found {describe(y)}"
                 )
+            whole = bool((y == y.round()).all()) if y.is_floating_point() else True
+            if y.numel() and not (whole and 0 <= y.min() <= y.max() < scores.shape[1]):
+                raise DataError(
+                    f"labels are whole numbers from 0 below {scores.shape[1]}, the number of "
+                    f"classes in the scores; found {describe(y)} from {y.min():g} to {y.max():g}"
+                )
             right += int((scores.argmax(1).cpu() == y.cpu()).sum())
             total += y.numel()
     if not total:

@@ -10,8 +10,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from rabbet.core.survey import Survey
 from rabbet.errors import ModelError
 
-SIZES = 1e-10, 1e15
-"""What the largest weight of a layer may be: squares of errors beyond do not fit float32."""
+MAGNITUDES = 1e-10, 1e10
+"""What the largest weight of a layer may be: float32 holds the squares of its errors."""
 
 
 @torch.no_grad()
@@ -39,16 +39,17 @@ def check(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_sizes(model: nn.Module, survey: Survey) -> None:
+def check_magnitudes(model: nn.Module, survey: Survey) -> None:
     """Raise ModelError, naming the layer, where weights are too small or large to be solved for."""
     for site in survey:
         weight = site.kind.weight(model.get_submodule(site.name))
         largest = float(weight.abs().max()) if weight.numel() else 0.0
-        if largest and not SIZES[0] <= largest <= SIZES[1]:
+        if largest and not MAGNITUDES[0] <= largest <= MAGNITUDES[1]:
             raise ModelError(
                 f"{site.name or 'the network'}: the largest of its weights, batch norm folded in, "
-                f"is {largest:.3g}, and it has to lie between {SIZES[0]:g} and {SIZES[1]:g}; set "
-                "weights that mean nothing to zero, or put the factor into the layers around it"
+                f"is {largest:.3g}, and it has to lie between {MAGNITUDES[0]:g} and "
+                f"{MAGNITUDES[1]:g}; set weights that mean nothing to zero, or put the factor into "
+                "the layers around it"
             )
 
 

@@ -17,10 +17,11 @@ from rabbet.errors import ModelError
 Given = Mapping[str, Any]
 """What an operator is given, by the names in its schema; parameters and buffers as tensors.
 
-rank: the number of axes of what it returns, where the program says it.
+rank: the number of axes of its output, where the program says it.
 """
 
 TENSORS = "weight", "bias", "running_mean", "running_var"
+COUNT = "num_batches_tracked"
 
 aten = torch.ops.aten
 
@@ -28,9 +29,9 @@ aten = torch.ops.aten
 def layers_of(program: torch.export.ExportedProgram) -> nn.Module:
     """A network that computes what an exported program does, made of layers, in eval mode.
 
-    It may be given other shapes where the program's own operators allow it: what `torch.export`
-    was told of shapes is not checked. Raises ModelError for a program that was exported in training
-    mode.
+    Its parameters are the program's own tensors. Inputs of other sizes than the program was
+    exported for are refused when it runs, but where an axis is dynamic. Raises ModelError for a
+    program whose batch norms take the statistics of the batch.
     """
     network = program.module(check_guards=False)
     assert isinstance(network, fx.GraphModule)
@@ -40,28 +41,105 @@ def layers_of(program: torch.export.ExportedProgram) -> nn.Module:
         if make is None:
             continue
         given = _given(network, node)
-        if not isinstance(given["weight"], Tensor):  # it is computed, or there is none
+        if not _is_layer(given):
             continue
-        layer = make(given)
-        places = {k: str(v.target) for k, v in _arguments(node).items() if isinstance(v, fx.Node)}
-        inputs = _arguments(node)["indices" if "indices" in given else "input"]
+        layer, arguments = make(given), _arguments(node)
+        places = {k: str(v.target) for k, v in arguments.items() if isinstance(v, fx.Node)}
+        inputs = arguments["indices" if "indices" in given else "input"]
         for name in TENSORS:
             if isinstance(given.get(name), Tensor):
                 setattr(layer, name, given[name])
         # One that runs several times with the same numbers and settings is one layer.
-        told = f"{layer!r} {[places.get(name) for name in TENSORS]}"
-        if told not in layers:
-            layers[told] = _free(places["weight"].removesuffix(".weight"), layers)
-            network.add_submodule(layers[told], layer)
+        key = f"{layer!r} {[places.get(name) for name in TENSORS]}"
+        if key not in layers:
+            layers[key] = _name_for(network, places["weight"], set(layers.values()))
+            network.add_submodule(layers[key], layer)
         with network.graph.inserting_before(node):
-            call = network.graph.call_module(layers[told], (inputs,))
+            call = network.graph.call_module(layers[key], (inputs,))
         node.replace_all_uses_with(call)
         network.graph.erase_node(node)
+    _require_sizes(network)
     network.graph.eliminate_dead_code()
+    _drop_unused(network, set(layers.values()))
     network.recompile()
-    for name in ("train", "eval"):  # methods that refuse to work, put over those of every module
+    # What an export puts over a module's own: methods that refuse, and a check that copies lack.
+    for name in ("train", "eval"):
         vars(network).pop(name, None)
+    network._forward_pre_hooks.clear()  # noqa: SLF001 (no public way)
     return network.eval()
+
+
+def _is_layer(given: Given) -> bool:
+    """Whether the weight of an operator is a parameter, and its bias one or none."""
+    weight, bias = given["weight"], given.get("bias")
+    known = isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
+    stored = all(isinstance(given.get(n), Tensor | None) for n in TENSORS[2:])
+    return known and stored
+
+
+def _name_for(network: fx.GraphModule, weight: str, taken: set[str]) -> str:
+    """A name for the layer of a weight: its own, if nothing but its tensors stands there."""
+    name = weight.removesuffix(".weight") if weight.endswith(".weight") else f"{weight}_layer"
+    name = "layer" if name == "weight_layer" else name
+    free, count = name, 1
+    while free in taken or not _stands_free(network, free, own=free == name):
+        count += 1
+        free = f"{name}_{count}"
+    return free
+
+
+def _stands_free(network: fx.GraphModule, name: str, own: bool) -> bool:
+    """Whether a layer can take a name: nothing stands there, or (own) what is left of itself.
+
+    An export leaves bare tensors of a layer.
+    """
+    at: Any = network
+    for part in name.split("."):
+        if not hasattr(at, part):
+            return True
+        at = getattr(at, part)
+        if not isinstance(at, nn.Module):
+            return False
+    held = {n for n, _ in (*at.named_parameters(), *at.named_buffers())}
+    return own and type(at) is nn.Module and not list(at.children()) and held <= {*TENSORS, COUNT}
+
+
+def _require_sizes(network: fx.GraphModule) -> None:
+    """Let the network refuse inputs of other sizes than its operators were written down for."""
+    for node in [n for n in network.graph.nodes if n.op == "placeholder"]:
+        shown = node.meta.get("val")
+        if not isinstance(shown, Tensor) or not node.users:
+            continue
+        sizes = tuple(size if isinstance(size, int) else None for size in shown.shape)
+        with network.graph.inserting_after(node):
+            checked = network.graph.call_function(sized, (node, sizes))
+        node.replace_all_uses_with(checked)
+        checked.args = (node, sizes)  # its own input was replaced as well
+
+
+def sized(x: Tensor, sizes: tuple[int | None, ...]) -> Tensor:
+    """A tensor of the sizes that a program was exported for; None stands for any.
+
+    Raises ModelError for others.
+    """
+    if len(x.shape) != len(sizes) or any(
+        b is not None and a != b for a, b in zip(x.shape, sizes, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise ModelError(
+            f"the program was exported for inputs of [{wanted}], found {list(x.shape)}: pass such "
+            "batches (batch=...), or export with dynamic_shapes"
+        )
+    return x
+
+
+def _drop_unused(network: fx.GraphModule, layers: set[str]) -> None:
+    """Delete the tensors that only the operators read that are layers now."""
+    used = {str(node.target) for node in network.graph.nodes if node.op == "get_attr"}
+    for path in [n for n, _ in (*network.named_parameters(), *network.named_buffers())]:
+        owner, _, name = path.rpartition(".")
+        if path not in used and owner not in layers:
+            delattr(network.get_submodule(owner), name)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -84,14 +162,6 @@ def _given(network: fx.GraphModule, node: fx.Node) -> Given:
     shown = node.meta.get("val")
     rank = shown.ndim if isinstance(shown, Tensor) else None
     return {name: read(value) for name, value in _arguments(node).items()} | {"rank": rank}
-
-
-def _free(name: str, layers: Mapping[str, str]) -> str:
-    """A name that no layer has yet."""
-    taken, count, free = set(layers.values()), 1, name
-    while free in taken:
-        count, free = count + 1, f"{name}_{count}"
-    return free
 
 
 def _conv(kind: Any) -> Callable[[Given], nn.Module]:
@@ -129,8 +199,8 @@ def _embedding(given: Given) -> nn.Module:
 def _batch_norm(given: Given) -> nn.Module:
     if given["training"] or given["running_mean"] is None:
         raise ModelError(
-            "the program was exported in training mode: its batch norms take the statistics of the "
-            "batch; export model.eval()"
+            "a batch norm of the program takes the statistics of the batch: it was exported in "
+            "training mode (export model.eval()), or keeps none (track_running_stats=False)"
         )
     kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(given["rank"], nn.BatchNorm1d)
     layer = kind(len(given["running_mean"]), given["eps"], given["momentum"], device="meta")

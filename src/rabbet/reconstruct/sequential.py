@@ -34,7 +34,7 @@ from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Factor, compressed_layers, layers_kept
 from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
-from rabbet.solve.rounding import Metric
+from rabbet.solve.rounding import LEAST, Metric
 from rabbet.workpiece import UNABLE, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
@@ -255,7 +255,7 @@ def _solve(second: Tensor, pull: Tensor, share: float) -> Tensor:
     """`pull (second + ridge)^-1`, [..., rows, n]; ridge: a share of the mean diagonal."""
     diagonal = second.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    ridge = torch.where(mean > 0, share * mean, 1.0)  # 1 for inputs that are always zero
+    ridge = torch.where(mean > LEAST, share * mean, 1.0)
     damped = second + torch.diag_embed(ridge.expand_as(diagonal))
     return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(damped)).mT
 

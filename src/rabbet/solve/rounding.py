@@ -15,6 +15,7 @@ from rabbet.errors import ModelError
 from rabbet.grids.codebook import nearest, points
 from rabbet.grids.grid import Grid, stored
 
+LEAST = 1e-30  # a mean square of inputs below counts as none: the inputs are always zero
 BLOCK = 64  # columns whose updates are gathered into one matrix product
 
 
@@ -29,7 +30,7 @@ class Metric:
         self.identity = False
         diagonal = second.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1)
-        ridge = torch.where(mean > 0, damping * mean, 1.0)  # 1 for inputs that are always zero
+        ridge = torch.where(mean > LEAST, damping * mean, 1.0)
         self.second = second.float() + torch.diag_embed(ridge.float()[:, None].expand_as(diagonal))
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         # The most used input comes first: all others can still compensate its rounding error.
