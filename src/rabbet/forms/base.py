@@ -50,6 +50,8 @@ class Form(ABC):
     """Whether factors are contracted before they meet the input, as chains of small cores are."""
     adds: ClassVar[bool] = False
     """Whether a runtime may be given the sum of this weight and that of the term beside it."""
+    verbatim: ClassVar[bool] = False
+    """Whether its factor is the weight itself, or rows of it."""
     channel_axes: ClassVar[tuple[int | None, ...]] = ()
     """For each factor of `problem` the axis of its channels, along which it may have scales."""
 
@@ -69,6 +71,11 @@ class Form(ABC):
 
     def __str__(self) -> str:
         return f"{self.name}[{self.inside}]" if self.inside else self.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether its only factor is the weight itself, all of it."""
+        return self.verbatim and not self.partial
 
     @abstractmethod
     def full_rank(self, site: Site) -> int:

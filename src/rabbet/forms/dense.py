@@ -27,6 +27,7 @@ class Dense(Form):
 
     name: ClassVar[str] = "dense"
     adds: ClassVar[bool] = True
+    verbatim: ClassVar[bool] = True
 
     @classmethod
     def read(cls, inside: str | None) -> Self:

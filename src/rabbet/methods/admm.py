@@ -165,7 +165,7 @@ class ADMM:
 
 
 def _solvable(term: Term) -> bool:
-    return term.form == Dense() or bool(term.form.channel_axes)
+    return term.form.whole or bool(term.form.channel_axes)
 
 
 def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tensors:

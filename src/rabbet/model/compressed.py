@@ -12,7 +12,6 @@ from rabbet.core.layout import act_bits
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.data.state import Solved
 from rabbet.errors import ModelError
-from rabbet.forms import Dense
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
 
@@ -157,7 +156,11 @@ class Compressed(Solved):
 
         Then only the rows that are asked for are computed, a few of 30,000.
         """
-        if not self.site.looks_up or self.forms != [Dense()]:
+        if (
+            not self.site.looks_up
+            or not all(form.whole for form in self.forms)
+            or len(self.forms) > 1
+        ):
             return None
         table = self.factors[0][0]
         return table if isinstance(table, Factor) and table.grid.axis == 0 else None

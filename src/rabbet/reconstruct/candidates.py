@@ -13,7 +13,7 @@ from torch import Tensor
 from rabbet.core.cost import layer_cost
 from rabbet.core.layout import layer_lengths, line_bytes
 from rabbet.core.plan import LayerPlan, Term
-from rabbet.forms import Aim, Dense, Form
+from rabbet.forms import Aim, Form
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
@@ -231,7 +231,7 @@ def _solve_terms(
 
 
 def _together(term: Term) -> bool:
-    return term.form == Dense() and _by_rows(term.grid)
+    return term.form.whole and _by_rows(term.grid)
 
 
 def _by_rows(grid: Grid) -> bool:

@@ -11,7 +11,6 @@ from rabbet.calibrate.ranges import calibrate_inner
 from rabbet.data.answers import UnlikeError
 from rabbet.data.augment import Pool, judging_parts
 from rabbet.errors import RabbetError, check_fields, check_least
-from rabbet.forms import Dense
 from rabbet.grids.grid import stored
 from rabbet.model.compressed import Compressed, compressed_layers, layers_kept
 from rabbet.train.loop import Course, Group, run, shard
@@ -155,7 +154,7 @@ def _start_codes(layer: Compressed, weight: Tensor) -> None:
     If error feedback chose a code that is not the nearest, it starts in the middle of its cell: at
     the edge the first noise would undo a choice that compensates for the errors of other codes.
     """
-    if layer.forms != [Dense()]:
+    if len(layer.forms) > 1 or not layer.forms[0].whole:
         return
     factor = layer.factors[0][0]
     codebook = factor.grid.codebook.uniform

@@ -60,7 +60,7 @@ def _summed(layer: Compressed) -> bool:
     The whole weight runs anyway, so what is added to it costs no time.
     """
     several = len(layer.terms) > 1 or any(form.partial for form in layer.forms)
-    whole = any(form.name == Dense.name for form in layer.forms)
+    whole = any(form.verbatim for form in layer.forms)
     return several and whole and all(form.adds for form in layer.forms)
 
 

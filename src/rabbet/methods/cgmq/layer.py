@@ -113,7 +113,7 @@ class GatedLayer:
 
 def takes_gates(site: Site, line: LayerPlan) -> bool:
     """Whether a line has dense terms only, each output once, on grids that gates can choose."""
-    if {t.form.name for t in line.terms} != {Dense.name}:
+    if not all(t.form.verbatim for t in line.terms):
         return False
     rows = [row for t in line.terms for row in t.form.outputs(site)]
     if sorted(rows) != list(range(site.shape[0])):

@@ -11,7 +11,6 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Plan
 from rabbet.data.batches import Batch
 from rabbet.errors import DataError
-from rabbet.forms import Dense
 from rabbet.grids.grid import stored
 from rabbet.jobs import Job
 from rabbet.methods.ttqat.settings import Settings
@@ -120,7 +119,7 @@ class Teaching(Course):
         """
         sizes: list[tuple[Tensor, float]] = []
         for layer in self.layers.values():
-            share = self.method.dense_rate if layer.forms[0].name == Dense.name else 1.0
+            share = self.method.dense_rate if layer.forms[0].verbatim else 1.0
             for latent in self._of(layer):
                 sizes.append((latent.value, share * _deviation(latent.value)))
                 sizes.append((latent.scale, share * _mean(latent.scale)))
