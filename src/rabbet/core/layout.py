@@ -63,7 +63,11 @@ class Lengths:
 
     def __add__(self, other: "Lengths") -> "Lengths":
         return Lengths(
-            *(getattr(self, f) + getattr(other, f) for f in Lengths.__dataclass_fields__)
+            self.codes + other.codes,
+            self.scales + other.scales,
+            self.zeros + other.zeros,
+            self.biases + other.biases,
+            self.acts + other.acts,
         )
 
     @property

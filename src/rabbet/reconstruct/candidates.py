@@ -4,6 +4,7 @@ Dense terms on any number of grids are rounded in one pass. For a weight of seve
 alternates: each term in turn is fitted to what the others leave, and the best state is kept.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -109,6 +110,7 @@ def _never_costs_more(site: Site, one: Terms, other: Terms) -> bool:
     return smaller and all(a <= b for a, b in zip(ours[1], theirs[1], strict=True))
 
 
+@functools.lru_cache(maxsize=2**12)  # each entry is held against all others
 def _counts(site: Site, terms: Terms) -> tuple[tuple[tuple[int, ...], int], tuple[int, ...]]:
     """Bytes of a file, part by part and in all; codes without and with scales, MACs and BOPs."""
     narrow, wide, plain = (LayerPlan(site.name, terms, act) for act in (2, 8, None))
