@@ -64,11 +64,12 @@ class Jobs:
 
     Functions of a task (`forward`, `loss`) and the network's own code count by what they compute:
     code, constants, defaults, closures, the globals that they read, what they import, the state of
-    objects. What is installed, such as torch, counts by its version. Work that depends on something
-    that cannot be told from another (a lock, a generator, an open file, a module that is not loaded
-    yet) is not kept. That, and an entry of the folder that was damaged or is another job's, is said
-    once, through the logger `rabbet`. The checksums are against accidents, not against somebody who
-    may write into the folder.
+    objects. What is installed, such as torch, counts by its version; what code reads from files
+    does not count. Work that depends on something that cannot be told from another (a lock, a
+    generator, an open file, a module that is not loaded yet, `eval`, the environment) is not kept.
+    That, and an entry of the folder that was damaged or is another job's, is said once, through the
+    logger `rabbet`. The checksums are against accidents, not against somebody who may write into
+    the folder.
     """
 
     executor: Executor | None = None

@@ -5,10 +5,11 @@ broken or cannot be met, 2 any other mistake, 130 stopped by hand, 143 by SIGTER
 line that starts with `error:`.
 """
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -22,6 +23,9 @@ from rabbet.errors import BudgetError, RabbetError, note_of
 # Newer versions of typer carry a click of their own: the root of its usage errors is found through
 # what is public.
 _Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+# Commands that load torch.
+HEAVY = {"doctor", "init", "survey", "plan", "compress", "compare", "export", "eval", "bench"}
 
 app = typer.Typer(
     name="rabbet",
@@ -73,8 +77,19 @@ def program() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: the arguments of the process); returns the exit code."""
-    with terminable() as stopped:
+    with terminable() as stopped, _loading(sys.argv[1:] if arguments is None else arguments):
         return _answered(arguments, stopped)
+
+
+@contextlib.contextmanager
+def _loading(arguments: Sequence[str]) -> Iterator[None]:
+    """Say on a terminal that a command is loading; what it prints first is written over that."""
+    shown = bool(arguments) and arguments[0] in HEAVY and sys.stderr.isatty()
+    if shown and "--help" not in arguments and "-h" not in arguments:
+        print("loading ...", end="\r", file=sys.stderr, flush=True)
+    yield
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _answered(arguments: Sequence[str] | None, stopped: Callable[[], int]) -> int:
