@@ -1,11 +1,12 @@
 """What the tests of the command line share: a way to run it, a file, and a user's own network."""
 
+import math
 import sys
 
 import pytest
 from commands import QUICK
 
-from rabbet.cli import main
+from rabbet.cli import main, terminal
 
 MINE = """
 import torch
@@ -75,8 +76,9 @@ def small(kept, tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs a command and gives its exit code, stdout and stderr."""
+def run(capsys, monkeypatch):
+    """Runs a command and gives its exit code, stdout and stderr, however long it takes."""
+    monkeypatch.setattr(terminal, "EVERY", math.inf)
 
     def call(*arguments):
         capsys.readouterr()

@@ -269,3 +269,29 @@ def test_layers_with_odd_names_are_shown_as_they_are(run, mine):
     code, out, _ = run("survey", f"{mine}:odd", "--data", f"{mine}:nines")
     assert code == 0
     assert '"[red]a b"' in out
+
+
+def test_progress_goes_to_stderr_now_and_then_where_there_is_no_terminal(run, mine, monkeypatch):
+    given = (f"{mine}:net", "--data", f"{mine}:batches", "--budget", "bytes <= 25%", *QUICK)
+    assert run("compress", *given, "--output", "a.safetensors")[2] == ""
+    monkeypatch.setattr("rabbet.cli.terminal.EVERY", 0.0)
+    err = run("compress", *given, "--output", "a.safetensors")[2]
+    assert "solving layers: 2 of 2\n" in err
+    assert run("compress", *given, "--output", "a.safetensors", "--json")[2] == ""
+
+
+def test_a_file_that_is_replaced_is_said_to_be(run, mine):
+    given = (f"{mine}:net", "--data", f"{mine}:batches", "--budget", "bytes <= 25%", *QUICK)
+    assert "in place of" not in run("compress", *given, "--output", "a.safetensors")[1]
+    assert (
+        "bytes, in place of an older file"
+        in run("compress", *given, "--output", "a.safetensors")[1]
+    )
+
+
+def test_the_report_ends_in_a_sentence(run, mine):
+    given = (f"{mine}:net", "--data", f"{mine}:batches", "--budget", "bytes <= 25%", *QUICK)
+    out = run("compress", *given, "--test", f"{mine}:labelled", "--output", "a.safetensors")[1]
+    last = out.splitlines()[-1]
+    assert "x smaller than float32; " in last
+    assert " on 32 examples, within what so many can tell (two deviations are " in last

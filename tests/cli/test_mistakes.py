@@ -56,7 +56,7 @@ MISTAKES = {
     "compress --output a.safetensors --seed 99999999999": "seed",
     "eval mine_of_user.pt2 --test mine_of_user:labelled": "is damaged or not a torch program",
     "compress": "--output",
-    "plan --budget bytes=3": "is not a budget",
+    "plan --budget bytes>3": "is not a budget",
     "check nowhere.safetensors --budget bytes<=3": "there is no file",
     "check mine_of_user.py --budget bytes<=3": "not a rabbet file",
     "check . --budget bytes<=3": "not a rabbet file",

@@ -99,8 +99,9 @@ def test_a_signal_ends_a_real_process_with_one_line(number, code, jobs, tmp_path
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
-    assert err.startswith("stopped; finished work is kept in ")
-    assert err.count("\n") == 1
+    *told, last = err.splitlines()
+    assert last.startswith("stopped; finished work is kept in ")
+    assert all(" of " in line for line in told)  # how far it was, on a slow machine
     assert list(tmp_path.glob("work/*.safetensors"))
 
 

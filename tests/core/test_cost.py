@@ -288,7 +288,7 @@ def test_a_broken_budget_says_what_was_allowed_and_what_was_found():
     [
         ("", "''"),
         ("bytes", "'bytes'"),
-        ("bytes < 10", "bytes < 10"),
+        ("bytes > 10", "bytes > 10"),
         ("bytes >= 10", "bytes >= 10"),
         ("bytes <= ", "bytes <="),
         ("bytes <= ten", "ten"),
