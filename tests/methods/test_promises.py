@@ -156,7 +156,7 @@ every_kind = pytest.mark.parametrize(
 
 
 @every_kind
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 @pytest.mark.slow
 def test_a_network_keeps_every_promise(networks, data, tmp_path_factory):
@@ -172,7 +172,7 @@ def test_a_network_keeps_every_promise(networks, data, tmp_path_factory):
 
 
 @every_kind
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 @pytest.mark.slow
 def test_a_tuned_network_keeps_every_promise(networks, data, tmp_path_factory):
