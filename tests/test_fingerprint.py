@@ -386,6 +386,7 @@ def test_what_is_installed_counts_by_its_name_whether_it_is_loaded_or_not(name, 
     assert fingerprint(late) == before
 
 
+@pytest.mark.slow
 def test_modules_of_the_user_are_the_same_in_another_process(modules, tmp_path):
     text = "import through\ndef f(b):\n    import helper\n    return through.h(b), through"
     helper = H[0] + "\nfrom typing import TypeVar\nT = TypeVar('T')\nNAMES = {'alpha', 'beta'}"
@@ -406,6 +407,7 @@ def _said(code, seed):
     ).stdout
 
 
+@pytest.mark.slow
 def test_another_process_with_other_hashes_finds_the_same():
     names = (
         "Scaled(1)",

@@ -348,6 +348,7 @@ def _parent_of_a_process(sender):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_process_of_the_user_whose_jobs_run_on_threads_may_outlive_its_parent():
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)

@@ -131,6 +131,7 @@ def test_an_unknown_quality_is_refused(quality):
         rabbet.compress(demo.model(), "bits <= 4", demo.calibration(), quality=quality)
 
 
+@pytest.mark.slow
 def test_a_result_comes_back_from_its_file(fitted, tmp_path):
     fitted.save(tmp_path / "a.safetensors")
     again = rabbet.Result.load(tmp_path / "a.safetensors", demo.model(), demo.calibration())

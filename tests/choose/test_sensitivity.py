@@ -95,6 +95,7 @@ def test_the_score_is_the_energy_of_the_derivative_along_the_change(name):
     assert scores.tolist() == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_examples_whose_number_does_not_divide_the_first_axis_are_scored_right_on_average():
     model = settled(Scalar(nn.Linear(6, 5), "time first")).requires_grad_(False)
     x = rand(3, 7, 6)  # time first: 7 rows for 3 examples

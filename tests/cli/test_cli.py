@@ -80,6 +80,7 @@ def test_compress_needs_nothing_but_a_file_to_write(run, tmp_path):
     assert len(list(path.parent.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_compress_as_json_tells_what_was_measured_on_the_file(run, kept, tmp_path):
     path = tmp_path / "a.safetensors"
     code, out, err = run(
@@ -94,6 +95,7 @@ def test_compress_as_json_tells_what_was_measured_on_the_file(run, kept, tmp_pat
     assert facts["evaluation"]["before"] == rabbet.accuracy(demo.model(), demo.test())
 
 
+@pytest.mark.slow
 def test_a_plan_can_be_edited_and_fitted(run, kept, tmp_path):
     text = run("plan", "--resume", kept, *QUICK)[1]
     edited = rabbet.Plan.parse(text).with_layer(LayerPlan.parse("stem.0 dense@5c | act@8"))
@@ -197,6 +199,7 @@ def test_a_damaged_file_is_exit_code_2(run, small, tmp_path, cut):
         assert "damaged" in err
 
 
+@pytest.mark.slow
 def test_compare_shows_costs_accuracy_and_where_plans_differ(run, small, kept, tmp_path):
     other = tmp_path / "other.safetensors"
     assert (

@@ -62,6 +62,7 @@ def test_eval_measures_any_file_that_is_written(run, small, exported, tmp_path):
     assert value == rabbet.accuracy(rabbet.Session(exported / "s.onnx"), demo.test())
 
 
+@pytest.mark.slow
 def test_compress_writes_for_a_runtime_and_says_how_good_that_file_is(run, kept, tmp_path):
     arguments = (*QUICK, "--resume", kept)
     code, out, _ = run("compress", "--output", tmp_path / "s.onnx", *arguments)

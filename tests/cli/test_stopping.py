@@ -20,6 +20,7 @@ def _starts(*arguments, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_nothing_behind(run, kept, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"old")
@@ -38,6 +39,7 @@ def test_a_write_that_fails_leaves_nothing_behind(run, kept, tmp_path, monkeypat
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch):
     folder, path = tmp_path / "work", tmp_path / "a.safetensors"
     solve, solved = network.solve_site, []

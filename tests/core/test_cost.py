@@ -62,7 +62,7 @@ def _plans(draw, sites):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_predicted_bytes_are_those_of_the_file(name, data, tmp_path_factory):
     piece = PIECES[name]
@@ -79,7 +79,7 @@ def test_predicted_bytes_are_those_of_the_file(name, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_predicted_macs_are_those_that_a_counter_sees(name, data):
     piece = PIECES[name]

@@ -71,7 +71,7 @@ PAIRS = list(
 
 
 @pytest.fixture(
-    scope="module", params=thinned([(p,) for p in PAIRS], 2), ids=[f"{n}-{k}" for n, k in PAIRS]
+    scope="module", params=thinned([(p,) for p in PAIRS]), ids=[f"{n}-{k}" for n, k in PAIRS]
 )
 def written(request, tmp_path_factory):
     """A case, compressed with a kind of terms, and its file."""

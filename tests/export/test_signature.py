@@ -109,6 +109,7 @@ class Gated(nn.Module):
 
 
 @pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.slow
 def test_a_recurrent_layer_of_any_width_is_exported(width, tmp_path):
     net, data = settled(Gated(width)), [rand(4, 10, 16)]
     result = fit(net, "head dense@8c | act@8", data, quality="fast")

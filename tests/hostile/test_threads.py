@@ -52,6 +52,7 @@ def threads():
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_two_threads_compress_one_network_as_each_would_alone(threads, tmp_path):
     net, x, budgets = _net(), [rand(8, 3, 8, 8)], ("bits <= 3", "bits <= 5")
     descriptor, stream = os.fstat(1), sys.stdout

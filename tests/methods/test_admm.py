@@ -72,6 +72,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
+@pytest.mark.slow
 def test_every_setting_gives_a_network_that_its_file_gives_back(given, tmp_path):
     result = _run(ADMM(**SHORT, **given))
     assert result.save(tmp_path / "a.safetensors") == result.cost.bytes

@@ -79,6 +79,7 @@ LIMITS = ["bops <= 0.39%", "bops <= 0.5%", "bops <= 1.3%", "bops <= 5%",
     method=methods(),
     budget=st.sampled_from(LIMITS),
 )
+@pytest.mark.slow
 def test_a_budget_is_kept_or_refused_at_once(case, method, budget):
     steps = []
     jobs = Jobs(progress=lambda stage, *_: steps.append(stage))

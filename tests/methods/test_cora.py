@@ -65,9 +65,7 @@ def test_the_kernel_is_the_formula_of_the_paper(order, offset):
 @pytest.mark.parametrize(
     "method", [SHORT, replace(SHORT, ranks="heuristic"), PAPER], ids=["ours", "even", "paper"]
 )
-@pytest.mark.parametrize(
-    "budget", thinned([BUDGET, "bits <= 4.5, bops <= 4%", "macs <= 125%"])
-)
+@pytest.mark.parametrize("budget", thinned([BUDGET, "bits <= 4.5, bops <= 4%", "macs <= 125%"]))
 def test_every_layer_has_the_same_bits_and_the_budget_is_kept(method, budget):
     model, task = _labelled()
     result = compress(model, budget, task, method)

@@ -213,6 +213,7 @@ def test_other_processes_write_the_same_bytes(name, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_seed_is_all_that_chance_depends_on(tmp_path):
     case = network("residual")
     for k, (seed, noise) in enumerate([(0, 1), (0, 2), (1, 1)]):
