@@ -48,7 +48,7 @@ def test_a_network_of_another_kind_is_refused(tmp_path):
     result = rabbet.compress(
         nn.Linear(4, 4).eval(), "bits <= 8", [torch.rand(8, 4)], quality="fast"
     )
-    with pytest.raises(ModelError, match="no config of transformers"):
+    with pytest.raises(ModelError, match="no network of transformers"):
         hf.save_pretrained(result, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
@@ -69,3 +69,15 @@ def test_a_damaged_folder_is_refused(compressed, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Unknown"]}))
     with pytest.raises(FileError, match="names the architecture 'Unknown'"):
         hf.from_pretrained(folder)
+
+
+def test_what_is_no_network_of_transformers_is_refused_and_nothing_is_changed(compressed, tmp_path):
+    result, _ = compressed
+    before, state = result.model.config.architectures, torch.get_rng_state()
+    with pytest.raises(ModelError, match="tokenizer is one of transformers"):
+        hf.save_pretrained(result, tmp_path / "small", tokenizer="bert")
+    assert not (tmp_path / "small").exists()
+    again = hf.from_pretrained(hf.save_pretrained(result, tmp_path / "small"))
+    assert result.model.config.architectures == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again.name_or_path == str(tmp_path / "small")

@@ -1,7 +1,7 @@
 """The front door: a float network and a budget in, a network that keeps it out."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -253,14 +253,16 @@ def _result(
     parcel = Parcel(model, plan, piece.survey, piece.rest(plan), piece.task)
     missing = [s.name for s in piece.survey if plan.get(s.name) is None]
     if missing:
-        names = ", ".join(map(quoted, missing[:3])) + (", ..." if len(missing) > 3 else "")
-        notes = (f"no line in the plan, so kept in float: {len(missing)} ({names})", *notes)
+        notes = (f"no line in the plan, so kept in float: {len(missing)} ({_few(missing)})", *notes)
     dead = piece.dead
     if dead:
-        names = ", ".join(map(quoted, dead[:3])) + (", ..." if len(dead) > 3 else "")
-        notes = (f"inputs that are zero in all batches: those of {names}", *notes)
+        notes = (f"inputs that are zero in all batches: those of {_few(dead)}", *notes)
     said = (*piece.survey.notes, *notes)
     return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 @in_turn

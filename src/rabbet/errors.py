@@ -12,7 +12,8 @@ loader, a forward, a loss) is none of these: it is passed on, with a note of whe
 """
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -117,3 +118,9 @@ def check_least(settings: Any, least: int, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise PlanError(f"{name} is at least {least}; found {value}")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What somebody who wrote an unknown name may have meant, in words; nothing if that is open."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

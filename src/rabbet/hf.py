@@ -6,11 +6,13 @@ code that lies in a folder is run, and nothing is unpickled.
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rabbet._api import Result, load
@@ -27,20 +29,22 @@ def save_pretrained(
     """Write a compressed network of transformers into a folder; returns the folder.
 
     tokenizer: is saved beside it. data: what it was calibrated or trained with, in words, for the
-    model card. Raises ModelError for a network that is not of transformers, FileError for a place
-    that cannot be written.
+    model card, `README.md`, which is written anew. Raises ModelError for a network that is not of
+    transformers, FileError for a place that cannot be written, and as `Result.save` does.
     """
-    config: Any = getattr(result.model, "config", None)
-    if not hasattr(config, "save_pretrained"):
+    kind = type(result.model)
+    if not hasattr(result.model, "config") or _known(kind.__name__) is not kind:
         raise ModelError(
-            f"{type(result.model).__name__} has no config of transformers; write it with "
-            "result.save(...)"
+            f"{kind.__name__} is no network of transformers; write it with result.save(...)"
         )
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ModelError(f"tokenizer is one of transformers, found {type(tokenizer).__name__}")
+    config: Any = copy.deepcopy(result.model.config)
+    config.architectures = [kind.__name__]
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         result.save(folder / NATIVE)
-        config.architectures = [type(result.model).__name__]
         config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -62,12 +66,13 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     kind = _class_of(folder)
     if not (folder / NATIVE).is_file():
         return _read(folder, kind)
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):  # random weights, which the file replaces
         try:
             network: Any = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
         except Exception as e:  # transformers raises whatever it likes
             raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
     network.config.use_cache = False
+    network.name_or_path = network.config._name_or_path = str(folder)  # noqa: SLF001 (theirs)
     return load(folder / NATIVE, network.eval())
 
 
@@ -101,6 +106,13 @@ def card(result: Result, data: str = "") -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _known(name: str) -> Any:
+    """What transformers has under a name."""
+    import transformers
+
+    return getattr(transformers, name, None)
 
 
 def _class_of(folder: Path) -> Any:

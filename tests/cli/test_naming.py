@@ -446,10 +446,11 @@ def test_a_program_of_a_compressed_network_is_compressed_again(tmp_path):
 def test_what_is_read_is_never_written_over(run, program, pictures, tmp_path):
     given = (program, "--data", f"{pictures} {SCALED}", *QUICK, "--output")
     before = program.read_bytes()
-    for output in (program, pictures / "small.safetensors"):
+    (pictures / "old.safetensors").write_bytes(b"old")
+    for output in (program, pictures / "old.safetensors"):
         code, out, err = run("compress", *given, output)
         assert (code, out) == (2, "")
-        assert "would be written over what is read from" in err
+        assert "is read by this command" in err
     assert program.read_bytes() == before
 
 
@@ -502,3 +503,52 @@ def test_arrays_without_names_are_arguments_in_order(tmp_path):
 def test_settings_of_images_are_checked(setting, pictures):
     with pytest.raises(typer.BadParameter, match=setting.partition("=")[0]):
         open_data(f"{pictures} {SCALED} {setting}", None, "--data")
+
+
+def test_a_batch_norm_without_bias_or_in_training_mode():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    network[1].bias = None
+    x = torch.rand(2, 3, 8, 8)
+    again = layers_of(torch.export.export(network, (x,)))
+    with torch.no_grad():
+        assert torch.allclose(again(x), network(x), atol=1e-6)
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+    with pytest.raises(ModelError, match="takes the statistics of the batch"):
+        layers_of(torch.export.export(bare, (x,)))
+
+
+def test_a_bias_that_is_read_elsewhere_stays_where_it_is():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.c.weight) + self.c.bias.view(1, -1, 1, 1)
+
+    network, x = Apart().eval(), torch.rand(2, 3, 8, 8)
+    again = layers_of(torch.export.export(network, (x,)))
+    with torch.no_grad():
+        assert torch.allclose(again(x), network(x), atol=1e-6)
+    assert [s.name for s in rabbet.survey(again, [x])] == ["c_2"]
+
+
+def test_many_arrays_without_names_keep_their_order(tmp_path):
+    np.savez(tmp_path / "x.npz", *[np.full((2, 1), k, np.float32) for k in range(12)])
+    batch = next(iter(open_data(str(tmp_path / "x.npz"), None, "--data")))
+    assert [int(t[0]) for t in batch] == list(range(12))
+
+
+def test_a_folder_of_hugging_face_is_not_written_over(run, tmp_path):
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=16)  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "net")
+    ids = np.ones((4, 9), np.int64)
+    np.savez(tmp_path / "x.npz", input_ids=ids, attention_mask=ids)
+    weights = tmp_path / "net" / "model.safetensors"
+    before = weights.read_bytes()
+    given = (f"hf:{tmp_path / 'net'}", "--data", tmp_path / "x.npz", *QUICK, "--output", weights)
+    code, _, err = run("compress", *given)
+    assert code == 2
+    assert "is read by this command" in err
+    assert weights.read_bytes() == before

@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _loading(arguments: Sequence[str]) -> Iterator[None]:
     """Say on a terminal that a command is loading; what it prints first is written over that."""
     shown = bool(arguments) and arguments[0] in HEAVY and sys.stderr.isatty()
+    shown = shown and "--json" not in arguments  # what is printed first has to be longer
     if shown and "--help" not in arguments and "-h" not in arguments:
         print("loading ...", end="\r", file=sys.stderr, flush=True)
     yield

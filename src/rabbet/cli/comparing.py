@@ -37,8 +37,7 @@ def scores_of(files: list[Path], model: str | None, test: str | None) -> Scores 
         return None
     network = open_network(model)
     judge = open_judge(test, network=network)
-    if judge is None:
-        return None
+    assert judge is not None
     return Scores(judge, [judge(load(file, network)) for file in files])
 
 

@@ -102,7 +102,6 @@ def compress(
     before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
     with working(resume, processes, as_json) as jobs:
         result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
-    output.parent.mkdir(parents=True, exist_ok=True)
     replaced = output.exists()
     written = outcomes.export_safely(result, output, target)
     after = None if judge is None else judge(opened(output, inputs.network))

@@ -19,6 +19,7 @@ import typer
 from torch import Tensor, nn
 
 from rabbet.cli.references import settings_of
+from rabbet.data.batches import tensor_of
 from rabbet.errors import DataError, FileError
 
 BATCH = 32  # examples
@@ -280,8 +281,8 @@ def _arrays(asked: Asked) -> Table:
     try:
         content: Any = np.load(asked.path, allow_pickle=False)
         parts = {"": content} if isinstance(content, np.ndarray) else dict(content)
-        named = {name: torch.from_numpy(_native(a)) for name, a in parts.items()}
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as e:
+        named = {name: tensor_of(a) for name, a in parts.items()}
+    except (OSError, ValueError, DataError, EOFError, BadZipFile) as e:
         raise FileError(f"{asked.path} cannot be read as arrays: {e}") from None
     counts = {len(t) if t.ndim else 0 for t in named.values()}
     labels = named.pop(LABELS, None)
@@ -295,15 +296,13 @@ def _arrays(asked: Asked) -> Table:
 
     def join(some: range) -> Any:
         cut = {name: t[some.start : some.stop : some.step] for name, t in named.items()}
-        parts = tuple(cut[name] for name in sorted(cut))
-        return cut if not ordered else parts[0] if len(parts) == 1 else parts
+        if not ordered:
+            return cut
+        if len(cut) == 1:
+            return cut.popitem()[1]
+        return tuple(cut[f"arr_{k}"] for k in range(len(cut)))
 
     return Table(counts.pop(), join, labels)
-
-
-def _native(array: Any) -> Any:
-    """An array in the byte order of this machine, in one piece."""
-    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def _lines(asked: Asked) -> Table:
@@ -315,9 +314,9 @@ def _lines(asked: Asked) -> Table:
         text = asked.path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise FileError(f"{asked.path} cannot be read as text: {e}") from None
-    texts = [line for line in text.splitlines() if line.strip()]
+    texts = [line for line in text.split("\n") if line.strip()]
     labels = None
-    if asked.path.suffix == ".tsv":
+    if asked.path.suffix.lower() == ".tsv":
         parts = [line.rpartition("\t") for line in texts]
         if not all(text and number.strip().isdecimal() for text, _, number in parts):
             raise FileError(f"in {asked.path} a line is a text, a tab and the number of its class")
@@ -334,8 +333,9 @@ def _lines(asked: Asked) -> Table:
 
 def _tokenizer(asked: Asked) -> Any:
     """The tokenizer that lies beside a network of transformers."""
-    folder = Path(str(getattr(asked.network, "name_or_path", "")))
-    if not (folder / "tokenizer_config.json").is_file():
+    name = str(getattr(asked.network, "name_or_path", "") or "")
+    folder = Path(name)
+    if not name or not (folder / "tokenizer_config.json").is_file():
         raise asked.wrong(
             f"the words in {asked.path} are numbered by a tokenizer, and the network brings none: "
             "name a folder of Hugging Face's that holds one"

@@ -38,6 +38,7 @@ def machine() -> dict[str, str]:
     known = processor()
     best = known["instructions"]
     exact = "exact" if best in EXACT else "sums of products saturate at 16 bits (docs/onnx.md)"
+    exact = "so nothing is known of them" if best == "unknown" else exact
     cards = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     return {
         "rabbet": version("rabbet") or "not installed",

@@ -1,6 +1,5 @@
 """The network that a command names: a callable, a library's name, a folder, or a saved program."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from rabbet.cli.datasets import PREPARATION
 from rabbet.cli.references import reporting, resolve, settings_of
-from rabbet.errors import FileError
+from rabbet.errors import FileError, near
 from rabbet.hf import from_pretrained
 from rabbet.model.program import layers_of
 
@@ -65,8 +64,8 @@ def _torchvision(name: str, settings: Mapping[str, Any]) -> nn.Module:
         ) from None
     _require_known(name, models.list_models(), "torchvision")
     network: nn.Module = models.get_model(name, **{"weights": "DEFAULT", **settings})
-    weights = models.get_model_weights(name).DEFAULT
-    preset = weights.transforms()
+    asked = str(settings.get("weights") or "DEFAULT").rpartition(".")[2]
+    preset = getattr(models.get_model_weights(name), asked).transforms()
     if hasattr(preset, "crop_size"):
         size, scaled = preset.crop_size[0], preset.resize_size[0]
         told = {"input_size": (3, size, size), "crop_pct": size / scaled}
@@ -78,9 +77,9 @@ def _torchvision(name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 def _require_known(name: str, known: list[str], library: str) -> None:
     if name.partition(".")[0] not in known:  # timm names weights behind a point
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise typer.BadParameter(f"{library} has no network {name!r}{hint}", param_hint="MODEL")
+        raise typer.BadParameter(
+            f"{library} has no network {name!r}{near(name, known)}", param_hint="MODEL"
+        )
 
 
 def _folder(name: str, settings: Mapping[str, Any]) -> nn.Module:

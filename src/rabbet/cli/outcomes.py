@@ -86,7 +86,8 @@ class Outcome:
     @property
     def sentence(self) -> str:
         """All of it in one sentence."""
-        smaller = f"{self.result.float_cost.bytes / self.written.bytes:.3g}x smaller than float32"
+        times = self.result.float_cost.bytes / self.written.bytes
+        smaller = f"{times:.3g}x smaller than float32" if times > 1 else "no smaller than float32"
         if self.before is None or self.after is None or not self.examples:
             return smaller
         lost = self.before - self.after
@@ -104,7 +105,7 @@ def _side(lost: float) -> str:
 def _deviation(count: int, *shares: float) -> float:
     """The standard deviation of the difference of accuracies in per cent, were they independent.
 
-    At most so much: they are of the same examples.
+    They are of the same examples, and so usually nearer to each other.
     """
     return math.sqrt(sum(share * (100 - share) for share in shares) / count)
 

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -16,7 +15,7 @@ from typing import Any
 import typer
 from torch import nn
 
-from rabbet.errors import RabbetError
+from rabbet.errors import RabbetError, near
 
 
 def resolve(reference: str, option: str) -> Any:
@@ -49,7 +48,7 @@ def literal(text: str) -> Any:
     """The value that a text writes down; what is none is a word."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -71,7 +70,7 @@ def attribute(reference: str, option: str) -> Any:
     for name in path.split("."):
         if not hasattr(named, name):
             known = [n for n in dir(named) if not n.startswith("_")]
-            raise typer.BadParameter(f"{at} has no {name!r}{_near(name, known)}", param_hint=option)
+            raise typer.BadParameter(f"{at} has no {name!r}{near(name, known)}", param_hint=option)
         named, at = getattr(named, name), f"{at}:{name}" if at == place else f"{at}.{name}"
     return named
 
@@ -100,8 +99,8 @@ def reporting(reference: str, option: str) -> Iterator[None]:
 
 def _from_file(path: Path, option: str) -> ModuleType:
     if not path.is_file():
-        near = _near(path.name, [p.name for p in path.parent.glob("*.py")])
-        raise typer.BadParameter(f"there is no file {path}{near}", param_hint=option)
+        hint = near(path.name, [p.name for p in path.parent.glob("*.py")])
+        raise typer.BadParameter(f"there is no file {path}{hint}", param_hint=option)
     _importable(path.resolve().parent)
     # the file may be named by several options, and is run once
     name = path.stem
@@ -134,10 +133,10 @@ def _from_name(name: str, option: str) -> ModuleType:
         folders = (
             list(getattr(sys.modules.get(parent), "__path__", [])) if parent else [str(Path.cwd())]
         )
-        near = _near(last, [m.name for m in pkgutil.iter_modules(folders)])
+        hint = near(last, [m.name for m in pkgutil.iter_modules(folders)])
         where = parent or "the current folder or the installed packages"
         raise typer.BadParameter(
-            f"there is no module {missing!r} in {where}{near}", param_hint=option
+            f"there is no module {missing!r} in {where}{hint}", param_hint=option
         ) from None
 
 
@@ -145,8 +144,3 @@ def _importable(folder: Path) -> None:
     """As `python -m` does for the current folder."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-
-
-def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -64,12 +64,14 @@ def ready(output: Path, target: str | None = None) -> str:
 def require_other(output: Path, *references: str | Path | None) -> None:
     """Refuse, before any work, to write over the network or the data that a command reads."""
     for reference in references:
-        path = None if reference is None else Path(settings_of(str(reference))[0])
-        if path is None or not path.exists():
+        if reference is None or not output.exists():
             continue
+        path = Path(settings_of(str(reference))[0].removeprefix("hf:"))
         inside = path.is_dir() and output.resolve().is_relative_to(path.resolve())
         if inside or path.resolve() == output.resolve():
-            raise FileError(f"{output} would be written over what is read from {reference}")
+            raise FileError(
+                f"{output} is read by this command ({reference}): name another --output"
+            )
 
 
 def writable(output: Path) -> None:

@@ -3,20 +3,13 @@
 Values only; `model.inspect` collects them.
 """
 
-import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rabbet.errors import FileError, PlanError
+from rabbet.errors import FileError, PlanError, near
 from rabbet.layers import Site
 from rabbet.layers.files import is_count, is_text, site_from_json, site_to_json
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """What somebody who wrote an unknown name may have meant, in words; nothing if that is open."""
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rabbet.errors import DataError
@@ -50,15 +51,29 @@ def with_tensors(batch: Batch) -> Batch:
     Raises DataError for an array that is not of numbers.
     """
     if isinstance(batch, np.ndarray):
-        try:
-            return torch.tensor(batch)
-        except TypeError as e:
-            raise DataError(f"a batch holds an array of {batch.dtype}: {e}") from None
-    if isinstance(batch, Mapping) and any(isinstance(v, np.ndarray) for v in batch.values()):
+        return tensor_of(batch)
+    if isinstance(batch, Mapping) and _holds_array(batch):
         return {k: with_tensors(v) for k, v in batch.items()}
-    if type(batch) in (tuple, list):
+    if type(batch) in (tuple, list) and _holds_array(batch):
         return type(batch)(map(with_tensors, batch))
     return batch
+
+
+def _holds_array(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return any(map(_holds_array, value))
+    return isinstance(value, np.ndarray)
+
+
+def tensor_of(array: NDArray[Any]) -> Tensor:
+    """A copy of an array, of any byte order and layout; DataError if it is not of numbers."""
+    try:
+        native = array.astype(array.dtype.newbyteorder("="))
+        return torch.from_numpy(np.ascontiguousarray(native))
+    except TypeError as e:
+        raise DataError(f"an array of {array.dtype} holds no numbers: {e}") from None
 
 
 def suited(batch: Batch, model: nn.Module) -> Batch:

@@ -270,7 +270,8 @@ def correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple
                     f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; "
                     f"found {describe(y)}"
                 )
-            whole = bool((y == y.round()).all()) if y.is_floating_point() else True
+            whole = not y.is_floating_point() or bool((y == y.round()).all())
+            y = y.long() if whole else y
             if y.numel() and not (whole and 0 <= y.min() <= y.max() < scores.shape[1]):
                 raise DataError(
                     f"labels are whole numbers from 0 below {scores.shape[1]}, the number of "

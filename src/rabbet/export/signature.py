@@ -47,6 +47,9 @@ def example(task: Task) -> Batch:
     return axes.first(batch, 2)
 
 
+BATCH = "batch"  # the axis of examples in a file
+
+
 def axes(task: Task, batch: Batch) -> Iterator[dict[int, Any]]:
     """The dynamic axes of each tensor of a batch."""
     shapes = [[t.shape for t in tensors(b)] for b in task.read()]
@@ -58,21 +61,12 @@ def axes(task: Task, batch: Batch) -> Iterator[dict[int, Any]]:
 
 
 def axis_names(task: Task, batch: Batch) -> list[dict[int, str]]:
-    """A name for each dynamic axis of each tensor of a batch: `batch`, or `length` where it varies.
-
-    Axes that are of the same size in every batch share one.
-    """
-    shapes = [[t.shape for t in tensors(b)] for b in task.read()]
+    """A name for each dynamic axis of each tensor of a batch: that of examples, or a length."""
     owners = [axis for axis, _ in task.examples.shapes(batch)]
-    lengths: dict[tuple[int, ...], str] = {}
-    named: list[dict[int, str]] = []
-    for k, (owner, dynamic) in enumerate(zip(owners, axes(task, batch), strict=True)):
-        named.append({})
-        for axis in dynamic:
-            sizes = tuple(s[k][axis] for s in shapes if len(s) > k and len(s[k]) > axis)
-            other = f"length_{len(lengths) + 1}" if lengths else "length"
-            named[k][axis] = "batch" if axis == owner else lengths.setdefault(sizes, other)
-    return named
+    return [
+        {axis: BATCH if axis == owner else "length" for axis in dynamic}
+        for owner, dynamic in zip(owners, axes(task, batch), strict=True)
+    ]
 
 
 def input_names(model: nn.Module, task: Task, batch: Batch) -> list[str]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from rabbet.core.layout import factor_shapes
 from rabbet.core.plan import LayerPlan, Plan, Term, quoted
-from rabbet.core.survey import Survey, near
-from rabbet.errors import PlanError
+from rabbet.core.survey import Survey
+from rabbet.errors import PlanError, near
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
 from rabbet.model.bn_fold import fold

@@ -41,18 +41,24 @@ def layers_of(program: torch.export.ExportedProgram) -> nn.Module:
         if make is None:
             continue
         given = _given(network, node)
+        if given.get("training"):
+            raise ModelError(
+                "a batch norm of the program takes the statistics of the batch: it was exported in "
+                "training mode (export model.eval()), or keeps none (track_running_stats=False)"
+            )
         if not _is_layer(given):
             continue
         layer, arguments = make(given), _arguments(node)
         places = {k: str(v.target) for k, v in arguments.items() if isinstance(v, fx.Node)}
         inputs = arguments["indices" if "indices" in given else "input"]
         for name in TENSORS:
-            if isinstance(given.get(name), Tensor):
-                setattr(layer, name, given[name])
+            if hasattr(layer, name):
+                setattr(layer, name, given.get(name))
         # One that runs several times with the same numbers and settings is one layer.
         key = f"{layer!r} {[places.get(name) for name in TENSORS]}"
         if key not in layers:
-            layers[key] = _name_for(network, places["weight"], set(layers.values()))
+            taken = set(layers.values())
+            layers[key] = _name_for(network, places["weight"], taken, {*places.values()})
             network.add_submodule(layers[key], layer)
         with network.graph.inserting_before(node):
             call = network.graph.call_module(layers[key], (inputs,))
@@ -77,12 +83,17 @@ def _is_layer(given: Given) -> bool:
     return known and stored
 
 
-def _name_for(network: fx.GraphModule, weight: str, taken: set[str]) -> str:
-    """A name for the layer of a weight: its own, if nothing but its tensors stands there."""
+def _name_for(network: fx.GraphModule, weight: str, taken: set[str], mine: set[str]) -> str:
+    """A name for the layer of a weight: its own, if nothing but its tensors stands there.
+
+    mine: where the tensors of the layer stand.
+    """
     name = weight.removesuffix(".weight") if weight.endswith(".weight") else f"{weight}_layer"
     name = "layer" if name == "weight_layer" else name
     free, count = name, 1
-    while free in taken or not _stands_free(network, free, own=free == name):
+    read = {str(n.target) for n in network.graph.nodes if n.op == "get_attr" and n.users}
+    others = {place.rpartition(".")[0] for place in read - mine}  # who has tensors that others read
+    while free in taken or not _stands_free(network, free, free == name and name not in others):
         count += 1
         free = f"{name}_{count}"
     return free
@@ -197,11 +208,6 @@ def _embedding(given: Given) -> nn.Module:
 
 
 def _batch_norm(given: Given) -> nn.Module:
-    if given["training"] or given["running_mean"] is None:
-        raise ModelError(
-            "a batch norm of the program takes the statistics of the batch: it was exported in "
-            "training mode (export model.eval()), or keeps none (track_running_stats=False)"
-        )
     kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(given["rank"], nn.BatchNorm1d)
     layer = kind(len(given["running_mean"]), given["eps"], given["momentum"], device="meta")
     layer.num_batches_tracked = torch.zeros((), dtype=torch.long)

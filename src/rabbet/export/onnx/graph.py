@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rabbet.export.onnx.placeholders import DOMAIN, name_of
+from rabbet.export.signature import BATCH
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,15 +66,21 @@ class Graph:
         return list(self.model.graph)
 
     def name_axes(self, names: Mapping[str, Mapping[int, str]]) -> None:
-        """Give free axes the names that they have in the inputs: names of axes by input."""
+        """Give free axes names: by input and axis, numbered where they are not proven to be equal.
+
+        Only the axis of examples is known to be one in all inputs.
+        """
         import onnx_ir as ir
 
         known: dict[str, str] = {}
         for value in self.inputs:
             for axis, name in names.get(str(value.name), {}).items():
                 size = None if value.shape is None else value.shape[axis]
-                if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                    known.setdefault(str(size.value), name)
+                symbol = str(size.value) if isinstance(size, ir.SymbolicDim) else "None"
+                if symbol == "None" or symbol in known:
+                    continue
+                same = [n for n in known.values() if n.partition("_")[0] == name]
+                known[symbol] = f"{name}_{len(same) + 1}" if same and name != BATCH else name
 
         def renamed(size: Any) -> Any:
             if not isinstance(size, ir.SymbolicDim) or size.value is None:
