@@ -78,8 +78,15 @@ def open_judge(
 
 def _accuracy(pairs: Iterable[Any]) -> Callable[[nn.Module], tuple[float, int]]:
     def run(network: nn.Module) -> tuple[float, int]:
-        right, total = correct(network, pairs)
-        examples = sum(len(y) for _, y in pairs)  # of an image or a text there are many labels
+        examples = 0
+
+        def counted() -> Iterator[Any]:
+            nonlocal examples
+            for pair in pairs:
+                yield pair
+                examples += len(pair[1])  # one image or text may have many labels
+
+        right, total = correct(network, counted())
         return 100 * right / total, total if examples == total else 0
 
     return run
