@@ -50,6 +50,18 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _programs_are_forgotten(tmp_path_factory):
+    """A user's file that a test wrote and imported is not what the next test finds by its name."""
+    path, known = sys.path[:], set(sys.modules)
+    yield
+    sys.path[:] = path
+    written = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(written):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def kernels_are_exact():
     """Whether onnxruntime's int8 kernels do not saturate here."""

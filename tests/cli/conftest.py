@@ -1,7 +1,6 @@
 """What the tests of the command line share: a way to run it, a file, and a user's own network."""
 
 import math
-import sys
 
 import pytest
 from commands import QUICK
@@ -91,8 +90,6 @@ def run(capsys, monkeypatch):
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """A user's own file in the current folder, as a module and as a path."""
-    monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine_of_user.py").write_text(MINE)
-    yield "mine_of_user"
-    sys.modules.pop("mine_of_user", None)
+    return "mine_of_user"

@@ -54,12 +54,10 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def here(saved, tmp_path, monkeypatch):
     """The current folder, with the networks and a file of batches in it."""
-    monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     (tmp_path / "batches_of_user.py").write_text(BATCHES)
-    yield tmp_path
-    sys.modules.pop("batches_of_user", None)
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -142,15 +142,11 @@ def shown(expected, found, where):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A temporary folder; modules that are imported from it are forgotten."""
-    known = set(sys.modules)
+    """A temporary folder that is imported from."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setenv("RABBET_CACHE", str(tmp_path / "cache"))
-    yield tmp_path
-    for name in set(sys.modules) - known:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
+    return tmp_path
 
 
 def execute(text, where, line, namespace):
