@@ -6,6 +6,7 @@ of rows, each with the bounds and the shift of its own grid. Matrices are [group
 grouped conv has an H per group.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -139,7 +140,10 @@ class Rows:
 
     def better(self, other: "Rows", metric: Metric) -> "Rows":
         """Row by row, the one with the smaller error."""
-        take = other.error(metric) < self.error(metric)
+        return self.picked(other.error(metric) < self.error(metric), other)
+
+    def picked(self, take: Tensor, other: "Rows") -> "Rows":
+        """These rows, but another's where `take` [groups, rows] says so."""
         picked = {}
         for name in TENSORS:
             a, b = getattr(self, name), getattr(other, name)
@@ -160,41 +164,79 @@ def _gather(x: Tensor, order: Tensor, axis: int) -> Tensor:
     return x.gather(axis, index.expand_as(x))
 
 
-def _by_column(values: Tensor, columns: slice, order: Tensor | None = None) -> Tensor:
-    """Values [groups, rows, n or 1] of some columns, each a row: [groups, columns or 1, rows].
+def _by_column(values: Tensor) -> Tensor:
+    """Values [groups, rows, n] with each column a row, so that it lies in one piece in memory."""
+    # never a view: of one row, or one column, it would be
+    return values.mT.clone(memory_format=torch.contiguous_format)
 
-    So a column lies in one piece in memory.
-    """
-    if values.shape[2] > 1:
-        values = (values if order is None else _gather(values, order, 2))[:, :, columns]
-    return values.mT.contiguous()
+
+def _columns(*blocks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Column j of each block [groups, columns, rows], as [groups, 1, rows], for every j."""
+    return zip(*(block.split(1, dim=1) for block in blocks), strict=True)
 
 
 def feedback(rows: Rows, metric: Metric) -> Rows:
     """Error-feedback rounding (GPTQ, arXiv 2210.17323).
 
-    Column by column, each error is spread over the columns to come.
+    Column by column; each takes its share of the errors of all columns before it.
     """
     u, order = metric.factor, metric.order
-    work = _gather(rows.target, order, 2)
-    codes = torch.empty_like(work)
+    low, high = rows.low[:, None], rows.high[:, None]
     scale, shift = rows.spread(rows.scale), rows.spread(rows.shift)
-    for start in range(0, work.shape[2], BLOCK):
-        mine = slice(start, start + BLOCK)
-        block, inner = _by_column(work, mine), u[:, mine, mine]
-        scales, shifts = (_by_column(values, mine, order) for values in (scale, shift))
+    alone = scale.shape[2] == 1  # then a row is kept in units of its scale, less the shift
+    if not alone:
+        scale, shift = (_gather(values, order, 2) for values in (scale, shift))
+    work = _gather(rows.target / scale - shift if alone else rows.target, order, 2)
+    codes = torch.empty_like(work)
+    for begin in range(0, work.shape[2], BLOCK):
+        mine, rest = slice(begin, begin + BLOCK), slice(begin + BLOCK, None)
+        # what an error does to later columns is relative to the entry of the factor that it meets
+        shares = u[:, mine] / u[:, mine, mine].diagonal(dim1=1, dim2=2)[..., None]
+        block, inner = _by_column(work[:, :, mine]), _by_column(shares[:, :, mine])
         found, errors = torch.empty_like(block), torch.empty_like(block)
-        for j in range(block.shape[1]):
-            at = j if scales.shape[1] > 1 else 0
-            column = block[:, j] / scales[:, at]
-            found[:, j] = nearest(column, shifts[:, at]).clamp_(rows.low, rows.high)
-            # the error in units of the scale, over the entry of the factor
-            error = column.sub_(found[:, j]).sub_(shifts[:, at]).mul_(scales[:, at])
-            errors[:, j] = error.div_(inner[:, j, j, None])
-            block[:, j + 1 :].addcmul_(errors[:, j, None], inner[:, j, j + 1 :, None], value=-1)
+        units = (block, block) if alone else (_by_column(v[:, :, mine]) for v in (scale, shift))
+        each = _columns(block, found, errors, *units)
+        for j, (column, code, error, unit, moved) in enumerate(each):
+            if j:
+                column.baddbmm_(inner[:, j : j + 1, :j], errors[:, :j], alpha=-1)
+            if alone:
+                torch.round(column, out=code).clamp_(low, high)
+                torch.sub(column, code, out=error)
+            else:
+                code.copy_(nearest(column / unit, moved).clamp_(low, high))
+                torch.sub(column, points(code, moved, unit), out=error)
         codes[:, :, mine] = found.mT
-        work[:, :, start + BLOCK :] -= errors.mT @ u[:, mine, start + BLOCK :]
+        work[:, :, rest] -= errors.mT @ shares[:, :, rest]
     return replace(rows, codes=_gather(codes, order.argsort(dim=1), 2))
+
+
+@dataclass(frozen=True)
+class _State:
+    """Rows, with what both their targets and their errors are after the metric.
+
+    aim: `target H`; pull: `(target - values) H`, minus half the gradient of the error by the values.
+    """
+
+    rows: Rows
+    aim: Tensor
+    pull: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, metric: Metric, aim: Tensor | None = None) -> "_State":
+        aim = metric.times(rows.target) if aim is None else aim
+        return cls(rows, aim, metric.times(rows.target - rows.values))
+
+    @property
+    def error(self) -> Tensor:
+        """[groups, rows]."""
+        result: Tensor = ((self.rows.target - self.rows.values) * self.pull).sum(2)
+        return result
+
+    def better(self, other: "_State") -> "_State":
+        """Row by row, the one with the smaller error."""
+        take = other.error < self.error
+        pull = torch.where(take[..., None], other.pull, self.pull)
+        return replace(self, rows=self.rows.picked(take, other.rows), pull=pull)
 
 
 def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
@@ -202,25 +244,36 @@ def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
 
     Each step is the exact minimum over one column, so none increases the error.
     """
-    h = metric.second
-    codes, scale = rows.codes.clone(), rows.spread(rows.scale)
-    # [groups, rows, n]: minus half the gradient with respect to the values
-    pull = (rows.target - rows.values) @ h
-    for _ in range(sweeps):
-        for start in range(0, h.shape[1], BLOCK):
-            mine = slice(start, start + BLOCK)
-            inner, local, block = h[:, mine, mine], _by_column(pull, mine), _by_column(codes, mine)
-            scales, moved = _by_column(scale, mine), torch.empty_like(block)
-            curves = scales * inner.diagonal(dim1=1, dim2=2)[..., None]
-            for j in range(block.shape[1]):
-                best = torch.addcdiv(block[:, j], local[:, j], curves[:, j]).round_()
-                step = best.clamp_(rows.low, rows.high).sub_(block[:, j])
-                block[:, j] += step
-                moved[:, j] = step.mul_(scales[:, j if scales.shape[1] > 1 else 0])
-                local[:, j + 1 :].addcmul_(step[:, None], inner[:, j, j + 1 :, None], value=-1)
-            codes[:, :, mine] = block.mT
-            pull -= moved.mT @ h[:, mine]
-    return replace(rows, codes=codes)
+    return _descended(_State.of(rows, metric), metric, sweeps).rows
+
+
+def _descended(state: _State, metric: Metric, sweeps: int) -> _State:
+    rows, h = state.rows, metric.second
+    low, high = rows.low[:, None], rows.high[:, None]
+    scale = rows.spread(rows.scale)
+    alone = scale.shape[2] == 1  # then the pull is kept in units of the scale
+    codes, pull = rows.codes.clone(), state.pull / scale if alone else state.pull.clone()
+    for begin in [*range(0, h.shape[1], BLOCK)] * sweeps:
+        mine = slice(begin, begin + BLOCK)
+        inner, local, block = h[:, mine, mine], _by_column(pull[:, :, mine]), codes[:, :, mine]
+        curves = inner.diagonal(dim1=1, dim2=2)[..., None]
+        unit = local if alone else _by_column(scale[:, :, mine])
+        block, moved = _by_column(block), torch.empty_like(local)
+        if not alone:
+            curves = curves * unit
+        curves = curves.split(1, dim=1)
+        for j, (code, force, step, size) in enumerate(_columns(block, local, moved, unit)):
+            if j:
+                force.baddbmm_(inner[:, j : j + 1, :j], moved[:, :j], alpha=-1)
+            best = torch.addcdiv(code, force, curves[j]).round_().clamp_(low, high)
+            torch.sub(best, code, out=step)
+            code.copy_(best)
+            if not alone:
+                step.mul_(size)
+        codes[:, :, mine] = block.mT
+        pull -= moved.mT @ h[:, mine]
+    pull = pull * scale if alone else pull
+    return replace(state, rows=replace(rows, codes=codes), pull=pull)
 
 
 def refit(rows: Rows, metric: Metric) -> Rows:
@@ -228,24 +281,25 @@ def refit(rows: Rows, metric: Metric) -> Rows:
 
     Several scales of one row are refitted one after the other, each given those before.
     """
+    return _refitted(_State.of(rows, metric), metric).rows
+
+
+def _refitted(state: _State, metric: Metric) -> _State:
+    rows, pull, scale = state.rows, state.pull.clone(), state.rows.scale.clone()
     z = rows.codes + rows.spread(rows.shift)
-    if rows.scale.shape[2] == 1:
-        hz = metric.times(z)
-        top, bottom = (hz * rows.target).sum(2), (hz * z).sum(2)
-        best = stored(top / bottom.clamp_min(1e-30))
-        return replace(rows, scale=torch.where(bottom > 0, best, rows.scale[..., 0])[..., None])
-    scale = rows.scale.clone()
-    # Minus half the gradient with respect to the values.
-    pull = metric.times(rows.target - rows.values)
     for part in range(scale.shape[2]):
         own = slice(part * rows.size, (part + 1) * rows.size)
-        mine, h = z[:, :, own], metric.second[:, own]
-        bottom = ((mine @ h[:, :, own]) * mine).sum(2)
+        mine, old = z[:, :, own], scale[:, :, part]
+        if scale.shape[2] == 1:  # what the values pull is known already
+            seen = (state.aim - pull) / old[..., None]
+        else:
+            seen = mine @ metric.second[:, own]
+        bottom = (seen[:, :, own] * mine).sum(2)
         step = (mine * pull[:, :, own]).sum(2) / bottom.clamp_min(1e-30)
-        best = torch.where(bottom > 0, stored(scale[:, :, part] + step), scale[:, :, part])
-        pull -= ((best - scale[:, :, part])[..., None] * mine) @ h
+        best = torch.where(bottom > 0, stored(old + step), old)
+        pull -= (best - old)[..., None] * seen
         scale[:, :, part] = best
-    return replace(rows, scale=scale)
+    return replace(state, rows=replace(rows, scale=scale), pull=pull)
 
 
 def start(target: Tensor, grid: Grid, metric: Metric, mirror: bool = False) -> Rows:
@@ -275,11 +329,13 @@ def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> 
 
     Each row keeps its best state.
     """
-    best = rows
+    best = _State.of(rows, metric)
     for _ in range(rounds):
         trial = round_nearest(rows) if metric.identity else feedback(rows, metric)
-        trial = descend(trial, metric, sweeps) if sweeps and not metric.identity else trial
-        best = best.better(trial, metric)
-        rows = refit(best, metric)
-        best = best.better(rows, metric)
-    return best
+        state = _State.of(trial, metric, best.aim)
+        if sweeps and not metric.identity:
+            state = _descended(state, metric, sweeps)
+        best = best.better(state)
+        moved = _refitted(best, metric)
+        best, rows = best.better(moved), moved.rows
+    return best.rows
