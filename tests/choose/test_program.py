@@ -14,7 +14,6 @@ from rabbet.choose.program import Option, picked, require_feasible
 from rabbet.core.layout import header
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.errors import BudgetError
-from rabbet.reconstruct.candidates import _never_costs_more
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
@@ -101,22 +100,6 @@ def test_choices_that_are_taken_out_do_not_come_back():
         program.exclude(answer.choice)
     assert answer.proven
     assert seen == set(itertools.product(range(2), range(3)))
-
-
-def test_what_is_pruned_costs_no_less_by_anything_that_a_limit_or_the_header_counts():
-    piece = _linear(24, 24)
-    site = piece.survey["0"]
-    menu = Joint().menu(site)
-    for one, other in itertools.permutations(menu, 2):
-        if _never_costs_more(site, one, other):
-            for act in (None, 3, 8):
-                costs = [piece.cost(Plan((LayerPlan("0", terms, act),))) for terms in (one, other)]
-                assert all(
-                    getattr(costs[0], field) <= getattr(costs[1], field)
-                    for field in ("bytes", "macs", "bops", "code_bits")
-                )
-                bits = [cost.code_bits + cost.scale_bits for cost in costs]
-                assert bits[0] <= bits[1]
 
 
 def test_the_price_of_the_checksum_is_in_the_bytes(tmp_path):

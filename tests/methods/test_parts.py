@@ -29,7 +29,7 @@ from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, compressed_layers
 from rabbet.reconstruct.candidates import read_numbers, solve_site
-from rabbet.reconstruct.network import solve_menus
+from rabbet.reconstruct.network import solve_lines
 from rabbet.reconstruct.sequential import solve_in_order
 from rabbet.train.losses import block_names, distillation_loss
 from rabbet.train.tuning import Tuning, _Loop, tune
@@ -450,11 +450,8 @@ def test_solving_in_order_brings_the_outputs_nearer_to_the_float_network():
     model = settled(nn.Sequential(*layers))
     piece = Workpiece.of(model, Task([rand(256, 3, 10, 10)]), Jobs())
     plan = Plan(tuple(LayerPlan.parse(f"{s.name} dense@2hc") for s in piece.survey))
-    menus = {line.name: (line.terms,) for line in plan}
-    alone = solve_menus(piece, "solving", menus)
-    student = build(
-        piece.model, plan, piece.survey, {n: read_numbers(alone[n], menus[n], 0) for n in menus}
-    )
+    alone = solve_lines(piece, "solving", plan)
+    student = build(piece.model, plan, piece.survey, alone)
     fresh = rand(64, 3, 10, 10)
     with torch.no_grad():
         goal = model(fresh)

@@ -226,8 +226,8 @@ def test_the_seed_is_all_that_chance_depends_on(tmp_path):
 
 def _harm(piece, method, budget):
     """The harm that the method expects of the plan it chooses: the objective of its program."""
-    scores, kept = scored(piece, {s.name: method.menu(s) for s in piece.survey}, prune=True)
-    table = [[row[k] for k in ks] for row, ks in zip(_table(piece, method), kept, strict=True)]
+    scores = scored(piece, {s.name: method.menu(s) for s in piece.survey})
+    table = _table(piece, method)
     plan = method.plan(piece, Budget.parse(budget))
     names = [[option.plan for option in row] for row in table]
     return sum(row[n.index(line)] for row, n, line in zip(scores, names, plan, strict=True))

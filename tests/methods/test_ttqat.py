@@ -267,8 +267,7 @@ def test_where_training_follows_an_error_counts_relative_to_what_is_left_of_the_
     words, linear = "embeddings.word_embeddings", "encoder.layer.0.output.dense"
     menus[words] += ((Term.parse("ttm[1]@4"),),)
     menus[linear] += ((Term.parse("tt[1]@4"),),)
-    (alone, kept), (learns, same) = (scored(piece, menus, learns=flag) for flag in (False, True))
-    assert kept == same
+    alone, learns = (scored(piece, menus, learns=flag) for flag in (False, True))
     for site, a, b in zip(piece.survey, alone, learns, strict=True):
         ratios = [y / x for x, y in zip(a, b, strict=True) if x]
         assert all(1 <= r <= 1001 for r in ratios)

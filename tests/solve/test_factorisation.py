@@ -6,16 +6,14 @@ import pytest
 import torch
 from networks import rand
 
-from rabbet.core.cost import layer_cost
 from rabbet.core.layout import factor_shapes
-from rabbet.core.plan import LayerPlan, Term
+from rabbet.core.plan import Term
 from rabbet.errors import PlanError
 from rabbet.forms import RANKED
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
 from rabbet.layers.conv import Conv
-from rabbet.layers.linear import Linear
-from rabbet.reconstruct.candidates import _tail, solve_site
+from rabbet.reconstruct.candidates import solve_site
 from rabbet.solve import quantised_cp
 from rabbet.solve.admm import admm
 from rabbet.solve.als import (
@@ -32,8 +30,8 @@ from rabbet.solve.als import (
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import alternate
 from rabbet.solve.metric_cp import MetricCP, joined
-from rabbet.solve.rounding import Metric
 from rabbet.solve.varpro import project
+from rabbet.solve.whiten import noise_left, spectrum
 
 SHAPES = [(12, 10, 9), (16, 6, 3), (10, 14)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -267,48 +265,24 @@ def _conv():
     return site, smooth((12, 10, 9)).float().view(site.shape), (root @ root.mT / 90)[None]
 
 
-def _menu(site):
-    forms = [
-        Term(RANKED[f](r), Grid.parse(g))
-        for f in ("cp", "tucker", "lowrank")
-        for r in (2, 4, 6)
-        for g in ("3c", "6c")
-    ]
-    return tuple(
-        [LayerPlan.parse(f"x dense@{g}").terms for g in ("tc", "3c", "4c", "6c")]
-        + [(t,) for t in forms]
-    )
-
-
-def test_what_is_pruned_is_worse_and_no_cheaper_than_something_that_stays():
-    site, weight, second = _conv()
-    menu = _menu(site)
-    every = solve_site(weight, second, site=site, menu=menu)
-    some = solve_site(weight, second, site=site, menu=menu, prune=True)
-    kept = [k for k in range(len(menu)) if f"{k}.error" in some]
-    assert 4 < len(kept) < len(menu)
-    costs = [layer_cost(site, LayerPlan("x", terms)) for terms in menu]
-    for k in set(range(len(menu))) - set(kept):
-        assert any(
-            all(getattr(costs[j], m) <= getattr(costs[k], m) for m in ("bytes", "macs", "bops"))
-            and some[f"{j}.error"] <= every[f"{k}.error"]
-            for j in kept
-        )
-
-
 @pytest.mark.parametrize("shape", [(20, 6), (6, 20)])
-def test_the_tail_is_the_error_that_no_weight_of_a_rank_can_beat(shape):
-    site = Site("x", Linear(), shape, positions=1, inputs=1)
+def test_the_spectrum_is_the_error_that_no_weight_of_a_rank_can_beat(shape):
     root = rand(shape[1], shape[1], seed=2).double()
-    metric = Metric((root @ root.mT)[None].float(), 0.01)
+    second = root @ root.mT
     weight = rand(*shape, seed=3)
-    tail = _tail(site, weight, metric)
-    values = torch.linalg.svdvals(
-        weight.double() @ torch.linalg.cholesky(metric.second[0].double())
-    )
-    wanted = torch.stack([values[rank:].square().sum() for rank in range(len(values) + 1)])
-    assert tail.shape == wanted.shape  # of a tall one, too: a table has 30,000 rows
-    assert torch.allclose(tail, wanted, rtol=1e-5, atol=1e-6 * float(wanted[0]))
+    values = torch.linalg.svdvals(weight.double() @ torch.linalg.cholesky(second)).square()
+    assert torch.allclose(spectrum(weight, second.float()), values, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 200, 4), (200, 40, 20), (64, 64, 8)])
+def test_noise_leaves_what_a_truncated_svd_leaves_of_it(rows, columns, rank):
+    shares = []
+    for seed in range(5):
+        values = torch.linalg.svdvals(
+            torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+        ).square()
+        shares.append(float(values[rank:].sum() / values.sum()))
+    assert noise_left(rows, columns, rank) == pytest.approx(sum(shares) / 5, rel=0.03)
 
 
 FITTING = [f for f in RANKED if RANKED[f](1).full_rank(_conv()[0])]

@@ -15,27 +15,23 @@ from rabbet.workpiece import Workpiece
 def scored(
     piece: Workpiece,
     menus: Mapping[str, tuple[Terms, ...]],
-    prune: bool = False,
     learns: bool = False,
-) -> tuple[list[list[float]], list[list[int]]]:
-    """How much each solved entry of each layer's menu changes the network's output.
+) -> list[list[float]]:
+    """How much each entry of each layer's menu, solved, changes the network's output.
 
-    Also returned is which entries of each menu were solved. learns: for a network that is trained
-    afterwards, where it matters how much is left to train from: the error is divided by the share
-    of the layer's own output that is left.
+    learns: for a network that is trained afterwards, where it matters how much is left to train
+    from: the error is divided by the share of the layer's own output that is left.
     """
-    results = solve_menus(piece, "solving layers", menus, prune)
+    results = solve_menus(piece, "solving layers", list(menus.items()))
     changes: dict[str, Tensor] = {}
-    kept: list[list[int]] = []
-    for site in piece.survey:
-        menu, weight, result = menus[site.name], piece.weight(site), results[site.name]
-        kept.append([k for k in range(len(menu)) if f"{k}.error" in result])
-        solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in kept[-1]]
-        changes[site.name] = torch.stack(solved) - weight
+    for (name, menu), result in zip(menus.items(), results, strict=True):
+        site = piece.survey[name]
+        solved = [canonical(site, menu[k], read_numbers(result, menu, k)) for k in range(len(menu))]
+        changes[name] = torch.stack(solved) - piece.weight(site)
     errors = output_errors(piece, changes)
     if learns:
         errors = {s.name: errors[s.name] / _left(piece, s, changes[s.name]) for s in piece.survey}
-    return [errors[s.name].tolist() for s in piece.survey], kept
+    return [errors[s.name].tolist() for s in piece.survey]
 
 
 def _left(piece: Workpiece, site: Site, changes: Tensor) -> Tensor:

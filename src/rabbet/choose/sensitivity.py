@@ -3,12 +3,13 @@
 The score of a change D of one weight is the expected error of the outputs to first order,
 `E ||J D||^2`, with J the Jacobian by that weight, one example at a time, of the outputs in units in
 which every channel has a variance of one. For a random sign vector v, `E (v . J D)^2 = ||J D||^2`,
-and `v . J D` is the inner product of D with the gradient of `v . y`: one backward pass gives the
-gradients of all layers, and then every candidate costs one inner product. Unlike a Fisher-weighted
+and `v . J D` is the inner product of the gradient of `v . y` by the layer's output with what the
+layer makes of its input with D as its weight: one backward pass gives the gradients of all layers,
+and then every candidate costs one run of its layer. Unlike a Fisher-weighted
 error of the layer's output this keeps what different places and channels do together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from rabbet.layers import Site
 from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
 
-ENTRIES = 2**25  # gradient entries held at once
+ENTRIES = 2**26  # of inputs and outputs of all layers that are held at once
 
 
 def output_errors(
@@ -44,7 +45,7 @@ def output_errors(
     sites = [s for s in piece.survey if s.name in changes]
     batches = piece.task.read()
     wanted = min(limit, sum(map(axes.count, batches)))
-    for batch in batches:
+    for batch in _slices(batches, axes, sites):
         size = axes.count(batch)
         calls, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
@@ -60,6 +61,16 @@ def output_errors(
         if count >= limit:
             break
     return {name: t / count for name, t in total.items()}
+
+
+def _slices(batches: Sequence[Batch], axes: Axes, sites: Sequence[Site]) -> Iterator[Batch]:
+    """All examples, as many at a time as what the sites are given and give fits into memory for."""
+    each = sum(s.inputs * s.shape[1] * s.groups + s.positions * s.shape[0] for s in sites)
+    step = max(1, ENTRIES // max(1, each))
+    for batch in batches:
+        size = axes.count(batch)
+        for start in range(0, size, step):
+            yield batch if step >= size else axes.cut(batch, slice(start, start + step))
 
 
 def _signed(
@@ -166,6 +177,7 @@ def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
 def _projected(site: Site, met: Sequence[Met], changes: Tensor, axes: Axes, batch: int) -> Tensor:
     """Sum over a batch's examples of (gradient . change)^2, [candidates].
 
+    The inner product is that of the slopes with what the layer does with the change as its weight.
     A first axis of several rows an example (windows, frames or tokens flattened into it) is split
     evenly. Where a layer's input does not tell where its examples lie, all count as one: their
     signs are independent, so the expectation is the same.
@@ -177,16 +189,14 @@ def _projected(site: Site, met: Sequence[Met], changes: Tensor, axes: Axes, batc
         used = [(role, x.movedim(place, 0), g.movedim(place, 0)) for role, x, g in used]
     told = place is not None and all(g.ndim > 1 and len(x) % batch == 0 for _, x, g in used)
     count = batch if told else 1
-    step = max(1, min(count, ENTRIES // site.numel))
-    total = torch.zeros(len(changes), dtype=torch.float64)
-    flat = changes.flatten(1)  # [candidates, numel]
-    for start in range(0, count, step):
-        n = min(step, count - start)
+
+    def felt(change: Tensor) -> Tensor:
+        """The inner product for each example, [count]."""
         parts = []
-        for role, x, g in used:
-            share = len(x) // count
-            part = slice(start * share, (start + n) * share)
-            parts.append(role.gradients(x[part], g[part].float(), n))
-        inner = torch.stack(parts).sum(0) @ flat.to(parts[0].device).T  # [examples, candidates]
-        total += inner.double().square().sum(0).cpu()
-    return total
+        for role, x, slope in used:
+            moved = role.run(x, change.to(x.device).float(), None) * slope.float()
+            parts.append(moved.reshape(count, -1).sum(1))
+        return torch.stack(parts).sum(0)
+
+    with torch.no_grad():
+        return torch.stack([felt(change).double().square().sum().cpu() for change in changes])

@@ -23,6 +23,7 @@ class LowRank(Ranked):
     name: ClassVar[str] = "lowrank"
     gaps: ClassVar[int] = 1
     adds: ClassVar[bool] = True
+    nested: ClassVar[bool] = True
     channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1)
 
     def full_rank(self, site: Site) -> int:

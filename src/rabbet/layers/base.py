@@ -145,14 +145,6 @@ class Site:
         """
         return self.kind.patches(self, x, places, generator)
 
-    def gradients(self, x: Tensor, slope: Tensor, n: int) -> Tensor:
-        """The gradient with respect to the weight for each of n examples, [n, numel].
-
-        slope: the gradient with respect to the output for the input x; the first axis of both
-        holds equally many entries of each example.
-        """
-        return self.kind.gradients(self, x, slope, n)
-
 
 class LayerKind(ABC):
     """One kind of layer: where its weight lies, what it meets, and how it runs.
@@ -253,7 +245,3 @@ class LayerKind(ABC):
         self, site: Site, x: Tensor, places: int | None, generator: torch.Generator
     ) -> Tensor:
         """See `Site.patches`."""
-
-    @abstractmethod
-    def gradients(self, site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
-        """See `Site.gradients`."""

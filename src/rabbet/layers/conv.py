@@ -139,12 +139,3 @@ class Conv(LayerKind):
         patches = x.flatten(2)[:, :, index.to(x.device).reshape(-1)]
         patches = patches.view(len(x), site.groups, site.columns // site.taps, *index.shape)
         return patches.permute(1, 0, 3, 2, 4).reshape(site.groups, -1, site.columns)
-
-    def gradients(self, site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
-        """Patches times slopes, place by place."""
-        patches = self.patches(site, x, None, torch.Generator())
-        patches = patches.view(site.groups, n, -1, site.columns)
-        out = site.shape[0] // site.groups
-        slope = slope.reshape(n, -1, site.groups, out, slope[0, 0].numel()).permute(2, 0, 3, 1, 4)
-        slope = slope.reshape(site.groups, n, out, -1)
-        return (slope @ patches).transpose(0, 1).reshape(n, -1)

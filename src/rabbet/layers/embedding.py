@@ -46,9 +46,3 @@ class Embedding(LayerKind):
     ) -> Tensor:
         """None: a table meets indices."""
         raise NotImplementedError("a table that is looked up meets no rows")
-
-    def gradients(self, site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
-        """Slopes, summed up in the rows that were looked up."""
-        table = slope.new_zeros(n, *site.shape)
-        index = x.reshape(n, -1, 1).expand(-1, -1, site.shape[1])
-        return table.scatter_add_(1, index, slope.reshape(n, -1, site.shape[1])).flatten(1)

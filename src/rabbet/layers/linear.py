@@ -39,12 +39,6 @@ class Linear(LayerKind):
         chosen = torch.randperm(len(rows), generator=generator)[: places * x.shape[0]]
         return rows[chosen.to(x.device)][None]
 
-    def gradients(self, site: Site, x: Tensor, slope: Tensor, n: int) -> Tensor:
-        """Inputs times slopes, place by place."""
-        rows = x.reshape(1, n, -1, site.columns)
-        slope = slope.reshape(1, n, -1, site.shape[0]).mT
-        return (slope @ rows).transpose(0, 1).reshape(n, -1)
-
 
 @dataclass(frozen=True)
 class TransposedLinear(Linear):

@@ -1,17 +1,18 @@
 """One integer program over the rank and the bits of every layer; post-training, without labels.
 
-Every candidate for a layer is solved once, in the metric of the layer's inputs, and scored by how
-much it changes the network's output; the program picks one candidate per layer under all limits at
-once. Then input ranges are chosen, the layers are solved once more in order, each for the inputs
-that the compressed layers before it produce, and a short tuning follows.
+The error of every candidate for a layer is foretold in the metric of the layer's inputs, and the
+program picks one candidate per layer under all limits at once. What it picks is solved, scored by
+how much it changes the network's output, and the program asked again until it picks nothing new
+(`choose.search`). Then input ranges are chosen, the layers are solved once more in order, each for
+the inputs that the compressed layers before it produce, and a short tuning follows.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rabbet.choose.program import Option, allocate, require_feasible
-from rabbet.choose.scoring import scored
+from rabbet.choose.program import Option, require_feasible
+from rabbet.choose.search import search
 from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
@@ -80,11 +81,7 @@ class Joint:
                 piece.jobs.progress("timing layers", len(table), len(piece.survey.sites))
 
         require_feasible(table, budget, piece)
-        # With a latency limit nothing is pruned: a candidate that is no cheaper may be faster.
-        menus = {s.name: self.menu(s) for s in piece.survey}
-        scores, kept = scored(piece, menus, prune=piece.clock is None)
-        table = [[row[k] for k in ks] for row, ks in zip(table, kept, strict=True)]
-        return allocate(scores, table, budget, piece)
+        return search(piece, table, budget)
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""

@@ -4,126 +4,54 @@ Dense terms on any number of grids are rounded in one pass. For a weight of seve
 alternates: each term in turn is fitted to what the others leave, and the best state is kept.
 """
 
-import functools
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rabbet.core.cost import layer_cost
-from rabbet.core.layout import layer_lengths, line_bytes
-from rabbet.core.plan import LayerPlan, Term
+from rabbet.core.plan import Term
 from rabbet.forms import Aim, Form
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
 from rabbet.model.compressed import Numbers
 from rabbet.solve.rounding import Metric, Rows, descend, feedback, round_rows, start
-from rabbet.solve.whiten import spectrum
 
 Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
-HEADER = 24  # bytes that padding, and digits of the places of arrays, may add to a header at most
 PART = 1024  # rows that are rounded at once: a whole table of words would not fit into the cache
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
 COLD, WARM = 40, 10
 
 
 def solve_site(
-    weight: Tensor,
-    second: Tensor | None = None,
-    *,
-    site: Site,
-    menu: Sequence[Terms],
-    prune: bool = False,
+    weight: Tensor, second: Tensor | None = None, *, site: Site, menu: Sequence[Terms]
 ) -> Tensors:
     """Numbers of the entries of a menu for one layer, and their errors in the metric.
 
     weight: canonical [out, in / groups, *kernel]; second: [groups, n, n] of its inputs, None where
-    there is none (a table). prune: leave out entries that provably help with no budget but one
-    of latency: see `_hopeless`. The result is a flat dict, as jobs return it: read it with
-    `read_numbers`; an entry that was left out has no error in it.
+    there is none (a table). The result is a flat dict, as jobs return it: read it with
+    `read_numbers`. The numbers of a menu of one entry depend on nothing but that entry.
     """
-    metric = Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
-    tail = _tail(site, weight, metric) if prune else None
-    solved: dict[int, float] = {}
+    metric = metric_of(site, second)
     result: Tensors = {}
-    # One form after the other, so that solved entries can rule out later ones.
-    for _, group in itertools.groupby(range(len(menu)), key=lambda k: menu[k][0].form.name):
-        wanted = [k for k in group if tail is None or not _hopeless(site, menu, k, tail, solved)]
-        entries = [menu[k] for k in wanted]
-        solutions = solve_menu(site, weight, entries, metric)
-        for k, terms, numbers in zip(wanted, entries, solutions, strict=True):
-            for t, factors in enumerate(numbers):
-                for f, factor in enumerate(factors):
-                    result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
-                    result[f"{k}.{t}.{f}.scale"] = factor.scale
-                    if factor.zero is not None:
-                        result[f"{k}.{t}.{f}.zero"] = factor.zero
-            result[f"{k}.error"] = _error(site, weight, terms, numbers, metric)
-            solved[k] = float(result[f"{k}.error"])
+    solutions = solve_menu(site, weight, menu, metric)
+    for k, (terms, numbers) in enumerate(zip(menu, solutions, strict=True)):
+        for t, factors in enumerate(numbers):
+            for f, factor in enumerate(factors):
+                result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
+                result[f"{k}.{t}.{f}.scale"] = factor.scale
+                if factor.zero is not None:
+                    result[f"{k}.{t}.{f}.zero"] = factor.zero
+        result[f"{k}.error"] = _error(site, weight, terms, numbers, metric)
     return result
 
 
-def _tail(site: Site, weight: Tensor, metric: Metric) -> Tensor | None:
-    """At place r, the least error in the metric of any weight of rank r as a matrix [out, in * k].
-
-    None for a site with groups.
-    """
-    if site.groups > 1:
-        return None
-    values = spectrum(site.matrix(weight)[0], metric.second[0])
-    return torch.cat([values, values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
-
-
-def _hopeless(
-    site: Site, menu: Sequence[Terms], k: int, tail: Tensor, solved: dict[int, float]
-) -> bool:
-    """Whether a solved entry beats entry k for certain.
-
-    It does if it costs no more by any count and its error is at most the least that entry k can
-    have at its rank (Eckart-Young).
-    """
-    rank = menu[k][0].form.matrix_rank(site) if len(menu[k]) == 1 else None
-    if rank is None:
-        return False
-    least = float(tail[min(rank, len(tail) - 1)])
-    return any(
-        error <= least and _never_costs_more(site, menu[j], menu[k]) for j, error in solved.items()
-    )
-
-
-def _never_costs_more(site: Site, one: Terms, other: Terms) -> bool:
-    """Whether an entry costs no more than another by anything that a limit counts, latency apart.
-
-    That holds whatever the bits of the input: BOPs rise evenly with them, so their ends stand for
-    all widths. In a file every array counts, and the text of the line, because their places and
-    lengths stand in the header; or the sum does, where it is smaller by more than the header can
-    make of it.
-    """
-    ours, theirs = (_counts(site, terms) for terms in (one, other))
-    (parts, total), (more, most) = ours[0], theirs[0]
-    smaller = all(a <= b for a, b in zip(parts, more, strict=True)) or total + HEADER <= most
-    return smaller and all(a <= b for a, b in zip(ours[1], theirs[1], strict=True))
-
-
-@functools.lru_cache(maxsize=2**12)  # each entry is held against all others
-def _counts(site: Site, terms: Terms) -> tuple[tuple[tuple[int, ...], int], tuple[int, ...]]:
-    """Bytes of a file, part by part and in all; codes without and with scales, MACs and BOPs."""
-    narrow, wide, plain = (LayerPlan(site.name, terms, act) for act in (2, 8, None))
-    held, cost = layer_lengths(site, wide), layer_cost(site, plain)
-    text = line_bytes(plain)
-    parts = (text, held.codes + held.zeros, held.scales, held.acts)
-    bops = (cost.bops, *(layer_cost(site, x).bops for x in (narrow, wide)))
-    return (parts, text + held.bytes), (
-        cost.code_bits,
-        cost.code_bits + cost.scale_bits,
-        cost.macs,
-        *bops,
-    )
+def metric_of(site: Site, second: Tensor | None) -> Metric:
+    """What a site is solved in: the second moment of its inputs, or the identity without one."""
+    return Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
@@ -222,17 +150,18 @@ def _solve_terms(
     site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric, starts: Starts, steps: int
 ) -> list[list[Quantised]]:
     """Each term for its target: dense ones with scales per row together, the others one by one."""
-    dense = [(term.grid, site.matrix(left)) for term, left in wanted if _together(term)]
+    dense = [(term.grid, site.matrix(left)) for term, left in wanted if rounded_together(term)]
     rounded = iter(round_rows_of(dense, metric))
     return [
         [_quantised(next(rounded), term.grid, site.shape)]
-        if _together(term)
+        if rounded_together(term)
         else _solve_term(site, left, term, metric, starts, steps)
         for term, left in wanted
     ]
 
 
-def _together(term: Term) -> bool:
+def rounded_together(term: Term) -> bool:
+    """Whether a term is the whole weight, on a grid whose rows are rounded with error feedback."""
     return term.form.whole and _by_rows(term.grid)
 
 

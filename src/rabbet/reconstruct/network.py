@@ -1,6 +1,6 @@
 """A whole network on the grids of a plan, without any training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -8,6 +8,7 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Plan
 from rabbet.jobs import Job, Tensors
 from rabbet.model.build import build
+from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.candidates import Terms, read_numbers, solve_site
 from rabbet.reconstruct.sequential import correct_in_order
 from rabbet.workpiece import Workpiece
@@ -20,24 +21,41 @@ def solved(piece: Workpiece, plan: Plan) -> tuple[nn.Module, str]:
     helps; a note says which. Each line of the plan is solved on its own: the same plan gives the
     same numbers, whether it was chosen here or written by hand.
     """
-    menus = {line.name: (line.terms,) for line in plan}
-    results = solve_menus(piece, "solving the plan", menus)
-    numbers = {n: read_numbers(results[n], menus[n], 0) for n in menus}
+    numbers = solve_lines(piece, "solving the plan", plan)
     student = build(piece.model, plan, piece.survey, numbers)
     calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
     return student, correct_in_order(student, piece)
 
 
-def solve_menus(
-    piece: Workpiece, stage: str, menus: Mapping[str, tuple[Terms, ...]], prune: bool = False
-) -> dict[str, Tensors]:
-    """Every entry of the menus solved, one job per layer."""
+def solve_lines(piece: Workpiece, stage: str, plan: Plan) -> dict[str, Numbers]:
+    """Each line of a plan solved for itself; one that was solved before is not solved again."""
+    menus = [(line.name, (line.terms,)) for line in plan]
+    results = solve_menus(piece, stage, menus)
+    return {
+        name: read_numbers(result, menu, 0)
+        for (name, menu), result in zip(menus, results, strict=True)
+    }
+
+
+Menus = Sequence[tuple[str, tuple[Terms, ...]]]
+"""Names of layers, and what may become of each; a layer may come more than once."""
+
+
+def solve_menus(piece: Workpiece, stage: str, menus: Menus) -> list[Tensors]:
+    """Every entry of the menus solved, one job for each menu."""
+    return on_menus(solve_site, piece, stage, menus)
+
+
+def on_menus(
+    job: Callable[..., Tensors], piece: Workpiece, stage: str, menus: Menus
+) -> list[Tensors]:
+    """What a job (`solve_site` or `predict_site`) makes of each menu of a layer."""
     moments = piece.moments()
     jobs: list[Job] = []
-    for name, menu in menus.items():
+    for name, menu in menus:
         site = piece.survey[name]
         given = {"weight": piece.weight(site)}
         if name in moments:
             given["second"] = moments[name]
-        jobs.append((solve_site, given, {"site": site, "menu": menu, "prune": prune}))
-    return dict(zip(menus, piece.jobs.run(stage, jobs), strict=True))
+        jobs.append((job, given, {"site": site, "menu": menu}))
+    return piece.jobs.run(stage, jobs)

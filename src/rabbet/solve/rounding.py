@@ -214,7 +214,7 @@ def feedback(rows: Rows, metric: Metric) -> Rows:
 class _State:
     """Rows, with what both their targets and their errors are after the metric.
 
-    aim: `target H`; pull: `(target - values) H`, minus half the gradient of the error by the values.
+    aim: `target H`; pull: `(target - values) H`, minus half the gradient of the error by values.
     """
 
     rows: Rows

@@ -1,7 +1,11 @@
 """Low-rank approximation in the metric of a layer's inputs."""
 
+import math
+
 import torch
 from torch import Tensor
+
+STEPS = 2**12  # into which the spectrum of noise is cut
 
 
 def leading(matrix: Tensor, rank: int, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,6 +49,22 @@ def spectrum(matrix: Tensor, second: Tensor) -> Tensor:
     gram = exact @ second.double() @ exact.mT if tall is None else tall.mT @ tall
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(0).flip(0)
+
+
+def noise_left(rows: int, columns: int, rank: int) -> float:
+    """The share of the energy of white noise that its nearest matrix of a rank leaves, on average.
+
+    The squared singular values of a large matrix of independent entries lie as Marchenko and Pastur
+    (1967) found.
+    """
+    short, long = sorted((rows, columns))
+    shape = math.sqrt(short / long)
+    low, high = (1 - shape) ** 2, (1 + shape) ** 2
+    step = (high - low) / STEPS
+    values = torch.arange(STEPS, dtype=torch.float64).add(0.5).mul(step).add(low)
+    density = ((high - values) * (values - low)).sqrt() / values
+    below = density.cumsum(0) / density.sum() <= 1 - rank / short
+    return float((values * density)[below].sum() / (values * density).sum())
 
 
 def _whitened(matrix: Tensor, second: Tensor | None) -> Tensor:

@@ -35,7 +35,8 @@ def measure_sensitivity(
     )
     kept = piece.jobs.kept(key)
     if kept is None:
-        results = solve_menus(piece, "rounding", menus)
+        solutions = solve_menus(piece, "rounding", list(menus.items()))
+        results = dict(zip(menus, solutions, strict=True))
 
         def rounded(layer: GatedLayer) -> dict[int, Tensor]:
             menu, result = menus[layer.site.name], results[layer.site.name]

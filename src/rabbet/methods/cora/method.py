@@ -28,8 +28,7 @@ from rabbet.methods.cora.search import Ranking, Residual, Search, heuristic, sea
 from rabbet.methods.joint import Joint
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
-from rabbet.reconstruct.candidates import read_numbers
-from rabbet.reconstruct.network import solve_menus
+from rabbet.reconstruct.network import solve_lines
 from rabbet.reconstruct.sequential import recalibrate_norms
 from rabbet.solve.whiten import principal
 from rabbet.train.tuning import Tuning
@@ -192,16 +191,13 @@ class CoRa:
 
     def _rounded(self, piece: Workpiece, bases: Plan) -> dict[str, Numbers]:
         """The rounded weights of all layers, before there are adapters."""
-        numbers: dict[str, Numbers] = {}
         if self.base == "clipped":
+            numbers: dict[str, Numbers] = {}
             for line in bases:
                 site = piece.survey[line.name]
                 numbers[line.name] = [[clipped(piece, site, line.terms[0].grid, self.sigmas)]]
             return numbers
-        results = solve_menus(piece, "rounding", {line.name: (line.terms,) for line in bases})
-        for line in bases:
-            numbers[line.name] = read_numbers(results[line.name], (line.terms,), 0)
-        return numbers
+        return solve_lines(piece, "rounding", bases)
 
     def _residuals(
         self, piece: Workpiece, bases: Plan, numbers: Mapping[str, Numbers], budget: Budget

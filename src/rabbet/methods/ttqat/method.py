@@ -40,7 +40,7 @@ class TTQAT(Settings):
         if all(len(row) == 1 for row in table):
             return Plan(tuple(row[0].plan for row in table))
         require_gradients(piece)
-        scores, _ = scored(piece, menus, learns=True)
+        scores = scored(piece, menus, learns=True)
         return allocate(scores, table, budget, piece)
 
     def menu(self, site: Site) -> tuple[tuple[Term, ...], ...]:

@@ -1,0 +1,141 @@
+"""What the entries of a menu will err, about, without solving them.
+
+A search over thousands of candidates need not solve those that cannot win. So an entry's error in
+the metric is foretold from what is cheap: rounding from some of the rows, an adapter from what it
+can take of white noise and of the weight, a factorisation from where its solver starts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rabbet.core.plan import Term
+from rabbet.forms import Aim, Form
+from rabbet.grids.grid import Grid
+from rabbet.jobs import Tensors
+from rabbet.layers import Site
+from rabbet.reconstruct.candidates import Terms, metric_of, noise, rounded_together, solve_site
+from rabbet.solve.rounding import Metric, round_rows, start
+from rabbet.solve.whiten import noise_left, spectrum
+
+ROWS = 64  # of each group, that stand for all
+STEPS = 10  # evaluations of the error of a factorisation, see `Form.unfinished`
+CHEAP = 2**32  # multiplications of one evaluation, above which there are none
+
+
+def predict_site(
+    weight: Tensor, second: Tensor | None = None, *, site: Site, menu: Sequence[Terms]
+) -> Tensors:
+    """About the errors that `solve_site` finds, [menu]; an entry of no known kind is solved.
+
+    Arguments: see `solve_site`. Also a change of the weight such as rounding causes (`noise`, in
+    its shape): white in the metric, and in each row as large as the row's largest entry.
+    `noise.error` is its error in the metric.
+    """
+    told = _Prediction(site, weight, metric_of(site, second))
+    known = {k: error for k, terms in enumerate(menu) if (error := told.of(terms)) is not None}
+    unknown = [k for k in range(len(menu)) if k not in known]
+    solved = solve_site(weight, second, site=site, menu=[menu[k] for k in unknown])
+    known |= {k: float(solved[f"{place}.error"]) for place, k in enumerate(unknown)}
+    change = told.noise()
+    return {
+        "errors": torch.tensor([known[k] for k in range(len(menu))], dtype=torch.float64),
+        "noise": change.bfloat16(),
+        "noise.error": told.metric.error(site.matrix(change.bfloat16().float())).sum(),
+    }
+
+
+class _Prediction:
+    """What is known of one layer, as far as it was asked for."""
+
+    def __init__(self, site: Site, weight: Tensor, metric: Metric) -> None:
+        self.site, self.weight, self.metric = site, weight, metric
+        self.target = site.matrix(weight)
+        self.power = float(metric.error(self.target).sum())
+        self.sums: dict[Form, tuple[Tensor, Tensor]] = {}
+        self.rounded: dict[Grid, float] = {}
+        self.spectra: dict[bool, Tensor] = {}
+
+    def of(self, terms: Terms) -> float | None:
+        """About the error of an entry; None if nothing cheap is known of it."""
+        first, *others = terms
+        if rounded_together(first) and all(t.form.nested for t in others):
+            rank = sum(t.form.rank or 0 for t in others)
+            return self._dense(first.grid) * (self._mended(rank) if rank else 1.0)
+        if others or first.form.contracted or first.form.verbatim:
+            return None
+        return self._nested(first) if first.form.nested else self._factorised(first)
+
+    def _dense(self, grid: Grid) -> float:
+        """From the errors of some rows, each as large as its own rounding to nearest would be."""
+        if grid not in self.rounded:
+            count = self.target.shape[1]
+            some = torch.linspace(0, count - 1, min(count, ROWS)).round().long()
+            rows = [
+                round_rows(start(self.target[:, some], grid, self.metric, m), self.metric, 1, 1)
+                for m in ((False, True) if grid.mirrored else (False,))
+            ]
+            best = rows[0] if len(rows) == 1 else rows[0].better(rows[1], self.metric)
+            sizes = self._sizes(grid)
+            share = float(sizes[:, some].sum() / sizes.sum().clamp_min(1e-30))
+            self.rounded[grid] = float(best.error(self.metric).sum()) / max(share, 1e-30)
+        return self.rounded[grid]
+
+    def _sizes(self, grid: Grid) -> Tensor:
+        """About the error of each row if its entries were rounded to nearest, [groups, rows]."""
+        step = 2 * self.target.abs().amax(2, keepdim=True) / grid.levels
+        errors = torch.minimum(self.target.square(), step.square() / 12)
+        return (errors * self.metric.diagonal[:, None]).sum(2)
+
+    def _mended(self, rank: int) -> float:
+        """The share of its error that a rounded weight keeps beside an adapter of a rank.
+
+        What is rounded is what the adapter leaves of the weight, and of the noise of rounding it
+        takes what a matrix of that rank can.
+        """
+        values = self._spectrum(whitened=False)
+        rest = float(values[rank:].sum() / values.sum().clamp_min(1e-30))
+        return rest * noise_left(self.site.shape[0], self.site.columns, rank)
+
+    def _nested(self, term: Term) -> float:
+        """What a truncated SVD leaves, and the noise of what it keeps."""
+        values, ridge = self._spectrum(whitened=True), noise(term.grid)
+        rank = term.form.rank or 0
+        return float(values[rank:].sum() + values[:rank].sum() * ridge / (1 + ridge))
+
+    def _spectrum(self, whitened: bool) -> Tensor:
+        if whitened not in self.spectra:
+            matrix = self.target[0]
+            second = self.metric.second[0] if whitened else torch.eye(matrix.shape[1])
+            self.spectra[whitened] = spectrum(matrix, second)
+        return self.spectra[whitened]
+
+    def _factorised(self, term: Term) -> float:
+        """What is left when the last factor is solved for, with a ridge for the noise of rounding.
+
+        The others are those that the solver has after few evaluations, if these are cheap.
+        """
+        form = term.form
+        few = STEPS if (form.rank or 1) * self.site.columns**2 <= CHEAP else 0
+        if form not in self.sums:
+            aim = Aim(noise(term.grid), None, few)
+            *first, last = form.decompose(self.site, self.weight, self.metric.second, aim)
+            basis = form.contract(self.site, [*first, torch.eye(last.shape[1])]).flatten(1)
+            seen = basis @ self.metric.second[0]
+            norm = (seen * basis).sum(1, keepdim=True).clamp_min(1e-30).rsqrt()
+            right = (seen @ self.weight.flatten(1).mT) * norm
+            self.sums[form] = ((seen @ basis.mT) * norm * norm.mT).double(), right.double()
+        gram, right = self.sums[form]
+        ridge = noise(term.grid) * torch.eye(len(gram), dtype=gram.dtype)
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))
+        left = max(self.power - float((right * solution).sum()), 0.0)
+        return left / form.unfinished[1 if few else 0]
+
+    def noise(self) -> Tensor:
+        """See `predict_site`."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(self.target.shape, generator=generator) @ self.metric.factor
+        drawn *= self.target.abs().amax(2, keepdim=True)
+        back = self.metric.order.argsort(dim=1)[:, None].expand_as(drawn)
+        return drawn.gather(2, back).view(self.weight.shape)
