@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rabbet.cluster import Placed, worker_died
 from rabbet.errors import FileError, RabbetError
 from rabbet.files import write_whole
 from rabbet.fingerprint import Untold, fingerprint
@@ -77,6 +78,7 @@ class Jobs:
     progress: Progress = logged
     _memory: dict[str, Tensors] = field(default_factory=dict, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
+    _inputs: Placed = field(default_factory=Placed, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.folder is None:
@@ -117,8 +119,10 @@ class Jobs:
                 yield key, _call(job)
             return
         try:
-            yield from _spread(self.executor, jobs)
-        except BrokenExecutor as e:
+            yield from _spread(self.executor, jobs, self._inputs)
+        except Exception as e:
+            if not worker_died(e):
+                raise
             kept = (
                 "Jobs(folder=...) would keep what is finished"
                 if self.folder is None
@@ -253,17 +257,19 @@ def _call(job: Job) -> Tensors:
         return function(**tensors, **settings)
 
 
-def _spread(executor: Executor, jobs: Mapping[str, Job]) -> Finished:
+def _spread(executor: Executor, jobs: Mapping[str, Job], inputs: Placed) -> Finished:
     """The results of an executor as they come.
 
     After a failure nothing new is started, and what is being worked on is still waited for: it is
     finished work, too. Then the first failure is raised.
     """
     here = os.getpid()
-    futures = {
-        executor.submit(_call_packed, job[0], _packed(job[1]), job[2], here): k
-        for k, job in jobs.items()
-    }
+    futures = {}
+    for key, (function, tensors, settings) in jobs.items():
+        given = [inputs.given(executor, _packed({"": t})) for t in tensors.values()]
+        futures[executor.submit(_call_packed, function, settings, here, tuple(tensors), *given)] = (
+            key
+        )
     failure: Exception | None = None
     try:
         for future in as_completed(futures):
@@ -274,7 +280,10 @@ def _spread(executor: Executor, jobs: Mapping[str, Job]) -> Finished:
                 for other in futures:
                     other.cancel()
                 continue
-            yield futures[future], load(content)
+            # Let go of at once: a cluster does again what is still wanted of a worker that died.
+            key = futures.pop(future)
+            del future
+            yield key, load(content)
     finally:
         for future in futures:
             future.cancel()
@@ -289,14 +298,19 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _call_packed(
-    function: Callable[..., Tensors], tensors: bytes, settings: Mapping[str, Any], sender: int
+    function: Callable[..., Tensors],
+    settings: Mapping[str, Any],
+    sender: int,
+    names: Sequence[str],
+    *contents: bytes,
 ) -> bytes:
     """A job where the executor runs it; sender: the process that gave it out."""
     parent = multiprocessing.parent_process()
     # A process of the user's, with threads that run its jobs, has a parent too: not the sender.
     if parent is not None and parent.pid == sender:
         end_with_parent()
-    return _packed(_call((function, load(tensors), settings)))
+    tensors = {name: load(each)[""] for name, each in zip(names, contents, strict=True)}
+    return _packed(_call((function, tensors, settings)))
 
 
 def end_with_parent() -> None:
