@@ -32,6 +32,7 @@ from rabbet.cluster import Placed, worker_died
 from rabbet.errors import FileError, RabbetError
 from rabbet.files import write_whole
 from rabbet.fingerprint import Untold, fingerprint
+from rabbet.progress import duration, worded
 
 Tensors = dict[str, Tensor]
 Job = tuple[Callable[..., Tensors], Mapping[str, Tensor], Mapping[str, Any]]
@@ -46,12 +47,15 @@ whichever thread set it last, so beside a job it would start with one."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Show no progress. A stage may be followed by `: ` and details; done and total are steps."""
+    """Show no progress. A stage may be followed by `: ` and details; done and total are steps.
+
+    Steps are of equal work, about: jobs that differ are counted in milliseconds that they may take.
+    """
 
 
 def logged(stage: str, done: int, total: int) -> None:
     """Report progress to the logger `rabbet`, at level INFO."""
-    LOG.info("%s: %d of %d", stage, done, total)
+    LOG.info("%s", worded(stage, done, total))
 
 
 @dataclass
@@ -95,23 +99,43 @@ class Jobs:
                 "it is no folder that can be written to"
             )
 
-    def run(self, stage: str, jobs: Sequence[Job]) -> list[Tensors]:
+    def run(self, stage: str, jobs: Sequence[Job], seconds: Sequence[float] = ()) -> list[Tensors]:
         """Results in the order of the jobs, whatever the order in which they end.
 
+        seconds: what each may take, about; then the longest begin, and progress goes by that.
         Raises RabbetError if a worker process dies; what the others have finished is kept.
         """
         keys = [self.key(_name(function), given, rest) for function, given, rest in jobs]
         results: dict[str, Tensors] = {k: kept for k in keys if (kept := self.kept(k)) is not None}
         missing = {k: job for k, job in zip(keys, jobs, strict=True) if k not in results}
+        expected = dict(zip(keys, seconds, strict=True)) if seconds else {}
+        missing = dict(sorted(missing.items(), key=lambda item: -expected.get(item[0], 0.0)))
+        self._tell(stage, keys, results, expected)
         # closed here, so that an error leaves no job waiting and the threads as they were
         with TURN, one_thread(), contextlib.closing(self._finished(stage, missing)) as finished:
             for key, result in finished:
                 self.keep(key, result)
                 results[key] = result
-                self.progress(stage, len(results), len(set(keys)))
-        if not missing:
-            self.progress(stage, len(results), len(results))
+                self._tell(stage, keys, results, expected)
         return [results[k] for k in keys]
+
+    def _tell(
+        self,
+        stage: str,
+        keys: Sequence[str],
+        results: Mapping[str, Tensors],
+        expected: Mapping[str, float],
+    ) -> None:
+        """Report progress: jobs, or milliseconds where it is expected how long each takes."""
+        done, total = len(results), len(set(keys))
+        if not expected:
+            self.progress(stage, done, total)
+            return
+        spent, whole = (round(1000 * sum(expected[k] for k in ks)) for ks in (results, expected))
+        detail = f"{done} of {total}"
+        if not done:
+            detail = f"{detail}, perhaps {duration(whole / 1000)} on one core"
+        self.progress(f"{stage}: {detail}", spent, whole)
 
     def _finished(self, stage: str, jobs: dict[str, Job]) -> Finished:
         if self.executor is None:

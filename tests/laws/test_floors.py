@@ -14,7 +14,7 @@ SOURCE = Path(rabbet.__file__).parent
 # package.
 FLOORS = (
     {"errors", "origin"},
-    {"files", "fingerprint", "cluster"},
+    {"files", "fingerprint", "cluster", "progress"},
     {"grids", "jobs", "layers", "data"},
     {"solve"},
     {"forms"},

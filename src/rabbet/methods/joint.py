@@ -84,7 +84,10 @@ class Joint:
         menus = {s.name: self.menu(s) for s in piece.survey}
         scores, kept = scored(piece, menus, prune=piece.clock is None)
         table = [[row[k] for k in ks] for row, ks in zip(table, kept, strict=True)]
-        return allocate(scores, table, budget, piece)
+        piece.jobs.progress("choosing", 0, 1)
+        chosen = allocate(scores, table, budget, piece)
+        piece.jobs.progress("choosing", 1, 1)
+        return chosen
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""
