@@ -94,6 +94,7 @@ class Lines:
     def __init__(self) -> None:
         self.last = time.monotonic()
         self.lock = threading.Lock()
+        self.stream = sys.stderr  # which an export takes away for a time
         self.stage: tuple[str, int, int] | None = None
         self.pace = Pace(0, 1, self.last)
 
@@ -115,7 +116,7 @@ class Lines:
             if self.stage is not None and now - self.last >= EVERY:
                 self.last = now
                 text = f"{worded(*self.stage)}, {self.pace.words(now)}"
-                print(text, file=sys.stderr, flush=True)
+                print(text, file=self.stream, flush=True)
 
 
 @contextlib.contextmanager
