@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from common import machine, reader
 from records import Group, Records, Table, Values, add_options, told
+from shapes import resnet18 as shape_of_resnet18
 from torch import Tensor, nn
 
 import rabbet
@@ -72,49 +72,6 @@ Run = Callable[[], Any]
 Make = Callable[[Any], Run]
 
 
-class Basic(nn.Module):
-    """Two 3x3 convs and a shortcut, projected if shapes differ (He et al. 2016, option B)."""
-
-    def __init__(self, cin: int, cout: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout)
-        self.conv2, self.bn2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout)
-        project = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-        self.short = nn.Identity() if (cin, stride) == (cout, 1) else project
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, cin, h, w] -> [b, cout, h / stride, w / stride]."""
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.short(x))
-
-
-class ResNet18(nn.Module):
-    """For 224 x 224 images and 1,000 classes; random weights, for speed only."""
-
-    STAGES = (
-        (64, 64, 1),
-        (64, 64, 1),
-        (64, 128, 2),
-        (128, 128, 1),
-        (128, 256, 2),
-        (256, 256, 1),
-        (256, 512, 2),
-        (512, 512, 1),
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        self.pool = nn.MaxPool2d(3, 2, 1)
-        self.blocks = nn.Sequential(*(Basic(*facts) for facts in self.STAGES))
-        self.fc = nn.Linear(512, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, 3, 224, 224] -> [b, 1000]."""
-        x = self.blocks(self.pool(F.relu(self.norm(self.stem(x)))))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
 SHARES: dict[str, float] = {}  # in per cent of the MACs, by what the weights are
 
 
@@ -141,7 +98,7 @@ def cifar(depth: int) -> Case:
 def resnet18() -> Case:
     """ResNet-18 at ImageNet's size, calibrated on noise: only its speed means anything."""
     torch.manual_seed(0)
-    return images(ResNet18().eval(), [torch.randn(4, 3, 224, 224) for _ in range(8)])
+    return images(shape_of_resnet18(), [torch.randn(4, 3, 224, 224) for _ in range(8)])
 
 
 def mobilenet() -> Case:

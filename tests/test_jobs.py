@@ -225,7 +225,23 @@ def test_jobs_leave_no_gradient():
 def test_progress_counts_up_to_the_total():
     seen = []
     Jobs(progress=lambda *step: seen.append(step)).run("stage", _jobs(3))
-    assert seen == [("stage", 1, 3), ("stage", 2, 3), ("stage", 3, 3)]
+    assert seen == [("stage", k, 3) for k in range(4)]
+
+
+def test_the_longest_jobs_begin_and_progress_goes_by_what_each_may_take(tmp_path):
+    seen = []
+    jobs = Jobs(folder=tmp_path, progress=lambda *step: seen.append(step))
+    results = jobs.run("stage", _jobs(3), seconds=[1.0, 60.0, 239.0])
+    assert [r["y"][0].item() for r in results] == [0, 1, 2]
+    assert RUNS == [2, 1, 0]
+    assert seen == [
+        ("stage: 0 of 3, perhaps 5 minutes on one core", 0, 300_000),
+        ("stage: 1 of 3", 239_000, 300_000),
+        ("stage: 2 of 3", 299_000, 300_000),
+        ("stage: 3 of 3", 300_000, 300_000),
+    ]
+    jobs.run("stage", _jobs(3), seconds=[1.0, 60.0, 239.0])
+    assert seen[4:] == [("stage: 3 of 3", 300_000, 300_000)]
 
 
 def test_what_cannot_be_told_from_another_is_not_kept_and_that_is_said(tmp_path, caplog):

@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +28,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rabbet.cluster import Placed, worker_died
 from rabbet.errors import FileError, RabbetError
 from rabbet.files import write_whole
 from rabbet.fingerprint import Untold, fingerprint
+from rabbet.progress import duration, worded
 
 Tensors = dict[str, Tensor]
 Job = tuple[Callable[..., Tensors], Mapping[str, Tensor], Mapping[str, Any]]
@@ -45,12 +47,15 @@ whichever thread set it last, so beside a job it would start with one."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Show no progress. A stage may be followed by `: ` and details; done and total are steps."""
+    """Show no progress. A stage may be followed by `: ` and details; done and total are steps.
+
+    Steps are of equal work, about: jobs that differ are counted in milliseconds that they may take.
+    """
 
 
 def logged(stage: str, done: int, total: int) -> None:
     """Report progress to the logger `rabbet`, at level INFO."""
-    LOG.info("%s: %d of %d", stage, done, total)
+    LOG.info("%s", worded(stage, done, total))
 
 
 @dataclass
@@ -77,6 +82,7 @@ class Jobs:
     progress: Progress = logged
     _memory: dict[str, Tensors] = field(default_factory=dict, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
+    _inputs: Placed = field(default_factory=Placed, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.folder is None:
@@ -93,23 +99,43 @@ class Jobs:
                 "it is no folder that can be written to"
             )
 
-    def run(self, stage: str, jobs: Sequence[Job]) -> list[Tensors]:
+    def run(self, stage: str, jobs: Sequence[Job], seconds: Sequence[float] = ()) -> list[Tensors]:
         """Results in the order of the jobs, whatever the order in which they end.
 
+        seconds: what each may take, about; then the longest begin, and progress goes by that.
         Raises RabbetError if a worker process dies; what the others have finished is kept.
         """
         keys = [self.key(_name(function), given, rest) for function, given, rest in jobs]
         results: dict[str, Tensors] = {k: kept for k in keys if (kept := self.kept(k)) is not None}
         missing = {k: job for k, job in zip(keys, jobs, strict=True) if k not in results}
+        expected = dict(zip(keys, seconds, strict=True)) if seconds else {}
+        missing = dict(sorted(missing.items(), key=lambda item: -expected.get(item[0], 0.0)))
+        self._tell(stage, keys, results, expected)
         # closed here, so that an error leaves no job waiting and the threads as they were
         with TURN, one_thread(), contextlib.closing(self._finished(stage, missing)) as finished:
             for key, result in finished:
                 self.keep(key, result)
                 results[key] = result
-                self.progress(stage, len(results), len(set(keys)))
-        if not missing:
-            self.progress(stage, len(results), len(results))
+                self._tell(stage, keys, results, expected)
         return [results[k] for k in keys]
+
+    def _tell(
+        self,
+        stage: str,
+        keys: Sequence[str],
+        results: Mapping[str, Tensors],
+        expected: Mapping[str, float],
+    ) -> None:
+        """Report progress: jobs, or milliseconds where it is expected how long each takes."""
+        done, total = len(results), len(set(keys))
+        if not expected:
+            self.progress(stage, done, total)
+            return
+        spent, whole = (round(1000 * sum(expected[k] for k in ks)) for ks in (results, expected))
+        detail = f"{done} of {total}"
+        if not done:
+            detail = f"{detail}, perhaps {duration(whole / 1000)} on one core"
+        self.progress(f"{stage}: {detail}", spent, whole)
 
     def _finished(self, stage: str, jobs: dict[str, Job]) -> Finished:
         if self.executor is None:
@@ -117,8 +143,10 @@ class Jobs:
                 yield key, _call(job)
             return
         try:
-            yield from _spread(self.executor, jobs)
-        except BrokenExecutor as e:
+            yield from _spread(self.executor, jobs, self._inputs)
+        except Exception as e:
+            if not worker_died(e):
+                raise
             kept = (
                 "Jobs(folder=...) would keep what is finished"
                 if self.folder is None
@@ -253,17 +281,19 @@ def _call(job: Job) -> Tensors:
         return function(**tensors, **settings)
 
 
-def _spread(executor: Executor, jobs: Mapping[str, Job]) -> Finished:
+def _spread(executor: Executor, jobs: Mapping[str, Job], inputs: Placed) -> Finished:
     """The results of an executor as they come.
 
     After a failure nothing new is started, and what is being worked on is still waited for: it is
     finished work, too. Then the first failure is raised.
     """
     here = os.getpid()
-    futures = {
-        executor.submit(_call_packed, job[0], _packed(job[1]), job[2], here): k
-        for k, job in jobs.items()
-    }
+    futures = {}
+    for key, (function, tensors, settings) in jobs.items():
+        given = [inputs.given(executor, _packed({"": t})) for t in tensors.values()]
+        futures[executor.submit(_call_packed, function, settings, here, tuple(tensors), *given)] = (
+            key
+        )
     failure: Exception | None = None
     try:
         for future in as_completed(futures):
@@ -274,7 +304,10 @@ def _spread(executor: Executor, jobs: Mapping[str, Job]) -> Finished:
                 for other in futures:
                     other.cancel()
                 continue
-            yield futures[future], load(content)
+            # Let go of at once: a cluster does again what is still wanted of a worker that died.
+            key = futures.pop(future)
+            del future
+            yield key, load(content)
     finally:
         for future in futures:
             future.cancel()
@@ -289,14 +322,19 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _call_packed(
-    function: Callable[..., Tensors], tensors: bytes, settings: Mapping[str, Any], sender: int
+    function: Callable[..., Tensors],
+    settings: Mapping[str, Any],
+    sender: int,
+    names: Sequence[str],
+    *contents: bytes,
 ) -> bytes:
     """A job where the executor runs it; sender: the process that gave it out."""
     parent = multiprocessing.parent_process()
     # A process of the user's, with threads that run its jobs, has a parent too: not the sender.
     if parent is not None and parent.pid == sender:
         end_with_parent()
-    return _packed(_call((function, load(tensors), settings)))
+    tensors = {name: load(each)[""] for name, each in zip(names, contents, strict=True)}
+    return _packed(_call((function, tensors, settings)))
 
 
 def end_with_parent() -> None:

@@ -152,6 +152,7 @@ class Workpiece:
         parts = ("forward", "loss", "vary", "outputs", "weights", "axes")
         calls = {part: getattr(task, part) for part in parts}
         check(model)
+        jobs.progress("looking at the network", 0, 1)
         original, model = model, copied(model)
         task = with_axes(model, task)
         told = _told({**calls, "batches": task.read(), "network": original}, jobs)
@@ -173,6 +174,7 @@ class Workpiece:
             for s in survey
             if s.norm and isinstance(m := modules[s.norm], _BatchNorm)
         }
+        jobs.progress("looking at the network", 1, 1)
         return cls(folded, survey, task, jobs, seed, types, norms, told=told)
 
     def weight(self, site: Site) -> Tensor:

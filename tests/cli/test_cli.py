@@ -279,7 +279,7 @@ def test_progress_goes_to_stderr_now_and_then_where_there_is_no_terminal(run, mi
     assert run("compress", *given, "--output", "a.safetensors")[2] == ""
     monkeypatch.setattr("rabbet.cli.terminal.EVERY", 0.0)
     err = run("compress", *given, "--output", "a.safetensors")[2]
-    assert "solving layers: 2 of 2\n" in err
+    assert "solving layers: 100 %, 2 of 2" in err
     assert run("compress", *given, "--output", "a.safetensors", "--json")[2] == ""
 
 

@@ -117,6 +117,27 @@ def test_a_signal_before_any_work_ends_a_command_with_its_code(run, mine, monkey
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_signal_ends_a_command_that_is_in_one_long_call():
+    code = """
+import hashlib
+from rabbet.cli.ending import last_word, terminable
+with terminable(), last_word("stopped there"):
+    print("begins", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    listens = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, **listens) as process:
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.5)  # it is in the call by now
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.communicate(timeout=60) == ("", "stopped there\n")
+        finally:
+            process.kill()
+    assert process.returncode == 130
+
+
 @pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
     given = ("--output", tmp_path / "a.safetensors", "--resume", tmp_path / "work", "--jobs", 2)

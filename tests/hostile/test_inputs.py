@@ -47,7 +47,7 @@ QUICK = Joint(
 class Idle(Jobs):
     """Jobs that must not be asked for anything."""
 
-    def run(self, stage, jobs):
+    def run(self, stage, jobs, seconds=()):
         raise AssertionError(f"work was done: {stage}")
 
 

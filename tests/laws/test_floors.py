@@ -14,7 +14,7 @@ SOURCE = Path(rabbet.__file__).parent
 # package.
 FLOORS = (
     {"errors", "origin"},
-    {"files", "fingerprint"},
+    {"files", "fingerprint", "cluster", "progress"},
     {"grids", "jobs", "layers", "data"},
     {"solve"},
     {"forms"},

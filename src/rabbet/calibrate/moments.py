@@ -102,6 +102,7 @@ def run_through(
     model: nn.Module, task: Task, batches: Sequence[Batch], progress: Progress, stage: str
 ) -> None:
     """Run a network on every batch, without gradients; `stage` names this to whoever watches."""
+    progress(stage, 0, len(batches))
     with torch.no_grad():
         for k, batch in enumerate(batches):
             task.run(model, batch)

@@ -22,6 +22,8 @@ from rabbet.reconstruct.network import on_menus, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
+HOPE = 0.8  # share of its likely harm that an option counts with until it is measured
+
 
 def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
     """The plan that the program chooses, each of its lines solved and measured.
@@ -30,7 +32,9 @@ def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
     """
     layers = _foretold(piece, table)
     while True:
+        piece.jobs.progress("choosing", 0, 1)
         plan = allocate([layer.scores() for layer in layers], table, budget, piece)
+        piece.jobs.progress("choosing", 1, 1)
         lines = [layer.lines.index(line.terms) for layer, line in zip(layers, plan, strict=True)]
         chosen = list(zip(layers, lines, strict=True))
         if not (_solve(piece, chosen) or _measure(piece, layers)):
@@ -61,7 +65,7 @@ class _Layer:
             for k, told in enumerate(self.foretold)
         ]
         return [
-            self.harms.get(k, error * self._like(k, self.harms, errors, self.ratio))
+            self.harms.get(k, HOPE * error * self._like(k, self.harms, errors, self.ratio))
             for k, error in enumerate(errors)
         ]
 

@@ -45,6 +45,7 @@ def output_errors(
     sites = [s for s in piece.survey if s.name in changes]
     batches = piece.task.read()
     wanted = min(limit, sum(map(axes.count, batches)))
+    piece.jobs.progress("scoring", 0, wanted)
     for batch in _slices(batches, axes, sites):
         size = axes.count(batch)
         calls, reached = _slopes(piece, sites, batch, generator)

@@ -17,7 +17,15 @@ from typing import Annotated, Any
 import typer
 
 from rabbet.cli import compressing, reading, running, starting
-from rabbet.cli.ending import CLOSED, INTERRUPTED, Stopped, own_output, terminable
+from rabbet.cli.ending import (
+    CLOSED,
+    INTERRUPTED,
+    TERMINATED,
+    Stopped,
+    leave,
+    own_output,
+    terminable,
+)
 from rabbet.errors import BudgetError, RabbetError, note_of
 
 # Newer versions of typer carry a click of their own: the root of its usage errors is found through
@@ -72,7 +80,10 @@ def _options(
 def program() -> int:
     """The command line as a process of its own; returns the exit code."""
     own_output()
-    return main()
+    code = main()
+    if code in (INTERRUPTED, TERMINATED):
+        leave(code)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

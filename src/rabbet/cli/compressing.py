@@ -86,7 +86,7 @@ def compress(
     from rabbet.cli import outcomes, tables, texts
     from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import opened, ready, require_other
-    from rabbet.cli.terminal import working
+    from rabbet.cli.terminal import told, working
 
     asked = options.DEFAULT_BUDGET if budget is None and plan is None else budget
     limits = None if asked is None else texts.budget_of(asked)
@@ -99,12 +99,15 @@ def compress(
     inputs = open_inputs(model, data, test)
     outcomes.require_exportable(inputs, target)
     judge = inputs.judge
-    before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
     with working(resume, processes, as_json) as jobs:
+        with told(jobs, "judging the network"):
+            before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
         result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
-    replaced = output.exists()
-    written = outcomes.export_safely(result, output, target)
-    after = None if judge is None else judge(opened(output, inputs.network))
+        replaced = output.exists()
+        with told(jobs, "writing the file"):
+            written = outcomes.export_safely(result, output, target)
+        with told(jobs, "judging the file"):
+            after = None if judge is None else judge(opened(output, inputs.network))
     outcome = outcomes.Outcome(output, result, written, judge, before, after, examples, replaced)
     if as_json:
         settings = {"seed": seed, "quality": quality, "method": method}

@@ -16,6 +16,7 @@ EXTRAS = {
     "vision": (("timm", "torchvision", "pillow"), "timm:NAME, torchvision:NAME, images"),
     "demo": (("scikit-learn",), "the demo's images"),
     "report": (("matplotlib",), "drawings of searches"),
+    "cluster": (("distributed",), "jobs on Dask, on many machines"),
 }
 """What each extra installs, and what for."""
 

@@ -55,7 +55,8 @@ class Form(ABC):
     nested: ClassVar[bool] = False
     """Whether any matrix of its rank can be written so: a truncated SVD is then the best."""
     unfinished: ClassVar[tuple[float, float]] = (1.0, 1.0)
-    """How many times its least error it has where its solver starts, and after ten evaluations."""
+    """How many times its least error it rarely has more than, where its solver starts and after ten
+    evaluations."""
     channel_axes: ClassVar[tuple[int | None, ...]] = ()
     """For each factor of `problem` the axis of its channels, along which it may have scales."""
 

@@ -26,7 +26,7 @@ class CP(Ranked):
 
     name: ClassVar[str] = "cp"
     gaps: ClassVar[int] = 2
-    unfinished: ClassVar[tuple[float, float]] = (2.7, 1.5)
+    unfinished: ClassVar[tuple[float, float]] = (5.0, 2.5)
     channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, 1)
 
     def full_rank(self, site: Site) -> int:

@@ -25,7 +25,7 @@ class Tucker(Ranked):
 
     name: ClassVar[str] = "tucker"
     gaps: ClassVar[int] = 2
-    unfinished: ClassVar[tuple[float, float]] = (1.15, 1.05)
+    unfinished: ClassVar[tuple[float, float]] = (1.4, 1.2)
     channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, None)
 
     def full_rank(self, site: Site) -> int:

@@ -7,11 +7,16 @@ from torch import nn
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Plan
 from rabbet.jobs import Job, Tensors
+from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.candidates import Terms, read_numbers, solve_site
 from rabbet.reconstruct.sequential import correct_in_order
 from rabbet.workpiece import Workpiece
+
+# Seconds of a job of any size, and those for each entry of the menu, of the weight, and of a row of
+# it (benchmarks/scaling.py).
+SMALL, PACE = 0.05, 1e-9
 
 
 def solved(piece: Workpiece, plan: Plan) -> tuple[nn.Module, str]:
@@ -58,4 +63,10 @@ def on_menus(
         if name in moments:
             given["second"] = moments[name]
         jobs.append((job, given, {"site": site, "menu": menu}))
-    return piece.jobs.run(stage, jobs)
+    seconds = [expected_seconds(piece.survey[name], len(menu)) for name, menu in menus]
+    return piece.jobs.run(stage, jobs, seconds)
+
+
+def expected_seconds(site: Site, entries: int) -> float:
+    """How long a layer's menu may take on one core: right within a few times, see PACE."""
+    return SMALL + PACE * site.numel * site.columns * entries

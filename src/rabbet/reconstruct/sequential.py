@@ -126,8 +126,14 @@ def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
         solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given, halves)))
         if _gained(layer) and seen.outputs is not None:
             matchers.append((layer, _matcher(seen.outputs, GAIN, seen.given.shape, halves)))
-    with torch.no_grad(), hooked(before=solvers, after=matchers):
+    stage, count = "solving in order", itertools.count(1)
+    told = [
+        (m, lambda *_: piece.jobs.progress(stage, next(count), len(solvers))) for m, _ in solvers
+    ]
+    piece.jobs.progress(stage, 0, len(solvers))
+    with torch.no_grad(), hooked(before=[*solvers, *told], after=matchers):
         piece.task.run(student, batch)
+    piece.jobs.progress(stage, len(solvers), len(solvers))
 
 
 def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
