@@ -16,7 +16,7 @@ from rabbet.layers import Site
 from rabbet.model.hooks import Hook, hooked
 
 ROWS = 2**17  # most rows that one second moment is averaged over
-ENTRIES = 2**24  # rows times columns, beyond which more rows cost more than they tell
+ENTRIES = 2**23  # rows times columns, beyond which more rows cost more than they tell
 EXAMPLES = 4096  # from which rows are drawn, about: more only take longer
 
 
@@ -60,7 +60,7 @@ def second_moments(
     """Mean of patch patch^T for the inputs of every site that has some, [groups, n, n] on the CPU.
 
     Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and
-    fewer where they are wide (2^24 entries, but 8 for each column), drawn evenly from all batches,
+    fewer where they are wide (2^23 entries, but 8 for each column), drawn evenly from all batches,
     or, of 8,192 examples or more, from every n-th, so that about 4,096 remain.
     Memory is one batch and the moments. A table without heads has none; one with heads those of
     their inputs, and as much again for being looked up. Raises DataError, naming the site, for

@@ -22,7 +22,7 @@ from rabbet.reconstruct.network import on_menus, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
-HOPE = 0.8  # share of its likely harm that an option counts with until it is measured
+HOPE = 0.5  # share of its likely harm that an option counts with until it is measured
 
 
 def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:

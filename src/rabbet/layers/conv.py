@@ -135,7 +135,7 @@ class Conv(LayerKind):
         for size, out, k, t, d in reversed(axes):
             index += ((where % out) * t)[:, None] * width + ((inside % k) * d)[None] * width
             where, inside, width = where // out, inside // k, width * size
-        # [batch, channels, places * taps]
-        patches = x.flatten(2)[:, :, index.to(x.device).reshape(-1)]
-        patches = patches.view(len(x), site.groups, site.columns // site.taps, *index.shape)
-        return patches.permute(1, 0, 3, 2, 4).reshape(site.groups, -1, site.columns)
+        # [batch, places * taps, channels]: a place is copied with all its channels at once
+        patches = x.flatten(2).mT.contiguous().index_select(1, index.to(x.device).reshape(-1))
+        patches = patches.view(len(x), *index.shape, site.groups, site.columns // site.taps)
+        return patches.permute(3, 0, 1, 4, 2).reshape(site.groups, -1, site.columns)

@@ -39,7 +39,7 @@ from rabbet.workpiece import UNABLE, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 ENTRIES = 2**29  # floats that the float network's inputs may take
-PATCHES = 2**24  # entries of the patches of one layer
+PATCHES = 2**23  # entries of the patches of one layer
 # evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
 STEPS = 120
 RIDGES = (DAMPING, 0.1, 1.0, 10.0)  # shares of the mean diagonal
@@ -343,7 +343,9 @@ def _matcher(
 
 
 def _statistics(out: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-    flat = out.movedim(site.kind.channel_axis, 0).reshape(site.shape[0], -1)
-    if not flat.shape[1]:  # an expert that no place was sent to
-        return torch.zeros_like(flat.sum(1)), torch.zeros_like(flat.sum(1))
-    return flat.mean(1), flat.std(1) if flat.shape[1] > 1 else torch.zeros_like(flat[:, 0])
+    channels = range(out.ndim)[site.kind.channel_axis]
+    others = [axis for axis in range(out.ndim) if axis != channels]
+    if out.numel() < 2 * site.shape[0]:  # an expert that one place was sent to, or none
+        return out.sum(others), torch.zeros_like(out.sum(others))
+    variance, mean = torch.var_mean(out, others)
+    return mean, variance.sqrt()
