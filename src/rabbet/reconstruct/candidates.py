@@ -47,7 +47,11 @@ def solve_site(
     of latency: see `_hopeless`. The result is a flat dict, as jobs return it: read it with
     `read_numbers`; an entry that was left out has no error in it.
     """
-    metric = Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
+    metric = (
+        Metric.plain(site.groups, site.columns, weight.device)
+        if second is None
+        else Metric(second, DAMPING)
+    )
     tail = _tail(site, weight, metric) if prune else None
     solved: dict[int, float] = {}
     result: Tensors = {}
@@ -294,7 +298,8 @@ def _solve_term(
     if not small and last[0].numel() == site.columns:
         target = site.matrix(left) if len(last) == site.shape[0] else last.flatten(1)[None]
         return [_rounded(target, grid, metric, tuple(last.shape))]
-    basis = form.contract(site, [*(q.values for q in small), torch.eye(last.shape[1])]).flatten(1)
+    eye = torch.eye(last.shape[1], device=left.device)
+    basis = form.contract(site, [*(q.values for q in small), eye]).flatten(1)
     seen = basis @ metric.second[0]
     inner = Metric((seen @ basis.mT)[None], damping=1e-4)
     right = (seen @ left.flatten(1).mT).double()
