@@ -102,8 +102,9 @@ class Jobs:
     def run(self, stage: str, jobs: Sequence[Job], seconds: Sequence[float] = ()) -> list[Tensors]:
         """Results in the order of the jobs, whatever the order in which they end.
 
-        seconds: what each may take, about; then the longest begin, and progress goes by that.
-        Raises RabbetError if a worker process dies; what the others have finished is kept.
+        Each lies on the device of its job's tensors, wherever it was worked out or found. seconds:
+        what each may take, about; then the longest begin, and progress goes by that. Raises
+        RabbetError if a worker process dies; what the others have finished is kept.
         """
         keys = [self.key(_name(function), given, rest) for function, given, rest in jobs]
         results: dict[str, Tensors] = {k: kept for k in keys if (kept := self.kept(k)) is not None}
@@ -117,7 +118,7 @@ class Jobs:
                 self.keep(key, result)
                 results[key] = result
                 self._tell(stage, keys, results, expected)
-        return [results[k] for k in keys]
+        return [_beside(given, results[k]) for k, (_, given, _) in zip(keys, jobs, strict=True)]
 
     def _tell(
         self,
@@ -190,9 +191,9 @@ class Jobs:
             return None
 
     def keep(self, key: str, result: Tensors) -> None:
-        """Remember a result, in memory or in the folder."""
+        """Remember a result, in the folder or in the CPU's memory."""
         if self.folder is None or not self.lasts(key):
-            self._memory[key] = result
+            self._memory[key] = {name: tensor.cpu() for name, tensor in result.items()}
             return
         try:
             write_whole(self.folder / f"{key}.safetensors", [_sealed(result, key)])
@@ -212,6 +213,12 @@ class Jobs:
         if topic not in self._said:
             self._said.add(topic)
             LOG.warning("%s", text)
+
+
+def _beside(given: Mapping[str, Tensor], result: Tensors) -> Tensors:
+    """A result on the device of what it was worked out from."""
+    home = next((tensor.device for tensor in given.values()), None)
+    return {name: tensor.to(home) for name, tensor in result.items()}
 
 
 def content_key(name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

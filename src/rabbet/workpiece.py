@@ -178,8 +178,8 @@ class Workpiece:
         return cls(folded, survey, task, jobs, seed, types, norms, told=told)
 
     def weight(self, site: Site) -> Tensor:
-        """The canonical float weight of a site, on the CPU, where solvers run."""
-        return site.kind.weight(self.model.get_submodule(site.name)).detach().cpu()
+        """The canonical float weight of a site, where the network lies: there it is solved."""
+        return site.kind.weight(self.model.get_submodule(site.name)).detach()
 
     def key(
         self,

@@ -51,13 +51,13 @@ class _Moment:
     @property
     def mean(self) -> Tensor:
         assert self.total is not None
-        return (self.total / self.rows).float().cpu()
+        return (self.total / self.rows).float()
 
 
 def second_moments(
     model: nn.Module, survey: Survey, task: Task, seed: int = 0, progress: Progress = silent
 ) -> dict[str, Tensor]:
-    """Mean of patch patch^T for the inputs of every site that has some, [groups, n, n] on the CPU.
+    """Mean of patch patch^T for the inputs of every site that has some, [groups, n, n].
 
     Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and
     fewer where they are wide (2^23 entries, but 8 for each column), drawn evenly from all batches,
@@ -84,7 +84,7 @@ def second_moments(
     seconds = {name: moment.mean for name, moment in moments.items() if moment.rows}
     for site in survey:
         if site.heads and site.name in seconds:
-            table = site.kind.weight(model.get_submodule(site.name)).detach().cpu().float()
+            table = site.kind.weight(model.get_submodule(site.name)).detach().float()
             seconds[site.name] = _twofold(table, seconds[site.name])
     return seconds
 
@@ -95,7 +95,7 @@ def _twofold(table: Tensor, second: Tensor) -> Tensor:
     The relative errors of the two uses are added.
     """
     share = ((table @ second[0]) * table).sum() / table.square().sum().clamp_min(1e-30)
-    return second + share * torch.eye(len(second[0]))
+    return second + share * torch.eye(len(second[0]), device=second.device)
 
 
 def run_through(

@@ -179,9 +179,9 @@ _PYTHON: _Place = (random.getstate, random.setstate, random.seed)
 def _generators(model: nn.Module) -> list[torch.Generator]:
     """The shared generators of torch of the devices on which a network may draw."""
     found = [torch.default_generator]
-    if torch.cuda.is_initialized():
-        numbers = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-        found += [torch.cuda.default_generators[k] for k in sorted(numbers)]
+    for place in sorted({p.device for p in model.parameters()}, key=str):
+        theirs = getattr(getattr(torch, place.type, None), "default_generators", ())
+        found += [generator for generator in theirs if generator.device == place]
     return found
 
 

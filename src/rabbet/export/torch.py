@@ -31,6 +31,7 @@ from rabbet.export.signature import (
 )
 from rabbet.files import write_whole
 from rabbet.model.compressed import ActQuant, Factor, compressed_layers
+from rabbet.model.surgery import on_cpu
 
 
 def write_torch(parcel: Parcel, path: Path) -> Written:
@@ -51,7 +52,7 @@ def program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:
     """A network as a program of torch's; ModelError if torch cannot export it."""
     task, _ = unlabelled(task, model)
     with exporting("a torch program", model, task), quiet(), torch.no_grad():
-        return _program(copy.deepcopy(model), task)
+        return _program(copy.deepcopy(on_cpu(model)), task)
 
 
 def _program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:

@@ -69,7 +69,7 @@ class CP(Ranked):
             small, steps = (aim.start[0], aim.start[1].flatten(1)), aim.steps
         elif self.rank >= channels * places:
             # Every entry of an input patch has its own term.
-            eyes = torch.eye(channels), torch.eye(places)
+            eyes = [torch.eye(n, device=weight.device) for n in (channels, places)]
             small = (eyes[0].repeat_interleave(places, 0), eyes[1].repeat(channels, 1))
             steps = 0
         else:

@@ -84,7 +84,7 @@ class TT(Chain):
         right, left = self._bonds(site)
         # Columns in the order of the digits from the middle outwards.
         turned = self._turned(site, matrix)
-        order = self._turned(site, torch.arange(site.columns)[None])[0]
+        order = self._turned(site, torch.arange(site.columns, device=weight.device)[None])[0]
         aimed = None if metric is None else metric[order][:, order]
         power = ((turned if aimed is None else turned @ aimed) * turned).sum().clamp_min(1e-30)
         wanted = turned if aimed is None else turned @ aimed

@@ -156,7 +156,8 @@ class Grid:
         moving = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
         if book is not None and not moving:
             steps = nearest(x / wide, book.shift)
-            steps.clamp_(torch.as_tensor(self.low - zero), torch.as_tensor(self.high - zero))
+            ends: Any = self.low - zero, self.high - zero  # both numbers, or both tensors
+            steps.clamp_(*ends)
             return (steps.add_(book.shift) if book.shift else steps).mul_(wide)
         if book is None and not moving:
             return self.project(x, scale)

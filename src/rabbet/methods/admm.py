@@ -205,7 +205,7 @@ def _start(problem: Problem, grids: list[Grid], rank: int, method: ADMM, seed: i
         u, core, v = _hosvd(tensor, rank)
         return (v, u, core)
     if method.start == "random":
-        return random_start(tensor.shape, rank, seed)
+        return random_start(tensor.shape, rank, seed, tensor.device)
     start = svd_start(tensor, rank, seed)
     if method.start == "svd":
         return als(problem, start, sweeps=1).factors

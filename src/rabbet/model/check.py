@@ -32,6 +32,8 @@ def check(model: nn.Module) -> None:
     if len(devices) > 1:
         places = " and ".join(f"{name} on {device}" for device, name in devices.items())
         raise ModelError(f"the model lies on several devices ({places}); move it to one")
+    for device in devices:
+        _require_doubles(device)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     numbers = {id(t) for t in itertools.chain(model.parameters(), *(m.buffers() for m in norms))}
     for name, tensor in named:
@@ -66,6 +68,17 @@ def _require_layers(name: str, module: nn.Module) -> None:
             f"{name} is spread over processes; gather its state_dict and pass a plain network that "
             "has loaded it"
         )
+
+
+def _require_doubles(device: torch.device) -> None:
+    """Raise ModelError for a device without float64, in which layers are solved (Apple's: mps)."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as e:
+        raise ModelError(
+            f"the model lies on {device}, which has no double precision, and layers are solved in "
+            "it; move the model to the CPU: model.cpu()"
+        ) from e
 
 
 def _require_numbers(name: str, tensor: torch.Tensor, masks: bool) -> None:

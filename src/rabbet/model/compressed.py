@@ -32,7 +32,9 @@ class Factor(Solved):
     def __init__(self, numbers: Quantised) -> None:
         super().__init__()
         self.grid = numbers.grid
-        self.register_buffer("codes", numbers.codes.detach().float().clone())
+        # Contiguous, as a file gives it back: another memory layout changes the order of sums.
+        codes = numbers.codes.detach().float().clone(memory_format=torch.contiguous_format)
+        self.register_buffer("codes", codes)
         self.register_buffer("scale", numbers.scale.detach().float().clone())
         zero = None if numbers.zero is None else numbers.zero.detach().float().clone()
         self.register_buffer("zero", zero)

@@ -27,6 +27,12 @@ def hooked(after: Iterable[Hook] = (), before: Iterable[Hook] = ()) -> Iterator[
         yield
 
 
+def _places() -> list[str]:
+    """The kinds of devices that a network may run on."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
 def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function in full precision, and with tensors that live on, whatever a forward sets.
 
@@ -34,7 +40,7 @@ def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(module: nn.Module, given: Any, last: Any) -> Any:
-        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        kinds = [kind for kind in _places() if torch.is_autocast_enabled(kind)]
         inferring = torch.is_inference_mode_enabled()
         if not kinds and not inferring:
             return function(module, given, last)

@@ -1,6 +1,7 @@
 """Changes to a copy of a network: modules replaced, fused paths that bypass layers switched off."""
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ def copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
             f"the model cannot be copied ({e}); a compressed network is a changed copy"
         ) from e
     return _unwrapped(result)
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """A network for what runs on the CPU alone: itself if it lies there, else a copy there."""
+    held = itertools.chain(model.parameters(), model.buffers())
+    return model if all(t.device.type == "cpu" for t in held) else copied(model).cpu()
 
 
 def _bare(model: nn.Module) -> nn.Module:

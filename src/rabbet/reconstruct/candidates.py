@@ -35,7 +35,7 @@ def solve_site(
     there is none (a table). The result is a flat dict, as jobs return it: read it with
     `read_numbers`. The numbers of a menu of one entry depend on nothing but that entry.
     """
-    metric = metric_of(site, second)
+    metric = metric_of(site, weight, second)
     result: Tensors = {}
     solutions = solve_menu(site, weight, menu, metric)
     for k, (terms, numbers) in enumerate(zip(menu, solutions, strict=True)):
@@ -49,9 +49,11 @@ def solve_site(
     return result
 
 
-def metric_of(site: Site, second: Tensor | None) -> Metric:
+def metric_of(site: Site, weight: Tensor, second: Tensor | None) -> Metric:
     """What a site is solved in: the second moment of its inputs, or the identity without one."""
-    return Metric.plain(site.groups, site.columns) if second is None else Metric(second, DAMPING)
+    if second is None:
+        return Metric.plain(site.groups, site.columns, weight.device)
+    return Metric(second, DAMPING)
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:
@@ -223,7 +225,8 @@ def _solve_term(
     if not small and last[0].numel() == site.columns:
         target = site.matrix(left) if len(last) == site.shape[0] else last.flatten(1)[None]
         return [_rounded(target, grid, metric, tuple(last.shape))]
-    basis = form.contract(site, [*(q.values for q in small), torch.eye(last.shape[1])]).flatten(1)
+    eye = torch.eye(last.shape[1], device=left.device)
+    basis = form.contract(site, [*(q.values for q in small), eye]).flatten(1)
     seen = basis @ metric.second[0]
     inner = Metric((seen @ basis.mT)[None], damping=1e-4)
     right = (seen @ left.flatten(1).mT).double()

@@ -33,7 +33,7 @@ def predict_site(
     its shape): white in the metric, and in each row as large as the row's largest entry.
     `noise.error` is its error in the metric.
     """
-    told = _Prediction(site, weight, metric_of(site, second))
+    told = _Prediction(site, weight, metric_of(site, weight, second))
     known = {k: error for k, terms in enumerate(menu) if (error := told.of(terms)) is not None}
     unknown = [k for k in range(len(menu)) if k not in known]
     solved = solve_site(weight, second, site=site, menu=[menu[k] for k in unknown])
@@ -107,7 +107,7 @@ class _Prediction:
     def _spectrum(self, whitened: bool) -> Tensor:
         if whitened not in self.spectra:
             matrix = self.target[0]
-            second = self.metric.second[0] if whitened else torch.eye(matrix.shape[1])
+            second = self.metric.second[0] if whitened else torch.eye(len(matrix.mT)).to(matrix)
             self.spectra[whitened] = spectrum(matrix, second)
         return self.spectra[whitened]
 
@@ -121,13 +121,13 @@ class _Prediction:
         if form not in self.sums:
             aim = Aim(noise(term.grid), None, few)
             *first, last = form.decompose(self.site, self.weight, self.metric.second, aim)
-            basis = form.contract(self.site, [*first, torch.eye(last.shape[1])]).flatten(1)
+            basis = form.contract(self.site, [*first, torch.eye(last.shape[1]).to(last)]).flatten(1)
             seen = basis @ self.metric.second[0]
             norm = (seen * basis).sum(1, keepdim=True).clamp_min(1e-30).rsqrt()
             right = (seen @ self.weight.flatten(1).mT) * norm
             self.sums[form] = ((seen @ basis.mT) * norm * norm.mT).double(), right.double()
         gram, right = self.sums[form]
-        ridge = noise(term.grid) * torch.eye(len(gram), dtype=gram.dtype)
+        ridge = noise(term.grid) * torch.eye(len(gram)).to(gram)
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))
         left = max(self.power - float((right * solution).sum()), 0.0)
         return left / form.unfinished[1 if few else 0]
@@ -135,7 +135,8 @@ class _Prediction:
     def noise(self) -> Tensor:
         """See `predict_site`."""
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(self.target.shape, generator=generator) @ self.metric.factor
+        drawn = torch.randn(self.target.shape, generator=generator).to(self.target)
+        drawn = drawn @ self.metric.factor
         drawn *= self.target.abs().amax(2, keepdim=True)
         back = self.metric.order.argsort(dim=1)[:, None].expand_as(drawn)
         return drawn.gather(2, back).view(self.weight.shape)

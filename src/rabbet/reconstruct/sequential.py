@@ -227,8 +227,8 @@ def _moments(
     seconds, crosses = [], []
     for pair in zip(halves(given) or [given], halves(wanted) or [wanted], strict=True):
         ours, theirs = (site.patches(x, places, torch.Generator().manual_seed(seed)) for x in pair)
-        seconds.append((ours.mT @ ours).cpu() / ours.shape[1])
-        crosses.append((theirs.mT @ ours).cpu() / ours.shape[1])
+        seconds.append((ours.mT @ ours) / ours.shape[1])
+        crosses.append((theirs.mT @ ours) / ours.shape[1])
     return torch.stack(seconds), torch.stack(crosses)
 
 

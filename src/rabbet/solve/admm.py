@@ -68,7 +68,7 @@ def _inner(
 ) -> tuple[Quantised, Tensor, float, float]:
     """One factor: the best on-grid copy seen, the dual, and the last residuals."""
     rho = gram.diagonal().mean()
-    eye = torch.eye(len(gram), dtype=gram.dtype)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     lower = torch.linalg.cholesky(gram + rho * eye)
     copy = held.values.double()
     best, least = held, _objective(gram, right, copy)

@@ -87,7 +87,7 @@ class CPProblem(Problem):
         G is the Hadamard product of the others' Gram matrices, F the tensor times their Khatri-Rao
         product.
         """
-        gram = torch.ones(1, 1, dtype=torch.float64)
+        gram = self.flat.new_ones(1, 1)
         for k, f in enumerate(factors):
             gram = gram if k == mode else gram * (f.mT @ f)
         if mode == 0:
@@ -144,7 +144,7 @@ def solved(gram: Tensor, right: Tensor, ridge: float = 1e-12) -> Tensor:
     The ridge is raised until G can be factorised.
     """
     mean = gram.diagonal().mean().clamp_min(1e-300)
-    eye = torch.eye(len(gram), dtype=gram.dtype)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     while True:
         lower, info = torch.linalg.cholesky_ex(gram + ridge * mean * eye)
         if not info:
@@ -182,10 +182,13 @@ def _others(norms: Sequence[Tensor], mode: int) -> Tensor:
     return result
 
 
-def random_start(shape: Sequence[int], rank: int, seed: int = 0) -> Factors:
-    """Standard normal factors."""
+def random_start(
+    shape: Sequence[int], rank: int, seed: int = 0, device: torch.device | None = None
+) -> Factors:
+    """Standard normal factors, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in shape)
+    drawn = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in shape)
+    return tuple(factor.to(device) for factor in drawn)
 
 
 def svd_start(tensor: Tensor, rank: int, seed: int = 0) -> Factors:
@@ -194,7 +197,7 @@ def svd_start(tensor: Tensor, rank: int, seed: int = 0) -> Factors:
     A mode that has fewer than the rank is filled up with standard normal columns.
     """
     factors = []
-    for mode, noise in enumerate(random_start(tensor.shape, rank, seed)):
+    for mode, noise in enumerate(random_start(tensor.shape, rank, seed, tensor.device)):
         unfolded = tensor.double().movedim(mode, 0).flatten(1)
         vectors = torch.linalg.eigh(unfolded @ unfolded.mT)[1].flip(1)
         factors.append(torch.cat([vectors[:, :rank], noise[:, vectors.shape[1] :]], 1))

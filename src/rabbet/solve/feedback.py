@@ -9,7 +9,6 @@ better from a bad one, and needs no penalty.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rabbet.grids.grid import Grid, Quantised
@@ -43,8 +42,8 @@ def rounded_factor(
     grid.axis: None, 0 (a scale per row) or 1 (per column).
     """
     columns = grid.axis == 1
-    wide = scale[None] if columns else torch.ones(1, target.shape[1])
-    per_row = torch.ones(1) if columns else scale
+    wide = scale[None] if columns else scale.new_ones(1, target.shape[1])
+    per_row = scale.new_ones(1) if columns else scale
     metric = Metric((gram.float() * wide * wide.mT)[None], DAMPING)
     plain = grid.with_axis(0)
     scales = per_row.expand(len(target))[None, :, None].contiguous()

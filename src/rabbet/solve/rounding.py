@@ -40,9 +40,10 @@ class Metric:
         self.factor = _inverse_factor(self.sorted)
 
     @classmethod
-    def plain(cls, groups: int, columns: int) -> "Metric":
+    def plain(cls, groups: int, columns: int, device: torch.device | None = None) -> "Metric":
         """The identity: the weight's own error, where nothing is known of the inputs."""
-        metric = cls(torch.eye(columns).expand(groups, columns, columns), damping=0.0)
+        eye = torch.eye(columns, device=device)
+        metric = cls(eye.expand(groups, columns, columns), damping=0.0)
         # No column can then compensate the error of another: solvers skip that work, which saves
         # much on a large table.
         metric.identity = True

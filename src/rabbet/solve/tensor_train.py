@@ -75,7 +75,8 @@ def halves(
     rows = half(right)
     seen = rows if metric is None else rows @ metric
     gram = seen @ rows.mT
-    gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(rank, dtype=gram.dtype)
+    eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * eye
     # gram = C C^T: an error E of the left half weighs |C^T E|.
     root = torch.linalg.cholesky(gram)
     # C^T times the solution, [r, m].

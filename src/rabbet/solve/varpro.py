@@ -93,7 +93,7 @@ class _Problem:
         rows = self.basis(small)
         seen = rows if self.second is None else rows @ self.second
         norm = (seen * rows).sum(1).clamp_min(1e-30).rsqrt()
-        eye = torch.eye(len(rows), dtype=rows.dtype)
+        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
         gram = (seen @ rows.mT) * norm * norm[:, None] + self.ridge * eye
         right = (rows @ self.aim) * norm[:, None]
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram))

@@ -86,7 +86,8 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
     # The fused kernel goes through memory in storage order: a parameter and a gradient of different
     # strides would be paired wrongly.
     fused = course.fused and all(p.device.type in FUSED and p.is_contiguous() for p in parameters)
-    optimiser = torch.optim.Adam(groups, betas=BETAS, fused=fused)
+    # None leaves it to torch, which takes many small parameters together where that is faster.
+    optimiser = torch.optim.Adam(groups, betas=BETAS, fused=fused or None)
     for p in parameters:
         p.requires_grad_()
     first = _resume(course, jobs, key, optimiser, parameters)

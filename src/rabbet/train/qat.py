@@ -190,8 +190,7 @@ class GatedWeight(Factor):
         if grid not in self._shares:
             with torch.no_grad():
                 best = grid.mse(self.start) * (grid.levels - 1) / 2
-                share = best / _largest(self.start, grid.axis)
-                self._shares[grid] = share.to(self.reach.device)
+                self._shares[grid] = best / _largest(self.start, grid.axis)
         return self._shares[grid]
 
     @property

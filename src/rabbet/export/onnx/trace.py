@@ -29,6 +29,7 @@ from rabbet.export.signature import (
     quiet,
 )
 from rabbet.model.compressed import ActQuant, Factor, compressed_layers
+from rabbet.model.surgery import on_cpu
 
 
 def trace(
@@ -39,6 +40,7 @@ def trace(
     The batch axis is dynamic, and so is every axis in which the user's batches differ. Raises
     ModelError if torch's exporter cannot follow the network.
     """
+    model = on_cpu(model)
     marked = copy.deepcopy(model)
     weights: dict[str, Factor] = {}
     acts: dict[str, ActQuant] = {}

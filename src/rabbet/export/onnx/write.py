@@ -26,6 +26,7 @@ from rabbet.export.signature import exporting, labels_note, unlabelled
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor, compressed_layers
+from rabbet.model.surgery import on_cpu
 from rabbet.runtime.openvino import openvino_known
 from rabbet.runtime.session import KERNELS, Session, kernels, require_onnx
 
@@ -76,7 +77,7 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
     require_onnx()
     task, labels = unlabelled(parcel.task, parcel.model)
     with exporting("ONNX", parcel.model, task):
-        parcel = replace(parcel, model=merged(parcel.model), task=task)
+        parcel = replace(parcel, model=merged(on_cpu(parcel.model)), task=task)
         assembled = assemble(parcel.model, task, functions)
         compare_plain(assembled.plain, parcel.model, task)
         error, saturated = compare(assembled.content, assembled.plain, parcel.model, task)

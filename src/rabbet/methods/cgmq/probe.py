@@ -40,12 +40,10 @@ def measure_sensitivity(
 
         def rounded(layer: GatedLayer) -> dict[int, Tensor]:
             menu, result = menus[layer.site.name], results[layer.site.name]
-            weights = (
-                canonical(layer.site, terms, read_numbers(result, menu, k))
-                for k, terms in enumerate(menu)
-            )
-            device = layer.weight.latent.device
-            return {b: w.to(device) for b, w in zip(stored, weights, strict=True)}
+            return {
+                b: canonical(layer.site, terms, read_numbers(result, menu, k))
+                for k, (b, terms) in enumerate(zip(stored, menu, strict=True))
+            }
 
         for done in gates.probe(loss, rounded):
             piece.jobs.progress("measuring widths", done, len(gates.spans))

@@ -153,7 +153,7 @@ def search_ranks(
         cutoffs=history["cutoffs"],
         losses=history["losses"],
         excess=history["excess"],
-        values=tuple(r.values for r in residuals.values()),
+        values=tuple(r.values.cpu() for r in residuals.values()),
         order=settings.order,
         offset=settings.offset,
     )
@@ -260,9 +260,8 @@ def _renormed(norm: Norm) -> Callable[[Compressed, object, Tensor], Tensor]:
     def hook(layer: Compressed, _: object, out: Tensor) -> Tensor:
         last = layer.site.channels_last(out)
         flat = last.reshape(-1, last.shape[-1])
-        mean, spread = norm.mean.to(out.device), norm.spread.to(out.device)
-        normed = F.batch_norm(flat, None, None, spread, mean, training=True).view(last.shape)
-        return layer.site.channels_back(normed)
+        normed = F.batch_norm(flat, None, None, norm.spread, norm.mean, training=True)
+        return layer.site.channels_back(normed.view(last.shape))
 
     return hook
 

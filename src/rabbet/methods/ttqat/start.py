@@ -29,8 +29,7 @@ def start_cores(
         variance = 1 / (site.shape[1] if site.looks_up else site.columns + site.shape[0])
         deviation = (variance / paths) ** (0.5 / len(shapes))
         generator = torch.Generator().manual_seed(seed)
-        return {
-            str(k): deviation * torch.randn(s, generator=generator) for k, s in enumerate(shapes)
-        }
+        drawn = (deviation * torch.randn(shape, generator=generator) for shape in shapes)
+        return {str(k): core.to(weight.device) for k, core in enumerate(drawn)}
     metric = second if start == "metric" else None
     return {str(k): f for k, f in enumerate(form.decompose(site, weight, metric, Aim(steps=STEPS)))}
