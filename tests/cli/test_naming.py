@@ -222,7 +222,7 @@ def test_data_that_cannot_be_read_are_one_line(run, program, reference, content,
 
 def test_labels_that_are_not_there_are_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((3, 2)))
-    with pytest.raises(DataError, match="no labels to judge with"):
+    with pytest.raises(DataError, match="no labels to measure accuracy with"):
         open_data(str(tmp_path / "x.npy"), None, "--test").labelled()
 
 

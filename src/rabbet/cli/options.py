@@ -86,6 +86,6 @@ Resume = Annotated[
     typer.Option(metavar="DIR", file_okay=False, help="Keep finished work here and go on from it."),
 ]
 Processes = Annotated[
-    int, typer.Option("--jobs", min=1, metavar="N", help="Processes that solve layers.")
+    int, typer.Option("--jobs", min=1, metavar="N", help="Processes that share the layers.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
