@@ -244,12 +244,23 @@ def test_networks_that_are_not_there_are_one_line(run, reference, words):
     assert words in err
 
 
+def in_process(words):
+    """A command in a process of its own: torch logs to the stderr that it found when imported."""
+    command = [sys.executable, "-m", "rabbet.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_torch_says_nothing_of_a_program_that_is_surveyed(program, tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((2, 3, 16, 16), np.float32))
+    done = in_process(["survey", program, "--data", tmp_path / "images.npy"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MACs: of one example as in the first batch" in done.stdout
+
+
 def test_a_damaged_program_is_one_line(tmp_path):
     (tmp_path / "net.pt2").write_bytes(b"no archive")
     words = ["survey", tmp_path / "net.pt2", "--data", "rabbet.demo:calibration"]
-    # In a process of its own: torch logs to the stderr that it found when it was imported.
-    command = [sys.executable, "-m", "rabbet.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = in_process(words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rabbet.cli.inputs import DEMO_DATA, demo, open_task
+from rabbet.cli.outcomes import unheard
 from rabbet.core.survey import shapes
 from rabbet.data.task import Task
 from rabbet.errors import FileError
@@ -96,7 +97,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         timed = {str(path): path for path in files}
         if plain and len(files) > 1:
-            with demo(data, "--data"):
+            with demo(data, "--data"), unheard():
                 timed["plain int8 of onnxruntime"] = plain_int8(files[1], task.read(), Path(folder))
         counts = {name: Counter(kernels(path).values()) for name, path in timed.items()}
         sizes = {name: path.stat().st_size for name, path in timed.items()}
