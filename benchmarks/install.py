@@ -5,11 +5,13 @@
 The wheel is built of this checkout and installed with `constraints.txt` from the registry that pip
 is set up for; of torch that may be another build than yours, and builds for GPUs are far larger.
 MB (10^6 bytes) are those of site-packages, pip not among them. Seconds are those of a whole
-process, interpreter included: the median of five, after one that brings the files into memory.
+process, interpreter included: the median of five, after one that brings the files into memory;
+CPU s are those of processors, which other work on the machine changes less.
 Needs pip, and room for torch in the folder for temporary files.
 """
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,14 +67,21 @@ def megabytes(folder: Path) -> float:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
 
 
-def seconds(folder: Path, *words: str | Path) -> float:
-    """The median time of a command."""
+def seconds(what: str, folder: Path, *words: str | Path) -> Values:
+    """The median times of a command: from start to end, and of processors."""
     times = []
     for _ in range(RUNS + 1):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), busy()
         run(*words, folder=folder)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        times.append((time.perf_counter() - start, busy() - used))
+    wall, cpu = map(statistics.median, zip(*times[1:], strict=True))
+    return {f"{what}, s": wall, f"{what}, CPU s": cpu}
+
+
+def busy() -> float:
+    """Seconds of processors that commands have taken so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measured() -> Values:
@@ -90,10 +99,10 @@ def measured() -> Values:
             "torch, MB": megabytes(site / "torch"),
             "scipy, MB": sum(map(megabytes, site.glob("scipy*"))),
             "rabbet, MB": megabytes(site / "rabbet"),
-            "python, s": seconds(folder, python, "-c", ""),
-            "import, s": seconds(folder, python, "-c", "import rabbet"),
-            "compress, s": seconds(folder, python, "-c", "import rabbet; rabbet.compress"),
-            "help, s": seconds(folder, command, "--help"),
+            **seconds("python", folder, python, "-c", ""),
+            **seconds("import", folder, python, "-c", "import rabbet"),
+            **seconds("compress", folder, python, "-c", "import rabbet; rabbet.compress"),
+            **seconds("help", folder, command, "--help"),
         }
 
 
@@ -104,7 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     columns = {"extras": "", "torch": "", "MB": ".0f", "torch, MB": ".0f", "scipy, MB": ".0f"}
     columns |= {"rabbet, MB": ".1f"}
-    columns |= dict.fromkeys(("python, s", "import, s", "help, s", "compress, s"), ".2f")
+    names = ("python", "import", "help", "compress")
+    columns |= {f"{name}, {unit}": ".2f" for name in names for unit in ("s", "CPU s")}
     records = Records("install", args, ("numpy", "scipy"))
     table = Table(records, "smallest", columns, "constraints.txt")
     table.row({"extras": "none", "torch": torch.__version__}, measured)
