@@ -8,7 +8,7 @@ BIN := .venv/bin
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/stamp ## compress the embedded digits network into build/, export it, and judge the exported file
+demo: .venv/stamp ## compress the embedded digits network into build/, export it, and measure the exported file
 	@mkdir -p build
 	$(BIN)/rabbet compress --output build/digits.safetensors
 	$(BIN)/rabbet export build/digits.safetensors --output build/digits.onnx

@@ -10,6 +10,7 @@ import rabbet
 from rabbet import demo
 from rabbet.cli.texts import worker_of
 from rabbet.core.plan import LayerPlan
+from rabbet.core.survey import shapes
 
 BUDGET = "bytes <= 10%"
 
@@ -30,6 +31,28 @@ def test_survey_lists_every_layer(run):
     for site in rabbet.survey(demo.model(), demo.calibration()):
         line = next(line.split() for line in out.splitlines() if line.startswith(f"{site.name} "))
         assert line[1:4] == [site.kind.name, "x".join(map(str, site.shape)), f"{site.macs:,}"]
+
+
+def test_macs_are_said_to_be_of_one_example_of_the_first_batch(run, mine, small):
+    given = (f"{mine}:net", "--data", f"{mine}:batches")
+    of = "of one example as in the first batch, [3, 8, 8]"
+    out = run("survey", *given)[1]
+    assert f"\nMACs: {of}\n" in out
+    err = run("plan", *given, "--budget", "bits <= 3", *QUICK)[2]
+    assert f"\nMACs and BOPs: {of}\n" in err
+    assert json.loads(run("survey", *given, "--json")[1])["example"] == [[3, 8, 8]]
+    stored = run("show", small)[1]
+    known = "MACs and BOPs: of one example, as in the first batch it was compressed with"
+    assert known in stored.splitlines()
+    assert json.loads(run("show", small, "--json")[1])["example"] is None
+    assert max(map(len, (out + err + stored).splitlines())) <= 80
+
+
+def test_many_inputs_are_named_by_the_first_of_them():
+    words, image = (37,), (3, 224, 224)
+    assert shapes([words, words]) == "[37]"
+    assert shapes([words, image]) == "[37] and [3, 224, 224]"
+    assert shapes([image, words, (77, 768), (5,)]) == "[3, 224, 224] and 3 more"
 
 
 def test_survey_says_what_is_left_alone_and_why(run, mine):

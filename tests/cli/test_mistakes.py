@@ -54,7 +54,7 @@ MISTAKES = {
     "compress --output a.safetensors --plan good.plan --budget ''": "is not a budget",
     "compress --output a.safetensors --budget ''": "is not a budget",
     "compress --output a.safetensors --seed 99999999999": "seed",
-    "eval mine_of_user.pt2 --test mine_of_user:labelled": "is damaged or not a torch program",
+    "eval mine_of_user.pt2 --test mine_of_user:labelled": "is damaged or not a program",
     "compress": "--output",
     "plan --budget bytes>3": "is not a budget",
     "check nowhere.safetensors --budget bytes<=3": "there is no file",

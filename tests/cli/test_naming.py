@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,7 +222,7 @@ def test_data_that_cannot_be_read_are_one_line(run, program, reference, content,
 
 def test_labels_that_are_not_there_are_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((3, 2)))
-    with pytest.raises(DataError, match="no labels to judge with"):
+    with pytest.raises(DataError, match="no labels to measure accuracy with"):
         open_data(str(tmp_path / "x.npy"), None, "--test").labelled()
 
 
@@ -243,11 +244,27 @@ def test_networks_that_are_not_there_are_one_line(run, reference, words):
     assert words in err
 
 
-def test_a_damaged_program_is_one_line(run, tmp_path):
+def in_process(words):
+    """A command in a process of its own: torch logs to the stderr that it found when imported."""
+    command = [sys.executable, "-m", "rabbet.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_torch_says_nothing_of_a_program_that_is_surveyed(program, tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((2, 3, 16, 16), np.float32))
+    done = in_process(["survey", program, "--data", tmp_path / "images.npy"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MACs: of one example as in the first batch" in done.stdout
+
+
+def test_a_damaged_program_is_one_line(tmp_path):
     (tmp_path / "net.pt2").write_bytes(b"no archive")
-    code, _, err = run("survey", tmp_path / "net.pt2", "--data", "rabbet.demo:calibration")
-    assert code == 2
-    assert "cannot be read as a program of torch.export" in err
+    words = ["survey", tmp_path / "net.pt2", "--data", "rabbet.demo:calibration"]
+    done = in_process(words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "is damaged or not a program of torch.export" in done.stderr
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def test_bench_times_files_in_turn_and_counts_kernels(run, exported):
     rows = [line for line in out.splitlines() if "onnx" in line and " of " in line]
     assert len(rows) == 6  # two files and the plain int8 one, at two sizes
     assert "1.00x" in out
+    assert "one example as in the first batch: [1, 8, 8]" in out
     facts = json.loads(run("bench", exported / "s.onnx", "--runs", 2, "--json")[1])
     (file,) = facts["files"]
     assert file["times"]["1"]["p95"] >= file["times"]["1"]["median"] > 0

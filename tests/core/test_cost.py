@@ -24,6 +24,7 @@ from rabbet.grids.pack import packed_bytes
 from rabbet.jobs import Jobs
 from rabbet.layers import Site
 from rabbet.layers.conv import Conv
+from rabbet.layers.linear import Linear
 from rabbet.model.build import build, plan_of
 from rabbet.model.compressed import ActQuant, compressed_layers
 from rabbet.model.inspect import inspect_network
@@ -121,6 +122,14 @@ def _counted(piece, model, batch):
 
 
 SITE = Site("a.b", Conv(2), (8, 6, 3, 3), (1, 1), (1,) * 4, "zeros", (1, 1), 1, True, 49, 49)
+
+
+def test_scales_and_zero_points_of_groups_are_in_bpw_and_not_in_bits():
+    site = Site("a", Linear(), (8, 128))
+    for line, bpw in (("dense@4g64", 4.25), ("dense@4g64z", 4.3125), ("dense@4c", 4.125)):
+        cost = layer_cost(site, LayerPlan.parse(f"a {line}"))
+        assert METRICS["bits"].amount(cost) == 4 * 8 * 128
+        assert METRICS["bpw"].amount(cost) == bpw * 8 * 128
 
 
 def test_bit_operations_are_macs_times_bits_of_weight_and_input():

@@ -1,4 +1,4 @@
-"""A table of words that is also the weight of a classifier: one site, two uses."""
+"""An embedding table that is also the weight of a classifier: one site, two uses."""
 
 import pytest
 import torch

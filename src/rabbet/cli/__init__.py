@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from importlib.metadata import version
@@ -80,6 +81,8 @@ def _options(
 def program() -> int:
     """The command line as a process of its own; returns the exit code."""
     own_output()
+    # torch says this whenever it copies a program that it exported itself.
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
     code = main()
     if code in (INTERRUPTED, TERMINATED):
         leave(code)

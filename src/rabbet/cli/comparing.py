@@ -67,11 +67,12 @@ def parts(stored: list[Stored], scores: Scores | None) -> list[Part]:
         for row, value in zip(rows, scores.values, strict=True):
             row.append(scores.judge.show(value))
     differing = differences(stored)
+    costs: list[Part] = [Table(heads, rows), stored[0].survey.counted("MACs and BOPs"), ""]
     if not differing:
-        return [Table(heads, rows), "", "the plans are the same"]
+        return [*costs, "the plans are the same"]
     columns = ["layer", *(str(s.path) for s in stored)]
     layers = [[quoted(name), *bodies] for name, *bodies in differing]
-    return [Table(heads, rows), "", Table(columns, layers, len(columns))]
+    return [*costs, Table(columns, layers, len(columns))]
 
 
 def _row(stored: Stored) -> list[str]:

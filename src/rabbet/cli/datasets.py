@@ -120,8 +120,8 @@ class Batches:
             labels = torch.tensor([classes.index(name) for name in own])[labels]
         if labels is None:
             raise DataError(
-                "no labels to judge with: images lie in a folder for each class, an .npz holds "
-                f"{LABELS!r}, a .tsv a class behind each text"
+                "no labels to measure accuracy with: images lie in a folder for each class, an "
+                f".npz holds {LABELS!r}, a .tsv a class behind each text"
             )
         return Labelled(self, labels)
 

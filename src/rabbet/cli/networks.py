@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from torch import nn
 
 from rabbet.cli.datasets import PREPARATION
 from rabbet.cli.references import reporting, resolve, settings_of
 from rabbet.errors import FileError, near
+from rabbet.export.signature import quiet
+from rabbet.export.torch import read_program
 from rabbet.hf import from_pretrained
 from rabbet.model.program import layers_of
 
@@ -97,13 +98,8 @@ def _folder(name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 def _program(path: Path) -> nn.Module:
     """The layers of a program that `torch.export.save` wrote."""
-    if not path.is_file():
-        raise FileError(f"there is no file {path}")
-    try:
-        program = torch.export.load(path)
-    except Exception as e:  # torch raises whatever it likes
-        raise FileError(f"{path} cannot be read as a program of torch.export: {e}") from e
-    with reporting(str(path), "MODEL"):
+    program = read_program(path)
+    with reporting(str(path), "MODEL"), quiet():
         return layers_of(program)
 
 

@@ -43,12 +43,16 @@ Test = Annotated[
         "or a folder of images for each class, .npz, .tsv."
     ),
 ]
-BudgetText = Annotated[str, typer.Option("--budget", help="Such as 'bytes <= 10%, bops <= 0.5%'.")]
+BUDGET = (
+    "Such as 'bytes <= 10%, bops <= 0.5%': bytes (of the file), bits (per weight, without scales), "
+    "bpw (per weight, with scales and zero points), macs, bops"
+)
+BudgetText = Annotated[str, typer.Option("--budget", help=f"{BUDGET}, latency.")]
 OptionalBudget = Annotated[
     str | None,
     typer.Option(
         "--budget",
-        help=f"Such as 'bytes <= 10%, bops <= 0.5%'. Default without --plan: {DEFAULT_BUDGET}.",
+        help=f"{BUDGET}, latency. Default without --plan: {DEFAULT_BUDGET}.",
     ),
 ]
 Quality = Annotated[
@@ -82,6 +86,6 @@ Resume = Annotated[
     typer.Option(metavar="DIR", file_okay=False, help="Keep finished work here and go on from it."),
 ]
 Processes = Annotated[
-    int, typer.Option("--jobs", min=1, metavar="N", help="Processes that solve layers.")
+    int, typer.Option("--jobs", min=1, metavar="N", help="Processes that share the layers.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

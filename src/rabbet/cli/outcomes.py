@@ -130,7 +130,10 @@ def require_exportable(inputs: Inputs, target: str) -> None:
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Keep standard error free of the graph that torch's exporter prints where it cannot go on.
+    """Keep standard error free of what exporters and quantisers of others say on their way.
+
+    torch prints the whole graph where it cannot go on, onnxruntime warns of axes and shapes of its
+    own. What matters to the user is raised, or is a note of the result.
 
     Only here: a library's standard error is shared by all threads of its process.
     """

@@ -27,7 +27,7 @@ def show(file: File, as_json: options.Json = False) -> None:
 
 def check(
     file: File,
-    budget: Annotated[str, typer.Option(help="Such as 'bytes <= 10%, bops <= 0.5%'.")],
+    budget: Annotated[str, typer.Option(help=f"{options.BUDGET}.")],
     as_json: options.Json = False,
 ) -> None:
     """Hold a file against a budget: exit code 0 if it is within, 1 if it is over."""

@@ -58,9 +58,9 @@ def export(
             path.parent.mkdir(parents=True, exist_ok=True)
     with unheard():
         written = result.export(output, chosen)
-    sizes, native = {str(output): written.bytes}, result.cost.bytes
-    if whole is not None:
-        sizes[str(whole)] = write_float(inputs.network, inputs.task, whole).bytes
+        sizes, native = {str(output): written.bytes}, result.cost.bytes
+        if whole is not None:
+            sizes[str(whole)] = write_float(inputs.network, inputs.task, whole).bytes
     if as_json:
         facts = {"target": chosen, "files": sizes, "native": native, "notes": list(written.notes)}
         tables.print_json(facts | {"error": written.error})

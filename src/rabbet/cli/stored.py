@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import typer
 from torch import nn
 
@@ -19,6 +18,8 @@ from rabbet.core.survey import Survey
 from rabbet.errors import FileError
 from rabbet.export import ENDINGS, target_of
 from rabbet.export.native import read_parts
+from rabbet.export.signature import quiet
+from rabbet.export.torch import read_program
 from rabbet.files import require_regular
 from rabbet.runtime.session import Session
 
@@ -97,11 +98,7 @@ def opened(path: Path, network: nn.Module) -> nn.Module:
     if path.suffix == ".onnx":
         return Session(path)
     if path.suffix == ".pt2":
-        try:
-            module: nn.Module = torch.export.load(path).module()
-        except Exception as e:  # torch says in many ways that a file is not what it should be
-            raise FileError(
-                f"{path} is damaged or not a torch program: {type(e).__name__}: {e}"
-            ) from e
-        return module
+        program = read_program(path)
+        with quiet():
+            return program.module()
     return load(path, network)

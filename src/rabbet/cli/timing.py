@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rabbet.cli.inputs import DEMO_DATA, demo, open_task
+from rabbet.cli.outcomes import unheard
+from rabbet.core.survey import shapes
 from rabbet.data.task import Task
 from rabbet.errors import FileError
 from rabbet.report.text import Part, Table
@@ -19,7 +21,8 @@ class Bench:
     """What was measured: of every file its kernels, its bytes, and its times by the batch's size.
 
     floats: the layers of the first file that run in float. base: the file that others are held
-    against. notes: what was asked for and not timed.
+    against. example: the shapes of the tensors of one example. notes: what was asked for and not
+    timed.
     """
 
     machine: dict[str, str]
@@ -29,6 +32,7 @@ class Bench:
     kernels: dict[str, Counter[str]]
     sizes: dict[str, int]
     times: dict[int, dict[str, Timing]]
+    example: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
@@ -44,6 +48,7 @@ class Bench:
         ]
         return {
             "machine": self.machine,
+            "example": [list(shape) for shape in self.example],
             "files": files,
             "float layers": self.floats,
             "notes": self.notes,
@@ -68,7 +73,8 @@ class Bench:
         ]
         machine = ", ".join(f"{name}: {value}" for name, value in self.machine.items())
         floats = [f"{name} runs in float in {self.file}" for name in self.floats]
-        return [machine, "", Table(heads, rows), *self.notes, *floats]
+        inputs = f"one example as in the first batch: {shapes(self.example)}"
+        return [machine, "", Table(heads, rows), inputs, *self.notes, *floats]
 
     def _integer_kernels(self, name: str) -> str:
         counts = self.kernels[name]
@@ -91,7 +97,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         timed = {str(path): path for path in files}
         if plain and len(files) > 1:
-            with demo(data, "--data"):
+            with demo(data, "--data"), unheard():
                 timed["plain int8 of onnxruntime"] = plain_int8(files[1], task.read(), Path(folder))
         counts = {name: Counter(kernels(path).values()) for name, path in timed.items()}
         sizes = {name: path.stat().st_size for name, path in timed.items()}
@@ -106,7 +112,8 @@ def measure(
     notes: tuple[str, ...] = ()
     if batch not in times:
         notes = (f"no batch of {batch}: a batch of these data is one example, and none is joined",)
-    return Bench(machine, str(files[0]), base, floats, counts, sizes, times, notes)
+    example = tuple(shape for _, shape in task.examples.shapes(task.read()[0]))
+    return Bench(machine, str(files[0]), base, floats, counts, sizes, times, example, notes)
 
 
 def _several(task: Task, count: int) -> Any:

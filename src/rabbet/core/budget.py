@@ -112,8 +112,9 @@ class Budget:
 
         `<` and `=` mean the same, and a number of bytes alone (`10 MB`) is one of `bytes`.
         Metrics and units: bytes (B, kB, MB, GB, KiB, MiB, GiB, %), macs and bops (k, M, G, T, %),
-        bits (mean bits of the codes per weight, %), bpw (the same, scales included, %), latency
-        (us, ms, s, %). `%` is a share of the float32 network. Raises BudgetError for anything else.
+        bits (mean bits of the codes per weight, %), bpw (the same, with scales and zero points, %),
+        latency (us, ms, s, %). `%` is a share of the float32 network. Raises BudgetError for
+        anything else.
         """
         if isinstance(text, Budget):
             return text

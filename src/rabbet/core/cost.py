@@ -1,11 +1,11 @@
 """What a plan costs.
 
 Bytes are those of the whole native file, header included. MACs are multiply-accumulates of the
-layers in the survey, per example. A bit operation (BOP) is a MAC times the bits of the weight times
-the bits of the input (Bayesian Bits, arXiv 2005.07093); a float counts 32 bits. Bits are the mean
-bits of the codes per weight, over all weights. Latency is that of the exported file for a batch of
-one, predicted from layers that were timed on this machine (`rabbet.choose.latency`); it is zero
-where nothing was measured.
+layers in the survey, for one example as in the first batch. A bit operation (BOP) is a MAC times
+the bits of the weight times the bits of the input (Bayesian Bits, arXiv 2005.07093); a float counts
+32 bits. Bits are the mean bits of the codes per weight, over all weights. Latency is that of the
+exported file for a batch of one, predicted from layers that were timed on this machine
+(`rabbet.choose.latency`); it is zero where nothing was measured.
 """
 
 from dataclasses import dataclass, replace

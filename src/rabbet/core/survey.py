@@ -4,7 +4,7 @@ Values only; `model.inspect` collects them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rabbet.errors import FileError, PlanError, near
@@ -21,17 +21,26 @@ class Left:
     bytes: int
 
 
+def shapes(example: Sequence[tuple[int, ...]]) -> str:
+    """The shapes of an example's tensors in words, equal ones once, of many only the first."""
+    each = [str(list(shape)) for shape in dict.fromkeys(example)]
+    return " and ".join(each if len(each) < 3 else (each[0], f"{len(each) - 1} more"))
+
+
 @dataclass(frozen=True, slots=True)
 class Survey:
     """The sites of a network in the order in which they run, and what is left alone.
 
-    notes: what else is to be known of the network, in words; no part of a file.
+    notes: what else is to be known of the network, in words. example: the shape of each tensor of
+    one example of the batch that the network ran on, which MACs and places depend on. Both are no
+    part of a file, and empty for a survey that was read from one.
     """
 
     sites: tuple[Site, ...]
     left: tuple[Left, ...]
     float_bytes: int
     notes: tuple[str, ...] = field(default=(), compare=False)
+    example: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
     _index: dict[str, Site] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +59,7 @@ class Survey:
         return site
 
     def __str__(self) -> str:
-        """A line for every layer, then what is left alone and why, and the notes."""
+        """A line for every layer, of what the MACs are, what is left alone and why, the notes."""
         rows = [
             (s.name, s.kind.name, "x".join(map(str, s.shape)), f"{s.macs:,} MACs")
             for s in self.sites
@@ -58,7 +67,13 @@ class Survey:
         widths = [max((len(row[k]) for row in rows), default=0) for k in range(3)]
         lines = ["  ".join(map(str.ljust, row, [*widths, 0])) for row in rows]
         left = [f"left alone: {x.name} ({x.bytes:,} bytes): {x.reason}" for x in self.left]
-        return "\n".join([*lines, *left, *self.notes])
+        return "\n".join([*lines, self.counted("MACs"), *left, *self.notes])
+
+    def counted(self, quantities: str) -> str:
+        """Of which example these quantities are, in a line of at most about 80 signs."""
+        if not self.example:
+            return f"{quantities}: of one example, as in the first batch it was compressed with"
+        return f"{quantities}: of one example as in the first batch, {shapes(self.example)}"
 
     @property
     def weights(self) -> int:

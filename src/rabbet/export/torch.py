@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rabbet.data.batches import replaced, suited, tensors
 from rabbet.data.state import state_kept
 from rabbet.data.task import Task, call
+from rabbet.errors import FileError
 from rabbet.export.base import Parcel, Written
 from rabbet.export.signature import (
     Flat,
@@ -27,6 +28,7 @@ from rabbet.export.signature import (
     exporting,
     labels_note,
     quiet,
+    reason,
     unlabelled,
 )
 from rabbet.files import write_whole
@@ -46,6 +48,17 @@ def write_torch(parcel: Parcel, path: Path) -> Written:
     with exporting("a torch program", parcel.model, task), quiet():
         torch.export.save(exported, content)
     return Written(write_whole(path, [content.getvalue()]), labels_note(labels))
+
+
+def read_program(path: Path) -> torch.export.ExportedProgram:
+    """A program that `torch.export.save` wrote; FileError for a file that is none."""
+    if not path.is_file():
+        raise FileError(f"there is no file {path}")
+    try:
+        with quiet():  # torch logs what it then raises, page by page
+            return torch.export.load(path)
+    except Exception as e:  # it says in many ways that a file is not what it should be
+        raise FileError(f"{path} is damaged or not a program of torch.export: {reason(e)}") from e
 
 
 def program(model: nn.Module, task: Task) -> torch.export.ExportedProgram:

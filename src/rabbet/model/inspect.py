@@ -44,9 +44,10 @@ def survey_of(model: nn.Module, batch: Batch, task: Task | None = None) -> Surve
             result, seen = (task or Task(())).watched(model, batch)
     finally:
         watch.remove()
-    count = (task or Task([batch])).examples.count(batch)
-    survey = _assemble(model, watch, batch, count, {id(t) for t in tensors(result)})
-    return replace(survey, notes=tuple(_remarks(model, seen)))
+    axes = (task or Task([batch])).examples
+    survey = _assemble(model, watch, batch, axes.count(batch), {id(t) for t in tensors(result)})
+    example = tuple(shape for _, shape in axes.shapes(batch))
+    return replace(survey, notes=tuple(_remarks(model, seen)), example=example)
 
 
 def _remarks(model: nn.Module, seen: Pass) -> Iterator[str]:

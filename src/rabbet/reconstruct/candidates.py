@@ -21,7 +21,7 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
-PART = 1024  # rows that are rounded at once: a whole table of words would not fit into the cache
+PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
 COLD, WARM = 40, 10
 

@@ -47,6 +47,7 @@ def plan_facts(
         "cost": cost_facts(cost),
         "float": cost_facts(whole),
         "budget": None if budget is None else str(budget),
+        "example": _example(survey),
         "left": _left(survey),
     }
 
@@ -71,8 +72,14 @@ def survey_facts(survey: Survey) -> dict[str, Any]:
         "sites": sites,
         "left": _left(survey),
         "float_bytes": survey.float_bytes,
+        "example": _example(survey),
         "notes": list(survey.notes),
     }
+
+
+def _example(survey: Survey) -> list[list[int]] | None:
+    """The shapes of the example that MACs are of; null where only a file is known."""
+    return [list(shape) for shape in survey.example] or None
 
 
 def _left(survey: Survey) -> list[dict[str, Any]]:

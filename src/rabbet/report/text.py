@@ -149,17 +149,19 @@ def survey_parts(survey: Survey) -> list[Part]:
     ]
     held = f"{4 * survey.weights:,} of {survey.float_bytes:,} bytes in float32"
     summary = f"{len(survey.sites)} layers hold {held}"
-    return [Table(heads, rows, 3), "", summary, *left_lines(survey), *survey.notes]
+    said = [summary, survey.counted("MACs"), *left_lines(survey)]
+    return [Table(heads, rows, 3), "", *said, *survey.notes]
 
 
 def total_parts(survey: Survey, cost: Cost, whole: Cost, budget: Budget | None) -> list[Part]:
-    """Cost against budget, then what is left alone."""
+    """Cost against budget, of which example it is, then what is left alone."""
     limits = {limit.metric: limit for limit in budget.limits} if budget else {}
     each = [Standing.of(metric, cost, whole, limits.get(metric)) for metric in METRICS]
     # A latency that was not asked for was not measured, and is zero.
     rows = [s.row() for s in each if s.whole or s.metric != "latency"]
     heads = ("", "found", "of float32", *(["allowed"] if budget else []))
-    return [Table(heads, [row[: len(heads)] for row in rows]), *left_lines(survey)]
+    counted = survey.counted("MACs, BOPs and latency" if whole.time else "MACs and BOPs")
+    return [Table(heads, [row[: len(heads)] for row in rows]), counted, *left_lines(survey)]
 
 
 def report_parts(

@@ -1,6 +1,6 @@
 """TTQAT: transformers as tensor trains, distilled and trained on their grid (arXiv 2306.01076).
 
-Linear layers become tensor trains, chains of cores, and the table of words a tensor-train matrix.
+Linear layers become tensor trains, products of cores, and embedding tables tensor-train matrices.
 They start from the best approximation of the float weights, in the metric of their inputs; they are
 distilled from the blocks of the float network, first in float, then on their grids, where scales
 are learnt as well (LSQ).

@@ -18,7 +18,7 @@ class Choices:
     ranks: tuple[int, ...] = (6, 10, 14, 20, 28, 40)
     """Ranks of tensor trains, each with every width of the method's `bits`."""
     forms: tuple[str, ...] = ("tt", "ttm")
-    """Tensor trains to use: "tt" for linear layers, "ttm" for tables of words."""
+    """Tensor trains to use: "tt" for linear layers, "ttm" for embedding tables."""
     grids: tuple[str, ...] = ("tc", "2hc", "3c", "4c")
     """Grids of layers that stay dense, in the notation of plans."""
 
@@ -45,7 +45,7 @@ class Settings:
     rank: int | None = 20
     """Rank of linear layers; None: from `choices`. A layer that would not shrink stays dense."""
     table_rank: int | None = 20
-    """The same for tables of words."""
+    """The same for embedding tables."""
     choices: Choices = Choices()
     """What the program chooses from if a rank is None."""
     dense_bits: int = 8
