@@ -7,7 +7,7 @@ Small networks are compressed by every method, there and on the CPU, saved, load
 every target, and compressed once more from a folder that keeps finished work. ResNet-56 and,
 without tuning, BERT-base are compressed to 2 bits at their real size. Weights and examples are
 random, so nothing is said about accuracy. What does not lie where it should, or is not what was
-saved, is an error.
+saved, is an error; why an export was refused is said.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import rabbet
 from rabbet import ADMM, CGMQ, TTQAT, CoRa, Jobs, Joint, Result, Task
+from rabbet.errors import ModelError
 from rabbet.export import EXPORTS
 from rabbet.methods import Method
 from rabbet.methods.cora.search import Ranking
@@ -40,7 +41,7 @@ METHODS: dict[str, tuple[Method, str]] = {
     "Joint": (Joint(tuning=Tuning(steps=20)), "bits <= 5"),
     "ADMM": (ADMM(), "bits <= 9"),
     "CoRa": (CoRa(3, ranking=Ranking(steps=10), tuning=Tuning(steps=20)), "bits <= 5"),
-    "CGMQ": (CGMQ(epochs=2, steps=10, finish=1), "bops <= 1%"),
+    "CGMQ": (CGMQ(epochs=2, steps=10, finish=1), "bops <= 2%"),
     "TTQAT": (TTQAT(4, epochs=2, finish=1), "bits <= 10"),
 }
 
@@ -148,15 +149,32 @@ def small(network: str, method: str, device: torch.device) -> Values:
         again.save(folder / "b.safetensors")
         same = (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
         _require_loads(there, model, data, folder / "a.safetensors")
-        for target in EXPORTS:
-            there.export(folder / target, target)
+        exported = _exported(there, folder)
     return {
         "seconds": seconds,
         "from a folder": kept,
         "on the CPU": alone,
         "same plan": "yes" if there.plan == here.plan else "no",
         "same file again": "yes" if same else "no",
+        "exports": f"{exported} of {len(EXPORTS)}",
     }
+
+
+def _exported(result: Result, folder: Path) -> int:
+    """How many targets a result was exported to; why not to others is said.
+
+    Kernels that saturate may change what a network of random weights answers by more than an export
+    allows; anything else that is said here is a mistake.
+    """
+    count = 0
+    for target in EXPORTS:
+        try:
+            result.export(folder / target, target)
+        except ModelError as e:
+            print(f"no export to {target}: {e}", file=sys.stderr, flush=True)
+        else:
+            count += 1
+    return count
 
 
 def _require_loads(result: Result, model: nn.Module, data: list[Any], path: Path) -> None:
@@ -215,8 +233,9 @@ def main() -> None:
         trial = device.type == "cpu"  # says nothing of a device, so nothing is stored
         place = Path(stack.enter_context(tempfile.TemporaryDirectory())) if trial else RESULTS
         records = Records("devices", args, packages=("transformers", "onnxruntime"), folder=place)
-        columns = {"network": "", "method": "", "seconds": ".1f", "from a folder": ".1f",
-                   "on the CPU": ".1f", "same plan": "", "same file again": ""}  # fmt: skip
+        numbers = dict.fromkeys(("seconds", "from a folder", "on the CPU"), ".1f")
+        texts = dict.fromkeys(("same plan", "same file again", "exports"), "")
+        columns = {"network": "", "method": "", **numbers, **texts}
         table = Table(records, "small networks", columns, "random weights and examples")
         for network in SMALL:
             for method in METHODS:
