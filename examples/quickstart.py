@@ -29,7 +29,7 @@ def main() -> None:
 
     # A plan is text. Here the largest layer becomes a low-rank product, whatever the method chose
     # for it.
-    edited = plan.with_layer(LayerPlan.parse("last.0  lowrank[8]@6c | act@8"))
+    edited = plan.with_layer(LayerPlan.parse("last.0  lowrank[6]@4c | act@8"))
     # Fast: rounded, without tuning afterwards.
     result = rabbet.fit(network, edited, batches, quality="fast", jobs=jobs)
     # An edited plan is checked against a budget by hand.
