@@ -1,12 +1,15 @@
 """Files for runtimes on the command line: export, eval, bench."""
 
 import json
+import sys
 
 import pytest
 from commands import QUICK
 
 import rabbet
 from rabbet import demo
+from rabbet.cli import timing
+from rabbet.runtime.bench import plain_int8
 from rabbet.runtime.session import KERNELS, kernels
 
 
@@ -92,6 +95,18 @@ def test_bench_times_files_in_turn_and_counts_kernels(run, exported):
     assert file["times"]["1"]["p95"] >= file["times"]["1"]["median"] > 0
     assert facts["float layers"] == []
     assert {"processor", "instructions", "threads", "onnxruntime"} <= facts["machine"].keys()
+
+
+def test_what_the_plain_quantiser_warns_of_stays_off_the_terminal(run, exported, monkeypatch):
+    def warning(*given):
+        print("Axis 1 is out-of-range", file=sys.stderr)
+        return plain_int8(*given)
+
+    monkeypatch.setattr(timing, "plain_int8", warning)
+    files = exported / "s.onnx", "--against", exported / "float.onnx"
+    code, out, err = run("bench", *files, "--runs", 1)
+    assert (code, err) == (0, "")
+    assert "plain int8 of onnxruntime" in out
 
 
 def test_bench_says_that_batches_which_are_one_example_are_not_joined(run, exported, tmp_path):
