@@ -246,7 +246,7 @@ def test_networks_that_are_not_there_are_one_line(run, reference, words):
 
 def in_process(words):
     """A command in a process of its own: torch logs to the stderr that it found when imported."""
-    command = [sys.executable, "-m", "rabbet.cli", *words]
+    command = [sys.executable, "-m", "rabbet", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

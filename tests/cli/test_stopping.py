@@ -14,7 +14,7 @@ from rabbet.reconstruct import network
 
 
 def _starts(*arguments, **kwargs):
-    command = [sys.executable, "-m", "rabbet.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "rabbet", *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
     )

@@ -30,6 +30,7 @@ FLOORS = (
     {"_api"},
     {"hf"},
     {"cli", "__init__", "demo"},
+    {"__main__"},
 )
 OPTIONAL = {
     "onnx",

@@ -36,8 +36,7 @@ class Metric:
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         # The most used input comes first: all others can still compensate its rounding error.
         self.order = diagonal.argsort(dim=1, descending=True, stable=True)
-        self.sorted = _gather(_gather(self.second, self.order, 2), self.order, 1)
-        self.factor = _inverse_factor(self.sorted)
+        self.factor = _inverse_factor(_gather(_gather(self.second, self.order, 2), self.order, 1))
 
     @classmethod
     def plain(cls, groups: int, columns: int, device: torch.device | None = None) -> "Metric":
@@ -70,11 +69,17 @@ def _inverse_factor(second: Tensor) -> Tensor:
     Damping is raised where rounding still makes H indefinite.
     """
     wide = second.double()
-    ridge = wide.diagonal(dim1=1, dim2=2).mean(1)[:, None].expand(wide.shape[:2])
+    diagonal = wide.diagonal(dim1=1, dim2=2)
+    ridge, before = diagonal.mean(1, keepdim=True), 0.0
+    # in place and let go of at once: of a wide layer each of these matrices is large
     for extra in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        lower, info = torch.linalg.cholesky_ex(wide + torch.diag_embed(extra * ridge))
+        diagonal += (extra - before) * ridge
+        before = extra
+        lower, info = torch.linalg.cholesky_ex(wide)
         if not info.any():
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if not info.any():
                 factor: Tensor = upper.float()
                 return factor

@@ -1,4 +1,4 @@
-"""`python -m rabbet.cli` is the command line, too."""
+"""`python -m rabbet` is the command line, too."""
 
 import sys
 
