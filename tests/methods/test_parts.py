@@ -29,6 +29,7 @@ from rabbet.methods import METHODS
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, compressed_layers
+from rabbet.reconstruct import sequential
 from rabbet.reconstruct.candidates import read_numbers, solve_site
 from rabbet.reconstruct.network import solve_lines
 from rabbet.reconstruct.sequential import solve_in_order
@@ -448,6 +449,25 @@ def test_solving_in_order_skips_what_runs_twice_and_matches_only_what_has_a_scal
     assert not any(k.startswith("body") for k in changed)
     assert "head.bias" in changed
     assert "stem.bias" not in changed
+
+
+def test_layers_solved_in_windows_come_out_as_in_one(monkeypatch):
+    """A window holds what the float network's layers are given, and goes on behind the last."""
+    answers, starts = [], []
+    for window in (2**27, 1):
+        monkeypatch.setattr(sequential, "WINDOW", window)
+        piece = _piece()
+        plan = Plan(tuple(LayerPlan.parse(f"{s.name} dense@3c | act@8") for s in piece.survey))
+        student = build(piece.model, plan, piece.survey, solve_lines(piece, "solving", plan))
+        calibrate_ranges(student, piece.task, piece.seed)
+        starts.append(outputs(piece.task.run(student, piece.task.read()[0]))[0])
+        solve_in_order(student, piece, piece.task.gathered(64))
+        answers.append(outputs(piece.task.run(student, piece.task.read()[0]))[0])
+    assert len(list(sequential._windows(list(piece.survey), 64))) == len(piece.survey.sites)
+    assert torch.equal(*starts)
+    moved = (answers[0] - starts[0]).norm()
+    assert moved > 0
+    assert (answers[0] - answers[1]).norm() < 0.05 * moved
 
 
 def test_solving_in_order_brings_the_outputs_nearer_to_the_float_network():

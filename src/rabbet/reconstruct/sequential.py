@@ -16,7 +16,7 @@ on it, and in the end others judge whether the network has become better at all.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,8 @@ from rabbet.solve.rounding import LEAST, Metric
 from rabbet.workpiece import UNABLE, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
-ENTRIES = 2**29  # floats that the float network's inputs may take
+WINDOW = 2**27  # floats that the float network's inputs of layers in one window may take
+WINDOWS = 4  # in which layers are solved, each in a pass of its own over both networks
 PATCHES = 2**23  # entries of the patches of one layer
 # evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
 STEPS = 120
@@ -73,7 +74,7 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) ->
         return "layers not solved again in order: too few examples to hold one back"
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
-    batch, unused = axes.gathered(train, min(limit, _affordable(piece, sites)))
+    batch, unused = axes.gathered(train, min(limit, _affordable(sites)))
     judges = judging_parts(_first_batches([*held, *unused], axes), axes, piece.seed)
     put_back = layers_kept(student)
     try:
@@ -108,32 +109,58 @@ def _first_batches(batches: Sequence[Batch], axes: Axes) -> list[Batch]:
 
 
 def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
-    """Solve and correct every layer of a compressed network in place, in one pass over a batch.
+    """Solve and correct every layer of a compressed network in place, in their order.
 
-    Layers that run more than once and tables stay as they are; statistics are matched where every
-    term has a scale for each output channel.
+    What the float network's layers are given is kept for a window of them at a time. Layers that
+    run more than once and tables stay as they are; statistics are matched where every term has a
+    scale for each output channel.
     """
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
+    stage, count = "solving in order", itertools.count(1)
+
+    def told(*_: Any) -> None:
+        piece.jobs.progress(stage, min(next(count), len(sites)), len(sites))
+
+    piece.jobs.progress(stage, 0, len(sites))
+    for window in _windows(sites, piece.task.examples.count(batch)):
+        before, after = _hooks(piece, layers, window, batch)
+        with (
+            torch.no_grad(),
+            hooked(before=[*before, *((m, told) for m, _ in before)], after=after),
+        ):
+            piece.task.run(student, batch)
+    piece.jobs.progress(stage, len(sites), len(sites))
+
+
+def _windows(sites: Sequence[Site], count: int) -> Iterator[list[Site]]:
+    """The sites in order, as many at a time as memory holds inputs of for so many examples."""
+    window: list[Site] = []
+    for site in sites:
+        if window and count * _inputs([*window, site]) > WINDOW:
+            yield window
+            window = []
+        window.append(site)
+    yield window
+
+
+def _hooks(
+    piece: Workpiece, layers: Mapping[str, Compressed], sites: Sequence[Site], batch: Batch
+) -> tuple[list[Hook], list[Hook]]:
+    """What solves these layers before they run, and what matches their statistics behind that."""
     axes = piece.task.examples
     halves: Halves = functools.partial(axes.halves, count=axes.count(batch))
     met = _meet(piece, sites, batch, halves)
-    sites = [s for s in sites if s.name in met]  # other examples may be sent another way
     solvers: list[Hook] = []
     matchers: list[Hook] = []
     for site in sites:
+        if site.name not in met:
+            continue  # other examples may be sent another way
         layer, seen = layers[site.name], met[site.name]
         solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given, halves)))
         if _gained(layer) and seen.outputs is not None:
             matchers.append((layer, _matcher(seen.outputs, GAIN, seen.given.shape, halves)))
-    stage, count = "solving in order", itertools.count(1)
-    told = [
-        (m, lambda *_: piece.jobs.progress(stage, next(count), len(solvers))) for m, _ in solvers
-    ]
-    piece.jobs.progress(stage, 0, len(solvers))
-    with torch.no_grad(), hooked(before=[*solvers, *told], after=matchers):
-        piece.task.run(student, batch)
-    piece.jobs.progress(stage, len(solvers), len(solvers))
+    return solvers, matchers
 
 
 def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
@@ -145,7 +172,7 @@ def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -
     """
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.name in piece.norms and s.calls == 1]
-    batch = piece.task.gathered(min(limit, _affordable(piece, sites)))
+    batch = piece.task.gathered(min(limit, _affordable(sites)))
     matchers: list[Hook] = []
     for site in sites:
         layer, norm = layers[site.name], piece.norms[site.name]
@@ -167,13 +194,17 @@ def _takes_gain(factor: Factor) -> bool:
     return factor.grid.scales.parts(1) is not None
 
 
-def _affordable(piece: Workpiece, sites: list[Site]) -> int:
-    """Examples whose inputs of all layers fit into memory."""
-    each = sum(s.inputs * s.shape[1] * s.groups for s in sites)
-    return max(1, ENTRIES // max(1, each))
+def _affordable(sites: Sequence[Site]) -> int:
+    """Examples whose inputs of all layers fit into the memory of all windows."""
+    return max(1, WINDOWS * WINDOW // max(1, _inputs(sites)))
 
 
-def _meet(piece: Workpiece, sites: list[Site], batch: Any, halves: Halves) -> dict[str, _Met]:
+def _inputs(sites: Sequence[Site]) -> int:
+    """Floats that the layers are given for one example."""
+    return sum(s.inputs * s.shape[1] * s.groups for s in sites)
+
+
+def _meet(piece: Workpiece, sites: Sequence[Site], batch: Any, halves: Halves) -> dict[str, _Met]:
     met: dict[str, _Met] = {}
 
     def seen(site: Site) -> Callable[..., None]:
