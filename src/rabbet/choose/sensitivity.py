@@ -167,7 +167,8 @@ def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
     """Relative error of a layer's own output, [candidates]."""
 
     def energy(w: Tensor) -> float:
-        return sum(float(role.run(x, w.to(x.device)).double().square().sum()) for role, x, _ in met)
+        outs = (role.run(x, w.float().to(x.device), None) for role, x, _ in met)
+        return sum(float(out.double().square().sum()) for out in outs)
 
     with torch.no_grad():
         return torch.tensor([energy(d) for d in changes], dtype=torch.float64) / max(

@@ -125,10 +125,8 @@ def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
     piece.jobs.progress(stage, 0, len(sites))
     for window in _windows(sites, piece.task.examples.count(batch)):
         before, after = _hooks(piece, layers, window, batch)
-        with (
-            torch.no_grad(),
-            hooked(before=[*before, *((m, told) for m, _ in before)], after=after),
-        ):
+        before += [(layer, told) for layer, _ in before]
+        with torch.no_grad(), hooked(before=before, after=after):
             piece.task.run(student, batch)
     piece.jobs.progress(stage, len(sites), len(sites))
 
