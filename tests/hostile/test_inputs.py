@@ -778,7 +778,7 @@ def test_a_run_that_fails_leaves_the_network_as_it_was(stage, monkeypatch):
         batches = [X]
         target = {
             "solve": "rabbet.reconstruct.network.solve_site",
-            "score": "rabbet.choose.scoring.output_errors",
+            "score": "rabbet.choose.search.output_errors",
         }[stage]
         monkeypatch.setattr(target, lambda *_, **__: _raise(DataError("stopped")))
         if stage == "solve":
