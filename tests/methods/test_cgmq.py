@@ -86,7 +86,7 @@ def test_a_budget_is_kept_or_refused_at_once(case, method, budget):
     try:
         result = compress(case.model, budget, case.batches, method, jobs=jobs)
     except BudgetError:
-        assert not steps
+        assert set(steps) <= {"looking at the network"}
         return
     assert not any(
         limit.broken_by(result.cost, result.float_cost) for limit in Budget.parse(budget).limits
