@@ -101,6 +101,8 @@ def _foretold(piece: Workpiece, table: Table) -> list[_Layer]:
 def _solve(piece: Workpiece, chosen: Sequence[tuple[_Layer, int]]) -> bool:
     """Solve the chosen options that are not solved yet; whether there were any."""
     missing = [(layer, k) for layer, k in chosen if k not in layer.solved]
+    if not missing:
+        return False
     menus = [(layer.name, (layer.lines[k],)) for layer, k in missing]
     results = solve_menus(piece, "solving layers", menus)
     for (layer, k), (_, menu), result in zip(missing, menus, results, strict=True):
@@ -108,7 +110,7 @@ def _solve(piece: Workpiece, chosen: Sequence[tuple[_Layer, int]]) -> bool:
         layer.solved[k] = float(result["0.error"])
         found = canonical(site, menu[0], read_numbers(result, menu, 0))
         layer.changes[k] = found - piece.weight(site)
-    return bool(missing)
+    return True
 
 
 def _measure(piece: Workpiece, layers: Sequence[_Layer]) -> bool:
