@@ -1,4 +1,7 @@
-"""What every candidate of every layer does to the output of the network."""
+"""What every candidate of every layer does to the output of the network, all of them solved.
+
+`choose.search` solves only those that may be chosen.
+"""
 
 from collections.abc import Mapping
 

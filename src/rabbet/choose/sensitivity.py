@@ -65,7 +65,7 @@ def output_errors(
 
 
 def _slices(batches: Sequence[Batch], axes: Axes, sites: Sequence[Site]) -> Iterator[Batch]:
-    """All examples, as many at a time as what the sites are given and give fits into memory for."""
+    """All examples, so few at a time that the inputs and outputs of all sites fit into memory."""
     each = sum(s.inputs * s.shape[1] * s.groups + s.positions * s.shape[0] for s in sites)
     step = max(1, ENTRIES // max(1, each))
     for batch in batches:
