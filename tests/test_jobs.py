@@ -284,6 +284,29 @@ def test_a_worker_that_is_killed_is_an_error_that_says_so_and_finished_work_is_k
     ]
 
 
+def test_few_inputs_wait_in_a_pool(monkeypatch):
+    """As many as it has use for; the others are not even read."""
+    monkeypatch.setattr("rabbet.jobs.AHEAD", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    read, most = [], []
+
+    class Late(dict):
+        def values(self):
+            read.append(self)
+            return super().values()
+
+    def seen(_stage, done, _total):
+        most.append(len(read) - done)
+
+    jobs = [(f, Late(given), settings) for f, given, settings in _jobs(12)]
+    keys = [Jobs().key("x", dict.copy(given), {}) for _, given, _ in jobs]
+    monkeypatch.setattr(Jobs, "key", lambda *_: keys.pop(0))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = Jobs(pool, progress=seen).run("s", jobs)
+    assert [r["y"].tolist() for r in results] == [[float(k), 1.0] for k in range(12)]
+    assert max(most) <= 4
+
+
 def test_a_failure_in_a_pool_starts_nothing_more_and_loses_nothing(tmp_path):
     jobs = [(fails, {"x": torch.tensor([7.0])}, {}), *_jobs(4, wait=0.2)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -17,8 +17,9 @@ import multiprocessing
 import os
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,7 @@ Job = tuple[Callable[..., Tensors], Mapping[str, Tensor], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]
 Finished = Generator[tuple[str, Tensors], None, None]
 
+AHEAD = 2**30  # bytes of inputs that wait in an executor, beside those of a job for each core
 ONCE = "once-"  # how the key of work begins that no other run can find again
 LOG = logging.getLogger("rabbet")
 TURN = threading.RLock()
@@ -289,32 +291,42 @@ def _call(job: Job) -> Tensors:
 
 
 def _spread(executor: Executor, jobs: Mapping[str, Job], inputs: Placed) -> Finished:
-    """The results of an executor as they come.
+    """The results of an executor as they come. Few inputs wait in it at a time, see AHEAD.
 
     After a failure nothing new is started, and what is being worked on is still waited for: it is
     finished work, too. Then the first failure is raised.
     """
-    here = os.getpid()
-    futures = {}
-    for key, (function, tensors, settings) in jobs.items():
-        given = [inputs.given(executor, _packed({"": t})) for t in tensors.values()]
-        futures[executor.submit(_call_packed, function, settings, here, tuple(tensors), *given)] = (
-            key
-        )
+    here, least = os.getpid(), 1 + (os.cpu_count() or 1)
+    futures: dict[Future[bytes], tuple[str, int]] = {}
+    waiting = deque(jobs.items())
     failure: Exception | None = None
     try:
-        for future in as_completed(futures):
-            try:
-                content = future.result()
-            except Exception as e:  # the first one counts: those that it stopped are Cancelled
-                failure = failure or e
-                for other in futures:
-                    other.cancel()
-                continue
-            # Let go of at once: a cluster does again what is still wanted of a worker that died.
-            key = futures.pop(future)
-            del future
-            yield key, load(content)
+        while futures or waiting:
+            while waiting and (
+                len(futures) < least or sum(size for _, size in futures.values()) < AHEAD
+            ):
+                key, (function, tensors, settings) = waiting.popleft()
+                contents = [_packed({"": t}) for t in tensors.values()]
+                given = [inputs.given(executor, content) for content in contents]
+                future = executor.submit(
+                    _call_packed, function, settings, here, tuple(tensors), *given
+                )
+                futures[future] = key, sum(map(len, contents))
+            ended = list(wait(futures, return_when=FIRST_COMPLETED).done)
+            while ended:
+                # Let go of at once: a cluster does again what is wanted of a worker that died.
+                future = ended.pop()
+                key, _ = futures.pop(future)
+                try:
+                    content = future.result()
+                except Exception as e:  # the first one counts: those that it stopped are Cancelled
+                    failure = failure or e
+                    waiting.clear()
+                    for other in futures:
+                        other.cancel()
+                    continue
+                del future
+                yield key, load(content)
     finally:
         for future in futures:
             future.cancel()

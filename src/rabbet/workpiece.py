@@ -4,7 +4,7 @@ import functools
 import math
 import secrets
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -142,7 +142,7 @@ class Workpiece:
     norms: dict[str, Norm] = field(default_factory=dict)
     clock: Clock | None = None
     told: str = ""
-    _moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _moments: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, task: Task, jobs: Jobs, seed: int = 0) -> "Workpiece":
@@ -240,13 +240,18 @@ class Workpiece:
         first = Plan(tuple(row[0] for row in rows))
         return Frame.of(self.survey, self.rest(first), rows)
 
-    def moments(self) -> dict[str, Tensor]:
+    def moments(self) -> Mapping[str, Tensor]:
         """Second moments of the inputs of every site, measured once."""
         if not self._moments:
-            self._moments |= second_moments(
+            self._moments = second_moments(
                 self.model, self.survey, self.task, self.seed, self.jobs.progress
             )
         return self._moments
+
+    def problem(self, site: Site) -> Mapping[str, Tensor]:
+        """What a layer is solved from: its `weight`, and the `second` moment if inputs have one."""
+        self.moments()
+        return _Problem(self, site)
 
     @functools.cached_property
     def answers(self) -> Answers:
@@ -290,6 +295,29 @@ class Workpiece:
         """What the float32 network costs."""
         cost = float_cost(self.survey)
         return cost if self.clock is None else replace(cost, time=self.clock.whole)
+
+
+@dataclass(frozen=True)
+class _Problem(Mapping[str, Tensor]):
+    """Tensors that are taken when they are asked for, so that no list of jobs holds them all."""
+
+    piece: Workpiece
+    site: Site
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "weight":
+            return self.piece.weight(self.site)
+        if name == "second":
+            return self.piece.moments()[self.site.name]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield "weight"
+        if self.site.name in self.piece.moments():
+            yield "second"
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _told(parts: Mapping[str, Any], jobs: Jobs) -> str:

@@ -5,6 +5,7 @@ import itertools
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.program import Option, allocate, picked, require_feasible
 from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan
+from rabbet.core.survey import windows
 from rabbet.data.augment import Pool, cropped, mixed
 from rabbet.data.batches import outputs, tensors
 from rabbet.data.examples import Axes
@@ -336,6 +338,26 @@ def test_second_moments_of_groups_and_of_features_are_their_own():
     assert torch.allclose(moments[0], y.reshape(-1, 5).T @ y.reshape(-1, 5) / 21, atol=1e-5)
 
 
+def test_second_moments_are_the_same_however_little_memory_there_is(monkeypatch):
+    """More passes over the batches, and a folder for what memory has no room for."""
+    case = network("tokens")
+    surveyed = survey(case.model, case.batches)
+    folded, task = fold(case.model, surveyed), Task(case.batches)
+    at_once = second_moments(folded, surveyed, task)
+    monkeypatch.setattr("rabbet.calibrate.moments.WINDOW", 1)
+    monkeypatch.setattr("rabbet.calibrate.moments.KEPT", at_once["head"].numel())
+    steps = []
+    little = second_moments(folded, surveyed, task, progress=lambda *step: steps.append(step))
+    assert dict(little).keys() == dict(at_once).keys()
+    assert all(torch.equal(moment, at_once[name]) for name, moment in little.items())
+    passes = sum(site.multiplies for site in surveyed)
+    assert [done for _, done, _ in steps][-1] == passes * len(case.batches)
+    folder = Path(little._folder.name)
+    assert 0 < len(list(folder.iterdir())) < len(little)
+    del little
+    assert not folder.exists()
+
+
 def test_a_table_has_no_second_moment():
     case = network("tokens")
     surveyed = survey(case.model, case.batches)
@@ -463,7 +485,8 @@ def test_layers_solved_in_windows_come_out_as_in_one(monkeypatch):
         starts.append(outputs(piece.task.run(student, piece.task.read()[0]))[0])
         solve_in_order(student, piece, piece.task.gathered(64))
         answers.append(outputs(piece.task.run(student, piece.task.read()[0]))[0])
-    assert len(list(sequential._windows(list(piece.survey), 64))) == len(piece.survey.sites)
+    each = list(windows(list(piece.survey), sequential._inputs, 1 // 64))
+    assert each == [[site] for site in piece.survey]
     assert torch.equal(*starts)
     moved = (answers[0] - starts[0]).norm()
     assert moved > 0

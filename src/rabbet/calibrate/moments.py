@@ -1,13 +1,16 @@
-"""One pass over the user's batches: the second moment of the inputs of each layer."""
+"""The second moment of the inputs of each layer, from passes over the user's batches."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rabbet.core.survey import Survey
+from rabbet.core.survey import Survey, windows
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import DataError
@@ -18,6 +21,45 @@ from rabbet.model.hooks import Hook, hooked
 ROWS = 2**17  # most rows that one second moment is averaged over
 ENTRIES = 2**23  # rows times columns, beyond which more rows cost more than they tell
 EXAMPLES = 4096  # from which rows are drawn, about: more only take longer
+WINDOW = 2**26  # entries of the moments that one pass over the batches sums, in double
+KEPT = 2**28  # entries that memory keeps; what is beyond lies in a temporary folder
+
+
+class Moments(Mapping[str, Tensor]):
+    """Second moments [groups, n, n] by site. What memory has no room for is read when asked for."""
+
+    def __init__(self) -> None:
+        self._near: dict[str, Tensor] = {}
+        self._far: dict[str, tuple[Path, torch.device]] = {}
+        self._room = KEPT
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def add(self, name: str, moment: Tensor) -> None:
+        """Keep the moment of a site."""
+        if moment.numel() <= self._room:
+            self._room -= moment.numel()
+            self._near[name] = moment
+            return
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rabbet-")
+        path = Path(self._folder.name) / f"{len(self._far)}.safetensors"
+        save_file({"": moment.cpu()}, path)
+        self._far[name] = path, moment.device
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._near:
+            return self._near[name]
+        path, home = self._far[name]
+        return load_file(path)[""].to(home)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._near or name in self._far
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._near
+        yield from self._far
+
+    def __len__(self) -> int:
+        return len(self._near) + len(self._far)
 
 
 @dataclass
@@ -39,13 +81,13 @@ class _Moment:
         where = f"the inputs of {self.site.name or 'the network'}"
         if not torch.isfinite(rows).all():
             raise DataError(f"{where} hold NaN or infinite values; check the batches")
-        part = (rows.mT @ rows).double()
+        part = rows.mT @ rows
         if not torch.isfinite(part).all():
             raise DataError(
                 f"{where} reach {float(rows.abs().max()):.3g}, whose squares do not fit float32; "
                 "scale the batches down"
             )
-        self.total = part if self.total is None else self.total + part
+        self.total = part.double() if self.total is None else self.total.add_(part)
         self.rows += rows.shape[1]
 
     @property
@@ -56,23 +98,47 @@ class _Moment:
 
 def second_moments(
     model: nn.Module, survey: Survey, task: Task, seed: int = 0, progress: Progress = silent
-) -> dict[str, Tensor]:
+) -> Moments:
     """Mean of patch patch^T for the inputs of every site that has some, [groups, n, n].
 
     Patches are im2col columns of convs and feature vectors of linears; at most 2^17 of them, and
     fewer where they are wide (2^23 entries, but 8 for each column), drawn evenly from all batches,
     or, of 8,192 examples or more, from every n-th, so that about 4,096 remain.
-    Memory is one batch and the moments. A table without heads has none; one with heads those of
-    their inputs, and as much again for being looked up. Raises DataError, naming the site, for
-    inputs that are not finite.
+    Memory is one batch, the moments that one pass sums (2^26 entries in double, or the largest) and
+    2^28 entries of those that are known; more passes are made where that is too little for all. A
+    table without heads has none; one with heads those of their inputs, and as much again for being
+    looked up. Raises DataError, naming the site, for inputs that are not finite.
     """
     batches, size = task.read(), task.examples.count
     batches = batches[:: max(1, sum(map(size, batches)) // EXAMPLES)]
+    passes = list(windows([s for s in survey if s.multiplies], _entries, WINDOW))
+    result, steps = Moments(), len(passes) * len(batches)
+    for place, sites in enumerate(passes):
+
+        def told(stage: str, done: int, _: int, before: int = place * len(batches)) -> None:
+            progress(stage, before + done, steps)
+
+        for name, moment in _summed(model, sites, task, batches, seed, told).items():
+            result.add(name, moment)
+    return result
+
+
+def _entries(site: Site) -> int:
+    return site.groups * site.columns**2
+
+
+def _summed(
+    model: nn.Module,
+    sites: Sequence[Site],
+    task: Task,
+    batches: Sequence[Batch],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """The moments of some sites, in one pass; those that did not run are missing."""
     moments: dict[str, _Moment] = {}
     hooks: list[Hook] = []
-    for site in survey:
-        if not site.multiplies:
-            continue
+    for site in sites:
         met = site.head if site.heads else site
         rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
         most = -(-rows // (len(batches) * met.calls))
@@ -82,7 +148,7 @@ def second_moments(
     with hooked(before=hooks):
         run_through(model, task, batches, progress, "measuring inputs")
     seconds = {name: moment.mean for name, moment in moments.items() if moment.rows}
-    for site in survey:
+    for site in sites:
         if site.heads and site.name in seconds:
             table = site.kind.weight(model.get_submodule(site.name)).detach().float()
             seconds[site.name] = _twofold(table, seconds[site.name])

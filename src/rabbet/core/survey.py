@@ -4,7 +4,7 @@ Values only; `model.inspect` collects them.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rabbet.errors import FileError, PlanError, near
@@ -19,6 +19,18 @@ class Left:
     name: str
     reason: str
     bytes: int
+
+
+def windows(sites: Sequence[Site], size: Callable[[Site], int], limit: int) -> Iterator[list[Site]]:
+    """The sites in order, as many at a time as stay within a limit, but always one."""
+    window: list[Site] = []
+    for site in sites:
+        if window and sum(map(size, window)) + size(site) > limit:
+            yield window
+            window = []
+        window.append(site)
+    if window:
+        yield window
 
 
 def shapes(example: Sequence[tuple[int, ...]]) -> str:

@@ -55,14 +55,11 @@ def on_menus(
     job: Callable[..., Tensors], piece: Workpiece, stage: str, menus: Menus
 ) -> list[Tensors]:
     """What a job (`solve_site` or `predict_site`) makes of each menu of a layer."""
-    moments = piece.moments()
-    jobs: list[Job] = []
-    for name, menu in menus:
-        site = piece.survey[name]
-        given = {"weight": piece.weight(site)}
-        if name in moments:
-            given["second"] = moments[name]
-        jobs.append((job, given, {"site": site, "menu": menu}))
+    sites = piece.survey
+    jobs: list[Job] = [
+        (job, piece.problem(sites[name]), {"site": sites[name], "menu": menu})
+        for name, menu in menus
+    ]
     seconds = [expected_seconds(piece.survey[name], len(menu)) for name, menu in menus]
     return piece.jobs.run(stage, jobs, seconds)
 

@@ -16,7 +16,7 @@ on it, and in the end others judge whether the network has become better at all.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_between
+from rabbet.core.survey import windows
 from rabbet.data.answers import UnlikeError
 from rabbet.data.augment import judging_parts
 from rabbet.data.batches import Batch
@@ -123,23 +124,13 @@ def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
         piece.jobs.progress(stage, min(next(count), len(sites)), len(sites))
 
     piece.jobs.progress(stage, 0, len(sites))
-    for window in _windows(sites, piece.task.examples.count(batch)):
+    most = WINDOW // piece.task.examples.count(batch)
+    for window in windows(sites, _inputs, most):
         before, after = _hooks(piece, layers, window, batch)
         before += [(layer, told) for layer, _ in before]
         with torch.no_grad(), hooked(before=before, after=after):
             piece.task.run(student, batch)
     piece.jobs.progress(stage, len(sites), len(sites))
-
-
-def _windows(sites: Sequence[Site], count: int) -> Iterator[list[Site]]:
-    """The sites in order, as many at a time as memory holds inputs of for so many examples."""
-    window: list[Site] = []
-    for site in sites:
-        if window and count * _inputs([*window, site]) > WINDOW:
-            yield window
-            window = []
-        window.append(site)
-    yield window
 
 
 def _hooks(
@@ -194,12 +185,12 @@ def _takes_gain(factor: Factor) -> bool:
 
 def _affordable(sites: Sequence[Site]) -> int:
     """Examples whose inputs of all layers fit into the memory of all windows."""
-    return max(1, WINDOWS * WINDOW // max(1, _inputs(sites)))
+    return max(1, WINDOWS * WINDOW // max(1, sum(map(_inputs, sites))))
 
 
-def _inputs(sites: Sequence[Site]) -> int:
-    """Floats that the layers are given for one example."""
-    return sum(s.inputs * s.shape[1] * s.groups for s in sites)
+def _inputs(site: Site) -> int:
+    """Floats that a layer is given for one example."""
+    return site.inputs * site.shape[1] * site.groups
 
 
 def _meet(piece: Workpiece, sites: Sequence[Site], batch: Any, halves: Halves) -> dict[str, _Met]:

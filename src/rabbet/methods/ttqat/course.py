@@ -82,13 +82,11 @@ class Teaching(Course):
     def _start(self) -> None:
         """Replace all factors by latents, which start at the decomposed float weights."""
         piece = self.piece
-        moments = piece.moments() if self.method.start == "metric" else {}
         jobs: list[Job] = []
         for position, line in enumerate(self.plan):
             site = piece.survey[line.name]
-            inputs = {"weight": piece.weight(site)}
-            if site.name in moments:
-                inputs["second"] = moments[site.name]
+            measured = self.method.start == "metric"
+            inputs = piece.problem(site) if measured else {"weight": piece.weight(site)}
             term = line.terms[0]
             # Layers of the same shape must not get the same random start.
             seed = piece.seed * 1_000_003 + position
