@@ -31,7 +31,7 @@ from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import alternate
 from rabbet.solve.metric_cp import MetricCP, joined
 from rabbet.solve.varpro import project
-from rabbet.solve.whiten import noise_left, spectrum
+from rabbet.solve.whiten import leading, noise_left, spectrum
 
 SHAPES = [(12, 10, 9), (16, 6, 3), (10, 14)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -383,3 +383,17 @@ def test_rounding_in_the_metric_beats_rounding_to_nearest_there(solve):
     a, b, c = joined(solution.factors)
     whole = full((a.values.double(), b.values.mT.double(), c.values.mT.double()))
     assert torch.equal(whole, full(MetricCP.joined(held)))
+
+
+@pytest.mark.parametrize("shape", [(1024, 1040), (1040, 1024)])
+def test_a_few_leading_vectors_of_a_large_matrix_leave_as_much_as_exact_ones(shape, monkeypatch):
+    """Also where all singular values lie close together, as those of noise do."""
+    matrix, mix = rand(*shape, seed=1), rand(shape[1], shape[1], seed=2)
+    for second in (None, mix @ mix.mT / shape[1]):
+        left = []
+        for large in (1024, 2000):
+            monkeypatch.setattr("rabbet.solve.whiten.LARGE", large)
+            first, last = leading(matrix, 32, second)
+            rest = matrix - first @ last
+            left.append(((rest if second is None else rest @ second) * rest).sum())
+        assert left[1] * 0.9999 <= left[0] <= left[1] * 1.005

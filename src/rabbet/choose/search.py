@@ -30,7 +30,7 @@ def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
 
     table: the options of each layer of the survey, all of which count. Raises what `allocate` does.
     """
-    layers = _foretold(piece, table)
+    layers = foretold(piece, table)
     while True:
         piece.jobs.progress("choosing", 0, 1)
         plan = allocate([layer.scores() for layer in layers], table, budget, piece)
@@ -42,7 +42,7 @@ def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
 
 
 @dataclass
-class _Layer:
+class Layer:
     """What is known of the options of one layer.
 
     foretold: errors in the metric; solved: those that were found; harms: what the solved ones do to
@@ -84,7 +84,7 @@ class _Layer:
         return known[near] / rough[near]
 
 
-def _foretold(piece: Workpiece, table: Table) -> list[_Layer]:
+def foretold(piece: Workpiece, table: Table) -> list[Layer]:
     """Errors of all options, and the harm of noise in each layer."""
     menus = [(row[0].plan.name, tuple(option.plan.terms for option in row)) for row in table]
     results = on_menus(predict_site, piece, "predicting", menus)
@@ -94,11 +94,11 @@ def _foretold(piece: Workpiece, table: Table) -> list[_Layer]:
     for (name, menu), result in zip(menus, results, strict=True):
         error = float(result["noise.error"])
         ratio = float(harms[name]) / error if error > 0 else 0.0
-        layers.append(_Layer(name, list(menu), result["errors"].tolist(), ratio))
+        layers.append(Layer(name, list(menu), result["errors"].tolist(), ratio))
     return layers
 
 
-def _solve(piece: Workpiece, chosen: Sequence[tuple[_Layer, int]]) -> bool:
+def _solve(piece: Workpiece, chosen: Sequence[tuple[Layer, int]]) -> bool:
     """Solve the chosen options that are not solved yet; whether there were any."""
     missing = [(layer, k) for layer, k in chosen if k not in layer.solved]
     if not missing:
@@ -113,7 +113,7 @@ def _solve(piece: Workpiece, chosen: Sequence[tuple[_Layer, int]]) -> bool:
     return True
 
 
-def _measure(piece: Workpiece, layers: Sequence[_Layer]) -> bool:
+def _measure(piece: Workpiece, layers: Sequence[Layer]) -> bool:
     """Measure the harm of the options that were solved since the last time; whether any were."""
     changes = {x.name: torch.stack(list(x.changes.values())) for x in layers if x.changes}
     if not changes:

@@ -45,6 +45,7 @@ PATCHES = 2**23  # entries of the patches of one layer
 # evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
 STEPS = 120
 RIDGES = (DAMPING, 0.1, 1.0, 10.0)  # shares of the mean diagonal
+ROWS = 256  # of each group, that a ridge is chosen by
 HELD = 0.125  # share of the examples that are held back to judge
 JUDGES = 256  # examples that are enough to judge by
 BETWEEN = 128  # examples that choose the ranges between the factors of a layer
@@ -264,7 +265,8 @@ def _step(target: Tensor, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     second, pull = seconds.mean(0), target @ (crosses.mean(0) - seconds.mean(0))
     if len(seconds) < 2:
         return second, None
-    pulls = target @ (crosses - seconds)  # [halves, groups, rows, n]
+    # [halves, groups, rows, n]
+    pulls = target[:, :: -(-target.shape[1] // ROWS)] @ (crosses - seconds)
 
     def brought(share: float) -> float:
         """By how much the squared error of either half falls with the step of the other."""
