@@ -1,4 +1,4 @@
-r"""The search for a plan, where few candidates are solved, against the program with all of them solved.
+r"""The plan that is found with few candidates solved, against the one with all of them solved.
 
     python benchmarks/choice.py
     python benchmarks/choice.py --nets resnet20 --budgets "bits <= 2"
@@ -27,6 +27,7 @@ from rabbet import Budget, Jobs, Plan, Task
 from rabbet.choose.program import Option, allocate
 from rabbet.choose.scoring import scored
 from rabbet.choose.search import foretold, search
+from rabbet.core.plan import LayerPlan
 from rabbet.methods import QUALITY
 from rabbet.methods.joint import Joint
 from rabbet.workpiece import Workpiece
@@ -34,7 +35,8 @@ from rabbet.workpiece import Workpiece
 T = TypeVar("T")
 BUDGETS = ("bits <= 4", "bits <= 3", "bits <= 2", "macs <= 50%, bytes <= 13%")
 COLUMNS = {
-    "network": "", "budget": "", "plan": "", "harm": ".4f", "lines as all": ".0f", "solved": ",",
+    "network": "", "budget": "", "plan": "", "harm": ".4f", "lines as all": "", "layers": "",
+    "options": ",",
     "processor seconds": ".1f", "accuracy": ".2f",
 }  # fmt: skip
 CIFAR = (
@@ -68,10 +70,8 @@ class Tried:
         self.table = [
             [
                 Option(line, self.piece.layer_cost(site, line))
-                for line in (
-                    rabbet.LayerPlan(site.name, terms, method.act)
-                    for terms in self.menus[site.name]
-                )
+                for terms in self.menus[site.name]
+                for line in (LayerPlan(site.name, terms, method.act),)
             ]
             for site in self.piece.survey
         ]
@@ -99,9 +99,7 @@ class Tried:
 
     def plans(self, budget: Budget) -> Group:
         """The three plans for a budget."""
-        most, counted = allocate(self.scores, self.table, budget, self.piece), Jobs()
-        counted.progress = lambda *_: None
-        piece = self.fresh(counted)
+        most, piece = allocate(self.scores, self.table, budget, self.piece), self.fresh(Jobs())
         told, seconds = timed(lambda: foretold(piece, self.table))
         first = allocate([layer.scores() for layer in told], self.table, budget, piece)
         found, search_seconds = timed(lambda: search(self.fresh(Jobs()), self.table, budget))
