@@ -8,7 +8,7 @@ network's output, as `rabbet.choose.sensitivity.output_errors` measures it. "Tol
 least harm as far as it is foretold before anything is solved, "search" what `Joint` takes, "all"
 what it would take with every candidate solved and measured; harm is relative to that of "all".
 Seconds are of the processor, on one thread; those of "all" are once for all budgets. Accuracy: of
-the network that is fitted to the plan without tuning, on images of `train` that calibrate nothing.
+the network that is fitted to the plan without tuning, on the first 5,000 test images.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from common import machine, reader
+from common import machine
+from frontier import cifar
 from records import Group, Records, Table, Values, add_options
-from torch import Tensor, nn
 
 import rabbet
 from rabbet import Budget, Jobs, Plan, Task
@@ -40,7 +40,8 @@ COLUMNS = {
     "processor seconds": ".1f", "accuracy": ".2f",
 }  # fmt: skip
 CIFAR = (
-    "CIFAR-10: 1,600 training images without labels to calibrate, 4,096 others to measure accuracy"
+    "CIFAR-10: 1,600 training images without labels to calibrate, the first 5,000 test images to "
+    "measure"
 )
 
 
@@ -55,15 +56,8 @@ class Tried:
     """One network: its options, what each does when it is solved, and how plans of it do."""
 
     def __init__(self, depth: int, method: Joint, seed: int) -> None:
-        images, labels = reader("load").cifar10("train")
-        calibration = list(torch.from_numpy(images[:1600]).split(100))
-        pairs = torch.from_numpy(images[-4096:]), torch.from_numpy(labels[-4096:])
-        self.held: list[tuple[Tensor, Tensor]] = list(
-            zip(*(t.split(256) for t in pairs), strict=True)
-        )
+        self.model, self.data, self.test = cifar(depth)
         self.method, self.seed = method, seed
-        self.model: nn.Module = reader("nets").cifar_resnet(depth)
-        self.data = calibration
         self.jobs = Jobs(progress=lambda *_: None)
         self.piece = self.fresh(self.jobs)
         self.menus = {site.name: method.menu(site) for site in self.piece.survey}
@@ -91,11 +85,11 @@ class Tried:
         return total
 
     def accuracy(self, plan: Plan) -> float:
-        """Of the network on a plan, on images of `train` that nothing was chosen by."""
+        """Of the network on a plan."""
         result = rabbet.fit(
             self.model, plan, self.data, self.method, seed=self.seed, jobs=self.jobs
         )
-        return rabbet.accuracy(result.model, self.held)
+        return rabbet.accuracy(result.model, self.test)
 
     def plans(self, budget: Budget) -> Group:
         """The three plans for a budget."""

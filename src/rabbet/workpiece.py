@@ -29,6 +29,7 @@ from rabbet.model.bn_fold import norm_gain
 from rabbet.model.check import check, check_magnitudes
 from rabbet.model.independence import doubts, with_axes
 from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
+from rabbet.model.prepare import prepared
 from rabbet.model.proof import proven
 from rabbet.model.surgery import copied
 
@@ -153,12 +154,14 @@ class Workpiece:
         calls = {part: getattr(task, part) for part in parts}
         check(model)
         jobs.progress("looking at the network", 0, 1)
-        original, model = model, copied(model)
-        task = with_axes(model, task)
+        original = model
+        task = with_axes(copied(model), task)
+        model, notes = prepared(model, task)
         told = _told({**calls, "batches": task.read(), "network": original}, jobs)
         survey = survey_of(model, task.read()[0], task)
         folded, survey = proven(model, survey, task)
         check_magnitudes(folded, survey)
+        survey = replace(survey, notes=(*survey.notes, *notes))
         if calls["axes"] is None and not task.examples.known:
             survey = replace(survey, notes=(*survey.notes, UNKNOWN))
         if calls["axes"] is not None:
@@ -179,7 +182,7 @@ class Workpiece:
 
     def weight(self, site: Site) -> Tensor:
         """The canonical float weight of a site, where the network lies: there it is solved."""
-        return site.kind.weight(self.model.get_submodule(site.name)).detach()
+        return site.weight(self.model).detach()
 
     def key(
         self,

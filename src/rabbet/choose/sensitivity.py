@@ -9,6 +9,7 @@ and then every candidate costs one run of its layer. Unlike a Fisher-weighted
 error of the layer's output this keeps what different places and channels do together.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,12 @@ from rabbet.data.batches import Batch, outputs
 from rabbet.data.examples import Axes
 from rabbet.errors import DataError, ModelError, RabbetError
 from rabbet.layers import Site
+from rabbet.layers.stored import tensor_of
 from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
 
 ENTRIES = 2**26  # of inputs and outputs of all layers that are held at once
+TOGETHER = 8  # examples that one gradient by a stored weight is of, at most
 
 
 def output_errors(
@@ -50,7 +53,10 @@ def output_errors(
         size = axes.count(batch)
         calls, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
-        for site in sites:
+        for site in (s for s in sites if not s.runs):
+            weight, slope = piece.weight(site), next(slopes)
+            total[site.name] += _projected_weight(weight, slope, changes[site.name], size)
+        for site in (s for s in sites if s.runs):
             met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
             # Rounding in the forward passes a gradient of zeros, which says as little as none.
             if any(g is not None and bool(g.any()) for _, _, g in met):
@@ -66,8 +72,11 @@ def output_errors(
 
 def _slices(batches: Sequence[Batch], axes: Axes, sites: Sequence[Site]) -> Iterator[Batch]:
     """All examples, so few at a time that the inputs and outputs of all sites fit into memory."""
-    each = sum(s.inputs * s.shape[1] * s.groups + s.positions * s.shape[0] for s in sites)
+    running = [s for s in sites if s.runs]
+    each = sum(s.inputs * s.shape[1] * s.groups + s.positions * s.shape[0] for s in running)
     step = max(1, ENTRIES // max(1, each))
+    if len(running) < len(sites):  # a stored weight's gradient tells of all examples but the sum
+        step = min(step, TOGETHER)
     for batch in batches:
         size = axes.count(batch)
         for start in range(0, size, step):
@@ -113,19 +122,42 @@ def _slopes(
 ) -> tuple[dict[str, list[Any]], Sequence[Tensor | None]]:
     """What each site was, and the gradient of the network's outputs with random signs.
 
-    The gradient is that by every output of every site in turn, None where none reaches.
+    The gradient is that by every stored weight, then that by every output of every other site in
+    turn, None where none reaches.
     """
-    calls, result = _recorded(piece, sites, batch)
+    weights = [_tensor(piece, site) for site in sites if not site.runs]
+    with _asked(weights):
+        calls, result = _recorded(piece, [site for site in sites if site.runs], batch)
     answers = outputs(result)
     if not all(torch.isfinite(t).all() for t in answers):
         raise DataError("the network's outputs hold NaN or infinite values on the given batches")
     objective = _signed(piece.answers, answers, piece.task.examples.count(batch), generator)
-    flat = [out for site in sites for _, _, out in calls[site.name]]
+    flat = [out for site in sites if site.runs for _, _, out in calls[site.name]]
     inner = [out for out in flat if out.requires_grad]
-    if not inner or not objective.requires_grad:
-        return calls, [None] * len(flat)
-    slopes = iter(torch.autograd.grad(objective, inner, allow_unused=True))
-    return calls, [next(slopes) if out.requires_grad else None for out in flat]
+    if not (inner or weights) or not objective.requires_grad:
+        return calls, [None] * (len(weights) + len(flat))
+    with _asked(weights):
+        slopes = torch.autograd.grad(objective, [*weights, *inner], allow_unused=True)
+    behind = iter(slopes[len(weights) :])
+    of_outputs = [next(behind) if out.requires_grad else None for out in flat]
+    return calls, [*slopes[: len(weights)], *of_outputs]
+
+
+def _tensor(piece: Workpiece, site: Site) -> Tensor:
+    """The network's own tensor that a stored weight is."""
+    return tensor_of(piece.model, site.name)
+
+
+@contextlib.contextmanager
+def _asked(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients by these tensors of a network, for a while."""
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 Met = tuple[Site, Tensor, Tensor | None]
@@ -161,6 +193,20 @@ def _recorded(
 def _exact(x: Tensor) -> Tensor:
     """An input in the type of the weights, whatever autocast has made of it."""
     return x.float() if x.is_floating_point() else x
+
+
+def _projected_weight(weight: Tensor, slope: Tensor | None, changes: Tensor, count: int) -> Tensor:
+    """Sum over examples of (gradient . change)^2 for a stored weight, [candidates].
+
+    The signs of the examples are independent, so the square of the sum has that expectation. Where
+    no gradient reaches it is the relative error of the weight, for each example.
+    """
+    flat = changes.double().flatten(1)
+    if slope is None or not bool(slope.any()):
+        return (
+            count * (flat.square().sum(1) / weight.double().square().sum().clamp_min(1e-30)).cpu()
+        )
+    return (flat @ slope.double().flatten()).square().cpu()
 
 
 def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:

@@ -34,11 +34,18 @@ from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.grids.pack import pack, packed_bytes, unpack
 from rabbet.layers import Site, shares_table
+from rabbet.layers.stored import rows_of
 from rabbet.model.bn_fold import drop_norms, own_biases
 from rabbet.model.build import empty, install, validate_line
-from rabbet.model.compressed import Compressed, Factor, compressed_layers
-from rabbet.model.inspect import alike, stored_tensors
-from rabbet.model.surgery import copied
+from rabbet.model.compressed import (
+    Compressed,
+    Factor,
+    all_layers,
+    stored_weights,
+    unpack_stored,
+)
+from rabbet.model.inspect import alike, own_tensors, stored_tensors
+from rabbet.model.prepare import like_a_file
 
 CODES = 8  # that a byte holds at most: those of one bit
 LONGEST = 1000  # signs of a reason that are shown
@@ -78,7 +85,7 @@ def _raw(tensor: Tensor) -> bytes:
 
 def _packed(parcel: Parcel) -> Iterator[tuple[str, Tensor]]:
     """The arrays of all layers, in the order of the plan."""
-    layers = compressed_layers(parcel.model)
+    layers = all_layers(parcel.model)
     ordered = [layers[line.name] for line in parcel.plan]
     factors = [f for layer in ordered for f in layer_factors(layer)]
     acts = [a for layer in ordered for a in layer.quantisers]
@@ -137,14 +144,16 @@ def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, 
     """
     contents = read_parts(path)
     survey, plan = contents.survey, contents.plan
-    result = _skeleton(model, survey, plan, path)
+    result = _skeleton(model, contents, path)
     streams = {name: _Stream(array, name, path) for name, array in contents.arrays.items()}
-    layers = compressed_layers(result)
+    layers = all_layers(result)
     with torch.no_grad():
         for line in plan:
             _fill(layers[line.name], streams, path)
         for stream in streams.values():
             stream.close()
+        for layer in stored_weights(result).values():
+            unpack_stored(result, layer)
         _fill_rest(result, contents.rest, path)
     return result, survey, plan, contents.kept
 
@@ -198,12 +207,18 @@ def _arrays(plan: Plan, survey: Survey, tensors: dict[str, Tensor]) -> dict[str,
     return result
 
 
-def _skeleton(model: nn.Module, survey: Survey, plan: Plan, path: Path) -> nn.Module:
-    result = copied(model).eval().requires_grad_(False)
+def _skeleton(model: nn.Module, contents: Contents, path: Path) -> nn.Module:
+    survey, plan = contents.survey, contents.plan
+    names = {*contents.rest, *(name for site in survey for name in own_tensors(site))}
+    result = like_a_file(model, names).eval().requires_grad_(False)
     modules = dict(result.named_modules(remove_duplicate=False))
+    tensors = stored_tensors(result)
     for site in survey:
-        if why := _contradiction(site, modules):
+        why = _contradiction(site, modules) if site.runs else _unlike(site, tensors)
+        if why:
             raise FileError(f"{path} is of another network: {why}")
+        if not site.runs:
+            continue
         layer = modules[site.name]
         if site.norm is not None and plan.get(site.name) is None and layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(site.shape[0]), requires_grad=False)
@@ -244,6 +259,16 @@ def _contradiction(site: Site, modules: dict[str, nn.Module]) -> str | None:
         return f"{', '.join(map(repr, apart))} does not share the table of {site.name!r}"
     if any(not isinstance(modules[name], _BatchNorm | nn.Identity) for name in norm):
         return f"{site.norm!r} is not a BatchNorm"
+    return None
+
+
+def _unlike(site: Site, tensors: dict[str, Tensor]) -> str | None:
+    """How a network contradicts a file's facts of a stored weight; None if it does not."""
+    if site.name not in tensors:
+        return f"the model has no tensor {site.name!r}"
+    shape = tensors[site.name].shape
+    if rows_of(shape) != site.shape:
+        return f"{site.name!r} has the shape {list(shape)}, the file says rows of {site.columns}"
     return None
 
 
@@ -312,10 +337,11 @@ def _fill_factor(factor: Factor, streams: dict[str, _Stream]) -> None:
 
 def _fill_rest(model: nn.Module, values: dict[str, Tensor], path: Path) -> None:
     own = [f"{name}." for name, m in model.named_modules() if isinstance(m, Compressed)]
+    stored = stored_weights(model)
     wanted = {
         n: t
         for n, t in stored_tensors(model).items()
-        if not any(n.startswith(o) for o in own if o != ".")
+        if n not in stored and not any(n.startswith(o) for o in own if o != ".")
     }
     if isinstance(model, Compressed):
         wanted = {}

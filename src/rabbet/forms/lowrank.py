@@ -27,8 +27,9 @@ class LowRank(Ranked):
     channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1)
 
     def full_rank(self, site: Site) -> int:
-        """min(out, in * k * k); 0 for grouped convs (a factor would mix them) and for tables."""
-        return 0 if site.groups > 1 or site.looks_up else min(site.shape[0], site.columns)
+        """min(out, in * k * k); 0 for grouped convs, which a factor would mix, and for tables."""
+        fits = site.groups == 1 and site.runs and not site.looks_up
+        return min(site.shape[0], site.columns) if fits else 0
 
     def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """A, then B."""

@@ -1,4 +1,4 @@
-"""The kinds of layer whose weights can be compressed.
+"""The kinds of layer whose weights can be compressed, and weights outside of them.
 
 A new kind is a file here and a line in KINDS.
 """
@@ -10,6 +10,7 @@ from rabbet.layers.conv import Conv
 from rabbet.layers.conv_transpose import ConvTranspose
 from rabbet.layers.embedding import Embedding
 from rabbet.layers.linear import Linear, TransposedLinear
+from rabbet.layers.stored import Stored
 
 KINDS: dict[str, LayerKind] = {
     kind.name: kind
@@ -19,6 +20,7 @@ KINDS: dict[str, LayerKind] = {
         Linear(),
         TransposedLinear(),
         Embedding(),
+        Stored(),
     )
 }
 """By the name that files and surveys call them."""

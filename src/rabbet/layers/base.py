@@ -83,9 +83,14 @@ class Site:
         return self.numel * (self.head_positions if self.looks_up else self.kernel_positions)
 
     @property
+    def runs(self) -> bool:
+        """Whether a module stands for the layer, which is called; not so for a stored weight."""
+        return self.kind.runs
+
+    @property
     def multiplies(self) -> bool:
         """Whether the weight meets inputs that can be quantised; a mere look-up meets indices."""
-        return not self.looks_up or bool(self.heads)
+        return self.runs and (not self.looks_up or bool(self.heads))
 
     @property
     def head(self) -> "Site":
@@ -108,6 +113,10 @@ class Site:
     def names(self) -> tuple[str, ...]:
         """All names of the layer."""
         return (self.name, *self.tied)
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The canonical weight that a network holds for this layer."""
+        return self.kind.held(model, self.name)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A canonical weight as [groups, out / groups, columns]: the shape that solvers work on."""
@@ -167,6 +176,8 @@ class LayerKind(ABC):
     """The axis of that operator's weight on which the outputs lie, if it is always the same."""
     integer_kernel: ClassVar[bool] = True
     """Whether onnxruntime has an integer kernel for that operator."""
+    runs: ClassVar[bool] = True
+    """Whether a layer of this kind is a module, which a replacement can stand for."""
     shares_table: ClassVar[bool] = False
     """Whether a layer of this kind may have the table of a look-up as its weight."""
 
@@ -187,6 +198,10 @@ class LayerKind(ABC):
         weight = module.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def held(self, model: nn.Module, name: str) -> Tensor:
+        """The canonical weight that a network holds under the name of a layer."""
+        return self.weight(model.get_submodule(name))
 
     def native(self, weight: Tensor, groups: int = 1) -> Tensor:
         """A canonical weight in the layout of the module."""

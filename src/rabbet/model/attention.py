@@ -4,6 +4,8 @@
 reads the weight of its output projection, so none of the four can be replaced.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,20 +18,29 @@ def open_attention(model: nn.Module) -> nn.Module:
     """A copy in which every `nn.MultiheadAttention` is four linears.
 
     They are `q_proj`, `k_proj`, `v_proj` and `out_proj`. The copy computes the same, except that
-    torch's encoder writes zeros where a mask has padding and the copy does not. Give the copy to
-    `compress`, and to `load` later. Attention with `add_bias_kv` or `add_zero_attn`, with hooks or
+    torch's encoder writes zeros where a mask has padding and the copy does not. `compress` and
+    `load` do this by themselves. Attention with `add_bias_kv` or `add_zero_attn`, with hooks or
     parametrisations, and subclasses are left alone. Raises ModelError for a model that cannot be
     copied.
     """
     result = copied(model)
     leave_fast_path(result)
-    opened: dict[nn.Module, Attention] = {}
+    return opened(result)
+
+
+def opened(model: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> nn.Module:
+    """A copy of a network in which attention of the wanted names is open; itself if none is."""
+    if not any(opens(m) and wanted(name) for name, m in model.named_modules()):
+        return model
+    result = copied(model)
+    leave_fast_path(result)
+    known: dict[nn.Module, Attention] = {}
     linears: Linears = {}
     for name, module in list(result.named_modules(remove_duplicate=False)):
-        if opens(module):
-            if module not in opened:
-                opened[module] = Attention(module, linears)
-            result = replace_module(result, name, opened[module])
+        if opens(module) and (module in known or wanted(name)):
+            if module not in known:
+                known[module] = Attention(module, linears)
+            result = replace_module(result, name, known[module])
     return result
 
 

@@ -53,6 +53,8 @@ def own_biases(model: nn.Module, survey: Survey) -> nn.Module:
     Layers may share one, and a plan may cover only some of them.
     """
     for site in survey:
+        if not site.runs:
+            continue
         layer = model.get_submodule(site.name)
         bias = getattr(layer, "bias", None)
         if isinstance(bias, nn.Parameter):

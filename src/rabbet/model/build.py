@@ -13,7 +13,7 @@ from rabbet.errors import PlanError, near
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
 from rabbet.model.bn_fold import fold
-from rabbet.model.compressed import Compressed, Head, Numbers, compressed_layers
+from rabbet.model.compressed import Compressed, Head, Numbers, all_layers, store
 from rabbet.model.surgery import leave_fast_path, replace_module
 
 
@@ -38,9 +38,8 @@ def validate_line(layer: LayerPlan, sites: Mapping[str, Site]) -> None:
             f"compressed here{near(layer.name, sites)}"
         )
     if layer.act is not None and not site.multiplies:
-        raise PlanError(
-            f"{layer}: the input of an embedding is an index and cannot be quantised; remove act"
-        )
+        why = "the input of an embedding is an index and" if site.runs else "its input"
+        raise PlanError(f"{layer}: {why} cannot be quantised; remove act")
     for term in layer.terms:
         _require(layer, term, site)
         for shape in factor_shapes(site, term):
@@ -68,11 +67,12 @@ def build(
     given = numbers or {}
     with torch.no_grad():
         for site in (s for s in survey if plan.get(s.name) is not None):
-            layer, line = result.get_submodule(site.name), plan[site.name]
-            terms = given.get(site.name) or rounded_to_nearest(site, site.kind.weight(layer), line)
+            line, weight = plan[site.name], site.weight(result)
+            terms = given.get(site.name) or rounded_to_nearest(site, weight, line)
+            layer = result.get_submodule(site.name) if site.runs else None
             bias = getattr(layer, "bias", None)
             module = Compressed(site, line, terms, bias if isinstance(bias, Tensor) else None)
-            result = install(result, site, module.to(site.kind.weight(layer).device))
+            result = install(result, site, module.to(weight.device))
     return result
 
 
@@ -87,6 +87,9 @@ FACTS = (
 def install(model: nn.Module, site: Site, module: nn.Module) -> nn.Module:
     """Put a layer under all names of its site, and heads that share it under theirs, in place."""
     module.eval()
+    if isinstance(module, Compressed) and not site.runs:
+        store(model, module)
+        return model
     known = vars(model.get_submodule(site.name))
     vars(module).update({name: known[name] for name in FACTS if name in known})
     for name in site.names:
@@ -111,7 +114,7 @@ def rounded_to_nearest(site: Site, weight: Tensor, plan: LayerPlan) -> list[list
 
 def plan_of(model: nn.Module, survey: Survey) -> Plan:
     """The plan, read back from a network: it cannot disagree with what runs."""
-    layers = compressed_layers(model)
+    layers = all_layers(model)
     return Plan(tuple(layers[s.name].plan for s in survey if s.name in layers))
 
 

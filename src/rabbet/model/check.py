@@ -44,7 +44,7 @@ def check(model: nn.Module) -> None:
 def check_magnitudes(model: nn.Module, survey: Survey) -> None:
     """Raise ModelError, naming the layer, where weights are too small or large to be solved for."""
     for site in survey:
-        weight = site.kind.weight(model.get_submodule(site.name))
+        weight = site.weight(model)
         largest = float(weight.abs().max()) if weight.numel() else 0.0
         if largest and not MAGNITUDES[0] <= largest <= MAGNITUDES[1]:
             raise ModelError(
@@ -57,11 +57,9 @@ def check_magnitudes(model: nn.Module, survey: Survey) -> None:
 
 def _require_layers(name: str, module: nn.Module) -> None:
     """Raise ModelError for a module that hides its layers or their weights."""
-    hidden = "scripted" if isinstance(module, torch.jit.ScriptModule) else ""
-    hidden = "compiled" if hasattr(module, "_orig_mod") else hidden
-    if hidden:
+    if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
-            f"{name} is {hidden}, which hides its layers; pass the eager module it was made from"
+            f"{name} is scripted, which hides its layers; pass the eager module it was made from"
         )
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ModelError(

@@ -246,8 +246,49 @@ class Head(nn.Module):
 
 
 def compressed_layers(model: nn.Module) -> dict[str, Compressed]:
-    """Every compressed layer once, by the name of its site."""
+    """Every compressed layer that runs once, by the name of its site."""
     return {m.site.name: m for m in model.modules() if isinstance(m, Compressed)}
+
+
+STORED = "rabbet_stored"  # the attribute of a network that keeps the numbers of its stored weights
+
+
+class StoredWeights:
+    """The numbers of the stored weights of a network, by the names of their sites.
+
+    They lie beside its modules: no forward may meet a module there that it does not know. What the
+    network computes with are its own tensors, which hold the same values.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Compressed] = {}
+
+
+def stored_weights(model: nn.Module) -> dict[str, Compressed]:
+    """The numbers of every stored weight, by the name of its site; none of them is ever called."""
+    kept = vars(model).get(STORED)
+    return dict(kept.layers) if isinstance(kept, StoredWeights) else {}
+
+
+def all_layers(model: nn.Module) -> dict[str, Compressed]:
+    """Every compressed layer, those that run and those that are stored."""
+    return compressed_layers(model) | stored_weights(model)
+
+
+def store(model: nn.Module, layer: Compressed) -> None:
+    """Keep the numbers of a stored weight, in place, and give the network their values."""
+    vars(model).setdefault(STORED, StoredWeights()).layers[layer.site.name] = layer
+    unpack_stored(model, layer)
+
+
+@torch.no_grad()
+def unpack_stored(model: nn.Module, layer: Compressed) -> None:
+    """Write the values of a stored weight, in place, into the tensor that the network uses."""
+    owner, _, leaf = layer.site.name.rpartition(".")
+    module = model.get_submodule(owner)
+    tensor = getattr(module, leaf)
+    values = layer.canonical.to(tensor.device, tensor.dtype).view(tensor.shape)
+    tensor.data = values  # as it may lie in memory that cannot be written to
 
 
 def layers_kept(model: nn.Module) -> Callable[[], None]:

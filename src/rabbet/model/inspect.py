@@ -19,8 +19,9 @@ from rabbet.data.batches import Batch, tensors
 from rabbet.data.state import Pass
 from rabbet.data.task import Task, evaluating
 from rabbet.errors import DataError, ModelError
-from rabbet.layers import LayerKind, Site, kind_of, looks_up, shares_table
-from rabbet.model.check import check
+from rabbet.layers import KINDS, LayerKind, Site, kind_of, looks_up, shares_table
+from rabbet.layers.stored import rows_of
+from rabbet.model.check import MAGNITUDES, check
 from rabbet.model.surgery import copied
 from rabbet.model.watch import Watch
 
@@ -171,7 +172,7 @@ def _assemble(
         # A norm under a second name would stay behind there.
         norm = None if norm is not None and len(names[norm]) > 1 else norm
         sites.append(_site(module, kind, names, watch, (norm, own, count)))
-    reasons = _unopened(names) | reasons
+    sites += _stored(model, sites, watch)
     if not sites:
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items())
         detail = detail or NOTHING_RAN
@@ -241,16 +242,6 @@ def alike(table: nn.Module, other: nn.Module) -> bool:
     own = [{k for k in vars(m) if not k.startswith("_")} for m in (table, other)]
     plain = not any([*m.buffers(), *m.children()] for m in (table, other))
     return plain and own[0] == own[1] and table.padding_idx == other.padding_idx
-
-
-def _unopened(names: Mapping[nn.Module, list[str]]) -> dict[str, str]:
-    """Why torch's attention, and the linear in it, are left alone."""
-    why = (
-        "its weights are read and never called; rabbet.open_attention(model) makes linears of them"
-    )
-    return {
-        names[m][0]: why for module in names if opens(module) for m in (module, module.out_proj)
-    }
 
 
 def _with_batch_axis(
@@ -335,6 +326,44 @@ def _float_bytes(model: nn.Module) -> int:
     )
 
 
+ENTRIES = 256  # of a tensor, from which a line of the plan for it is worth its bytes
+VECTOR = 2**14  # entries from which that holds of a vector, too: short ones are biases and gains
+BUFFER = 2**12  # and of a buffer
+VALUES = 4  # different ones that a buffer may have and still be a mask
+
+
+def _stored(model: nn.Module, sites: Sequence[Site], watch: Watch) -> Iterator[Site]:
+    """The other tensors of a network that can be stored small, as sites of their own."""
+    gone = {name for s in sites for name in own_tensors(s)}
+    norms = {s.norm for s in sites if s.norm is not None}
+    rewritten = {
+        f"{name}.weight" for name, m in model.named_modules() if getattr(m, "max_norm", None)
+    }
+    if any(not site.name for site in sites):
+        return  # the network is one layer, and what replaces it has no other tensors
+    for name, tensor in stored_tensors(model).items():
+        known = name in gone or name in rewritten or name.rpartition(".")[0] in norms
+        if not known and _storable(tensor, id(tensor) in watch.read):
+            yield Site(name=name, kind=KINDS["stored"], shape=rows_of(tensor.shape))
+
+
+def _storable(tensor: Tensor, used: bool) -> bool:
+    """Whether a tensor can be rounded and is large enough to be.
+
+    Other code may rely on what a buffer holds to the last digit, so one counts only if the network
+    was seen to compute with it.
+    """
+    axes = sum(n > 1 for n in tensor.shape)
+    if not tensor.is_floating_point() or tensor.numel() < (ENTRIES if axes > 1 else VECTOR):
+        return False
+    largest = float(tensor.detach().abs().max())
+    if largest and not MAGNITUDES[0] <= largest <= MAGNITUDES[1]:
+        return False
+    if isinstance(tensor, nn.Parameter):
+        return True
+    return used and tensor.numel() >= BUFFER and len(tensor.unique()) > VALUES
+
+
 def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Iterator[Left]:
     gone = {name for s in sites for name in own_tensors(s)}
     norms = {s.norm for s in sites if s.norm is not None}
@@ -370,5 +399,7 @@ def unfolded(model: nn.Module, survey: Survey, names: Iterable[str]) -> Survey:
 
 def own_tensors(site: Site) -> list[str]:
     """The names under which a network may hold a site's weight and bias."""
+    if not site.runs:
+        return [site.name]
     names = (*(f"{name}.weight" for name in (*site.names, *site.heads)), f"{site.name}.bias")
     return [name.lstrip(".") for name in names]

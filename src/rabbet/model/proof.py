@@ -19,6 +19,10 @@ from rabbet.model.bn_fold import fold
 from rabbet.model.inspect import unfolded
 from rabbet.model.surgery import copied, leave_fast_path
 
+PADDING = (
+    "torch's fused encoder, which writes zeros where a mask has padding, is not used in the "
+    "compressed network, so these places differ"
+)
 SAME = 1e-3  # relative error that float arithmetic in another order may cause
 
 
@@ -29,10 +33,10 @@ def proven(model: nn.Module, survey: Survey, task: Task) -> tuple[nn.Module, Sur
     """
     folded = fold(model, survey)
     plain = model if _is_float32(model) else copied(model).float()
-    wanted = _answers(plain, task)
-    if _same(_answers(folded, task), wanted):
+    wanted = answers(plain, task)
+    if same(answers(folded, task), wanted):
         return folded, survey
-    if not _same(_answers(plain, task), wanted):
+    if not same(answers(plain, task), wanted):
         return folded, _noted(
             survey,
             "the network answers otherwise each time that it is given the "
@@ -40,17 +44,13 @@ def proven(model: nn.Module, survey: Survey, task: Task) -> tuple[nn.Module, Sur
         )
     eager = copied(plain)
     leave_fast_path(eager)
-    usual = _answers(eager, task)
-    if not _same(usual, wanted):
-        survey = _noted(
-            survey,
-            "torch's fused encoder, which writes zeros where a mask has padding, "
-            "is not used in the compressed network, so these places differ",
-        )
+    usual = answers(eager, task)
+    if not same(usual, wanted):
+        survey = _noted(survey, PADDING)
     names = [site.name for site in survey if site.norm is not None]
     survey = unfolded(model, survey, _faulty(model, survey, task, usual, names))
     folded = fold(model, survey)
-    error = _error(_answers(folded, task), usual)
+    error = _error(answers(folded, task), usual)
     if not error <= SAME:
         raise ModelError(
             f"a copy of the network answers otherwise than the network itself, by "
@@ -65,7 +65,7 @@ def _faulty(
 ) -> list[str]:
     """Those of the named sites whose folds change the answer: halves are tried, down to one."""
     others = {site.name for site in survey} - set(names)
-    if not names or _same(_answers(fold(model, unfolded(model, survey, others)), task), wanted):
+    if not names or same(answers(fold(model, unfolded(model, survey, others)), task), wanted):
         return []
     if len(names) == 1:
         return names
@@ -79,13 +79,14 @@ def _is_float32(model: nn.Module) -> bool:
     return all(t.dtype == torch.float32 for t in held if t.is_floating_point())
 
 
-def _answers(model: nn.Module, task: Task) -> list[Tensor]:
+def answers(model: nn.Module, task: Task) -> list[Tensor]:
     """What a network answers to the first batch."""
     with evaluating(model), torch.no_grad():
         return floating(task.run(model, task.read()[0]))
 
 
-def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether answers agree but for what float arithmetic in another order may cause."""
     return _error(ours, theirs) <= SAME
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,14 @@ from torch.overrides import TorchFunctionMode
 from rabbet.errors import ModelError
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-"""They spread a network over devices or processes; a copy of it is that of what they hold."""
+"""They spread a network over devices or processes; a copy of it is that of what they hold, and so
+is that of a compiled network."""
 
 
 def copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy without the wrappers of data parallelism; ModelError for what cannot be copied.
+    """A deep copy without the wrappers of data parallelism and of `torch.compile`.
+
+    Raises ModelError for what cannot be copied.
 
     Activations that the model keeps are copied as plain numbers, without the graph behind them, and
     what was made in inference mode as tensors that gradients may reach. shared: by their `id`, what
@@ -41,15 +44,19 @@ def on_cpu(model: nn.Module) -> nn.Module:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    while isinstance(model, WRAPPERS):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)  # noqa: SLF001 (no public way to it)
+        else:
+            return model
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Put what a wrapper inside a copy holds in its place."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, WRAPPERS):
+        if _bare(module) is not module:
             model = replace_module(model, name, _bare(module))
     return model
 

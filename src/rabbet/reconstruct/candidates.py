@@ -215,7 +215,8 @@ def _solve_term(
     """Decompose, round all factors but the last to nearest, then refit the last to the others."""
     form, grid = term.form, term.grid
     aim = Aim(noise(grid), starts.get(form), steps if form in starts else COLD)
-    factors = form.decompose(site, left, metric.second, aim)
+    second = None if form.verbatim else metric.second  # of which no matrix may be made
+    factors = form.decompose(site, left, second, aim)
     starts[form] = factors  # for other grids with the same rank
     if form.contracted:
         return [Quantised.nearest(f, grid) for f in factors]

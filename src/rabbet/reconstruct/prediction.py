@@ -136,7 +136,5 @@ class _Prediction:
         """See `predict_site`."""
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(self.target.shape, generator=generator).to(self.target)
-        drawn = drawn @ self.metric.factor
-        drawn *= self.target.abs().amax(2, keepdim=True)
-        back = self.metric.order.argsort(dim=1)[:, None].expand_as(drawn)
-        return drawn.gather(2, back).view(self.weight.shape)
+        drawn = self.metric.spread(drawn) * self.target.abs().amax(2, keepdim=True)
+        return drawn.view(self.weight.shape)

@@ -6,6 +6,7 @@ of rows, each with the bounds and the shift of its own grid. Matrices are [group
 grouped conv has an H per group.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -27,8 +28,9 @@ class Metric:
     2210.17323).
     """
 
+    identity = False
+
     def __init__(self, second: Tensor, damping: float = 0.01) -> None:
-        self.identity = False
         diagonal = second.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1)
         ridge = torch.where(mean > LEAST, damping * mean, 1.0)
@@ -41,12 +43,7 @@ class Metric:
     @classmethod
     def plain(cls, groups: int, columns: int, device: torch.device | None = None) -> "Metric":
         """The identity: the weight's own error, where nothing is known of the inputs."""
-        eye = torch.eye(columns, device=device)
-        metric = cls(eye.expand(groups, columns, columns), damping=0.0)
-        # No column can then compensate the error of another: solvers skip that work, which saves
-        # much on a large table.
-        metric.identity = True
-        return metric
+        return _Plain(groups, columns, device)
 
     @property
     def diagonal(self) -> Tensor:
@@ -55,12 +52,57 @@ class Metric:
 
     def times(self, x: Tensor) -> Tensor:
         """`x @ second`, of rows [groups, rows, n]."""
-        return x if self.identity else x @ self.second
+        return x @ self.second
+
+    def times_part(self, x: Tensor, own: slice) -> Tensor:
+        """The same of rows that are zero but for some columns, [groups, rows, own]."""
+        return x @ self.second[:, own]
+
+    def spread(self, noise: Tensor) -> Tensor:
+        """White noise [groups, rows, n], its columns mixed so that the metric sees it as white."""
+        mixed = noise @ self.factor
+        return mixed.gather(2, self.order.argsort(dim=1)[:, None].expand_as(mixed))
 
     def error(self, delta: Tensor) -> Tensor:
         """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
         result: Tensor = (self.times(delta) * delta).sum(2)
         return result
+
+
+class _Plain(Metric):
+    """The identity, of which no matrix is made: a row of a stored tensor may be very long.
+
+    No column can compensate the error of another, so solvers skip that work.
+    """
+
+    identity = True
+
+    def __init__(self, groups: int, columns: int, device: torch.device | None) -> None:
+        self._ones = torch.ones(groups, columns, device=device)
+
+    @functools.cached_property
+    def second(self) -> Tensor:  # type: ignore[override]
+        """[groups, n, n], for solvers that need it as a matrix."""
+        return torch.diag_embed(self._ones)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[groups, n]."""
+        return self._ones
+
+    def times(self, x: Tensor) -> Tensor:
+        """X itself."""
+        return x
+
+    def times_part(self, x: Tensor, own: slice) -> Tensor:
+        """X itself, and zeros in all other columns."""
+        wide = x.new_zeros(*x.shape[:2], self._ones.shape[1])
+        wide[:, :, own] = x
+        return wide
+
+    def spread(self, noise: Tensor) -> Tensor:
+        """The noise itself."""
+        return noise
 
 
 def _inverse_factor(second: Tensor) -> Tensor:
@@ -299,7 +341,7 @@ def _refitted(state: _State, metric: Metric) -> _State:
         if scale.shape[2] == 1:  # what the values pull is known already
             seen = (state.aim - pull) / old[..., None]
         else:
-            seen = mine @ metric.second[:, own]
+            seen = metric.times_part(mine, own)
         bottom = (seen[:, :, own] * mine).sum(2)
         step = (mine * pull[:, :, own]).sum(2) / bottom.clamp_min(1e-30)
         best = torch.where(bottom > 0, stored(old + step), old)

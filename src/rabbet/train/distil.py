@@ -44,7 +44,7 @@ def find_blocks(model: nn.Module, survey: Survey) -> list[str]:
     ModelError unless there are at least two blocks, or one that runs several times.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
-    inside = {n: [s for s in survey if n and s.name.startswith(f"{n}.")] for n in lists}
+    inside = {n: [s for s in survey if s.runs and n and s.name.startswith(f"{n}.")] for n in lists}
     counts = {n: len(inside[n]) for n, m in lists.items() if len(m) > 1}
     if not any(counts.values()) and "" not in counts:
         # A block that runs several times, such as ALBERT's.

@@ -103,5 +103,5 @@ def block_names(survey: Survey) -> list[str]:
 
     The network itself is not one of them.
     """
-    parents = (site.name.rpartition(".")[0] for site in survey)
+    parents = (site.name.rpartition(".")[0] for site in survey if site.runs)
     return list(dict.fromkeys(name for name in parents if name))

@@ -5,7 +5,10 @@ the place where an input is quantised, is found again by its name, however the e
 transposed it.
 """
 
+import contextlib
 import copy
+import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -28,7 +31,7 @@ from rabbet.export.signature import (
     output_names,
     quiet,
 )
-from rabbet.model.compressed import ActQuant, Factor, compressed_layers
+from rabbet.model.compressed import ActQuant, Factor, all_layers, stored_weights
 from rabbet.model.surgery import on_cpu
 
 
@@ -44,7 +47,7 @@ def trace(
     marked = copy.deepcopy(model)
     weights: dict[str, Factor] = {}
     acts: dict[str, ActQuant] = {}
-    for name, layer in compressed_layers(marked).items():
+    for name, layer in all_layers(marked).items():
         for t, term in enumerate(layer.factors):
             for f, factor in enumerate(term):
                 key = f"{name}.{t}.{f}".lstrip(".")
@@ -59,6 +62,14 @@ def trace(
     with torch.no_grad():
         answer, seen = task.watched(model, batch)
     flat = Flat(marked, task, batch, seen.wrote)
+    run = flat.forward
+
+    @functools.wraps(run)  # the exporter asks for the names of its arguments
+    def unpacking(*args: Tensor) -> tuple[Tensor, ...]:
+        with _unpacked(marked):
+            return run(*args)
+
+    flat.forward = unpacking  # type: ignore[method-assign]
     with exporting("ONNX", model, task), quiet(), afresh():
         program = torch.onnx.export(
             flat,
@@ -75,6 +86,33 @@ def trace(
     graph.name_axes(dict(zip(names, axis_names(task, batch), strict=True)))
     absorb_borders(graph)
     return graph, weights, acts
+
+
+@contextlib.contextmanager
+def _unpacked(model: nn.Module) -> Iterator[None]:
+    """Make the stored weights of a network of their numbers, then put its own tensors back."""
+    layers = stored_weights(model)
+    own: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
+    try:
+        for name, layer in layers.items():
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            shape = getattr(module, leaf).shape
+            held = (module._parameters, module._buffers)  # noqa: SLF001 (no public way to them)
+            own.setdefault(module, (dict(held[0]), dict(held[1])))
+            for each in held:
+                each.pop(leaf, None)
+            setattr(module, leaf, layer.canonical.reshape(shape))
+        yield
+    finally:
+        for module, (parameters, buffers) in own.items():
+            for leaf in [n for n in (*parameters, *buffers) if n in vars(module)]:
+                delattr(module, leaf)
+            module._parameters.clear()  # noqa: SLF001
+            module._buffers.clear()  # noqa: SLF001
+            module._buffers.update(buffers)  # noqa: SLF001
+            for leaf, parameter in parameters.items():
+                setattr(module, leaf, parameter)  # a recurrent layer keeps a list of them, too
 
 
 class _Weight(Factor):

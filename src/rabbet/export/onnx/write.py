@@ -25,7 +25,7 @@ from rabbet.export.onnx.weights import write_weights
 from rabbet.export.signature import exporting, labels_note, unlabelled
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
-from rabbet.model.compressed import Factor, compressed_layers
+from rabbet.model.compressed import Factor, all_layers
 from rabbet.model.surgery import on_cpu
 from rabbet.runtime.openvino import openvino_known
 from rabbet.runtime.session import KERNELS, Session, kernels, require_onnx
@@ -176,11 +176,13 @@ def _floats(
     ran: the kernel of each weight in onnxruntime; None for another runtime, of which only the plan
     is known.
     """
-    layers = compressed_layers(parcel.model)
+    layers = all_layers(parcel.model)
     notes = []
     for weight, name in written.items():
         layer = layers[name.rpartition(".")[0].rpartition(".")[0]]
         site = layer.site
+        if not site.runs:
+            continue  # stored weights are float when they are used
         told = site.name or "the network"
         if ran is None:
             if not layer.quantisers:

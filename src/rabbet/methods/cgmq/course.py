@@ -27,6 +27,7 @@ from rabbet.methods.cgmq.probe import measure_sensitivity
 from rabbet.methods.cgmq.settings import Settings
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
+from rabbet.reconstruct.network import solve_lines
 from rabbet.train.best import Best
 from rabbet.train.loop import Course, average, run, shard
 from rabbet.train.losses import block_names, distillation_loss
@@ -45,7 +46,7 @@ PROBE = 500
 
 def is_image(position: int, site: Site) -> bool:
     """Whether a layer's input is the network's own; the indices of a table do not count."""
-    return position == 0 and not site.looks_up
+    return position == 0 and site.runs and not site.looks_up
 
 
 def cache_key(piece: Workpiece, method: Settings, plan: str) -> str:
@@ -69,8 +70,12 @@ class FixedWidths(Course):
         self.pool, self.held = Pool.of(train, axes), held
         self.epoch = method.steps or self.pool.draws(method.batch)
         self.steps = epochs * self.epoch
-        wide = Plan(tuple(widest(line) for line in lines))
-        self.student = build(piece.model, wide, piece.survey)
+        # What is only stored has no gates and is not trained.
+        self.stored = tuple(line for line in lines if not piece.survey[line.name].runs)
+        lines = [line for line in lines if line not in self.stored]
+        self.stored_numbers = solve_lines(piece, "storing", Plan(self.stored))
+        wide = Plan((*map(widest, lines), *self.stored))
+        self.student = build(piece.model, wide, piece.survey, self.stored_numbers)
         weights = {line.name: piece.weight(piece.survey[line.name]) for line in lines}
         widths = {
             WIDEST,
@@ -203,6 +208,7 @@ class FixedWidths(Course):
     def network(self, piece: Workpiece, plan: Plan) -> nn.Module:
         """A new network with the current weights, at the widths of a plan."""
         numbers = {name: gated.numbers(plan[name]) for name, gated in self.layers.items()}
+        numbers |= self.stored_numbers
         network = build(piece.model, plan, piece.survey, numbers)
         for name, layer in compressed_layers(network).items():
             self.layers[name].copy_to(layer)
@@ -228,7 +234,8 @@ class MovingGates(FixedWidths):
                 layer.input_range.bits = [method.widths[-1]]
         whole = piece.float_cost
         total = piece.cost(Plan(tuple(lines)))
-        own = sum(piece.layer_cost(piece.survey[x.name], x).bytes for x in lines)
+        gated = [line for line in lines if line.name in self.layers]
+        own = sum(piece.layer_cost(piece.survey[x.name], x).bytes for x in gated)
         fixed = replace(Cost(), bytes=total.bytes - own)
         self.gates = Gates(list(self.layers.values()), method.widths, budget, whole, fixed)
         self.budget = budget
@@ -243,7 +250,7 @@ class MovingGates(FixedWidths):
     @property
     def plan(self) -> Plan:
         """The current widths as a plan."""
-        return Plan(tuple(layer.line() for layer in self.layers.values()))
+        return Plan((*(layer.line() for layer in self.layers.values()), *self.stored))
 
     def train(self, piece: Workpiece) -> Gating:
         """Train to the end, then go back to the best state that kept the budget."""
@@ -327,13 +334,17 @@ class MovingGates(FixedWidths):
         """
         harms = self.gates.harm_by_width()
         table, scores = list[list[Option]](), list[list[float]]()
-        for site in self.piece.survey:
-            layer = self.layers[site.name]
+        for name, layer in self.layers.items():
+            site = self.piece.survey[name]
             of_weight, of_input = harms[site.name]
             pairs = list(itertools.product(of_weight, of_input))
             lines = [layer.line([bits], act) for bits, act in pairs]
             table.append([Option(line, self.piece.layer_cost(site, line)) for line in lines])
             scores.append([of_weight[bits] + of_input[act] for bits, act in pairs])
+        for line in self.stored:
+            site = self.piece.survey[line.name]
+            table.append([Option(line, self.piece.layer_cost(site, line))])
+            scores.append([0.0])
         plan = allocate(scores, table, self.budget, self.piece)
         return self.gates.levels_of(plan)
 

@@ -62,7 +62,8 @@ class CGMQ(Settings):
         it, else from layers solved in order.
         """
         validate(plan, piece.survey)
-        other = next((x for x in plan if not takes_gates(piece.survey[x.name], x)), None)
+        running = [x for x in plan if piece.survey[x.name].runs]
+        other = next((x for x in running if not takes_gates(piece.survey[x.name], x)), None)
         if other is not None:
             raise PlanError(
                 f"CGMQ trains dense weights, every output on one signed grid; {other} is not one"
@@ -105,10 +106,11 @@ class CGMQ(Settings):
         table = []
         for k, line in enumerate(lines):
             fixed = self.image != "gate" and is_image(k, piece.survey[line.name])
+            site = piece.survey[line.name]
             acts = [line.act] if line.act is None or fixed else stored
             plans = [
                 LayerPlan(line.name, (Term(Dense(), self._grid(b)),), a)
-                for b, a in itertools.product(stored, acts)
+                for b, a in itertools.product(stored if site.runs else [WIDEST], acts)
             ]
-            table.append([Option(p, piece.layer_cost(piece.survey[line.name], p)) for p in plans])
+            table.append([Option(p, piece.layer_cost(site, p)) for p in plans])
         require_feasible(table, budget, piece)

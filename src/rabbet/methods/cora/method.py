@@ -145,10 +145,11 @@ class CoRa:
     def _bases(self, piece: Workpiece) -> tuple[LayerPlan, ...]:
         """The line of every layer without an adapter."""
         sites = piece.survey.sites
+        running = [site for site in sites if site.runs]
         lines = []
-        for k, site in enumerate(sites):
+        for site in sites:
             bits, act = self.bits, self.act
-            if self.ends is not None and k in (0, len(sites) - 1):
+            if self.ends is not None and site in (*running[:1], *running[-1:]):
                 bits, act = self.ends, None if act is None else self.ends
             term = Term(Dense(), Grid.of(bits, axis=0))
             lines.append(LayerPlan(site.name, (term,), act if site.multiplies else None))

@@ -13,10 +13,19 @@ from rabbet.data.batches import Batch
 from rabbet.errors import DataError
 from rabbet.grids.grid import stored
 from rabbet.jobs import Job
+from rabbet.layers.stored import tensor_of
 from rabbet.methods.ttqat.settings import Settings
 from rabbet.methods.ttqat.start import start_cores
 from rabbet.model.build import blank_numbers, build
-from rabbet.model.compressed import ActQuant, Compressed, Factor, compressed_layers
+from rabbet.model.compressed import (
+    ActQuant,
+    Compressed,
+    Factor,
+    Numbers,
+    compressed_layers,
+    stored_weights,
+)
+from rabbet.reconstruct.network import solve_lines
 from rabbet.train.best import Best
 from rabbet.train.distil import WHOLE, Recorder, Recording, Stage, Teacher, find_blocks, mask_of
 from rabbet.train.loop import Course, run, shard
@@ -48,8 +57,14 @@ class Teaching(Course):
         chains = any(line.terms[0].form.contracted for line in plan)
         self.float_steps = method.epochs * len(self.batches) if chains else 0
         self.steps = self.float_steps + method.finish * len(self.batches)
-        blank = {line.name: blank_numbers(piece.survey[line.name], line) for line in plan}
-        self.student = build(piece.model, plan, piece.survey, blank)
+        running = Plan(tuple(line for line in plan if piece.survey[line.name].runs))
+        stored = Plan(tuple(line for line in plan if line not in running))
+        numbers: dict[str, Numbers] = {
+            line.name: blank_numbers(piece.survey[line.name], line) for line in running
+        }
+        numbers |= solve_lines(piece, "storing", stored)
+        self.student = build(piece.model, plan, piece.survey, numbers)
+        self.running = running
         self.layers = compressed_layers(self.student)
         self._start()
         distil = method.distil
@@ -83,7 +98,7 @@ class Teaching(Course):
         """Replace all factors by latents, which start at the decomposed float weights."""
         piece = self.piece
         jobs: list[Job] = []
-        for position, line in enumerate(self.plan):
+        for position, line in enumerate(self.running):
             site = piece.survey[line.name]
             measured = self.method.start == "metric"
             inputs = piece.problem(site) if measured else {"weight": piece.weight(site)}
@@ -92,7 +107,8 @@ class Teaching(Course):
             seed = piece.seed * 1_000_003 + position
             settings = {"site": site, "term": term, "start": self.method.start, "seed": seed}
             jobs.append((start_cores, inputs, settings))
-        for line, cores in zip(self.plan, piece.jobs.run("decomposing layers", jobs), strict=True):
+        solutions = piece.jobs.run("decomposing layers", jobs)
+        for line, cores in zip(self.running, solutions, strict=True):
             layer = self.layers[line.name]
             latents = [Latent(cores[str(k)], f.grid) for k, f in enumerate(layer.factors[0])]
             replace_factors(layer, latents)
@@ -126,6 +142,7 @@ class Teaching(Course):
         sizes += [(act.scale, _mean(act.scale)) for act in self._acts]
         layers = [m for m in self.student.modules() if isinstance(m, Compressed)]
         inside = {id(p) for layer in layers for p in layer.parameters()}
+        inside |= {id(tensor_of(self.student, name)) for name in stored_weights(self.student)}
         outside = [
             p for p in self.student.parameters() if id(p) not in inside and p.is_floating_point()
         ]

@@ -1,0 +1,123 @@
+"""A copy of a network whose weights are parameters of layers that are called.
+
+Weights that are made of other tensors in each pass are made once, and torch's attention becomes
+four linears. Both are exact, and neither is believed: the copy is held against the network.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+
+from rabbet.data.task import Task
+from rabbet.model.attention import opened
+from rabbet.model.proof import PADDING, answers, same
+from rabbet.model.surgery import copied, leave_fast_path
+
+
+def prepared(model: nn.Module, task: Task) -> tuple[nn.Module, tuple[str, ...]]:
+    """A copy of a network for compression, and notes of what is not as in the network.
+
+    What would change the answer on the first batch is left as it is.
+    """
+    plain = copied(model)
+    derived = with_made_weights(copied(plain)) if any(True for _ in _made(plain)) else plain
+    result = opened(derived)
+    if result is plain:
+        return plain, ()
+    wanted = answers(copied(plain).float(), task)
+    if same(answers(copied(result).float(), task), wanted):
+        return result, ()
+    eager = copied(plain).float()
+    leave_fast_path(eager)
+    usual = answers(eager, task)
+    if same(answers(copied(result).float(), task), usual):
+        return result, (PADDING,)
+    if derived is not plain and same(answers(copied(derived).float(), task), wanted):
+        return derived, ()
+    return plain, ()
+
+
+def like_a_file(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of a network whose weights lie where a file with tensors of these names has them."""
+    result = with_made_weights(copied(model), lambda name: name in names)
+    return opened(result, lambda name: f"{name}.q_proj.weight".lstrip(".") in names)
+
+
+def with_made_weights(model: nn.Module, kept: Callable[[str], bool] = lambda _: False) -> nn.Module:
+    """Weight norm, spectral norm, pruning and other parametrisations applied once, in place.
+
+    They are constant in a network that is not trained any more; one that is not stays. kept: says
+    of a tensor's name whether it is to stay, and what is made of it with it.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    for name, parts, make in list(_made(model)):
+        if not any(kept(f"{name}.{part}".lstrip(".")) for part in parts):
+            make()
+    for module in training:
+        module.training = True
+    return model
+
+
+Made = tuple[str, tuple[str, ...], Callable[[], object]]
+"""The name of a module, the tensors that a weight of it is made of, and what makes it once."""
+
+
+def _made(model: nn.Module) -> Iterator[Made]:
+    for name, module in model.named_modules():
+        for hook in list(module._forward_pre_hooks.values()):  # noqa: SLF001 (no public way)
+            found = _by_hook(module, hook)
+            if found is not None:
+                yield (name, *found)
+        if parametrize.is_parametrized(module) and _constant(module):
+            yield name, _originals(module), functools.partial(_apply_once, module)
+
+
+def _by_hook(
+    module: nn.Module, hook: object
+) -> tuple[tuple[str, ...], Callable[[], object]] | None:
+    if isinstance(hook, WeightNorm):
+        leaf = hook.name
+        return (f"{leaf}_g", f"{leaf}_v"), lambda: remove_weight_norm(module, leaf)
+    if isinstance(hook, SpectralNorm):
+        leaf = hook.name
+        return (f"{leaf}_orig",), lambda: remove_spectral_norm(module, leaf)
+    if isinstance(hook, prune.BasePruningMethod):
+        leaf = hook._tensor_name  # noqa: SLF001 (no public way)
+        return (f"{leaf}_orig",), lambda: prune.remove(module, leaf)
+    return None
+
+
+def _leaves(module: nn.Module) -> list[str]:
+    """The parametrised tensors of a module."""
+    return list(cast(nn.ModuleDict, module.parametrizations))
+
+
+def _originals(module: nn.Module) -> tuple[str, ...]:
+    inner = cast(nn.ModuleDict, module.parametrizations)
+    return tuple(f"parametrizations.{name}" for name, _ in inner.named_parameters())
+
+
+def _apply_once(module: nn.Module) -> None:
+    """Make parameters of all parametrised tensors of a module.
+
+    torch's own way changes the class of the module, which all its copies share.
+    """
+    values = {leaf: getattr(module, leaf).detach().clone() for leaf in _leaves(module)}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for leaf, value in values.items():
+        module.register_parameter(leaf, nn.Parameter(value))
+
+
+@torch.no_grad()
+def _constant(module: nn.Module) -> bool:
+    """Whether all parametrised tensors of a module have the same values each time."""
+    pairs = [(getattr(module, leaf), getattr(module, leaf)) for leaf in _leaves(module)]
+    return all(isinstance(one, Tensor) and torch.equal(one, other) for one, other in pairs)
