@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rabbet.calibrate.inside import Products, recurrent
 from rabbet.core.survey import Survey, windows
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import DataError
 from rabbet.jobs import Progress, silent
 from rabbet.layers import Site
+from rabbet.layers.linear import Linear
 from rabbet.model.hooks import Hook, hooked
 
 ROWS = 2**17  # most rows that one second moment is averaged over
 ENTRIES = 2**23  # rows times columns, beyond which more rows cost more than they tell
 EXAMPLES = 4096  # from which rows are drawn, about: more only take longer
+INSIDE = 4096  # columns of a stored weight up to which what it meets is measured
 WINDOW = 2**26  # entries of the moments that one pass over the batches sums, in double
 KEPT = 2**28  # entries that memory keeps; what is beyond lies in a temporary folder
 
@@ -106,12 +109,14 @@ def second_moments(
     or, of 8,192 examples or more, from every n-th, so that about 4,096 remain.
     Memory is one batch, the moments that one pass sums (2^26 entries in double, or the largest) and
     2^28 entries of those that are known; more passes are made where that is too little for all. A
+    stored weight has one where it is seen what it is multiplied with (`inside`). A
     table without heads has none; one with heads those of their inputs, and as much again for being
     looked up. Raises DataError, naming the site, for inputs that are not finite.
     """
     batches, size = task.read(), task.examples.count
     batches = batches[:: max(1, sum(map(size, batches)) // EXAMPLES)]
-    passes = list(windows([s for s in survey if s.multiplies], _entries, WINDOW))
+    met = [s for s in survey if s.multiplies or (not s.runs and s.columns <= INSIDE)]
+    passes = list(windows(met, _entries, WINDOW))
     result, steps = Moments(), len(passes) * len(batches)
     for place, sites in enumerate(passes):
 
@@ -140,12 +145,21 @@ def _summed(
     hooks: list[Hook] = []
     for site in sites:
         met = site.head if site.heads else site
+        if not site.runs:  # as far as it is seen, see `inside`
+            met = replace(site, kind=Linear())
         rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
         most = -(-rows // (len(batches) * met.calls))
         moments[site.name] = _Moment(met, most, torch.Generator().manual_seed(seed))
-        layers = [model.get_submodule(name) for name in site.heads or (site.name,)]
+        layers = [model.get_submodule(n) for n in site.heads or (site.name,) if site.runs]
         hooks += [(layer, moments[site.name]) for layer in layers]
-    with hooked(before=hooks):
+
+    def see(name: str, x: Tensor) -> None:
+        if name in moments:
+            moments[name](model, (x,), {})
+
+    stored = [site for site in sites if not site.runs]
+    hooks += recurrent(model, stored, see)
+    with hooked(before=hooks), Products(model, stored, see):
         run_through(model, task, batches, progress, "measuring inputs")
     seconds = {name: moment.mean for name, moment in moments.items() if moment.rows}
     for site in sites:

@@ -44,7 +44,7 @@ from rabbet.model.compressed import (
     stored_weights,
     unpack_stored,
 )
-from rabbet.model.inspect import alike, own_tensors, stored_tensors
+from rabbet.model.inspect import alike, stored_tensors
 from rabbet.model.prepare import like_a_file
 
 CODES = 8  # that a byte holds at most: those of one bit
@@ -209,8 +209,7 @@ def _arrays(plan: Plan, survey: Survey, tensors: dict[str, Tensor]) -> dict[str,
 
 def _skeleton(model: nn.Module, contents: Contents, path: Path) -> nn.Module:
     survey, plan = contents.survey, contents.plan
-    names = {*contents.rest, *(name for site in survey for name in own_tensors(site))}
-    result = like_a_file(model, names).eval().requires_grad_(False)
+    result = like_a_file(model, survey, contents.rest).eval().requires_grad_(False)
     modules = dict(result.named_modules(remove_duplicate=False))
     tensors = stored_tensors(result)
     for site in survey:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rabbet.layers.base import LayerKind, Site
 
 WIDE = 16  # entries that a row has at least, if the tensor has as many
+FEW = 4  # entries that must share a scale, even if that leaves a single row
 WIDEST = 4096  # that it has at most, if it can be cut
 
 
@@ -22,7 +23,7 @@ def rows_of(shape: Sequence[int]) -> tuple[int, int]:
     """
     sizes = [n for n in shape if n > 1] or [1]
     columns = sizes.pop()
-    while sizes and columns < WIDE:
+    while columns < WIDE and (len(sizes) > 1 or (sizes and columns < FEW)):
         columns *= sizes.pop()
     if not sizes and columns > WIDEST:
         whole = range(WIDEST, WIDE - 1, -1)

@@ -353,8 +353,7 @@ def _storable(tensor: Tensor, used: bool) -> bool:
     Other code may rely on what a buffer holds to the last digit, so one counts only if the network
     was seen to compute with it.
     """
-    axes = sum(n > 1 for n in tensor.shape)
-    if not tensor.is_floating_point() or tensor.numel() < (ENTRIES if axes > 1 else VECTOR):
+    if not tensor.is_floating_point() or not _large(tensor):
         return False
     largest = float(tensor.detach().abs().max())
     if largest and not MAGNITUDES[0] <= largest <= MAGNITUDES[1]:
@@ -364,20 +363,39 @@ def _storable(tensor: Tensor, used: bool) -> bool:
     return used and tensor.numel() >= BUFFER and len(tensor.unique()) > VALUES
 
 
+def _large(tensor: Tensor) -> bool:
+    """Whether a tensor is large enough for a line of the plan."""
+    return tensor.numel() >= (ENTRIES if sum(n > 1 for n in tensor.shape) > 1 else VECTOR)
+
+
 def _left(model: nn.Module, sites: list[Site], reasons: dict[str, str]) -> Iterator[Left]:
     gone = {name for s in sites for name in own_tensors(s)}
     norms = {s.norm for s in sites if s.norm is not None}
     modules = dict(model.named_modules())
-    bytes_of: dict[str, int] = {}
+    held: dict[str, list[Tensor]] = {}
     for name, tensor in stored_tensors(model).items():
         owner = name.rpartition(".")[0]
         if name not in gone and owner not in norms:
-            bytes_of[owner] = bytes_of.get(owner, 0) + tensor.numel() * tensor.element_size()
-    for owner, size in bytes_of.items():
-        unknown = f"{type(modules[owner]).__name__} is not a kind of layer that can be compressed"
+            held.setdefault(owner, []).append(tensor)
+    for owner, tensors_left in held.items():
         # The tensors of which a weight is made lie in a module of their own.
         layer = owner.partition(".parametrizations.")[0]
-        yield Left(owner, reasons.get(owner, reasons.get(layer, unknown)), size)
+        why = reasons.get(owner, reasons.get(layer, _why_left(modules[owner], tensors_left)))
+        yield Left(owner, why, sum(t.numel() * t.element_size() for t in tensors_left))
+
+
+def _why_left(module: nn.Module, held: Sequence[Tensor]) -> str:
+    """Why tensors that belong to no site are left as they are."""
+    if isinstance(module, _BatchNorm):
+        return "a BatchNorm that alone reads the output of no layer cannot be folded into one"
+    large = [t for t in held if _large(t)]
+    if not large:
+        return "tensors too small to be worth a line of the plan"
+    if not any(t.is_floating_point() for t in large):
+        return "whole numbers are kept as they are"
+    if any(isinstance(t, nn.Parameter) for t in large):
+        return "values that are infinite, or too small or large to be rounded"
+    return "a buffer with few different values, or that the network was not seen to compute with"
 
 
 def unfolded(model: nn.Module, survey: Survey, names: Iterable[str]) -> Survey:

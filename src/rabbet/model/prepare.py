@@ -14,8 +14,11 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
+from rabbet.core.survey import Survey
 from rabbet.data.task import Task
 from rabbet.model.attention import opened
+from rabbet.model.inspect import own_tensors, stored_tensors
+from rabbet.model.plain import plain_by_names, plain_layers
 from rabbet.model.proof import PADDING, answers, same
 from rabbet.model.surgery import copied, leave_fast_path
 
@@ -26,26 +29,39 @@ def prepared(model: nn.Module, task: Task) -> tuple[nn.Module, tuple[str, ...]]:
     What would change the answer on the first batch is left as it is.
     """
     plain = copied(model)
-    derived = with_made_weights(copied(plain)) if any(True for _ in _made(plain)) else plain
-    result = opened(derived)
-    if result is plain:
-        return plain, ()
-    wanted = answers(copied(plain).float(), task)
-    if same(answers(copied(result).float(), task), wanted):
-        return result, ()
-    eager = copied(plain).float()
-    leave_fast_path(eager)
-    usual = answers(eager, task)
-    if same(answers(copied(result).float(), task), usual):
-        return result, (PADDING,)
-    if derived is not plain and same(answers(copied(derived).float(), task), wanted):
-        return derived, ()
-    return plain, ()
+    wanted: list[Tensor] | None = None
+    notes: tuple[str, ...] = ()
+    for change in (with_made_weights, functools.partial(plain_layers, task=task), opened):
+        before = _structure(plain)
+        changed = change(copied(plain))
+        if _structure(changed) == before:
+            continue
+        wanted = answers(copied(plain).float(), task) if wanted is None else wanted
+        found = answers(copied(changed).float(), task)
+        if not same(found, wanted):
+            eager = copied(plain).float()
+            leave_fast_path(eager)
+            if not same(found, answers(eager, task)):
+                continue
+            wanted, notes = found, (PADDING,)
+        plain = changed
+    return plain, notes
 
 
-def like_a_file(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """A copy of a network whose weights lie where a file with tensors of these names has them."""
+def _structure(model: nn.Module) -> list[tuple[str, type]]:
+    """The names and classes of all modules and tensors."""
+    tensors = ((name, type(t)) for name, t in stored_tensors(model).items())
+    return [*((name, type(m)) for name, m in model.named_modules()), *tensors]
+
+
+def like_a_file(model: nn.Module, survey: Survey, rest: Collection[str]) -> nn.Module:
+    """A copy of a network whose weights lie where a file has them.
+
+    rest: the names of the tensors that the file holds as they are.
+    """
+    names = {*rest, *(name for site in survey for name in own_tensors(site))}
     result = with_made_weights(copied(model), lambda name: name in names)
+    result = plain_by_names(result, survey, rest)
     return opened(result, lambda name: f"{name}.q_proj.weight".lstrip(".") in names)
 
 
