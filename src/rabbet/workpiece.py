@@ -28,10 +28,11 @@ from rabbet.layers import Site
 from rabbet.model.bn_fold import norm_gain
 from rabbet.model.check import check, check_magnitudes
 from rabbet.model.independence import doubts, with_axes
-from rabbet.model.inspect import own_tensors, stored_tensors, survey_of
+from rabbet.model.inspect import survey_of
 from rabbet.model.prepare import prepared
 from rabbet.model.proof import proven
 from rabbet.model.surgery import copied
+from rabbet.model.tensors import own_tensors, stored_tensors
 
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at

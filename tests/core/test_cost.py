@@ -28,6 +28,7 @@ from rabbet.layers.linear import Linear
 from rabbet.model.build import build, plan_of
 from rabbet.model.compressed import ActQuant, compressed_layers
 from rabbet.model.inspect import inspect_network
+from rabbet.model.prepare import prepared
 from rabbet.workpiece import Workpiece
 
 PIECES = {
@@ -180,16 +181,18 @@ def test_a_layer_without_a_line_costs_what_it_did(name):
         assert cost.weights == whole.weights
 
 
+def _has_bias(model, name):
+    return getattr(model.get_submodule(name), "bias", None) is not None
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_tensor_is_in_the_bytes(name):
     """What is covered, folded and left alone adds up to every stored tensor."""
-    model = network(name).model
+    model, _ = prepared(network(name).model, Task(network(name).batches))
     surveyed = inspect_network(model, network(name).batches[0])
     state = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     sites = sum(
-        4
-        * (s.numel + (getattr(model.get_submodule(s.name), "bias", None) is not None) * s.shape[0])
-        for s in surveyed
+        4 * (s.numel + (s.runs and _has_bias(model, s.name)) * s.shape[0]) for s in surveyed
     )
     norms = [model.get_submodule(s.norm) for s in surveyed if s.norm]
     folded = sum(t.numel() * t.element_size() for m in norms for t in m.state_dict().values())

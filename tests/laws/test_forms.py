@@ -97,7 +97,9 @@ def test_every_form_fits_some_layer_and_dense_fits_all():
 
 
 def test_every_kind_of_layer_is_among_the_cases():
-    assert {kind_of(make()) for make, _ in LAYERS.values()} == set(KINDS.values())
+    """But for stored weights, which are no layers: `tests/model/test_stored.py`."""
+    running = {kind for kind in KINDS.values() if kind.runs}
+    assert {kind_of(make()) for make, _ in LAYERS.values()} == running
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if "grouped" in n or "depthwise" in n])

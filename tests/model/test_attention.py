@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rabbet
-from rabbet.errors import BudgetError, ModelError
 
 MASKS = {
     "none": {},
@@ -199,14 +198,26 @@ def test_what_is_more_than_four_linears_stays(model):
     assert "open_attention" not in str(left)
 
 
-def test_a_budget_that_closed_attention_holds_up_is_refused_with_what_it_weighs():
+def test_closed_attention_is_opened_without_being_asked():
     model = nn.TransformerEncoderLayer(32, 4, 32, batch_first=True).eval()
-    with pytest.raises(BudgetError, match=r"left alone: self_attn 12,672"):
-        rabbet.plan(model, "bytes <= 25%", [rand(4, 3, 32)])
-    assert rabbet.plan(rabbet.open_attention(model), "bytes <= 25%", [rand(4, 3, 32)])
+    chosen = rabbet.plan(model, "bytes <= 25%", [rand(4, 3, 32)])
+    assert [line.name for line in chosen][:2] == ["self_attn.q_proj", "self_attn.k_proj"]
+    assert type(model.self_attn) is nn.MultiheadAttention
 
 
-def test_the_survey_says_how_to_open_it():
-    model = nn.MultiheadAttention(8, 2, batch_first=True)
-    with pytest.raises(ModelError, match=r"rabbet\.open_attention"):
-        rabbet.survey(model, [(rand(2, 3, 8),) * 3])
+def test_attention_whose_weights_other_code_reads_stays_closed():
+    """Opened, it would have no such weights; so they are stored."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+            self.last = nn.Linear(32, 4)
+
+        def forward(self, x):
+            scale = self.attention.in_proj_weight.square().mean()
+            return self.last(self.attention(x, x, x)[0] * scale)
+
+    model = settled(Reads())
+    names = [site.name for site in rabbet.survey(model, [rand(4, 3, 32)])]
+    assert names == ["last", "attention.in_proj_weight", "attention.out_proj.weight"]

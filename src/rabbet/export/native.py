@@ -44,8 +44,9 @@ from rabbet.model.compressed import (
     stored_weights,
     unpack_stored,
 )
-from rabbet.model.inspect import alike, stored_tensors
+from rabbet.model.inspect import alike
 from rabbet.model.prepare import like_a_file
+from rabbet.model.tensors import stored_tensors
 
 CODES = 8  # that a byte holds at most: those of one bit
 LONGEST = 1000  # signs of a reason that are shown

@@ -19,12 +19,19 @@ class Watch(TorchFunctionMode):
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.uses: dict[int, int] = {}
         self.read: set[int] = set()  # ids of all tensors that a function was given
+        # A pass computes with copies of the buffers: their names by the ids of the copies.
+        self.lent: dict[int, str] = {}
+        self.computed_with: set[str] = set()  # names of the buffers that a function was given
         self.by_keyword: set[nn.Module] = set()
         self.hooks = [
             m.register_forward_hook(self._seen, with_kwargs=True)
             for m in model.modules()
             if _watched(m)
         ]
+        self.hooks.append(model.register_forward_pre_hook(self._begins))
+
+    def _begins(self, model: nn.Module, _: tuple[Any, ...]) -> None:
+        self.lent = {id(buffer): name for name, buffer in model.named_buffers()}
 
     def _seen(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -42,6 +49,8 @@ class Watch(TorchFunctionMode):
         if tensors(result):
             for tensor in tensors([args, kwargs or {}]):
                 self.read.add(id(tensor))
+                if id(tensor) in self.lent:
+                    self.computed_with.add(self.lent[id(tensor)])
                 if id(tensor) in self.uses:
                     self.uses[id(tensor)] += 1
         return result
