@@ -74,15 +74,15 @@ class IntegerProgram:
         starts = np.cumsum([0, *self.counts[:-1]])
         return [int(start) + k for start, k in zip(starts, choice, strict=True)]
 
-    def best(self, scores: Sequence[Sequence[float]]) -> Answer:
-        """The choice of least total score."""
+    def best(self, scores: Sequence[Sequence[float]], gap: float = 0.0) -> Answer:
+        """The choice of least total score, or one that is worse by at most a share `gap` of it."""
         # Only what an option is worse than the best of its row counts.
         each = [np.asarray(row, float) - min(row) for row in scores]
         flat = np.concatenate(each)
         allowed = np.ones(len(flat))
         top = float(flat.max())
-        answer = self._solved(flat * (TOP / top) if top > 0 else flat, allowed)
-        while answer.choice is not None and top > 0:
+        answer = self._solved(flat * (TOP / top) if top > 0 else flat, allowed, gap)
+        while answer.choice is not None and top > 0 and not gap:
             total = float(flat[self.places(answer.choice)].sum())
             # What alone harms more than this whole choice is in none that is better. Without it
             # scores can be told apart that were within the solver's gap.
@@ -92,13 +92,13 @@ class IntegerProgram:
                 break
             top = finer
             scaled = np.where(allowed > 0, flat, 0.0) * (TOP / top if top > 0 else 1.0)
-            again = self._solved(scaled, allowed)
+            again = self._solved(scaled, allowed, gap)
             if again.choice is None or flat[self.places(again.choice)].sum() >= total:
                 break
             answer = again
         return answer
 
-    def _solved(self, scores: NDArray[Any], allowed: NDArray[Any]) -> Answer:
+    def _solved(self, scores: NDArray[Any], allowed: NDArray[Any], gap: float) -> Answer:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
@@ -123,7 +123,7 @@ class IntegerProgram:
             constraints=constraints,
             integrality=np.ones(width),
             bounds=Bounds(0, np.concatenate([allowed, self._more])),
-            options={"node_limit": NODES, "mip_rel_gap": 0.0},
+            options={"node_limit": NODES, "mip_rel_gap": gap},
         )
         if result.x is None:
             return Answer(None, result.status == INFEASIBLE)

@@ -108,20 +108,26 @@ def require_feasible(table: Table, budget: Budget, piece: Priced) -> None:
 
 
 def allocate(
-    scores: Sequence[Sequence[float]], table: Table, budget: Budget, piece: Priced
+    scores: Sequence[Sequence[float]],
+    table: Table,
+    budget: Budget,
+    piece: Priced,
+    gap: float = 0.0,
 ) -> Plan:
     """The plan of least total score under all limits.
 
     scores: how much each option harms, [layers][options]. piece: knows the cost that the budget is
-    checked against. Raises ModelError naming a layer whose scores are not finite, BudgetError if no
-    choice keeps the budget.
+    checked against. gap: the share of the score by which another plan may be better.
+
+    Raises ModelError naming a layer whose scores are not finite, BudgetError if no choice keeps the
+    budget.
     """
     for row, options in zip(scores, table, strict=True):
         if not np.isfinite(row).all():
             raise ModelError(
                 f"the scores of {quoted(options[0].plan.name)} are not finite: {list(row)}"
             )
-    choice, proven = _landed(scores, table, budget, piece)
+    choice, proven = _landed(scores, table, budget, piece, gap)
     if choice is not None:
         return picked(table, choice)
     # The tightest corner: the smallest choice is known to fit a single limit.
@@ -169,7 +175,11 @@ def _least(table: Table, limit: Limit, piece: Priced) -> list[int]:
 
 
 def _landed(
-    scores: Sequence[Sequence[float]], table: Table, budget: Budget, piece: Priced
+    scores: Sequence[Sequence[float]],
+    table: Table,
+    budget: Budget,
+    piece: Priced,
+    gap: float = 0.0,
 ) -> tuple[list[int] | None, bool]:
     """The best choice that keeps the budget in whole numbers; None, and whether that is proven."""
     room = dict.fromkeys((limit.metric for limit in budget.limits), 0)
@@ -178,7 +188,7 @@ def _landed(
         program = _program(table, budget, piece, room)
         excess = dict.fromkeys(room, 0)
         for _ in range(CUTS):
-            answer = program.best(scores)
+            answer = program.best(scores, gap)
             if answer.choice is None:
                 return None, proven and answer.proven
             cost = piece.cost(picked(table, answer.choice))

@@ -22,6 +22,7 @@ from rabbet.reconstruct.network import on_menus, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
+ROUGH = 1e-3  # gap of the program's answers while most of what it chooses is not measured
 HOPE = 0.5  # share of its likely harm that an option counts with until it is measured
 
 
@@ -30,15 +31,18 @@ def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
 
     table: the options of each layer of the survey, all of which count. Raises what `allocate` does.
     """
-    layers = foretold(piece, table)
+    layers, gap = foretold(piece, table), ROUGH
     while True:
         piece.jobs.progress("choosing", 0, 1)
-        plan = allocate([layer.scores() for layer in layers], table, budget, piece)
+        plan = allocate([layer.scores() for layer in layers], table, budget, piece, gap)
         piece.jobs.progress("choosing", 1, 1)
         lines = [layer.lines.index(line.terms) for layer, line in zip(layers, plan, strict=True)]
         chosen = list(zip(layers, lines, strict=True))
-        if not (_solve(piece, chosen) or _measure(piece, layers)):
+        if _solve(piece, chosen) or _measure(piece, layers):
+            continue
+        if not gap:
             return plan
+        gap = 0.0
 
 
 @dataclass

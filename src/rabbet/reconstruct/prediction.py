@@ -16,7 +16,7 @@ from rabbet.grids.grid import Grid
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
 from rabbet.reconstruct.candidates import Terms, metric_of, noise, rounded_together, solve_site
-from rabbet.solve.rounding import Metric, round_rows, start
+from rabbet.solve.rounding import Metric, Rows, round_rows, start
 from rabbet.solve.whiten import noise_left, spectrum
 
 ROWS = 64  # of each group, that stand for all
@@ -34,6 +34,7 @@ def predict_site(
     `noise.error` is its error in the metric.
     """
     told = _Prediction(site, weight, metric_of(site, weight, second))
+    told.round([terms[0].grid for terms in menu if rounded_together(terms[0])])
     known = {k: error for k, terms in enumerate(menu) if (error := told.of(terms)) is not None}
     unknown = [k for k in range(len(menu)) if k not in known]
     solved = solve_site(weight, second, site=site, menu=[menu[k] for k in unknown])
@@ -62,25 +63,30 @@ class _Prediction:
         first, *others = terms
         if rounded_together(first) and all(t.form.nested for t in others):
             rank = sum(t.form.rank or 0 for t in others)
-            return self._dense(first.grid) * (self._mended(rank) if rank else 1.0)
+            return self.rounded[first.grid] * (self._mended(rank) if rank else 1.0)
         if others or first.form.contracted or first.form.verbatim:
             return None
         return self._nested(first) if first.form.nested else self._factorised(first)
 
-    def _dense(self, grid: Grid) -> float:
-        """From the errors of some rows, each as large as its own rounding to nearest would be."""
-        if grid not in self.rounded:
-            count = self.target.shape[1]
-            some = torch.linspace(0, count - 1, min(count, ROWS)).round().long()
-            rows = [
-                round_rows(start(self.target[:, some], grid, self.metric, m), self.metric, 1, 1)
-                for m in ((False, True) if grid.mirrored else (False,))
-            ]
-            best = rows[0] if len(rows) == 1 else rows[0].better(rows[1], self.metric)
-            sizes = self._sizes(grid)
-            share = float(sizes[:, some].sum() / sizes.sum().clamp_min(1e-30))
-            self.rounded[grid] = float(best.error(self.metric).sum()) / max(share, 1e-30)
-        return self.rounded[grid]
+    def round(self, grids: Sequence[Grid]) -> None:
+        """Learn what rounding to these grids leaves: from some rows, of all grids in one pass.
+
+        Each row counts for others as large as their own rounding to nearest would err.
+        """
+        count = self.target.shape[1]
+        some = torch.linspace(0, count - 1, min(count, ROWS)).round().long()
+        for layout in dict.fromkeys(grid.scales for grid in grids):
+            alike = [grid for grid in dict.fromkeys(grids) if grid.scales == layout]
+            trials = [(g, m) for g in alike for m in ((False, True) if g.mirrored else (False,))]
+            begun = [start(self.target[:, some], g, self.metric, m) for g, m in trials]
+            rounded = round_rows(Rows.stack(begun), self.metric, 1, 1).split(len(some))
+            best: dict[Grid, Rows] = {}
+            for (grid, _), rows in zip(trials, rounded, strict=True):
+                best[grid] = best[grid].better(rows, self.metric) if grid in best else rows
+            for grid, rows in best.items():
+                sizes = self._sizes(grid)
+                share = float(sizes[:, some].sum() / sizes.sum().clamp_min(1e-30))
+                self.rounded[grid] = float(rows.error(self.metric).sum()) / max(share, 1e-30)
 
     def _sizes(self, grid: Grid) -> Tensor:
         """About the error of each row if its entries were rounded to nearest, [groups, rows]."""
