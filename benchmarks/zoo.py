@@ -139,18 +139,18 @@ class TasNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Conv1d(1, 32, 16, 8, bias=False)
-        self.decoder = nn.ConvTranspose1d(32, 1, 16, 8, bias=False)
-        self.norm, self.narrow = nn.GroupNorm(1, 32), nn.Conv1d(32, 24, 1)
+        self.encoder = nn.Conv1d(1, 128, 16, 8, bias=False)
+        self.decoder = nn.ConvTranspose1d(128, 1, 16, 8, bias=False)
+        self.norm, self.narrow = nn.GroupNorm(1, 128), nn.Conv1d(128, 64, 1)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv1d(24, 48, 1), nn.PReLU(), nn.GroupNorm(1, 48),
-                nn.Conv1d(48, 48, 3, padding=d, dilation=d, groups=48), nn.PReLU(),
-                nn.GroupNorm(1, 48), nn.Conv1d(48, 24, 1),
+                nn.Conv1d(64, 128, 1), nn.PReLU(), nn.GroupNorm(1, 128),
+                nn.Conv1d(128, 128, 3, padding=d, dilation=d, groups=128), nn.PReLU(),
+                nn.GroupNorm(1, 128), nn.Conv1d(128, 64, 1),
             )
             for d in (1, 2, 4, 8)
         )  # fmt: skip
-        self.mask = nn.Conv1d(24, 64, 1)
+        self.mask = nn.Conv1d(64, 256, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, 1, samples] -> [batch, 2, samples]."""
@@ -317,14 +317,27 @@ def timm(name: str, size: int = 64, **settings: Any) -> Make:
     return make
 
 
+SMALL_IMAGES = (
+    "resnet10t", "resnet18", "resnext26ts", "regnetx_002", "regnety_002", "mobilenetv2_035",
+    "mobilenetv3_small_050", "mobilenetv4_conv_small_050", "tf_mobilenetv3_small_minimal_100",
+    "efficientnet_b0", "tf_efficientnet_lite0", "tinynet_e", "ghostnet_050", "ghostnetv2_100",
+    "mnasnet_small", "spnasnet_100", "fbnetc_100", "hardcorenas_a", "lcnet_035", "semnasnet_050",
+    "convnext_atto", "convnextv2_atto", "nf_regnet_b0", "repvgg_a0", "hrnet_w18_small",
+    "edgenext_xx_small", "mobileone_s0", "vovnet39a", "dla46_c", "selecsls42",
+    "res2net50_26w_4s", "skresnet18", "ecaresnet26t", "seresnet18", "rexnet_100", "densenet121",
+    "dpn48b", "cspresnet50", "darknet17", "inception_next_atto", "poolformer_s12", "starnet_s1",
+    "repvit_m0_9", "fastvit_t8", "gernet_s", "botnet26t_256", "test_efficientnet", "test_nfnet",
+    "test_convnext", "test_byobnet", "test_mambaout", "test_resnet",
+)  # fmt: skip
 TIMM = {
-    **dict.fromkeys(("resnet10t", "resnet18", "resnext26ts", "regnetx_002", "regnety_002", "mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_050", "tf_mobilenetv3_small_minimal_100", "efficientnet_b0", "tf_efficientnet_lite0", "tinynet_e", "ghostnet_050", "ghostnetv2_100", "mnasnet_small", "spnasnet_100", "fbnetc_100", "hardcorenas_a", "lcnet_035", "semnasnet_050", "convnext_atto", "convnextv2_atto", "nf_regnet_b0", "repvgg_a0", "hrnet_w18_small", "edgenext_xx_small", "mobileone_s0", "vovnet39a", "dla46_c", "selecsls42", "res2net50_26w_4s", "skresnet18", "ecaresnet26t", "seresnet18", "rexnet_100", "densenet121", "dpn48b", "cspresnet50", "darknet17", "inception_next_atto", "poolformer_s12", "starnet_s1", "repvit_m0_9", "fastvit_t8", "gernet_s", "botnet26t_256", "test_efficientnet", "test_nfnet", "test_convnext", "test_byobnet", "test_mambaout", "test_resnet"), 64),
-    "inception_v3": 96, "xception41": 64,
-    "vit_tiny_patch16_224": 224, "deit_tiny_patch16_224": 224, "swin_tiny_patch4_window7_224": 224,
-    "beit_base_patch16_224": 224, "mixer_s32_224": 224, "gmlp_ti16_224": 224, "resmlp_12_224": 224,
-    "levit_128s": 224, "mobilevit_xxs": 64, "mobilevitv2_050": 64, "maxvit_rmlp_pico_rw_256": 256,
-    "eva02_tiny_patch14_224": 224, "cait_xxs24_224": 224, "pit_ti_224": 224, "xcit_nano_12_p16_224": 224,
-    "crossvit_tiny_240": 240, "coat_lite_tiny": 64, "twins_svt_small": 224, "visformer_tiny": 224,
+    **dict.fromkeys(SMALL_IMAGES, 64),
+    "inception_v3": 96, "xception41": 64, "vit_tiny_patch16_224": 224,
+    "deit_tiny_patch16_224": 224, "swin_tiny_patch4_window7_224": 224,
+    "beit_base_patch16_224": 224, "mixer_s32_224": 224, "gmlp_ti16_224": 224,
+    "resmlp_12_224": 224, "levit_128s": 224, "mobilevit_xxs": 64, "mobilevitv2_050": 64,
+    "maxvit_rmlp_pico_rw_256": 256, "eva02_tiny_patch14_224": 224, "cait_xxs24_224": 224,
+    "pit_ti_224": 224, "xcit_nano_12_p16_224": 224, "crossvit_tiny_240": 240,
+    "coat_lite_tiny": 64, "twins_svt_small": 224, "visformer_tiny": 224,
     "efficientformer_l1": 224, "convmixer_768_32": 64, "tiny_vit_5m_224": 224, "test_vit": 160,
 }  # fmt: skip
 

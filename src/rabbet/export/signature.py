@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import transformer
 
 from rabbet.data.batches import Batch, replaced, tensors
 from rabbet.data.state import state_kept
@@ -200,11 +201,22 @@ def afresh() -> Iterator[None]:
     """
     packets = [getattr(torch.ops.aten, name) for name in RECURRENT]
     operators = [getattr(packet, name) for packet in packets for name in packet.overloads()]
+    detect = transformer._detect_is_causal_mask  # noqa: SLF001 (torch has no public way)
     try:
         _forget(operators)
+        transformer._detect_is_causal_mask = _as_hinted  # noqa: SLF001
         yield
     finally:
+        transformer._detect_is_causal_mask = detect  # noqa: SLF001
         _forget(operators)  # nor may what comes after depend on this
+
+
+def _as_hinted(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Torch's Transformer looks into a mask for whether it is causal, which no exporter can follow.
+
+    That only tells it of a faster way to the same.
+    """
+    return is_causal is True
 
 
 def _forget(operators: Sequence[Any]) -> None:
