@@ -29,7 +29,7 @@ LONGEST = 200  # signs of a fact that a message shows
 def _usual(kind: LayerKind, shape: list[int]) -> dict[str, Any]:
     """The usual facts of a kind: most layers have a bias and run once."""
     others = {"bias": True, "calls": 1, "tied": (), "norm": None, "heads": (), "head_positions": 0}
-    return kind.usual(shape) | others
+    return others | kind.usual(shape)
 
 
 def site_to_json(site: Site) -> list[Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class Stored(LayerKind):
         """The tensor as a matrix."""
         tensor = tensor_of(model, name)
         return tensor.detach().reshape(rows_of(tensor.shape))
+
+    def usual(self, shape: Sequence[int]) -> dict[str, Any]:
+        """No bias."""
+        return super().usual(shape) | {"bias": False}
 
     def kernel_positions(self, site: Site) -> int:
         """None: it is not known where it multiplies."""
