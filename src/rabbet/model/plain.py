@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from rabbet.core.survey import Survey
 from rabbet.data.batches import relative_error
 from rabbet.data.task import Task, evaluating
+from rabbet.layers import kind_of
 from rabbet.model.hooks import hooked
 from rabbet.model.surgery import replace_module
 
@@ -65,7 +66,7 @@ class _Seen:
 def base_of(module: nn.Module) -> type[nn.Module] | None:
     """Torch's own layer that a module is of a subclass of, with a forward of its own."""
     base = next((b for b in LAYERS if isinstance(module, b)), None)
-    own = base is not None and type(module).forward is not base.forward
+    own = base is not None and type(module).forward is not base.forward and kind_of(module) is None
     return base if own and "forward" not in vars(module) else None
 
 
