@@ -1,7 +1,9 @@
 """Networks and data that a command finds by a name or a file, without a program of the user's."""
 
 import copy
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -319,7 +321,7 @@ def test_a_library_that_is_not_installed_is_named(run, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
         code, _, err = run("survey", f"{name}:resnet18", "--data", "rabbet.demo:calibration")
         assert code == 2
-        assert "which is not installed; install rabbet[vision]" in err
+        assert "which is not installed; install 'rabbet[vision]'" in err
 
 
 def test_a_file_for_a_runtime_is_told_from_a_damaged_one(run, tmp_path):
@@ -569,3 +571,35 @@ def test_a_folder_of_hugging_face_is_not_written_over(run, tmp_path):
     assert code == 2
     assert "is read by this command" in err
     assert weights.read_bytes() == before
+
+
+def test_what_is_no_name_of_anything_says_so(run):
+    """A path that is not there, and a network of a library that is named without the library."""
+    for arguments, said in (
+        (["survey", "rabbet.demo:model", "--data", "nowhere"], "no such file or folder"),
+        (["survey", "resnet18", "--data", "nowhere"], "timm:resnet18 or torchvision:resnet18"),
+        (["survey", "rabbet.demo:network"], "a folder of images, a .npy or .npz file"),
+    ):
+        code, _, error = run(*arguments)
+        assert code == 2
+        assert said in error, error
+
+
+def test_a_library_that_does_not_fit_is_told_from_one_that_is_missing(monkeypatch):
+    def imported(name):
+        if name == "timm":
+            raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    with pytest.raises(FileError, match=r"timm, which needs torchvision, which is not installed"):
+        open_network("timm:resnet18")
+    with pytest.raises(FileError, match="built for another torch"):
+        open_network("torchvision:resnet18")
+
+
+def test_completion_ends_well():
+    asked = {"_RABBET_COMPLETE": "complete_bash", "COMP_WORDS": "rabbet com", "COMP_CWORD": "1"}
+    command = [Path(sys.executable).with_name("rabbet")]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, check=True)
+    assert done.stdout.split() == [b"compress", b"compare"]

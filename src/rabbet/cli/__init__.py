@@ -111,7 +111,9 @@ def _answered(arguments: Sequence[str] | None, stopped: Callable[[], int]) -> in
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # the latter is typer's word for the former
+    except (BrokenPipeError, SystemExit) as e:  # the latter with a 1 is typer's word for the former
+        if isinstance(e, SystemExit) and e.code in (0, None):  # what completes a line has answered
+            return 0
         # Whoever read our output has had enough, as `head` has; what is left in the buffer must not
         # complain later.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

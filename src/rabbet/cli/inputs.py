@@ -11,6 +11,7 @@ from rabbet.cli.datasets import Batches, is_data, open_data
 from rabbet.cli.judge import Judge, open_judge
 from rabbet.cli.networks import open_network
 from rabbet.cli.references import reporting, resolve
+from rabbet.core.plan import quoted
 from rabbet.data.task import Task
 from rabbet.errors import DataError, RabbetError
 
@@ -39,6 +40,12 @@ def demo(given: str | None, option: str) -> Iterator[None]:
         if given is not None:
             raise
         raise type(e)(f"without {option} it is the demo's that is taken: {e}") from None
+    except typer.BadParameter as e:
+        if given is not None:
+            raise
+        raise typer.BadParameter(
+            f"none is given, so it is the demo's that is taken, and {e.message}", param_hint=option
+        ) from None
 
 
 def open_inputs(model: str | None, data: str | None, test: str | None = None) -> Inputs:
@@ -51,7 +58,9 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
         data, test = DEMO_DATA if data is None else data, DEMO_TEST if test is None else test
     if data is None:
         raise typer.BadParameter(
-            f"{model} needs batches: name a module:callable that gives them", param_hint="--data"
+            f"{quoted(model)} needs batches: a folder of images, a .npy or .npz file, or a "
+            "module:callable that gives them",
+            param_hint="--data",
         )
     network = open_network(model)
     task = open_task(data, network)

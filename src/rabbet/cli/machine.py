@@ -1,5 +1,6 @@
 """What is installed, what this processor can do, and what is missing for what."""
 
+import importlib
 import platform
 from importlib import metadata
 from typing import Any
@@ -53,7 +54,7 @@ def machine() -> dict[str, str]:
 
 def facts() -> dict[str, Any]:
     """All of it for JSON."""
-    return machine() | {"extras": versions()}
+    return machine() | {"extras": versions(), "broken": broken()}
 
 
 def parts() -> list[Part]:
@@ -67,4 +68,19 @@ def parts() -> list[Part]:
     missing = [extra for extra, packages in found.items() if None in packages.values()]
     wish = [f"to install what is missing: pip install 'rabbet[{','.join(missing)}]'"]
     table = Table(("package", "version", "for", "comes with"), rows, left=4)
-    return [*(f"{n}: {v}" for n, v in machine().items()), "", table, *(wish if missing else [])]
+    said = [*(wish if missing else []), *broken()]
+    return [*(f"{n}: {v}" for n, v in machine().items()), "", table, *said]
+
+
+def broken() -> list[str]:
+    """What is installed and cannot be imported: torchvision, where it is not of torch's build."""
+    if version("torchvision") is None:
+        return []
+    try:
+        importlib.import_module("torchvision")
+    except Exception as e:  # a library that does not fit raises anything
+        return [
+            f"torchvision {version('torchvision')} cannot be imported beside torch "
+            f"{torch.__version__} ({e}), and timm needs it: install both anew, from one index"
+        ]
+    return []

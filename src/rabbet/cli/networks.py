@@ -1,9 +1,11 @@
 """The network that a command names: a callable, a library's name, a folder, or a saved program."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from torch import nn
 
@@ -16,7 +18,7 @@ from rabbet.hf import from_pretrained
 from rabbet.model.program import layers_of
 
 PROGRAM = ".pt2"
-VISION = "install rabbet[vision]"
+VISION = "install 'rabbet[vision]'"
 
 
 def open_network(reference: str) -> nn.Module:
@@ -46,10 +48,7 @@ def open_network(reference: str) -> nn.Module:
 
 def _timm(name: str, settings: Mapping[str, Any]) -> nn.Module:
     """A network of timm, with its published weights unless `pretrained=False`."""
-    try:
-        import timm
-    except ImportError:
-        raise FileError(f"timm:{name} is made by timm, which is not installed; {VISION}") from None
+    timm = _imported("timm", f"timm:{name}")
     _require_known(name, timm.list_models(), "timm")
     network: nn.Module = timm.create_model(name, **{"pretrained": True, **settings})
     return network
@@ -57,12 +56,7 @@ def _timm(name: str, settings: Mapping[str, Any]) -> nn.Module:
 
 def _torchvision(name: str, settings: Mapping[str, Any]) -> nn.Module:
     """A network of torchvision, with its best published weights unless `weights=None`."""
-    try:
-        from torchvision import models
-    except ImportError:
-        raise FileError(
-            f"torchvision:{name} is made by torchvision, which is not installed; {VISION}"
-        ) from None
+    models = _imported("torchvision", f"torchvision:{name}").models
     _require_known(name, models.list_models(), "torchvision")
     network: nn.Module = models.get_model(name, **{"weights": "DEFAULT", **settings})
     asked = str(settings.get("weights") or "DEFAULT").rpartition(".")[2]
@@ -74,6 +68,21 @@ def _torchvision(name: str, settings: Mapping[str, Any]) -> nn.Module:
         told["interpolation"] = preset.interpolation.value
         setattr(network, PREPARATION, told)
     return network
+
+
+def _imported(library: str, reference: str) -> Any:
+    """Timm or torchvision; FileError, saying what to do, where it cannot be imported."""
+    made = f"{reference} is made by {library}"
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as e:
+        other = "" if e.name == library else f" needs {e.name}, which"
+        raise FileError(f"{made}, which{other} is not installed; {VISION}") from None
+    except Exception as e:  # what a build for another torch raises
+        raise FileError(
+            f"{made}, which cannot be imported: {e}. The torchvision that is installed is "
+            f"built for another torch than {torch.__version__}: install both anew, from one index"
+        ) from None
 
 
 def _require_known(name: str, known: list[str], library: str) -> None:

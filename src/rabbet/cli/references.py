@@ -59,8 +59,12 @@ def attribute(reference: str, option: str) -> Any:
     """
     place, _, path = reference.rpartition(":")
     if not place or not path:
+        library = option == "MODEL" and reference.isidentifier()
+        hint = f"; of a library: timm:{reference} or torchvision:{reference}" if library else ""
         raise typer.BadParameter(
-            f"{reference!r} is not of the form module:callable", param_hint=option
+            f"{reference!r} is not of the form module:callable, and there is no such file or folder"
+            f"{hint}",
+            param_hint=option,
         )
     with reporting(reference, option):
         named: Any = (

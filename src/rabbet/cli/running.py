@@ -38,6 +38,7 @@ def export(
     from rabbet.cli.inputs import demo, open_inputs
     from rabbet.cli.outcomes import unheard
     from rabbet.cli.stored import ready, require_other
+    from rabbet.cli.terminal import bars
     from rabbet.export.onnx.write import write_float
 
     chosen = ready(output, target)
@@ -50,25 +51,29 @@ def export(
     for path in (output, whole):
         if path is not None:
             require_other(path, file, model, data)
-    inputs = open_inputs(model, data)
     with demo(model, "--model"):
+        inputs = open_inputs(model, data)
         result = Result.load(file, inputs.network, inputs.task)
     for path in (output, whole):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    with unheard():
+    sizes, native = dict[str, int](), result.cost.bytes
+    with bars() as progress, unheard():
+        progress("exporting: traced, measured and compared", 0, 1)
         written = result.export(output, chosen)
-        sizes, native = {str(output): written.bytes}, result.cost.bytes
+        sizes[str(output)] = written.bytes
         if whole is not None:
+            progress("exporting the float network", 0, 1)
             sizes[str(whole)] = write_float(inputs.network, inputs.task, whole).bytes
     if as_json:
         facts = {"target": chosen, "files": sizes, "native": native, "notes": list(written.notes)}
         tables.print_json(facts | {"error": written.error})
         return
-    lines = [f"{name}: {size:,} bytes ({native:,} in {file})" for name, size in sizes.items()]
+    lines = [f"{name}: {size:,} bytes" for name, size in sizes.items()]
+    lines[0] = f"{lines[0]} ({native:,} in {file})"
     if written.error is not None:
         share = f"{100 * written.error:.2g} %"
-        lines.append(f"its answers differ from the compressed network's in torch by {share}")
+        lines.append(f"relative error against the compressed network in torch: {share}")
     tables.show([*lines, *written.notes])
 
 

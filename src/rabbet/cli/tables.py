@@ -35,19 +35,28 @@ def _grid(table: Table, console: Console) -> Columns:
     """Columns under bold heads; on a terminal names fit its width, and bits are drawn."""
     heads, rows = list(table.heads), [list(map(cut, row)) for row in table.rows]
     if console.is_terminal and rows:
-        if table.bits:
+        if table.bits and _room(heads, rows, console) >= SHORTEST + LONGEST:
             heads, bars = [*heads, "bits"], [BAR * round(bits) for bits in table.bits]
             rows = [[*row, bar[:LONGEST]] for row, bar in zip(rows, bars, strict=True)]
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        room = widths[0] - (sum(widths) + 2 * len(widths) - console.width)
+        room = _room(heads, rows, console)
         rows = [[shortened(row[0], max(SHORTEST, room)), *row[1:]] for row in rows]
     grid = Columns(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for k, head in enumerate(heads):
         left = k < table.left or k >= len(table.heads)
-        grid.add_column(head, justify="left" if left else "right", overflow="fold")
+        # Names and plans may go on in a second line, numbers not.
+        folds = 0 < k < table.left
+        grid.add_column(
+            head, justify="left" if left else "right", overflow="fold", no_wrap=not folds
+        )
     for row in rows:
         grid.add_row(*row)
     return grid
+
+
+def _room(heads: list[str], rows: list[list[str]], console: Console) -> int:
+    """The columns of a terminal that are left for names."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return widths[0] - (sum(widths) + 2 * len(widths) - console.width)
 
 
 def print_json(facts: dict[str, Any]) -> None:

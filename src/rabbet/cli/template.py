@@ -42,6 +42,7 @@ TEMPLATE = '''"""A network, and data for it, as the commands of rabbet take them
         --output small.onnx
 """
 
+import torch
 from torch.utils.data import DataLoader
 
 from rabbet.cli.networks import open_network
@@ -58,12 +59,16 @@ def network():
 def batches():
     """Some 500 to 2,000 examples of the training data, without labels and without augmentation.
 
-    {inputs}. A batch is what the network is given: a tensor, a tuple of arguments, or a mapping of
-    arguments by name. Examples drawn at random stand for all classes.
+    {inputs}.
+    A batch is what the network is given: a tensor, a tuple of arguments, or a mapping of arguments
+    by name. Examples drawn at random stand for all classes; the same ones come every time, so that
+    a run can be resumed.
     """
     if TRAIN is None:
         raise ValueError("fill in TRAIN in {file}")
-    for count, (inputs, _) in enumerate(DataLoader(TRAIN, batch_size=32, shuffle=True)):
+    order = torch.Generator().manual_seed(0)
+    loader = DataLoader(TRAIN, batch_size=32, shuffle=True, generator=order)
+    for count, (inputs, _) in enumerate(loader):
         if count == 32:
             break
         yield inputs
