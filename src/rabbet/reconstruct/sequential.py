@@ -13,10 +13,11 @@ Both are estimates from a few examples. So each goes only as far as two halves o
 on it, and in the end others judge whether the network has become better at all.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class _Met:
     outputs: "_Statistics | None"
 
 
-def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 1024) -> str:
+def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 512) -> str:
     """Run `solve_in_order`, and undo it unless held-back examples get better for certain.
 
     With few examples, or where little is lost, corrections fit what is special to the examples that
@@ -115,7 +116,8 @@ def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
 
     What the float network's layers are given is kept for a window of them at a time. Layers that
     run more than once and tables stay as they are; statistics are matched where every term has a
-    scale for each output channel.
+    scale for each output channel. Chains run as one layer meanwhile, which is far faster: what lies
+    between their factors is not rounded then.
     """
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
@@ -129,9 +131,21 @@ def solve_in_order(student: nn.Module, piece: Workpiece, batch: Batch) -> None:
     for window in windows(sites, _inputs, most):
         before, after = _hooks(piece, layers, window, batch)
         before += [(layer, told) for layer, _ in before]
-        with torch.no_grad(), hooked(before=before, after=after):
+        with torch.no_grad(), _put_together(layers), hooked(before=before, after=after):
             piece.task.run(student, batch)
     piece.jobs.progress(stage, len(sites), len(sites))
+
+
+@contextlib.contextmanager
+def _put_together(layers: Mapping[str, Compressed]) -> Iterator[None]:
+    """Layers run whole for a while, whatever they are factorised into."""
+    try:
+        for layer in layers.values():
+            layer.whole = True
+        yield
+    finally:
+        for layer in layers.values():
+            layer.whole = False
 
 
 def _hooks(
@@ -231,7 +245,9 @@ def _solver(
             for factors, solved in zip(layer.factors, numbers, strict=True):
                 for factor, q in zip(factors, solved, strict=True):
                     factor.take(q)
+        layer.whole = False
         calibrate_between(layer, met[:BETWEEN], piece.seed)
+        layer.whole = True
 
     return hook
 
