@@ -470,7 +470,14 @@ def configured(name: str, **more: Any) -> Any:
     kind = getattr(package, f"{name}Config")
     usual = kind()
     known = {key: value for key, value in SMALL.items() if hasattr(usual, key)}
-    return kind(**{**known, **CONFIGS.get(name, {}), **more})
+    own = {**CONFIGS.get(name, {}), **more}
+    settings = {**known, **own}
+    for key in known:  # what follows from others may not be set
+        try:
+            setattr(kind(), key, known[key])
+        except (AttributeError, NotImplementedError):
+            settings.pop(key) if key not in own else None
+    return kind(**settings)
 
 
 def text(name: str, head: str) -> Make:

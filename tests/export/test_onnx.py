@@ -2,19 +2,21 @@
 
 import copy
 import functools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from exporting import CASES, GRIDS, parcel
 from networks import Case, images, lasting, rand, settled, thinned
 from torch import nn
 
 import rabbet
 from rabbet.cli.stored import opened
-from rabbet.data.batches import tensors
+from rabbet.data.batches import relative_error, tensors
 from rabbet.data.task import Task
 from rabbet.errors import DataError, FileError, ModelError
 from rabbet.export.native import write_native
@@ -492,3 +494,66 @@ def test_where_only_the_integer_kernels_of_a_processor_differ_that_is_said(monke
     error, (note,) = compare.compare(made.content, made.plain, model, task)
     assert error > 0.1
     assert note.startswith("the integer kernels of this processor")
+
+
+class Decides(nn.Module):
+    """Asks for the values of its input, as no exporter can."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y.relu() if bool((x.mean() > 100).any()) else y.tanh())
+
+
+def test_what_is_decided_by_values_is_fixed_and_said(tmp_path):
+    result = rabbet.fit(settled(Decides()), "a dense@7c | act@8\nb dense@7c | act@8", [rand(8, 8)])
+    written = result.export(tmp_path / "a.onnx")
+    assert written.error < 0.02
+    assert any("decides by the values" in note for note in written.notes)
+
+
+class Spread(nn.Module):
+    """One key for all heads, and one mask for all queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.last = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 4)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        k, v = self.kv(x).unsqueeze(1).chunk(2, -1)
+        mask = torch.zeros(x.shape[0], 1, 1, x.shape[1]) - x[:, None, None, :, 0].relu()
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.last(y.transpose(1, 2).flatten(2))
+
+
+def test_attention_that_torch_spreads_over_heads_and_queries_is_exported(tmp_path):
+    plan = "q dense@7c | act@8\nkv dense@7c | act@8\nlast dense@7c | act@8"
+    result = rabbet.fit(settled(Spread()), plan, [rand(4, 6, 16)])
+    assert result.export(tmp_path / "a.onnx").error < 0.02
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_stored_weights_are_integers_in_the_file(kind, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.last = (
+                kind(24, 64, batch_first=True, bidirectional=True),
+                nn.Linear(128, 4),
+            )
+
+        def forward(self, x):
+            return self.last(self.rnn(x)[0])
+
+    model = settled(Net())
+    result = rabbet.compress(model, "bytes <= 14%", [rand(8, 5, 24)], quality="fast")
+    written = result.export(tmp_path / "a.onnx")
+    assert written.bytes < 1.25 * result.cost.bytes + 8192
+    session = rabbet.Session(tmp_path / "a.onnx")
+    assert Counter(n.op_type for n in onnx.load(tmp_path / "a.onnx").graph.node)[kind.__name__] == 1
+    x = rand(3, 5, 24, seed=2)
+    assert relative_error(session(x), result.model(x)) < 0.05

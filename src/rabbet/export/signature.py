@@ -1,16 +1,19 @@
 """How a network is called while torch's exporters trace it: example, dynamic axes, names."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import transformer
+from torch.overrides import TorchFunctionMode
 
 from rabbet.data.batches import Batch, replaced, tensors
 from rabbet.data.state import state_kept
@@ -202,11 +205,14 @@ def afresh() -> Iterator[None]:
     packets = [getattr(torch.ops.aten, name) for name in RECURRENT]
     operators = [getattr(packet, name) for packet in packets for name in packet.overloads()]
     detect = transformer._detect_is_causal_mask  # noqa: SLF001 (torch has no public way)
+    attend = F.scaled_dot_product_attention
     try:
         _forget(operators)
         transformer._detect_is_causal_mask = _as_hinted  # noqa: SLF001
+        F.scaled_dot_product_attention = _attention_of(attend)
         yield
     finally:
+        F.scaled_dot_product_attention = attend
         transformer._detect_is_causal_mask = detect  # noqa: SLF001
         _forget(operators)  # nor may what comes after depend on this
 
@@ -217,6 +223,69 @@ def _as_hinted(mask: Tensor | None, is_causal: bool | None = None, size: int | N
     That only tells it of a faster way to the same.
     """
     return is_causal is True
+
+
+def _attention_of(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Torch's attention with keys for every head and a mask for every query.
+
+    Runtimes do not spread a single one over all, as torch does.
+    """
+
+    @functools.wraps(attend)
+    def run(  # noqa: PLR0913, PLR0917 (the arguments of torch's)
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if query.ndim == 4 and key.shape[1] == 1:
+            key, value = (t.expand(-1, query.shape[1], -1, -1) for t in (key, value))
+        if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] == 1:
+            attn_mask = attn_mask.expand(*attn_mask.shape[:-2], query.shape[-2], -1)
+        more = {"scale": scale} | ({"enable_gqa": True} if enable_gqa else {})
+        return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
+
+    return run
+
+
+class Decisions(TorchFunctionMode):
+    """What a forward reads from tensors as numbers of Python, kept from one pass for others.
+
+    No exporter can follow a network that decides by values. One pass notes what it read; a later
+    one is told the same, and computes without looking.
+    """
+
+    READS: ClassVar[frozenset[Any]] = frozenset(
+        getattr(Tensor, name)
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[Any] = []
+        self.told: Iterator[Any] | None = None
+
+    def replay(self) -> "Decisions":
+        """Answer from the start with what was noted."""
+        self.told = iter(self.noted)
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.READS:
+            return func(*args, **(kwargs or {}))
+        if self.told is not None:
+            return next(self.told)
+        self.noted.append(func(*args, **(kwargs or {})))
+        return self.noted[-1]
+
+
+def decides_by_values(error: BaseException) -> bool:
+    """Whether an export failed because the network asks for the values of tensors."""
+    return any(type(e).__name__ == "GuardOnDataDependentSymNode" for e in _causes(error))
 
 
 def _forget(operators: Sequence[Any]) -> None:

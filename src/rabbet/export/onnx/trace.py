@@ -8,7 +8,7 @@ transposed it.
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,10 +21,12 @@ from rabbet.export.onnx.graph import OPSET, Graph
 from rabbet.export.onnx.padding import absorb_borders
 from rabbet.export.onnx.placeholders import DOMAIN
 from rabbet.export.signature import (
+    Decisions,
     Flat,
     afresh,
     axes,
     axis_names,
+    decides_by_values,
     example,
     exporting,
     input_names,
@@ -33,6 +35,11 @@ from rabbet.export.signature import (
 )
 from rabbet.model.compressed import ActQuant, Factor, all_layers, stored_weights
 from rabbet.model.surgery import on_cpu
+
+DECIDED = (
+    "the network decides by the values of its inputs; in this file all is decided as for the first "
+    "examples of the data"
+)
 
 
 def trace(
@@ -45,6 +52,10 @@ def trace(
     """
     model = on_cpu(model)
     marked = copy.deepcopy(model)
+    for module in marked.modules():  # of transformers: its other ways are no operators of ONNX
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "batched_mm"  # noqa: SLF001
     weights: dict[str, Factor] = {}
     acts: dict[str, ActQuant] = {}
     for name, layer in all_layers(marked).items():
@@ -62,30 +73,47 @@ def trace(
     with torch.no_grad():
         answer, seen = task.watched(model, batch)
     flat = Flat(marked, task, batch, seen.wrote)
-    run = flat.forward
-
-    @functools.wraps(run)  # the exporter asks for the names of its arguments
-    def unpacking(*args: Tensor) -> tuple[Tensor, ...]:
-        with _unpacked(marked):
-            return run(*args)
-
-    flat.forward = unpacking  # type: ignore[method-assign]
+    given = tuple(t.clone() for t in tensors(batch))
+    settings: dict[str, Any] = {
+        "opset_version": opset,
+        "input_names": names,
+        "output_names": output_names(answer, names),
+        "dynamic_shapes": (tuple(axes(task, batch)),),
+    }
+    fixed: tuple[str, ...] = ()
     with exporting("ONNX", model, task), quiet(), afresh():
-        program = torch.onnx.export(
-            flat,
-            tuple(t.clone() for t in tensors(batch)),
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=names,
-            output_names=output_names(answer, names),
-            dynamic_shapes=(tuple(axes(task, batch)),),
-        )
+        run = flat.forward
+        try:
+            flat.forward = _unpacking(run, marked)  # type: ignore[method-assign]
+            program = torch.onnx.export(flat, given, dynamo=True, verbose=False, **settings)
+        except Exception as e:
+            if not decides_by_values(e):
+                raise
+            decisions = Decisions()
+            with torch.no_grad(), decisions:
+                run(*given)
+            flat.forward = _unpacking(run, marked, decisions)  # type: ignore[method-assign]
+            program = torch.onnx.export(flat, given, dynamo=True, verbose=False, **settings)
+            fixed = (DECIDED,)
     assert program is not None
     graph = Graph(program.model)
+    graph.notes = fixed
     graph.name_axes(dict(zip(names, axis_names(task, batch), strict=True)))
     absorb_borders(graph)
     return graph, weights, acts
+
+
+def _unpacking(
+    run: Callable[..., tuple[Tensor, ...]], model: nn.Module, decisions: Decisions | None = None
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A forward that makes the stored weights of a network of their numbers first."""
+
+    @functools.wraps(run)  # the exporter asks for the names of its arguments
+    def unpacking(*args: Tensor) -> tuple[Tensor, ...]:
+        with _unpacked(model), decisions.replay() if decisions else contextlib.nullcontext():
+            return run(*args)
+
+    return unpacking
 
 
 @contextlib.contextmanager
