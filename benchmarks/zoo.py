@@ -472,9 +472,9 @@ def configured(name: str, **more: Any) -> Any:
     known = {key: value for key, value in SMALL.items() if hasattr(usual, key)}
     own = {**CONFIGS.get(name, {}), **more}
     settings = {**known, **own}
-    for key in known:  # what follows from others may not be set
+    for key, value in known.items():  # what follows from others may not be set
         try:
-            setattr(kind(), key, known[key])
+            setattr(kind(), key, value)
         except (AttributeError, NotImplementedError):
             settings.pop(key) if key not in own else None
     return kind(**settings)

@@ -18,7 +18,7 @@ from rabbet.choose.sensitivity import output_errors
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
 from rabbet.reconstruct.candidates import Terms, canonical, read_numbers
-from rabbet.reconstruct.network import on_menus, solve_menus
+from rabbet.reconstruct.network import FORETOLD, on_menus, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
@@ -94,7 +94,7 @@ class Layer:
 def foretold(piece: Workpiece, table: Table) -> list[Layer]:
     """Errors of all options, and the harm of noise in each layer."""
     menus = [(row[0].plan.name, tuple(option.plan.terms for option in row)) for row in table]
-    results = on_menus(predict_site, piece, "predicting", menus)
+    results = on_menus(predict_site, piece, "predicting", menus, FORETOLD)
     noises = {name: r["noise"][None] for (name, _), r in zip(menus, results, strict=True)}
     harms = output_errors(piece, noises)
     layers = []

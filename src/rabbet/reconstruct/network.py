@@ -17,6 +17,7 @@ from rabbet.workpiece import Workpiece
 # Seconds of a job of any size, and those for each entry of the menu, of the weight, and of a row of
 # it (benchmarks/scaling.py).
 SMALL, PACE = 0.05, 1e-9
+FORETOLD = 0.1  # as long as solving takes foretelling, about
 
 
 def solved(piece: Workpiece, plan: Plan) -> tuple[nn.Module, str]:
@@ -52,15 +53,18 @@ def solve_menus(piece: Workpiece, stage: str, menus: Menus) -> list[Tensors]:
 
 
 def on_menus(
-    job: Callable[..., Tensors], piece: Workpiece, stage: str, menus: Menus
+    job: Callable[..., Tensors], piece: Workpiece, stage: str, menus: Menus, share: float = 1.0
 ) -> list[Tensors]:
-    """What a job (`solve_site` or `predict_site`) makes of each menu of a layer."""
+    """What a job (`solve_site` or `predict_site`) makes of each menu of a layer.
+
+    share: of the time that solving takes, which it may take.
+    """
     sites = piece.survey
     jobs: list[Job] = [
         (job, piece.problem(sites[name]), {"site": sites[name], "menu": menu})
         for name, menu in menus
     ]
-    seconds = [expected_seconds(piece.survey[name], len(menu)) for name, menu in menus]
+    seconds = [share * expected_seconds(piece.survey[name], len(menu)) for name, menu in menus]
     return piece.jobs.run(stage, jobs, seconds)
 
 

@@ -43,8 +43,7 @@ GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that 
 WINDOW = 2**27  # floats that the float network's inputs of layers in one window may take
 WINDOWS = 4  # in which layers are solved, each in a pass of its own over both networks
 PATCHES = 2**23  # entries of the patches of one layer
-# evaluations of the error of a factorised layer: one plan, not a menu, so it may take its time
-STEPS = 120
+STEPS = 40  # evaluations of the error of a factorised layer, which begins at its factors
 RIDGES = (DAMPING, 0.1, 1.0, 10.0)  # shares of the mean diagonal
 ROWS = 256  # of each group, that a ridge is chosen by
 HELD = 0.125  # share of the examples that are held back to judge
