@@ -23,7 +23,7 @@ from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
 ROUGH = 1e-3  # gap of the program's answers while most of what it chooses is not measured
-HOPE = 0.5  # how much less than its likely harm an option counts until it is measured, at first
+HOPE = 0.5  # share of its likely harm that an option counts with until it is measured
 
 
 def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
@@ -31,17 +31,14 @@ def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
 
     table: the options of each layer of the survey, all of which count. Raises what `allocate` does.
     """
-    layers, gap, doubt = foretold(piece, table), ROUGH, HOPE
+    layers, gap = foretold(piece, table), ROUGH
     while True:
         piece.jobs.progress("choosing", 0, 1)
-        plan = allocate([layer.scores(doubt) for layer in layers], table, budget, piece, gap)
+        plan = allocate([layer.scores() for layer in layers], table, budget, piece, gap)
         piece.jobs.progress("choosing", 1, 1)
         lines = [layer.lines.index(line.terms) for layer, line in zip(layers, plan, strict=True)]
         chosen = list(zip(layers, lines, strict=True))
-        if _solve(piece, chosen):
-            continue
-        if _measure(piece, layers):
-            doubt /= 2  # what was measured tells of what was not
+        if _solve(piece, chosen) or _measure(piece, layers):
             continue
         if not gap:
             return plan
@@ -65,14 +62,14 @@ class Layer:
     changes: dict[int, Tensor] = field(default_factory=dict)
     harms: dict[int, float] = field(default_factory=dict)
 
-    def scores(self, doubt: float = 0.0) -> list[float]:
-        """The harm of each option, measured or as far as it is known, less by a share in doubt."""
+    def scores(self) -> list[float]:
+        """The harm of each option, measured or as far as it is known."""
         errors = [
             self.solved.get(k, told * self._like(k, self.solved, self.foretold, 1.0))
             for k, told in enumerate(self.foretold)
         ]
         return [
-            self.harms.get(k, (1 - doubt) * error * self._like(k, self.harms, errors, self.ratio))
+            self.harms.get(k, HOPE * error * self._like(k, self.harms, errors, self.ratio))
             for k, error in enumerate(errors)
         ]
 
