@@ -59,7 +59,7 @@ def test_survey_says_what_is_left_alone_and_why(run, mine):
     given = (f"{mine}:left", "--data", f"{mine}:nines")
     code, out, _ = run("survey", *given)
     assert code == 0
-    assert "left alone: 1 (72 bytes): LayerNorm is not a kind of layer" in out
+    assert "left alone: 1 (72 bytes): tensors too small to be worth a line" in out
     facts = json.loads(run("survey", *given, "--json")[1])
     assert [site["name"] for site in facts["sites"]] == ["0"]
     assert facts["left"][0]["bytes"] == 72

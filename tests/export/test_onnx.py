@@ -496,25 +496,6 @@ def test_where_only_the_integer_kernels_of_a_processor_differ_that_is_said(monke
     assert note.startswith("the integer kernels of this processor")
 
 
-class Decides(nn.Module):
-    """Asks for the values of its input, as no exporter can."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
-
-    def forward(self, x):
-        y = self.a(x)
-        return self.b(y.relu() if bool((x.mean() > 100).any()) else y.tanh())
-
-
-def test_what_is_decided_by_values_is_fixed_and_said(tmp_path):
-    result = rabbet.fit(settled(Decides()), "a dense@7c | act@8\nb dense@7c | act@8", [rand(8, 8)])
-    written = result.export(tmp_path / "a.onnx")
-    assert written.error < 0.02
-    assert any("decides by the values" in note for note in written.notes)
-
-
 class Spread(nn.Module):
     """One key for all heads, and one mask for all queries."""
 

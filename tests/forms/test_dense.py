@@ -1,5 +1,7 @@
 """Dense terms of some outputs: one layer on several grids, from its text to the runtime."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from rabbet.errors import PlanError
 from rabbet.forms.dense import rows_of, runs
 from rabbet.model.build import LayerPlan, build
 from rabbet.model.compressed import compressed_layers
+from rabbet.model.prepare import prepared
 from rabbet.train.tuning import Tuning
 
 ROWS = st.sets(st.integers(0, 40), min_size=1).map(lambda numbers: tuple(sorted(numbers)))
@@ -53,6 +56,7 @@ def _split(plan, grids=("4c", "2hc")):
 
 def _plans(name, grid="4c"):
     case = network(name)
+    case = replace(case, model=prepared(case.model, Task(case.batches))[0])
     survey = rabbet.survey(case.model, case.batches)
     whole = Plan(tuple(
         LayerPlan(s.name, (Term.parse(f"dense@{grid}"),), 8 if s.multiplies else None)

@@ -7,13 +7,12 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import transformer
-from torch.overrides import TorchFunctionMode
 
 from rabbet.data.batches import Batch, replaced, tensors
 from rabbet.data.state import state_kept
@@ -250,42 +249,6 @@ def _attention_of(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
 
     return run
-
-
-class Decisions(TorchFunctionMode):
-    """What a forward reads from tensors as numbers of Python, kept from one pass for others.
-
-    No exporter can follow a network that decides by values. One pass notes what it read; a later
-    one is told the same, and computes without looking.
-    """
-
-    READS: ClassVar[frozenset[Any]] = frozenset(
-        getattr(Tensor, name)
-        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[Any] = []
-        self.told: Iterator[Any] | None = None
-
-    def replay(self) -> "Decisions":
-        """Answer from the start with what was noted."""
-        self.told = iter(self.noted)
-        return self
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self.READS:
-            return func(*args, **(kwargs or {}))
-        if self.told is not None:
-            return next(self.told)
-        self.noted.append(func(*args, **(kwargs or {})))
-        return self.noted[-1]
-
-
-def decides_by_values(error: BaseException) -> bool:
-    """Whether an export failed because the network asks for the values of tensors."""
-    return any(type(e).__name__ == "GuardOnDataDependentSymNode" for e in _causes(error))
 
 
 def _forget(operators: Sequence[Any]) -> None:

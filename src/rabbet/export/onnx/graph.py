@@ -33,7 +33,6 @@ class Graph:
     def __init__(self, model: "ir.Model", functions_known: bool = True) -> None:
         self.model, self.functions_known = model, functions_known
         self.functions: dict[str, str] = {}
-        self.notes: tuple[str, ...] = ()  # what a file of it has to say
         self.carried: list[Any] = []  # functions of the file that it was read from
         self.known: dict[str, ir.Value] = {}
 

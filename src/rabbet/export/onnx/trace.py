@@ -21,12 +21,10 @@ from rabbet.export.onnx.graph import OPSET, Graph
 from rabbet.export.onnx.padding import absorb_borders
 from rabbet.export.onnx.placeholders import DOMAIN
 from rabbet.export.signature import (
-    Decisions,
     Flat,
     afresh,
     axes,
     axis_names,
-    decides_by_values,
     example,
     exporting,
     input_names,
@@ -35,11 +33,6 @@ from rabbet.export.signature import (
 )
 from rabbet.model.compressed import ActQuant, Factor, all_layers, stored_weights
 from rabbet.model.surgery import on_cpu
-
-DECIDED = (
-    "the network decides by the values of its inputs; in this file all is decided as for the first "
-    "examples of the data"
-)
 
 
 def trace(
@@ -80,37 +73,24 @@ def trace(
         "output_names": output_names(answer, names),
         "dynamic_shapes": (tuple(axes(task, batch)),),
     }
-    fixed: tuple[str, ...] = ()
     with exporting("ONNX", model, task), quiet(), afresh():
-        run = flat.forward
-        try:
-            flat.forward = _unpacking(run, marked)  # type: ignore[method-assign]
-            program = torch.onnx.export(flat, given, dynamo=True, verbose=False, **settings)
-        except Exception as e:
-            if not decides_by_values(e):
-                raise
-            decisions = Decisions()
-            with torch.no_grad(), decisions:
-                run(*given)
-            flat.forward = _unpacking(run, marked, decisions)  # type: ignore[method-assign]
-            program = torch.onnx.export(flat, given, dynamo=True, verbose=False, **settings)
-            fixed = (DECIDED,)
+        flat.forward = _unpacking(flat.forward, marked)  # type: ignore[method-assign]
+        program = torch.onnx.export(flat, given, dynamo=True, verbose=False, **settings)
     assert program is not None
     graph = Graph(program.model)
-    graph.notes = fixed
     graph.name_axes(dict(zip(names, axis_names(task, batch), strict=True)))
     absorb_borders(graph)
     return graph, weights, acts
 
 
 def _unpacking(
-    run: Callable[..., tuple[Tensor, ...]], model: nn.Module, decisions: Decisions | None = None
+    run: Callable[..., tuple[Tensor, ...]], model: nn.Module
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A forward that makes the stored weights of a network of their numbers first."""
 
     @functools.wraps(run)  # the exporter asks for the names of its arguments
     def unpacking(*args: Tensor) -> tuple[Tensor, ...]:
-        with _unpacked(model), decisions.replay() if decisions else contextlib.nullcontext():
+        with _unpacked(model):
             return run(*args)
 
     return unpacking

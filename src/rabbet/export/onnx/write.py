@@ -86,7 +86,7 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         content = short.bytes()
         Session(content)  # raises unless the runtime can open it
         ran = kernels(assembled.content) if functions else None
-        notes = (*assembled.notes, *_floats(ran, parcel, assembled.written))
+        notes = _floats(ran, parcel, assembled.written)
         if functions:  # what onnxruntime's kernels do says nothing of another runtime
             notes = (*notes, *saturated)
         if not functions and openvino_known():
@@ -98,15 +98,11 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A compressed network as bytes, the same in float, and the factor that each constant holds.
-
-    notes: what is not as in the network.
-    """
+    """A compressed network as bytes, the same in float, and the factor that each constant holds."""
 
     content: bytes
     plain: bytes
     written: dict[str, str]
-    notes: tuple[str, ...] = ()
 
 
 def assemble(model: nn.Module, task: Task, functions: bool = True) -> Assembled:
@@ -117,7 +113,7 @@ def assemble(model: nn.Module, task: Task, functions: bool = True) -> Assembled:
     placement = QDQPlacement(graph, {name: Range.of(act) for name, act in acts.items()})
     placement.insert(_measure(plain, [str(v.name) for v in placement.open], task))
     written = write_weights(graph, factors)
-    return Assembled(graph.bytes(), plain, written, graph.notes)
+    return Assembled(graph.bytes(), plain, written)
 
 
 def assemble_alone(layer: nn.Module, task: Task) -> bytes:
