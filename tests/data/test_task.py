@@ -1,9 +1,11 @@
 """Batches of every structure are cut, joined and drawn from; what all examples share is kept."""
 
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
+from networks import rand
 from torch import nn
 
 from rabbet import Task
@@ -240,3 +242,31 @@ def test_an_iterable_that_fills_its_tensors_anew_is_refused():
         Task(batches()).read()
     whole = torch.arange(24.0).view(8, 3)
     assert len(Task(part for part in whole.split(2)).read()) == 4
+
+
+def test_batches_that_memory_has_no_room_for_wait_in_a_folder():
+    def made():
+        for k in range(4):
+            yield {
+                "x": rand(3, 5, seed=k),
+                "kind": torch.tensor([k]),
+                "name": "a",
+                "on": torch.ones(7) > 0,
+            }
+
+    task = Task(made(), forward=lambda m, b: m(b["x"]), memory=2 * (3 * 5 * 4 + 8 + 7))
+    for _ in range(2):
+        for batch, wanted in zip(task.read(), made(), strict=True):
+            assert batch.keys() == wanted.keys()
+            assert batch["name"] == "a"
+            assert all(torch.equal(batch[n], wanted[n]) for n in ("x", "kind", "on"))
+    folder = Path(task.source._folder.name)
+    assert len(list(folder.iterdir())) == 6
+    task.read()[-1]["x"].zero_()  # as a forward may do in place
+    del task
+    assert not folder.exists()
+
+
+def test_a_list_of_batches_lies_where_it_is():
+    batches = [rand(3, 5), rand(3, 5)]
+    assert all(a is b for a, b in zip(Task(batches, memory=1).read(), batches, strict=True))

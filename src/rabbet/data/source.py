@@ -1,24 +1,33 @@
 """The user's batches, read once however often they are asked for, and checked as they come."""
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from rabbet.data.batches import Batch, describe, tensors
+from rabbet.data.batches import Batch, describe, replaced, tensors
 from rabbet.errors import DataError, theirs
+
+MEMORY = 2**30  # bytes of batches that are kept in memory
 
 
 class Source:
     """Batches of an iterable, which may be one-shot. No more is read than somebody asks for.
 
-    ready: what is done to a batch as it comes.
+    ready: what is done to a batch as it comes. memory: bytes of batches that are kept there; those
+    of a longer iterable lie in a temporary folder, mapped, so that the system reads them when they
+    are used and lets go of them as it likes. A list of batches lies in memory anyway.
 
     What the iterable raises is passed on, with a note; it is then read anew from its start.
     """
 
-    def __init__(self, batches: Iterable[Batch], ready: Callable[[Batch], Batch]) -> None:
-        self.batches, self.ready = batches, ready
+    def __init__(
+        self, batches: Iterable[Batch], ready: Callable[[Batch], Batch], memory: int = MEMORY
+    ) -> None:
+        self.batches, self.ready, self.memory = batches, ready, memory
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._read: list[Batch] = []
         self._rest: Iterator[Batch] | None = None
         self._held: list[Tensor] = []
@@ -53,8 +62,22 @@ class Source:
         except BaseException:  # batches read before an error do not count
             self._read, self._rest, self._held, self._last = [], None, [], []
             raise
-        self._read.append(batch)
+        self.memory -= sum(t.nbytes for t in tensors(batch))
+        in_memory = self.memory >= 0 or isinstance(self.batches, Sequence)
+        self._read.append(batch if in_memory else replaced(batch, self._mapped))
         return True
+
+    def _mapped(self, tensor: Tensor) -> Tensor:
+        """The same numbers in a file of their own; what is written to them stays in memory."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return tensor
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rabbet-")
+        handle, path = tempfile.mkstemp(dir=self._folder.name)
+        with os.fdopen(handle, "wb") as file:
+            flat = tensor.detach().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+        mapped = torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype)
+        return mapped.view(tensor.shape)
 
     def _require_own(self, batch: Batch, count: int) -> None:
         """Raise DataError where the iterable fills the tensors of the last batch anew."""

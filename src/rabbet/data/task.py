@@ -20,7 +20,7 @@ from rabbet.data.batches import (
     with_tensors,
 )
 from rabbet.data.examples import Axes
-from rabbet.data.source import Source
+from rabbet.data.source import MEMORY, Source
 from rabbet.data.state import Pass, clean_pass, state_kept
 from rabbet.errors import DataError, theirs
 
@@ -57,6 +57,8 @@ class Task:
     the axis along which a batch's examples lie, one number for the first tensor and those that are
     as long there, or one for each tensor in order, None for one that all examples share; `()`: a
     batch is one example, as it is. None: told by running the network on some of the examples.
+    memory: bytes of batches that are kept in memory; further ones that an iterable gives wait in a
+    temporary folder.
     """
 
     batches: Iterable[Batch]
@@ -68,6 +70,7 @@ class Task:
     outputs: Kind | Sequence[Kind] | None = None
     weights: Sequence[float] | None = None
     axes: int | Sequence[int | None] | None = None
+    memory: int = MEMORY
     source: Source = field(init=False, repr=False, compare=False)
     """The batches, read once and no further than they are asked for."""
 
@@ -100,7 +103,7 @@ class Task:
             )
         # A forward of the user's may want what the iterable gives as it is.
         ready = with_tensors if self.forward is call else lambda batch: batch
-        source = data if isinstance(data, Source) else Source(data, ready)
+        source = data if isinstance(data, Source) else Source(data, ready, self.memory)
         object.__setattr__(self, "source", source)
 
     @classmethod
