@@ -93,7 +93,11 @@ class CGMQ(Settings):
             act = None
         elif is_image(position, site) and self.image != "gate":
             act = self.image
-        return LayerPlan(site.name, (Term(Dense(), self._grid(WIDEST)),), act)
+        return LayerPlan(site.name, (Term(Dense(), self._grid(self._widest(site))),), act)
+
+    def _widest(self, site: Site) -> int:
+        """The width with which gates start, and at which a stored weight, which has none, stays."""
+        return WIDEST if site.runs else min(WIDEST, max(self.widths))
 
     def _grid(self, bits: int) -> Grid:
         """The grid of weights at a width."""
@@ -110,7 +114,7 @@ class CGMQ(Settings):
             acts = [line.act] if line.act is None or fixed else stored
             plans = [
                 LayerPlan(line.name, (Term(Dense(), self._grid(b)),), a)
-                for b, a in itertools.product(stored if site.runs else [WIDEST], acts)
+                for b, a in itertools.product(stored if site.runs else [self._widest(site)], acts)
             ]
             table.append([Option(p, piece.layer_cost(site, p)) for p in plans])
         require_feasible(table, budget, piece)
