@@ -76,3 +76,17 @@ def _kind(mode: int) -> str:
         stat.S_IFBLK: "a device",
     }
     return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def scratch(folder: Path, content: bytes | memoryview) -> Path:
+    """A file in a temporary folder of this process, which nobody else reads; gives its path.
+
+    Raises FileError if there is no room for it.
+    """
+    path = folder / secrets.token_hex(8)
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+    except OSError as e:
+        raise FileError(f"cannot keep what memory has no room for in {folder}: {e}") from e
+    return path

@@ -22,7 +22,8 @@ from rabbet.data.batches import outputs, tensors
 from rabbet.errors import BudgetError
 from rabbet.grids.grid import Grid
 from rabbet.model.build import build, plan_of
-from rabbet.model.compressed import compressed_layers
+from rabbet.model.compressed import all_layers, compressed_layers
+from rabbet.model.prepare import prepared
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
@@ -123,9 +124,10 @@ def _keeps_the_promises(case, budget, method, path):
     assert result.cost.bytes == written == path.stat().st_size
     # what runs is the plan
     assert plan_of(result.model, result.survey) == result.plan
-    assert plan_of(build(case.model, result.plan, result.survey), result.survey) == result.plan
+    plain, _ = prepared(case.model, Task(case.batches))
+    assert plan_of(build(plain, result.plan, result.survey), result.survey) == result.plan
     assert Plan.parse(str(result.plan)) == result.plan
-    for layer in compressed_layers(result.model).values():
+    for layer in all_layers(result.model).values():
         for factor in (f for factors in layer.factors for f in factors):
             assert torch.equal(
                 factor.codes, factor.codes.round().clamp(factor.grid.low, factor.grid.high)

@@ -115,7 +115,7 @@ def test_a_table_is_solved_for_both_of_its_uses():
 @pytest.mark.parametrize(
     "why", ["a head that never runs", "a hook on another look-up", "a head of two names", "a hook"]
 )
-def test_a_table_whose_head_cannot_be_replaced_is_left_alone_with_a_reason(why):
+def test_a_table_whose_head_cannot_be_replaced_is_only_stored(why):
     model = settled(Tied())
     if why == "a head that never runs":
         model.spare = nn.Linear(12, 30)
@@ -128,9 +128,10 @@ def test_a_table_whose_head_cannot_be_replaced_is_left_alone_with_a_reason(why):
     else:
         model.heads[0].register_forward_hook(lambda *_: None)
     surveyed = survey(model, tokens(30))
-    assert {s.name for s in surveyed} == {"body.0" if "another" in why else "body"}
-    reasons = {x.name: x.reason for x in surveyed.left}
-    assert "shared with" in reasons["table"]
+    assert [s.name for s in surveyed] == ["body.0" if "another" in why else "body", "table.weight"]
+    result = rabbet.fit(model, "table.weight dense@8c", tokens(30), EXACT)
+    assert result.model.table.weight is result.model.heads[0].weight
+    assert error(result.model(tokens(30)[0]), model(tokens(30)[0])) < 0.05
 
 
 def test_look_ups_that_share_a_table_are_one_layer_with_its_head(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rabbet.calibrate.inside import Products, recurrent
@@ -15,6 +15,7 @@ from rabbet.core.survey import Survey, windows
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import DataError
+from rabbet.files import scratch
 from rabbet.jobs import Progress, silent
 from rabbet.layers import Site
 from rabbet.layers.linear import Linear
@@ -44,8 +45,7 @@ class Moments(Mapping[str, Tensor]):
             self._near[name] = moment
             return
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rabbet-")
-        path = Path(self._folder.name) / f"{len(self._far)}.safetensors"
-        save_file({"": moment.cpu()}, path)
+        path = scratch(Path(self._folder.name), save({"": moment.cpu()}))
         self._far[name] = path, moment.device
 
     def __getitem__(self, name: str) -> Tensor:

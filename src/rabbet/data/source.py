@@ -1,14 +1,15 @@
 """The user's batches, read once however often they are asked for, and checked as they come."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rabbet.data.batches import Batch, describe, replaced, tensors
 from rabbet.errors import DataError, theirs
+from rabbet.files import scratch
 
 MEMORY = 2**30  # bytes of batches that are kept in memory
 
@@ -72,11 +73,9 @@ class Source:
         if tensor.device.type != "cpu" or not tensor.numel():
             return tensor
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rabbet-")
-        handle, path = tempfile.mkstemp(dir=self._folder.name)
-        with os.fdopen(handle, "wb") as file:
-            flat = tensor.detach().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-        mapped = torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype)
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        path = scratch(Path(self._folder.name), flat.numpy().data)
+        mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype)
         return mapped.view(tensor.shape)
 
     def _require_own(self, batch: Batch, count: int) -> None:
