@@ -228,6 +228,8 @@ def feedback(rows: Rows, metric: Metric) -> Rows:
 
     Column by column; each takes its share of the errors of all columns before it.
     """
+    if metric.identity:  # no column has a share in the errors of others
+        return round_nearest(rows)
     u, order = metric.factor, metric.order
     low, high = rows.low[:, None], rows.high[:, None]
     scale, shift = rows.spread(rows.scale), rows.spread(rows.shift)
@@ -379,7 +381,7 @@ def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> 
     """
     best = _State.of(rows, metric)
     for _ in range(rounds):
-        trial = round_nearest(rows) if metric.identity else feedback(rows, metric)
+        trial = feedback(rows, metric)
         state = _State.of(trial, metric, best.aim)
         if sweeps and not metric.identity:
             state = _descended(state, metric, sweeps)
