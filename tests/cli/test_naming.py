@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import rabbet
 from rabbet.cli import machine
 from rabbet.cli.datasets import open_data
+from rabbet.cli.judge import open_judge
 from rabbet.cli.networks import open_network
 from rabbet.cli.references import settings_of
 from rabbet.data.batches import relative_error
@@ -487,6 +488,14 @@ def test_classes_of_a_test_are_numbered_as_those_of_the_data(run, program, pictu
     (part / "e").mkdir()
     with pytest.raises(FileError, match="e holds no image of"):
         open_data(f"{part} {SCALED}", None, "--test")
+
+
+def test_folders_of_some_of_the_classes_do_not_judge_a_network_of_all(pictures):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)).eval()
+    judge = open_judge(f"{pictures} {SCALED}", None, network)
+    with pytest.raises(DataError, match="are numbers of 3: there is a folder"):
+        judge(network)
+    assert 0 <= open_judge(f"{pictures} {SCALED}")(network[:1].append(nn.Linear(768, 3))) <= 100
 
 
 def test_labels_that_a_network_cannot_give_are_refused():

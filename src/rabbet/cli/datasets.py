@@ -109,8 +109,8 @@ class Batches:
         """
         if self.limit is not None and self.table.count > self.limit:
             return self.spread().labelled(classes)
-        own, labels = self.table.classes, self.table.labels
-        if own and classes and labels is not None:
+        own, labels, classes = self.table.classes, self.table.labels, classes or self.table.classes
+        if own and labels is not None:
             strange = sorted(set(own) - set(classes))
             if strange:
                 raise DataError(
@@ -123,15 +123,16 @@ class Batches:
                 "no labels to measure accuracy with: images lie in a folder for each class, an "
                 f".npz holds {LABELS!r}, a .tsv a class behind each text"
             )
-        return Labelled(self, labels)
+        return Labelled(self, labels, len(classes) or None)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pairs of (inputs, labels), read anew each time."""
+    """Pairs of (inputs, labels), read anew each time; classes: how many, if folders say so."""
 
     batches: Batches
     labels: Tensor
+    classes: int | None = None
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         """One batch after the other."""

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from torch import nn
 
-from rabbet.cli.datasets import is_data, open_data
+from rabbet.cli.datasets import Labelled, is_data, open_data
 from rabbet.cli.references import attribute, reporting, resolve_value
 from rabbet.data.task import Task, correct
 
@@ -77,6 +77,8 @@ def open_judge(
 
 
 def _accuracy(pairs: Iterable[Any]) -> Callable[[nn.Module], tuple[float, int]]:
+    classes = pairs.classes if isinstance(pairs, Labelled) else None
+
     def run(network: nn.Module) -> tuple[float, int]:
         examples = 0
 
@@ -86,7 +88,7 @@ def _accuracy(pairs: Iterable[Any]) -> Callable[[nn.Module], tuple[float, int]]:
                 yield pair
                 examples += len(pair[1])  # one image or text may have many labels
 
-        right, total = correct(network, counted())
+        right, total = correct(network, counted(), classes)
         return 100 * right / total, total if examples == total else 0
 
     return run

@@ -254,8 +254,13 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     return 100 * right / total
 
 
-def correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int]:
-    """How many of the labels are answered right, and how many there are; see `accuracy`."""
+def correct(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int | None = None
+) -> tuple[int, int]:
+    """How many of the labels are answered right, and how many there are; see `accuracy`.
+
+    classes: how many there are, where the labels' source says so; the scores are of as many.
+    """
     right = total = 0
     with evaluating(model), torch.no_grad():
         for batch in batches:
@@ -272,6 +277,13 @@ def correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple
                     f"scores {list(scores.shape)} are of classes on axis 1 and need labels "
                     f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; "
                     f"found {describe(y)}"
+                )
+            if classes not in (None, scores.shape[1]):
+                raise DataError(
+                    f"the network gives scores of {scores.shape[1]} classes, and the labels are "
+                    f"numbers of {classes}: there is a folder for each, numbered in the order of "
+                    "their names; give folders of all classes, or labels that are the network's "
+                    "own numbers in an .npz or by a module:callable"
                 )
             whole = not y.is_floating_point() or bool((y == y.round()).all())
             y = y.long() if whole else y
