@@ -63,15 +63,23 @@ class Layer:
     harms: dict[int, float] = field(default_factory=dict)
 
     def scores(self) -> list[float]:
-        """The harm of each option, measured or as far as it is known."""
+        """The harm of each option, measured or the least that may be hoped for.
+
+        A unit of error does what it did in the option that is most like this one, or what noise
+        does, whichever is less: either may be more by chance.
+        """
         errors = [
             self.solved.get(k, told * self._like(k, self.solved, self.foretold, 1.0))
             for k, told in enumerate(self.foretold)
         ]
         return [
-            self.harms.get(k, HOPE * error * self._like(k, self.harms, errors, self.ratio))
+            self.harms.get(k, HOPE * error * self._least_ratio(k, errors))
             for k, error in enumerate(errors)
         ]
+
+    def _least_ratio(self, k: int, errors: Sequence[float]) -> float:
+        like = self._like(k, self.harms, errors, self.ratio)
+        return min(like, self.ratio or like)
 
     def _like(
         self, k: int, known: dict[int, float], rough: Sequence[float], without: float
