@@ -11,6 +11,8 @@ from rabbet import CGMQ, Jobs, Task
 from rabbet.calibrate import moments
 from rabbet.choose.sensitivity import output_errors
 from rabbet.layers.stored import rows_of
+from rabbet.methods import QUALITY
+from rabbet.model.bags import bags_opened
 from rabbet.model.compressed import stored_weights
 from rabbet.workpiece import Workpiece
 
@@ -113,7 +115,7 @@ def test_recurrent_weights_know_what_they_multiply(recurrent):
         flat = rows.reshape(-1, rows.shape[-1])
         assert torch.allclose(found[name][0], flat.T @ flat / len(flat), atol=1e-5), name
     assert "table" not in found
-    assert "bag.weight" not in found
+    assert "bag.words" not in found
 
 
 def test_rounding_in_the_metric_of_the_states_is_better(monkeypatch):
@@ -187,3 +189,39 @@ def test_gates_leave_stored_weights_at_8_bits_within_the_budget(tmp_path):
 def test_an_act_for_a_stored_weight_is_refused():
     with pytest.raises(rabbet.RabbetError, match="its input cannot be quantised"):
         rabbet.fit(_mixed(), "recurrent.weight_hh_l0 dense@4c | act@8", _data())
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("padding", [None, 0])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_of_embeddings_is_a_table_that_answers_the_same(mode, padding, last):
+    bag = nn.EmbeddingBag(20, 6, mode=mode, padding_idx=padding, include_last_offset=last)
+    table = bags_opened(nn.ModuleList([bag, bag]))[1]
+    assert isinstance(table.words, nn.Embedding)
+    assert table.words.weight is bag.weight
+    items, starts = torch.randint(20, (5, 7)), torch.tensor([0, 3, 3, 9, *([13] if last else [])])
+    items[3] = 0  # an empty bag, if this is the padding
+    flat = torch.randint(20, (13,))
+    for given in ((items,), (flat, starts)):
+        weights = [None, torch.rand(given[0].shape)] if mode == "sum" else [None]
+        for w in weights:
+            assert torch.allclose(
+                table(*given, per_sample_weights=w), bag(*given, per_sample_weights=w)
+            )
+
+
+def test_a_bag_is_compressed_as_a_table_and_read_again(tmp_path):
+    torch.manual_seed(0)
+    model = settled(nn.Sequential(nn.EmbeddingBag(60, 16), nn.Linear(16, 4)))
+    data = [torch.randint(60, (8, 5)) for _ in range(2)]
+    survey = rabbet.survey(model, data)
+    assert survey["0.words"].kind.name == "embedding"
+    result = rabbet.fit(model, "0.words dense@4c\n1 dense@8c | act@8", data, QUALITY["fast"])
+    result.save(tmp_path / "a.safetensors")
+    again = rabbet.load(tmp_path / "a.safetensors", model)
+    assert torch.equal(again(data[0]), result.model(data[0]))
+
+
+def test_a_bag_that_rewrites_its_table_stays_as_it_is():
+    bag = nn.EmbeddingBag(20, 6, max_norm=1.0)
+    assert bags_opened(bag) is bag

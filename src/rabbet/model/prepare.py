@@ -1,7 +1,8 @@
 """A copy of a network whose weights are parameters of layers that are called.
 
-Weights that are made of other tensors in each pass are made once, and torch's attention becomes
-four linears. Both are exact, and neither is believed: the copy is held against the network.
+Weights that are made of other tensors in each pass are made once, torch's attention becomes four
+linears, and a bag of embeddings a table. All are exact, and none is believed: the copy is held
+against the network.
 """
 
 import functools
@@ -17,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from rabbet.core.survey import Survey
 from rabbet.data.task import Task
 from rabbet.model.attention import opened
+from rabbet.model.bags import bags_opened
 from rabbet.model.plain import plain_by_names, plain_layers
 from rabbet.model.proof import PADDING, answers, same
 from rabbet.model.surgery import copied, leave_fast_path
@@ -31,7 +33,8 @@ def prepared(model: nn.Module, task: Task) -> tuple[nn.Module, tuple[str, ...]]:
     plain = copied(model)
     wanted: list[Tensor] | None = None
     notes: tuple[str, ...] = ()
-    for change in (with_made_weights, functools.partial(plain_layers, task=task), opened):
+    plain_ones = functools.partial(plain_layers, task=task)
+    for change in (with_made_weights, plain_ones, bags_opened, opened):
         before = _structure(plain)
         changed = change(copied(plain))
         if _structure(changed) == before:
@@ -65,6 +68,7 @@ def like_a_file(model: nn.Module, survey: Survey, rest: Collection[str]) -> nn.M
     names = {*rest, *(name for site in survey for name in own_tensors(site))}
     result = with_made_weights(copied(model), lambda name: name in names)
     result = plain_by_names(result, survey, rest)
+    result = bags_opened(result, lambda name: f"{name}.words.weight".lstrip(".") in names)
     return opened(result, lambda name: f"{name}.q_proj.weight".lstrip(".") in names)
 
 
