@@ -304,4 +304,10 @@ def test_reasons_are_the_true_ones():
     assert {site.name for site in surveyed} == {"head", "old", "new"}
     reasons = {left.name: left.reason for left in surveyed.left}
     assert "read and its forward never called" in reasons["qkv"]
-    assert reasons["idle"] == "Linear never ran on the batch"
+    assert reasons["idle"].startswith("Linear never ran on the batch; tensors too small")
+
+    wide = nn.ModuleList([nn.Linear(8, 40), nn.Linear(40, 4)]).eval()
+    task = Task([rand(4, 8)], lambda m, x: m[1](F.linear(x, m[0].weight, m[0].bias)))
+    surveyed = survey(wide, task)
+    assert {site.name for site in surveyed} == {"1", "0.weight"}
+    assert surveyed.left[0].reason.endswith("never run; so its weight is only stored")

@@ -14,6 +14,7 @@ ENTRIES = 256  # of a tensor, from which a line of the plan for it is worth its 
 VECTOR = 2**14  # entries from which that holds of a vector, too: short ones are biases and gains
 BUFFER = 2**12  # and of a buffer
 VALUES = 4  # different ones that a buffer may have and still be a mask
+_SMALL = "tensors too small to be worth a line of the plan"
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -85,6 +86,7 @@ def _large(tensor: Tensor) -> bool:
 def left_of(model: nn.Module, sites: Sequence[Site], reasons: Mapping[str, str]) -> Iterator[Left]:
     """What stays as it is, by the module that holds it; reasons: what is known of some."""
     gone = {name for s in sites for name in own_tensors(s)}
+    stored = {s.name for s in sites if not s.runs}
     norms = {s.norm for s in sites if s.norm is not None}
     modules = dict(model.named_modules())
     held: dict[str, list[Tensor]] = {}
@@ -95,7 +97,13 @@ def left_of(model: nn.Module, sites: Sequence[Site], reasons: Mapping[str, str])
     for owner, tensors_left in held.items():
         # The tensors of which a weight is made lie in a module of their own.
         layer = owner.partition(".parametrizations.")[0]
-        why = reasons.get(owner, reasons.get(layer, _why_left(modules[owner], tensors_left)))
+        why = reasons.get(owner, reasons.get(layer))
+        if why is None:
+            why = _why_left(modules[owner], tensors_left)
+        elif f"{owner}.weight".lstrip(".") in stored:
+            why = f"{why}; so its weight is only stored"
+        elif not any(map(_large, tensors_left)) and any(t.ndim > 1 for t in tensors_left):
+            why = f"{why}; {_SMALL}"
         yield Left(owner, why, sum(t.numel() * t.element_size() for t in tensors_left))
 
 
@@ -105,7 +113,7 @@ def _why_left(module: nn.Module, held: Sequence[Tensor]) -> str:
         return "a BatchNorm that alone reads the output of no layer cannot be folded into one"
     large = [t for t in held if _large(t)]
     if not large:
-        return "tensors too small to be worth a line of the plan"
+        return _SMALL
     if not any(t.is_floating_point() for t in large):
         return "whole numbers are kept as they are"
     if any(isinstance(t, nn.Parameter) for t in large):
