@@ -198,7 +198,8 @@ class Compressed(Solved):
             form.contract(self.site, [f() for f in qs])
             for form, qs in zip(self.forms, self.factors, strict=True)
         ]
-        return torch.stack(parts).sum(0)
+        # a sum over one part is an operation that OpenVINO cannot fold in front of a grouped conv
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     @property
     def weight(self) -> Tensor:
