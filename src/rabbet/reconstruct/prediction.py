@@ -21,7 +21,7 @@ from rabbet.solve.whiten import noise_left, spectrum
 
 ROWS = 64  # of each group, that stand for all
 STEPS = 10  # evaluations of the error of a factorisation, see `Form.unfinished`
-CHEAP = 2**34  # multiplications of one evaluation, above which there are none
+CHEAP = 2**31  # multiplications of one evaluation, above which there are none
 
 
 def predict_site(
