@@ -27,10 +27,11 @@ from rabbet.solve.als import (
     solved,
     svd_start,
 )
+from rabbet.solve.cp import khatri_rao_rows, start
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import alternate
 from rabbet.solve.metric_cp import MetricCP, joined
-from rabbet.solve.varpro import project
+from rabbet.solve.varpro import Lean, project
 from rabbet.solve.whiten import leading, noise_left, spectrum
 
 SHAPES = [(12, 10, 9), (16, 6, 3), (10, 14)]
@@ -397,3 +398,21 @@ def test_a_few_leading_vectors_of_a_large_matrix_leave_as_much_as_exact_ones(sha
             rest = matrix - first @ last
             left.append(((rest if second is None else rest @ second) * rest).sum())
         assert left[1] * 0.9999 <= left[0] <= left[1] * 1.005
+
+
+def test_a_lean_metric_is_below_the_metric_and_nearly_as_good():
+    """What small factors of a large layer are found in."""
+    n, rank = 320, 24
+    root = rand(600, n, seed=1) * torch.linspace(1, 0.02, n)
+    second = root.mT @ root / 600 + 0.01 * torch.eye(n)
+    lean = Lean.of(second)
+    rest = second - lean.leading @ lean.leading.mT
+    assert torch.linalg.eigvalsh(rest.double()).min() > -1e-4
+    assert torch.allclose(rest.diagonal().clamp_min(0), lean.rest)
+    weight = rand(48, n, seed=2)
+    begun = start(weight, second, n // 4, rank)
+    losses = [
+        project(khatri_rao_rows, begun, weight, metric, 1e-3, steps).loss
+        for metric, steps in ((second, 0), (lean, 20), (second, 20))
+    ]
+    assert losses[1] < losses[2] + 0.5 * (losses[0] - losses[2])

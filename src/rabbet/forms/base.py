@@ -11,6 +11,7 @@ from torch import Tensor
 from rabbet.errors import PlanError
 from rabbet.layers import Site
 from rabbet.solve.als import Problem
+from rabbet.solve.varpro import Lean
 
 Between = Callable[[int, Tensor], Tensor]
 """What happens to the tensor after contraction i, before the next: `Compressed` quantises it."""
@@ -22,12 +23,14 @@ class Aim:
 
     noise: relative squared error that rounding a factor will cause; terms that cancel one another
     are kept small, so that it is not amplified more than necessary. start: factors of a similar
-    problem to go on from. steps: how often the error may be evaluated.
+    problem to go on from. steps: how often the error may be evaluated. lean: what it is evaluated
+    in until the end, for a large metric.
     """
 
     noise: float = 0.0
     start: tuple[Tensor, ...] | None = None
     steps: int = 60
+    lean: Lean | None = None
 
 
 PLAIN = Aim()
@@ -54,9 +57,10 @@ class Form(ABC):
     """Whether its factor is the weight itself, or rows of it."""
     nested: ClassVar[bool] = False
     """Whether any matrix of its rank can be written so: a truncated SVD is then the best."""
-    unfinished: ClassVar[tuple[float, float]] = (1.0, 1.0)
-    """How many times its least error it rarely has more than, where its solver starts and after ten
-    evaluations."""
+    evaluates: ClassVar[bool] = False
+    """Whether its solver evaluates the error in the metric many times."""
+    unfinished: ClassVar[float] = 1.0
+    """How many times its least error it rarely has more than after ten evaluations."""
     channel_axes: ClassVar[tuple[int | None, ...]] = ()
     """For each factor of `problem` the axis of its channels, along which it may have scales."""
 

@@ -26,7 +26,8 @@ class CP(Ranked):
 
     name: ClassVar[str] = "cp"
     gaps: ClassVar[int] = 2
-    unfinished: ClassVar[tuple[float, float]] = (5.0, 2.5)
+    evaluates: ClassVar[bool] = True
+    unfinished: ClassVar[float] = 2.5
     channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, 1)
 
     def full_rank(self, site: Site) -> int:
@@ -75,7 +76,7 @@ class CP(Ranked):
         else:
             small = start(matrix, metric, channels, self.rank)
             steps = 0 if self.rank == self.full_rank(site) else aim.steps
-        solution = project(khatri_rao_rows, small, matrix, metric, aim.noise, steps)
+        solution = project(khatri_rao_rows, small, matrix, aim.lean or metric, aim.noise, steps)
         return _evened(site, solution.small, solution.last, metric)
 
     def contract(self, site: Site, factors: Sequence[Tensor]) -> Tensor:

@@ -25,7 +25,8 @@ class Tucker(Ranked):
 
     name: ClassVar[str] = "tucker"
     gaps: ClassVar[int] = 2
-    unfinished: ClassVar[tuple[float, float]] = (1.4, 1.2)
+    evaluates: ClassVar[bool] = True
+    unfinished: ClassVar[float] = 1.2
     channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, None)
 
     def full_rank(self, site: Site) -> int:
@@ -66,7 +67,7 @@ class Tucker(Ranked):
             mix = principal(inner.transpose(0, 1).flatten(1), count=u[0]).mT
             small = (mix.contiguous(), mix @ inner)
             steps = 0 if self.rank == self.full_rank(site) else aim.steps
-        solution = project(_rows, small, matrix, metric, aim.noise, steps)
+        solution = project(_rows, small, matrix, aim.lean or metric, aim.noise, steps)
         # All columns of V get one norm: rounding the tensor before it then weighs the same in each.
         norm = solution.last.square().mean(0).clamp_min(1e-20).sqrt()
         kernel = (solution.small[1] * norm[:, None, None]).view(core)

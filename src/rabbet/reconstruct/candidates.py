@@ -214,7 +214,8 @@ def _solve_term(
 ) -> list[Quantised]:
     """Decompose, round all factors but the last to nearest, then refit the last to the others."""
     form, grid = term.form, term.grid
-    aim = Aim(noise(grid), starts.get(form), steps if form in starts else COLD)
+    lean = metric.lean if form.evaluates else None
+    aim = Aim(noise(grid), starts.get(form), steps if form in starts else COLD, lean)
     second = None if form.verbatim else metric.second  # of which no matrix may be made
     factors = form.decompose(site, left, second, aim)
     starts[form] = factors  # for other grids with the same rank

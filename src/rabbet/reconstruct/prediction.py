@@ -21,7 +21,6 @@ from rabbet.solve.whiten import noise_left, spectrum
 
 ROWS = 64  # of each group, that stand for all
 STEPS = 10  # evaluations of the error of a factorisation, see `Form.unfinished`
-CHEAP = 2**31  # multiplications of one evaluation, above which there are none
 
 
 def predict_site(
@@ -120,12 +119,11 @@ class _Prediction:
     def _factorised(self, term: Term) -> float:
         """What is left when the last factor is solved for, with a ridge for the noise of rounding.
 
-        The others are those that the solver has after few evaluations, if these are cheap.
+        The others are those that the solver has after few evaluations.
         """
         form = term.form
-        few = STEPS if (form.rank or 1) * self.site.columns**2 <= CHEAP else 0
         if form not in self.sums:
-            aim = Aim(noise(term.grid), None, few)
+            aim = Aim(noise(term.grid), None, STEPS, self.metric.lean if form.evaluates else None)
             *first, last = form.decompose(self.site, self.weight, self.metric.second, aim)
             basis = form.contract(self.site, [*first, torch.eye(last.shape[1]).to(last)]).flatten(1)
             seen = basis @ self.metric.second[0]
@@ -136,7 +134,7 @@ class _Prediction:
         ridge = noise(term.grid) * torch.eye(len(gram)).to(gram)
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))
         left = max(self.power - float((right * solution).sum()), 0.0)
-        return left / form.unfinished[1 if few else 0]
+        return left / form.unfinished
 
     def noise(self) -> Tensor:
         """See `predict_site`."""

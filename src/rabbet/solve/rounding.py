@@ -16,6 +16,7 @@ from torch import Tensor
 from rabbet.errors import ModelError
 from rabbet.grids.codebook import nearest, points
 from rabbet.grids.grid import Grid, stored
+from rabbet.solve.varpro import LARGE, Lean
 
 LEAST = 1e-30  # a mean square of inputs below counts as none: the inputs are always zero
 BLOCK = 64  # columns whose updates are gathered into one matrix product
@@ -49,6 +50,12 @@ class Metric:
     def diagonal(self) -> Tensor:
         """[groups, n]."""
         return self.second.diagonal(dim1=1, dim2=2)
+
+    @functools.cached_property
+    def lean(self) -> Lean | None:
+        """A stand-in for a large metric of one group, which is faster to multiply with."""
+        groups, n = self.diagonal.shape
+        return Lean.of(self.second[0]) if groups == 1 and n >= LARGE and not self.identity else None
 
     def times(self, x: Tensor) -> Tensor:
         """`x @ second`, of rows [groups, rows, n]."""
