@@ -17,7 +17,7 @@ def test_a_network_goes_through(name, kernels_are_exact):
     row = measured(name, "bits only")
     assert "stopped" not in row, row["stopped"]
     assert row["bytes %"] <= 15
-    assert row["left %"] <= 2.5
+    assert row["left %"] <= 4  # vectors, which are more of a network the smaller it is
     assert row["read back"] == "same"
     assert row["OpenVINO error %"] < 3
     if kernels_are_exact:  # elsewhere onnxruntime's kernels saturate
