@@ -5,6 +5,7 @@ is imported only then.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -451,9 +452,9 @@ CAUSAL = (
 CONFIGS: Mapping[str, dict[str, Any]] = {
     "GPTNeo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 64},
     "GPTJ": {"rotary_dim": 4}, "CodeGen": {"rotary_dim": 4}, "Mixtral": {"num_local_experts": 4},
-    **dict.fromkeys(
-        ("ConvBert", "SqueezeBert"), {"hidden_size": 64, "intermediate_size": 128, "embedding_size": 64}
-    ),  # the header of a file is more than 15 % of anything smaller
+    # the header of a file is more than 15 % of anything smaller
+    "ConvBert": {"hidden_size": 64, "intermediate_size": 128, "embedding_size": 64},
+    "SqueezeBert": {"hidden_size": 64, "intermediate_size": 128, "embedding_size": 64},
     "Longformer": {"attention_window": 8}, "XLNet": {"d_inner": 64},
     "BigBird": {"attention_type": "original_full"}, "Mamba2": {"num_heads": 8, "head_dim": 8,
     "n_groups": 1, "state_size": 16}, "Funnel": {"block_sizes": [1, 1], "d_head": 8, "d_inner": 64},
@@ -469,6 +470,8 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
 
 def configured(name: str, **more: Any) -> Any:
     """A small configuration of transformers."""
+    if importlib.util.find_spec("torchvision"):
+        operators()  # transformers imports it where it is
     package = importlib.import_module("transformers")
     kind = getattr(package, f"{name}Config")
     usual = kind()
