@@ -1,5 +1,6 @@
 """CoRa: bases and adapters, the soft threshold, the search and its ranks under a budget."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,19 @@ def test_the_kernel_is_the_formula_of_the_paper(order, offset):
         assert float(gain[i]) == pytest.approx(
             (1 + ((i + offset) / 9 / (3.5 / 9)) ** (2 * order)) ** -0.5
         )
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+@pytest.mark.parametrize("order", [1, 2, 8, 10, 32])
+def test_the_kernel_and_its_gradient_are_finite_at_every_order(order, offset):
+    for full, place in itertools.product((1, 512, 4096), (0.25, 1.0, 37.0, 4096.0)):
+        cutoff = torch.tensor(place, requires_grad=True)
+        gain = butterworth(cutoff, full, order, offset)
+        (slope,) = torch.autograd.grad(gain.sum(), cutoff)
+        assert gain.isfinite().all()
+        assert 0 <= gain.min() <= gain.max() <= 1
+        assert slope.isfinite()
+        assert slope >= 0
 
 
 @pytest.mark.parametrize(

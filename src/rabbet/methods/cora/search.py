@@ -110,10 +110,11 @@ class Search:
 def butterworth(cutoff: Tensor, full: int, order: int, offset: float = 0.0) -> Tensor:
     """Gains [full] of a low-pass kernel: `1 / sqrt(1 + ((i + offset) / cutoff)^(2 order))`.
 
-    cutoff: a scalar, in ranks. At the cut-off the squared gain is a half.
+    cutoff: a scalar, in ranks. At the cut-off the squared gain is a half. In logarithms: the power
+    itself overflows float32 at order 8.
     """
     positions = torch.arange(full, dtype=cutoff.dtype, device=cutoff.device) + offset
-    return (1 + (positions / cutoff) ** (2 * order)).rsqrt()
+    return (-F.softplus(2 * order * (positions.log() - cutoff.log())) / 2).exp()
 
 
 def search_ranks(
