@@ -49,7 +49,7 @@ from rabbet.methods import QUALITY
 BUDGET = "bytes <= 15%"
 METHODS: dict[str, Joint] = {
     "fast": QUALITY["fast"],
-    "bits only": replace(QUALITY["fast"], forms=(), adapters=()),
+    "bits only": replace(QUALITY["fast"], rank=False),
 }
 BYTE = Term.parse("dense@8c")
 PACKAGES = {

@@ -137,7 +137,7 @@ def figures(bench: Bench, table: Table, args: argparse.Namespace) -> None:
         tuning = replace(ours.tuning, steps=ours.tuning.steps + ours.ranking.steps)
         joint = Joint(act=act, tuning=tuning)
         row("Joint, same bytes", _ended(joint, ends), same)
-        only = replace(joint, adapters=(), forms=())
+        only = replace(joint, rank=False)
         row("bits only, same bytes", _ended(only, ends), same)
 
 

@@ -108,7 +108,7 @@ def measure(name: str, args: argparse.Namespace, records: Records, jobs: rabbet.
     def compressed(budget: str, tier: str, rank: str) -> Values:
         start = time.perf_counter()
         method = QUALITY[tier]
-        chosen = method if rank == "on" else replace(method, forms=())
+        chosen = method if rank == "on" else replace(method, rank=False)
         result = rabbet.compress(model, budget, data, chosen, seed=args.seed, jobs=jobs)
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ ONE = "one pass"
 METHODS: dict[str, Joint] = {
     "fast": QUALITY["fast"],
     "default": QUALITY["default"],
-    "bits only": replace(QUALITY["fast"], forms=(), adapters=()),
+    "bits only": replace(QUALITY["fast"], rank=False),
 }
 COLUMNS = {
     "network": "", "size": "", "method": "", "layers": ",", "weights": ",",

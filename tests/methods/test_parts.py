@@ -705,3 +705,12 @@ def test_gathered_examples_are_the_first_ones(name):
     assert torch.equal(tensors(joined)[0][:count], first[:count])
     with torch.no_grad():
         assert outputs(task.run(case.model, joined))
+
+
+def test_without_rank_bits_alone_are_on_the_menu():
+    piece = _piece()
+    for site in piece.survey:
+        menu = Joint(rank=False).menu(site)
+        assert [terms[0].form.name for terms in menu] == ["dense"] * len(Joint().grids)
+        assert all(len(terms) == 1 for terms in menu)
+    assert any(len(terms) > 1 for site in piece.survey for terms in Joint().menu(site))

@@ -44,7 +44,9 @@ class Joint:
     adapter_grid: str = "8c"
     """Of the adapters' factors."""
     forms: tuple[str, ...] = ("cp", "tucker", "lowrank")
-    """Factorisations that may take the place of a weight; none leaves rank out."""
+    """Factorisations that may take the place of a weight."""
+    rank: bool = True
+    """False leaves rank out: no factorisations and no adapters, bits alone."""
     shares: tuple[float, ...] = (0.7, 0.5, 0.35, 0.25)
     """Their ranks are those that bring the layer's MACs to these shares of the dense layer's."""
     factor_grids: tuple[str, ...] = ("4c", "5c", "6c", "8c")
@@ -98,7 +100,7 @@ class Joint:
         full = LowRank(1).full_rank(site)
         grid = Grid.parse(self.adapter_grid)
         with_adapter = []
-        for base, share in self.adapters:
+        for base, share in self.adapters if self.rank else ():
             rank = round(share * site.numel / (site.shape[0] + site.columns))
             if 1 <= rank < full:
                 with_adapter.append((Term(Dense(), Grid.parse(base)), Term(LowRank(rank), grid)))
@@ -106,7 +108,7 @@ class Joint:
 
     def _factorised(self, site: Site) -> Iterator[Terms]:
         """The factorised candidates for a layer: each form at the rank for each share of MACs."""
-        for name in self.forms:
+        for name in self.forms if self.rank else ():
             form = RANKED[name]
             full = form(1).full_rank(site)
             for share in self.shares if full else ():
