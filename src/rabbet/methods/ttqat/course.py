@@ -271,11 +271,12 @@ class Teaching(Course):
                 act.scale.clamp_(min=1e-12)
 
     def train(self) -> tuple[float, float]:
-        """Train, then go back to the best epoch on the grid; returns `measure` before and after."""
+        """Train, then go back to the best epoch on the grid; returns `measure` before and after.
+
+        Before is that of the start, rounded and not trained, which is kept if no epoch is better.
+        """
         piece = self.piece
-        for act in self._acts:
-            act.observer = _ignore
-        before = self.score()
+        before = self._consider_start()
         key = piece.key(
             "ttqat",
             self._copies(),
@@ -284,22 +285,42 @@ class Teaching(Course):
         )
         if self.steps:
             run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))
-        if not self.best.kept:  # no epoch on the grid
+        if not self._on_grid:  # no epoch was, or none was to be
             self._move_to_grids()
             self.remember()
         self._load(self.best.kept)
         sign = 1 if piece.task.evaluate is not None else -1
         return sign * before, -sign * self.best.score
 
+    def _consider_start(self) -> float:
+        """Score the start on its grids, keep it as the best so far, and leave the grids again."""
+        exact = self._copies()
+        self._move_to_grids()
+        self.remember()
+        self._load(exact)
+        for latent in self._latents():
+            latent.on_grid = False
+        for act in self._acts:
+            act.observer = _ignore
+        return -self.best.score
+
+    @property
+    def _on_grid(self) -> bool:
+        return any(latent.on_grid for latent in self._latents())
+
     def _copies(self) -> dict[str, Tensor]:
-        """Copies of all parameters that train."""
-        return {str(k): p.detach().clone() for k, p in enumerate(self._trained())}
+        """Copies of all parameters that train, and of the zero points that go with them."""
+        return {str(k): p.detach().clone() for k, p in enumerate(self._trained() + self._zeros())}
 
     def _load(self, copies: dict[str, Tensor]) -> None:
         """The inverse of `_copies`."""
         with torch.no_grad():
-            for k, p in enumerate(self._trained()):
+            for k, p in enumerate(self._trained() + self._zeros()):
                 p.copy_(copies[str(k)])
+
+    def _zeros(self) -> list[Tensor]:
+        zeros = [act.zero for act in self._acts]
+        return zeros + [latent.zero for latent in self._latents() if latent.zero is not None]
 
     @property
     def detail(self) -> str:
@@ -308,25 +329,19 @@ class Teaching(Course):
 
     def state(self) -> dict[str, Tensor]:
         """The best state, zero points, and whether the latents are on their grids."""
-        latents = self._latents()
-        kept = {"on": torch.tensor(any(latent.on_grid for latent in latents))}
-        kept |= {f"zero.{k}": act.zero for k, act in enumerate(self._acts)}
-        for k, latent in enumerate(latents):
-            if latent.zero is not None:
-                kept[f"group.{k}"] = latent.zero
-        return kept | self.best.state()
+        kept = {f"zero.{k}": zero for k, zero in enumerate(self._zeros())}
+        return kept | {"on": torch.tensor(self._on_grid)} | self.best.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """See `Course.restore`."""
         self.best.restore(state)
-        for k, act in enumerate(self._acts):
-            act.zero.copy_(state[f"zero.{k}"])
-            if state["on"]:
+        for k, zero in enumerate(self._zeros()):
+            zero.copy_(state[f"zero.{k}"])
+        if state["on"]:
+            for act in self._acts:
                 act.observer, act.ready = None, True
-        for k, latent in enumerate(self._latents()):
+        for latent in self._latents():
             latent.on_grid = bool(state["on"])
-            if latent.zero is not None:
-                latent.zero.copy_(state[f"group.{k}"])
 
     def network(self) -> nn.Module:
         """The student, with codes in place of the latents; it is as a file stores it."""

@@ -90,6 +90,11 @@ class TTQAT(Settings):
         before, after = course.train()
         network = course.network()
         notes = [f"taught {course.summary}; held-back {course.measure} {before:.4g} -> {after:.4g}"]
+        if course.steps and after == before:
+            notes.append(
+                "no epoch was better than the start, rounded and not trained, which was kept: try "
+                "a smaller rate, more epochs, or more batches"
+            )
         if course.lacks_attention:
             notes.append("no attention is taught, for none was seen")
         return Fitted(network, tuple(notes))
