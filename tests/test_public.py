@@ -132,8 +132,8 @@ def test_an_unknown_quality_is_refused(quality):
 
 
 def of_file(result):
-    """A result without what its file does not hold: notes, and the shape of an example."""
-    return replace(result, notes=(), survey=replace(result.survey, example=()))
+    """A result without what its file does not hold: notes, errors, the shape of an example."""
+    return replace(result, notes=(), errors={}, survey=replace(result.survey, example=()))
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """The front door: a float network and a budget in, a network that keeps it out."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ from rabbet.export.native import read_native
 from rabbet.jobs import TURN, Jobs
 from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
+from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
 from rabbet.report.text import plain, report_parts
 from rabbet.workpiece import Workpiece
 
@@ -51,7 +52,8 @@ class Result:
     """A compressed network and everything that can be said of it.
 
     `print(result)` shows it a line a layer. cost and float_cost: of the written file and of the
-    float32 network. notes: what the method did, in words.
+    float32 network. notes: what the method did, in words. errors: of the layers by name, see
+    `layers`; empty for a result that was read from a file.
     """
 
     model: nn.Module
@@ -62,6 +64,15 @@ class Result:
     budget: Budget | None
     notes: tuple[str, ...]
     parcel: Parcel
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, LayerOutcome]:
+        """What became of each layer, by its name: `result.layers["conv1"].error`."""
+        return {
+            site.name: LayerOutcome(site, self.plan.get(site.name), self.errors.get(site.name))
+            for site in self.survey
+        }
 
     @classmethod
     @in_turn
@@ -114,7 +125,8 @@ class Result:
 
     def __str__(self) -> str:
         costs = self.cost, self.float_cost
-        return plain(report_parts(self.survey, self.plan, *costs, self.budget, self.notes))
+        parts = report_parts(self.survey, self.plan, *costs, self.budget, self.errors)
+        return plain([*parts, *self.notes])
 
 
 @in_turn
@@ -257,8 +269,8 @@ def _result(
     dead = piece.dead
     if dead:
         notes = (f"inputs that are zero in all batches: those of {_few(dead)}", *notes)
-    said = (*piece.survey.notes, *notes)
-    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel)
+    said, errors = (*piece.survey.notes, *notes), layer_errors(model, piece)
+    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel, errors)
 
 
 def _few(names: Sequence[str]) -> str:

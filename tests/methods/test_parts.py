@@ -30,7 +30,7 @@ from rabbet.errors import BudgetError, ModelError, PlanError
 from rabbet.methods import METHODS
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
-from rabbet.model.compressed import ActQuant, compressed_layers
+from rabbet.model.compressed import ActQuant, compressed_layers, stored_weights
 from rabbet.model.prepare import prepared
 from rabbet.reconstruct import sequential
 from rabbet.reconstruct.candidates import read_numbers, solve_site
@@ -714,3 +714,28 @@ def test_without_rank_bits_alone_are_on_the_menu():
         assert [terms[0].form.name for terms in menu] == ["dense"] * len(Joint().grids)
         assert all(len(terms) == 1 for terms in menu)
     assert any(len(terms) > 1 for site in piece.survey for terms in Joint().menu(site))
+
+
+def test_a_result_says_how_far_each_layer_is_from_the_one_that_it_replaces():
+    """In its output, on the float network's inputs; in a stored weight itself."""
+    torch.manual_seed(0)
+    layers = {"rnn": nn.GRU(12, 20, batch_first=True), "head": nn.Linear(20, 6)}
+    model = nn.ModuleDict(layers).eval()
+    data = [rand(4, 5, 12, seed=k) for k in range(2)]
+    task = Task(data, lambda m, x: m["head"](m["rnn"](x)[0]))
+    plan = "head dense@3c | act@8\nrnn.weight_ih_l0 dense@2hc\nrnn.weight_hh_l0 dense@8c"
+    result = fit(model, plan, task, Joint(tuning=Tuning(steps=0)))
+    with torch.no_grad():
+        x = torch.cat([model["rnn"](batch)[0] for batch in data])
+        wanted, found = model["head"](x), result.model["head"](x)
+    error = float((found - wanted).norm() / wanted.norm())
+    assert result.layers["head"].error == pytest.approx(error, rel=1e-4)
+    weights = [dict(model.named_parameters())["rnn.weight_ih_l0"]]
+    weights.append(stored_weights(result.model)["rnn.weight_ih_l0"].canonical)
+    error = float((weights[1] - weights[0]).norm() / weights[0].norm())
+    assert result.layers["rnn.weight_ih_l0"].error == pytest.approx(error, rel=1e-4)
+    assert result.layers["rnn.weight_hh_l0"].error < 0.02 < result.layers["head"].error
+    part = fit(model, "head dense@3c", task, Joint(tuning=Tuning(steps=0)))
+    assert part.layers["rnn.weight_ih_l0"].error is None
+    assert part.layers["rnn.weight_ih_l0"].plan is None
+    assert "%" in str(part).splitlines()[1]

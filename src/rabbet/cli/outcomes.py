@@ -64,15 +64,15 @@ class Outcome:
         scores = {"before": self.before, "after": self.after}
         evaluation = None if judge is None else {"quantity": judge.quantity} | scores
         said = {"evaluation": evaluation, "notes": list(self.notes)}
-        return (
-            file | settings | plan_facts(result.survey, result.plan, *costs, result.budget) | said
-        )
+        found = plan_facts(result.survey, result.plan, *costs, result.budget, result.errors)
+        return file | settings | found | said
 
     def parts(self, native: bool) -> list[Part]:
         """All of it for people; native: whether the file is the one that a budget is about."""
         result, judge = self.result, self.judge
         costs = result.cost, result.float_cost
-        parts = report_parts(result.survey, result.plan, *costs, result.budget, self.notes)
+        parts = report_parts(result.survey, result.plan, *costs, result.budget, result.errors)
+        parts += self.notes
         if judge is not None and self.before is not None and self.after is not None:
             scores = f"{judge.show(self.before)} -> {judge.show(self.after)}"
             parts.append(f"{judge.quantity}: {scores}")

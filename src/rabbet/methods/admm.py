@@ -8,6 +8,7 @@ the budget is only checked. Each choice that the paper left open is a setting.
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,7 @@ from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
 Solver = Literal["admm", "feedback", "nearest"]
+LOST = 0.5  # relative error of a kernel that deserves a word
 SOLVED = ("dense", *(name for name, form in RANKED.items() if form.channel_axes))
 
 
@@ -132,10 +134,7 @@ class ADMM:
         calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
         recalibrate_norms(student, piece)
         calibrate_ranges(student, piece.task, piece.seed)
-        errors = [float(solution["error"]) for solution in solutions.values()]
-        mean = sum(errors) / max(len(errors), 1)
-        note = f"{len(errors)} kernels factorised, mean relative error {mean:.3f}"
-        return Fitted(student, (note,))
+        return Fitted(student, tuple(_notes(solutions)))
 
     def _line(self, site: Site, first: bool) -> LayerPlan:
         """The line of the plan for a layer; first: whether it is the first layer."""
@@ -164,6 +163,24 @@ class ADMM:
         return piece.jobs.run("factorising layers", jobs)
 
 
+def _notes(solutions: Mapping[str, Tensors]) -> Iterator[str]:
+    """What a user should know of factorised kernels."""
+    errors = {name: float(solution["error"]) for name, solution in solutions.items()}
+    mean = sum(errors.values()) / max(len(errors), 1)
+    settled = sum(bool(solution["settled"]) for solution in solutions.values())
+    yield (
+        f"{len(errors)} kernels factorised, mean relative error {mean:.3f}; of {settled} the error "
+        "had settled before the last sweep"
+    )
+    lost = {name: error for name, error in errors.items() if error >= LOST}
+    if lost:
+        worst = max(lost, key=lambda name: lost[name])
+        yield (
+            f"{len(lost)} kernels are further from their weights than half of them, {worst} by "
+            f"{lost[worst]:.3g}: take a smaller rate or more bits, or begin with start='epc'"
+        )
+
+
 def _solvable(term: Term) -> bool:
     return term.form.whole or bool(term.form.channel_axes)
 
@@ -185,7 +202,11 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
         factors = tuple(Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True))
         error = problem.relative(tuple(q.values.double() for q in factors))
         rounded = Rounded(factors, error, 0, True)
-    result = {"error": torch.tensor(rounded.error), "history": torch.tensor(rounded.history)}
+    result = {
+        "error": torch.tensor(rounded.error),
+        "history": torch.tensor(rounded.history),
+        "settled": torch.tensor(rounded.stalled),
+    }
     for k, q in enumerate(rounded.factors):
         result |= {f"{k}.codes": q.codes.to(torch.int16), f"{k}.scale": q.scale}
     return result

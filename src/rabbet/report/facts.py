@@ -1,5 +1,6 @@
 """A survey, a plan and its cost as plain values, for JSON."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -27,9 +28,17 @@ def limit_facts(standing: Standing) -> dict[str, Any]:
 
 
 def plan_facts(
-    survey: Survey, plan: Plan, cost: Cost, whole: Cost, budget: Budget | None = None
+    survey: Survey,
+    plan: Plan,
+    cost: Cost,
+    whole: Cost,
+    budget: Budget | None = None,
+    errors: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """A plan and its cost; the plan of a layer that is not compressed is null."""
+    """A plan and its cost; the plan of a layer that is not compressed is null.
+
+    So is the error of a layer's output where it is not known.
+    """
     layers = [
         {
             "name": row.site.name,
@@ -38,6 +47,7 @@ def plan_facts(
             "bytes": row.bytes,
             "macs": row.macs,
             "bops": row.bops,
+            "error": (errors or {}).get(row.site.name),
         }
         for row in layer_rows(survey, plan)
     ]

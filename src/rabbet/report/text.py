@@ -4,7 +4,7 @@ A report is a list of parts, each a table or a line. `plain` turns them into tex
 formats them for a terminal.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,20 +119,30 @@ def standings(cost: Cost, whole: Cost, limits: Iterable[Limit]) -> list[Standing
     return [Standing.of(limit.metric, cost, whole, limit) for limit in limits]
 
 
-def plan_table(survey: Survey, plan: Plan, cost: Cost) -> Table:
-    """A row per layer, and one for the file's header and all tensors that belong to no site."""
+def plan_table(
+    survey: Survey, plan: Plan, cost: Cost, errors: Mapping[str, float] | None = None
+) -> Table:
+    """A row per layer, and one for the file's header and all tensors that belong to no site.
+
+    errors: of the layers' outputs, relative, where they are known.
+    """
     rows = layer_rows(survey, plan)
+    shown = [_percent((errors or {}).get(row.site.name)) for row in rows]
     cells = [
         (quoted(row.site.name), shape_of(row.site), row.body or KEPT, row.bytes, row.macs, row.bops)
         for row in rows
     ]
     cells.append(("", "", "header and all else", cost.bytes - sum(r.bytes for r in rows), 0, 0))
-    return Table(
-        ("layer", "shape", "plan", "bytes", "MACs", "BOPs"),
-        [(*words, f"{size:,}", f"{macs:,}", f"{bops:,}") for *words, size, macs, bops in cells],
-        3,
-        [*(row.bits for row in rows), 0.0],
-    )
+    heads = ("layer", "shape", "plan", "bytes", "MACs", "BOPs", *(["error"] if errors else []))
+    body = [
+        (*words, f"{size:,}", f"{macs:,}", f"{bops:,}", error)[: len(heads)]
+        for (*words, size, macs, bops), error in zip(cells, [*shown, ""], strict=True)
+    ]
+    return Table(heads, body, 3, [*(row.bits for row in rows), 0.0])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2g}%"
 
 
 def survey_parts(survey: Survey) -> list[Part]:
@@ -170,11 +180,11 @@ def report_parts(
     cost: Cost,
     whole: Cost,
     budget: Budget | None = None,
-    notes: tuple[str, ...] = (),
+    errors: Mapping[str, float] | None = None,
 ) -> list[Part]:
-    """The whole report: a row per layer, cost against budget, what is left alone, notes."""
+    """The whole report: a row per layer, cost against budget, what is left alone."""
     totals = total_parts(survey, cost, whole, budget)
-    return [plan_table(survey, plan, cost), "", *totals, *notes]
+    return [plan_table(survey, plan, cost, errors), "", *totals]
 
 
 def left_lines(survey: Survey) -> list[str]:
