@@ -144,7 +144,7 @@ class Workpiece:
     norms: dict[str, Norm] = field(default_factory=dict)
     clock: Clock | None = None
     told: str = ""
-    _moments: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    _moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, task: Task, jobs: Jobs, seed: int = 0) -> "Workpiece":
@@ -219,7 +219,9 @@ class Workpiece:
     @property
     def dead(self) -> tuple[str, ...]:
         """Sites whose inputs were zero in all batches, as far as they were measured."""
-        return tuple(name for name, second in self._moments.items() if not bool(second.any()))
+        return tuple(
+            name for name, second in (self._moments or {}).items() if not bool(second.any())
+        )
 
     def rest(self, plan: Plan) -> tuple[Rest, ...]:
         """The tensors that a file holds uncompressed under a plan."""
@@ -246,7 +248,7 @@ class Workpiece:
 
     def moments(self) -> Mapping[str, Tensor]:
         """Second moments of the inputs of every site, measured once."""
-        if not self._moments:
+        if self._moments is None:
             self._moments = second_moments(
                 self.model, self.survey, self.task, self.seed, self.jobs.progress
             )

@@ -270,3 +270,21 @@ def test_batches_that_memory_has_no_room_for_wait_in_a_folder():
 def test_a_list_of_batches_lies_where_it_is():
     batches = [rand(3, 5), rand(3, 5)]
     assert all(a is b for a, b in zip(Task(batches, memory=1).read(), batches, strict=True))
+
+
+def test_batches_that_are_read_again_count_once_for_the_memory():
+    fails = [True]
+
+    class Data:
+        def __iter__(self):
+            yield torch.ones(500, 2)
+            if fails:
+                fails.clear()
+                raise ValueError("not yet")
+            yield torch.ones(500, 2)
+
+    task = Task(Data(), memory=9000)
+    with pytest.raises(ValueError, match="not yet"):
+        task.read()
+    assert len(task.read()) == 2
+    assert task.source._folder is None

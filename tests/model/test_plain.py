@@ -8,7 +8,9 @@ from torch import nn
 
 import rabbet
 from rabbet import Task
+from rabbet.model.plain import plain_layers
 from rabbet.model.prepare import prepared
+from rabbet.model.surgery import copied
 
 
 class Careful(nn.Linear):
@@ -142,3 +144,25 @@ def test_a_change_that_the_network_notices_is_not_made():
     assert type(plain.a) is Careful
     assert notes == ()
     assert [site.name for site in rabbet.survey(model, [rand(4, 20)])] == ["b", "a.weight"]
+
+
+class Padded(nn.Conv2d):
+    """Pads odd sizes."""
+
+    def forward(self, x):
+        odd = x.shape[-1] % 2
+        x = F.pad(x, (0, 1, 0, 1)) if odd else x
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+def test_a_layer_whose_forward_depends_on_the_size_is_told_by_all_sizes():
+    model = nn.Sequential(Padded(3, 8, 2, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    even, odd = rand(2, 3, 8, 8), rand(2, 3, 9, 9)
+    assert type(plain_layers(copied(model), Task([even, odd, even]))[0]) is Padded
+    assert type(plain_layers(copied(model), Task([even, even]))[0]) is nn.Conv2d
+
+
+def test_compiled_layers_inside_of_compiled_ones_are_taken_out():
+    inner = nn.Sequential(torch.compile(nn.Linear(4, 4)))
+    found = copied(nn.Sequential(torch.compile(inner)))
+    assert type(found[0][0]) is nn.Linear

@@ -5,15 +5,18 @@ import torch
 import torch.nn.functional as F
 from networks import rand, settled
 from torch import nn
+from torch.nn.utils import parametrize
 
 import rabbet
-from rabbet import CGMQ, Jobs, Task
+from rabbet import CGMQ, TTQAT, Jobs, Joint, Task, workpiece
 from rabbet.calibrate import moments
 from rabbet.choose.sensitivity import output_errors
 from rabbet.layers.stored import rows_of
 from rabbet.methods import QUALITY
 from rabbet.model.bags import bags_opened
 from rabbet.model.compressed import stored_weights
+from rabbet.train.distil import Distillation
+from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 
@@ -225,3 +228,123 @@ def test_a_bag_is_compressed_as_a_table_and_read_again(tmp_path):
 def test_a_bag_that_rewrites_its_table_stays_as_it_is():
     bag = nn.EmbeddingBag(20, 6, max_norm=1.0)
     assert bags_opened(bag) is bag
+
+
+def _quick(model, data, plan="", **settings):
+    method = Joint(rank=False, tuning=Tuning(steps=settings.get("steps", 0), batch=8))
+    if plan:
+        return rabbet.fit(model, plan, data, method, jobs=settings.get("jobs"))
+    return rabbet.compress(model, settings.get("budget", "bits <= 5"), data, method)
+
+
+class Sum(nn.Module):
+    """A linear beside a bare matrix, which may be a buffer."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.l = nn.Linear(64, 64)
+        value = torch.randn(64, 64)
+        self.register_buffer("w", value) if buffer else setattr(self, "w", nn.Parameter(value))
+
+    def forward(self, x):
+        return self.l(x) + F.linear(0.01 * x, self.w)
+
+
+def test_a_narrow_recurrent_layer_whose_rows_are_folded_is_rounded_for_itself():
+    model = settled(nn.LSTM(3, 200, batch_first=True))
+    task = Task([rand(4, 5, 3)], lambda m, x: m(x)[0])
+    assert _quick(model, task).plan["weight_ih_l0"].terms
+    assert set(Workpiece.of(model, task, Jobs()).moments()) == {"weight_hh_l0"}
+
+
+class OwnLSTM(nn.LSTM):
+    def __init__(self, n):
+        super().__init__(n, n, batch_first=True)
+
+
+def test_a_subclass_of_a_recurrent_layer_is_run_as_torchs():
+    model = settled(nn.Sequential(OwnLSTM(20)))
+    task = Task([rand(4, 5, 20)], lambda m, x: m(x)[0])
+    assert set(Workpiece.of(model, task, Jobs()).moments()) == {"0.weight_ih_l0", "0.weight_hh_l0"}
+    _quick(model, task)
+
+
+def test_a_buffer_counts_as_the_parameter_that_it_might_be():
+    harms, moments = [], []
+    for buffer in (False, True):
+        torch.manual_seed(0)
+        model = Sum(buffer).eval()
+        piece = Workpiece.of(model, Task([rand(16, 64)]), Jobs())
+        moments.append(piece.moments()["w"])
+        change = torch.full((1, 64, 64), 0.01)
+        harms.append(output_errors(piece, {"w": change})["w"])
+    assert torch.equal(*moments)
+    assert torch.allclose(*harms)
+
+
+def test_another_plan_of_stored_weights_is_other_work(tmp_path):
+    torch.manual_seed(0)
+    model, data = settled(Sum(False)), [rand(16, 64, seed=k) for k in range(3)]
+    plans = [f"l dense@3c | act@8\nw dense@{bits}c" for bits in (2, 8)]
+    kept = [
+        _quick(model, data, plan, steps=4, jobs=Jobs(folder=tmp_path)).model.state_dict()
+        for plan in plans
+    ]
+    fresh = _quick(model, data, plans[1], steps=4).model.state_dict()
+    assert all(torch.equal(fresh[name], value) for name, value in kept[1].items())
+
+
+def test_a_stored_weight_of_a_half_network_keeps_its_codes_while_others_are_taught(tmp_path):
+    torch.manual_seed(0)
+    model, data = settled(Sum(False)).bfloat16(), [rand(16, 64, seed=k) for k in range(3)]
+    method = TTQAT(epochs=0, finish=1, distil=Distillation(blocks=("l",)))
+    result = rabbet.fit(model, "l dense@4c | act@8\nw dense@4c", data, method)
+    result.save(tmp_path / "a.safetensors")
+    again = rabbet.load(tmp_path / "a.safetensors", model)
+    with torch.no_grad():
+        assert torch.equal(again(data[0]), result.model(data[0]))
+
+
+def test_moments_that_no_layer_has_are_not_measured_again(monkeypatch):
+    model = settled(nn.Sequential(nn.Embedding(40, 16), nn.Flatten()))
+    piece = Workpiece.of(model, Task([torch.randint(40, (4, 3))]), Jobs())
+    assert not piece.moments()
+    monkeypatch.setattr(workpiece, "second_moments", None)
+    assert not piece.moments()
+
+
+def test_layers_that_share_a_stored_weight_read_one_in_the_file_of_a_runtime(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(96, 96), nn.Linear(96, 96)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    torch.manual_seed(0)
+    result = _quick(settled(Tied()), [rand(8, 96)])
+    assert result.export(tmp_path / "a.onnx").bytes < 2 * result.cost.bytes + 2000
+
+
+def test_a_parametrisation_that_draws_leaves_the_random_numbers_alone():
+    class Noisy(nn.Module):
+        def forward(self, w):
+            return w + 0.1 * torch.rand_like(w)
+
+    layer = nn.Linear(20, 20)
+    parametrize.register_parametrization(layer, "weight", Noisy())
+    model = nn.Sequential(layer, nn.Linear(20, 4)).eval()
+    before = torch.random.get_rng_state()
+    rabbet.survey(model, [rand(4, 20)])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_padding_of_a_bag_counts_for_nothing_whatever_it_holds():
+    bag = nn.EmbeddingBag(20, 6, mode="sum", padding_idx=0)
+    with torch.no_grad():
+        bag.weight[0] = torch.inf
+    items, starts = torch.tensor([3, 0, 5, 7, 0, 9, 2, 4, 1, 6]), torch.tensor([0, 4])
+    with torch.no_grad():
+        assert torch.allclose(bags_opened(bag)(items, starts), bag(items, starts))

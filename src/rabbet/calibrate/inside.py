@@ -17,6 +17,7 @@ from rabbet.layers import Site
 from rabbet.layers.stored import tensor_of
 from rabbet.model.hooks import Hook
 
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 See = Callable[[str, Tensor], None]
 """Is told of a stored weight, by its name, what it is multiplied with: [..., columns]."""
 
@@ -26,25 +27,41 @@ class Products(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], see: See) -> None:
         super().__init__()
-        tensors = ((s.name, tensor_of(model, s.name)) for s in sites if not s.runs)
-        self.names = {id(t): name for name, t in tensors if t.ndim == 2}
-        self.see = see
+        self.model, self.see = model, see
+        self.names: dict[torch.Size, list[str]] = {}
+        for name, shape in _met_whole(model, sites).items():
+            self.names.setdefault(shape, []).append(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
-        if func is F.linear and id(given["weight"]) in self.names:
-            self.see(self.names[id(given["weight"])], given["input"])
+        if func is F.linear:
+            given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+            for name in self.names.get(given["weight"].shape, ()):
+                # a pass computes with copies of buffers
+                if tensor_of(self.model, name) is given["weight"]:
+                    self.see(name, given["input"])
         return func(*args, **(kwargs or {}))
+
+
+def _met_whole(model: nn.Module, sites: Sequence[Site]) -> dict[str, torch.Size]:
+    """The shapes of stored matrices whose rows are those of the site: none folded or cut."""
+    shapes = ((s, tensor_of(model, s.name).shape) for s in sites if not s.runs)
+    return {s.name: shape for s, shape in shapes if len(shape) == 2 and shape[1] == s.columns}
 
 
 def recurrent(model: nn.Module, sites: Sequence[Site], see: See) -> Iterator[Hook]:
     """Hooks that tell what the stored weights of recurrent layers are multiplied with."""
-    wanted = {s.name for s in sites if not s.runs}
+    wanted = _met_whole(model, sites).keys()
     for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase) and any(
-            f"{name}.{leaf}".lstrip(".") in wanted for leaf, _ in module.named_parameters()
-        ):
-            yield module, _hook(name, see)
+        names = {f"{name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)}
+        if _base(module) is not None and names & wanted:
+            yield module, _hook(name, lambda n, x: see(n, x) if n in wanted else None)
+
+
+def _base(module: nn.Module) -> type[nn.Module] | None:
+    """Torch's own class of a recurrent layer that runs torch's own forward."""
+    base = next((kind for kind in RECURRENT if isinstance(module, kind)), None)
+    own = base is not None and type(module).forward is base.forward
+    return base if own and "forward" not in vars(module) else None
 
 
 def _hook(name: str, see: See) -> Callable[..., None]:
@@ -81,7 +98,7 @@ def _of_layers(module: nn.RNNBase, given: Mapping[str, Any]) -> Iterator[tuple[s
 
 def _layer(module: nn.RNNBase, k: int, endings: Sequence[str], x: Any) -> nn.RNNBase:
     """One layer of several, with the same parameters."""
-    kind = cast(Any, type(module))
+    kind = cast(Any, _base(module))
     more = {"proj_size": module.proj_size} if module.proj_size else {}
     if isinstance(module, nn.RNN):
         more["nonlinearity"] = module.nonlinearity

@@ -125,9 +125,11 @@ def _slopes(
     The gradient is that by every stored weight, then that by every output of every other site in
     turn, None where none reaches.
     """
-    weights = [_tensor(piece, site) for site in sites if not site.runs]
-    with _asked(weights):
+    stored = [site for site in sites if not site.runs]
+    own = [tensor_of(piece.model, site.name) for site in stored]
+    with _asked(own), _lent(piece.model, stored) as lent:
         calls, result = _recorded(piece, [site for site in sites if site.runs], batch)
+    weights = lent or own
     answers = outputs(result)
     if not all(torch.isfinite(t).all() for t in answers):
         raise DataError("the network's outputs hold NaN or infinite values on the given batches")
@@ -136,16 +138,27 @@ def _slopes(
     inner = [out for out in flat if out.requires_grad]
     if not (inner or weights) or not objective.requires_grad:
         return calls, [None] * (len(weights) + len(flat))
-    with _asked(weights):
+    with _asked(own):
         slopes = torch.autograd.grad(objective, [*weights, *inner], allow_unused=True)
     behind = iter(slopes[len(weights) :])
     of_outputs = [next(behind) if out.requires_grad else None for out in flat]
     return calls, [*slopes[: len(weights)], *of_outputs]
 
 
-def _tensor(piece: Workpiece, site: Site) -> Tensor:
-    """The network's own tensor that a stored weight is."""
-    return tensor_of(piece.model, site.name)
+@contextlib.contextmanager
+def _lent(model: nn.Module, stored: Sequence[Site]) -> Iterator[list[Tensor]]:
+    """The tensors that a pass within this computes with: of buffers it is lent copies.
+
+    None if no module is called in the pass.
+    """
+    lent: list[Tensor] = []
+
+    def seen(*_: object) -> None:
+        if not lent:
+            lent.extend(tensor_of(model, site.name) for site in stored)
+
+    with hooked(before=[(module, seen) for module in model.modules()] if stored else ()):
+        yield lent
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ class Source:
         self, batches: Iterable[Batch], ready: Callable[[Batch], Batch], memory: int = MEMORY
     ) -> None:
         self.batches, self.ready, self.memory = batches, ready, memory
+        self._size = 0  # bytes of the batches read so far
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._read: list[Batch] = []
         self._rest: Iterator[Batch] | None = None
@@ -62,9 +63,10 @@ class Source:
             self._require_own(batch, count)
         except BaseException:  # batches read before an error do not count
             self._read, self._rest, self._held, self._last = [], None, [], []
+            self._size, self._folder = 0, None
             raise
-        self.memory -= sum(t.nbytes for t in tensors(batch))
-        in_memory = self.memory >= 0 or isinstance(self.batches, Sequence)
+        self._size += sum(t.nbytes for t in tensors(batch))
+        in_memory = self._size <= self.memory or isinstance(self.batches, Sequence)
         self._read.append(batch if in_memory else replaced(batch, self._mapped))
         return True
 

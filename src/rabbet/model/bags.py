@@ -55,24 +55,24 @@ class Bag(nn.Module):
         is [bags, columns].
         """
         rows = self.words(input)
-        kept = torch.ones_like(input) if self.padding_idx is None else input != self.padding_idx
-        kept = kept.to(rows.dtype).unsqueeze(-1)
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        kept = (input != padding).unsqueeze(-1)
         if per_sample_weights is not None:
             rows = rows * per_sample_weights.unsqueeze(-1)
         if input.ndim == 2:
-            total, count = (rows * kept).sum(1), kept.sum(1)
+            total, count = rows.where(kept, 0.0).sum(1), kept.to(rows.dtype).sum(1)
             return self._pooled(total, count, lambda: self._least(rows, kept).amax(1))
         if offsets is None:
             raise ValueError("offsets have to be given with indices of one axis")
-        starts = offsets[:-1] if self.include_last_offset else offsets
+        starts = offsets[:-1] if self.include_last_offset else offsets  # the last is the end
         # where bags begin, counted up, is the bag of each entry, from 1
         begun = rows.new_zeros(len(input) + 1, dtype=torch.int64)
         begun = begun.scatter_add(0, starts.long(), torch.ones_like(starts, dtype=torch.int64))
         bag = (begun.cumsum(0)[:-1] - 1).unsqueeze(-1)
         empty = rows.new_zeros(len(starts), rows.shape[-1])
         places = bag.expand_as(rows)
-        total = empty.scatter_add(0, places, rows * kept)
-        count = empty[:, :1].scatter_add(0, bag, kept)
+        total = empty.scatter_add(0, places, rows.where(kept, 0.0))
+        count = empty[:, :1].scatter_add(0, bag, kept.to(rows.dtype))
         return self._pooled(
             total,
             count,
@@ -82,7 +82,7 @@ class Bag(nn.Module):
     @staticmethod
     def _least(rows: Tensor, kept: Tensor) -> Tensor:
         """Rows that are not kept below all others."""
-        return rows.masked_fill(kept == 0, -torch.inf)
+        return rows.where(kept, -torch.inf)
 
     def _pooled(self, total: Tensor, count: Tensor, largest: Callable[[], Tensor]) -> Tensor:
         if self.mode == "mean":

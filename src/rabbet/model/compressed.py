@@ -271,6 +271,15 @@ def stored_weights(model: nn.Module) -> dict[str, Compressed]:
     return dict(kept.layers) if isinstance(kept, StoredWeights) else {}
 
 
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """The numbers of all stored weights, for the key of work that depends on them."""
+    return {
+        f"{name}/{part}": tensor
+        for name, layer in stored_weights(model).items()
+        for part, tensor in layer.state_dict().items()
+    }
+
+
 def all_layers(model: nn.Module) -> dict[str, Compressed]:
     """Every compressed layer, those that run and those that are stored."""
     return compressed_layers(model) | stored_weights(model)

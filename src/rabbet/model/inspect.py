@@ -159,7 +159,7 @@ def _assemble(
         own = heads.get(module, [])
         sharing = [
             names[m][0] or "the network itself"
-            for m in owners.get(id(module.weight), [])
+            for m in owners.get(id(module._parameters.get("weight")), [])  # noqa: SLF001
             if m is not module and m not in own
         ]
         reason = f"its weight is shared with {', '.join(sharing)}" if sharing else _why_not(module)

@@ -7,17 +7,18 @@ layer, on a copy.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from rabbet.core.survey import Survey
-from rabbet.data.batches import relative_error
+from rabbet.data.batches import Batch, relative_error, tensors
 from rabbet.data.task import Task, evaluating
 from rabbet.layers import kind_of
 from rabbet.model.hooks import hooked
@@ -33,6 +34,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 STATISTICS = ("running_mean", "running_var", "weight", "bias")
+SHAPES = 8  # of batches on which modules are watched
 SAME = 1e-6  # relative error by which the same sums differ in another order
 
 
@@ -72,6 +74,8 @@ def base_of(module: nn.Module) -> type[nn.Module] | None:
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module holds what a BatchNorm holds, and may compute it in a way of its own."""
+    if is_parametrized(module):  # what it holds is made anew each time
+        return False
     if isinstance(module, _BatchNorm):
         return type(module).forward is not _BatchNorm.forward
     held = [getattr(module, name, None) for name in STATISTICS]
@@ -85,23 +89,31 @@ def _is_norm(module: nn.Module) -> bool:
 def plain_layers(model: nn.Module, task: Task) -> nn.Module:
     """Make torch's layers of modules that compute the same, in place.
 
-    The first batch tells, and the last one that the weights are constants.
+    The first batches of different shapes tell, and the last one that the weights are constants.
     """
     watched = [m for m in model.modules() if base_of(m) is not None or _is_norm(m)]
     if not watched:
         return model
-    batches = task.read()
+    seen = {module: _Seen() for module in watched}
     with evaluating(model), torch.no_grad():
-        seen = _watch(model, watched, task, batches[0])
-        again = _watch(model, watched, task, batches[-1])
+        for batch in _unlike(task.read()):
+            _watch(model, seen, task, batch)
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if module not in seen or not seen[module].given:
                 continue
             if base_of(module) is not None:
-                _become_plain(module, seen[module], again[module])
+                _become_plain(module, seen[module])
             elif (norm := _norm_of(module, seen[module])) is not None:
                 model = replace_module(model, name, norm)
     return model
+
+
+def _unlike(batches: Sequence[Batch]) -> list[Batch]:
+    """The first batches of a few different shapes, and the last one."""
+    first: dict[tuple[torch.Size, ...], Batch] = {}
+    for batch in batches:
+        first.setdefault(tuple(t.shape for t in tensors(batch)), batch)
+    return [*list(first.values())[:SHAPES], batches[-1]]
 
 
 def plain_by_names(model: nn.Module, survey: Survey, rest: Collection[str]) -> nn.Module:
@@ -149,10 +161,7 @@ class _Products(TorchFunctionMode):
 PRODUCTS = {"linear", *(f"conv{t}{k}d" for t in ("", "_transpose") for k in (1, 2, 3))}
 
 
-def _watch(
-    model: nn.Module, modules: Sequence[nn.Module], task: Task, batch: Any
-) -> dict[nn.Module, _Seen]:
-    seen = {module: _Seen() for module in modules}
+def _watch(model: nn.Module, seen: Mapping[nn.Module, _Seen], task: Task, batch: Batch) -> None:
     products = _Products()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,19 +178,15 @@ def _watch(
         else:
             seen[module].strange = True
 
-    hooks = [(module, after) for module in modules]
-    with hooked(after=hooks, before=[(module, before) for module in modules]), products:
+    hooks = [(module, after) for module in seen]
+    with hooked(after=hooks, before=[(module, before) for module in seen]), products:
         task.run(model, batch)
-    return seen
 
 
-def _become_plain(module: nn.Module, seen: _Seen, again: _Seen) -> None:
+def _become_plain(module: nn.Module, seen: _Seen) -> None:
     """Make a layer of torch's of a module, in place, if that answers the same."""
-    base = base_of(module)
-    weights = [*seen.weights, *again.weights]
-    if base is None or seen.strange or again.strange or not weights:
-        return
-    if len(seen.weights) != len(seen.given):
+    base, weights = base_of(module), seen.weights
+    if base is None or seen.strange or len(weights) != len(seen.given):
         return
     weight, bias = weights[0]
     own = _weight_of(module)

@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from rabbet.core.survey import Survey
+from rabbet.data.state import clean_pass
 from rabbet.data.task import Task
 from rabbet.model.attention import opened
 from rabbet.model.bags import bags_opened
@@ -142,5 +143,6 @@ def _apply_once(module: nn.Module) -> None:
 @torch.no_grad()
 def _constant(module: nn.Module) -> bool:
     """Whether all parametrised tensors of a module have the same values each time."""
-    pairs = [(getattr(module, leaf), getattr(module, leaf)) for leaf in _leaves(module)]
+    with clean_pass(module, torch.zeros(1)):  # it may draw random numbers, or count its calls
+        pairs = [(getattr(module, leaf), getattr(module, leaf)) for leaf in _leaves(module)]
     return all(isinstance(one, Tensor) and torch.equal(one, other) for one, other in pairs)

@@ -55,10 +55,12 @@ def _bare(model: nn.Module) -> nn.Module:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Put what a wrapper inside a copy holds in its place."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if _bare(module) is not module:
-            model = replace_module(model, name, _bare(module))
-    return model
+    while True:
+        named = model.named_modules(remove_duplicate=False)
+        found = next(((name, m) for name, m in named if _bare(m) is not m), None)
+        if found is None:
+            return model
+        model = replace_module(model, found[0], _bare(found[1]))
 
 
 class _Detached(TorchFunctionMode):

@@ -12,7 +12,7 @@ from rabbet.data.answers import UnlikeError
 from rabbet.data.augment import Pool, judging_parts
 from rabbet.errors import RabbetError, check_fields, check_least
 from rabbet.grids.grid import stored
-from rabbet.model.compressed import Compressed, compressed_layers, layers_kept
+from rabbet.model.compressed import Compressed, compressed_layers, layers_kept, stored_state
 from rabbet.train.loop import Course, Group, run, shard
 from rabbet.train.losses import block_names, distillation_loss
 from rabbet.workpiece import UNABLE, Workpiece
@@ -122,7 +122,8 @@ class _Loop(Course):
         """
         parameters = [p for group in self.groups for p in group["params"]]
         state = {str(k): p.detach() for k, p in enumerate(parameters)}
-        key = piece.key("tune", state, {"settings": self.settings})
+        inputs = state | stored_state(self.student)  # it computes with them
+        key = piece.key("tune", inputs, {"settings": self.settings})
         chains = [
             layer
             for layer in self.layers.values()

@@ -31,6 +31,7 @@ from rabbet.export.signature import (
     output_names,
     quiet,
 )
+from rabbet.layers.stored import tensor_of
 from rabbet.model.compressed import ActQuant, Factor, all_layers, stored_weights
 from rabbet.model.surgery import on_cpu
 
@@ -103,14 +104,17 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
     own: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
     try:
         for name, layer in layers.items():
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            shape = getattr(module, leaf).shape
-            held = (module._parameters, module._buffers)  # noqa: SLF001 (no public way to them)
-            own.setdefault(module, (dict(held[0]), dict(held[1])))
-            for each in held:
-                each.pop(leaf, None)
-            setattr(module, leaf, layer.canonical.reshape(shape))
+            tensor = tensor_of(model, name)
+            value = layer.canonical.reshape(tensor.shape)
+            for module in model.modules():  # layers that share a weight each hold it
+                held = (module._parameters, module._buffers)  # noqa: SLF001 (no public way)
+                leaves = [leaf for each in held for leaf, t in each.items() if t is tensor]
+                if leaves:
+                    own.setdefault(module, (dict(held[0]), dict(held[1])))
+                for leaf in leaves:
+                    for each in held:
+                        each.pop(leaf, None)
+                    setattr(module, leaf, value)
         yield
     finally:
         for module, (parameters, buffers) in own.items():

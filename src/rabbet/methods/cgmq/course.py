@@ -26,7 +26,7 @@ from rabbet.methods.cgmq.layer import gated_layers, widest
 from rabbet.methods.cgmq.probe import measure_sensitivity
 from rabbet.methods.cgmq.settings import Settings
 from rabbet.model.build import build
-from rabbet.model.compressed import compressed_layers
+from rabbet.model.compressed import compressed_layers, stored_state
 from rabbet.reconstruct.network import solve_lines
 from rabbet.train.best import Best
 from rabbet.train.loop import Course, average, run, shard
@@ -187,7 +187,8 @@ class FixedWidths(Course):
         before = self.remember()
         if self.steps:
             widths = [(x.weight.two, x.weight.bits, x.act) for x in self.layers.values()]
-            key = piece.key("cgmq train", self.weights(), {"method": self.method, "widths": widths})
+            inputs = self.weights() | stored_state(self.student)
+            key = piece.key("cgmq train", inputs, {"method": self.method, "widths": widths})
             run(self, piece.jobs, key, "training", self.epoch)
         self.load_weights(self.best.kept)
         return before, self.best.score

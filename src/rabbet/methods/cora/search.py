@@ -20,7 +20,7 @@ from rabbet.data.augment import Pool
 from rabbet.data.batches import outputs
 from rabbet.errors import DataError, check_fields, check_least
 from rabbet.layers import Site
-from rabbet.model.compressed import Compressed, compressed_layers
+from rabbet.model.compressed import Compressed, compressed_layers, stored_state
 from rabbet.model.hooks import Hook, hooked
 from rabbet.train.loop import ADAM, Course, run
 from rabbet.train.qat import SoftAdapter, replace_factors
@@ -143,7 +143,8 @@ def search_ranks(
         for n, r in residuals.items()
         for part in ("left", "right", "prices")
     }
-    key = piece.key("search", inputs | {"room": room}, {"settings": settings})
+    inputs |= {"room": room} | stored_state(student)
+    key = piece.key("search", inputs, {"settings": settings})
     history = piece.jobs.kept(key)
     if history is None:
         course = _RankSearch(student, piece, residuals, steering, settings)

@@ -261,6 +261,7 @@ class Teaching(Course):
     def _round(self) -> None:
         """Round scales, and all parameters outside the layers, to the types of the file."""
         inside = {id(p) for layer in self.layers.values() for p in layer.parameters()}
+        inside |= {id(tensor_of(self.student, name)) for name in stored_weights(self.student)}
         with torch.no_grad():
             for name, p in self.student.named_parameters():
                 if id(p) not in inside:
