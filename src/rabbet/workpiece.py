@@ -27,12 +27,13 @@ from rabbet.jobs import ONCE, Jobs
 from rabbet.layers import Site
 from rabbet.model.bn_fold import norm_gain
 from rabbet.model.check import check, check_magnitudes
+from rabbet.model.elsewhere import held_elsewhere
 from rabbet.model.independence import doubts, with_axes
-from rabbet.model.inspect import survey_of
+from rabbet.model.inspect import Beside, survey_of
 from rabbet.model.prepare import prepared
 from rabbet.model.proof import proven
 from rabbet.model.surgery import copied
-from rabbet.model.tensors import own_tensors, stored_tensors
+from rabbet.model.tensors import float_bytes, own_tensors, stored_tensors
 
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at
@@ -159,7 +160,10 @@ class Workpiece:
         task = with_axes(copied(model), task)
         model, notes = prepared(model, task)
         told = _told({**calls, "batches": task.read(), "network": original}, jobs)
-        survey = survey_of(model, task.read()[0], task)
+        beside = Beside(original, held_elsewhere(model, task))
+        survey = survey_of(model, task.read()[0], task, beside)
+        # what is made of a weight that layers share may take more than the network itself
+        survey = replace(survey, float_bytes=min(survey.float_bytes, float_bytes(original)))
         folded, survey = proven(model, survey, task)
         check_magnitudes(folded, survey)
         survey = replace(survey, notes=(*survey.notes, *notes))

@@ -3,6 +3,7 @@
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import rand
@@ -288,3 +289,14 @@ def test_batches_that_are_read_again_count_once_for_the_memory():
         task.read()
     assert len(task.read()) == 2
     assert task.source._folder is None
+
+
+def test_a_numpy_array_that_is_filled_again_is_noticed():
+    def data():
+        held = np.zeros((4, 3), np.float32)
+        for k in range(3):
+            held[:] = k + 1
+            yield torch.from_numpy(held)
+
+    with pytest.raises(DataError, match="writes into the same tensors again"):
+        Task(data()).read()

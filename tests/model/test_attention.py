@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import rabbet
+from rabbet.errors import ModelError
 
 MASKS = {
     "none": {},
@@ -182,7 +183,6 @@ class Own(nn.MultiheadAttention):
         nn.MultiheadAttention(8, 2, add_zero_attn=True),
         parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
         _hooked(nn.MultiheadAttention(8, 2)),
-        _patched(nn.MultiheadAttention(8, 2)),
         _more(nn.MultiheadAttention(8, 2)),
         Own(8, 2),
     ],
@@ -196,6 +196,14 @@ def test_what_is_more_than_four_linears_stays(model):
     assert isinstance(rabbet.open_attention(whole)["attention"], nn.MultiheadAttention)
     left = {x.name: x.reason for x in rabbet.survey(whole, [rand(4, 3, 8)]).left}
     assert "open_attention" not in str(left)
+
+
+def test_a_forward_that_keeps_the_object_it_was_made_for_is_refused():
+    model = _patched(nn.MultiheadAttention(8, 2))
+    assert isinstance(rabbet.open_attention(model), nn.MultiheadAttention)
+    task = rabbet.Task([rand(4, 3, 8)], lambda m, x: m(x, x, x)[0])
+    with pytest.raises(ModelError, match="of the network itself, by a function"):
+        rabbet.survey(model, task)
 
 
 def test_closed_attention_is_opened_without_being_asked():

@@ -11,6 +11,7 @@ import rabbet
 from rabbet import CGMQ, TTQAT, Jobs, Joint, Task, workpiece
 from rabbet.calibrate import moments
 from rabbet.choose.sensitivity import output_errors
+from rabbet.errors import ModelError
 from rabbet.layers.stored import rows_of
 from rabbet.methods import QUALITY
 from rabbet.model.bags import bags_opened
@@ -348,3 +349,89 @@ def test_padding_of_a_bag_counts_for_nothing_whatever_it_holds():
     items, starts = torch.tensor([3, 0, 5, 7, 0, 9, 2, 4, 1, 6]), torch.tensor([0, 4])
     with torch.no_grad():
         assert torch.allclose(bags_opened(bag)(items, starts), bag(items, starts))
+
+
+class Kept(nn.Module):
+    """A layer and a matrix, read from where `way` says."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.p = nn.Parameter(torch.randn(32, 32) / 6)
+        self.way, self.held = way, {"layer": [self.a], "weight": (self.a.weight, 1)}.get(way)
+        if way == "matrix":
+            self.held = {"p": self.p}
+        if way == "buffer":
+            self.register_buffer("w", self.a.weight, persistent=False)
+
+    def forward(self, x):
+        x = x @ self.p
+        match self.way:
+            case "layer":
+                x = self.held[0](x)
+            case "weight":
+                x = F.linear(self.a(x), self.held[0])
+            case "matrix":
+                x = self.a(x) @ self.held["p"]
+            case "buffer":
+                x = F.linear(self.a(x), self.w)
+            case _:
+                x = self.a(x)
+        return self.b(x.relu())
+
+
+@pytest.mark.parametrize(
+    ("way", "name"), [("layer", "a"), ("weight", "a"), ("buffer", "a"), ("matrix", ""), ("", None)]
+)
+def test_what_is_read_from_elsewhere_is_left_alone_and_said(way, name, tmp_path):
+    torch.manual_seed(0)
+    model, x = Kept(way).eval(), rand(8, 32)
+    survey = rabbet.survey(model, [x])
+    assert {s.name for s in survey} == {"a", "b", "p"} - {"p" if name == "" else name}
+    assert name is None or "from a list" in {z.name: z.reason for z in survey.left}[name]
+    _quick(model, [x]).save(tmp_path / "a.safetensors")
+
+
+def test_a_closure_over_the_network_itself_is_refused():
+    model = nn.LSTM(32, 16)
+    model.forward = lambda x: nn.LSTM.forward(model, x)[0]
+    with pytest.raises(ModelError, match="a copy of the network computes with bias_hh_l0"):
+        _quick(model.eval(), [rand(3, 5, 32)])
+
+
+def test_a_forward_that_writes_to_a_parameter_is_refused():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.n = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+        def forward(self, x):
+            self.n += 1
+            return self.a(x) + self.n
+
+    model = Counting().eval()
+    with pytest.raises(ModelError, match="writes to the parameter 'n'"):
+        _quick(model, [rand(4, 8)])
+    assert float(model.n) == 0
+
+
+def test_layers_that_are_opened_do_not_make_the_float_network_larger():
+    a, b = nn.MultiheadAttention(32, 4), nn.MultiheadAttention(32, 4)
+    b.in_proj_weight, b.out_proj.weight = a.in_proj_weight, a.out_proj.weight
+    task = Task([rand(5, 2, 32)], lambda m, x: m[1](*[m[0](x, x, x)[0]] * 3)[0])
+    model = nn.ModuleList([a, b]).eval()
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert rabbet.survey(model, task).float_bytes == whole
+
+
+def test_a_parametrised_buffer_stays_a_buffer():
+    class Flipped(nn.Module):
+        def forward(self, w):
+            return w.flip(0)
+
+    model = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 4))
+    model[0].register_buffer("order", torch.arange(20))
+    parametrize.register_parametrization(model[0], "order", Flipped())
+    task = Task([rand(4, 8)], lambda m, x: m[1](m[0](x)[:, m[0].order]))
+    assert {s.name for s in rabbet.survey(model.eval(), task)} == {"0", "1"}

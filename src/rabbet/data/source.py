@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rabbet.data.batches import Batch, describe, replaced, tensors
+from rabbet.data.state import seed_of
 from rabbet.errors import DataError, theirs
 from rabbet.files import scratch
 
@@ -82,13 +83,19 @@ class Source:
 
     def _require_own(self, batch: Batch, count: int) -> None:
         """Raise DataError where the iterable fills the tensors of the last batch anew."""
-        now = [t for t in tensors(batch) if not t.is_inference()]
-        if self._last != [t._version for t in self._held]:  # noqa: SLF001 (no public way)
+        now = [*tensors(batch)]
+        if self._held and self._last != _signs(self._held):
             raise DataError(
                 f"while batch {count} of the data was read, that before it changed: the iterable "
                 "writes into the same tensors again; yield copies (tensor.clone())"
             )
-        self._held, self._last = now, [t._version for t in now]  # noqa: SLF001
+        self._held, self._last = now, _signs(now)
+
+
+def _signs(held: Sequence[Tensor]) -> list[int]:
+    """What tells that tensors were written to, by torch or by whatever shares their memory."""
+    versions = [0 if t.is_inference() else t._version for t in held]  # noqa: SLF001
+    return [*versions, seed_of(held)]
 
 
 def _check(batch: Batch, number: int) -> None:

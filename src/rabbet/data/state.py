@@ -39,6 +39,8 @@ class Pass:
     """Whether it drew random numbers from one of the generators that all code shares."""
     wrote = False
     """Whether it wrote to buffers or attributes of the network."""
+    rewrote: tuple[str, ...] = ()
+    """The parameters that it wrote to or put others in the place of."""
 
 
 @contextlib.contextmanager
@@ -46,7 +48,23 @@ def clean_pass(model: nn.Module, batch: Batch) -> Iterator[Pass]:
     """Run a network once on a batch within this; afterwards all is as it was before."""
     seen = Pass()
     with state_kept(model, seen), _seeded(model, batch, seen):
+        before = _parameters(model)
         yield seen
+        now = _parameters(model)
+        seen.rewrote = tuple(name for name in before if now.get(name) != before[name])
+
+
+def _parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which object each parameter is, and how often it was written to.
+
+    Not of tables of bounded norm, of which a pass is lent a copy.
+    """
+    bounded = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+    return {
+        name: (id(p), 0 if p.is_inference() else p._version)  # noqa: SLF001 (no public way)
+        for name, p in model.named_parameters()
+        if id(p) not in bounded
+    }
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from rabbet.data.batches import (
 from rabbet.data.examples import Axes
 from rabbet.data.source import MEMORY, Source
 from rabbet.data.state import Pass, clean_pass, state_kept
-from rabbet.errors import DataError, theirs
+from rabbet.errors import DataError, ModelError, theirs
 
 Forward = Callable[[nn.Module, Batch], Any]
 
@@ -174,6 +174,11 @@ class Task:
         given = suited(batch, model)
         with clean_pass(model, batch) as seen, theirs(place):
             result = self.forward(model, given)
+        if seen.rewrote:
+            raise ModelError(
+                f"the forward writes to the parameter {seen.rewrote[0]!r}, so the network answers "
+                "otherwise after each pass; keep what changes in a buffer (register_buffer)"
+            )
         return result, seen
 
     def judge(self, model: nn.Module, result: Any, batch: Batch) -> Tensor:

@@ -5,8 +5,8 @@ function mode sees who uses the output of a layer, which tells whether the Batch
 be folded into it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
@@ -22,7 +22,13 @@ from rabbet.errors import DataError, ModelError
 from rabbet.layers import LayerKind, Site, kind_of, looks_up, shares_table
 from rabbet.model.check import check
 from rabbet.model.surgery import copied
-from rabbet.model.tensors import float_bytes, left_of, stored_sites
+from rabbet.model.tensors import (
+    ELSEWHERE,
+    float_bytes,
+    left_of,
+    stored_sites,
+    stored_tensors,
+)
 from rabbet.model.watch import Watch
 
 
@@ -37,16 +43,42 @@ def inspect_network(model: nn.Module, batch: Batch, task: Task | None = None) ->
     return survey_of(copied(model, {id(p): p for p in model.parameters()}), batch, task)
 
 
-def survey_of(model: nn.Module, batch: Batch, task: Task | None = None) -> Survey:
-    """The same for a copy that was checked: run once, and afterwards as it was before."""
-    watch = Watch(model)
+@dataclass(frozen=True)
+class Beside:
+    """What is known of a copy of a network before it is surveyed.
+
+    original: what it is a copy of. elsewhere: names of parameters that are read from places where
+    nothing can be put (`rabbet.model.elsewhere`).
+    """
+
+    original: nn.Module | None = None
+    elsewhere: Set[str] = frozenset()
+
+
+def survey_of(
+    model: nn.Module, batch: Batch, task: Task | None = None, beside: Beside = Beside()
+) -> Survey:
+    """The same for a copy that was checked: run once, and afterwards as it was before.
+
+    Raises ModelError for a copy that computes with tensors of the original.
+    """
+    theirs = {} if beside.original is None else stored_tensors(beside.original)
+    watch = Watch(model, {id(t): name for name, t in theirs.items()})
     try:
         with evaluating(model), torch.no_grad(), watch:
             result, seen = (task or Task(())).watched(model, batch)
     finally:
         watch.remove()
+    if watch.strange:
+        raise ModelError(
+            f"a copy of the network computes with {', '.join(sorted(watch.strange)[:3])} of the "
+            "network itself, by a function that is set on it or that it keeps: nothing in a copy "
+            "takes the place of that. Make it a method, or a function that takes its layers and "
+            "weights from the object that it is given"
+        )
     axes = (task or Task([batch])).examples
-    survey = _assemble(model, watch, batch, axes.count(batch), {id(t) for t in tensors(result)})
+    returned = {id(t) for t in tensors(result)}
+    survey = _assemble(model, watch, batch, (axes.count(batch), returned, beside.elsewhere))
     example = tuple(shape for _, shape in axes.shapes(batch))
     return replace(survey, notes=tuple(_remarks(model, seen)), example=example)
 
@@ -124,8 +156,10 @@ def _why_idle(module: nn.Module, watch: Watch) -> str:
 
 
 def _assemble(
-    model: nn.Module, watch: Watch, batch: Batch, count: int, returned: set[int]
+    model: nn.Module, watch: Watch, batch: Batch, rest: tuple[int, set[int], Set[str]]
 ) -> Survey:
+    """rest: examples of the batch, ids of outputs, names of what is held elsewhere."""
+    count, returned, elsewhere = rest
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -162,7 +196,7 @@ def _assemble(
             for m in owners.get(id(module._parameters.get("weight")), [])  # noqa: SLF001
             if m is not module and m not in own
         ]
-        reason = f"its weight is shared with {', '.join(sharing)}" if sharing else _why_not(module)
+        reason = _why_no_site(module, sharing, f"{name}.weight".lstrip(".") in elsewhere)
         if reason is not None:
             theirs = dict.fromkeys(sharing, f"its weight is shared with {name}")
             reasons = theirs | reasons | {name: reason}
@@ -172,13 +206,20 @@ def _assemble(
         # A norm under a second name would stay behind there.
         norm = None if norm is not None and len(names[norm]) > 1 else norm
         sites.append(_site(module, kind, names, watch, (norm, own, count)))
-    sites += stored_sites(model, sites, watch.computed_with)
+    sites += stored_sites(model, sites, watch.computed_with, elsewhere)
+    reasons |= {name.rpartition(".")[0]: ELSEWHERE for name in elsewhere}
     if not sites:
         detail = "; ".join(f"{n}: {r}" for n, r in reasons.items())
         detail = detail or NOTHING_RAN
         raise ModelError(f"nothing in this network can be compressed ({detail})")
     left = tuple(left_of(model, sites, _uncalled(names, watch) | reasons))
     return Survey(tuple(sites), left, float_bytes(model))
+
+
+def _why_no_site(module: nn.Module, sharing: Sequence[str], elsewhere: bool) -> str | None:
+    if sharing:
+        return f"its weight is shared with {', '.join(sharing)}"
+    return _why_not(module) or (ELSEWHERE if elsewhere else None)
 
 
 def _site(

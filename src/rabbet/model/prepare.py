@@ -134,10 +134,15 @@ def _apply_once(module: nn.Module) -> None:
     torch's own way changes the class of the module, which all its copies share.
     """
     values = {leaf: getattr(module, leaf).detach().clone() for leaf in _leaves(module)}
+    inner = cast(nn.ModuleDict, module.parametrizations)
+    trained = {leaf for leaf in values if [*inner[leaf].parameters(recurse=False)]}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
     for leaf, value in values.items():
-        module.register_parameter(leaf, nn.Parameter(value))
+        if leaf in trained:
+            module.register_parameter(leaf, nn.Parameter(value))
+        else:
+            module.register_buffer(leaf, value)
 
 
 @torch.no_grad()

@@ -14,6 +14,10 @@ ENTRIES = 256  # of a tensor, from which a line of the plan for it is worth its 
 VECTOR = 2**14  # entries from which that holds of a vector, too: short ones are biases and gains
 BUFFER = 2**12  # and of a buffer
 VALUES = 4  # different ones that a buffer may have and still be a mask
+ELSEWHERE = (
+    "it is read from a list, a closure or an attribute that holds it as well, where no other can "
+    "take its place"
+)
 _SMALL = "tensors too small to be worth a line of the plan"
 
 
@@ -44,12 +48,15 @@ def own_tensors(site: Site) -> list[str]:
     return [name.lstrip(".") for name in names]
 
 
-def stored_sites(model: nn.Module, sites: Sequence[Site], used: Set[str]) -> Iterator[Site]:
+def stored_sites(
+    model: nn.Module, sites: Sequence[Site], used: Set[str], elsewhere: Set[str] = frozenset()
+) -> Iterator[Site]:
     """The other tensors of a network that can be stored small, as sites of their own.
 
-    used: names of the buffers that the network was seen to compute with.
+    used: names of the buffers that the network was seen to compute with. elsewhere: names of what
+    is read from places where nothing can be put.
     """
-    gone = {name for s in sites for name in own_tensors(s)}
+    gone = {name for s in sites for name in own_tensors(s)} | elsewhere
     norms = {s.norm for s in sites if s.norm is not None}
     rewritten = {
         f"{name}.weight" for name, m in model.named_modules() if getattr(m, "max_norm", None)

@@ -1,5 +1,6 @@
 """One forward pass, watched: what each layer is called with, and who uses its output."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,11 @@ from rabbet.layers import kind_of
 class Watch(TorchFunctionMode):
     """Counts the uses of every conv and linear output, and the calls and shapes of every layer."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, foreign: Mapping[int, str] | None = None) -> None:
         super().__init__()
+        # Names, by their ids, of tensors that this network has no business with; those it used.
+        self.foreign = foreign or {}
+        self.strange: set[str] = set()
         # module -> (input, output) of each call
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.uses: dict[int, int] = {}
@@ -49,6 +53,8 @@ class Watch(TorchFunctionMode):
         if tensors(result):
             for tensor in tensors([args, kwargs or {}]):
                 self.read.add(id(tensor))
+                if id(tensor) in self.foreign:
+                    self.strange.add(self.foreign[id(tensor)])
                 if id(tensor) in self.lent:
                     self.computed_with.add(self.lent[id(tensor)])
                 if id(tensor) in self.uses:
