@@ -538,3 +538,12 @@ def test_stored_weights_are_integers_in_the_file(kind, tmp_path):
     assert Counter(n.op_type for n in onnx.load(tmp_path / "a.onnx").graph.node)[kind.__name__] == 1
     x = rand(3, 5, 24, seed=2)
     assert relative_error(session(x), result.model(x)) < 0.05
+
+
+@pytest.mark.parametrize("grid", ["4g16", "4g16z"])
+def test_stored_weights_whose_groups_share_scales_are_exported(grid, tmp_path):
+    torch.manual_seed(0)
+    task = Task([rand(4, 5, 32)], lambda m, x: m(x)[0])
+    plan = f"weight_ih_l0 dense@{grid}\nweight_hh_l0 dense@{grid}"
+    result = rabbet.fit(settled(nn.GRU(32, 32, batch_first=True)), plan, task, QUALITY["fast"])
+    assert result.export(tmp_path / "a.onnx").error < 1e-5

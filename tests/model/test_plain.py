@@ -166,3 +166,15 @@ def test_compiled_layers_inside_of_compiled_ones_are_taken_out():
     inner = nn.Sequential(torch.compile(nn.Linear(4, 4)))
     found = copied(nn.Sequential(torch.compile(inner)))
     assert type(found[0][0]) is nn.Linear
+
+
+class Clamped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-6, 6)
+
+
+def test_a_layer_is_told_by_all_batches():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Clamped(16, 16), nn.Linear(16, 4)).eval(), rand(8, 16)
+    assert type(plain_layers(copied(model), Task([x, 100 * x, x]))[0]) is Clamped
+    assert type(plain_layers(copied(model), Task([x, x]))[0]) is nn.Linear

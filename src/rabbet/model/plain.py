@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from rabbet.core.survey import Survey
-from rabbet.data.batches import Batch, relative_error, tensors
+from rabbet.data.batches import Batch, relative_error
 from rabbet.data.task import Task, evaluating
 from rabbet.layers import kind_of
 from rabbet.model.hooks import hooked
@@ -34,7 +34,6 @@ LAYERS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 STATISTICS = ("running_mean", "running_var", "weight", "bias")
-SHAPES = 8  # of batches on which modules are watched
 SAME = 1e-6  # relative error by which the same sums differ in another order
 
 
@@ -57,10 +56,9 @@ class NormThen(nn.Sequential):
 
 @dataclass
 class _Seen:
-    """What one module was given and answered, and what it multiplied with."""
+    """How often one module ran, and what it multiplied with."""
 
-    given: list[Tensor] = field(default_factory=list)
-    answered: list[Tensor] = field(default_factory=list)
+    calls: int = 0
     weights: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     strange: bool = False
 
@@ -89,31 +87,51 @@ def _is_norm(module: nn.Module) -> bool:
 def plain_layers(model: nn.Module, task: Task) -> nn.Module:
     """Make torch's layers of modules that compute the same, in place.
 
-    The first batches of different shapes tell, and the last one that the weights are constants.
+    The first and the last batch say what a module multiplies with, and that this is constant; that
+    it answers the same is held against all.
     """
     watched = [m for m in model.modules() if base_of(m) is not None or _is_norm(m)]
     if not watched:
         return model
     seen = {module: _Seen() for module in watched}
+    batches = task.read()
     with evaluating(model), torch.no_grad():
-        for batch in _unlike(task.read()):
+        for batch in (batches[0], batches[-1]):
             _watch(model, seen, task, batch)
+        trials = {m: trial for m, s in seen.items() if (trial := _trial(m, s)) is not None}
+        _hold(model, trials, task, batches)
         for name, module in list(model.named_modules(remove_duplicate=False)):
-            if module not in seen or not seen[module].given:
+            if module not in trials:
                 continue
             if base_of(module) is not None:
-                _become_plain(module, seen[module])
-            elif (norm := _norm_of(module, seen[module])) is not None:
-                model = replace_module(model, name, norm)
+                _become(module, trials[module])
+            elif _is_norm(module):
+                model = replace_module(model, name, trials[module])
     return model
 
 
-def _unlike(batches: Sequence[Batch]) -> list[Batch]:
-    """The first batches of a few different shapes, and the last one."""
-    first: dict[tuple[torch.Size, ...], Batch] = {}
+def _trial(module: nn.Module, seen: _Seen) -> nn.Module | None:
+    """What may take the place of a module."""
+    if not seen.calls or seen.strange:
+        return None
+    return _plain_of(module, seen) if base_of(module) is not None else _norm_of(module)
+
+
+def _hold(
+    model: nn.Module, trials: dict[nn.Module, nn.Module], task: Task, batches: Sequence[Batch]
+) -> None:
+    """Drop the trials that answer otherwise than their modules."""
+
+    def compared(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        alone = len(args) == 1 and isinstance(output, Tensor)
+        if module in trials and not (alone and _same(trials[module].forward(args[0]), output)):
+            del trials[module]
+
     for batch in batches:
-        first.setdefault(tuple(t.shape for t in tensors(batch)), batch)
-    return [*list(first.values())[:SHAPES], batches[-1]]
+        if not trials:
+            return
+        with hooked([(module, compared) for module in list(trials)]):
+            task.run(model, batch)
 
 
 def plain_by_names(model: nn.Module, survey: Survey, rest: Collection[str]) -> nn.Module:
@@ -168,37 +186,37 @@ def _watch(model: nn.Module, seen: Mapping[nn.Module, _Seen], task: Task, batch:
         alone = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
         seen[module].strange |= not alone
         given = args[0] if alone else torch.empty(0)
-        seen[module].given.append(given.detach().clone())
+        seen[module].calls += 1
         products.running.append((seen[module], given))
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
         products.running.pop()
-        if isinstance(output, Tensor):
-            seen[module].answered.append(output.detach().clone())
-        else:
-            seen[module].strange = True
+        seen[module].strange |= not isinstance(output, Tensor)
 
     hooks = [(module, after) for module in seen]
     with hooked(after=hooks, before=[(module, before) for module in seen]), products:
         task.run(model, batch)
 
 
-def _become_plain(module: nn.Module, seen: _Seen) -> None:
-    """Make a layer of torch's of a module, in place, if that answers the same."""
+def _plain_of(module: nn.Module, seen: _Seen) -> nn.Module | None:
+    """A layer of torch's with what a module multiplied with, if that is constant."""
     base, weights = base_of(module), seen.weights
-    if base is None or seen.strange or len(weights) != len(seen.given):
-        return
+    if base is None or len(weights) != seen.calls:
+        return None
     weight, bias = weights[0]
     own = _weight_of(module)
     constant = all(torch.equal(w, weight) and b is bias for w, b in weights)
     if not constant or weight.shape != own.shape or not (bias is None or bias is module.bias):
-        return
+        return None
     trial = copy.copy(module)
     vars(trial)["_parameters"] = dict(module._parameters)  # noqa: SLF001 (no public way)
-    _take_class(trial, base, weight, bias)
-    pairs = zip(seen.given, seen.answered, strict=True)
-    if all(_same(trial.forward(x), y) for x, y in pairs):
-        _take_class(module, base, own if torch.equal(own, weight) else weight, bias)
+    _take_class(trial, base, own if torch.equal(own, weight) else weight, bias)
+    return trial
+
+
+def _become(module: nn.Module, trial: nn.Module) -> None:
+    """Make a layer of torch's of a module, in place: others may hold it, too."""
+    _take_class(module, type(trial), _weight_of(trial), trial.bias)
 
 
 def _take_class(module: nn.Module, base: type[nn.Module], weight: Tensor, bias: Any) -> None:
@@ -209,13 +227,11 @@ def _take_class(module: nn.Module, base: type[nn.Module], weight: Tensor, bias: 
     module._parameters = {"weight": kept, "bias": bias}  # noqa: SLF001
 
 
-def _norm_of(module: nn.Module, seen: _Seen) -> nn.Module | None:
-    """A BatchNorm, and the children of a module behind it, that answer what the module does."""
-    if seen.strange or getattr(module, "running_mean", None) is None:
+def _norm_of(module: nn.Module) -> nn.Module | None:
+    """A BatchNorm, and the children of a module behind it."""
+    if getattr(module, "running_mean", None) is None:
         return None
-    whole = NormThen(_plain_norm(module), list(module.children())).eval()
-    pairs = zip(seen.given, seen.answered, strict=True)
-    return whole if all(_same(whole(x), y) for x, y in pairs) else None
+    return NormThen(_plain_norm(module), list(module.children())).eval()
 
 
 def _plain_norm(module: nn.Module) -> _BatchNorm:

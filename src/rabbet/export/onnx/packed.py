@@ -90,10 +90,12 @@ class Weight:
 
     def can_move(self, move: Move) -> bool:
         """Whether the scales still lie along one axis after a transposition or another shape."""
-        return self.axis is None or self._moved_axis(move) is not None
+        return len(self.scale) == 1 or self._moved_axis(move) is not None
 
     def _moved_axis(self, move: Move) -> int | None:
         """The axis along which the scales lie afterwards, if there is one."""
+        if self.axis is None:
+            return None
         count = len(self.scale)
         shape = [-1 if d == self.axis else 1 for d in range(self.codes.ndim)]
         slices = move(torch.arange(count).view(shape).expand(self.codes.shape))

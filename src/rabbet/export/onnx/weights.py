@@ -85,6 +85,8 @@ def _in_float(node: "ir.Node", place: int, weight: Weight) -> bool:
     """
     if weight.axis is not None and weight.axis != _outputs(node, place, weight.axis):
         return True
+    if weight.axis is None and len(weight.scale) > 1:  # groups share scales
+        return True
     return place == 1 and _unit(node) is None and node.op_type != "MatMul"
 
 
