@@ -18,7 +18,7 @@ from torch import Tensor
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
-from rabbet.errors import PlanError, check_fields
+from rabbet.errors import PlanError, check_fields, check_least
 from rabbet.forms import RANKED, Dense
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Job, Tensors
@@ -29,15 +29,7 @@ from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.sequential import recalibrate_norms
 from rabbet.solve.admm import admm
-from rabbet.solve.als import (
-    CPProblem,
-    Factors,
-    Problem,
-    als,
-    random_start,
-    svd_start,
-)
-from rabbet.solve.epc import epc, loosened
+from rabbet.solve.factorise import first_factors
 from rabbet.solve.feedback import Rounded, alternate
 from rabbet.workpiece import Workpiece
 
@@ -75,6 +67,8 @@ class ADMM:
     """Bits of the layers that are not factorised."""
     act: int | None = 8
     """Bits of inputs and of the tensors between factors; None: float."""
+    norms: int = 2048
+    """Images that the statistics of BatchNorms are estimated on anew, as in the paper; 0: none."""
     sweeps: int = 20
     """Over all factors; in the paper 1,000."""
     inner: int = 20
@@ -86,6 +80,7 @@ class ADMM:
             Grid.of(bits)
         if self.act is not None:
             Grid.of(self.act, "unsigned")
+        check_least(self, 0, "norms")
         if self.rate <= 0:
             raise PlanError(
                 f"a rate divides the parameters of a layer and must be positive; found {self.rate}"
@@ -132,8 +127,9 @@ class ADMM:
                 numbers[layer.name] = [[round_to_nearest(piece, site, term.grid)]]
         student = build(piece.model, plan, piece.survey, numbers)
         calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
-        recalibrate_norms(student, piece)
-        calibrate_ranges(student, piece.task, piece.seed)
+        if self.norms:
+            recalibrate_norms(student, piece, self.norms)
+            calibrate_ranges(student, piece.task, piece.seed)
         return Fitted(student, tuple(_notes(solutions)))
 
     def _line(self, site: Site, first: bool) -> LayerPlan:
@@ -193,7 +189,7 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
     problem, grids = term.form.problem(weight), _grids(term, method)
     assert problem is not None
     assert term.form.rank is not None
-    start = _start(problem, grids, term.form.rank, method, seed)
+    start = first_factors(problem, grids, term.form.rank, method.start, method.slack, seed)
     if method.solver == "admm":
         rounded = admm(problem, start, grids, method.sweeps, method.inner)
     elif method.solver == "feedback":
@@ -217,41 +213,6 @@ def _grids(term: Term, method: ADMM) -> list[Grid]:
     bits, kind = term.grid.bits, term.grid.kind
     per_channel = method.scales == "channel"
     return [Grid.of(bits, kind, axis if per_channel else None) for axis in term.form.channel_axes]
-
-
-def _start(problem: Problem, grids: list[Grid], rank: int, method: ADMM, seed: int) -> Factors:
-    """The float factors that the solver starts from, by the setting `start`."""
-    tensor = problem.flat.view(problem.shape)
-    if not isinstance(problem, CPProblem):
-        u, core, v = _hosvd(tensor, rank)
-        return (v, u, core)
-    if method.start == "random":
-        return random_start(tensor.shape, rank, seed, tensor.device)
-    start = svd_start(tensor, rank, seed)
-    if method.start == "svd":
-        return als(problem, start, sweeps=1).factors
-    fit = als(problem, start)
-    if method.start == "als":
-        return fit.factors
-    if method.slack is None:
-        return loosened(problem, fit, grids).factors
-    return epc(problem, fit.factors, method.slack * fit.error).factors
-
-
-def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncated higher-order SVD of a kernel [out, in, k].
-
-    Returns U [in, p], the core [k, q * p] and V [out, q], p being the rank and q, rounded up, the
-    same share of the outputs.
-    """
-    x = tensor.double()
-    out, channels, _ = x.shape
-    out_rank = -(-rank * out // channels)
-    by_output = x.flatten(1)
-    v = torch.linalg.eigh(by_output @ by_output.mT)[1].flip(1)[:, :out_rank]
-    by_input = x.transpose(0, 1).flatten(1)
-    u = torch.linalg.eigh(by_input @ by_input.mT)[1].flip(1)[:, :rank]
-    return u, torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1), v
 
 
 def _read(piece: Workpiece, site: Site, term: Term, solved: Tensors) -> list[Quantised]:

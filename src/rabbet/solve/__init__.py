@@ -4,5 +4,6 @@ Each minimises the error in the metric of the layer's inputs, or the plain error
 """
 
 from rabbet.solve.cp import quantised_cp
+from rabbet.solve.factorise import Factorisation, factorise
 
-__all__ = ["quantised_cp"]
+__all__ = ["Factorisation", "factorise", "quantised_cp"]
