@@ -13,8 +13,6 @@ from rabbet.model.compressed import compressed_layers, stored_weights
 from rabbet.model.hooks import Hook, hooked
 from rabbet.workpiece import Workpiece
 
-EXAMPLES = 64
-
 
 @dataclass(frozen=True)
 class LayerOutcome:
@@ -31,7 +29,7 @@ class LayerOutcome:
 
 
 def layer_errors(student: nn.Module, piece: Workpiece) -> dict[str, float]:
-    """The error of each compressed layer, see `LayerOutcome`, on up to 64 of the examples."""
+    """The error of each compressed layer, see `LayerOutcome`, on the first batch."""
     sums: dict[str, Tensor] = {}
 
     def seen(name: str, ours: Tensor, theirs: Tensor) -> None:
@@ -52,7 +50,7 @@ def layer_errors(student: nn.Module, piece: Workpiece) -> dict[str, float]:
     with torch.no_grad():
         if hooks:
             with hooked(hooks):
-                piece.task.run(piece.model, piece.task.gathered(EXAMPLES))
+                piece.task.run(piece.model, piece.task.first())
         for name, weight in stored_weights(student).items():
             seen(name, weight.canonical, piece.weight(piece.survey[name]))
     return {name: float((a / b.clamp_min(1e-30)).sqrt()) for name, (a, b) in sums.items()}
