@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import flat_networks, image_networks, network, token_networks
+from networks import flat_networks, image_networks, network, rand, token_networks
+from torch import nn
 
 from rabbet import CGMQ, Budget, Jobs, Plan, Task, accuracy, compress, demo, fit, load, plan
 from rabbet.calibrate.ranges import calibrate_ranges
@@ -614,3 +615,53 @@ def test_mistakes_are_named():
         compress(case.model, BUDGET, endless, SHORT)
     with pytest.raises(DataError, match="held back"):
         compress(case.model, BUDGET, [case.batches[0][:1]], SHORT)
+
+
+class Branches(nn.Module):
+    """Two ways of the same shape, each to an output of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (
+            nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+def _gated_by(part, **changes):
+    """The search by gates for a loss of one of the outputs."""
+    torch.manual_seed(0)
+    model, data = Branches().eval(), [rand(32, 16, seed=k) for k in range(4)]
+    task = Task(data, loss=lambda out, x: (out[part] - x.sum(1, keepdim=True)).square().mean())
+    method = CGMQ.paper(epochs=4, finish=0, steps=10, batch=32, **changes)
+    return method.search(Workpiece.of(model, task, Jobs()), Budget.parse("bops <= 2%"))
+
+
+def test_gates_alone_decide_which_layers_are_wide():
+    """The paper's dynamic: two losses that want different layers wide end in different plans."""
+    bits = {}
+    for part, name in enumerate("ab"):
+        gating = _gated_by(part)
+        assert float(gating.shares[-1]) <= 1
+        for way in "ab":
+            lines = [line for line in gating.plan if line.name.startswith(way)]
+            bits[name, way] = sum(line.terms[0].grid.bits + (line.act or 8) for line in lines)
+    assert bits["a", "a"] > bits["a", "b"]
+    assert bits["b", "b"] > bits["b", "a"]
+
+
+def test_what_gates_do_is_what_decides():
+    """Without a move nothing is under the budget until the end; with moves it is before."""
+    still, moving = _gated_by(0, gates=0.0), _gated_by(0)
+    assert (still.shares[:-1] > 1).all()
+    assert (moving.shares <= 1).any()
+    assert still.plan != moving.plan
+
+
+def test_the_papers_settings_take_changes_and_no_others():
+    assert CGMQ.paper(direction=2).direction == 2
+    assert CGMQ.paper().landing == "end"
+    with pytest.raises(PlanError, match="no setting 'speed'"):
+        CGMQ.paper(speed=3)

@@ -238,7 +238,8 @@ class MovingGates(FixedWidths):
         gated = [line for line in lines if line.name in self.layers]
         own = sum(piece.layer_cost(piece.survey[x.name], x).bytes for x in gated)
         fixed = replace(Cost(), bytes=total.bytes - own)
-        self.gates = Gates(list(self.layers.values()), method.widths, budget, whole, fixed)
+        own_layers = list(self.layers.values())
+        self.gates = Gates(own_layers, method.widths, budget, whole, fixed, method.fourfold)
         self.budget = budget
         self.over_budget = True
         # After each epoch: gates, widths, share of the budget, held-back loss.
@@ -267,7 +268,7 @@ class MovingGates(FixedWidths):
             "cgmq gates", self.weights(), {"method": self.method, "budget": str(self.budget)}
         )
         run(self, piece.jobs, key, "training with gates", self.epoch)
-        if not self.history:  # no epoch ran: the start is landed
+        if not self.best.kept:  # no epoch ran, or none ended under the budget
             self.land()
             self.remember()
         self.load_weights(self.best.kept)
@@ -309,7 +310,7 @@ class MovingGates(FixedWidths):
             self.gates.update_widths()
         if in_epoch + 1 < self.epoch:
             return
-        if moving:
+        if moving and self.method.landing == "epoch":
             self.land()
         self.remember()
 
@@ -320,13 +321,15 @@ class MovingGates(FixedWidths):
         breaks a limit, 64 bytes more are reserved for it.
         """
         self.gates.land(self.method.direction)
-        whole, fixed = self.piece.float_cost, self.gates.fixed
-        while any(
-            limit.broken_by(self.piece.cost(self.plan), whole) for limit in self.budget.limits
-        ):
+        fixed = self.gates.fixed
+        while self._is_over():
             self.gates.fixed = replace(self.gates.fixed, bytes=self.gates.fixed.bytes + 64)
             self.gates.land(self.method.direction)
         self.gates.fixed = fixed
+
+    def _is_over(self) -> bool:
+        cost, whole = self.piece.cost(self.plan), self.piece.float_cost
+        return any(limit.broken_by(cost, whole) for limit in self.budget.limits)
 
     def _allocated(self) -> list[int]:
         """The levels of least total harm under the budget, by the integer program.
@@ -350,8 +353,8 @@ class MovingGates(FixedWidths):
         return self.gates.levels_of(plan)
 
     def remember(self) -> float:
-        """See `FixedWidths.remember`."""
-        loss = super().remember()
+        """See `FixedWidths.remember`; a state over the budget is none to keep."""
+        loss = self.held_back_loss() if self._is_over() else super().remember()
         gates = self.gates
         bits = [float(gates.widths[k]) for k in gates.levels]
         row = [*gates.values.tolist(), *bits, 1 + gates.excess(), loss]

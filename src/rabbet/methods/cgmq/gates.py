@@ -71,7 +71,7 @@ class Gates:
 
     values: [gates], between 0.5 and the number of widths + 0.5; the k-th width, counted from zero,
     lies between k and k + 1. whole: the cost of the float network. fixed: the part of the cost that
-    belongs to none of the layers.
+    belongs to none of the layers. fourfold: see `Settings`.
     """
 
     layers: Sequence[GatedLayer]
@@ -79,6 +79,7 @@ class Gates:
     budget: Budget
     whole: Cost
     fixed: Cost
+    fourfold: bool = True
 
     def __post_init__(self) -> None:
         self.spans: list[_Span] = []
@@ -222,9 +223,9 @@ class Gates:
             worth = self.slopes / self.slopes.mean().clamp_min(1e-30)
             if kind == 2:
                 worth = worth + self.sizes / self.sizes.mean()
-            # The squared error of a grid grows fourfold with every bit less.
-            lower_bits = [min(self.widths[max(level - 1, 0)], WIDEST) for level in levels]
-            worth = worth * torch.tensor([4.0**-bits for bits in lower_bits])
+            if self.fourfold:  # as the squared error of a grid grows with every bit less
+                lower_bits = [min(self.widths[max(level - 1, 0)], WIDEST) for level in levels]
+                worth = worth * torch.tensor([4.0**-bits for bits in lower_bits])
         return worth / worth.mean().clamp_min(1e-30) + 1e-6
 
     def move(self, kind: int, rate: float, over: bool) -> None:

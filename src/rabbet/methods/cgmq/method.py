@@ -8,7 +8,8 @@ the output, they need not move at all (docs/architecture.md).
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from rabbet.choose.program import Option, require_feasible
 from rabbet.choose.sensitivity import require_gradients
@@ -33,6 +34,24 @@ from rabbet.workpiece import Workpiece
 @dataclass(frozen=True)
 class CGMQ(Settings):
     """Gates under a budget, usually `bops`; its fields are those of `Settings`."""
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """The paper's own dynamic, and what changes in it.
+
+        All gates start at 32 bits and move for 6 of 12 epochs: down while the budget is not met, up
+        while it is, at the speed of direction 1 and nothing else; widths are 2, 4, 8, 16 and 32
+        bits on one scale for each tensor, and 6 epochs of training follow. Raises PlanError for
+        settings that there are not, or that do not go together.
+        """
+        settings: dict[str, Any] = {
+            "start": "widest", "epochs": 6, "finish": 6, "direction": 1, "fourfold": False,
+            "landing": "end", "widths": (2, 4, 8, 16, 32), "scales": "tensor", "two": "ternary",
+        }  # fmt: skip
+        unknown = sorted(changes.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise PlanError(f"CGMQ has no setting {unknown[0]!r}")
+        return cls(**settings | changes)
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """The plan of the best state under the budget in training with gates; see `Method.plan`."""

@@ -12,8 +12,7 @@ from rabbet.train.qat import WIDEST
 class Settings:
     """Gates under a budget, usually `bops`.
 
-    As in the paper: `CGMQ(start="widest", epochs=6, finish=6, direction=1, widths=(2, 4, 8, 16,
-    32), scales="tensor", two="ternary")`. Training minimises the task's loss if it has one, else
+    As in the paper: `CGMQ.paper()`. Training minimises the task's loss if it has one, else
     the distance from the float network's outputs and those of its blocks.
     """
 
@@ -28,6 +27,15 @@ class Settings:
 
     1: the gradient of its tensor; 2: gradient and magnitude (both the paper's); 3: the harm to the
     output, relative to the saving.
+    """
+    fourfold: bool = True
+    """Whether directions 1 and 2 count a bit less as four times the harm, which is what rounding to
+    it does to the squared error. In the paper only the gradient and the magnitude count."""
+    landing: Literal["epoch", "end"] = "epoch"
+    """When widths that the gates leave above the budget are lowered, those first that harm least.
+
+    "epoch": after each epoch in which gates move. "end": gates alone decide (the paper's), the best
+    state that they bring under the budget counts, and only if there is none is the last one landed.
     """
     gates: float = 1.0
     """How far a gate of mean speed moves in an epoch, in widths."""
