@@ -447,7 +447,13 @@ def main() -> None:
         together = "continuous: direction 3, weights and gates in the same epochs"
         cases |= {together: moving(settings, updates="continuous")}
         cases |= {"gates of channels": moving(settings, granularity="channel")}
-        cases |= {"as in the paper": moving(settings, direction=1, scales="tensor", two="ternary")}
+        paper: dict[str, Any] = {
+            "scales": "tensor", "two": "ternary", "fourfold": False, "landing": "end"
+        }  # fmt: skip
+        cases |= {
+            f"the paper's dynamic, direction {d}": moving(settings, direction=d, **paper)
+            for d in (1, 2)
+        }
         cases |= {"where the program starts": settings}
         on_lenet(cases, tuple(args.budgets or (0.40, 0.90)), many, own)
     if "resnet20" in args.parts:
