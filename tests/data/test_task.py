@@ -300,3 +300,12 @@ def test_a_numpy_array_that_is_filled_again_is_noticed():
 
     with pytest.raises(DataError, match="writes into the same tensors again"):
         Task(data()).read()
+
+
+@pytest.mark.parametrize(
+    "given", [{"memory": "1GB"}, {"memory": None}, {"limit": 10.5}, {"limit": 0}]
+)
+def test_sizes_are_whole_numbers(given):
+    (name,) = given
+    with pytest.raises(DataError, match=f"{name} is the .*, a whole number, at least"):
+        Task([torch.ones(2, 3)], **given)

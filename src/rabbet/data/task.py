@@ -91,10 +91,15 @@ class Task:
                 "weights are what outputs count, at least 0 and one of them more; "
                 f"found {tuple(weights)}"
             )
-        if self.limit < 1:
-            raise DataError(
-                f"limit is the number of examples to use, at least 1; found {self.limit}"
-            )
+        for name, least, what in (
+            ("limit", 1, "the number of examples to use"),
+            ("memory", 0, "the bytes of batches that are kept in memory"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise DataError(
+                    f"{name} is {what}, a whole number, at least {least}; found {value!r}"
+                )
         axes = () if self.axes is None else (self.axes,) if _is_axis(self.axes) else self.axes
         if not isinstance(axes, Sequence) or not all(a is None or _is_axis(a) for a in axes):
             raise DataError(
