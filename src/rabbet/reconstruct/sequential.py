@@ -41,6 +41,7 @@ from rabbet.workpiece import UNABLE, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 WINDOW = 2**27  # floats that the float network's inputs of layers in one window may take
+AT_ONCE = 2**25  # floats of the largest input of a layer: several of its size are held at once
 WINDOWS = 4  # in which layers are solved, each in a pass of its own over both networks
 PATCHES = 2**23  # entries of the patches of one layer
 STEPS = 40  # evaluations of the error of a factorised layer, which begins at its factors
@@ -198,8 +199,9 @@ def _takes_gain(factor: Factor) -> bool:
 
 
 def _affordable(sites: Sequence[Site]) -> int:
-    """Examples whose inputs of all layers fit into the memory of all windows."""
-    return max(1, WINDOWS * WINDOW // max(1, sum(map(_inputs, sites))))
+    """Examples whose inputs of all layers fit into the memory of all windows, and the largest."""
+    each = [*map(_inputs, sites), 1]
+    return max(1, min(WINDOWS * WINDOW // sum(each), AT_ONCE // max(each)))
 
 
 def _inputs(site: Site) -> int:
