@@ -470,8 +470,6 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
 
 def configured(name: str, **more: Any) -> Any:
     """A small configuration of transformers."""
-    if importlib.util.find_spec("torchvision"):
-        operators()  # transformers imports it where it is
     package = importlib.import_module("transformers")
     kind = getattr(package, f"{name}Config")
     usual = kind()
@@ -560,6 +558,8 @@ def mapped(make: Make) -> Make:
     """The same with batches that are passed by name, and the scores alone as the answer."""
 
     def made() -> Made:
+        if importlib.util.find_spec("torchvision"):
+            operators()  # transformers imports it where it is
         model, batches = make()
         return Scores(model), batches
 

@@ -311,3 +311,20 @@ def test_reasons_are_the_true_ones():
     surveyed = survey(wide, task)
     assert {site.name for site in surveyed} == {"1", "0.weight"}
     assert surveyed.left[0].reason.endswith("never run; so its weight is only stored")
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-38])
+def test_inputs_that_are_next_to_nothing_have_a_range(size):
+    class Faint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x) * size) + self.b(x)
+
+    model = Faint().eval()
+    result = compress(model, "bits <= 8", [rand(16, 8)], JOINT)
+    assert result.model(rand(4, 8)).isfinite().all()
+    task = Task([rand(16, 8) * size], lambda m, x: m.b(x))
+    assert compress(model, "bits <= 9", task, JOINT).model.b(rand(4, 8)).isfinite().all()

@@ -12,6 +12,7 @@ from rabbet.grids.grid import Grid
 from rabbet.jobs import Progress, silent
 from rabbet.model.compressed import ActQuant, Compressed, compressed_layers
 
+TINY = 1e-30  # a range below which no scale is a normal number of float32
 VALUES = 2**16  # activations that a range is chosen from
 # shares of the extremes that are tried: from far, and on each side of the best
 COARSE, FINE = 20, 5
@@ -46,7 +47,7 @@ class Sample:
 
         Shares of 0.1 to 1 are tried from far, then finer ones around the best.
         """
-        if self.high == self.low:
+        if self.high - self.low < TINY:
             return torch.ones(1), torch.zeros(1)
         values = torch.cat(self.kept)
 
