@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import rand
 
-from rabbet.errors import PlanError
+from rabbet.errors import FileError, PlanError
 from rabbet.solve import factorise, quantised_cp
 from rabbet.solve.als import khatri_rao
 
@@ -69,6 +69,9 @@ def test_the_history_is_drawn(tmp_path):
     factorise(WEIGHT, 4, solver="nearest").plot(tmp_path / "b.png")
     assert (tmp_path / "a.svg").stat().st_size > 1000
     assert (tmp_path / "b.png").stat().st_size > 1000
+    with pytest.raises(FileError, match="cannot write the picture"):
+        factorise(WEIGHT, 4, **SHORT).plot(tmp_path / "c.doc")
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 @pytest.mark.parametrize(

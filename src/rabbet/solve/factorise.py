@@ -1,5 +1,6 @@
 """One weight factorised on a grid: every solver behind one call, with its history."""
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rabbet.errors import PlanError
+from rabbet.errors import FileError, PlanError
+from rabbet.files import write_whole
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.admm import admm
 from rabbet.solve.als import (
@@ -57,9 +59,15 @@ class Factorisation:
     seconds: float
 
     def plot(self, path: str | Path) -> None:
-        """Draw the error by sweep, and with ADMM both residuals, into a file (.png, .svg, .pdf)."""
-        from matplotlib.figure import Figure
+        """Draw the error by sweep, and with ADMM both residuals, into a file (.png, .svg, .pdf).
 
+        Raises FileError without matplotlib, or for a kind of picture that it does not write.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise FileError("pictures are drawn by matplotlib; install rabbet[report]") from None
+        path, content = Path(path), io.BytesIO()
         figure = Figure(figsize=(7, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(range(len(self.history)), self.history, marker=".")
@@ -74,7 +82,11 @@ class Factorisation:
             right.legend()
         else:
             right.set_axis_off()
-        figure.savefig(path)
+        try:
+            figure.savefig(content, format=path.suffix.removeprefix(".") or "none")
+        except ValueError as e:
+            raise FileError(f"cannot write the picture {path}: {e}") from None
+        write_whole(path, [content.getvalue()])
 
 
 def factorise(  # noqa: PLR0913 (those behind the star are options, given by name)
