@@ -149,7 +149,7 @@ def _slopes(
 def _lent(model: nn.Module, stored: Sequence[Site]) -> Iterator[list[Tensor]]:
     """The tensors that a pass within this computes with: of buffers it is lent copies.
 
-    None if no module is called in the pass.
+    None of them if no module is called in the pass.
     """
     lent: list[Tensor] = []
 

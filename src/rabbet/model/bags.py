@@ -20,7 +20,8 @@ def bags_opened(model: nn.Module, wanted: Callable[[str], bool] = lambda _: True
     known: dict[nn.Module, Bag] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if _opens(module) and (module in known or wanted(name)):
-            known.setdefault(module, Bag(module))
+            if module not in known:
+                known[module] = Bag(module)
             model = replace_module(model, name, known[module])
     return model
 
