@@ -28,9 +28,7 @@ from rabbet.methods.bn_gain import round_to_nearest, with_gain, without_gain
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.sequential import recalibrate_norms
-from rabbet.solve.admm import admm
-from rabbet.solve.factorise import first_factors
-from rabbet.solve.feedback import Rounded, alternate
+from rabbet.solve.factorise import first_factors, onto_grids
 from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
@@ -190,14 +188,7 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
     assert problem is not None
     assert term.form.rank is not None
     start = first_factors(problem, grids, term.form.rank, method.start, method.slack, seed)
-    if method.solver == "admm":
-        rounded = admm(problem, start, grids, method.sweeps, method.inner)
-    elif method.solver == "feedback":
-        rounded = alternate(problem, start, grids, method.sweeps)
-    else:
-        factors = tuple(Quantised.nearest(f.float(), g) for f, g in zip(start, grids, strict=True))
-        error = problem.relative(tuple(q.values.double() for q in factors))
-        rounded = Rounded(factors, error, 0, True)
+    rounded = onto_grids(problem, start, grids, method.solver, (method.sweeps, method.inner))
     result = {
         "error": torch.tensor(rounded.error),
         "history": torch.tensor(rounded.history),

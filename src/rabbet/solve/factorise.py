@@ -122,7 +122,7 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     problem = _problem(tensor, form, metric)
     grids = [kind] * 3 if metric is None else [kind.with_axis(0)] * (1 + 2 * rank)
     factors = first_factors(problem, grids, rank, start, slack, seed)
-    rounded = _rounded(problem, factors, grids, solver, (sweeps, inner))
+    rounded = onto_grids(problem, factors, grids, solver, (sweeps, inner))
     values = tuple(q.values for q in rounded.factors)
     return Factorisation(
         MetricCP.joined(values) if metric is not None else values,
@@ -170,13 +170,14 @@ def _problem(tensor: Tensor, form: str, metric: Tensor | None) -> Problem:
     return CPProblem(tensor) if form == "cp" else Tucker2Problem(tensor)
 
 
-def _rounded(
+def onto_grids(
     problem: Problem,
     factors: Factors,
     grids: Sequence[Grid],
     solver: str,
     steps: tuple[int, int],
 ) -> Rounded:
+    """Float factors put on their grids by a solver; steps: its sweeps, and inner ones of ADMM."""
     if solver == "admm":
         return admm(problem, factors, grids, *steps)
     if solver == "feedback":
