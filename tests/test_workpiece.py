@@ -72,7 +72,10 @@ def test_a_judge_counts_where_it_has_a_say():
         for judge in (lambda m: 1.0, lambda m: 2.0)
     ]
     for judged in (False, True):
-        one, other = (piece.key("work", {}, {}, judged=judged) for piece in pieces)
+        one, other = (
+            piece.key("work", {}, {}, judge=piece.task.evaluate if judged else None)
+            for piece in pieces
+        )
         assert (one == other) != judged
 
 

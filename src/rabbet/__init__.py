@@ -11,6 +11,8 @@ from rabbet.errors import RabbetError
 
 if TYPE_CHECKING:  # the same as in _PLACES, for what reads and does not run
     from rabbet._api import Result, compress, fit, load, plan, price, survey
+    from rabbet._frontier import Frontier, frontier
+    from rabbet._sweep import Sweep, sweep
     from rabbet.core.budget import Budget
     from rabbet.core.plan import Plan
     from rabbet.data.task import Task, accuracy
@@ -30,21 +32,25 @@ _PLACES = {
     "Budget": "rabbet.core.budget",
     "CGMQ": "rabbet.methods.cgmq.method",
     "CoRa": "rabbet.methods.cora.method",
+    "Frontier": "rabbet._frontier",
     "Jobs": "rabbet.jobs",
     "Joint": "rabbet.methods.joint",
     "Plan": "rabbet.core.plan",
     "Result": "rabbet._api",
     "Session": "rabbet.runtime.session",
     "TTQAT": "rabbet.methods.ttqat.method",
+    "Sweep": "rabbet._sweep",
     "Task": "rabbet.data.task",
     "accuracy": "rabbet.data.task",
     "compress": "rabbet._api",
     "fit": "rabbet._api",
+    "frontier": "rabbet._frontier",
     "load": "rabbet._api",
     "open_attention": "rabbet.model.attention",
     "plan": "rabbet._api",
     "price": "rabbet._api",
     "survey": "rabbet._api",
+    "sweep": "rabbet._sweep",
 }
 """The module of every name that is imported on first use."""
 
@@ -54,21 +60,25 @@ __all__ = [
     "TTQAT",
     "Budget",
     "CoRa",
+    "Frontier",
     "Jobs",
     "Joint",
     "Plan",
     "RabbetError",
     "Result",
     "Session",
+    "Sweep",
     "Task",
     "accuracy",
     "compress",
     "fit",
+    "frontier",
     "load",
     "open_attention",
     "plan",
     "price",
     "survey",
+    "sweep",
 ]
 
 

@@ -155,8 +155,8 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     with a note of where it arose.
     """
     limits, worker = Budget.parse(budget), method_of(method, quality)
-    piece = _piece(model, limits, data, seed, jobs)
-    return _finish(piece, worker, worker.plan(piece, limits), limits)
+    piece = opened(model, _metrics(limits), data, seed, jobs)
+    return finished(piece, worker, worker.plan(piece, limits), limits)
 
 
 @in_turn
@@ -175,7 +175,7 @@ def plan(  # noqa: PLR0913 (as above)
     Raises as `compress` does. The plan is the same for every quality.
     """
     limits, worker = Budget.parse(budget), method_of(method, quality)
-    return worker.plan(_piece(model, limits, data, seed, jobs), limits)
+    return worker.plan(opened(model, _metrics(limits), data, seed, jobs), limits)
 
 
 @in_turn
@@ -195,7 +195,7 @@ def fit(  # noqa: PLR0913 (as above)
     """
     chosen, worker = _planned(plan), method_of(method, quality)
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
-    return _finish(piece, worker, chosen, None)
+    return finished(piece, worker, chosen, None)
 
 
 @in_turn
@@ -227,15 +227,22 @@ def _planned(plan: Plan | str) -> Plan:
     return Plan.parse(plan) if isinstance(plan, str) else plan
 
 
-def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None) -> Workpiece:
-    """The network on the bench, with a stopwatch beside it if the budget is about time."""
+def _metrics(budget: Budget) -> list[str]:
+    return [limit.metric for limit in budget.limits]
+
+
+def opened(
+    model: nn.Module, metrics: Iterable[str], data: Data, seed: int, jobs: Jobs | None
+) -> Workpiece:
+    """The network on the bench, with a stopwatch beside it if one of the metrics is time."""
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
-    if any(limit.metric == "latency" for limit in budget.limits):
+    if "latency" in metrics:
         piece.clock = Stopwatch(piece)
     return piece
 
 
-def _finish(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
+def finished(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
+    """A plan fitted, read back from the network, and held against the budget."""
     fitted = method.fit(piece, chosen)
     result = _result(fitted.model, piece, budget, fitted.notes)
     return (
@@ -286,4 +293,14 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     return read_native(Path(path), model)[0]
 
 
-__all__ = ["Result", "compress", "fit", "load", "plan", "price", "survey"]
+__all__ = [
+    "Result",
+    "compress",
+    "finished",
+    "fit",
+    "load",
+    "opened",
+    "plan",
+    "price",
+    "survey",
+]

@@ -64,6 +64,12 @@ def calibration() -> list[Tensor]:
     return [batch for batch in images.split(BATCH) if len(batch) == BATCH]
 
 
+def labelled() -> list[tuple[Tensor, Tensor]]:
+    """Batches of (images, labels) from the train split, to choose by; the network has seen them."""
+    images, labels = _split(held_out=False)
+    return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+
+
 def test() -> list[tuple[Tensor, Tensor]]:
     """Batches of (images, labels) from the held-out split.
 

@@ -4,7 +4,7 @@ import functools
 import math
 import secrets
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -194,17 +194,17 @@ class Workpiece:
         name: str,
         given: Mapping[str, Tensor],
         settings: Mapping[str, Any],
-        judged: bool = False,
+        judge: Callable[[nn.Module], float] | None = None,
     ) -> str:
         """The key of work on this task: `content_key` of network, seed, batches and functions, too.
 
-        Functions, and the network's own code, count by what they compute (`fingerprint`). judged:
-        whether `Task(evaluate=...)` has a say in it.
+        Functions, and the network's own code, count by what they compute (`fingerprint`). judge:
+        what measures networks, if that has a say in it.
         """
         network = {f"net.{name}": t for name, t in stored_tensors(self.model).items()}
         told = [self.told]
-        if judged:
-            told.append(_told({"evaluate": self.task.evaluate}, self.jobs))
+        if judge is not None:
+            told.append(_told({"evaluate": judge}, self.jobs))
         key = self.jobs.key(
             name, {**given, **network}, {**settings, "seed": self.seed, "told": told}
         )

@@ -28,6 +28,7 @@ FLOORS = (
     {"methods"},
     {"report"},
     {"_api"},
+    {"_frontier", "_sweep"},
     {"hf"},
     {"cli", "__init__", "demo"},
     {"__main__"},

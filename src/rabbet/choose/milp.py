@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 NODES = 20_000  # that HiGHS visits; a limit in seconds would give other plans on a busy machine
 TOP = 1e5  # the largest score that HiGHS sees: its absolute gap of 1e-6 is then far below the sum
 FINER = 100  # how much smaller the largest score must have become to ask again with finer ones
+CORE = 2  # options of each row, in the mean, that are asked about first
+WIDER = 8  # how much more excess options may have if those first ones keep no limits
+ABSOLUTE = 1e-4  # what sums of scores may be wrong by
 OPTIMAL, INFEASIBLE = 0, 2  # what scipy calls these ends
 
 
@@ -76,56 +79,142 @@ class IntegerProgram:
 
     def best(self, scores: Sequence[Sequence[float]], gap: float = 0.0) -> Answer:
         """The choice of least total score, or one that is worse by at most a share `gap` of it."""
-        # Only what an option is worse than the best of its row counts.
-        each = [np.asarray(row, float) - min(row) for row in scores]
-        flat = np.concatenate(each)
-        allowed = np.ones(len(flat))
+        flat = _above_least(scores)
+        allowed = np.ones(len(flat), bool)
         top = float(flat.max())
         answer = self._solved(flat * (TOP / top) if top > 0 else flat, allowed, gap)
         while answer.choice is not None and top > 0 and not gap:
             total = float(flat[self.places(answer.choice)].sum())
             # What alone harms more than this whole choice is in none that is better. Without it
             # scores can be told apart that were within the solver's gap.
-            allowed = (flat <= total).astype(float)
-            finer = float(flat[allowed > 0].max())
+            allowed = flat <= total
+            finer = float(flat[allowed].max())
             if finer * FINER > top:
                 break
             top = finer
-            scaled = np.where(allowed > 0, flat, 0.0) * (TOP / top if top > 0 else 1.0)
+            scaled = np.where(allowed, flat, 0.0) * (TOP / top if top > 0 else 1.0)
             again = self._solved(scaled, allowed, gap)
             if again.choice is None or flat[self.places(again.choice)].sum() >= total:
                 break
             answer = again
         return answer
 
-    def _solved(self, scores: NDArray[Any], allowed: NDArray[Any], gap: float) -> Answer:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
+    def excess(self, scores: Sequence[Sequence[float]]) -> list[list[float]] | None:
+        """By how much, at least, the least total score grows if a row has to take an option.
 
-        width = len(scores) + len(self._more)
-        layer = np.repeat(np.arange(len(self.counts)), self.counts)
-        one_each = csr_array(
-            (np.ones(len(layer)), (layer, np.arange(len(layer)))), shape=(len(self.counts), width)
-        )
-        constraints = [LinearConstraint(one_each, 1, 1)]
-        for parts, most in self._rows:
-            if not parts:
-                if most < 0:
-                    return Answer(None, True)
+        They are the reduced costs of the relaxation, whose rows may take parts of several options;
+        None if not even parts keep the limits.
+        """
+        flat = _above_least(scores)
+        top = float(flat.max()) or 1.0
+        relaxed = self._relaxed(flat * (TOP / top), np.ones(len(flat), bool))
+        if relaxed is None:
+            return None
+        return [part.tolist() for part in self._split(relaxed.excess * (top / TOP))]
+
+    def _solved(self, scores: NDArray[Any], allowed: NDArray[Any], gap: float) -> Answer:
+        """The best choice among the options that are allowed.
+
+        The program is solved with the options of little excess alone. Its answer is the best of all
+        once no option that was left out can be part of a better one.
+        """
+        relaxed = self._relaxed(scores, allowed)
+        if relaxed is None:
+            return Answer(None, True)
+        excess = np.where(allowed, relaxed.excess, np.inf)
+        most = float(np.sort(excess)[min(CORE * len(self.counts), len(excess)) - 1])
+        while True:
+            core = excess <= most
+            answer = self._asked(scores, core, gap)
+            if (core == allowed).all():
+                return answer
+            if answer.choice is None:
+                most = WIDER * most if most > 0 else TOP
                 continue
-            places = ([0] * len(parts), list(parts))
-            row = csr_array((np.array(list(parts.values()), float), places), shape=(1, width))
-            constraints.append(LinearConstraint(row, -np.inf, most))
+            total = float(scores[self.places(answer.choice)].sum())
+            above = total - relaxed.total + ABSOLUTE
+            if above <= max(most, gap * total):
+                return answer
+            most = above
+
+    def _relaxed(self, scores: NDArray[Any], allowed: NDArray[Any]) -> "_Relaxed | None":
+        """The program in parts of options; None if it has no answer."""
+        from scipy.optimize import linprog
+
+        one_each, limits, most = self._matrices()
+        costs = np.concatenate([scores, np.zeros(len(self._more))])
+        ends = np.concatenate([allowed, self._more])
+        result = linprog(
+            costs,
+            A_ub=limits,
+            b_ub=most,
+            A_eq=one_each,
+            b_eq=np.ones(len(self.counts)),
+            bounds=np.stack([np.zeros(len(costs)), ends], 1),
+            method="highs",
+        )
+        if result.x is None:
+            return None
+        prices = limits.T @ result.ineqlin.marginals + one_each.T @ result.eqlin.marginals
+        return _Relaxed(float(result.fun), np.maximum(costs - prices, 0.0)[: len(scores)])
+
+    def _asked(self, scores: NDArray[Any], allowed: NDArray[Any], gap: float) -> Answer:
+        """What HiGHS answers if rows may take only the options that are allowed."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        one_each, limits, most = self._matrices()
+        used = np.concatenate([allowed, np.ones(len(self._more), bool)])
+        costs = np.concatenate([scores, np.zeros(len(self._more))])[used]
+        ends = np.concatenate([np.ones(len(scores)), self._more])[used]
         # Rarely, HiGHS writes a line of its own to the process's standard output, which no option
         # stops. The descriptor is the process's: only the command line, which owns it, moves it.
         result = milp(
-            np.concatenate([scores, np.zeros(len(self._more))]),
-            constraints=constraints,
-            integrality=np.ones(width),
-            bounds=Bounds(0, np.concatenate([allowed, self._more])),
+            costs,
+            constraints=[
+                LinearConstraint(one_each[:, used], 1, 1),
+                LinearConstraint(limits[:, used], -np.inf, most),
+            ],
+            integrality=np.ones(len(costs)),
+            bounds=Bounds(0, ends),
             options={"node_limit": NODES, "mip_rel_gap": gap},
         )
         if result.x is None:
             return Answer(None, result.status == INFEASIBLE)
-        parts_of_x = np.split(result.x[: len(scores)], np.cumsum(self.counts)[:-1])
-        return Answer([int(np.argmax(part)) for part in parts_of_x], result.status == OPTIMAL)
+        whole = np.zeros(len(used))
+        whole[used] = result.x
+        parts = self._split(whole[: len(scores)])
+        return Answer([int(np.argmax(part)) for part in parts], result.status == OPTIMAL)
+
+    def _split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        return np.split(values, np.cumsum(self.counts)[:-1])
+
+    def _matrices(self) -> tuple[Any, Any, NDArray[Any]]:
+        """One option of each row; all limits, and what they allow."""
+        from scipy.sparse import csr_array
+
+        width = self.options + len(self._more)
+        each = np.repeat(np.arange(len(self.counts)), self.counts)
+        places = (each, np.arange(self.options))
+        one_each = csr_array((np.ones(self.options), places), shape=(len(self.counts), width))
+        entries = [
+            (k, place, float(n))
+            for k, (row, _) in enumerate(self._rows)
+            for place, n in row.items()
+        ]
+        rows, columns, numbers = zip(*entries, strict=True) if entries else ((), (), ())
+        shape = (len(self._rows), width)
+        limits = csr_array((np.array(numbers, float), (rows, columns)), shape=shape)
+        return one_each, limits, np.array([most for _, most in self._rows], float)
+
+
+@dataclass(frozen=True, slots=True)
+class _Relaxed:
+    """The least total score of the relaxation, and the excess of each option."""
+
+    total: float
+    excess: NDArray[Any]
+
+
+def _above_least(scores: Sequence[Sequence[float]]) -> NDArray[Any]:
+    """Only what an option is worse than the best of its row counts."""
+    return np.concatenate([np.asarray(row, float) - min(row) for row in scores])

@@ -10,6 +10,7 @@ nothing is left.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +37,8 @@ class Option:
 
 
 Table = Sequence[Sequence[Option]]
+Scores = Sequence[Sequence[float]]
+"""How much each option harms, [layers][options]."""
 
 
 class Priced(Protocol):
@@ -72,157 +75,197 @@ def smallest(table: Table, metric: str) -> list[int]:
 
 
 def require_feasible(table: Table, budget: Budget, piece: Priced) -> None:
-    """Refuse a budget that no choice of options meets, before anything is solved.
+    """See `Allocator.require_feasible`."""
+    Allocator(table, piece).require_feasible(budget)
 
-    Raises BudgetError naming the smallest reachable value and the layers that cost most there.
+
+def allocate(scores: Scores, table: Table, budget: Budget, piece: Priced, gap: float = 0.0) -> Plan:
+    """See `Allocator.plan`."""
+    return Allocator(table, piece).plan(scores, budget, gap)
+
+
+@dataclass
+class Allocator:
+    """All plans that take one option for each layer, for one who asks for several.
+
+    piece: knows the cost that a budget is checked against.
     """
-    for limit in budget.limits:
-        choice = _least(table, limit, piece)
-        cost, whole = piece.cost(picked(table, choice)), piece.float_cost
-        if limit.broken_by(cost, whole):
-            metric = METRICS[limit.metric]
-            reached, base = metric.amount(cost), metric.amount(whole)
-            costs = {row[k].plan.name: row[k].cost for row, k in zip(table, choice, strict=True)}
-            rest = reached - sum(metric.amount(c) for c in costs.values())
-            what = "header and all else" if limit.metric == "bytes" else "all else"
-            heavy = rest > max(map(metric.amount, costs.values()))
-            beside = f"; {what} {metric.show(rest, whole.weights)}" if heavy else ""
-            left = sorted(piece.left, key=lambda x: -x.bytes)[:3] if limit.metric == "bytes" else ()
-            if heavy and left:
-                named = ", ".join(f"{quoted(x.name)} {x.bytes:,}" for x in left)
-                beside += f", of which is left alone: {named}"
-            least = metric.show(reached, whole.weights)
-            allowed = metric.show(limit.amount(whole), whole.weights)
-            raise BudgetError(
-                f"{limit.text!r} cannot be met: the smallest reachable value is "
-                f"{least} {limit.metric} "
-                f"({100 * reached / max(base, 1):.4g}% of float32), {allowed} were allowed. "
-                f"The heaviest layers at that point: {heaviest(costs, limit.metric)}{beside}"
-            )
-    if len(budget.limits) > 1:
-        together, proven = _landed(_nothing(table), table, budget, piece)
-        if together is None and proven:
-            raise BudgetError(
-                f"each limit of '{budget}' can be met, but not all at once; loosen one of them"
-            )
 
+    table: Table
+    piece: Priced
 
-def allocate(
-    scores: Sequence[Sequence[float]],
-    table: Table,
-    budget: Budget,
-    piece: Priced,
-    gap: float = 0.0,
-) -> Plan:
-    """The plan of least total score under all limits.
+    def plan(self, scores: Scores, budget: Budget, gap: float = 0.0) -> Plan:
+        """The plan of least total score under all limits.
 
-    scores: how much each option harms, [layers][options]. piece: knows the cost that the budget is
-    checked against. gap: the share of the score by which another plan may be better.
+        gap: the share of the score by which another plan may be better. Raises ModelError naming a
+        layer whose scores are not finite, BudgetError if no choice keeps the budget.
+        """
+        self._require_finite(scores)
+        choice, proven = self._landed(scores, budget, gap)
+        if choice is not None:
+            return picked(self.table, choice)
+        # The tightest corner: the smallest choice is known to fit a single limit.
+        for limit in budget.limits:
+            plan = picked(self.table, self._least(limit))
+            if self._keeps(plan, budget):
+                return plan
+        if proven:
+            raise BudgetError(f"no choice of options keeps '{budget}'; loosen it a little")
+        raise BudgetError(
+            f"no choice of options was found that keeps '{budget}', though there may be one; "
+            "loosen it a little"
+        )
 
-    Raises ModelError naming a layer whose scores are not finite, BudgetError if no choice keeps the
-    budget.
-    """
-    for row, options in zip(scores, table, strict=True):
-        if not np.isfinite(row).all():
-            raise ModelError(
-                f"the scores of {quoted(options[0].plan.name)} are not finite: {list(row)}"
-            )
-    choice, proven = _landed(scores, table, budget, piece, gap)
-    if choice is not None:
-        return picked(table, choice)
-    # The tightest corner: the smallest choice is known to fit a single limit.
-    for limit in budget.limits:
-        plan = picked(table, _least(table, limit, piece))
-        if _keeps(plan, budget, piece):
-            return plan
-    if proven:
-        raise BudgetError(f"no choice of options keeps '{budget}'; loosen it a little")
-    raise BudgetError(
-        f"no choice of options was found that keeps '{budget}', though there may be one; "
-        "loosen it a little"
-    )
+    def excess(self, scores: Scores, budget: Budget) -> list[list[float]] | None:
+        """By how much, at least, the least total score grows if a layer must take an option.
 
+        [layers][options]; found in a small part of the time of `plan`. None if not even parts of
+        options, added up, keep the budget.
+        """
+        self._require_finite(scores)
+        return self._program(budget, _no_room(budget)).excess(scores)
 
-def _nothing(table: Table) -> list[list[float]]:
-    """Scores by which all choices are equally good."""
-    return [[0.0] * len(row) for row in table]
+    def require_feasible(self, budget: Budget) -> None:
+        """Refuse a budget that no choice of options meets, before anything is solved.
 
+        Raises BudgetError naming the smallest reachable value and the layers that cost most there.
+        """
+        for limit in budget.limits:
+            choice = self._least(limit)
+            cost = self.piece.cost(picked(self.table, choice))
+            if limit.broken_by(cost, self.piece.float_cost):
+                raise BudgetError(self._refusal(limit, choice, cost))
+        if len(budget.limits) > 1:
+            together, proven = self._landed([[0.0] * len(row) for row in self.table], budget)
+            if together is None and proven:
+                raise BudgetError(
+                    f"each limit of '{budget}' can be met, but not all at once; loosen one of them"
+                )
 
-def _keeps(plan: Plan, budget: Budget, piece: Priced) -> bool:
-    cost, whole = piece.cost(plan), piece.float_cost
-    return not any(limit.broken_by(cost, whole) for limit in budget.limits)
+    def ends(self, metric: str, beside: Budget | None = None) -> tuple[Cost, Cost]:
+        """The least that any plan costs by a metric, under limits beside it; and the most.
 
-
-def _least(table: Table, limit: Limit, piece: Priced) -> list[int]:
-    """The choice of least cost by the metric of a limit, or one that keeps the limit.
-
-    Of what adds up it is the cheapest option of every layer. Of bytes another may be smaller by
-    the header's padding: then ever smaller ones are asked for until there is none.
-    """
-    choice = smallest(table, limit.metric)
-    whole = piece.float_cost
-    while limit.metric == "bytes":
-        cost = piece.cost(picked(table, choice))
-        if not limit.broken_by(cost, whole):
-            break
-        smaller = Fraction(cost.bytes - 1)
-        below = Budget((replace(limit, value=smaller, share=False),))
-        found, _ = _landed(_nothing(table), table, below, piece)
-        if found is None:
-            break
-        choice = found
-    return choice
-
-
-def _landed(
-    scores: Sequence[Sequence[float]],
-    table: Table,
-    budget: Budget,
-    piece: Priced,
-    gap: float = 0.0,
-) -> tuple[list[int] | None, bool]:
-    """The best choice that keeps the budget in whole numbers; None, and whether that is proven."""
-    room = dict.fromkeys((limit.metric for limit in budget.limits), 0)
-    whole, proven = piece.float_cost, True
-    for _ in range(ROUNDS):
-        program = _program(table, budget, piece, room)
-        excess = dict.fromkeys(room, 0)
-        for _ in range(CUTS):
-            answer = program.best(scores, gap)
-            if answer.choice is None:
-                return None, proven and answer.proven
-            cost = piece.cost(picked(table, answer.choice))
-            over = {
-                x.metric: METRICS[x.metric].amount(cost) - x.amount(whole) for x in budget.limits
-            }
-            if all(amount <= 0 for amount in over.values()):
-                return answer.choice, True
-            excess = {metric: max(amount, over[metric]) for metric, amount in excess.items()}
-            program.exclude(answer.choice)
-        proven = False
-        room = {metric: amount + excess[metric] for metric, amount in room.items()}
-    return None, False
-
-
-def _program(table: Table, budget: Budget, piece: Priced, room: dict[str, int]) -> IntegerProgram:
-    """The program of a budget; room: by how much each limit is tighter than it says."""
-    program = IntegerProgram([len(row) for row in table])
-    rows = [[option.plan for option in row] for row in table]
-    first = [0] * len(table)
-    base = piece.cost(picked(table, first))
-    for limit in budget.limits:
-        amount = METRICS[limit.metric].amount
-        amounts = [amount(option.cost) for row in table for option in row]
-        # What no option changes (untouched tensors, the fixed part of the header) is the difference
-        # between the reference plan and the sum of its options.
-        fixed = amount(base) - sum(amount(row[0].cost) for row in table)
-        allowed = limit.amount(piece.float_cost) - room[limit.metric]
-        frame = piece.frame(rows) if limit.metric == "bytes" else None
-        if frame is None:
-            program.limit(amounts, allowed - fixed)
+        Raises BudgetError if no choice keeps those limits.
+        """
+        amount = METRICS[metric].amount
+        amounts = [[float(amount(option.cost)) for option in row] for row in self.table]
+        if beside is None:
+            least = picked(self.table, smallest(self.table, metric))
         else:
-            _limit_file(program, amounts, allowed - base.bytes, frame, program.places(first))
-    return program
+            self.require_feasible(beside)
+            least = self.plan(amounts, beside)
+        most = picked(self.table, [max(range(len(r)), key=r.__getitem__) for r in amounts])
+        return self.piece.cost(least), self.piece.cost(most)
+
+    def _require_finite(self, scores: Scores) -> None:
+        for row, options in zip(scores, self.table, strict=True):
+            if not np.isfinite(row).all():
+                raise ModelError(
+                    f"the scores of {quoted(options[0].plan.name)} are not finite: {list(row)}"
+                )
+
+    def _refusal(self, limit: Limit, choice: Sequence[int], cost: Cost) -> str:
+        """Why a limit cannot be met: what its cheapest choice costs, and where."""
+        metric, whole = METRICS[limit.metric], self.piece.float_cost
+        reached, base = metric.amount(cost), metric.amount(whole)
+        costs = {row[k].plan.name: row[k].cost for row, k in zip(self.table, choice, strict=True)}
+        rest = reached - sum(metric.amount(c) for c in costs.values())
+        what = "header and all else" if limit.metric == "bytes" else "all else"
+        heavy = rest > max(map(metric.amount, costs.values()))
+        beside = f"; {what} {metric.show(rest, whole.weights)}" if heavy else ""
+        left = sorted(self.piece.left, key=lambda x: -x.bytes)[:3]
+        if heavy and left and limit.metric == "bytes":
+            named = ", ".join(f"{quoted(x.name)} {x.bytes:,}" for x in left)
+            beside += f", of which is left alone: {named}"
+        least = metric.show(reached, whole.weights)
+        allowed = metric.show(limit.amount(whole), whole.weights)
+        return (
+            f"{limit.text!r} cannot be met: the smallest reachable value is "
+            f"{least} {limit.metric} "
+            f"({100 * reached / max(base, 1):.4g}% of float32), {allowed} were allowed. "
+            f"The heaviest layers at that point: {heaviest(costs, limit.metric)}{beside}"
+        )
+
+    def _keeps(self, plan: Plan, budget: Budget) -> bool:
+        cost, whole = self.piece.cost(plan), self.piece.float_cost
+        return not any(limit.broken_by(cost, whole) for limit in budget.limits)
+
+    def _least(self, limit: Limit) -> list[int]:
+        """The choice of least cost by the metric of a limit, or one that keeps the limit.
+
+        Of what adds up it is the cheapest option of every layer. Of bytes another may be smaller by
+        the header's padding: then ever smaller ones are asked for until there is none.
+        """
+        choice = smallest(self.table, limit.metric)
+        whole = self.piece.float_cost
+        while limit.metric == "bytes":
+            cost = self.piece.cost(picked(self.table, choice))
+            if not limit.broken_by(cost, whole):
+                break
+            smaller = Fraction(cost.bytes - 1)
+            below = Budget((replace(limit, value=smaller, share=False),))
+            found, _ = self._landed([[0.0] * len(row) for row in self.table], below)
+            if found is None:
+                break
+            choice = found
+        return choice
+
+    def _landed(
+        self, scores: Scores, budget: Budget, gap: float = 0.0
+    ) -> tuple[list[int] | None, bool]:
+        """The best choice that keeps the budget in whole numbers; None, and whether proven."""
+        room = _no_room(budget)
+        whole, proven = self.piece.float_cost, True
+        for _ in range(ROUNDS):
+            program = self._program(budget, room)
+            excess = dict.fromkeys(room, 0)
+            for _ in range(CUTS):
+                answer = program.best(scores, gap)
+                if answer.choice is None:
+                    return None, proven and answer.proven
+                cost = self.piece.cost(picked(self.table, answer.choice))
+                over = {
+                    x.metric: METRICS[x.metric].amount(cost) - x.amount(whole)
+                    for x in budget.limits
+                }
+                if all(amount <= 0 for amount in over.values()):
+                    return answer.choice, True
+                excess = {metric: max(amount, over[metric]) for metric, amount in excess.items()}
+                program.exclude(answer.choice)
+            proven = False
+            room = {metric: amount + excess[metric] for metric, amount in room.items()}
+        return None, False
+
+    @cached_property
+    def _base(self) -> Cost:
+        """What the first option of every layer costs, all in all."""
+        return self.piece.cost(picked(self.table, [0] * len(self.table)))
+
+    @cached_property
+    def _frame(self) -> Frame | None:
+        return self.piece.frame([[option.plan for option in row] for row in self.table])
+
+    def _program(self, budget: Budget, room: dict[str, int]) -> IntegerProgram:
+        """The program of a budget; room: by how much each limit is tighter than it says."""
+        program = IntegerProgram([len(row) for row in self.table])
+        for limit in budget.limits:
+            amount = METRICS[limit.metric].amount
+            amounts = [amount(option.cost) for row in self.table for option in row]
+            allowed = limit.amount(self.piece.float_cost) - room[limit.metric]
+            frame = self._frame if limit.metric == "bytes" else None
+            if frame is None:
+                # What no option changes (untouched tensors, the fixed part of the header) is the
+                # difference between the reference plan and the sum of its options.
+                fixed = amount(self._base) - sum(amount(row[0].cost) for row in self.table)
+                program.limit(amounts, allowed - fixed)
+            else:
+                first = program.places([0] * len(self.table))
+                _limit_file(program, amounts, allowed - self._base.bytes, frame, first)
+        return program
+
+
+def _no_room(budget: Budget) -> dict[str, int]:
+    return dict.fromkeys((limit.metric for limit in budget.limits), 0)
 
 
 def _limit_file(

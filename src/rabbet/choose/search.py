@@ -7,13 +7,14 @@ learnt of its layer correct it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rabbet.choose.program import Table, allocate
+from rabbet.choose.program import Allocator, Table
 from rabbet.choose.sensitivity import output_errors
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
@@ -22,27 +23,91 @@ from rabbet.reconstruct.network import FORETOLD, on_menus, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
-ROUGH = 1e-3  # gap of the program's answers while most of what it chooses is not measured
 HOPE = 0.5  # share of its likely harm that an option counts with until it is measured
+RELAXED = 25  # budgets, of many, that the relaxation is asked about
+NEAR = 0.1  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
 
 
 def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
     """The plan that the program chooses, each of its lines solved and measured.
 
-    table: the options of each layer of the survey, all of which count. Raises what `allocate` does.
+    table: the options of each layer of the survey, all of which count. Raises what `Allocator.plan`
+    does.
     """
-    layers, gap = foretold(piece, table), ROUGH
-    while True:
-        piece.jobs.progress("choosing", 0, 1)
-        plan = allocate([layer.scores() for layer in layers], table, budget, piece, gap)
-        piece.jobs.progress("choosing", 1, 1)
-        lines = [layer.lines.index(line.terms) for layer, line in zip(layers, plan, strict=True)]
-        chosen = list(zip(layers, lines, strict=True))
-        if _solve(piece, chosen) or _measure(piece, layers):
-            continue
-        if not gap:
-            return plan
-        gap = 0.0
+    return Search(piece, Allocator(table, piece)).plans([budget])[0]
+
+
+@dataclass
+class Search:
+    """What is known of all options: nothing at first, more with every budget asked about."""
+
+    piece: Workpiece
+    allocator: Allocator
+
+    @cached_property
+    def layers(self) -> list["Layer"]:
+        """What is known of the options of each layer."""
+        return foretold(self.piece, self.allocator.table)
+
+    def plans(self, budgets: Sequence[Budget]) -> list[Plan]:
+        """The plan for each budget, each line of it solved and measured.
+
+        First the relaxation of the program, which answers fast, says what is worth solving; what
+        the program itself chooses then is rarely anything else. Raises what `Allocator.plan` does.
+        """
+        some = budgets[:: -(-len(budgets) // RELAXED)]
+        while self._learn(self._near(some)):
+            pass
+        plans = dict[int, Plan]()
+        asked: Sequence[int] = range(len(budgets))
+        while True:
+            plans |= self._chosen({k: budgets[k] for k in asked})
+            if self._learn([pair for plan in plans.values() for pair in self._options(plan)]):
+                continue
+            if len(asked) == len(budgets):
+                return [plans[k] for k in range(len(budgets))]
+            asked = range(len(budgets))
+
+    def harm(self, plan: Plan) -> float:
+        """What the lines of a plan do to the network's output, as far as it is known, in all."""
+        return math.fsum(layer.scores()[k] for layer, k in self._options(plan))
+
+    def _chosen(self, budgets: Mapping[int, Budget]) -> dict[int, Plan]:
+        scores = [layer.scores() for layer in self.layers]
+        plans = dict[int, Plan]()
+        for place, budget in budgets.items():
+            self.piece.jobs.progress("choosing", len(plans), len(budgets))
+            plans[place] = self.allocator.plan(scores, budget)
+        self.piece.jobs.progress("choosing", len(plans), len(budgets))
+        return plans
+
+    def _options(self, plan: Plan) -> list[tuple["Layer", int]]:
+        pairs = zip(self.layers, plan, strict=True)
+        return [(layer, layer.lines.index(line.terms)) for layer, line in pairs]
+
+    def _learn(self, options: Sequence[tuple["Layer", int]]) -> bool:
+        """Solve and measure those options that are not; whether there were any."""
+        solved = _solve(self.piece, options)
+        return _measure(self.piece, self.layers) or solved
+
+    def _near(self, budgets: Sequence[Budget]) -> list[tuple["Layer", int]]:
+        """The options that the relaxation takes, and those that it might as well."""
+        scores = [layer.scores() for layer in self.layers]
+        near = list[tuple[Layer, int]]()
+        for budget in budgets:
+            excess = self.allocator.excess(scores, budget)
+            if excess is None:
+                continue
+            taken = [min(range(len(row)), key=row.__getitem__) for row in excess]
+            harm = sum(row[k] for row, k in zip(scores, taken, strict=True))
+            most = NEAR * harm / len(self.layers)
+            near += [
+                (layer, k)
+                for layer, row in zip(self.layers, excess, strict=True)
+                for k, more in enumerate(row)
+                if more <= most
+            ]
+        return near
 
 
 @dataclass
@@ -112,7 +177,7 @@ def foretold(piece: Workpiece, table: Table) -> list[Layer]:
 
 def _solve(piece: Workpiece, chosen: Sequence[tuple[Layer, int]]) -> bool:
     """Solve the chosen options that are not solved yet; whether there were any."""
-    missing = [(layer, k) for layer, k in chosen if k not in layer.solved]
+    missing = list({(x.name, k): (x, k) for x, k in chosen if k not in x.solved}.values())
     if not missing:
         return False
     menus = [(layer.name, (layer.lines[k],)) for layer, k in missing]

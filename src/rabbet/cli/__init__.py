@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbet.cli import compressing, reading, running, starting
+from rabbet.cli import compressing, reading, running, starting, sweeping
 from rabbet.cli.ending import (
     CLOSED,
     INTERRUPTED,
@@ -34,7 +34,10 @@ from rabbet.errors import BudgetError, RabbetError, note_of
 _Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 # Commands that load torch.
-HEAVY = {"doctor", "init", "survey", "plan", "compress", "compare", "export", "eval", "bench"}
+HEAVY = {
+    "doctor", "init", "survey", "plan", "compress", "frontier", "sweep", "compare", "export",
+    "eval", "bench",
+}  # fmt: skip
 
 app = typer.Typer(
     name="rabbet",
@@ -50,6 +53,8 @@ for command in (
     compressing.survey,
     compressing.plan,
     compressing.compress,
+    sweeping.frontier,
+    sweeping.sweep,
     reading.show,
     reading.check,
     reading.compare,

@@ -72,6 +72,16 @@ def compress(
     plan: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Fit the plan in this file.")
     ] = None,
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="'<= X'",
+            help="Find the least along --axis that loses at most this, measured on --held; a "
+            "--budget then holds beside it.",
+        ),
+    ] = None,
+    axis: options.Axis = "bytes",
+    held: options.Held = None,
     quality: options.Quality = "default",
     method: options.MethodText = None,
     seed: options.Seed = 0,
@@ -84,11 +94,18 @@ def compress(
     Accuracy is that of the file.
     """
     from rabbet.cli import outcomes, tables, texts
-    from rabbet.cli.inputs import open_inputs
+    from rabbet.cli.inputs import open_held, open_inputs
     from rabbet.cli.stored import opened, ready, require_other
     from rabbet.cli.terminal import told, working
 
-    asked = options.DEFAULT_BUDGET if budget is None and plan is None else budget
+    most = None if drop is None else texts.drop_of(drop)
+    if plan is not None and most is not None:
+        raise typer.BadParameter(
+            "a plan is given, so there is nothing to look for: leave one of the two out",
+            param_hint="--drop",
+        )
+    unasked = budget is None and plan is None and most is None
+    asked = options.DEFAULT_BUDGET if unasked else budget
     limits = None if asked is None else texts.budget_of(asked)
     worker = texts.worker_of(method, quality)
     wanted = None if plan is None else texts.plan_of_file(plan)
@@ -99,10 +116,14 @@ def compress(
     inputs = open_inputs(model, data, test)
     outcomes.require_exportable(inputs, target)
     judge = inputs.judge
+    chooser = None if most is None else open_held(model, held, inputs)
     with working(resume, processes, as_json) as jobs:
         with told(jobs, "judging the network"):
             before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
-        result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
+        if most is not None and chooser is not None:
+            result = outcomes.within(inputs, (axis, limits), most, chooser, worker, seed, jobs)
+        else:
+            result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
         replaced = output.exists()
         with told(jobs, "writing the file"):
             written = outcomes.export_safely(result, output, target)

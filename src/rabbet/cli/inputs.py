@@ -15,10 +15,11 @@ from rabbet.core.plan import quoted
 from rabbet.data.task import Task
 from rabbet.errors import DataError, RabbetError
 
-DEMO_MODEL, DEMO_DATA, DEMO_TEST = (
+DEMO_MODEL, DEMO_DATA, DEMO_TEST, DEMO_HELD = (
     "rabbet.demo:model",
     "rabbet.demo:calibration",
     "rabbet.demo:test",
+    "rabbet.demo:labelled",
 )
 
 
@@ -66,6 +67,25 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
     task = open_task(data, network)
     known = task.batches.table.classes if isinstance(task.batches, Batches) else ()
     return Inputs(network, task, open_judge(test, task, network, known))
+
+
+def open_held(
+    model: str | None, held: str | None, inputs: Inputs, required: bool = True
+) -> Judge | None:
+    """What measures networks while one is chosen, on data that no test holds.
+
+    A usage error if nothing does, and it is required.
+    """
+    if held is None and model in (None, DEMO_MODEL):
+        held = DEMO_HELD
+    judge = open_judge(held, inputs.task, inputs.network)
+    if judge is None and required:
+        raise typer.BadParameter(
+            "say what networks are measured on: labelled batches that --test does not hold, or a "
+            "function of a network; or give a Task(evaluate=...)",
+            param_hint="--held",
+        )
+    return judge
 
 
 def open_task(reference: str, network: nn.Module | None = None) -> Task:

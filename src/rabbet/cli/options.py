@@ -10,6 +10,7 @@ DEFAULT_BUDGET = "bytes <= 10%"
 # The help needs these names, and not what they name, which takes seconds to import.
 METHODS = ("joint", "admm", "cora", "cgmq", "ttqat")
 QUALITIES = ("fast", "default", "best")
+AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency")
 TARGETS = ("safetensors", "onnx", "openvino", "torch")
 
 
@@ -53,6 +54,16 @@ OptionalBudget = Annotated[
     typer.Option(
         "--budget",
         help=f"{BUDGET}, latency. Default without --plan: {DEFAULT_BUDGET}.",
+    ),
+]
+Axis = Annotated[
+    str, typer.Option(metavar="|".join(AXES), help="The metric along which budgets change.")
+]
+Held = Annotated[
+    str | None,
+    typer.Option(
+        help="What networks are measured on while one is chosen: labelled batches that --test does "
+        "not hold, or a function, as for --test. Default: the task's own evaluation."
     ),
 ]
 Quality = Annotated[

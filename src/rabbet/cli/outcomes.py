@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +11,14 @@ import typer
 
 from rabbet._api import Result, compress, fit
 from rabbet._api import plan as choose
+from rabbet._frontier import frontier
 from rabbet.cli.inputs import Inputs
 from rabbet.cli.judge import Judge
 from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
+from rabbet.data.task import deviation
 from rabbet.errors import FileError
 from rabbet.export import TRIALS, Written
 from rabbet.jobs import Jobs
@@ -92,7 +93,7 @@ class Outcome:
             return smaller
         lost = self.before - self.after
         change = "as accurate" if not lost else f"{abs(lost):.2f} points {_side(lost)}"
-        error = _deviation(self.examples, self.before, self.after)
+        error = deviation(self.examples, self.before, self.after)
         told = "within" if abs(lost) <= 2 * error else "beyond"
         sure = f"{told} what so many can tell (two deviations are {2 * error:.2f})"
         return f"{smaller}; {change} on {self.examples:,} examples, {sure}"
@@ -100,14 +101,6 @@ class Outcome:
 
 def _side(lost: float) -> str:
     return "less accurate" if lost > 0 else "more accurate"
-
-
-def _deviation(count: int, *shares: float) -> float:
-    """The standard deviation of the difference of accuracies in per cent, were they independent.
-
-    They are of the same examples, and so usually nearer to each other.
-    """
-    return math.sqrt(sum(share * (100 - share) for share in shares) / count)
 
 
 def require_countable(limits: Budget) -> None:
@@ -188,3 +181,22 @@ def compress_or_fit(
         limits.check(piece.cost(wanted), piece.float_cost)
     result = fit(inputs.network, wanted, inputs.task, worker, seed=seed, jobs=jobs)
     return replace(result, budget=limits)
+
+
+def within(
+    inputs: Inputs,
+    budgets: tuple[str, Budget | None],
+    drop: float,
+    chooser: Judge,
+    worker: Method,
+    seed: int,
+    jobs: Jobs,
+) -> Result:
+    """The smallest network along an axis, under limits beside it, of which the drop is measured."""
+    axis, beside = budgets
+    found = frontier(
+        inputs.network, inputs.task, axis, beside=beside, method=worker, seed=seed, jobs=jobs
+    )
+    examples = chooser.measured(inputs.network)[1] or None
+    chosen = found.within(drop, chooser, examples)
+    return replace(chosen.result, notes=(*chosen.result.notes, str(chosen)))

@@ -1,5 +1,7 @@
 """How the text in an option is read: a budget, a method with its settings, a file with a plan."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -13,6 +15,20 @@ from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.files import write_whole
 from rabbet.methods import METHODS, Method, method_of
+
+
+def drop_of(text: str) -> float:
+    """A drop from its text, `0.5` or `<= 0.5`; a usage error for anything else."""
+    number = text.strip().removeprefix("<=").removeprefix("≤").strip()
+    try:
+        drop = float(number)
+    except ValueError:
+        drop = -1.0
+    if not 0 <= drop < math.inf:
+        raise typer.BadParameter(
+            f"{text!r} is not the most that may be lost, such as '<= 0.5'", param_hint="--drop"
+        )
+    return drop
 
 
 def budget_of(text: str) -> Budget:
@@ -74,6 +90,31 @@ def _with(settings: Any, name: str, value: str, text: str) -> Any:
             f"{text!r}: the value must be of type {wanted}", param_hint="--method"
         )
     return replace(settings, **{name: new})
+
+
+def values_of(method: Method, texts: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of settings to be swept over, from texts such as `bits=2;3;4`.
+
+    A usage error for a setting that is not there or a value that it does not take.
+    """
+    tried: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if not name or not values:
+            raise typer.BadParameter(
+                f"{text!r} is no setting with its values, such as 'bits=2;3;4'", param_hint="--set"
+            )
+        for value in values.split(";"):
+            try:
+                changed: Any = _with(method, name, value, f"{name}={value}")
+            except typer.BadParameter as e:
+                raise typer.BadParameter(e.message, param_hint="--set") from None
+            except PlanError as e:
+                raise typer.BadParameter(str(e), param_hint="--set") from None
+            for part in name.split("."):
+                changed = getattr(changed, part)
+            tried.setdefault(name, []).append(changed)
+    return tried
 
 
 def plan_of_file(path: Path) -> Plan:

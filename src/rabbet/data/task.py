@@ -209,11 +209,7 @@ class Task:
         sets. Raises DataError unless the score is a number.
         """
         assert self.evaluate is not None
-        with state_kept(model), evaluating(model), theirs("Task(evaluate=...)"):
-            value = float(self.evaluate(model))
-        if math.isnan(value):
-            raise DataError("Task(evaluate=...) gave NaN; it must give a number, larger is better")
-        return value
+        return measured(model, self.evaluate, "Task(evaluate=...)")
 
     def varied(self, batch: Batch, generator: torch.Generator) -> Batch:
         """A batch as the student sees it."""
@@ -307,3 +303,28 @@ def correct(
     if not total:
         raise DataError("no labelled batch to measure accuracy on")
     return right, total
+
+
+def deviation(count: int, *shares: float) -> float:
+    """The standard deviation of the difference of shares in per cent of so many examples.
+
+    They are taken as independent; of the same examples they are usually nearer to each other.
+    """
+    return math.sqrt(
+        sum(min(max(x, 0.0), 100.0) * (100 - min(max(x, 0.0), 100.0)) for x in shares) / count
+    )
+
+
+def measured(
+    model: nn.Module, measure: Callable[[nn.Module], float], name: str = "the measure"
+) -> float:
+    """What a user's function of a model in eval mode gives: one number, larger is better.
+
+    The model is left in the mode and the state that it was in, whatever the function sets. Raises
+    DataError, by the name of the function, unless it gives a number.
+    """
+    with state_kept(model), evaluating(model), theirs(name):
+        value = float(measure(model))
+    if math.isnan(value):
+        raise DataError(f"{name} gave NaN; it must give a number, larger is better")
+    return value

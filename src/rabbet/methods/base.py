@@ -1,10 +1,11 @@
 """The interface of a method."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from rabbet.choose.search import Search
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
 from rabbet.workpiece import Workpiece
@@ -36,4 +37,13 @@ class Method(Protocol):
 
         Raises PlanError for a plan that does not suit the network or the method.
         """
+        ...
+
+
+@runtime_checkable
+class Searching(Protocol):
+    """A method that finds the plans for many budgets at once."""
+
+    def search(self, piece: Workpiece) -> Search:
+        """What plans are chosen from, with nothing solved yet."""
         ...

@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rabbet.choose.program import Option, require_feasible
-from rabbet.choose.search import search
+from rabbet.choose.program import Allocator, Option
+from rabbet.choose.search import Search
 from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
@@ -75,15 +75,19 @@ class Joint:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
+        searched = self.search(piece)
+        searched.allocator.require_feasible(budget)
+        return searched.plans([budget])[0]
+
+    def search(self, piece: Workpiece) -> Search:
+        """What plans are chosen from, with nothing solved yet; see `Searching.search`."""
         require_gradients(piece)
         table: list[list[Option]] = []
         for site in piece.survey:
             table.append([self._option(piece, site, terms) for terms in self.menu(site)])
             if piece.clock is not None:  # then every option is exported and timed
                 piece.jobs.progress("timing layers", len(table), len(piece.survey.sites))
-
-        require_feasible(table, budget, piece)
-        return search(piece, table, budget)
+        return Search(piece, Allocator(table, piece))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""

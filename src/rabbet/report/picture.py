@@ -1,6 +1,7 @@
 """Pictures of a method's search; they need matplotlib (`pip install rabbet[report]`)."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,28 @@ def draw_gates(gating: Gating, path: str | Path) -> None:
     loss = below.twinx()
     loss.plot(gating.losses.numpy(), color="black", linestyle=":")
     loss.set(ylabel="held-back loss (dotted)")
+    _save(figure, path)
+
+
+def draw_sweep(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    label: str,
+    whole: float | None,
+    path: str | Path,
+) -> None:
+    """Write a picture of measures over costs, a line for each label; whole: that of the network.
+
+    Raises as `draw_gates` does.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker=".", label=name)
+    if whole is not None:
+        axes.axhline(whole, color="grey", linestyle=":", label="float")
+    axes.set(xlabel=label, ylabel="measure", xscale="log")
+    if any(lines):
+        axes.legend()
     _save(figure, path)
 
 

@@ -282,7 +282,7 @@ class Teaching(Course):
             "ttqat",
             self._copies(),
             {"method": self.method, "plan": self.plan.compact},
-            judged=True,
+            judge=piece.task.evaluate,
         )
         if self.steps:
             run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))

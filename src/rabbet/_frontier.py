@@ -1,0 +1,374 @@
+"""What every budget buys, found at once; and the least that keeps what the user measures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Context, Decimal
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rabbet._api import Data, Result, finished, in_turn, opened
+from rabbet.choose.measured import interpolated, next_try
+from rabbet.choose.search import Search
+from rabbet.core.budget import METRICS, Budget, Limit
+from rabbet.core.cost import Cost
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Survey
+from rabbet.data.task import deviation, measured
+from rabbet.errors import BudgetError, DataError, PlanError
+from rabbet.jobs import Jobs
+from rabbet.methods import Method, method_of
+from rabbet.methods.base import Searching
+from rabbet.report.facts import cost_facts
+from rabbet.report.text import Part, Standing, Table, plain
+from rabbet.workpiece import Workpiece
+
+DIGITS = Context(prec=4, rounding=ROUND_CEILING)  # of the limits of points
+SHOWN = 16  # points that a printed frontier has
+
+Measure = Callable[[nn.Module], float]
+"""How good a network is; larger is better."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A budget, and what it buys.
+
+    limit: on the axis. harm: the expected error of the outputs, relative and squared, as the
+    program adds it up from what each layer was measured to do alone. accuracy: the user's measure,
+    and the ends of its interval; None before any was measured. measured: whether it was measured at
+    this point, and not between others.
+    """
+
+    limit: Limit
+    plan: Plan
+    cost: Cost
+    harm: float
+    accuracy: tuple[float, float, float] | None = None
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Within:
+    """The smallest of the plans that were fitted whose measured drop is within what was asked.
+
+    tried: every limit that was fitted, in that order, with its drop. deviation: the standard
+    deviation of the drop with so many examples, None where their number is not known.
+    """
+
+    result: Result
+    point: Point
+    drop: float
+    deviation: float | None
+    tried: tuple[tuple[Limit, float], ...]
+
+    def __str__(self) -> str:
+        sure = (
+            "how sure is not known, for the number of examples is not"
+            if self.deviation is None
+            else f"its standard deviation with so many examples is {self.deviation:.2f}"
+        )
+        tries = ", ".join(f"{limit.text} ({drop:+.2f})" for limit, drop in self.tried)
+        return f"{self.point.limit.text}: a drop of {self.drop:.2f}, {sure}; fitted: {tries}"
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Plans along an axis, from the loosest budget to the tightest.
+
+    axis: the metric that changes. beside: limits that hold at every point.
+    """
+
+    axis: str
+    points: tuple[Point, ...]
+    beside: Budget | None
+    method: Method
+    piece: Workpiece
+    searched: Search
+
+    @property
+    def survey(self) -> Survey:
+        """The layers."""
+        return self.piece.survey
+
+    @cached_property
+    def float_cost(self) -> Cost:
+        """What the float32 network costs."""
+        return self.piece.float_cost
+
+    @in_turn
+    def at(self, budget: str | Budget) -> Plan:
+        """The plan for any budget, with the limits beside it unless it names them itself.
+
+        Raises BudgetError for one that cannot be met.
+        """
+        limits = _joined(Budget.parse(budget), self.beside)
+        _require_clock(self.piece, limits)
+        self.searched.allocator.require_feasible(limits)
+        return self.searched.plans([limits])[0]
+
+    @in_turn
+    def fit(self, budget: str | Budget | Point) -> Result:
+        """The network at a point, or for any budget: its layers solved in order, and tuned."""
+        if isinstance(budget, Point):
+            limits = _joined(Budget((budget.limit,)), self.beside)
+            return finished(self.piece, self.method, budget.plan, limits)
+        limits = _joined(Budget.parse(budget), self.beside)
+        return finished(self.piece, self.method, self.at(limits), limits)
+
+    @in_turn
+    def measure(
+        self, count: int = 9, measure: Measure | None = None, examples: int | None = None
+    ) -> "Frontier":
+        """The frontier with a measure of every point: `count` are fitted, the others lie between.
+
+        measure: of a network, larger is better; default: the task's `evaluate`. It must not be of
+        the data that the network is judged on at the end. examples: how many stand behind it, if
+        it is a share in per cent. Between two measured points the measure is interpolated along the
+        logarithm of the harm. Its interval reaches over both neighbours, and further by as much as
+        measured points lay outside of theirs, or as chance makes of so many examples (90 %).
+        Raises DataError without a measure, PlanError for fewer than two points.
+        """
+        run, total = self._measure(measure), len(self.points)
+        if count < 2:
+            raise PlanError(f"two points or more are measured, both ends among them; found {count}")
+        places = sorted({round(k) for k in np.linspace(0, total - 1, min(count, total))})
+        found: dict[int, float] = {}
+        for place in places:
+            self.piece.jobs.progress("measuring points", len(found), len(places))
+            found[place] = self._measured(self.points[place], run)
+        self.piece.jobs.progress("measuring points", len(found), len(places))
+        told = interpolated([p.harm for p in self.points], found, examples)
+        points = tuple(
+            replace(point, accuracy=accuracy, measured=k in found)
+            for k, (point, accuracy) in enumerate(zip(self.points, told, strict=True))
+        )
+        return replace(self, points=points)
+
+    @in_turn
+    def within(
+        self,
+        drop: float,
+        measure: Measure | None = None,
+        examples: int | None = None,
+        fits: int = 4,
+    ) -> Within:
+        """The smallest plan whose measured drop from the float network is at most `drop`.
+
+        Arguments: see `measure`; at most `fits` plans are fitted. Raises BudgetError if none of
+        these is within, DataError without a measure.
+        """
+        run = self._measure(measure)
+        if not drop >= 0 or fits < 1:
+            raise PlanError(f"a drop is at least 0 and fits at least 1; found {drop:g} and {fits}")
+        whole = measured(self.piece.model, run)
+        harms = [point.harm for point in self.points]
+        amounts = [METRICS[self.axis].amount(point.cost) for point in self.points]
+        tried: dict[int, float] = {}
+        best: tuple[int, Result] | None = None
+        while len(tried) < fits:
+            last = len(tried) == fits - 1
+            place = next_try(harms, amounts, tried, drop, last)
+            if place is None:
+                break
+            self.piece.jobs.progress(f"fitting {self.points[place].limit.text}", len(tried), fits)
+            result = self.fit(self.points[place])
+            tried[place] = whole - measured(result.model, run)
+            if tried[place] <= drop and (best is None or place > best[0]):
+                best = place, result
+        said = tuple((self.points[k].limit, lost) for k, lost in tried.items())
+        if best is None:
+            least = min(said, key=lambda pair: pair[1])
+            raise BudgetError(
+                f"no plan that was fitted drops by at most {drop:g}: the least was {least[1]:.2f} "
+                f"at {least[0].text}; allow more, or tune longer"
+            )
+        place, result = best
+        shares = (whole, whole - tried[place])
+        error = None if examples is None else deviation(examples, *shares)
+        return Within(result, self.points[place], tried[place], error, said)
+
+    def _measured(self, point: Point, run: Measure) -> float:
+        """The measure at a point; what was measured before is not fitted again."""
+        settings = {"method": self.method, "plan": str(point.plan)}
+        key = self.piece.key("measured point", {}, settings, judge=run)
+        kept = self.piece.jobs.kept(key)
+        if kept is None:
+            value = measured(self.fit(point).model, run)
+            kept = {"value": torch.tensor(value, dtype=torch.float64)}
+            self.piece.jobs.keep(key, kept)
+        return float(kept["value"])
+
+    def _measure(self, measure: Measure | None) -> Measure:
+        found = self.piece.task.evaluate if measure is None else measure
+        if found is None:
+            raise DataError(
+                "nothing says how good a network is: give a function of a network, or a "
+                "Task(evaluate=...)"
+            )
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return {
+            "axis": self.axis,
+            "beside": None if self.beside is None else str(self.beside),
+            "float": cost_facts(self.float_cost),
+            "points": [
+                {
+                    "limit": point.limit.text,
+                    "cost": cost_facts(point.cost),
+                    "harm": point.harm,
+                    "accuracy": point.accuracy,
+                    "measured": point.measured,
+                    "plan": str(point.plan),
+                }
+                for point in self.points
+            ],
+        }
+
+    @property
+    def table(self) -> Table:
+        """Some of the points, evenly spread."""
+        metrics = [m for m in METRICS if METRICS[m].amount(self.float_cost)]
+        told = any(point.accuracy for point in self.points)
+        heads = ("budget", *metrics, "expected error", *(["measure", "from", "to"] if told else []))
+        places = np.linspace(0, len(self.points) - 1, min(SHOWN, len(self.points))).round()
+        rows = [
+            (*self._row(self.points[int(k)], metrics), *_shown(self.points[int(k)], told))
+            for k in dict.fromkeys(places)
+        ]
+        return Table(heads, rows)
+
+    def _row(self, point: Point, metrics: Sequence[str]) -> Iterator[str]:
+        yield point.limit.text
+        for metric in metrics:
+            yield Standing.of(metric, point.cost, self.float_cost).row()[1]
+        yield f"{point.harm:.2e}"
+
+    @property
+    def parts(self) -> list[Part]:
+        """The report for people."""
+        beside = "" if self.beside is None else f", beside {self.beside}"
+        last = f"{len(self.points)} points along {self.axis}{beside}"
+        return [self.table, last, self.survey.counted("MACs and BOPs")]
+
+    def __str__(self) -> str:
+        return plain(self.parts)
+
+
+def _shown(point: Point, told: bool) -> tuple[str, ...]:
+    if not told or point.accuracy is None:
+        return ()
+    value, *ends = point.accuracy
+    return (f"{value:.2f}{'' if point.measured else ' ?'}", *(f"{end:.2f}" for end in ends))
+
+
+@in_turn
+def frontier(  # noqa: PLR0913 (those behind the star are options, given by name)
+    model: nn.Module,
+    data: Data,
+    axis: str = "bytes",
+    *,
+    beside: str | Budget | None = None,
+    limits: tuple[str, str] | None = None,
+    points: int = 200,
+    method: Method | None = None,
+    quality: str = "default",
+    seed: int = 0,
+    jobs: Jobs | None = None,
+) -> Frontier:
+    """What every budget along an axis buys: plans, their costs and the error to expect of each.
+
+    axis: a metric of budgets, such as "bytes", "macs" or "latency". beside: limits that hold at
+    every point. limits: both ends of the axis, as they stand in a budget (`("5%", "30%")`);
+    default: from what the smallest plan needs to what the most accurate one takes. points: at most,
+    evenly spaced on a logarithmic axis; budgets that buy the same plan are one point. The rest is
+    as for `compress`. Candidates are solved and measured once for all points.
+
+    Raises BudgetError if the loosest point cannot be met, PlanError for a method that does not
+    choose by the program, and otherwise as `compress` does.
+    """
+    if axis not in METRICS:
+        raise BudgetError(f"unknown axis {axis!r}; there are {', '.join(METRICS)}")
+    if points < 2:
+        raise PlanError(f"a frontier has two points or more; found {points}")
+    worker = method_of(method, quality)
+    if not isinstance(worker, Searching):
+        raise PlanError(
+            f"a frontier needs a method that chooses by the program, which {type(worker).__name__} "
+            "does not: take Joint, or rabbet.sweep over budgets"
+        )
+    more = None if beside is None else Budget.parse(beside)
+    metrics = [axis, *(limit.metric for limit in (more.limits if more else ()))]
+    if metrics.count(axis) > 1:
+        raise BudgetError(f"{axis} is the axis, and cannot be limited beside it as well")
+    piece = opened(model, metrics, data, seed, jobs)
+    searched = worker.search(piece)
+    budgets = _budgets(searched, axis, more, limits, points)
+    searched.allocator.require_feasible(budgets[-1])
+    plans = searched.plans(budgets)
+    found = [
+        Point(budget.limits[0], plan, piece.cost(plan), searched.harm(plan))
+        for budget, plan in zip(budgets, plans, strict=True)
+    ]
+    # Of those that buy the same plan the tightest.
+    kept = [
+        point
+        for point, after in zip(found, [*found[1:], None], strict=True)
+        if after is None or after.plan != point.plan
+    ]
+    return Frontier(axis, tuple(kept), more, worker, piece, searched)
+
+
+def _budgets(
+    searched: Search,
+    axis: str,
+    beside: Budget | None,
+    limits: tuple[str, str] | None,
+    points: int,
+) -> list[Budget]:
+    """Budgets along the axis, the loosest first."""
+    allocator = searched.allocator
+    whole = allocator.piece.float_cost
+    amount = METRICS[axis].amount
+    if limits is None:
+        low, high = (amount(cost) for cost in allocator.ends(axis, beside))
+    else:
+        ends = [Budget.parse(f"{axis} <= {text}").limits[0] for text in limits]
+        low, high = sorted(limit.amount(whole) for limit in ends)
+    values = np.geomspace(max(high, 1), max(low, 1), points).tolist()
+    return [_joined(Budget((_limit(axis, value, whole),)), beside) for value in values]
+
+
+def _limit(axis: str, amount: float, whole: Cost) -> Limit:
+    """A limit of about an amount, and not below it, that can be written down."""
+    metric = METRICS[axis]
+    share = axis not in ("bits", "bpw")
+    base = metric.amount(whole) if share else whole.weights
+    value = DIGITS.create_decimal(Decimal(amount) / Decimal(max(base, 1)) * (100 if share else 1))
+    text = f"{axis} <= {value:f}{'%' if share else ''}"
+    return Limit(
+        axis,
+        Fraction(value) / 100 if share else Fraction(value),
+        share,
+        text,
+    )
+
+
+def _joined(budget: Budget, beside: Budget | None) -> Budget:
+    named = {limit.metric for limit in budget.limits}
+    more = () if beside is None else (x for x in beside.limits if x.metric not in named)
+    return Budget((*budget.limits, *more))
+
+
+def _require_clock(piece: Workpiece, budget: Budget) -> None:
+    if piece.clock is None and any(limit.metric == "latency" for limit in budget.limits):
+        raise BudgetError(
+            f"{str(budget)!r} needs a latency, which was not measured for this frontier: take it "
+            "as its axis, or limit it beside"
+        )

@@ -1,0 +1,204 @@
+"""Settings of a method over values, and budgets: each combination fitted and measured."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rabbet._api import Data, finished, in_turn, opened
+from rabbet.core.budget import METRICS, Budget
+from rabbet.core.cost import Cost
+from rabbet.core.plan import Plan
+from rabbet.data.task import measured
+from rabbet.errors import BudgetError, DataError, PlanError
+from rabbet.jobs import Jobs
+from rabbet.methods import Method, method_of
+from rabbet.report.facts import cost_facts
+from rabbet.report.picture import draw_sweep
+from rabbet.report.text import Standing, Table, plain
+from rabbet.workpiece import Workpiece
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination, and what came of it.
+
+    plan, cost, measure: None where the budget cannot be met, for which error says why; measure is
+    None, too, where nothing measures.
+    """
+
+    budget: Budget
+    settings: Settings
+    plan: Plan | None = None
+    cost: Cost | None = None
+    measure: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All rows, in the order in which they were asked for."""
+
+    rows: tuple[Row, ...]
+    float_cost: Cost
+    float_measure: float | None
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return {
+            "float": cost_facts(self.float_cost) | {"measure": self.float_measure},
+            "rows": [
+                {
+                    "budget": str(row.budget),
+                    "settings": {name: str(value) for name, value in row.settings.items()},
+                    "cost": None if row.cost is None else cost_facts(row.cost),
+                    "measure": row.measure,
+                    "plan": None if row.plan is None else str(row.plan),
+                    "error": row.error or None,
+                }
+                for row in self.rows
+            ],
+        }
+
+    @property
+    def table(self) -> Table:
+        """A row for each combination, and the float network."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.settings))
+        metrics = [m for m in METRICS if METRICS[m].amount(self.float_cost)]
+        heads = ("budget", *names, *metrics, "measure")
+        whole = [Standing.of(m, self.float_cost, self.float_cost).row()[1] for m in metrics]
+        rows = [("float", *[""] * len(names), *whole, _shown(self.float_measure))]
+        for row in self.rows:
+            asked = (str(row.budget), *(str(row.settings.get(name, "")) for name in names))
+            if row.cost is None:
+                rows.append((*asked, *["-"] * len(metrics), "-"))
+                continue
+            found = [Standing.of(m, row.cost, self.float_cost).row()[1] for m in metrics]
+            rows.append((*asked, *found, _shown(row.measure)))
+        return Table(heads, rows, 1 + len(names))
+
+    @property
+    def errors(self) -> list[str]:
+        """Why rows are empty, each once."""
+        return list(dict.fromkeys(row.error for row in self.rows if row.error))
+
+    def plot(self, path: str | Path, metric: str = "bytes") -> None:
+        """Draw the measure over a metric, a line for each choice of settings.
+
+        The ending of the path is the format. Raises ImportError without matplotlib, DataError
+        where nothing was measured, FileError for a path that cannot be written.
+        """
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            if row.cost is not None and row.measure is not None:
+                label = ", ".join(f"{name}={value}" for name, value in row.settings.items())
+                amount = Standing.of(metric, row.cost, self.float_cost)
+                share = 100 * amount.amount / max(amount.whole, 1)
+                lines.setdefault(label, []).append((share, row.measure))
+        if not lines:
+            raise DataError("there is nothing to draw: no row has a measure")
+        draw_sweep(lines, f"% of the float32 network's {metric}", self.float_measure, path)
+
+    def __str__(self) -> str:
+        return plain([self.table, *self.errors])
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+@in_turn
+def sweep(  # noqa: PLR0913 (those behind the star are options, given by name)
+    model: nn.Module,
+    budgets: str | Budget | Sequence[str | Budget],
+    data: Data,
+    settings: Mapping[str, Sequence[Any]] | None = None,
+    method: Method | None = None,
+    *,
+    quality: str = "default",
+    measure: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
+    jobs: Jobs | None = None,
+) -> Sweep:
+    """Compress once for each budget and each combination of settings, and measure each.
+
+    settings: of the method, by name (`"bits"`, `"tuning.steps"`), each with the values to try.
+    measure: of a network, larger is better; default: the task's `evaluate`, if it has one. The rest
+    is as for `compress`. Rows share what is solved, and a jobs with a folder keeps finished rows. A
+    budget that cannot be met is a row that says so.
+
+    Raises PlanError for a setting that the method does not have, and otherwise as `compress` does.
+    """
+    limits = [budgets] if isinstance(budgets, str | Budget) else list(budgets)
+    asked = [Budget.parse(text) for text in limits]
+    if not asked:
+        raise BudgetError("a sweep needs a budget; name one or several")
+    worker = method_of(method, quality)
+    tried = list(combinations(worker, settings or {}))
+    metrics = [limit.metric for budget in asked for limit in budget.limits]
+    piece = opened(model, metrics, data, seed, jobs)
+    run = piece.task.evaluate if measure is None else measure
+    rows = list[Row]()
+    for budget, (chosen, changed) in itertools.product(asked, tried):
+        piece.jobs.progress("sweeping", len(rows), len(asked) * len(tried))
+        rows.append(_row(piece, budget, chosen, changed, run))
+    piece.jobs.progress("sweeping", len(rows), len(rows))
+    return Sweep(tuple(rows), piece.float_cost, None if run is None else measured(piece.model, run))
+
+
+def _row(
+    piece: Workpiece,
+    budget: Budget,
+    method: Method,
+    changed: Settings,
+    run: Callable[[nn.Module], float] | None,
+) -> Row:
+    settings = {"method": method, "budget": str(budget)}
+    key = piece.key("sweep", {}, settings, judge=run)
+    kept = piece.jobs.kept(key)
+    if kept is None:
+        try:
+            result = finished(piece, method, method.plan(piece, budget), budget)
+        except BudgetError as e:
+            return Row(budget, changed, error=f"{budget}: {e}")
+        kept = {"plan": torch.tensor(list(str(result.plan).encode()), dtype=torch.uint8)}
+        if run is not None:
+            kept["measure"] = torch.tensor(measured(result.model, run), dtype=torch.float64)
+        piece.jobs.keep(key, kept)
+    plan = Plan.parse(bytes(kept["plan"].tolist()).decode())
+    found = float(kept["measure"]) if "measure" in kept else None
+    return Row(budget, changed, plan, piece.cost(plan), found)
+
+
+def combinations(
+    method: Method, settings: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[Method, Settings]]:
+    """The method with every combination of the values of its settings, and what they are.
+
+    Raises PlanError for a setting that it does not have, or a value that it does not take.
+    """
+    for values in itertools.product(*settings.values()):
+        changed = dict(zip(settings, values, strict=True))
+        worker: Any = method
+        for name, value in changed.items():
+            worker = _with(worker, name.split("."), value)
+        yield worker, changed
+
+
+def _with(settings: Any, path: Sequence[str], value: Any) -> Any:
+    """Settings with one changed; a path of several names leads into settings inside."""
+    name, *inner = path
+    known = [field.name for field in fields(settings)] if is_dataclass(settings) else []
+    if name not in known:
+        raise PlanError(f"{name!r} is no setting; there are {', '.join(known) or 'none'}")
+    new = _with(getattr(settings, name), inner, value) if inner else value
+    return replace(settings, **{name: new})
+
+
+__all__ = ["Row", "Sweep", "combinations", "sweep"]

@@ -1,0 +1,118 @@
+"""The commands about many budgets at once: frontier, sweep."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rabbet.cli import options
+
+Picture = Annotated[
+    Path | None, typer.Option(dir_okay=False, help="Draw a picture (.svg, .png, .pdf), too.")
+]
+
+
+def frontier(
+    model: options.Model = None,
+    data: options.Data = None,
+    axis: options.Axis = "bytes",
+    budget: Annotated[
+        str | None, typer.Option(help="Limits that hold at every point, beside the axis.")
+    ] = None,
+    limits: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Both ends of the axis, as in a budget: '5%' '30%'."),
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, help="Points, at most.")] = 200,
+    measure: Annotated[
+        int,
+        typer.Option(min=0, metavar="K", help="Fit and measure so many points; 0: none."),
+    ] = 0,
+    held: options.Held = None,
+    method: options.MethodText = None,
+    quality: options.Quality = "default",
+    seed: options.Seed = 0,
+    resume: options.Resume = None,
+    processes: options.Processes = 1,
+    as_json: options.Json = False,
+) -> None:
+    """Show what every budget along an axis buys; candidates are solved once for all of them."""
+    from rabbet._frontier import frontier as find
+    from rabbet.cli import tables, texts
+    from rabbet.cli.inputs import open_held, open_inputs
+    from rabbet.cli.terminal import working
+    from rabbet.errors import BudgetError
+
+    beside = None if budget is None else texts.budget_of(budget)
+    worker = texts.worker_of(method, quality)
+    inputs = open_inputs(model, data)
+    judge = open_held(model, held, inputs) if measure else None
+    with working(resume, processes, as_json) as jobs:
+        try:
+            found = find(
+                inputs.network, inputs.task, axis, beside=beside, limits=limits, points=points,
+                method=worker, seed=seed, jobs=jobs,
+            )  # fmt: skip
+        except BudgetError as e:
+            if "unknown" not in str(e) and "is the axis" not in str(e):
+                raise
+            raise typer.BadParameter(str(e), param_hint="--axis") from None
+        if judge is not None:
+            found = found.measure(measure, judge, judge.measured(inputs.network)[1] or None)
+    if as_json:
+        tables.print_json(found.facts() | {"seed": seed})
+    else:
+        tables.show(found.parts)
+
+
+def sweep(
+    model: options.Model = None,
+    data: options.Data = None,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option("--budget", help="A budget; may be given several times."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE;VALUE...",
+            help="A setting of the method and its values: 'bits=2;3;4'; may be given several "
+            "times.",
+        ),
+    ] = None,
+    held: options.Held = None,
+    plot: Picture = None,
+    method: options.MethodText = None,
+    quality: options.Quality = "default",
+    seed: options.Seed = 0,
+    resume: options.Resume = None,
+    processes: options.Processes = 1,
+    as_json: options.Json = False,
+) -> None:
+    """Compress for each budget and each value of settings; they share what is solved."""
+    from rabbet._sweep import sweep as run
+    from rabbet.cli import tables, texts
+    from rabbet.cli.inputs import open_held, open_inputs
+    from rabbet.cli.stored import writable
+    from rabbet.cli.terminal import working
+
+    asked = [texts.budget_of(text) for text in budgets or [options.DEFAULT_BUDGET]]
+    worker = texts.worker_of(method, quality)
+    tried = texts.values_of(worker, settings or [])
+    if plot is not None:
+        writable(plot)
+    inputs = open_inputs(model, data)
+    judge = open_held(model, held, inputs, required=plot is not None)
+    with working(resume, processes, as_json) as jobs:
+        found = run(
+            inputs.network, asked, inputs.task, tried, worker,
+            measure=judge, seed=seed, jobs=jobs,
+        )  # fmt: skip
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        found.plot(plot)
+    if as_json:
+        tables.print_json(found.facts() | {"seed": seed})
+    else:
+        tables.show([found.table, *found.errors])
