@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rabbet.calibrate.moments import second_moments
 from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.core.frame import Frame, Rows
+from rabbet.core.history import History
 from rabbet.core.layout import RESERVED, TYPE_NAMES, TYPES, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Left, Survey
@@ -133,7 +134,7 @@ class Workpiece:
     half-precision embedding that is left alone is stored in half precision again. norms: by site,
     the BatchNorms that were folded. clock: times layers, if a budget is about latency. told: the
     fingerprint of network, batches and functions as they are before anything runs; one of this
-    piece alone if they cannot be told from others.
+    piece alone if they cannot be told from others. histories: of what was searched and trained.
     """
 
     model: nn.Module
@@ -145,6 +146,7 @@ class Workpiece:
     norms: dict[str, Norm] = field(default_factory=dict)
     clock: Clock | None = None
     told: str = ""
+    histories: list[History] = field(default_factory=list, repr=False)
     _moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @classmethod

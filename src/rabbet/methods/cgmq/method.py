@@ -70,6 +70,7 @@ class CGMQ(Settings):
         require_gradients(piece)
         course = MovingGates(self, piece, lines, budget)
         gating = course.train(piece)
+        piece.histories += gating.histories
         if self.epochs:
             piece.jobs.keep(cache_key(piece, self, gating.plan.compact), course.weights())
         return gating

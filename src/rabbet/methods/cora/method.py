@@ -124,7 +124,9 @@ class CoRa:
         if not residuals:
             raise PlanError("no layer of this network can have an adapter; use Joint")
         student = build(piece.model, bases, piece.survey, numbers)
-        return search_ranks(student, piece, residuals, room, self.ranking)
+        found = search_ranks(student, piece, residuals, room, self.ranking)
+        piece.histories += found.histories
+        return found
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Find codes and scales as `Joint` does, or with a clipped base; see `Method.fit`."""
