@@ -11,7 +11,8 @@ from torch import nn
 
 from rabbet.choose.latency import Stopwatch
 from rabbet.core.budget import METRICS, Budget
-from rabbet.core.cost import Cost, float_cost, plan_cost
+from rabbet.core.cost import Cost, Latencies, float_cost, plan_cost
+from rabbet.core.history import History
 from rabbet.core.plan import Plan, quoted
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch
@@ -24,7 +25,7 @@ from rabbet.jobs import TURN, Jobs
 from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
 from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
-from rabbet.report.text import plain, report_parts
+from rabbet.report.text import Findings, plain, report_parts
 from rabbet.workpiece import Workpiece
 
 Data = Task | Iterable[Batch]
@@ -53,7 +54,8 @@ class Result:
 
     `print(result)` shows it a line a layer. cost and float_cost: of the written file and of the
     float32 network. notes: what the method did, in words. errors: of the layers by name, see
-    `layers`; empty for a result that was read from a file.
+    `layers`. histories: of what was searched and trained. latencies: of the layers, if the budget
+    is about latency. Of the last three a result that was read from a file has none.
     """
 
     model: nn.Module
@@ -65,6 +67,8 @@ class Result:
     notes: tuple[str, ...]
     parcel: Parcel
     errors: Mapping[str, float] = field(default_factory=dict)
+    histories: tuple[History, ...] = ()
+    latencies: Latencies | None = None
 
     @property
     def layers(self) -> dict[str, LayerOutcome]:
@@ -73,6 +77,11 @@ class Result:
             site.name: LayerOutcome(site, self.plan.get(site.name), self.errors.get(site.name))
             for site in self.survey
         }
+
+    @property
+    def findings(self) -> Findings:
+        """What was measured of the layers."""
+        return Findings(self.errors, times={} if self.latencies is None else self.latencies.layers)
 
     @classmethod
     @in_turn
@@ -125,7 +134,7 @@ class Result:
 
     def __str__(self) -> str:
         costs = self.cost, self.float_cost
-        parts = report_parts(self.survey, self.plan, *costs, self.budget, self.errors)
+        parts = report_parts(self.survey, self.plan, *costs, self.budget, self.findings)
         return plain([*parts, *self.notes])
 
 
@@ -155,7 +164,7 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     with a note of where it arose.
     """
     limits, worker = Budget.parse(budget), method_of(method, quality)
-    piece = _piece(model, limits, data, seed, jobs)
+    piece = piece_of(model, limits, data, seed, jobs)
     return _finish(piece, worker, worker.plan(piece, limits), limits)
 
 
@@ -175,7 +184,7 @@ def plan(  # noqa: PLR0913 (as above)
     Raises as `compress` does. The plan is the same for every quality.
     """
     limits, worker = Budget.parse(budget), method_of(method, quality)
-    return worker.plan(_piece(model, limits, data, seed, jobs), limits)
+    return worker.plan(piece_of(model, limits, data, seed, jobs), limits)
 
 
 @in_turn
@@ -227,7 +236,9 @@ def _planned(plan: Plan | str) -> Plan:
     return Plan.parse(plan) if isinstance(plan, str) else plan
 
 
-def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None) -> Workpiece:
+def piece_of(
+    model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None
+) -> Workpiece:
     """The network on the bench, with a stopwatch beside it if the budget is about time."""
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
     if any(limit.metric == "latency" for limit in budget.limits):
@@ -238,17 +249,18 @@ def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs |
 def _finish(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
     fitted = method.fit(piece, chosen)
     result = _result(fitted.model, piece, budget, fitted.notes)
-    return (
-        result
-        if piece.clock is None
-        else replace(result, notes=(*result.notes, _timed(piece, result)))
+    if piece.clock is None:
+        return result
+    clock = piece.clock
+    layers = {s.name: clock.layer(s, result.plan.get(s.name)) for s in piece.survey}
+    latencies = Latencies(layers, clock.rest, clock.network(result.model))
+    return replace(
+        result, latencies=latencies, notes=(*result.notes, _timed(result, latencies.measured))
     )
 
 
-def _timed(piece: Workpiece, result: Result) -> str:
+def _timed(result: Result, measured: int) -> str:
     """Predicted against measured, in words."""
-    assert piece.clock is not None
-    measured = piece.clock.network(result.model)
     times = (result.cost.time, measured, result.float_cost.time)
     shown = [METRICS["latency"].show(time, 1) for time in times]
     return f"latency in onnxruntime: {shown[0]} predicted, {shown[1]} measured; float {shown[2]}"
@@ -270,7 +282,8 @@ def _result(
     if dead:
         notes = (f"inputs that are zero in all batches: those of {_few(dead)}", *notes)
     said, errors = (*piece.survey.notes, *notes), layer_errors(model, piece)
-    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel, errors)
+    costs, histories = (cost, piece.float_cost), tuple(piece.histories)
+    return Result(model, plan, *costs, piece.survey, budget, said, parcel, errors, histories)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ import functools
 import math
 import secrets
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -61,6 +61,10 @@ class Clock(Protocol):
 
     def layer(self, site: Site, layer: LayerPlan | None) -> int:
         """One layer under a plan; None for one that stays float."""
+        ...
+
+    def expect(self, lines: Iterable[LayerPlan]) -> None:
+        """Say how many of these layers are still to be timed, before any of them is."""
         ...
 
     def network(self, model: nn.Module) -> int:
@@ -241,6 +245,11 @@ class Workpiece:
         clock = self.clock
         time = clock.rest + sum(clock.layer(s, plan.get(s.name)) for s in self.survey)
         return replace(cost, time=time)
+
+    def expect(self, lines: Iterable[LayerPlan]) -> None:
+        """Say beforehand that these layers will be priced, since timing them takes long."""
+        if self.clock is not None:
+            self.clock.expect(lines)
 
     def layer_cost(self, site: Site, layer: LayerPlan) -> Cost:
         """What one layer costs as planned, its time included if there is a clock."""

@@ -57,7 +57,8 @@ def plan(
         texts.write_plan(out, chosen.plan)
     costs = chosen.cost, chosen.float_cost
     if as_json:
-        tables.print_json(plan_facts(chosen.survey, chosen.plan, *costs, limits) | {"seed": seed})
+        facts = plan_facts(chosen.survey, chosen.plan, *costs, limits, chosen.findings)
+        tables.print_json(facts | {"seed": seed})
         return
     tables.show(total_parts(chosen.survey, *costs, limits), stderr=True)
     print(chosen.plan)

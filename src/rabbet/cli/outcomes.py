@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from rabbet._api import Result, compress, fit
+from rabbet._api import Result, compress, fit, piece_of
 from rabbet._api import plan as choose
 from rabbet.cli.inputs import Inputs
 from rabbet.cli.judge import Judge
@@ -24,7 +24,7 @@ from rabbet.jobs import Jobs
 from rabbet.methods import Method
 from rabbet.model.build import validate
 from rabbet.report.facts import plan_facts
-from rabbet.report.text import Part, report_parts
+from rabbet.report.text import NOTHING, Findings, Part, report_parts
 from rabbet.workpiece import Workpiece
 
 
@@ -36,6 +36,7 @@ class Chosen:
     survey: Survey
     cost: Cost
     float_cost: Cost
+    findings: Findings = NOTHING
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ class Outcome:
         scores = {"before": self.before, "after": self.after}
         evaluation = None if judge is None else {"quantity": judge.quantity} | scores
         said = {"evaluation": evaluation, "notes": list(self.notes)}
-        found = plan_facts(result.survey, result.plan, *costs, result.budget, result.errors)
+        found = plan_facts(result.survey, result.plan, *costs, result.budget, result.findings)
         return file | settings | found | said
 
     def parts(self, native: bool) -> list[Part]:
         """All of it for people; native: whether the file is the one that a budget is about."""
         result, judge = self.result, self.judge
         costs = result.cost, result.float_cost
-        parts = report_parts(result.survey, result.plan, *costs, result.budget, result.errors)
+        parts = report_parts(result.survey, result.plan, *costs, result.budget, result.findings)
         parts += self.notes
         if judge is not None and self.before is not None and self.after is not None:
             scores = f"{judge.show(self.before)} -> {judge.show(self.after)}"
@@ -166,8 +167,12 @@ def export_safely(result: Result, output: Path, target: str) -> Written:
 def plan_for(inputs: Inputs, limits: Budget, worker: Method, seed: int, jobs: Jobs) -> Chosen:
     """Choose a plan, and count what it costs."""
     plan = choose(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
-    piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
-    return Chosen(plan, piece.survey, piece.cost(plan), piece.float_cost)
+    piece = piece_of(inputs.network, limits, inputs.task, seed, jobs)  # times are kept, not taken
+    times = {}
+    if piece.clock is not None:
+        times = {s.name: piece.clock.layer(s, plan.get(s.name)) for s in piece.survey}
+    costs = piece.cost(plan), piece.float_cost
+    return Chosen(plan, piece.survey, *costs, Findings(times=times))
 
 
 def compress_or_fit(

@@ -76,12 +76,12 @@ class Joint:
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
         require_gradients(piece)
-        table: list[list[Option]] = []
-        for site in piece.survey:
-            table.append([self._option(piece, site, terms) for terms in self.menu(site)])
-            if piece.clock is not None:  # then every option is exported and timed
-                piece.jobs.progress("timing layers", len(table), len(piece.survey.sites))
-
+        rows = [[self._line(site, terms) for terms in self.menu(site)] for site in piece.survey]
+        piece.expect(line for row in rows for line in row)
+        table = [
+            [Option(line, piece.layer_cost(site, line)) for line in row]
+            for site, row in zip(piece.survey, rows, strict=True)
+        ]
         require_feasible(table, budget, piece)
         return search(piece, table, budget)
 
@@ -119,9 +119,8 @@ class Joint:
                 if rank >= 1:
                     yield from ((Term(form(rank), Grid.parse(g)),) for g in self.factor_grids)
 
-    def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
-        plan = LayerPlan(site.name, terms, self.act if site.multiplies else None)
-        return Option(plan, piece.layer_cost(site, plan))
+    def _line(self, site: Site, terms: Terms) -> LayerPlan:
+        return LayerPlan(site.name, terms, self.act if site.multiplies else None)
 
 
 def _vector(rank: int) -> int:

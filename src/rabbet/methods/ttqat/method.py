@@ -34,8 +34,12 @@ class TTQAT(Settings):
         for name in self.keep_dense:
             piece.survey[name]  # raises for a layer that is not there
         menus = {site.name: self.menu(site) for site in piece.survey}
-        table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
-
+        rows = [[self._line(s, terms) for terms in menus[s.name]] for s in piece.survey]
+        piece.expect(line for row in rows for line in row)
+        table = [
+            [Option(line, piece.layer_cost(site, line)) for line in row]
+            for site, row in zip(piece.survey, rows, strict=True)
+        ]
         require_feasible(table, budget, piece)
         if all(len(row) == 1 for row in table):
             return Plan(tuple(row[0].plan for row in table))
@@ -75,9 +79,8 @@ class TTQAT(Settings):
                     entries.append((term,))
         return entries
 
-    def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
-        line = LayerPlan(site.name, terms, self.act if site.multiplies else None)
-        return Option(line, piece.layer_cost(site, line))
+    def _line(self, site: Site, terms: tuple[Term, ...]) -> LayerPlan:
+        return LayerPlan(site.name, terms, self.act if site.multiplies else None)
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Train in float, then on the grid; the best epoch on the grid counts. See `Method.fit`."""
