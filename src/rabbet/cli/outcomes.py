@@ -24,7 +24,7 @@ from rabbet.jobs import Jobs
 from rabbet.methods import Method
 from rabbet.model.build import validate
 from rabbet.report.facts import plan_facts
-from rabbet.report.text import NOTHING, Findings, Part, report_parts
+from rabbet.report.text import NOTHING, Findings, Part, report_parts, times_smaller
 from rabbet.workpiece import Workpiece
 
 
@@ -87,8 +87,7 @@ class Outcome:
     @property
     def sentence(self) -> str:
         """All of it in one sentence."""
-        times = self.result.float_cost.bytes / self.written.bytes
-        smaller = f"{times:.3g}x smaller than float32" if times > 1 else "no smaller than float32"
+        smaller = times_smaller(self.result.float_cost.bytes, self.written.bytes)
         if self.before is None or self.after is None or not self.examples:
             return smaller
         lost = self.before - self.after

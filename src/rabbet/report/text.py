@@ -170,6 +170,12 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2g}%"
 
 
+def times_smaller(whole: float, found: float) -> str:
+    """How much smaller than float32 so many bytes are, in words."""
+    times = whole / max(found, 1)
+    return f"{times:.3g}x smaller than float32" if times > 1 else "no smaller than float32"
+
+
 def milliseconds(nanoseconds: int) -> str:
     """A time without its unit."""
     return f"{nanoseconds / 1e6:.3f}"
@@ -217,13 +223,18 @@ def report_parts(
     return [plan_table(survey, plan, cost, found), "", *totals]
 
 
-def left_lines(survey: Survey) -> list[str]:
-    """What is left alone, a line for each reason, heaviest first; their bytes are in float32."""
+def left_groups(survey: Survey) -> list[tuple[str, list[Left]]]:
+    """What is left alone by reason, heaviest first."""
     groups: dict[str, list[Left]] = {}
     for left in survey.left:
         groups.setdefault(left.reason, []).append(left)
+    return sorted(groups.items(), key=lambda group: -sum(x.bytes for x in group[1]))
+
+
+def left_lines(survey: Survey) -> list[str]:
+    """What is left alone, a line for each reason, heaviest first; their bytes are in float32."""
     lines = []
-    for reason, group in sorted(groups.items(), key=lambda g: -sum(x.bytes for x in g[1])):
+    for reason, group in left_groups(survey):
         first = quoted(max(group, key=lambda x: x.bytes).name)
         others = f" and {len(group) - 1} more" if len(group) > 1 else ""
         size = sum(x.bytes for x in group)
