@@ -17,7 +17,7 @@ from rabbet.core.plan import Plan, quoted
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
-from rabbet.errors import FileError, PlanError
+from rabbet.errors import FileError, ModelError, PlanError
 from rabbet.export import ENDINGS, EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
@@ -25,6 +25,10 @@ from rabbet.jobs import TURN, Jobs
 from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
 from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
+from rabbet.report.content import Frontier, Report, Score
+from rabbet.report.looking import look
+from rabbet.report.notebook import summary
+from rabbet.report.page import require_drawing, write_page
 from rabbet.report.text import Findings, plain, report_parts
 from rabbet.workpiece import Workpiece
 
@@ -131,6 +135,62 @@ class Result:
                 return EXPORTS[target](self.parcel, path)
         except OSError as e:
             raise FileError(f"cannot write {path}: {e}") from e
+
+    @in_turn
+    def report(
+        self,
+        path: str | Path,
+        network: nn.Module | None = None,
+        *,
+        title: str = "",
+        frontier: Frontier | None = None,
+        files: Mapping[str, int] | None = None,
+        score: Score | None = None,
+    ) -> int:
+        """Write all that is known of this result as one HTML file for a browser; returns its bytes.
+
+        network: the float network, as it was compressed; with it the page shows some examples with
+        the answers of both, and what each layer alone does to the outputs, which takes a backward
+        pass over up to 256 examples. title: default the class of the network. frontier: is shown
+        under a slider. files: the bytes of exported files by name. score: how good both are.
+
+        Raises FileError without `rabbet[report]` or for a place that cannot be written, ModelError
+        if the network is another one, and as the network's forward does.
+        """
+        require_drawing()
+        shown = replace(self._page, title=title or type(self.model).__name__)
+        shown = replace(shown, frontier=frontier, files=files or {}, score=score)
+        if network is not None:
+            piece = Workpiece.of(network, self.parcel.task, Jobs())
+            if piece.survey != self.survey:
+                raise ModelError(
+                    "the network beside the report has other layers than the one that was "
+                    "compressed; give that one, as it was"
+                )
+            seen = look(piece, self.model)
+            found = replace(self.findings, errors=seen.errors, harms=seen.harms)
+            shown = replace(shown, survey=piece.survey, found=found, examples=seen.examples)
+            shown = replace(shown, unknown=seen.unknown)
+        return write_page(shown, path)
+
+    @property
+    def _page(self) -> Report:
+        """What a page can show of this without the float network."""
+        return Report(
+            title=type(self.model).__name__,
+            survey=self.survey,
+            plan=self.plan,
+            cost=self.cost,
+            whole=self.float_cost,
+            budget=self.budget,
+            found=self.findings,
+            notes=self.notes,
+            histories=self.histories,
+            latencies=self.latencies,
+        )
+
+    def _repr_html_(self) -> str:
+        return summary(self._page)
 
     def __str__(self) -> str:
         costs = self.cost, self.float_cost

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbet.cli import compressing, reading, running, starting
+from rabbet.cli import compressing, reading, reporting, running, starting
 from rabbet.cli.ending import (
     CLOSED,
     INTERRUPTED,
@@ -34,7 +34,18 @@ from rabbet.errors import BudgetError, RabbetError, note_of
 _Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 # Commands that load torch.
-HEAVY = {"doctor", "init", "survey", "plan", "compress", "compare", "export", "eval", "bench"}
+HEAVY = {
+    "doctor",
+    "init",
+    "survey",
+    "plan",
+    "compress",
+    "compare",
+    "export",
+    "eval",
+    "bench",
+    "report",
+}
 
 app = typer.Typer(
     name="rabbet",
@@ -53,6 +64,7 @@ for command in (
     reading.show,
     reading.check,
     reading.compare,
+    reporting.report,
 ):
     app.command()(command)
 app.command("export")(running.export)

@@ -37,10 +37,11 @@ def plan(
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
+    html: options.Html = None,
     as_json: options.Json = False,
 ) -> None:
     """Choose only: print the plan that compress would fit, to be edited and given to its --plan."""
-    from rabbet.cli import outcomes, tables, texts
+    from rabbet.cli import outcomes, pages, tables, texts
     from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import writable
     from rabbet.cli.terminal import working
@@ -50,11 +51,14 @@ def plan(
     limits, worker = texts.budget_of(budget), texts.worker_of(method)
     if out is not None:
         writable(out)
+    pages.ready(html, "--html", out, model, data)
     inputs = open_inputs(model, data)
     with working(resume, processes, as_json) as jobs:
         chosen = outcomes.plan_for(inputs, limits, worker, seed, jobs)
     if out is not None:
         texts.write_plan(out, chosen.plan)
+    if html is not None:
+        pages.write_plan(chosen, limits, html)
     costs = chosen.cost, chosen.float_cost
     if as_json:
         facts = plan_facts(chosen.survey, chosen.plan, *costs, limits, chosen.findings)
@@ -78,13 +82,14 @@ def compress(
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
+    html: options.Html = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a network fit a budget, or fit a given plan, and write the file.
 
     Accuracy is that of the file.
     """
-    from rabbet.cli import outcomes, tables, texts
+    from rabbet.cli import outcomes, pages, tables, texts
     from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import opened, ready, require_other
     from rabbet.cli.terminal import told, working
@@ -97,6 +102,7 @@ def compress(
         outcomes.require_countable(limits)
     target = ready(output)
     require_other(output, model, data, test)
+    pages.ready(html, "--html", output, model, data, test)
     inputs = open_inputs(model, data, test)
     outcomes.require_exportable(inputs, target)
     judge = inputs.judge
@@ -109,7 +115,12 @@ def compress(
             written = outcomes.export_safely(result, output, target)
         with told(jobs, "judging the file"):
             after = None if judge is None else judge(opened(output, inputs.network))
-    outcome = outcomes.Outcome(output, result, written, judge, before, after, examples, replaced)
+        outcome = outcomes.Outcome(
+            output, result, written, judge, before, after, examples, replaced
+        )
+        if html is not None:
+            with told(jobs, "making the page"):
+                pages.write_outcome(outcome, inputs.network, html)
     if as_json:
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))

@@ -23,6 +23,16 @@ def budget_of(text: str) -> Budget:
         raise typer.BadParameter(str(e), param_hint="--budget") from None
 
 
+def budget_of_file(text: str) -> Budget:
+    """A budget that a file can be held against; a usage error for one of a latency."""
+    limits = budget_of(text)
+    if any(limit.metric == "latency" for limit in limits.limits):
+        raise typer.BadParameter(
+            "a file does not say its latency; measure it with rabbet bench", param_hint="--budget"
+        )
+    return limits
+
+
 def worker_of(text: str | None, quality: str = "default") -> Method:
     """A method from its text, such as `cora bits=3`; without any the default one, of a quality.
 

@@ -64,7 +64,7 @@ def _history(history: History) -> dict[str, Any]:
         for k, value in enumerate(line)
         if k % every == 0 or k + 1 == len(line)
     ]
-    seen = [v["value"] for v in values]
+    seen = [value for line in history.lines.values() for value in line]
     steep = min(seen) > 0 and max(seen) > STEEP * min(seen)
     return {"step": history.step, "lines": len(history.lines), "log": steep, "values": values}
 

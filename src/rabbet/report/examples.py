@@ -160,7 +160,9 @@ def answered(answers: Answers, place: int, theirs: Tensor, ours: Tensor, count: 
     name = f"output {place + 1} of {count}" if count > 1 else "output"
     heads = (name, "float", "compressed")
     if theirs.shape != ours.shape:
-        return Answered(heads, (("shape", str([*theirs.shape]), str([*ours.shape])),), "other shape")
+        return Answered(
+            heads, (("shape", str([*theirs.shape]), str([*ours.shape])),), "other shape"
+        )
     kind = answers.kinds[min(place, len(answers.kinds) - 1)]
     if kind == "scores" and theirs.ndim:
         axis = class_axis(theirs[None]) - 1

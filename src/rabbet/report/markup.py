@@ -1,9 +1,9 @@
 """Elements of a page, built as a tree: what is text in the tree is text in the page."""
 
 from collections.abc import Iterable, Sequence
-from xml.etree import ElementTree as Tree
+from xml.etree import ElementTree as ET
 
-Element = Tree.Element
+Element = ET.Element
 Child = Element | str
 
 
@@ -17,7 +17,7 @@ def element(tag: str, *children: Child | None, **attributes: str | None) -> Elem
     made = Element(tag, {names[n]: value for n, value in attributes.items() if value is not None})
     last: Element | None = None
     for child in children:
-        if isinstance(child, Tree.Element):
+        if isinstance(child, ET.Element):
             made.append(child)
             last = child
         elif child is not None and last is None:
@@ -29,7 +29,7 @@ def element(tag: str, *children: Child | None, **attributes: str | None) -> Elem
 
 def markup(*elements: Element) -> str:
     """Elements as HTML."""
-    return "".join(Tree.tostring(e, encoding="unicode", method="html") for e in elements)
+    return "".join(ET.tostring(e, encoding="unicode", method="html") for e in elements)
 
 
 def cell(content: Child, label: str = "", kind: str = "", part: float | None = None) -> Element:

@@ -10,10 +10,12 @@ import functools
 import hashlib
 import json
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from rabbet.errors import FileError
 from rabbet.files import write_whole
 from rabbet.report.charts import chart_facts
 from rabbet.report.content import Report
@@ -21,25 +23,29 @@ from rabbet.report.markup import Element, element, markup
 from rabbet.report.sections import sections
 from rabbet.report.text import standings, times_smaller
 
-WISH = "pages of reports are drawn by vl-convert-python: pip install 'rabbet[report]'"
-
 
 def write_page(report: Report, path: str | Path) -> int:
     """Write the page of a report, whole or not at all; returns its bytes.
 
-    Folders that are not there are made. Raises ImportError without vl-convert-python, FileError for
-    a place that cannot be written.
+    Folders that are not there are made. Raises FileError without vl-convert-python, and for a place
+    that cannot be written.
     """
-    return write_whole(Path(path), [page(report).encode("utf-8", "replace")])
+    path, content = Path(path), page(report).encode("utf-8", "replace")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f"cannot write {path}: {e}") from e
+    return write_whole(path, [content])
 
 
 def require_drawing() -> None:
-    """Raise ImportError, before any work, if pages cannot be made here."""
-    _library()
+    """Raise FileError, before any work, if what pages are drawn with is not installed."""
+    if find_spec("vl_convert") is None:
+        raise FileError("pages of reports need vl-convert-python; install rabbet[report]")
 
 
 def page(report: Report) -> str:
-    """The page as text. Raises ImportError without vl-convert-python."""
+    """The page as text. Raises FileError without vl-convert-python."""
     library, script = _library(), _own("page.js")
     hashes = " ".join(f"'sha256-{_hash(text)}'" for text in (library, script))
     parts = sections(report)
@@ -75,9 +81,7 @@ def _head(report: Report) -> Element:
 
 
 def _contents(parts: list[Element]) -> Element:
-    links = (
-        element("a", part[0].text or "", href=f"#{part.get('id')}") for part in parts
-    )
+    links = (element("a", part[0].text or "", href=f"#{part.get('id')}") for part in parts)
     return element("nav", *links, aria_label="Sections")
 
 
@@ -98,10 +102,9 @@ def _own(name: str) -> str:
 @functools.cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script; no end of a script element lies in it."""
-    try:
-        import vl_convert
-    except ImportError as e:
-        raise ImportError(WISH) from e
-    script: str = vl_convert.javascript_bundle()
+    require_drawing()
+    import vl_convert
+
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     assert "</script" not in script.lower()
     return script

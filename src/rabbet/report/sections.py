@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from rabbet.core.plan import quoted
-from rabbet.core.survey import Left
+from rabbet.core.survey import Left, shapes
 from rabbet.report.content import Report
 from rabbet.report.examples import Answered, Example, Seen
 from rabbet.report.markup import Child, Element, cell, element, table
@@ -77,9 +77,7 @@ def _standing(report: Report, standing: Standing, limited: bool) -> Element:
 def _known(report: Report, metric: str) -> str:
     """How a cost came about."""
     example = report.survey.example
-    of = f"of one example, {' and '.join(str([*e]) for e in example)}" if example else (
-        "of one example as in the first batch"
-    )  # fmt: skip
+    of = f"of one example, {shapes(example)}" if example else "of one example of the first batch"
     exact = "counted; the file is exactly as long"
     return {
         "bytes": exact if report.fitted else "counted before anything is solved, exactly",
@@ -193,7 +191,7 @@ def layers(report: Report) -> Element:
 
 
 def _layer(report: Report, row: LayerRow, number: int, worst: dict[str, float]) -> Element:
-    name, found = row.site.name, report.found
+    name, found, part = row.site.name, report.found, row.bytes / max(report.cost.bytes, 1)
     title = element("span", quoted(name), class_="name")
     shape = element("span", f"{row.site.kind.name} {shape_of(row.site)}", class_="shape")
     cells = [
@@ -201,9 +199,9 @@ def _layer(report: Report, row: LayerRow, number: int, worst: dict[str, float]) 
         cell(row.body or KEPT, "plan", "plan" if row.body else "plan kept"),
         cell(f"{row.bits:.2f}", "bits", "n bits", min(row.bits, 8) / 8),
         cell(f"{row.bytes:,}", "bytes", "n bytes"),
-        cell(_share(row.bytes, report.cost.bytes), "of the file", "n share", row.bytes / report.cost.bytes),
+        cell(f"{100 * part:.1f} %", "of the file", "n share", part),
         cell(f"{row.macs:,}", "MACs", "n macs"),
-    ]  # fmt: skip
+    ]
     error, harm = found.errors.get(name), found.harms.get(name)
     if found.errors:
         cells.append(_part(error, worst["error"], percent(error), "error"))
@@ -222,25 +220,20 @@ def _part(value: float | None, most: float, text: str, label: str) -> Element:
     return cell(text, label, "n own", value / most if most else 0.0)
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / max(whole, 1):.1f} %"
-
-
 def bytes_(report: Report) -> Element:
     """Where the bytes are, in float, as planned, and in every file that was written."""
     heads = [("", ""), ("layers", "n"), ("left alone", "n"), ("header and all else", "n")]
     heads.append(("together", "n"))
     rows = []
     for name, parts, whole in byte_parts(report):
-        cells = [cell(f"{part:,}", head[0], "n") for part, head in zip(parts, heads[1:4], strict=False)]  # fmt: skip
-        cells = cells or [cell("", "", "empty") for _ in range(3)]
+        texts = [f"{part:,}" for part in parts] or [""] * 3  # not known of an exported file
+        cells = [cell(text, head, "n") for text, (head, _) in zip(texts, heads[1:4], strict=True)]
         title = element("th", name, scope="row")
         rows.append(element("tr", title, *cells, cell(f"{whole:,}", "together", "n")))
     how = "Counted before anything is written; the length of a file is read from the disk."
     words = "Bytes of the float network, of the plan, and of the files"
-    return _section(
-        "bytes", "Where the bytes are", _chart("bytes", words), table(heads, rows, "cards"), _how(how)
-    )  # fmt: skip
+    shown = _chart("bytes", words), table(heads, rows, "cards"), _how(how)
+    return _section("bytes", "Where the bytes are", *shown)
 
 
 def byte_parts(report: Report) -> list[tuple[str, tuple[int, ...], int]]:
