@@ -32,7 +32,7 @@
       height,
       background: null,
       autosize: { type: "fit", contains: "padding" },
-      data: { name: "rows", values },
+      data: { name: "rows", values: values.map((row) => ({ ...row })) }, // Vega marks its rows
       config,
       ...rest,
     };
@@ -218,9 +218,9 @@
 
   function redraw(options, point) {
     const shown = facts.layers.map((row, k) =>
-      options ? { ...row, bits: options[k].width, plan: options[k].plan } : row);
+      options ? { ...row, bits: options[k].width, plan: options[k].plan } : { ...row });
     const sizes = facts.bytes.map((row) => {
-      if (!options || row.version !== "planned") return row;
+      if (!options || row.version !== "planned") return { ...row };
       const ours = options.reduce((sum, option) => sum + option.size, 0);
       const alone = facts.bytes.find((r) => r.version === "planned" && r.part === "left alone").bytes;
       const parts = { "layers": ours, "left alone": alone, "header and all else": point.bytes - ours - alone };

@@ -128,13 +128,14 @@ def frontier(report: Report) -> Element | None:
         "label", f"Plan, from the loosest to the tightest of {len(points):,}", for_="at"
     )
     back = element("button", "Back to the fitted plan", type="button", id="back", hidden="")
+    state = element("div", element("output", "", id="at-words"), back, class_="state")
     known = any(point.accuracy is not None for point in points)
     harm = "Expected divergence from the float network, of every plan"
     accuracy = "Accuracy of every plan: measured (dots) or interpolated, with its interval"
     return _section(
         "frontier",
         "Frontier",
-        element("div", label, slider, element("output", "", id="at-words"), back, class_="slider"),
+        element("div", label, slider, state, class_="slider"),
         element("dl", *facts, class_="facts"),
         _chart("harm", harm),
         _chart("accuracy", accuracy) if known else None,
@@ -166,7 +167,7 @@ def layers(report: Report) -> Element:
     last += [cell("", "", "empty") for _ in heads[4:]]
     name = element("th", "header and all else", scope="row")
     body.append(element("tr", name, *last, class_="rest"))
-    words = "Each layer as wide as its share of the weights, as high as its bits: areas are bytes"
+    words = "Each layer as wide as its share of the weights, as high as its bits: areas are codes"
     notes = (
         "Bits are the mean of the codes for each weight.",
         "Error: measured on the first batch, the norm of the difference of the layer's outputs "
