@@ -7,9 +7,13 @@ from networks import network, rand, settled
 from torch import nn
 
 import rabbet
+from rabbet import demo
 from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.core.survey import Survey
+from rabbet.reconstruct.network import solved
+from rabbet.report.content import Score
+from rabbet.report.looking import look
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
@@ -119,3 +123,27 @@ def reported(name, path):
     result = replace(rabbet.fit(model, plan, task, METHOD), budget=budget)
     result.report(path, model, title=name, frontier=frontier, files={f"{name}.onnx": 9000})
     return result, frontier
+
+
+def digits(path):
+    """The page of the demo network at a tenth of its bytes, on a frontier of chosen plans.
+
+    The divergence of a plan is the sum of what its layers, solved, alone do to the outputs.
+    """
+    model, task, jobs = demo.model(), rabbet.Task(demo.calibration()), rabbet.Jobs()
+    piece = Workpiece.of(model, task, jobs)
+    result = rabbet.compress(model, "bytes <= 10%", task, quality="fast", jobs=jobs)
+    shares = (24, 21, 18, 15, 12, 8, 7, 6)
+    plans = [rabbet.plan(model, f"bytes <= {s}%", task, jobs=jobs) for s in shares]
+    points = []
+    for plan in (*plans, result.plan):
+        harm = sum(look(piece, solved(piece, plan)[0]).harms.values())
+        points.append(Point(plan, piece.cost(plan), harm, None, False))
+    ranked = tuple(sorted(points, key=lambda point: -point.cost.bytes))
+    frontier = Frontier("bytes", ranked, piece.survey, piece.float_cost)
+    before, after = (f"{rabbet.accuracy(m, demo.test()):.2f}%" for m in (model, result.model))
+    score = Score("accuracy", before, after, sum(len(y) for _, y in demo.test()))
+    files = {"digits.safetensors": result.save(path.with_name("digits.safetensors"))}
+    result.report(
+        path, model, title="digits.safetensors", frontier=frontier, files=files, score=score
+    )

@@ -1,8 +1,13 @@
 """Pages of reports, opened and used in a browser."""
 
+import io
+import os
+from pathlib import Path
+
 import pytest
 from browsing import Visit, started
-from pages import HOSTILE, reported
+from pages import HOSTILE, digits, reported
+from PIL import Image
 
 from rabbet.core.plan import quoted
 from rabbet.report.text import layer_rows
@@ -190,6 +195,29 @@ def test_dark_and_printed_pages_have_colours_of_their_own(pages, visit):
     assert (dark.page.evaluate(ground), dark.page.evaluate(bar)) == colours[0]
     assert dark.layout() == []
     assert dark.page.pdf(format="A4").startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_pictures_for_the_documentation_are_taken(visit, browser, tmp_path):
+    """With RABBET_PICTURES=docs/pictures they are those of docs/howto/report.md."""
+    folder = Path(os.environ.get("RABBET_PICTURES", tmp_path / "pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = tmp_path / "digits.html"
+    digits(path)
+    for name, width, scheme, parts in (
+        ("report", 1100, "light", ("main > header", "#frontier")),
+        ("report-dark", 1100, "dark", ("#frontier", "#layers")),
+        ("report-phone", 400, "light", ("main > header", "#asked")),
+    ):
+        seen = visit(path, width, scheme=scheme)
+        first, last = (seen.page.locator(part).bounding_box() for part in parts)
+        whole = Image.open(io.BytesIO(seen.page.screenshot(full_page=True)))
+        end = last["y"] + last["height"] + 24
+        picture = whole.crop((0, max(first["y"] - 24, 0), width, end))
+        picture = picture.quantize(256, dither=Image.Dither.NONE)
+        picture.save(folder / f"{name}.png", optimize=True)
+        assert 5_000 < (folder / f"{name}.png").stat().st_size < 200_000
+        assert len(picture.getcolors()) > 8  # something is drawn
 
 
 def test_a_page_is_small_and_says_what_it_may_not_do(pages):

@@ -62,6 +62,8 @@
 
   function bytes() {
     const versions = [...new Set(facts.bytes.map((row) => row.version))];
+    const colours = { "layers": "accent", "left alone": "second", "header and all else": "third", "file, whole": "muted" };
+    const parts = Object.keys(colours).filter((part) => facts.bytes.some((row) => row.part === part && row.bytes));
     return spec(70 + 30 * versions.length, facts.bytes, {
       mark: { type: "bar", height: 16 },
       encoding: {
@@ -69,8 +71,7 @@
              axis: { title: null, domain: false, ticks: false, grid: false } },
         x: { field: "bytes", type: "quantitative", axis: { ...count("bytes"), format: "~s" } },
         color: { field: "part", type: "nominal",
-                 scale: { domain: ["layers", "left alone", "header and all else", "file, whole"],
-                          range: [colour("accent"), colour("second"), colour("third"), colour("muted")] },
+                 scale: { domain: parts, range: parts.map((part) => colour(colours[part])) },
                  legend: { columns: { expr: "width < 420 ? 2 : 4" } } },
         order: { field: "order" },
         tooltip: [
@@ -88,7 +89,7 @@
               opacity: of.lines > 1 ? 0.55 : 1 },
       encoding: {
         x: { field: "step", type: "quantitative", axis: count(of.step), scale: { nice: false } },
-        y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 4, format: ".3~g" },
+        y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 4, format: ".3~g", grid: !of.log },
              scale: of.log ? { type: "log" } : { zero: false } },
         detail: { field: "line" },
         tooltip: [
@@ -142,7 +143,7 @@
 
   const positive = frontier && frontier.points.every((point) => point.harm > 0);
   const harm = () =>
-    curve("harm", { title: "divergence", tickCount: 4, format: ".2~g" },
+    curve("harm", { title: "divergence", tickCount: 4, format: ".2~g", grid: !positive },
           positive ? { type: "log" } : { zero: false }, () => []);
   const accuracy = () =>
     curve("value", { title: "accuracy", tickCount: 4 }, { zero: false }, (x, scale) => [
@@ -234,7 +235,10 @@
     const slider = document.getElementById("at");
     const back = document.getElementById("back");
     const words = document.getElementById("at-words");
-    const say = (part, text) => { document.getElementById(`at-${part}`).textContent = text; };
+    const say = (part, text) => {
+      const place = document.getElementById(`at-${part}`);
+      if (place !== null) place.textContent = text; // there is none for what no plan has
+    };
 
     function at(k, moved) {
       const point = frontier.points[k];

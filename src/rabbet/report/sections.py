@@ -115,21 +115,18 @@ def frontier(report: Report) -> Element | None:
     points = report.frontier.points
     name = NAMES[report.frontier.axis]
     slider = element("input", type="range", id="at", min="0", max=str(len(points) - 1), step="1")
+    known = any(point.accuracy is not None for point in points)
+    shown = {"cost": name, "smaller": "file", "harm": "divergence, expected"}
+    shown |= {"accuracy": "accuracy"} if known else {}
     facts = [
         element("div", element("dt", title), element("dd", "", id=f"at-{part}"))
-        for part, title in (
-            ("cost", name),
-            ("smaller", "file"),
-            ("harm", "divergence, expected"),
-            ("accuracy", "accuracy"),
-        )
+        for part, title in shown.items()
     ]
     label = element(
         "label", f"Plan, from the loosest to the tightest of {len(points):,}", for_="at"
     )
     back = element("button", "Back to the fitted plan", type="button", id="back", hidden="")
     state = element("div", element("output", "", id="at-words"), back, class_="state")
-    known = any(point.accuracy is not None for point in points)
     harm = "Expected divergence from the float network, of every plan"
     accuracy = "Accuracy of every plan: measured (dots) or interpolated, with its interval"
     return _section(
@@ -266,7 +263,7 @@ def left(report: Report) -> Element | None:
             cell(_names(group), "which", "names"),
         ]
         rows.append(element("tr", *cells))
-    heads = [("why", ""), ("tensors", "n"), ("bytes", "n"), ("which, the largest first", "")]
+    heads = [("why", ""), ("tensors", "n"), ("bytes", "n"), ("which, the largest first", "names")]
     how = "These tensors take as many bytes in any file, in the type that they have."
     return _section("left", "Left alone", table(heads, rows, "cards"), _how(how))
 
@@ -360,8 +357,9 @@ def latency(report: Report) -> Element | None:
         _chart("latency", words),
         _how(
             "Measured: each layer exported and timed alone in onnxruntime, one example at a time.",
-            f"What no layer's choice changes takes {milliseconds(times.rest)} ms more: together "
-            f"{milliseconds(predicted)} ms predicted, {milliseconds(times.measured)} ms measured.",
+            f"What no layer's choice changes counts {milliseconds(times.rest)} ms, below zero where "
+            f"layers take less together than alone: {milliseconds(predicted)} ms are predicted.",
+            f"Measured, the whole file: {milliseconds(times.measured)} ms.",
         ),
     )
 
