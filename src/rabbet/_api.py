@@ -155,7 +155,8 @@ class Result:
         under a slider. files: the bytes of exported files by name. score: how good both are.
 
         Raises FileError without `rabbet[report]` or for a place that cannot be written, ModelError
-        if the network is another one, and as the network's forward does.
+        if the network is another one, PlanError if the frontier is another network's or has no
+        plans, and as the network's forward does.
         """
         require_drawing()
         shown = replace(self._page, title=title or type(self.model).__name__)

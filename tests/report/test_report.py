@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from networks import rand
-from pages import HOSTILE, METHOD, Two, case, frontier_of, uniform
+from pages import HOSTILE, METHOD, Frontier, Point, Two, case, frontier_of, uniform
 from PIL import Image
 from torch import nn
 
 import rabbet
 from rabbet.cli import main
 from rabbet.core.budget import METRICS
-from rabbet.core.plan import quoted
+from rabbet.core.cost import float_cost, plan_cost
+from rabbet.core.history import History
+from rabbet.core.plan import LayerPlan, Plan, Term, quoted
+from rabbet.core.survey import Survey
 from rabbet.data.answers import Answers
-from rabbet.errors import FileError, ModelError
+from rabbet.errors import FileError, ModelError, PlanError
 from rabbet.report.content import Report
 from rabbet.report.examples import answered, examples_of, seen
 from rabbet.report.looking import look
@@ -115,6 +119,55 @@ def test_a_page_without_the_network_leaves_out_what_needs_it(fitted, tmp_path):
     read = Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
     assert "examples" not in read.sections
     assert "Harm" not in read.sections["layers"]
+
+
+@drawn
+def test_a_long_frontier_of_many_layers_stays_small():
+    model, task = case("two outputs")
+    site = rabbet.survey(model, task)["body"]
+    sites = tuple(replace(site, name=f"block{k // 6}.layer{k % 6}.weight") for k in range(300))
+    survey = Survey(sites, (), 4 * sum(s.numel for s in sites))
+    whole, points = float_cost(survey), []
+    for k in range(200):
+        terms = [(Term.parse(f"dense@{2 + (k * i) % 7}c"),) for i in range(300)]
+        plan = Plan(tuple(LayerPlan(s.name, t, 8) for s, t in zip(sites, terms, strict=True)))
+        points.append(
+            Point(plan, plan_cost(survey, plan, ()), 1.0 / (k + 1), (9.0, 8.0, 9.5), True)
+        )
+    frontier = Frontier("bits", tuple(points), survey, whole)
+    text = page(Report.of_frontier(frontier))
+    assert len(text.encode()) < 3_000_000
+    facts = json.loads(Reader(text).facts)["frontier"]
+    last = facts["points"][-1]
+    shown = [facts["options"][k][choice]["plan"] for k, choice in enumerate(last["choice"])]
+    assert shown == [line.body for line in points[-1].plan]
+
+
+@drawn
+def test_numbers_that_are_not_finite_are_not_drawn(fitted):
+    model, task = case("two outputs")
+    known = frontier_of(model, task)
+    points = (replace(known.points[0], harm=math.inf), *known.points[1:])
+    history = History("search", "step", "loss", {"": (math.nan, 2.0, math.inf, 1.0)})
+    report = replace(Report.of_frontier(replace(known, points=points)), histories=(history,))
+    facts = json.loads(Reader(page(report)).facts)
+    assert facts["frontier"]["points"][0]["harm"] is None
+    assert [v["value"] for v in facts["histories"][0]["values"]] == [2.0, 1.0]
+
+
+@drawn
+def test_a_frontier_of_another_network_or_without_plans_is_refused(fitted, tmp_path):
+    model, result = fitted
+    other = frontier_of(*case("hostile names"))
+    with pytest.raises(PlanError, match="is of another network"):
+        result.report(tmp_path / "a.html", frontier=other)
+    with pytest.raises(PlanError, match="has no plan"):
+        result.report(
+            tmp_path / "a.html", frontier=replace(frontier_of(model, result.parcel.task), points=())
+        )
+    with pytest.raises(PlanError, match="without a plan"):
+        Report.of_frontier(replace(other, points=()))
+    assert list(tmp_path.iterdir()) == []
 
 
 @drawn
@@ -253,13 +306,13 @@ def test_a_notebook_shows_a_frontier():
 
 
 def test_tensors_are_shown_as_what_they_are():
-    assert seen(rand(3, 8, 9)).kind == seen(rand(1, 8, 8)).kind == seen(rand(30, 20)).kind
+    assert seen(rand(3, 8, 9)).form == seen(rand(1, 8, 8)).form == seen(rand(30, 20)).form
     assert seen(rand(3, 8, 9)).content.startswith("data:image/png;base64,")
-    assert seen(rand(200)).kind == "line"
+    assert seen(rand(200)).form == "line"
     assert seen(torch.tensor([3, 1, 4])).content == "3, 1, 4"
     assert seen(torch.arange(99)).content.endswith("15, …")
     assert seen(torch.tensor(7.5)).content == "7.5"
-    assert seen(rand(5, 2, 2, 2)).kind == "text"
+    assert seen(rand(5, 2, 2, 2)).form == "text"
     wide = seen(torch.full((1000,), float("nan")))
     assert max(wide.content) == 0.0
     assert len(wide.content) <= 400

@@ -1,5 +1,6 @@
 """What the charts of a page are drawn from, as plain values; how they look, its script knows."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -62,10 +63,10 @@ def _history(history: History) -> dict[str, Any]:
         {"line": name, "step": k + 1, "value": value}
         for name, line in history.lines.items()
         for k, value in enumerate(line)
-        if k % every == 0 or k + 1 == len(line)
+        if (k % every == 0 or k + 1 == len(line)) and math.isfinite(value)
     ]
-    seen = [value for line in history.lines.values() for value in line]
-    steep = min(seen) > 0 and max(seen) > STEEP * min(seen)
+    seen = [value for line in history.lines.values() for value in line if math.isfinite(value)]
+    steep = bool(seen) and min(seen) > 0 and max(seen) > STEEP * min(seen)
     return {"step": history.step, "lines": len(history.lines), "log": steep, "values": values}
 
 

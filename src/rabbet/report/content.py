@@ -9,6 +9,7 @@ from rabbet.core.cost import Cost, Latencies
 from rabbet.core.history import History
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
+from rabbet.errors import PlanError
 from rabbet.report.examples import Example
 from rabbet.report.text import NOTHING, Findings
 
@@ -85,7 +86,8 @@ class Report:
     """A plan, and all that is known of it.
 
     fitted: whether weights were found for it; else it is only a choice. files: bytes of what was
-    written, by name. unknown: what was looked for and could not be told, in words.
+    written, by name. unknown: what was looked for and could not be told, in words. Raises PlanError
+    for a frontier that has no plans or is of another network.
     """
 
     title: str
@@ -105,9 +107,20 @@ class Report:
     frontier: Frontier | None = None
     examples: tuple[Example, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.frontier is not None and not self.frontier.points:
+            raise PlanError("the frontier of a report has no plan; give one with plans, or none")
+        if self.frontier is not None and self.frontier.survey != self.survey:
+            raise PlanError("the frontier of a report is of another network; give this one's")
+
     @classmethod
     def of_frontier(cls, frontier: Frontier, title: str = "Frontier") -> "Report":
-        """The report of a frontier alone, which begins with its loosest plan."""
+        """The report of a frontier alone, which begins with its loosest plan.
+
+        Raises PlanError for a frontier without plans.
+        """
+        if not frontier.points:
+            raise PlanError("a frontier without a plan cannot be reported")
         first = frontier.points[0]
         costs = first.cost, frontier.float_cost
         return cls(title, frontier.survey, first.plan, *costs, fitted=False, frontier=frontier)

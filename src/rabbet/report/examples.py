@@ -26,7 +26,7 @@ SIGNAL = 400  # points of a line
 class Seen:
     """One tensor of an example: as a picture (PNG), a line of numbers, or a text; and its shape."""
 
-    kind: Literal["picture", "line", "text"]
+    form: Literal["picture", "line", "text"]
     about: str
     content: str | tuple[float, ...]
 
@@ -70,7 +70,8 @@ def examples_of(piece: Workpiece, student: nn.Module, count: int = SHOWN) -> tup
                 answered(
                     piece.answers, place, _at(a, axis, k, size), _at(b, axis, k, size), len(theirs)
                 )
-                for place, (a, b, axis) in enumerate(zip(theirs, ours, axes, strict=True))
+                # lists that depend on values may be of different lengths
+                for place, (a, b, axis) in enumerate(zip(theirs, ours, axes, strict=False))
             ),
         )
         for k in range(min(count, size))
@@ -163,8 +164,8 @@ def answered(answers: Answers, place: int, theirs: Tensor, ours: Tensor, count: 
         return Answered(
             heads, (("shape", str([*theirs.shape]), str([*ours.shape])),), "other shape"
         )
-    kind = answers.kinds[min(place, len(answers.kinds) - 1)]
-    if kind == "scores" and theirs.ndim:
+    scores = answers.kinds[min(place, len(answers.kinds) - 1)] == "scores"
+    if scores and theirs.ndim:
         axis = class_axis(theirs[None]) - 1
         rows = [t.movedim(axis, -1).reshape(-1, t.shape[axis]) for t in (theirs, ours)]
         return _classes(heads, *rows)

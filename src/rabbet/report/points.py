@@ -1,5 +1,6 @@
 """The plans of a frontier as plain values, from which the script of a page shows any of them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def _point_facts(
         "x": standing.amount / max(standing.whole, 1),
         "at": f"{standing.show(standing.amount)}{units}",
         "smaller": times_smaller(whole.bytes, cost.bytes),
-        "harm": point.harm,
+        "harm": point.harm if math.isfinite(point.harm) else None,
         "harmed": f"{point.harm:.3g}",
         "accuracy": None if point.accuracy is None else list(point.accuracy),
         "accurate": accuracy_words(point),

@@ -315,11 +315,11 @@ def _example(example: Example, number: int) -> Element:
 
 def _seen(one: Seen, number: int) -> Element:
     about = element("figcaption", one.about)
-    if one.kind == "picture":
+    if one.form == "picture":
         words = f"input of example {number + 1}"
         picture = element("img", src=str(one.content), alt=words, decoding="async")
         return element("figure", picture, about, class_="seen")
-    if one.kind == "line" and isinstance(one.content, tuple):
+    if one.form == "line" and isinstance(one.content, tuple):
         return element("figure", _line(one.content), about, class_="seen")
     return element("figure", element("code", str(one.content)), about, class_="seen")
 
@@ -357,8 +357,8 @@ def latency(report: Report) -> Element | None:
         _chart("latency", words),
         _how(
             "Measured: each layer exported and timed alone in onnxruntime, one example at a time.",
-            f"What no layer's choice changes counts {milliseconds(times.rest)} ms, below zero where "
-            f"layers take less together than alone: {milliseconds(predicted)} ms are predicted.",
+            f"What no layer's choice changes counts {milliseconds(times.rest)} ms (below 0 where "
+            f"layers are faster together than alone): {milliseconds(predicted)} ms are predicted.",
             f"Measured, the whole file: {milliseconds(times.measured)} ms.",
         ),
     )
