@@ -26,7 +26,7 @@ from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
 from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
 from rabbet.report.content import Frontier, Report, Score
-from rabbet.report.looking import look
+from rabbet.report.looking import look, require_together
 from rabbet.report.notebook import summary
 from rabbet.report.page import require_drawing, write_page
 from rabbet.report.text import Findings, plain, report_parts
@@ -168,6 +168,7 @@ class Result:
                     "the network beside the report has other layers than the one that was "
                     "compressed; give that one, as it was"
                 )
+            require_together(piece.model, self.model)
             seen = look(piece, self.model)
             found = replace(self.findings, errors=seen.errors, harms=seen.harms)
             shown = replace(shown, survey=piece.survey, found=found, examples=seen.examples)

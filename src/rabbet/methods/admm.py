@@ -119,7 +119,8 @@ class ADMM:
         solutions = dict(zip(names, self._solve(piece, chains), strict=True))
         errors = {name: tuple(x["history"].tolist()) for name, x in solutions.items()}
         if errors:
-            piece.histories.append(History("factorising", "sweep", "error of each kernel", errors))
+            kernels = History("factorising", "sweep", "error of each kernel", errors, first=0)
+            piece.histories.append(kernels)
         numbers: dict[str, Numbers] = {}
         for layer in plan:
             site, term = piece.survey[layer.name], layer.terms[0]

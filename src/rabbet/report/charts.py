@@ -60,7 +60,7 @@ def _history(history: History) -> dict[str, Any]:
     count = sum(map(len, history.lines.values()))
     every = -(-count // VALUES)
     values = [
-        {"line": name, "step": k + 1, "value": value}
+        {"line": name, "step": k + history.first, "value": value}
         for name, line in history.lines.items()
         for k, value in enumerate(line)
         if (k % every == 0 or k + 1 == len(line)) and math.isfinite(value)

@@ -8,6 +8,7 @@ from torch import nn
 from rabbet.choose.sensitivity import output_errors, require_gradients
 from rabbet.errors import ModelError
 from rabbet.model.compressed import all_layers
+from rabbet.model.tensors import stored_tensors
 from rabbet.reconstruct.outcome import layer_errors
 from rabbet.report.examples import Example, examples_of
 from rabbet.workpiece import Workpiece
@@ -21,6 +22,19 @@ class Look:
     harms: Mapping[str, float]
     examples: tuple[Example, ...]
     unknown: tuple[str, ...] = ()
+
+
+def require_together(network: nn.Module, student: nn.Module) -> None:
+    """Raise ModelError for networks that lie on different devices."""
+    places = [
+        next((t.device for t in stored_tensors(model).values()), None)
+        for model in (network, student)
+    ]
+    if None not in places and places[0] != places[1]:
+        raise ModelError(
+            f"the network beside the report lies on {places[0]}, the compressed one on "
+            f"{places[1]}; move it there"
+        )
 
 
 def look(piece: Workpiece, student: nn.Module) -> Look:

@@ -113,7 +113,7 @@ class Search:
         ranks = dict(zip(self.names, map(tuple, self.cutoffs.T.tolist()), strict=True))
         losses = {"": tuple(self.losses.tolist())}
         return (
-            History("search for ranks", "step", "cut-off of each layer, in ranks", ranks),
+            History("search for ranks", "step", "cut-off of each layer, in ranks", ranks, 0),
             History("search for ranks", "step", "loss of the step's batch", losses),
         )
 
