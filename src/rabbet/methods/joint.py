@@ -76,12 +76,9 @@ class Joint:
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
         require_gradients(piece)
-        rows = [[self._line(site, terms) for terms in self.menu(site)] for site in piece.survey]
-        piece.expect(line for row in rows for line in row)
-        table = [
-            [Option(line, piece.layer_cost(site, line)) for line in row]
-            for site, row in zip(piece.survey, rows, strict=True)
-        ]
+        menus = [(site, self.menu(site)) for site in piece.survey]
+        piece.expect(self._line(site, terms) for site, menu in menus for terms in menu)
+        table = [[self._option(piece, site, terms) for terms in menu] for site, menu in menus]
         require_feasible(table, budget, piece)
         return search(piece, table, budget)
 
@@ -118,6 +115,10 @@ class Joint:
                 rank -= rank % _vector(rank)
                 if rank >= 1:
                     yield from ((Term(form(rank), Grid.parse(g)),) for g in self.factor_grids)
+
+    def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
+        line = self._line(site, terms)
+        return Option(line, piece.layer_cost(site, line))
 
     def _line(self, site: Site, terms: Terms) -> LayerPlan:
         return LayerPlan(site.name, terms, self.act if site.multiplies else None)

@@ -34,12 +34,9 @@ class TTQAT(Settings):
         for name in self.keep_dense:
             piece.survey[name]  # raises for a layer that is not there
         menus = {site.name: self.menu(site) for site in piece.survey}
-        rows = [[self._line(s, terms) for terms in menus[s.name]] for s in piece.survey]
-        piece.expect(line for row in rows for line in row)
-        table = [
-            [Option(line, piece.layer_cost(site, line)) for line in row]
-            for site, row in zip(piece.survey, rows, strict=True)
-        ]
+        piece.expect(self._line(s, terms) for s in piece.survey for terms in menus[s.name])
+        table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
+
         require_feasible(table, budget, piece)
         if all(len(row) == 1 for row in table):
             return Plan(tuple(row[0].plan for row in table))
@@ -78,6 +75,10 @@ class TTQAT(Settings):
                 if term_lengths(site, term).bytes < limit:
                     entries.append((term,))
         return entries
+
+    def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
+        line = self._line(site, terms)
+        return Option(line, piece.layer_cost(site, line))
 
     def _line(self, site: Site, terms: tuple[Term, ...]) -> LayerPlan:
         return LayerPlan(site.name, terms, self.act if site.multiplies else None)
