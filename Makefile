@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint figures docs clean
+.PHONY: help demo test lint figures pictures docs clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/stamp ## compress the embedded digits network into build/, export it, and measure the exported file
 	@mkdir -p build
@@ -25,6 +25,9 @@ lint: .venv/stamp ## ruff (rules and format), mypy
 
 figures: .venv/stamp ## make docs/figures.md and its picture of the stored rows of the benchmarks
 	$(BIN)/python benchmarks/figures.py
+
+pictures: .venv/stamp ## take the pictures of reports in docs/pictures anew; needs Chromium
+	RABBET_PICTURES=docs/pictures OMP_NUM_THREADS=1 $(BIN)/pytest tests/report/test_page.py -k pictures
 
 docs: .venv/docs-stamp ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

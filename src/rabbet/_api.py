@@ -11,12 +11,13 @@ from torch import nn
 
 from rabbet.choose.latency import Stopwatch
 from rabbet.core.budget import METRICS, Budget
-from rabbet.core.cost import Cost, float_cost, plan_cost
+from rabbet.core.cost import Cost, Latencies, float_cost, plan_cost
+from rabbet.core.history import History
 from rabbet.core.plan import Plan, quoted
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
-from rabbet.errors import FileError, PlanError
+from rabbet.errors import FileError, ModelError, PlanError
 from rabbet.export import ENDINGS, EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
@@ -24,7 +25,11 @@ from rabbet.jobs import TURN, Jobs
 from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
 from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
-from rabbet.report.text import plain, report_parts
+from rabbet.report.content import Frontier, Report, Score
+from rabbet.report.looking import look, require_together
+from rabbet.report.notebook import summary
+from rabbet.report.page import require_drawing, write_page
+from rabbet.report.text import Findings, plain, report_parts
 from rabbet.workpiece import Workpiece
 
 Data = Task | Iterable[Batch]
@@ -53,7 +58,8 @@ class Result:
 
     `print(result)` shows it a line a layer. cost and float_cost: of the written file and of the
     float32 network. notes: what the method did, in words. errors: of the layers by name, see
-    `layers`; empty for a result that was read from a file.
+    `layers`. histories: of what was searched and trained. latencies: of the layers, if the budget
+    is about latency. Of the last three a result that was read from a file has none.
     """
 
     model: nn.Module
@@ -65,6 +71,8 @@ class Result:
     notes: tuple[str, ...]
     parcel: Parcel
     errors: Mapping[str, float] = field(default_factory=dict)
+    histories: tuple[History, ...] = ()
+    latencies: Latencies | None = None
 
     @property
     def layers(self) -> dict[str, LayerOutcome]:
@@ -73,6 +81,11 @@ class Result:
             site.name: LayerOutcome(site, self.plan.get(site.name), self.errors.get(site.name))
             for site in self.survey
         }
+
+    @property
+    def findings(self) -> Findings:
+        """What was measured of the layers."""
+        return Findings(self.errors, times={} if self.latencies is None else self.latencies.layers)
 
     @classmethod
     @in_turn
@@ -123,9 +136,67 @@ class Result:
         except OSError as e:
             raise FileError(f"cannot write {path}: {e}") from e
 
+    @in_turn
+    def report(
+        self,
+        path: str | Path,
+        network: nn.Module | None = None,
+        *,
+        title: str = "",
+        frontier: Frontier | None = None,
+        files: Mapping[str, int] | None = None,
+        score: Score | None = None,
+    ) -> int:
+        """Write all that is known of this result as one HTML file for a browser; returns its bytes.
+
+        network: the float network, as it was compressed; with it the page shows some examples with
+        the answers of both, and what each layer alone does to the outputs, which takes a backward
+        pass over up to 256 examples. title: default the class of the network. frontier: is shown
+        under a slider. files: the bytes of exported files by name. score: how good both are.
+
+        Raises FileError without `rabbet[report]` or for a place that cannot be written, ModelError
+        if the network is another one, PlanError if the frontier is another network's or has no
+        plans, and as the network's forward does.
+        """
+        require_drawing()
+        shown = replace(self._page, title=title or type(self.model).__name__)
+        shown = replace(shown, frontier=frontier, files=files or {}, score=score)
+        if network is not None:
+            piece = Workpiece.of(network, self.parcel.task, Jobs())
+            if piece.survey != self.survey:
+                raise ModelError(
+                    "the network beside the report has other layers than the one that was "
+                    "compressed; give that one, as it was"
+                )
+            require_together(piece.model, self.model)
+            seen = look(piece, self.model)
+            found = replace(self.findings, errors=seen.errors, harms=seen.harms)
+            shown = replace(shown, survey=piece.survey, found=found, examples=seen.examples)
+            shown = replace(shown, unknown=seen.unknown)
+        return write_page(shown, path)
+
+    @property
+    def _page(self) -> Report:
+        """What a page can show of this without the float network."""
+        return Report(
+            title=type(self.model).__name__,
+            survey=self.survey,
+            plan=self.plan,
+            cost=self.cost,
+            whole=self.float_cost,
+            budget=self.budget,
+            found=self.findings,
+            notes=self.notes,
+            histories=self.histories,
+            latencies=self.latencies,
+        )
+
+    def _repr_html_(self) -> str:
+        return summary(self._page)
+
     def __str__(self) -> str:
         costs = self.cost, self.float_cost
-        parts = report_parts(self.survey, self.plan, *costs, self.budget, self.errors)
+        parts = report_parts(self.survey, self.plan, *costs, self.budget, self.findings)
         return plain([*parts, *self.notes])
 
 
@@ -245,17 +316,18 @@ def finished(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | No
     """A plan fitted, read back from the network, and held against the budget."""
     fitted = method.fit(piece, chosen)
     result = _result(fitted.model, piece, budget, fitted.notes)
-    return (
-        result
-        if piece.clock is None
-        else replace(result, notes=(*result.notes, _timed(piece, result)))
+    if piece.clock is None:
+        return result
+    clock = piece.clock
+    layers = {s.name: clock.layer(s, result.plan.get(s.name)) for s in piece.survey}
+    latencies = Latencies(layers, clock.rest, clock.network(result.model))
+    return replace(
+        result, latencies=latencies, notes=(*result.notes, _timed(result, latencies.measured))
     )
 
 
-def _timed(piece: Workpiece, result: Result) -> str:
+def _timed(result: Result, measured: int) -> str:
     """Predicted against measured, in words."""
-    assert piece.clock is not None
-    measured = piece.clock.network(result.model)
     times = (result.cost.time, measured, result.float_cost.time)
     shown = [METRICS["latency"].show(time, 1) for time in times]
     return f"latency in onnxruntime: {shown[0]} predicted, {shown[1]} measured; float {shown[2]}"
@@ -277,7 +349,8 @@ def _result(
     if dead:
         notes = (f"inputs that are zero in all batches: those of {_few(dead)}", *notes)
     said, errors = (*piece.survey.notes, *notes), layer_errors(model, piece)
-    return Result(model, plan, cost, piece.float_cost, piece.survey, budget, said, parcel, errors)
+    costs, histories = (cost, piece.float_cost), tuple(piece.histories)
+    return Result(model, plan, *costs, piece.survey, budget, said, parcel, errors, histories)
 
 
 def _few(names: Sequence[str]) -> str:

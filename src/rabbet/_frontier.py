@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
 from rabbet.methods.base import Searching
+from rabbet.report.content import Report
 from rabbet.report.facts import cost_facts
+from rabbet.report.notebook import frontier_summary
+from rabbet.report.page import write_page
 from rabbet.report.text import Part, Standing, Table, plain
 from rabbet.workpiece import Workpiece
 
@@ -256,6 +260,16 @@ class Frontier:
         beside = "" if self.beside is None else f", beside {self.beside}"
         last = f"{len(self.points)} points along {self.axis}{beside}"
         return [self.table, last, self.survey.counted("MACs and BOPs")]
+
+    def report(self, path: str | Path) -> int:
+        """Write it as one HTML file for a browser, a slider over its plans; returns its bytes.
+
+        Raises FileError without `rabbet[report]`, or for a place that cannot be written.
+        """
+        return write_page(Report.of_frontier(self), path)
+
+    def _repr_html_(self) -> str:
+        return frontier_summary(self)
 
     def __str__(self) -> str:
         return plain(self.parts)

@@ -4,7 +4,7 @@ import functools
 import math
 import secrets
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rabbet.calibrate.moments import second_moments
 from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
 from rabbet.core.frame import Frame, Rows
+from rabbet.core.history import History
 from rabbet.core.layout import RESERVED, TYPE_NAMES, TYPES, Rest
 from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Left, Survey
@@ -60,6 +61,10 @@ class Clock(Protocol):
 
     def layer(self, site: Site, layer: LayerPlan | None) -> int:
         """One layer under a plan; None for one that stays float."""
+        ...
+
+    def expect(self, lines: Iterable[LayerPlan]) -> None:
+        """Say how many of these layers are still to be timed, before any of them is."""
         ...
 
     def network(self, model: nn.Module) -> int:
@@ -133,7 +138,7 @@ class Workpiece:
     half-precision embedding that is left alone is stored in half precision again. norms: by site,
     the BatchNorms that were folded. clock: times layers, if a budget is about latency. told: the
     fingerprint of network, batches and functions as they are before anything runs; one of this
-    piece alone if they cannot be told from others.
+    piece alone if they cannot be told from others. histories: of what was searched and trained.
     """
 
     model: nn.Module
@@ -145,6 +150,7 @@ class Workpiece:
     norms: dict[str, Norm] = field(default_factory=dict)
     clock: Clock | None = None
     told: str = ""
+    histories: list[History] = field(default_factory=list, repr=False)
     _moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
@@ -239,6 +245,11 @@ class Workpiece:
         clock = self.clock
         time = clock.rest + sum(clock.layer(s, plan.get(s.name)) for s in self.survey)
         return replace(cost, time=time)
+
+    def expect(self, lines: Iterable[LayerPlan]) -> None:
+        """Say beforehand that these layers will be priced, since timing them takes long."""
+        if self.clock is not None:
+            self.clock.expect(lines)
 
     def layer_cost(self, site: Site, layer: LayerPlan) -> Cost:
         """What one layer costs as planned, its time included if there is a clock."""

@@ -1,5 +1,8 @@
 """Time as a budget: with a fake clock, and once with the real one."""
 
+import json
+import re
+
 import pytest
 import torch
 from exporting import CASES
@@ -9,6 +12,7 @@ from torch import nn
 import rabbet
 from rabbet import Joint
 from rabbet.choose.latency import Stopwatch
+from rabbet.cli import main
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.errors import BudgetError
 from rabbet.train.tuning import Tuning
@@ -21,6 +25,7 @@ JOINT = Joint(
     shares=(0.5,),
     tuning=Tuning(steps=0),
 )
+METHOD = "joint grids=('2hc','8c') forms=() adapters=() tuning.steps=0"
 
 
 class Clock:
@@ -33,6 +38,9 @@ class Clock:
 
     def layer(self, site, layer):
         return 0 if layer is None else 1000 * len(layer.terms)
+
+    def expect(self, lines):
+        self.expected = list(lines)
 
     def network(self, model):
         return 12_345
@@ -60,7 +68,53 @@ def test_a_latency_is_a_budget_like_any_other(clocked):
         assert result.float_cost.time == 100_000
         assert "0.012 ms measured; float 0.100 ms" in result.notes[-1]
         assert f"{result.cost.time / 1e6:.3f} ms predicted" in result.notes[-1]
-        assert "latency" in str(result)
+        took, allowed = f"{result.cost.time / 1e6:.3f} ms", f"0.0{most} ms"
+        row = rf"latency, predicted +{took} +{result.cost.time / 1000:.3g}% +{allowed}"
+        assert re.search(row, str(result))
+        assert str(result).splitlines()[0].endswith("  ms")  # of each layer
+        latencies = result.latencies
+        assert sum(latencies.layers.values()) + latencies.rest == result.cost.time
+        assert latencies.measured == 12_345
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_the_command_line_says_what_a_latency_is_and_may_be(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("rabbet._api.Stopwatch", Clock)
+    given = ["--budget", "latency <= 0.02 ms, bits <= 4", "--method", METHOD]
+    out = ["--output", str(tmp_path / "a.safetensors")] if command == "compress" else []
+    assert main([command, *given, *out]) == 0
+    row = r"latency, predicted +0\.01\d ms +1\d(\.\d)?% +0\.020 ms"
+    assert re.search(row, "".join(capsys.readouterr()))
+    assert main([command, *given, *out, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["float"]["latency"] == 100_000
+    (limit,) = [x for x in facts["limits"] if x["metric"] == "latency"]
+    assert limit["found"] == facts["cost"]["latency"] <= limit["allowed"] == 20_000
+    assert limit["over"] == 0
+    assert sum(layer["latency"] for layer in facts["layers"]) == limit["found"] - Clock.rest
+
+
+def test_how_many_layers_are_to_be_timed_is_said_before_any_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("RABBET_CACHE", str(tmp_path))
+    said, timed = [], []
+    jobs = rabbet.Jobs(progress=lambda *report: said.append(report))
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+    piece = Workpiece.of(model.eval(), rabbet.Task([torch.rand(4, 3, 8, 8)]), jobs)
+    monkeypatch.setattr("rabbet.choose.latency._time", lambda *_: timed.append(1) or 1000)
+    watch = Stopwatch(piece)
+    texts = ("dense@4c", "dense@8c", "dense@4c + lowrank[2]@8c")
+    lines = [LayerPlan(n, tuple(map(Term.parse, t.split(" + "))), 8) for n in "02" for t in texts]
+    said.clear()
+    watch.expect(lines)
+    # both layers are alike, and so are their bits
+    assert (said, timed) == ([("timing layers: distinct ones", 0, 2)], [])
+    for line in lines:
+        assert watch.layer(piece.survey[line.name], line) == 1000
+    assert [report[1:] for report in said] == [(0, 2), (1, 2), (2, 2)]
+    assert len(timed) == 2
+    said.clear()
+    Stopwatch(piece).expect(lines)
+    assert said == []  # nothing is left to be timed
 
 
 def test_an_impossible_latency_is_refused_with_the_smallest_reachable_one(clocked):

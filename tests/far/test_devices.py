@@ -163,6 +163,19 @@ def test_every_export_is_made_of_a_network_on_a_device(network, far, tmp_path):
     assert all(t.device == far for t in there.model.state_dict().values())
 
 
+def test_a_report_shows_of_both_networks_what_it_shows_on_the_cpu(far, tmp_path):
+    pages = []
+    for place in ("cpu", far):
+        case = NETWORKS["pictures"]()
+        model = case.model.to(place)
+        result = rabbet.fit(model, PLANS["pictures"], case.batches, UNTUNED)
+        result.report(tmp_path / "a.html", model)
+        pages.append((tmp_path / "a.html").read_bytes())
+    assert pages[0] == pages[1]
+    with pytest.raises(ModelError, match=r"lies on cpu, .* on far"):
+        result.report(tmp_path / "b.html", NETWORKS["pictures"]().model)
+
+
 def test_what_is_asked_before_is_answered_there(far):
     case, other = pictures(), pictures()
     there, batches = other.model.to(far), [batch.to(far) for batch in other.batches]

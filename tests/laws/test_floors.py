@@ -46,6 +46,7 @@ OPTIONAL = {
     "torchvision",
     "distributed",
     "matplotlib",
+    "vl_convert",
 }
 # Required, but slow to import and wanted by one step alone.
 SLOW = {"choose/milp": {"scipy"}}

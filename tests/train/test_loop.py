@@ -72,6 +72,10 @@ def test_a_run_that_stopped_goes_on_to_the_same_numbers(layout, fused, tmp_path)
     )
     assert seen[0] == 6
     assert torch.equal(again.p, whole.p)
+    history = again.loss_history("moving")
+    assert history == whole.loss_history("moving")  # the steps before the stop, too
+    assert len(history.lines[""]) == whole.steps
+    assert history.lines[""][0] == float(Bowl(LAYOUTS[layout]()).loss(0))
 
 
 class Halved(Bowl):

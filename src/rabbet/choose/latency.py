@@ -9,7 +9,7 @@ do. Each time is measured once a machine and kept in a folder.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Stopwatch:
         self.machine = {"machine": sorted(cpu().items())}
         self.inputs = _inputs(piece)
         self._layers: dict[LayerPlan, int] = {}
+        self._missing: set[str] = set()
+        self._expected = 0
 
     @functools.cached_property
     def whole(self) -> int:
@@ -88,20 +90,45 @@ class Stopwatch:
             site, () if layer is None else layer.terms, None if layer is None else layer.act
         )
         if alike not in self._layers:
-            alone = replace(site, name="", tied=(), norm=None)
-            if site.heads:
-                alone = replace(alone, name="table", heads=("head",))
+            facts = self._facts(site, alike)
             runner = (
                 self.piece.model.get_submodule(_runner(site))
                 if layer is None
-                else _random(alone, alike)
+                else _random(facts["site"], alike)
             )
             given = torch.rand(self.inputs[site.name], generator=_chance())
             task = Task([torch.cat([given, given])], axes=0)
-            facts = {"site": alone, "plan": alike.body, "input": given.shape}
             content = functools.partial(assemble_alone, runner, task)
             self._layers[alike] = self._timed(content, [given], facts) * max(1, len(site.heads))
         return self._layers[alike]
+
+    def expect(self, lines: Iterable[LayerPlan]) -> None:
+        """Say how many of these layers are still to be timed, before any of them is.
+
+        Layers that are alike, but for their bits, are timed once. How much longer it takes is told
+        by the first ones.
+        """
+        multiply = {_like(self.piece.survey[x.name], x.terms, x.act) for x in lines}
+        keys = {
+            self._key(self._facts(self.piece.survey[x.name], x))
+            for x in multiply
+            if x.name in self.inputs
+        }
+        self._missing = {key for key in keys if self.kept.kept(key) is None}
+        self._expected = len(self._missing)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._expected:
+            done = self._expected - len(self._missing)
+            self.piece.jobs.progress("timing layers: distinct ones", done, self._expected)
+
+    def _facts(self, site: Site, alike: LayerPlan) -> dict[str, Any]:
+        """What the time of a layer depends on."""
+        alone = replace(site, name="", tied=(), norm=None)
+        if site.heads:
+            alone = replace(alone, name="table", heads=("head",))
+        return {"site": alone, "plan": alike.body, "input": self.inputs[site.name]}
 
     def network(self, model: nn.Module) -> int:
         """The exported file of a compressed network, in nanoseconds; always timed anew."""
@@ -114,14 +141,20 @@ class Stopwatch:
     def _timed(
         self, content: Callable[[], bytes], given: list[Tensor], facts: dict[str, Any]
     ) -> int:
-        # a layer's time depends on its shapes alone
-        weights = self._network if "whole" in facts else {}
-        key = self.kept.key("latency", weights, facts | self.machine)
+        key = self._key(facts)
         kept = self.kept.kept(key)
         if kept is None:
             kept = {"nanoseconds": torch.tensor([_time(content(), given)])}
             self.kept.keep(key, kept)
+        if key in self._missing:
+            self._missing.remove(key)
+            self._tell()
         return int(kept["nanoseconds"].item())
+
+    def _key(self, facts: dict[str, Any]) -> str:
+        # a layer's time depends on its shapes alone
+        weights = self._network if "whole" in facts else {}
+        return self.kept.key("latency", weights, facts | self.machine)
 
     @property
     def _network(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rabbet.cli import compressing, reading, running, starting, sweeping
+from rabbet.cli import compressing, reading, reporting, running, starting, sweeping
 from rabbet.cli.ending import (
     CLOSED,
     INTERRUPTED,
@@ -36,7 +36,7 @@ _Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "Click
 # Commands that load torch.
 HEAVY = {
     "doctor", "init", "survey", "plan", "compress", "frontier", "sweep", "compare", "export",
-    "eval", "bench",
+    "eval", "bench", "report",
 }  # fmt: skip
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ for command in (
     reading.show,
     reading.check,
     reading.compare,
+    reporting.report,
 ):
     app.command()(command)
 app.command("export")(running.export)

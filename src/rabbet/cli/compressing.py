@@ -37,10 +37,11 @@ def plan(
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
+    html: options.Html = None,
     as_json: options.Json = False,
 ) -> None:
     """Choose only: print the plan that compress would fit, to be edited and given to its --plan."""
-    from rabbet.cli import outcomes, tables, texts
+    from rabbet.cli import outcomes, pages, tables, texts
     from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import writable
     from rabbet.cli.terminal import working
@@ -50,14 +51,18 @@ def plan(
     limits, worker = texts.budget_of(budget), texts.worker_of(method)
     if out is not None:
         writable(out)
+    pages.ready(html, "--html", out, model, data)
     inputs = open_inputs(model, data)
     with working(resume, processes, as_json) as jobs:
         chosen = outcomes.plan_for(inputs, limits, worker, seed, jobs)
     if out is not None:
         texts.write_plan(out, chosen.plan)
+    if html is not None:
+        pages.write_plan(chosen, limits, html)
     costs = chosen.cost, chosen.float_cost
     if as_json:
-        tables.print_json(plan_facts(chosen.survey, chosen.plan, *costs, limits) | {"seed": seed})
+        facts = plan_facts(chosen.survey, chosen.plan, *costs, limits, chosen.findings)
+        tables.print_json(facts | {"seed": seed})
         return
     tables.show(total_parts(chosen.survey, *costs, limits), stderr=True)
     print(chosen.plan)
@@ -87,49 +92,43 @@ def compress(
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
+    html: options.Html = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a network fit a budget, or fit a given plan, and write the file.
 
     Accuracy is that of the file.
     """
-    from rabbet.cli import outcomes, tables, texts
-    from rabbet.cli.inputs import open_held, open_inputs
+    from rabbet.cli import outcomes, pages, tables, texts
+    from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import opened, ready, require_other
     from rabbet.cli.terminal import told, working
+    from rabbet.cli.wishes import Wish
 
-    most = None if drop is None else texts.drop_of(drop)
-    if plan is not None and most is not None:
-        raise typer.BadParameter(
-            "a plan is given, so there is nothing to look for: leave one of the two out",
-            param_hint="--drop",
-        )
-    unasked = budget is None and plan is None and most is None
-    asked = options.DEFAULT_BUDGET if unasked else budget
-    limits = None if asked is None else texts.budget_of(asked)
+    wish = Wish.read(budget, plan, drop, axis)
     worker = texts.worker_of(method, quality)
-    wanted = None if plan is None else texts.plan_of_file(plan)
-    if wanted is not None and limits is not None:
-        outcomes.require_countable(limits)
     target = ready(output)
     require_other(output, model, data, test)
+    pages.ready(html, "--html", output, model, data, test)
     inputs = open_inputs(model, data, test)
     outcomes.require_exportable(inputs, target)
     judge = inputs.judge
-    chooser = None if most is None else open_held(model, held, inputs)
+    wish = wish.judged(model, held, inputs)
     with working(resume, processes, as_json) as jobs:
         with told(jobs, "judging the network"):
             before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
-        if most is not None and chooser is not None:
-            result = outcomes.within(inputs, (axis, limits), most, chooser, worker, seed, jobs)
-        else:
-            result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
+        result = wish.granted(inputs, worker, seed, jobs)
         replaced = output.exists()
         with told(jobs, "writing the file"):
             written = outcomes.export_safely(result, output, target)
         with told(jobs, "judging the file"):
             after = None if judge is None else judge(opened(output, inputs.network))
-    outcome = outcomes.Outcome(output, result, written, judge, before, after, examples, replaced)
+        outcome = outcomes.Outcome(
+            output, result, written, judge, before, after, examples, replaced
+        )
+        if html is not None:
+            with told(jobs, "making the page"):
+                pages.write_outcome(outcome, inputs.network, html)
     if as_json:
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))

@@ -16,7 +16,7 @@ EXTRAS = {
     "hf": (("transformers",), "folders of save_pretrained, texts"),
     "vision": (("timm", "torchvision", "pillow"), "timm:NAME, torchvision:NAME, images"),
     "demo": (("scikit-learn",), "the demo's images"),
-    "report": (("matplotlib",), "drawings of searches"),
+    "report": (("matplotlib", "vl-convert-python"), "drawings of searches, pages of reports"),
     "cluster": (("distributed",), "jobs on Dask, on many machines"),
 }
 """What each extra installs, and what for."""

@@ -89,6 +89,12 @@ Output = Annotated[
         "--output", "-o", dir_okay=False, help="The file to write; its ending says what it is."
     ),
 ]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", dir_okay=False, help="Write a report as one HTML file for a browser, too."
+    ),
+]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same bytes.")
 ]

@@ -3,15 +3,12 @@
 import contextlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from rabbet._api import Result, compress, fit
+from rabbet._api import Result, opened
 from rabbet._api import plan as choose
-from rabbet._frontier import frontier
 from rabbet.cli.inputs import Inputs
 from rabbet.cli.judge import Judge
 from rabbet.core.budget import Budget
@@ -23,9 +20,8 @@ from rabbet.errors import FileError
 from rabbet.export import TRIALS, Written
 from rabbet.jobs import Jobs
 from rabbet.methods import Method
-from rabbet.model.build import validate
 from rabbet.report.facts import plan_facts
-from rabbet.report.text import Part, report_parts
+from rabbet.report.text import NOTHING, Findings, Part, report_parts, times_smaller
 from rabbet.workpiece import Workpiece
 
 
@@ -37,6 +33,7 @@ class Chosen:
     survey: Survey
     cost: Cost
     float_cost: Cost
+    findings: Findings = NOTHING
 
 
 @dataclass(frozen=True)
@@ -65,14 +62,14 @@ class Outcome:
         scores = {"before": self.before, "after": self.after}
         evaluation = None if judge is None else {"quantity": judge.quantity} | scores
         said = {"evaluation": evaluation, "notes": list(self.notes)}
-        found = plan_facts(result.survey, result.plan, *costs, result.budget, result.errors)
+        found = plan_facts(result.survey, result.plan, *costs, result.budget, result.findings)
         return file | settings | found | said
 
     def parts(self, native: bool) -> list[Part]:
         """All of it for people; native: whether the file is the one that a budget is about."""
         result, judge = self.result, self.judge
         costs = result.cost, result.float_cost
-        parts = report_parts(result.survey, result.plan, *costs, result.budget, result.errors)
+        parts = report_parts(result.survey, result.plan, *costs, result.budget, result.findings)
         parts += self.notes
         if judge is not None and self.before is not None and self.after is not None:
             scores = f"{judge.show(self.before)} -> {judge.show(self.after)}"
@@ -87,8 +84,7 @@ class Outcome:
     @property
     def sentence(self) -> str:
         """All of it in one sentence."""
-        times = self.result.float_cost.bytes / self.written.bytes
-        smaller = f"{times:.3g}x smaller than float32" if times > 1 else "no smaller than float32"
+        smaller = times_smaller(self.result.float_cost.bytes, self.written.bytes)
         if self.before is None or self.after is None or not self.examples:
             return smaller
         lost = self.before - self.after
@@ -101,16 +97,6 @@ class Outcome:
 
 def _side(lost: float) -> str:
     return "less accurate" if lost > 0 else "more accurate"
-
-
-def require_countable(limits: Budget) -> None:
-    """A usage error for a budget that a given plan cannot be held against before it is fitted."""
-    if any(limit.metric == "latency" for limit in limits.limits):
-        raise typer.BadParameter(
-            "a plan is not timed before it is fitted; leave the latency out, and measure with "
-            "rabbet bench",
-            param_hint="--budget",
-        )
 
 
 def require_exportable(inputs: Inputs, target: str) -> None:
@@ -159,44 +145,11 @@ def export_safely(result: Result, output: Path, target: str) -> Written:
 def plan_for(inputs: Inputs, limits: Budget, worker: Method, seed: int, jobs: Jobs) -> Chosen:
     """Choose a plan, and count what it costs."""
     plan = choose(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
-    piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
-    return Chosen(plan, piece.survey, piece.cost(plan), piece.float_cost)
-
-
-def compress_or_fit(
-    inputs: Inputs,
-    limits: Budget | None,
-    wanted: Plan | None,
-    worker: Method,
-    seed: int,
-    jobs: Jobs,
-) -> Result:
-    """Choose and fit; or fit a given plan, held against the budget before anything is solved."""
-    if wanted is None:
-        assert limits is not None
-        return compress(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
-    if limits is not None:
-        piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
-        validate(wanted, piece.survey)
-        limits.check(piece.cost(wanted), piece.float_cost)
-    result = fit(inputs.network, wanted, inputs.task, worker, seed=seed, jobs=jobs)
-    return replace(result, budget=limits)
-
-
-def within(
-    inputs: Inputs,
-    budgets: tuple[str, Budget | None],
-    drop: float,
-    chooser: Judge,
-    worker: Method,
-    seed: int,
-    jobs: Jobs,
-) -> Result:
-    """The smallest network along an axis, under limits beside it, of which the drop is measured."""
-    axis, beside = budgets
-    found = frontier(
-        inputs.network, inputs.task, axis, beside=beside, method=worker, seed=seed, jobs=jobs
+    piece = opened(  # times are kept, not taken
+        inputs.network, [limit.metric for limit in limits.limits], inputs.task, seed, jobs
     )
-    examples = chooser.measured(inputs.network)[1] or None
-    chosen = found.within(drop, chooser, examples)
-    return replace(chosen.result, notes=(*chosen.result.notes, str(chosen)))
+    times = {}
+    if piece.clock is not None:
+        times = {s.name: piece.clock.layer(s, plan.get(s.name)) for s in piece.survey}
+    costs = piece.cost(plan), piece.float_cost
+    return Chosen(plan, piece.survey, *costs, Findings(times=times))

@@ -36,11 +36,7 @@ def check(
     from rabbet.report.facts import limit_facts
     from rabbet.report.text import standings
 
-    limits = texts.budget_of(budget).limits
-    if any(limit.metric == "latency" for limit in limits):
-        raise typer.BadParameter(
-            "a file does not say its latency; measure it with rabbet bench", param_hint="--budget"
-        )
+    limits = texts.budget_of_file(budget).limits
     stored = Stored.read(file)
     stood = standings(stored.cost, stored.float_cost, limits)
     over = any(standing.over for standing in stood)

@@ -62,7 +62,7 @@ def ready(output: Path, target: str | None = None) -> str:
     return known
 
 
-def require_other(output: Path, *references: str | Path | None) -> None:
+def require_other(output: Path, *references: str | Path | None, option: str = "--output") -> None:
     """Refuse, before any work, to write over the network or the data that a command reads."""
     for reference in references:
         if reference is None or not output.exists():
@@ -71,7 +71,7 @@ def require_other(output: Path, *references: str | Path | None) -> None:
         inside = path.is_dir() and output.resolve().is_relative_to(path.resolve())
         if inside or path.resolve() == output.resolve():
             raise FileError(
-                f"{output} is read by this command ({reference}): name another --output"
+                f"{output} is read by this command ({reference}): name another {option}"
             )
 
 

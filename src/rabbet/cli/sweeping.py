@@ -34,31 +34,32 @@ def frontier(
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
+    html: options.Html = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what every budget along an axis buys; candidates are solved once for all of them."""
     from rabbet._frontier import frontier as find
-    from rabbet.cli import tables, texts
+    from rabbet.cli import pages, tables, texts
     from rabbet.cli.inputs import open_held, open_inputs
     from rabbet.cli.terminal import working
-    from rabbet.errors import BudgetError
 
+    texts.require_axis(axis)
     beside = None if budget is None else texts.budget_of(budget)
+    if beside is not None:
+        texts.require_beside(axis, beside)
     worker = texts.worker_of(method, quality)
+    pages.ready(html, "--html", model, data, held)
     inputs = open_inputs(model, data)
     judge = open_held(model, held, inputs) if measure else None
     with working(resume, processes, as_json) as jobs:
-        try:
-            found = find(
-                inputs.network, inputs.task, axis, beside=beside, limits=limits, points=points,
-                method=worker, seed=seed, jobs=jobs,
-            )  # fmt: skip
-        except BudgetError as e:
-            if "unknown" not in str(e) and "is the axis" not in str(e):
-                raise
-            raise typer.BadParameter(str(e), param_hint="--axis") from None
+        found = find(
+            inputs.network, inputs.task, axis, beside=beside, limits=limits, points=points,
+            method=worker, seed=seed, jobs=jobs,
+        )  # fmt: skip
         if judge is not None:
             found = found.measure(measure, judge, judge.measured(inputs.network)[1] or None)
+    if html is not None:
+        found.report(html)
     if as_json:
         tables.print_json(found.facts() | {"seed": seed})
     else:

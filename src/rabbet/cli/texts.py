@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import typer
 
 from rabbet.cli.references import literal
-from rabbet.core.budget import Budget
+from rabbet.core.budget import METRICS, Budget
 from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.files import write_whole
@@ -31,12 +31,40 @@ def drop_of(text: str) -> float:
     return drop
 
 
+def require_axis(axis: str) -> None:
+    """A usage error for what is no metric."""
+    if axis not in METRICS:
+        raise typer.BadParameter(
+            f"{axis!r} is not one of {', '.join(METRICS)}", param_hint="--axis"
+        )
+
+
+def require_beside(axis: str, beside: Budget) -> None:
+    """A usage error for limits beside an axis that name it."""
+    if any(limit.metric == axis for limit in beside.limits):
+        raise typer.BadParameter(
+            f"{axis} is the axis, so it cannot be limited beside it as well: name another --axis, "
+            "or leave it out",
+            param_hint="--budget",
+        )
+
+
 def budget_of(text: str) -> Budget:
     """A budget from its text; a usage error, not a broken budget, if it cannot be read."""
     try:
         return Budget.parse(text)
     except BudgetError as e:
         raise typer.BadParameter(str(e), param_hint="--budget") from None
+
+
+def budget_of_file(text: str) -> Budget:
+    """A budget that a file can be held against; a usage error for one of a latency."""
+    limits = budget_of(text)
+    if any(limit.metric == "latency" for limit in limits.limits):
+        raise typer.BadParameter(
+            "a file does not say its latency; measure it with rabbet bench", param_hint="--budget"
+        )
+    return limits
 
 
 def worker_of(text: str | None, quality: str = "default") -> Method:

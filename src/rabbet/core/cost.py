@@ -8,6 +8,7 @@ exported file for a batch of one, predicted from layers that were timed on this 
 (`rabbet.choose.latency`); it is zero where nothing was measured.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rabbet.core.layout import (
@@ -51,6 +52,19 @@ class Cost:
     def bits(self) -> float:
         """Mean bits of the codes per weight."""
         return self.code_bits / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """How long the parts of a compressed network take, in nanoseconds for one example.
+
+    layers: each alone, by its name. rest: what no layer's choice changes. measured: the exported
+    file, whole.
+    """
+
+    layers: Mapping[str, int]
+    rest: int
+    measured: int
 
 
 def layer_cost(site: Site, layer: LayerPlan) -> Cost:

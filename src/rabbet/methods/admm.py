@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.budget import Budget
+from rabbet.core.history import History
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields, check_least
 from rabbet.forms import RANKED, Dense
@@ -116,6 +117,10 @@ class ADMM:
         chains = [layer for layer in plan if layer.terms[0].form.channel_axes]
         names = (chain.name for chain in chains)
         solutions = dict(zip(names, self._solve(piece, chains), strict=True))
+        errors = {name: tuple(x["history"].tolist()) for name, x in solutions.items()}
+        if errors:
+            kernels = History("factorising", "sweep", "error of each kernel", errors, first=0)
+            piece.histories.append(kernels)
         numbers: dict[str, Numbers] = {}
         for layer in plan:
             site, term = piece.survey[layer.name], layer.terms[0]

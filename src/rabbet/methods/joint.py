@@ -82,11 +82,9 @@ class Joint:
     def search(self, piece: Workpiece) -> Search:
         """What plans are chosen from, with nothing solved yet; see `Searching.search`."""
         require_gradients(piece)
-        table: list[list[Option]] = []
-        for site in piece.survey:
-            table.append([self._option(piece, site, terms) for terms in self.menu(site)])
-            if piece.clock is not None:  # then every option is exported and timed
-                piece.jobs.progress("timing layers", len(table), len(piece.survey.sites))
+        menus = [(site, self.menu(site)) for site in piece.survey]
+        piece.expect(self._line(site, terms) for site, menu in menus for terms in menu)
+        table = [[self._option(piece, site, terms) for terms in menu] for site, menu in menus]
         return Search(piece, Allocator(table, piece))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
@@ -124,8 +122,11 @@ class Joint:
                     yield from ((Term(form(rank), Grid.parse(g)),) for g in self.factor_grids)
 
     def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
-        plan = LayerPlan(site.name, terms, self.act if site.multiplies else None)
-        return Option(plan, piece.layer_cost(site, plan))
+        line = self._line(site, terms)
+        return Option(line, piece.layer_cost(site, line))
+
+    def _line(self, site: Site, terms: Terms) -> LayerPlan:
+        return LayerPlan(site.name, terms, self.act if site.multiplies else None)
 
 
 def _vector(rank: int) -> int:

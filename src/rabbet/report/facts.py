@@ -1,6 +1,5 @@
 """A survey, a plan and its cost as plain values, for JSON."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -8,12 +7,17 @@ from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
-from rabbet.report.text import Standing, layer_rows
+from rabbet.report.text import NOTHING, Findings, Standing, layer_rows, standings
 
 
 def cost_facts(cost: Cost) -> dict[str, Any]:
-    """A cost; `bits` is the mean bits of the codes per weight."""
-    return asdict(cost) | {"bits": cost.bits}
+    """A cost; `bits` is the mean bits of the codes per weight.
+
+    `latency` is in nanoseconds, predicted for one example; null where nothing was measured.
+    """
+    facts = asdict(cost)
+    time = facts.pop("time")
+    return facts | {"bits": cost.bits, "latency": time or None}
 
 
 def limit_facts(standing: Standing) -> dict[str, Any]:
@@ -33,12 +37,13 @@ def plan_facts(
     cost: Cost,
     whole: Cost,
     budget: Budget | None = None,
-    errors: Mapping[str, float] | None = None,
+    found: Findings = NOTHING,
 ) -> dict[str, Any]:
     """A plan and its cost; the plan of a layer that is not compressed is null.
 
-    So is the error of a layer's output where it is not known.
+    So are the error of a layer's output and its latency in nanoseconds where they are not known.
     """
+    limits = () if budget is None else budget.limits
     layers = [
         {
             "name": row.site.name,
@@ -47,7 +52,8 @@ def plan_facts(
             "bytes": row.bytes,
             "macs": row.macs,
             "bops": row.bops,
-            "error": (errors or {}).get(row.site.name),
+            "error": found.errors.get(row.site.name),
+            "latency": found.times.get(row.site.name),
         }
         for row in layer_rows(survey, plan)
     ]
@@ -57,6 +63,7 @@ def plan_facts(
         "cost": cost_facts(cost),
         "float": cost_facts(whole),
         "budget": None if budget is None else str(budget),
+        "limits": [limit_facts(standing) for standing in standings(cost, whole, limits)],
         "example": _example(survey),
         "left": _left(survey),
     }

@@ -5,7 +5,7 @@ formats them for a terminal.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rabbet.core.budget import METRICS, Budget, Limit
@@ -31,6 +31,20 @@ class Table:
     bits: Sequence[float] = ()
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of layers, by their names; of what was not there is nothing.
+
+    errors: of their outputs, relative. harms: what each alone does to the network's output. times:
+    of each alone, in nanoseconds.
+    """
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    harms: Mapping[str, float] = field(default_factory=dict)
+    times: Mapping[str, int] = field(default_factory=dict)
+
+
+NOTHING = Findings()
 Part = Table | str
 """A table, or a line."""
 
@@ -84,7 +98,8 @@ class Standing:
         """The metric, its amount, its share of the float32 network's, and what is allowed."""
         allowed = "" if self.allowed is None else self.show(self.allowed)
         share = f"{100 * self.amount / max(self.whole, 1):.3g}%"
-        return (self.metric, self.show(self.amount), share, allowed)
+        name = "latency, predicted" if self.metric == "latency" else self.metric
+        return (name, self.show(self.amount), share, allowed)
 
     def verdict(self) -> str:
         """The amount compared with the limit, in a sentence."""
@@ -119,30 +134,51 @@ def standings(cost: Cost, whole: Cost, limits: Iterable[Limit]) -> list[Standing
     return [Standing.of(limit.metric, cost, whole, limit) for limit in limits]
 
 
-def plan_table(
-    survey: Survey, plan: Plan, cost: Cost, errors: Mapping[str, float] | None = None
-) -> Table:
+def plan_table(survey: Survey, plan: Plan, cost: Cost, found: Findings = NOTHING) -> Table:
     """A row per layer, and one for the file's header and all tensors that belong to no site.
 
-    errors: of the layers' outputs, relative, where they are known.
+    Errors and latencies of the layers have a column each where they are known.
     """
     rows = layer_rows(survey, plan)
-    shown = [_percent((errors or {}).get(row.site.name)) for row in rows]
+    names = [row.site.name for row in rows]
     cells = [
         (quoted(row.site.name), shape_of(row.site), row.body or KEPT, row.bytes, row.macs, row.bops)
         for row in rows
     ]
     cells.append(("", "", "header and all else", cost.bytes - sum(r.bytes for r in rows), 0, 0))
-    heads = ("layer", "shape", "plan", "bytes", "MACs", "BOPs", *(["error"] if errors else []))
-    body = [
-        (*words, f"{size:,}", f"{macs:,}", f"{bops:,}", error)[: len(heads)]
-        for (*words, size, macs, bops), error in zip(cells, [*shown, ""], strict=True)
-    ]
+    heads = ["layer", "shape", "plan", "bytes", "MACs", "BOPs"]
+    body = [[*row[:3], *(f"{amount:,}" for amount in row[3:])] for row in cells]
+    if found.errors:
+        heads.append("error")
+        _extend(body, [percent(found.errors.get(name)) for name in names], "")
+    if found.times:
+        heads.append("ms")
+        rest = cost.time - sum(found.times.get(name, 0) for name in names)
+        _extend(
+            body, [milliseconds(found.times.get(name, 0)) for name in names], milliseconds(rest)
+        )
     return Table(heads, body, 3, [*(row.bits for row in rows), 0.0])
 
 
-def _percent(share: float | None) -> str:
+def _extend(rows: list[list[str]], cells: list[str], last: str) -> None:
+    for row, cell in zip(rows, [*cells, last], strict=True):
+        row.append(cell)
+
+
+def percent(share: float | None) -> str:
+    """A share in per cent to two digits; nothing if it is not known."""
     return "" if share is None else f"{100 * share:.2g}%"
+
+
+def times_smaller(whole: float, found: float) -> str:
+    """How much smaller than float32 so many bytes are, in words."""
+    times = whole / max(found, 1)
+    return f"{times:.3g}x smaller than float32" if times > 1 else "no smaller than float32"
+
+
+def milliseconds(nanoseconds: int) -> str:
+    """A time without its unit."""
+    return f"{nanoseconds / 1e6:.3f}"
 
 
 def survey_parts(survey: Survey) -> list[Part]:
@@ -180,20 +216,25 @@ def report_parts(
     cost: Cost,
     whole: Cost,
     budget: Budget | None = None,
-    errors: Mapping[str, float] | None = None,
+    found: Findings = NOTHING,
 ) -> list[Part]:
     """The whole report: a row per layer, cost against budget, what is left alone."""
     totals = total_parts(survey, cost, whole, budget)
-    return [plan_table(survey, plan, cost, errors), "", *totals]
+    return [plan_table(survey, plan, cost, found), "", *totals]
+
+
+def left_groups(survey: Survey) -> list[tuple[str, list[Left]]]:
+    """What is left alone by reason, heaviest first."""
+    groups: dict[str, list[Left]] = {}
+    for left in survey.left:
+        groups.setdefault(left.reason, []).append(left)
+    return sorted(groups.items(), key=lambda group: -sum(x.bytes for x in group[1]))
 
 
 def left_lines(survey: Survey) -> list[str]:
     """What is left alone, a line for each reason, heaviest first; their bytes are in float32."""
-    groups: dict[str, list[Left]] = {}
-    for left in survey.left:
-        groups.setdefault(left.reason, []).append(left)
     lines = []
-    for reason, group in sorted(groups.items(), key=lambda g: -sum(x.bytes for x in g[1])):
+    for reason, group in left_groups(survey):
         first = quoted(max(group, key=lambda x: x.bytes).name)
         others = f" and {len(group) - 1} more" if len(group) > 1 else ""
         size = sum(x.bytes for x in group)

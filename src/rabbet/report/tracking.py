@@ -37,9 +37,12 @@ def to_mlflow(mlflow: Any) -> Progress:
 def metrics_of(cost: Cost, whole: Cost) -> dict[str, float]:
     """The metrics of a result by name, for `mlflow.log_metrics` and the like.
 
-    Bytes, MACs, BOPs and bits a weight, and the first three as shares of the float32 network.
+    Bytes, MACs, BOPs and bits a weight, the latency in milliseconds if it was measured, and all but
+    the bits as shares of the float32 network.
     """
-    amounts = {"bytes": cost.bytes, "macs": cost.macs, "bops": cost.bops}
-    base = {"bytes": whole.bytes, "macs": whole.macs, "bops": whole.bops}
-    shares = {f"{name}.share": amount / max(base[name], 1) for name, amount in amounts.items()}
+    amounts: dict[str, float] = {"bytes": cost.bytes, "macs": cost.macs, "bops": cost.bops}
+    base: dict[str, float] = {"bytes": whole.bytes, "macs": whole.macs, "bops": whole.bops}
+    if whole.time:
+        amounts["latency"], base["latency"] = cost.time / 1e6, whole.time / 1e6
+    shares = {f"{name}.share": amount / (base[name] or 1) for name, amount in amounts.items()}
     return {**amounts, **shares, "bits": cost.bits}

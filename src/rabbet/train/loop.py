@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rabbet.core.history import History
 from rabbet.data.batches import Batch
 from rabbet.data.examples import Axes
 from rabbet.errors import DataError
@@ -31,13 +32,15 @@ class Course(ABC):
 
     steps: of the whole run. groups: the parameters that are trained. fused: use Adam's fused kernel
     on devices that have it; it is several times faster, but rounds differently. learned: whether
-    any parameter got a gradient; there is none if the forward runs under `torch.no_grad`.
+    any parameter got a gradient; there is none if the forward runs under `torch.no_grad`. losses:
+    of the steps so far, this process's.
     """
 
     steps: int
     groups: Sequence[Group]
     fused = False
     learned = True
+    losses: Sequence[float] = ()
 
     @property
     def summary(self) -> str:
@@ -45,6 +48,10 @@ class Course(ABC):
         if self.learned:
             return f"{self.steps} steps"
         return f"{self.steps} steps, and no gradient came through the network in any"
+
+    def loss_history(self, stage: str) -> History:
+        """The loss of each step's batch."""
+        return History(stage, "step", "loss of the step's batch", {"": tuple(self.losses)})
 
     def rate(self, step: int) -> float:
         """The factor on the base rates: a cosine down to a fiftieth, with ten warm-up steps."""
@@ -91,6 +98,7 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
     for p in parameters:
         p.requires_grad_()
     first = _resume(course, jobs, key, optimiser, parameters)
+    losses = course.losses = list(course.losses[:first])
     try:
         for step in range(first, course.steps):
             rate = course.rate(step)
@@ -103,6 +111,7 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
                         f"the loss of step {step + 1} of {stage} is not finite; "
                         "check the batches and the loss"
                     )
+                losses.append(float(loss.detach()))
                 optimiser.zero_grad(set_to_none=True)
                 if loss.requires_grad:
                     loss.backward()
@@ -175,7 +184,8 @@ def _several() -> bool:
 def _checkpoint(
     course: Course, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], step: int
 ) -> dict[str, Tensor]:
-    kept = {"step": torch.tensor([step])}
+    losses = torch.tensor(course.losses, dtype=torch.float64)
+    kept = {"step": torch.tensor([step]), "losses": losses}
     for k, p in enumerate(parameters):
         state = optimiser.state[p]
         kept |= {f"{k}.value": p.detach().clone()}
@@ -192,9 +202,9 @@ def _resume(
     parameters: Sequence[Tensor],
 ) -> int:
     kept = jobs.kept(key) if jobs.lasts(key) else None
-    if kept is None:
+    if kept is None or "losses" not in kept:  # none, or one of before losses were kept
         return 0
-    step = kept["step"]
+    step, course.losses = kept["step"], kept["losses"].tolist()
     with torch.no_grad():
         for k, p in enumerate(parameters):
             p.copy_(kept[f"{k}.value"])

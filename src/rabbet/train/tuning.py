@@ -133,6 +133,7 @@ class _Loop(Course):
             for layer in chains:
                 layer.whole = True
             run(self, piece.jobs, key, "tuning", CHECKPOINT)
+            piece.histories.append(self.loss_history("tuning"))
         finally:
             for layer in chains:
                 layer.whole = False

@@ -190,6 +190,7 @@ class FixedWidths(Course):
             inputs = self.weights() | stored_state(self.student)
             key = piece.key("cgmq train", inputs, {"method": self.method, "widths": widths})
             run(self, piece.jobs, key, "training", self.epoch)
+            piece.histories.append(self.loss_history("training at these widths"))
         self.load_weights(self.best.kept)
         return before, self.best.score
 

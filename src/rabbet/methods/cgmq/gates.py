@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost, layer_cost
+from rabbet.core.history import History
 from rabbet.core.plan import Plan
 from rabbet.methods.cgmq.layer import GatedLayer
 from rabbet.train.qat import FLOAT, WIDEST, GatedRange, GatedWeight
@@ -38,6 +39,18 @@ class Gating:
     widths: Tensor
     shares: Tensor
     losses: Tensor
+
+    @property
+    def histories(self) -> tuple[History, ...]:
+        """The widths of all tensors, the share of the budget, and the loss, for a report."""
+        widths = dict(zip(self.names, map(tuple, self.widths.T.tolist()), strict=True))
+        shares, losses = tuple(self.shares.tolist()), tuple(self.losses.tolist())
+        stage = "search by gates"
+        return (
+            History(stage, "epoch", "bits of each weight and input", widths),
+            History(stage, "epoch", "share of the budget used", {"": shares}),
+            History(stage, "epoch", "loss on held-back examples", {"": losses}),
+        )
 
 
 @dataclass(frozen=True)

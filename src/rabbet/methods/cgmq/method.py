@@ -70,6 +70,7 @@ class CGMQ(Settings):
         require_gradients(piece)
         course = MovingGates(self, piece, lines, budget)
         gating = course.train(piece)
+        piece.histories += gating.histories
         if self.epochs:
             piece.jobs.keep(cache_key(piece, self, gating.plan.compact), course.weights())
         return gating
@@ -126,7 +127,7 @@ class CGMQ(Settings):
     def _require(self, piece: Workpiece, budget: Budget, lines: list[LayerPlan]) -> None:
         """Raise BudgetError if the smallest widths break the budget."""
         stored = [b for b in self.widths if b <= WIDEST]
-        table = []
+        rows = []
         for k, line in enumerate(lines):
             fixed = self.image != "gate" and is_image(k, piece.survey[line.name])
             site = piece.survey[line.name]
@@ -135,5 +136,7 @@ class CGMQ(Settings):
                 LayerPlan(line.name, (Term(Dense(), self._grid(b)),), a)
                 for b, a in itertools.product(stored if site.runs else [self._widest(site)], acts)
             ]
-            table.append([Option(p, piece.layer_cost(site, p)) for p in plans])
+            rows.append((site, plans))
+        piece.expect(p for _, plans in rows for p in plans)
+        table = [[Option(p, piece.layer_cost(site, p)) for p in plans] for site, plans in rows]
         require_feasible(table, budget, piece)

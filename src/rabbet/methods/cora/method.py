@@ -89,6 +89,7 @@ class CoRa:
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """The same bits everywhere, and ranks that keep the budget; see `Method.plan`."""
         bases = self._bases(piece)
+        piece.expect(each for line in bases for each in self._lines(piece, line))
         table = [self._options(piece, line) for line in bases]
         require_feasible(table, budget, piece)
         if self.ranks == "heuristic":
@@ -124,7 +125,9 @@ class CoRa:
         if not residuals:
             raise PlanError("no layer of this network can have an adapter; use Joint")
         student = build(piece.model, bases, piece.survey, numbers)
-        return search_ranks(student, piece, residuals, room, self.ranking)
+        found = search_ranks(student, piece, residuals, room, self.ranking)
+        piece.histories += found.histories
+        return found
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Find codes and scales as `Joint` does, or with a clipped base; see `Method.fit`."""
@@ -155,12 +158,16 @@ class CoRa:
             lines.append(LayerPlan(site.name, (term,), act if site.multiplies else None))
         return tuple(lines)
 
-    def _options(self, piece: Workpiece, line: LayerPlan) -> list[Option]:
+    def _lines(self, piece: Workpiece, line: LayerPlan) -> list[LayerPlan]:
         """The layer without an adapter, then with an adapter of every rank."""
         site = piece.survey[line.name]
         full = LowRank(1).full_rank(site) if self.linears or site.space else 0
-        lines = [line, *(self._adapted(line, rank) for rank in range(1, full))]
-        return [Option(each, piece.layer_cost(site, each)) for each in lines]
+        return [line, *(self._adapted(line, rank) for rank in range(1, full))]
+
+    def _options(self, piece: Workpiece, line: LayerPlan) -> list[Option]:
+        """The same with what each costs."""
+        site = piece.survey[line.name]
+        return [Option(x, piece.layer_cost(site, x)) for x in self._lines(piece, line)]
 
     def _adapted(self, line: LayerPlan, rank: int) -> LayerPlan:
         """A line with an adapter of this rank; of rank 0, the line itself."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rabbet.core.history import History
 from rabbet.data.augment import Pool
 from rabbet.data.batches import outputs
 from rabbet.errors import DataError, check_fields, check_least
@@ -105,6 +106,16 @@ class Search:
     def ranks(self) -> dict[str, float]:
         """The final cut-off of each layer, in ranks."""
         return dict(zip(self.names, self.cutoffs[-1].tolist(), strict=True))
+
+    @property
+    def histories(self) -> tuple[History, ...]:
+        """The cut-offs of all layers, and the loss, for a report."""
+        ranks = dict(zip(self.names, map(tuple, self.cutoffs.T.tolist()), strict=True))
+        losses = {"": tuple(self.losses.tolist())}
+        return (
+            History("search for ranks", "step", "cut-off of each layer, in ranks", ranks, 0),
+            History("search for ranks", "step", "loss of the step's batch", losses),
+        )
 
 
 def butterworth(cutoff: Tensor, full: int, order: int, offset: float = 0.0) -> Tensor:

@@ -286,6 +286,7 @@ class Teaching(Course):
         )
         if self.steps:
             run(self, piece.jobs, key, "teaching", min(len(self.batches), 100))
+            piece.histories.append(self.loss_history("teaching"))
         if not self._on_grid:  # no epoch was, or none was to be
             self._move_to_grids()
             self.remember()

@@ -34,6 +34,7 @@ class TTQAT(Settings):
         for name in self.keep_dense:
             piece.survey[name]  # raises for a layer that is not there
         menus = {site.name: self.menu(site) for site in piece.survey}
+        piece.expect(self._line(s, terms) for s in piece.survey for terms in menus[s.name])
         table = [[self._option(piece, s, terms) for terms in menus[s.name]] for s in piece.survey]
 
         require_feasible(table, budget, piece)
@@ -76,8 +77,11 @@ class TTQAT(Settings):
         return entries
 
     def _option(self, piece: Workpiece, site: Site, terms: tuple[Term, ...]) -> Option:
-        line = LayerPlan(site.name, terms, self.act if site.multiplies else None)
+        line = self._line(site, terms)
         return Option(line, piece.layer_cost(site, line))
+
+    def _line(self, site: Site, terms: tuple[Term, ...]) -> LayerPlan:
+        return LayerPlan(site.name, terms, self.act if site.multiplies else None)
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Train in float, then on the grid; the best epoch on the grid counts. See `Method.fit`."""

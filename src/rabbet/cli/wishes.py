@@ -1,0 +1,94 @@
+"""What compress was asked for: a budget, a plan, or the least that loses no more than so much."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import typer
+
+from rabbet._api import Result, compress, fit
+from rabbet._frontier import frontier
+from rabbet.cli import options, texts
+from rabbet.cli.inputs import Inputs, open_held
+from rabbet.cli.judge import Judge
+from rabbet.core.budget import Budget
+from rabbet.core.plan import Plan
+from rabbet.jobs import Jobs
+from rabbet.methods import Method
+from rabbet.model.build import validate
+from rabbet.workpiece import Workpiece
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A budget, a plan or a drop; a budget holds beside either of the others.
+
+    drop: the most that may be lost by the judge, for the least along the axis.
+    """
+
+    budget: Budget | None
+    plan: Plan | None
+    drop: float | None
+    axis: str
+    judge: Judge | None = None
+
+    @classmethod
+    def read(cls, budget: str | None, plan: Path | None, drop: str | None, axis: str) -> "Wish":
+        """What options say; a usage error for those that contradict one another."""
+        most = None if drop is None else texts.drop_of(drop)
+        texts.require_axis(axis)
+        if plan is not None and most is not None:
+            raise typer.BadParameter(
+                "a plan is given, so there is nothing to look for: leave one of the two out",
+                param_hint="--drop",
+            )
+        unasked = budget is None and plan is None and most is None
+        asked = options.DEFAULT_BUDGET if unasked else budget
+        limits = None if asked is None else texts.budget_of(asked)
+        wanted = None if plan is None else texts.plan_of_file(plan)
+        if wanted is not None and limits is not None:
+            _require_countable(limits)
+        if most is not None and limits is not None:
+            texts.require_beside(axis, limits)
+        return cls(limits, wanted, most, axis)
+
+    def judged(self, model: str | None, held: str | None, inputs: Inputs) -> "Wish":
+        """With what measures a drop; a usage error if nothing does, or if there is no drop."""
+        if self.drop is not None:
+            return replace(self, judge=open_held(model, held, inputs))
+        if held is not None:
+            raise typer.BadParameter("only a --drop is measured on it", param_hint="--held")
+        return self
+
+    def granted(self, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
+        """The network that was asked for."""
+        if self.drop is not None:
+            return self._within(self.drop, inputs, method, seed, jobs)
+        if self.plan is None:
+            assert self.budget is not None
+            return compress(inputs.network, self.budget, inputs.task, method, seed=seed, jobs=jobs)
+        if self.budget is not None:  # held against it before anything is solved
+            piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
+            validate(self.plan, piece.survey)
+            self.budget.check(piece.cost(self.plan), piece.float_cost)
+        result = fit(inputs.network, self.plan, inputs.task, method, seed=seed, jobs=jobs)
+        return replace(result, budget=self.budget)
+
+    def _within(self, drop: float, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
+        assert self.judge is not None
+        found = frontier(
+            inputs.network, inputs.task, self.axis,
+            beside=self.budget, method=method, seed=seed, jobs=jobs,
+        )  # fmt: skip
+        examples = self.judge.measured(inputs.network)[1] or None
+        chosen = found.within(drop, self.judge, examples)
+        return replace(chosen.result, notes=(*chosen.result.notes, str(chosen)))
+
+
+def _require_countable(limits: Budget) -> None:
+    """A usage error for a budget that a given plan cannot be held against before it is fitted."""
+    if any(limit.metric == "latency" for limit in limits.limits):
+        raise typer.BadParameter(
+            "a plan is not timed before it is fitted; leave the latency out, and measure with "
+            "rabbet bench",
+            param_hint="--budget",
+        )
