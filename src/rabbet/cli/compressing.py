@@ -74,17 +74,8 @@ def compress(
     data: options.Data = None,
     test: options.Test = None,
     budget: options.OptionalBudget = None,
-    plan: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Fit the plan in this file.")
-    ] = None,
-    drop: Annotated[
-        str | None,
-        typer.Option(
-            metavar="'<= X'",
-            help="Find the least along --axis that loses at most this, measured on --held; a "
-            "--budget then holds beside it.",
-        ),
-    ] = None,
+    plan: options.PlanFile = None,
+    drop: options.Drop = None,
     axis: options.Axis = "bytes",
     held: options.Held = None,
     quality: options.Quality = "default",

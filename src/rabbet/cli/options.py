@@ -56,6 +56,15 @@ OptionalBudget = Annotated[
         help=f"{BUDGET}, latency. Default without --plan: {DEFAULT_BUDGET}.",
     ),
 ]
+PlanFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Fit the plan in this file.")]
+Drop = Annotated[
+    str | None,
+    typer.Option(
+        metavar="'<= X'",
+        help="Find the least along --axis that loses at most this, measured on --held; a --budget "
+        "then holds beside it.",
+    ),
+]
 Axis = Annotated[
     str, typer.Option(metavar="|".join(AXES), help="The metric along which budgets change.")
 ]

@@ -1,0 +1,206 @@
+"""A frontier is what compress would choose, budget after budget."""
+
+import itertools
+
+import pytest
+import torch
+from networks import network
+from torch import nn
+
+import rabbet
+from rabbet import Joint, demo
+from rabbet.choose.measured import interpolated, next_try
+from rabbet.errors import BudgetError, DataError, PlanError
+from rabbet.methods import QUALITY
+
+FAST = QUALITY["fast"]
+
+
+def _frontier(name="residual", **given):
+    case = network(name)
+    return case, rabbet.frontier(case.model, case.batches, method=FAST, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "beside"),
+    [
+        ("residual", "bytes", None),
+        ("residual", "macs", "bytes <= 20%"),
+        ("attention", "bits", None),
+    ],
+)
+def test_points_are_what_compress_chooses_and_keep_their_limits(name, axis, beside):
+    case, frontier = _frontier(name, axis=axis, beside=beside, points=12)
+    assert frontier.axis == axis
+    assert len(frontier.points) > 5
+    for point in frontier.points[:: len(frontier.points) // 3]:
+        budget = point.limit.text if beside is None else f"{point.limit.text}, {beside}"
+        rabbet.Budget.parse(budget).check(point.cost, frontier.float_cost)
+        assert point.plan == rabbet.plan(case.model, budget, case.batches, FAST)
+        assert point.plan == frontier.at(budget)
+        assert rabbet.price(case.model, point.plan, case.batches) == point.cost
+
+
+def test_a_tighter_point_never_harms_less():
+    _, frontier = _frontier(points=40)
+    amounts = [point.cost.bytes for point in frontier.points]
+    assert amounts == sorted(amounts, reverse=True)
+    harms = [point.harm for point in frontier.points]
+    assert all(b >= a * (1 - 1e-6) for a, b in itertools.pairwise(harms))
+    assert len({point.plan for point in frontier.points}) == len(frontier.points)
+
+
+def test_ends_are_those_asked_for_or_those_that_can_be_reached():
+    case, frontier = _frontier(limits=("13%", "25%"), points=10)
+    shares = [point.limit.value for point in frontier.points]
+    assert max(shares) <= 0.2501
+    assert min(shares) >= 0.129
+    _, whole = _frontier(points=10)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        whole.at(f"bytes <= {whole.points[-1].cost.bytes - 200}")
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        rabbet.frontier(case.model, case.batches, limits=("0.1%", "20%"), method=FAST)
+
+
+def test_a_point_is_fitted_under_its_budget():
+    _, frontier = _frontier(points=10)
+    point = frontier.points[4]
+    result = frontier.fit(point)
+    assert result.plan == point.plan
+    assert result.cost == point.cost
+    assert str(result.budget) == point.limit.text
+    assert frontier.fit(point.limit.text).plan == point.plan
+
+
+def test_measured_points_have_intervals_and_are_not_fitted_again(monkeypatch):
+    case, frontier = _frontier(points=12)
+    reference = case.model(*case.batches[:1])
+
+    def near(model):
+        return -float((model(*case.batches[:1]) - reference).square().mean())
+
+    told = frontier.measure(4, near)
+    assert sum(point.measured for point in told.points) == 4
+    assert told.points[0].measured
+    assert told.points[-1].measured
+    for point in told.points:
+        value, low, high = point.accuracy
+        assert low <= value <= high
+    fitted = []
+    monkeypatch.setattr(type(frontier), "fit", lambda self, point: fitted.append(point))
+    assert [p.accuracy for p in frontier.measure(4, near).points] == [
+        p.accuracy for p in told.points
+    ]
+    assert not fitted
+    assert "measure" in str(told)
+    assert told.facts()["points"][0]["measured"] is True
+
+
+def test_the_smallest_within_a_drop_is_found_on_the_users_measure():
+    batches = demo.labelled()
+    frontier = rabbet.frontier(demo.model(), demo.calibration(), method=FAST, points=60)
+    found = frontier.within(1.0, lambda model: rabbet.accuracy(model, batches), 1347)
+    assert found.drop <= 1.0
+    assert found.deviation >= 0
+    assert len(found.tried) <= 4
+    assert found.result.cost.bytes == found.point.cost.bytes
+    assert found.result.cost.bytes < 0.12 * found.result.float_cost.bytes
+    assert "fitted" in str(found)
+    lost = rabbet.accuracy(demo.model(), batches) - rabbet.accuracy(found.result.model, batches)
+    assert lost == pytest.approx(found.drop)
+    # what is tighter and was tried lost more than was allowed
+    tighter = [drop for limit, drop in found.tried if limit.value < found.point.limit.value]
+    assert all(drop > 1.0 for drop in tighter)
+
+
+def test_a_drop_that_no_plan_keeps_is_said():
+    frontier = rabbet.frontier(demo.model(), demo.calibration(), method=FAST, points=5)
+    scores = iter([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    with pytest.raises(BudgetError, match=r"the least was 1\.00"):
+        frontier.within(0.5, lambda _: next(scores))
+
+
+def test_mistakes_are_told():
+    case, frontier = _frontier(points=4)
+    with pytest.raises(BudgetError, match="unknown axis 'size'"):
+        rabbet.frontier(case.model, case.batches, "size")
+    with pytest.raises(BudgetError, match="is the axis"):
+        rabbet.frontier(case.model, case.batches, beside="bytes <= 10%")
+    with pytest.raises(PlanError, match="ADMM does not"):
+        rabbet.frontier(case.model, case.batches, method=rabbet.ADMM())
+    with pytest.raises(PlanError, match="two points"):
+        rabbet.frontier(case.model, case.batches, points=1)
+    with pytest.raises(DataError, match="nothing says how good"):
+        frontier.measure()
+    with pytest.raises(PlanError, match="at least 0"):
+        frontier.within(-1.0, lambda _: 0.0)
+    with pytest.raises(BudgetError, match="was not measured"):
+        frontier.at("latency <= 50%")
+
+
+def test_values_between_are_linear_in_the_logarithm_of_the_harm():
+    told = interpolated([1e-4, 1e-3, 1e-2], {0: 90.0, 2: 80.0})
+    assert told[1] == pytest.approx((85.0, 80.0, 90.0))
+    assert told[0] == (90.0, 90.0, 90.0)
+    # a measured point outside of both beside it widens all intervals by as much
+    told = interpolated([1e-4, 1e-3, 1e-2, 1e-1, 1], {0: 90.0, 2: 92.0, 4: 80.0})
+    assert told[1] == pytest.approx((91.0, 88.0, 94.0))
+    # so does chance
+    told = interpolated([1e-4, 1e-3, 1e-2], {0: 90.0, 2: 90.0}, 100)
+    assert told[1][2] - told[1][0] == pytest.approx(1.645 * 3.0)
+
+
+def test_the_next_try_closes_in():
+    harms = [1e-4 * 1.3**k for k in range(40)]
+    amounts = [1000 - 20 * k for k in range(40)]
+    lost = [30 * h for h in harms]  # 1 at a harm of 0.033
+    tried = {}
+    for last in (False, False, False, True):
+        place = next_try(harms, amounts, tried, 0.5, last)
+        if place is None:
+            break
+        tried[place] = lost[place]
+    best = max(k for k, drop in tried.items() if drop <= 0.5)
+    assert lost[best] > 0.25
+    assert next_try(harms, amounts, {20: 9.0, 10: 8.0, 5: 7.0}, 0.5, True) == 0
+
+
+def test_a_sweep_fits_each_combination_and_says_what_cannot_be(tmp_path):
+    case = network("residual")
+    task = rabbet.Task(case.batches, evaluate=lambda model: float(model(*case.batches[:1]).std()))
+    jobs = rabbet.Jobs(folder=tmp_path)
+    method = Joint(tuning=rabbet.methods.joint.Tuning(steps=0))
+    given = ["bytes <= 20%", "bytes <= 1%"], task, {"act": (8, None)}, method
+    found = rabbet.sweep(case.model, *given, jobs=jobs)
+    assert [(str(r.budget), r.settings["act"]) for r in found.rows] == [
+        ("bytes <= 20%", 8), ("bytes <= 20%", None), ("bytes <= 1%", 8), ("bytes <= 1%", None)
+    ]  # fmt: skip
+    for row in found.rows[:2]:
+        assert row.cost.bytes <= 0.2 * found.float_cost.bytes
+        assert row.measure is not None
+        assert row.plan.layers[0].act == row.settings["act"]
+    assert all("cannot be met" in row.error and row.plan is None for row in found.rows[2:])
+    assert "cannot be met" in str(found)
+    found.plot(tmp_path / "sweep.svg")
+    assert (tmp_path / "sweep.svg").stat().st_size > 1000
+    again = rabbet.sweep(case.model, *given, jobs=rabbet.Jobs(folder=tmp_path))
+    assert again.rows == found.rows
+
+
+def test_a_sweep_refuses_settings_that_are_not_there():
+    case = network("residual")
+    with pytest.raises(PlanError, match="'bit' is no setting; there are grids"):
+        rabbet.sweep(case.model, "bytes <= 20%", case.batches, {"bit": [1]})
+    with pytest.raises(PlanError, match="no setting"):
+        rabbet.sweep(case.model, "bytes <= 20%", case.batches, {"tuning.step": [1]})
+    with pytest.raises(BudgetError, match="needs a budget"):
+        rabbet.sweep(case.model, [], case.batches)
+
+
+def test_a_network_that_runs_in_eval_mode_is_measured_so():
+    model = nn.Sequential(nn.Linear(24, 24), nn.Dropout(0.5), nn.Linear(24, 4)).train()
+    frontier = rabbet.frontier(model, [torch.randn(64, 24)], method=FAST, points=6)
+    modes = []
+    frontier.measure(2, lambda m: modes.append(m.training) or 1.0)
+    assert modes == [False, False]
+    assert model.training
