@@ -66,7 +66,10 @@ SETTINGS = [
     *({"solver": s} for s in ("feedback", "nearest")),
     {"slack": None},
     {"scales": "channel"},
-    {"form": "tucker", "start": "svd"},
+    *({"form": f, "start": s} for f in ("tucker", "tt") for s in ("random", "svd", None)),
+    *({"form": f, "solver": s} for f in ("tucker", "tt") for s in ("feedback", "nearest")),
+    {"form": "tt", "scales": "channel"},
+    {"bits": (3, 4, 8)},
     {"bits": 8, "act": None},
     {"rest": 4},
 ]
@@ -115,7 +118,10 @@ def test_a_budget_is_held_and_the_model_is_not_touched():
 
 
 REFUSED = [({"rate": 0}, "rate"), ({"bits": 9}, "bits"), ({"ranks": (("no", 1),)}, "'no'"),
-           ({"form": "tucker"}, "start='svd'")]  # fmt: skip
+           ({"form": "tucker", "start": "epc"}, "start='epc' is for CP; tucker begins with 'als'"),
+           ({"form": "tt", "start": "epc"}, "start='epc' is for CP; tt begins with 'als'"),
+           ({"bits": ()}, "several to choose from"), ({"bits": (4, 9)}, "bits"),
+           ({"form": "ttconv"}, "form is one of 'cp', 'tucker', 'tt'")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "words"), REFUSED)
