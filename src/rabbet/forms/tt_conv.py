@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from rabbet.errors import PlanError
 from rabbet.forms.base import PLAIN, Aim, Between, Ranked
 from rabbet.layers import Site
 from rabbet.solve.als import Problem
@@ -37,6 +38,17 @@ class TTConv(Ranked):
         See `Site.by_axis`.
         """
         return max(train_bonds(_sizes(site), site.numel)) if site.by_axis else 0
+
+    def require(self, site: Site) -> None:
+        """See `Form.require`; says which convs it fits."""
+        if not site.by_axis:
+            raise PlanError(
+                f"{self.name} fits convs without groups of more than one place whose inner convs "
+                "run at places that are known: of a kernel of several axes all but the last have "
+                "a padding that keeps the size, and a transposed conv has one axis. This is a "
+                f"{site.kind.name} of shape {list(site.shape)}, pads {list(site.pads)}"
+            )
+        super().require(site)
 
     def shapes(self, site: Site) -> tuple[tuple[int, ...], ...]:
         """U, a conv for each axis, V."""
