@@ -10,7 +10,8 @@ rabbet's own method, untuned, under the bytes and MACs that the paper's run took
 
 `forms`: CP, Tucker-2 and tensor trains of the same number of parameters by every solver; errors are
 relative, of the kernels as they were trained, in the mean. `widths`: one width for all factors
-against widths that the program chooses under the bytes of that. Seconds on as many processes as
+against widths that the program chooses under the bytes of that. `menus`: `Joint`, untuned, with
+tensor trains among its forms and without. Seconds on as many processes as
 `--jobs` says. Seed 0.
 """
 
@@ -22,9 +23,10 @@ import multiprocessing
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,11 @@ WIDTH_COLUMNS = {
     "network": "", "rate": "", "form": "", "bits": "", "file bytes": ",", "kernels by bits": "",
     "error": ".3f", "accuracy": ".2f", "drop": ".2f", "seconds": ".0f",
 }  # fmt: skip
+BUDGETS = ("bits <= 2", "macs <= 50%, bytes <= 13%")
+MENU_COLUMNS = {
+    "network": "", "budget": "", "forms": "", "layers by form": "", "file bytes": ",",
+    "% MACs": ".1f", "accuracy": ".2f", "drop": ".2f", "seconds": ".0f",
+}  # fmt: skip
 
 
 @dataclass
@@ -110,6 +117,7 @@ class Bench:
             "seconds": seconds,
             "notes": "; ".join(result.notes),
             "macs": cost.macs,
+            "layers by form": _counted(line.terms[0].form.name for line in result.plan),
             **_of_kernels(result),
         }
 
@@ -128,6 +136,11 @@ def _of_kernels(result: rabbet.Result) -> Values:
         "error": float(found[1]),
         "error in float": float(found[2]),
     }
+
+
+def _counted(values: Iterable[object]) -> str:
+    """How often each value comes."""
+    return ", ".join(f"{count} x {value}" for value, count in Counter(values).items())
 
 
 def settings(name: str, bench: Bench, args: argparse.Namespace, records: Records) -> None:
@@ -181,7 +194,16 @@ def widths(name: str, bench: Bench, args: argparse.Namespace, records: Records) 
             table.row(row | {"bits": several}, partial(chosen, rate, form))
 
 
-TABLES = {"settings": settings, "forms": forms, "widths": widths}
+def menus(name: str, bench: Bench, _: argparse.Namespace, records: Records) -> None:
+    """`Joint`, untuned, with the forms of its default and with tensor trains as well."""
+    table, usual = Table(records, "menus", MENU_COLUMNS, CIFAR), QUALITY["fast"]
+    for budget in BUDGETS:
+        for offered in (usual.forms, (*usual.forms, "ttconv")):
+            row = {"network": name, "budget": budget, "forms": ", ".join(offered)}
+            table.row(row, partial(bench.fitted, budget, replace(usual, forms=offered)))
+
+
+TABLES = {"settings": settings, "forms": forms, "widths": widths, "menus": menus}
 
 
 @contextlib.contextmanager
