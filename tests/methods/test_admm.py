@@ -229,6 +229,11 @@ def test_of_several_widths_the_program_chooses_under_the_budget():
         compress(case.model, f"bytes <= {least - 1}", case.batches, method)
 
 
+def test_where_there_is_no_kernel_no_width_is_chosen():
+    one, several = (_run(ADMM(bits, **SHORT), "single").plan for bits in (4, (3, 4)))
+    assert one == several
+
+
 def test_kernels_that_are_lost_are_named():
     said = _run(ADMM(**SHORT | {"sweeps": 1, "inner": 1}, rate=30.0, bits=2, start="random")).notes
     assert any("further from their weights than half of them, " in note for note in said)

@@ -102,13 +102,13 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     of which is larger than the rank. start: float factors: drawn at random, from singular vectors
     (and one sweep of least squares), by alternating least squares, that with error-preserving
     correction (EPC), or by variable projection; None: EPC for CP, least squares for the others,
-    which have neither EPC nor variable projection. slack: EPC's bound in units
-    of the error of least squares; None: the best by closed form. solver: what puts them on the
-    grid: ADMM with so many sweeps of so many inner iterations (both arXiv 2308.04595), rounding in
-    turn with error feedback, or rounding to nearest. metric: the second moment of the layer's
-    inputs [in * k, in * k], in which the error is then (CP alone; each column of the factors has a
-    scale). Deterministic by its seed. Raises PlanError for a kernel, a rank or settings that do not
-    go together.
+    which have neither EPC nor variable projection. slack: EPC's bound in units of the error of
+    least squares; None: the best by closed form. solver: what puts them on the grid: ADMM with so
+    many sweeps of so many inner iterations (both arXiv 2308.04595), rounding in turn with error
+    feedback, or rounding to nearest. metric: the second moment of the layer's inputs
+    [in * k, in * k], in which the error is then (CP alone; each column of the factors has a scale).
+    Deterministic by its seed. Raises PlanError for a kernel, a rank or settings that do not go
+    together, and for a chain whose cores are too large to be rounded in turn.
     """
     begun = time.perf_counter()
     _check(weight, (form, solver, start), metric)
