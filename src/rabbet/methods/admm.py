@@ -105,13 +105,13 @@ class ADMM:
     @property
     def widths(self) -> tuple[int, ...]:
         """The bits that factors may have."""
-        return (self.bits,) if isinstance(self.bits, int) else tuple(self.bits)
+        return (self.bits,) if isinstance(self.bits, int) else tuple(dict.fromkeys(self.bits))
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """The same form and rate for every kernel, and the same bits, unless there are several.
 
-        Of several the program chooses those that change the network's output least, each kernel
-        solved at every width. Raises BudgetError if the budget cannot be kept.
+        Of several the program chooses those whose rounding changes the network's output least,
+        each kernel solved at every width. Raises BudgetError if the budget cannot be kept.
         """
         known = {s.name for s in piece.survey}
         for name, _ in self.ranks:
@@ -132,7 +132,11 @@ class ADMM:
         return plan
 
     def _chosen(self, piece: Workpiece, budget: Budget, rows: list[list[LayerPlan]]) -> Plan:
-        """One line of each row, by what each does to the network's output."""
+        """One line of each row, by what its rounding does to the network's output.
+
+        That is told by the difference from the widest line. What the rank leaves of a kernel is the
+        same for all widths and far more: beside it a width that rounds less may look worse.
+        """
         table = [
             [Option(line, piece.layer_cost(piece.survey[line.name], line)) for line in row]
             for row in rows
@@ -141,13 +145,14 @@ class ADMM:
         require_gradients(piece)
         several = [row for row in rows if len(row) > 1]
         lines = [line for row in several for line in row]
-        changes: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Tensor]] = {}
         for line, solution in zip(lines, self._solve(piece, lines), strict=True):
             site, term = piece.survey[line.name], line.terms[0]
             values = [q.values for q in _read(piece, site, term, solution)]
-            change = term.form.contract(site, values) - piece.weight(site)
-            changes.setdefault(line.name, []).append(change)
-        errors = output_errors(piece, {name: torch.stack(each) for name, each in changes.items()})
+            found.setdefault(line.name, []).append(term.form.contract(site, values))
+        widest = self.widths.index(max(self.widths))
+        changes = {name: torch.stack(each) - each[widest] for name, each in found.items()}
+        errors = output_errors(piece, changes)
         scores = [errors[row[0].name].tolist() if len(row) > 1 else [0.0] for row in rows]
         return allocate(scores, table, budget, piece)
 
