@@ -1,4 +1,6 @@
-"""Single kernels: quantised CP by every solver, what EPC does, and ALS sweeps against tensorly's.
+"""Single kernels: quantised CP by every solver, what EPC does, bonds of tensor trains, ALS sweeps.
+
+The sweeps are timed against tensorly's.
 
     python benchmarks/solver.py
         [--layers resnet20:layer3.1.conv1:134 resnet56:layer3.1.conv1:134 ...]
@@ -12,6 +14,7 @@ Seed 0.
 import argparse
 import functools
 import itertools
+import math
 import resource
 import statistics
 import time
@@ -38,8 +41,10 @@ from rabbet.solve.als import CPProblem, Fit, als, random_start, sensitivity, sol
 from rabbet.solve.cp import start
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import Rounded, alternate
+from rabbet.solve.kernel_train import train_bonds
 from rabbet.solve.metric_cp import MetricCP, joined
 from rabbet.solve.rounding import Metric
+from rabbet.solve.tensor_train import tt_svd
 from rabbet.workpiece import Workpiece
 
 T = TypeVar("T")
@@ -55,6 +60,7 @@ CORRECTED = {
     "sensitivity lowered, median": ".1f", "least": ".1f",
     "% between predicted and true error, median": ".1f", "worst": ".1f",
 }  # fmt: skip
+BONDS = {"network": "", "rate": "", "bonds": "", "mean relative error": ".3f"}
 AGAINST = {
     "layer": "", "threads": "", "sweeps": "", "our error": ".5f", "tensorly's error": ".5f",
     "our ms a sweep": ".2f", "tensorly's ms": ".2f", "times faster": ".1f",
@@ -235,6 +241,45 @@ def correction(bits: int) -> Values:
     }
 
 
+PROPORTIONS: dict[str, Callable[[tuple[int, ...], int], tuple[float, ...]]] = {
+    "equal": lambda shape, rank: (rank,) * 3,
+    "the middle one half as large again": lambda shape, rank: (
+        rank, 1.5 * rank * max(1, shape[0] / shape[1]), rank * shape[0] / shape[1],
+    ),
+    "in proportion to what can be used": lambda shape, rank: tuple(
+        rank * most / max(train_bonds(shape, math.prod(shape)))
+        for most in train_bonds(shape, math.prod(shape))
+    ),
+}  # fmt: skip
+
+
+def bonds(proportion: str, rate: float) -> Values:
+    """What TT-SVD leaves of the 3x3 layers of ResNet-20 with bonds in some proportion."""
+    errors = []
+    for module in reader("nets").cifar_resnet(20).modules():
+        if not isinstance(module, torch.nn.Conv2d) or module.kernel_size == (1, 1):
+            continue
+        shape = tuple(module.weight.shape)
+        if shape[1] == 3:  # the first layer
+            continue
+        sizes = (*shape[1:], shape[0])
+        whole = train_bonds(shape, math.prod(shape))
+        tensor = module.weight.detach().double().movedim(0, -1)
+        found = (1,) * 3
+        for rank in range(1, max(whole) + 1):
+            wanted = PROPORTIONS[proportion](shape, rank)
+            tried = tuple(min(math.ceil(b), m) for b, m in zip(wanted, whole, strict=True))
+            ends = zip((1, *tried), sizes, (*tried, 1), strict=True)
+            if sum(a * n * b for a, n, b in ends) <= tensor.numel() / rate:
+                found = tried
+        first, *others = tt_svd(tensor.reshape(1, -1), sizes, (1, *found, 1))
+        product = first
+        for core in others:
+            product = torch.tensordot(product, core, 1)
+        errors.append(float((product.reshape(tensor.shape) - tensor).norm() / tensor.norm()))
+    return {"mean relative error": statistics.mean(errors)}
+
+
 def against_tensorly(text: str, threads: int, sweeps: int = 30, rounds: int = 5) -> Values:
     """Seconds per sweep from the same random start, in turn, and the final errors of both.
 
@@ -291,6 +336,10 @@ def main() -> None:
     table = Table(records, "correction", CORRECTED, "the weights of ResNet-56")
     for bits in args.bits:
         table.row({"network": "resnet56", "bits": bits}, functools.partial(correction, bits))
+    table = Table(records, "bonds", BONDS, "the weights of ResNet-20")
+    for proportion in PROPORTIONS:
+        settings = {"network": "resnet20", "rate": 2.0, "bonds": proportion}
+        table.row(settings, functools.partial(bonds, proportion, 2.0))
     table = Table(records, "tensorly", AGAINST, "the weights alone")
     for text, threads in itertools.product(args.layers, (1, many)):
         sweeps = 5 if text.startswith("shape") else 30

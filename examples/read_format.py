@@ -79,6 +79,10 @@ def read(path: Path) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, list[tu
                 )
                 gaps += form == "tt"
                 continue
+            if form == "ttconv":
+                own, count = convs(r, shape, lambda size, g=grid: factor(size, g, take))
+                weight, gaps = weight + own, gaps + count - 1
+                continue
             q = -(-r * shape[0] // shape[1])
             rule, sizes = {
                 "lowrank": ("r...,or->o...", [(r, *shape[1:]), (shape[0], r)]),
@@ -113,6 +117,20 @@ def rows(text: str) -> list[int]:
     """The outputs of a dense term, from text such as 0-5,9."""
     ends = [part.partition("-") for part in text.split(",")]
     return [k for first, _, last in ends for k in range(int(first), int(last or first) + 1)]
+
+
+def convs(rank: int, shape: list[int], core: Core) -> tuple[np.ndarray, int]:
+    """The kernel that a tensor train of convs stands for, and how many factors it has."""
+    out, channels, *kernel = shape
+    axes = [k for k, n in enumerate(kernel) if n > 1]
+    sizes = [channels, *(kernel[k] for k in axes), out]
+    bonds = [min(rank, math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes))]
+    tensor = core((bonds[0], channels)).T  # [in, ..., bond]
+    for k, a, b in zip(axes, bonds, bonds[1:], strict=False):
+        own = core((b, a, *(n if j == k else 1 for j, n in enumerate(kernel))))
+        tensor = np.tensordot(tensor, own.reshape(b, a, -1), ([-1], [1])).swapaxes(-1, -2)
+    last = core((out, bonds[-1]))
+    return np.tensordot(last, tensor, ([1], [-1])).reshape(shape), len(axes) + 2
 
 
 def train(rank: int, digits: Digits | None, shape: list[int], core: Core) -> np.ndarray:

@@ -36,7 +36,7 @@ TERMS = {
     "groups": ("dense@4g8", "dense@3g16z + lowrank[1]@4g4"),
     "low rank": ("lowrank[2]@4c", "lowrank[3]@8c", "lowrank[2]@3c"),
     "trains": ("tt[4]@4", "tt[3]@8c", "tt[4]@3c"),
-    "chains": ("cp[6]@4c", "tucker[3]@8c", "cp[9]@6c", "tucker[2]@3c", "cp[4]@4"),
+    "chains": ("cp[6]@4c", "tucker[3]@8c", "ttconv[4]@4c", "cp[9]@6c", "tucker[2]@3c", "cp[4]@4"),
 }
 
 

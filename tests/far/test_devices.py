@@ -93,7 +93,7 @@ OTHERS = {
 }
 LONG = {("words", "cora"), ("words", "cgmq")}
 PLANS = {
-    "pictures": """0 tucker[2]@8c | act@8
+    "pictures": """0 ttconv[2]@8c | act@8
         3 dense@2hc + lowrank[2]@8c | act@8
         8 dense[0-2]@4c + dense[3-4]@tc""",
     "words": """table ttm[3]@8c | act@8

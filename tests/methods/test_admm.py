@@ -2,13 +2,14 @@
 
 import re
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 import torch
-from networks import network
+from networks import network, rand
 
-from rabbet import ADMM, Budget, Jobs, compress, fit, load, plan
+from rabbet import ADMM, Budget, Jobs, Session, compress, fit, load, plan
 from rabbet.core.layout import factor_shapes
 from rabbet.data.task import Task
 from rabbet.errors import BudgetError, PlanError
@@ -66,7 +67,10 @@ SETTINGS = [
     *({"solver": s} for s in ("feedback", "nearest")),
     {"slack": None},
     {"scales": "channel"},
-    {"form": "tucker", "start": "svd"},
+    *({"form": f, "start": s} for f in ("tucker", "tt") for s in ("random", "svd", None)),
+    *({"form": f, "solver": s} for f in ("tucker", "tt") for s in ("feedback", "nearest")),
+    {"form": "tt", "scales": "channel"},
+    {"bits": (3, 4, 8)},
     {"bits": 8, "act": None},
     {"rest": 4},
 ]
@@ -115,7 +119,10 @@ def test_a_budget_is_held_and_the_model_is_not_touched():
 
 
 REFUSED = [({"rate": 0}, "rate"), ({"bits": 9}, "bits"), ({"ranks": (("no", 1),)}, "'no'"),
-           ({"form": "tucker"}, "start='svd'")]  # fmt: skip
+           ({"form": "tucker", "start": "epc"}, "start='epc' is for CP; tucker begins with 'als'"),
+           ({"form": "tt", "start": "epc"}, "start='epc' is for CP; tt begins with 'als'"),
+           ({"bits": ()}, "several to choose from"), ({"bits": (4, 9)}, "bits"),
+           ({"form": "ttconv"}, "form is one of 'cp', 'tucker', 'tt'")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "words"), REFUSED)
@@ -163,6 +170,68 @@ def test_norms_are_given_the_statistics_that_they_were_trained_to_give():
         wanted = piece.norms[name].spread
         assert torch.allclose(flat.std(1)[wanted > 1e-3], wanted[wanted > 1e-3], rtol=2e-2), name
     assert seen.keys() == piece.norms.keys()
+
+
+@pytest.mark.parametrize("form", ["tucker", "tt"])
+def test_chains_of_convs_keep_the_rate_and_the_budget_and_come_back_from_their_files(
+    form, tmp_path
+):
+    case = network("residual")
+    name = {"tucker": "tucker", "tt": "ttconv"}[form]
+    size = _run(ADMM(form=form, **SHORT)).cost.bytes
+    budget, method = f"bytes <= {size}", ADMM(form=form, **SHORT)
+    with pytest.raises(BudgetError, match="the network has"):
+        compress(case.model, f"bytes <= {size - 1}", case.batches, method)
+    result = compress(case.model, budget, case.batches, method)
+    chains = [line for line in result.plan if line.terms[0].form.name == name]
+    assert len(chains) == sum(s.taps > 1 for s in list(result.survey)[1:])
+    for line in chains:
+        site, term = result.survey[line.name], line.terms[0]
+        entries, more = (
+            sum(torch.Size(s).numel() for s in factor_shapes(site, each))
+            for each in (term, replace(term, form=replace(term.form, rank=term.form.rank + 1)))
+        )
+        assert entries <= site.numel / 2 < more or term.form.rank == term.form.full_rank(site)
+    assert result.save(tmp_path / "a.safetensors") == size
+    again = load(tmp_path / "a.safetensors", case.model)
+    with torch.no_grad():
+        answers = result.model(case.batches[0])
+        assert torch.equal(again(case.batches[0]), answers)
+    result.export(tmp_path / "a.onnx")
+    ran = Session(tmp_path / "a.onnx")(case.batches[0])
+    assert (ran - answers).norm() < 0.2 * answers.norm()
+
+
+def test_the_layer_of_a_tensor_train_computes_what_its_factors_stand_for():
+    result = _run(ADMM(form="tt", act=None, **SHORT))
+    for layer in compressed_layers(result.model).values():
+        if layer.forms[0].name == "ttconv":
+            x = rand(2, layer.site.shape[1], 8, 8)
+            with torch.no_grad():
+                wanted = layer.site.run(x, layer.canonical, layer.bias)
+                assert torch.allclose(layer(x), wanted, atol=1e-4)
+
+
+def test_of_several_widths_the_program_chooses_under_the_budget():
+    ends = [_run(ADMM(bits, norms=0, **SHORT)) for bits in (3, 8)]
+    least, most = (result.cost.bytes for result in ends)
+    case, method = network("residual"), ADMM((8, 3, 4), norms=0, **SHORT)
+    budget = f"bytes <= {(least + most) // 2}"
+    result = compress(case.model, budget, case.batches, method)
+    bits = {x.terms[0].grid.bits for x in result.plan if x.terms[0].form.name == "cp"}
+    assert len(bits) > 1
+    assert bits <= {3, 4, 8}
+    assert {str(x.terms[0]) for x in result.plan if x.terms[0].form.whole} == {"dense@8c"}
+    # where all fits, the widest is chosen: it harms least
+    assert compress(case.model, ANY, case.batches, method).plan == ends[1].plan
+    assert compress(case.model, f"bytes <= {least}", case.batches, method).plan == ends[0].plan
+    with pytest.raises(BudgetError, match="smallest reachable value"):
+        compress(case.model, f"bytes <= {least - 1}", case.batches, method)
+
+
+def test_where_there_is_no_kernel_no_width_is_chosen():
+    one, several = (_run(ADMM(bits, **SHORT), "single").plan for bits in (4, (3, 4)))
+    assert one == several
 
 
 def test_kernels_that_are_lost_are_named():

@@ -18,7 +18,6 @@ from rabbet.solve import quantised_cp
 from rabbet.solve.admm import admm
 from rabbet.solve.als import (
     CPProblem,
-    Tucker2Problem,
     als,
     balanced,
     khatri_rao,
@@ -30,6 +29,8 @@ from rabbet.solve.als import (
 from rabbet.solve.cp import khatri_rao_rows, start
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import alternate
+from rabbet.solve.gram import Gram
+from rabbet.solve.kernel_train import TrainProblem, Tucker2Problem
 from rabbet.solve.metric_cp import MetricCP, joined
 from rabbet.solve.varpro import Lean, project
 from rabbet.solve.whiten import leading, noise_left, spectrum
@@ -71,14 +72,88 @@ def test_the_error_of_every_mode_is_the_true_one(shape):
         )
 
 
-def test_the_error_of_a_tucker_chain_is_the_true_one():
-    tensor = smooth((8, 6, 9))
-    v, u, core = rand(8, 3).double(), rand(6, 2, seed=1).double(), rand(9, 6, seed=2).double()
-    wanted = torch.einsum("iq,jp,kqp->ijk", v, u, core.view(9, 3, 2))
-    problem = Tucker2Problem(tensor)
-    for mode, factor in enumerate((v, u, core)):
-        error = problem.error(*problem.sides((v, u, core), mode), factor)
-        assert error == pytest.approx(float((wanted - tensor).norm() / tensor.norm()), rel=1e-6)
+CHAINS = [
+    Tucker2Problem(smooth((8, 6, 9))),
+    TrainProblem(smooth((8, 6, 3, 5))),
+    TrainProblem(smooth((5, 9, 4))),
+    TrainProblem(smooth((4, 6, 3, 2, 3))),
+]
+every_chain = pytest.mark.parametrize("problem", CHAINS, ids=lambda p: f"{p.shape}")
+
+
+def chained(problem, factors):
+    """The tensor [out, in, *kernel] that the factors of a chain stand for."""
+    v, u, *cores = factors
+    product = u
+    for core in cores:
+        bond = product.shape[-1]
+        product = torch.tensordot(product, core.view(len(core), bond, -1), ([-1], [1]))
+    return (product @ v.mT).movedim(-1, 0)
+
+
+@every_chain
+def test_the_error_of_a_chain_is_the_true_one(problem):
+    tensor = problem.flat.view(problem.shape)
+    for factors in (problem.random(3, seed=1), problem.leading(3, seed=0)):
+        assert len(factors) == len(problem.shape) == len(problem.channel_axes)
+        wanted = float((chained(problem, factors) - tensor).norm() / tensor.norm())
+        for mode, factor in enumerate(factors):
+            error = problem.error(*problem.sides(factors, mode), factor)
+            assert error == pytest.approx(wanted, rel=1e-6)
+
+
+@every_chain
+def test_the_matrix_of_a_chains_factor_is_what_its_parts_stand_for(problem):
+    factors = problem.random(3, seed=1)
+    for mode, factor in enumerate(factors):
+        gram, right, _ = problem.sides(factors, mode)
+        whole = Gram(gram.dense)
+        assert torch.allclose(gram.times(factor), whole.times(factor))
+        assert torch.allclose(gram.mean, whole.mean)
+        assert torch.allclose(gram.inverse(0.1)(right), whole.inverse(0.1)(right))
+
+
+@every_chain
+def test_singular_vectors_start_a_chain_near_its_best_and_least_squares_mends_the_rest(problem):
+    begun = problem.relative(problem.leading(3, seed=0))
+    fit = als(problem, problem.leading(3, seed=0), 20, 0.0)
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise((begun, *fit.history)))
+    # TT-SVD is within the root of the number of bonds of the best (Oseledets 2011, corollary 2.4)
+    assert begun <= fit.error * (len(problem.shape) - 1) ** 0.5
+    assert begun < problem.relative(problem.random(3, seed=1))
+    assert problem.relative(problem.leading(problem.full_rank, seed=0)) < 1e-6
+
+
+@every_chain
+def test_balancing_a_chain_changes_no_product_and_evens_both_sides_of_its_last_bond(problem):
+    factors = tuple(f * 10.0**k for k, f in enumerate(problem.random(3, seed=1)))
+    even = problem.balanced(factors)
+    assert torch.allclose(chained(problem, even), chained(problem, factors))
+    v, *_, core = even
+    assert torch.allclose(v.norm(dim=0), core.view(-1, v.shape[1]).norm(dim=0))
+
+
+@every_chain
+@pytest.mark.parametrize("solver", [admm, alternate])
+def test_solvers_lower_the_error_of_a_rounded_chain(problem, solver):
+    grids = [Grid.parse("3")] * len(problem.shape)
+    start = problem.leading(3, seed=0)
+    rounded = solver(problem, start, grids, 10)
+    assert rounded.error < problem.relative(tuple(on_grid(start, "3")))
+    values = tuple(q.values.double() for q in rounded.factors)
+    tensor = problem.flat.view(problem.shape)
+    assert rounded.error == pytest.approx(
+        float((chained(problem, values) - tensor).norm() / tensor.norm()), rel=1e-6
+    )
+
+
+def test_a_core_too_large_to_be_rounded_in_turn_is_refused_and_admm_takes_it():
+    problem = TrainProblem(rand(100, 100, 2, 2).double())
+    factors, grids = problem.leading(100, seed=0), [Grid.parse("4")] * 4
+    with pytest.raises(PlanError, match="bonds of 100 and 100 in turn needs a matrix of 10,000"):
+        alternate(problem, factors, grids, 1)
+    rounded = admm(problem, factors, grids, 1, 3)
+    assert rounded.error < rounded.history[0]
 
 
 @every_shape

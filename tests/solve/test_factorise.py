@@ -54,8 +54,52 @@ def test_in_the_metric_the_error_is_that_of_the_outputs():
     assert found.error == pytest.approx(float(error.sqrt()), rel=1e-4)
 
 
-def test_tucker_and_one_axis_are_factorised_too():
-    assert factorise(WEIGHT, 6, "8", form="tucker", start="svd", **SHORT).error < 0.8
+def _chained(found, kernel):
+    """The kernel that the factors of a chain stand for."""
+    v, u, *cores = (f.double() for f in found.factors)
+    product = u
+    for core in cores:
+        product = torch.tensordot(product, core.view(len(core), product.shape[-1], -1), ([-1], [1]))
+    return (product @ v.mT).movedim(-1, 0).reshape(kernel.shape)
+
+
+KERNELS = {"3x3": WEIGHT, "1x3": WEIGHT[:, :, :1], "3": WEIGHT[:, :, 0]}
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
+@pytest.mark.parametrize("form", ["tucker", "tt"])
+@pytest.mark.parametrize(
+    ("solver", "start"),
+    [*itertools.product(("admm", "feedback", "nearest"), ("random", "svd", "als"))],
+)
+def test_the_error_of_a_chain_is_that_of_its_factors(kernel, form, solver, start):
+    found = factorise(kernel, 7, form=form, solver=solver, start=start, **SHORT)
+    error = (_chained(found, kernel) - kernel.double()).norm() / kernel.double().norm()
+    assert found.error == pytest.approx(float(error), rel=1e-5)
+    assert found.error == pytest.approx(min(found.history), rel=1e-9)
+    if solver == "admm":
+        assert found.error < found.history[0]
+    assert found.start_error < found.error or start == "random"
+
+
+def test_a_tensor_train_of_a_kernel_of_one_axis_is_tucker_with_its_own_ranks():
+    """A train over inputs, places and outputs is Tucker-2; only how one rank sets two differs."""
+    kernel = WEIGHT[:10, :, 0]  # as many outputs as inputs: both ranks are the same
+    tucker, train = (factorise(kernel, 5, form=form, **SHORT) for form in ("tucker", "tt"))
+    assert all(map(torch.equal, tucker.factors, train.factors))
+
+
+@pytest.mark.parametrize("form", ["tucker", "tt"])
+def test_the_order_of_solvers_holds_for_chains(form):
+    """ADMM below rounding, least squares below a random start, more bits below fewer."""
+    admm, nearest = (factorise(WEIGHT, 6, form=form, solver=s).error for s in ("admm", "nearest"))
+    assert admm < nearest
+    assert admm < factorise(WEIGHT, 6, form=form, start="random").error
+    errors = [factorise(WEIGHT, 6, grid, form=form).error for grid in ("8", "4", "2")]
+    assert errors == sorted(errors)
+
+
+def test_one_axis_is_factorised_too():
     assert factorise(rand(8, 6, 5), 10, "8", **SHORT).error < 0.5
 
 
@@ -79,10 +123,14 @@ def test_the_history_is_drawn(tmp_path):
     [
         ({"rank": 0}, "rank 0 is none"),
         ({"rank": 91}, "1 to 90"),
-        ({"form": "tt"}, "form is one of cp, tucker"),
+        ({"form": "ttm"}, "form is one of cp, tucker, tt"),
         ({"solver": "sgd"}, "solver is one of admm"),
         ({"start": "zero"}, "start is one of random"),
-        ({"form": "tucker"}, "begins with start='svd'"),
+        ({"form": "tucker", "start": "epc"}, "start='epc' is for CP"),
+        ({"form": "tt", "start": "varpro"}, "start='varpro' is for CP"),
+        ({"form": "tucker", "rank": 11}, "1 to 10"),
+        ({"form": "tt", "rank": 31}, "1 to 30"),
+        ({"form": "tt", "metric": torch.eye(90)}, "tt has no metric here"),
         ({"metric": torch.eye(4)}, r"is \[90, 90\]; found \[4, 4\]"),
         ({"metric": torch.eye(90), "slack": None}, "only without a metric"),
         ({"weight": rand(4, 4, 1, 1)}, "more than one place"),

@@ -262,7 +262,7 @@ def test_a_solved_menu_reports_its_own_error_and_reads_back(groups):
     for k, terms in enumerate(menu):
         numbers = read_numbers(result, menu, k)
         assert [q.grid for qs in numbers for q in qs] == [
-            t.grid for t in terms for _ in range(t.form.gaps + 1)
+            t.grid for t in terms for _ in range(t.form.gaps(site) + 1)
         ]
         delta = site.matrix(canonical(site, terms, numbers) - weight)
         assert result[f"{k}.error"].item() == pytest.approx(

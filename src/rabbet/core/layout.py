@@ -99,7 +99,7 @@ def term_lengths(site: Site, term: Term) -> Lengths:
     return total
 
 
-def act_bits(layer: LayerPlan) -> list[int]:
+def act_bits(site: Site, layer: LayerPlan) -> list[int]:
     """Bits of the quantised activations: the input, then each tensor between two factors of a term.
 
     Between factors it is 8 bits whatever the input has: no plan chose that tensor to be coarse, and
@@ -108,12 +108,12 @@ def act_bits(layer: LayerPlan) -> list[int]:
     """
     if layer.act is None:
         return []
-    return [layer.act, *[BETWEEN] * sum(t.form.gaps for t in layer.terms)]
+    return [layer.act, *[BETWEEN] * sum(t.form.gaps(site) for t in layer.terms)]
 
 
 def layer_lengths(site: Site, layer: LayerPlan) -> Lengths:
     """Everything that a compressed layer puts into the arrays."""
-    total = Lengths(biases=site.shape[0] if site.bias else 0, acts=len(act_bits(layer)))
+    total = Lengths(biases=site.shape[0] if site.bias else 0, acts=len(act_bits(site, layer)))
     for term in layer.terms:
         total += term_lengths(site, term)
     return total

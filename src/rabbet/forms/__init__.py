@@ -9,10 +9,13 @@ from rabbet.forms.dense import Dense
 from rabbet.forms.lowrank import LowRank
 from rabbet.forms.modes import Chain, Modes
 from rabbet.forms.tt import TT
+from rabbet.forms.tt_conv import TTConv
 from rabbet.forms.ttm import TTM
 from rabbet.forms.tucker import Tucker
 
-FORMS: dict[str, type[Form]] = {form.name: form for form in (Dense, LowRank, CP, Tucker, TT, TTM)}
+FORMS: dict[str, type[Form]] = {
+    form.name: form for form in (Dense, LowRank, CP, Tucker, TTConv, TT, TTM)
+}
 RANKED: dict[str, type[Ranked]] = {
     name: form for name, form in FORMS.items() if issubclass(form, Ranked)
 }
@@ -31,5 +34,6 @@ __all__ = [
     "LowRank",
     "Modes",
     "Ranked",
+    "TTConv",
     "Tucker",
 ]

@@ -47,8 +47,6 @@ class Form(ABC):
 
     name: ClassVar[str]
     """What stands in a plan."""
-    gaps: ClassVar[int] = 0
-    """Tensors of activations between contractions: one fewer than there are contractions."""
     contracted: ClassVar[bool] = False
     """Whether factors are contracted before they meet the input, as chains of small cores are."""
     adds: ClassVar[bool] = False
@@ -61,8 +59,8 @@ class Form(ABC):
     """Whether its solver evaluates the error in the metric many times."""
     unfinished: ClassVar[float] = 1.0
     """How many times its least error it rarely has more than after ten evaluations."""
-    channel_axes: ClassVar[tuple[int | None, ...]] = ()
-    """For each factor of `problem` the axis of its channels, along which it may have scales."""
+    alternates: ClassVar[bool] = False
+    """Whether solvers can find it by alternating over its factors, see `problem`."""
 
     rank: int | None = None
 
@@ -111,6 +109,10 @@ class Form(ABC):
     @abstractmethod
     def macs(self, site: Site) -> tuple[int, ...]:
         """Multiply-accumulates per example of each contraction with the input."""
+
+    def gaps(self, site: Site) -> int:
+        """Tensors of activations between contractions: one fewer than there are contractions."""
+        return len(self.macs(site)) - 1
 
     @abstractmethod
     def decompose(
@@ -170,9 +172,12 @@ class Form(ABC):
 
     # Forms that solvers can find by alternating over the factors (`solve.als`).
 
-    def problem(self, weight: Tensor) -> Problem | None:
-        """The least-squares problems of the factors, matrices in the order of the tensor's axes."""
-        return None
+    def problem(self, weight: Tensor) -> Problem:
+        """The least-squares problems of the factors, matrices in the order of the tensor's axes.
+
+        The axis of the outputs is the first of the tensor, and the last of the factors of the form.
+        """
+        raise NotImplementedError(f"{self.name} is not found by alternating over factors")
 
     def arranged(self, site: Site, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The factors of this form from the matrices of its `problem`."""

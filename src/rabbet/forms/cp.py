@@ -25,10 +25,9 @@ class CP(Ranked):
     """Factors B [rank, in], C [rank, *kernel] and A [out, rank]."""
 
     name: ClassVar[str] = "cp"
-    gaps: ClassVar[int] = 2
     evaluates: ClassVar[bool] = True
     unfinished: ClassVar[float] = 2.5
-    channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, 1)
+    alternates: ClassVar[bool] = True
 
     def full_rank(self, site: Site) -> int:
         """min(in * k, out * k, out * in) with k taps; 0 for a single tap, and with groups."""

@@ -21,10 +21,9 @@ class LowRank(Ranked):
     """Factors A [rank, in, *kernel] and B [out, rank]."""
 
     name: ClassVar[str] = "lowrank"
-    gaps: ClassVar[int] = 1
     adds: ClassVar[bool] = True
     nested: ClassVar[bool] = True
-    channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1)
+    alternates: ClassVar[bool] = True
 
     def full_rank(self, site: Site) -> int:
         """min(out, in * k * k); 0 for grouped convs, which a factor would mix, and for tables."""

@@ -32,7 +32,6 @@ class TT(Chain):
     """
 
     name: ClassVar[str] = "tt"
-    gaps: ClassVar[int] = 1
 
     @property
     def flat(self) -> LowRank:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rabbet.forms.base import PLAIN, Aim, Between, Ranked
 from rabbet.layers import Site
-from rabbet.solve.als import Problem, Tucker2Problem
+from rabbet.solve.als import Problem
+from rabbet.solve.kernel_train import Tucker2Problem, tucker_bonds
 from rabbet.solve.varpro import project
 from rabbet.solve.whiten import principal
 
@@ -24,10 +25,9 @@ class Tucker(Ranked):
     """Factors U [rank, in], the core [r2, rank, *kernel] and V [out, r2]."""
 
     name: ClassVar[str] = "tucker"
-    gaps: ClassVar[int] = 2
     evaluates: ClassVar[bool] = True
     unfinished: ClassVar[float] = 1.2
-    channel_axes: ClassVar[tuple[int | None, ...]] = (0, 1, None)
+    alternates: ClassVar[bool] = True
 
     def full_rank(self, site: Site) -> int:
         """The input channels; 0 for kernels of one tap, and for groups."""
@@ -41,7 +41,7 @@ class Tucker(Ranked):
 
     def _inner(self, site: Site) -> int:
         """The rank of the outputs."""
-        return -(-self.rank * site.shape[0] // site.shape[1])
+        return tucker_bonds(site.shape, self.rank)[1]
 
     def macs(self, site: Site) -> tuple[int, ...]:
         """U runs where the input lies, the core where the kernel does, V where the output does."""
@@ -94,13 +94,14 @@ class Tucker(Ranked):
         return site.pointwise(inner, v, bias)
 
     def problem(self, weight: Tensor) -> Problem:
-        """V [out, r2], U [in, rank] and the core [k, r2 * rank] of the kernel [out, in, k]."""
+        """V [out, r2], U [in, rank] and the core [k, rank * r2] of the kernel [out, in, k]."""
         return Tucker2Problem(weight.flatten(2))
 
     def arranged(self, site: Site, matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """U, core, V."""
         v, u, core = matrices
-        return u.mT, core.mT.reshape(self.shapes(site)[1]), v
+        inner = core.mT.view(self.rank, -1, site.taps).transpose(0, 1)
+        return u.mT, inner.reshape(self.shapes(site)[1]), v
 
 
 def _rows(small: Sequence[Tensor]) -> Tensor:

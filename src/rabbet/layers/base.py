@@ -118,6 +118,16 @@ class Site:
         """The canonical weight that a network holds for this layer."""
         return self.kind.held(model, self.name)
 
+    @property
+    def by_axis(self) -> "tuple[Site, ...]":
+        """Layers that move along one axis each and together do what this one does.
+
+        One for each axis along which the kernel has several places, [out, in, *kernel] with one
+        place along the others. Empty for groups, a kernel of one place, and where it cannot be told
+        at how many places those between would run.
+        """
+        return () if self.groups > 1 or self.taps == 1 else self.kind.by_axis(self)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """A canonical weight as [groups, out / groups, columns]: the shape that solvers work on."""
         return weight.reshape(self.groups, self.shape[0] // self.groups, self.columns)
@@ -242,6 +252,10 @@ class LayerKind(ABC):
     def kernel_positions(self, site: Site) -> int:
         """Places per example at which the kernel multiplies, over all calls."""
         return site.positions
+
+    def by_axis(self, site: Site) -> tuple[Site, ...]:
+        """See `Site.by_axis`, of a kernel of several places."""
+        return ()
 
     def foldable(self, module: nn.Module, output: Tensor) -> bool:
         """Whether a BatchNorm that sees this output can be folded into the layer."""

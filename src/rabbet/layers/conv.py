@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -97,6 +97,27 @@ class Conv(LayerKind):
         """A conv with a kernel of one place."""
         result: Tensor = RUNS[self.space](x, weight.view(*weight.shape, *[1] * self.space), bias)
         return result
+
+    def by_axis(self, site: Site) -> tuple[Site, ...]:
+        """All but the last run where the input lies, and only the last has the stride.
+
+        So on the axes of all but the last the padding must make up for the kernel.
+        """
+        *first, last = (k for k, n in enumerate(site.shape[2:]) if n > 1)
+        ends = list(zip(site.pads[::2], site.pads[1::2], strict=True))[::-1]
+        if any(sum(ends[k]) != site.dilation[k] * (site.shape[2 + k] - 1) for k in first):
+            return ()
+
+        def along(k: int, padded: Sequence[int]) -> Site:
+            pads = [ends[j] if j in padded else (0, 0) for j in reversed(range(self.space))]
+            kernel = [n if j == k else 1 for j, n in enumerate(site.shape[2:])]
+            return replace(
+                site, shape=(*site.shape[:2], *kernel), pads=tuple(n for pair in pads for n in pair)
+            )
+
+        ones, others = (1,) * self.space, [k for k in range(self.space) if k not in first]
+        before = (replace(along(k, [k]), stride=ones, positions=site.inputs) for k in first)
+        return (*before, along(last, others))
 
     def prepared(self, site: Site, x: Tensor) -> Tensor:
         """The input with its border, as the layer itself would pad it."""

@@ -89,6 +89,10 @@ class ConvTranspose(Conv):
         symmetric = site.pads[::2] == site.pads[1::2] and site.padding_mode == "zeros"
         return set(lengths) == {self.space} and symmetric and site.shape[0] % site.groups == 0
 
+    def by_axis(self, site: Site) -> tuple[Site, ...]:
+        """The layer itself if its kernel has one axis: how many places lie between two is open."""
+        return (site,) if site.taps in site.shape[2:] else ()
+
     def kernel_positions(self, site: Site) -> int:
         """Every input is multiplied with the whole kernel."""
         return site.inputs

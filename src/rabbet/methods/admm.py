@@ -3,7 +3,8 @@
 Every conv with a kernel larger than 1 x 1, except in the first layer, becomes three factors at one
 rate and one bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm statistics are
 re-estimated, and inputs are quantised. The paper does not allocate ranks or bits to a budget, so
-the budget is only checked. Each choice that the paper left open is a setting.
+the budget is only checked, unless several widths are given: then an integer program chooses among
+them. Each choice that the paper left open is a setting.
 """
 
 import math
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from rabbet.calibrate.ranges import calibrate_ranges
+from rabbet.choose.program import Option, allocate, require_feasible
+from rabbet.choose.sensitivity import output_errors, require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.history import History
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import PlanError, check_fields, check_least
-from rabbet.forms import RANKED, Dense
+from rabbet.forms import CP, RANKED, Dense, Ranked, TTConv, Tucker
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Job, Tensors
 from rabbet.layers import Site
@@ -29,13 +32,15 @@ from rabbet.methods.bn_gain import round_to_nearest, with_gain, without_gain
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.sequential import recalibrate_norms
-from rabbet.solve.factorise import first_factors, onto_grids
+from rabbet.solve.als import Problem
+from rabbet.solve.factorise import FormName, first_factors, onto_grids, usual_start
 from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
 Solver = Literal["admm", "feedback", "nearest"]
 LOST = 0.5  # relative error of a kernel that deserves a word
-SOLVED = ("dense", *(name for name, form in RANKED.items() if form.channel_axes))
+SOLVED = ("dense", *(name for name, form in RANKED.items() if form.alternates))
+KERNELS: dict[FormName, type[Ranked]] = {"cp": CP, "tucker": Tucker, "tt": TTConv}
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,26 @@ class ADMM:
     stores a scale per channel in either case: the gain of the BatchNorm is folded into them.
     """
 
-    bits: int = 4
-    """Of the factors."""
+    bits: int | tuple[int, ...] = 4
+    """Of the factors; of several the program chooses one for each layer, under the budget."""
     rate: float = 2.0
     """How many times fewer parameters a factorised layer has."""
     ranks: tuple[tuple[str, int], ...] = ()
     """(layer, rank) where the rank is not that of `rate`."""
-    start: Start = "epc"
-    """Factors that ADMM begins with; "epc" (error-preserving correction) is the paper's."""
+    start: Start | None = None
+    """Factors that ADMM begins with; "epc" (error-preserving correction) is the paper's.
+
+    None: "epc" for CP, "als" for the others, which have no terms that cancel one another.
+    """
     slack: float | None = 1.0
     """EPC's bound, in units of the ALS error (1: the paper's); None: the best by closed form."""
     solver: Solver = "admm"
     """"feedback" is error-feedback rounding; "nearest" only rounds."""
-    form: Literal["cp", "tucker"] = "cp"
-    """CP (the paper's) or Tucker-2, which begins from "svd"."""
+    form: FormName = "cp"
+    """CP (the paper's), Tucker-2 or a tensor train (`ttconv` in a plan).
+
+    A kernel that it does not fit is rounded like the other layers.
+    """
     scales: Literal["tensor", "channel"] = "tensor"
     """One scale for each factor (the paper's), or for each channel of it."""
     rest: int = 8
@@ -75,7 +86,9 @@ class ADMM:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for bits in (self.bits, self.rest):
+        if not self.widths:
+            raise PlanError("bits is a number of bits, or several to choose from; found none")
+        for bits in (*self.widths, self.rest):
             Grid.of(bits)
         if self.act is not None:
             Grid.of(self.act, "unsigned")
@@ -84,16 +97,22 @@ class ADMM:
             raise PlanError(
                 f"a rate divides the parameters of a layer and must be positive; found {self.rate}"
             )
-        if self.form == "tucker" and self.start != "svd":
+        if self.form != "cp" and self.start == "epc":
             raise PlanError(
-                "Tucker-2 starts from singular vectors only; write start='svd' "
-                f"(found {self.start!r})"
+                f"start='epc' is for CP; {self.form} begins with 'als' (the usual), 'svd' or "
+                "'random'"
             )
 
-    def plan(self, piece: Workpiece, budget: Budget) -> Plan:
-        """The same form, rate and bits for every kernel.
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that factors may have."""
+        return (self.bits,) if isinstance(self.bits, int) else tuple(dict.fromkeys(self.bits))
 
-        Raises BudgetError if that costs more than the budget allows.
+    def plan(self, piece: Workpiece, budget: Budget) -> Plan:
+        """The same form and rate for every kernel, and the same bits, unless there are several.
+
+        Of several the program chooses those whose rounding changes the network's output least,
+        each kernel solved at every width. Raises BudgetError if the budget cannot be kept.
         """
         known = {s.name for s in piece.survey}
         for name, _ in self.ranks:
@@ -101,10 +120,42 @@ class ADMM:
                 raise PlanError(
                     f"ranks name {name!r}, which is not a layer that can be compressed here"
                 )
-        plan = Plan(tuple(self._line(site, first=k == 0) for k, site in enumerate(piece.survey)))
+        rows = [
+            [self._line(site, bits, first=k == 0) for bits in self.widths]
+            for k, site in enumerate(piece.survey)
+        ]
+        rows = [list(dict.fromkeys(row)) for row in rows]
+        plan = Plan(tuple(row[0] for row in rows))
         validate(plan, piece.survey)
+        if len(self.widths) > 1:
+            return self._chosen(piece, budget, rows)
         budget.check(piece.cost(plan), piece.float_cost)
         return plan
+
+    def _chosen(self, piece: Workpiece, budget: Budget, rows: list[list[LayerPlan]]) -> Plan:
+        """One line of each row, by what its rounding does to the network's output.
+
+        That is told by the difference from the widest line. What the rank leaves of a kernel is the
+        same for all widths and far more: beside it a width that rounds less may look worse.
+        """
+        table = [
+            [Option(line, piece.layer_cost(piece.survey[line.name], line)) for line in row]
+            for row in rows
+        ]
+        require_feasible(table, budget, piece)
+        require_gradients(piece)
+        several = [row for row in rows if len(row) > 1]
+        lines = [line for row in several for line in row]
+        found: dict[str, list[Tensor]] = {}
+        for line, solution in zip(lines, self._solve(piece, lines), strict=True):
+            site, term = piece.survey[line.name], line.terms[0]
+            values = [q.values for q in _read(piece, site, term, solution)]
+            found.setdefault(line.name, []).append(term.form.contract(site, values))
+        widest = self.widths.index(max(self.widths))
+        changes = {name: torch.stack(each) - each[widest] for name, each in found.items()}
+        errors = output_errors(piece, changes)
+        scores = [errors[row[0].name].tolist() if len(row) > 1 else [0.0] for row in rows]
+        return allocate(scores, table, budget, piece)
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve each layer by itself, then estimate statistics and ranges; see `Method.fit`."""
@@ -114,7 +165,7 @@ class ADMM:
             raise PlanError(
                 f"ADMM fits one term of {', '.join(SOLVED)}, of all outputs; {other} is not that"
             )
-        chains = [layer for layer in plan if layer.terms[0].form.channel_axes]
+        chains = [layer for layer in plan if layer.terms[0].form.alternates]
         names = (chain.name for chain in chains)
         solutions = dict(zip(names, self._solve(piece, chains), strict=True))
         errors = {name: tuple(x["history"].tolist()) for name, x in solutions.items()}
@@ -135,14 +186,14 @@ class ADMM:
             calibrate_ranges(student, piece.task, piece.seed)
         return Fitted(student, tuple(_notes(solutions)))
 
-    def _line(self, site: Site, first: bool) -> LayerPlan:
+    def _line(self, site: Site, bits: int, first: bool) -> LayerPlan:
         """The line of the plan for a layer; first: whether it is the first layer."""
         act = self.act if site.multiplies else None
-        form = RANKED[self.form]
+        form = KERNELS[self.form]
         full = 0 if first else form(1).full_rank(site)
         if not full:
             return LayerPlan(site.name, (Term(Dense(), Grid.of(self.rest, axis=0)),), act)
-        grid = Grid.of(self.bits, axis=0)
+        grid = Grid.of(bits, axis=0)
 
         def entries(rank: int) -> int:
             return sum(math.prod(shape) for shape in form(rank).shapes(site))
@@ -165,37 +216,42 @@ class ADMM:
 def _notes(solutions: Mapping[str, Tensors]) -> Iterator[str]:
     """What a user should know of factorised kernels."""
     errors = {name: float(solution["error"]) for name, solution in solutions.items()}
-    mean = sum(errors.values()) / max(len(errors), 1)
+    count = max(len(errors), 1)
+    mean = sum(errors.values()) / count
+    begun = sum(float(solution["begun"]) for solution in solutions.values()) / count
     settled = sum(bool(solution["settled"]) for solution in solutions.values())
     yield (
-        f"{len(errors)} kernels factorised, mean relative error {mean:.3f}; of {settled} the error "
-        "had settled before the last sweep"
+        f"{len(errors)} kernels factorised, mean relative error {mean:.3f}, {begun:.3f} in float; "
+        f"of {settled} the error had settled before the last sweep"
     )
     lost = {name: error for name, error in errors.items() if error >= LOST}
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         yield (
             f"{len(lost)} kernels are further from their weights than half of them, {worst} by "
-            f"{lost[worst]:.3g}: take a smaller rate or more bits, or begin with start='epc'"
+            f"{lost[worst]:.3g}: take a smaller rate or more bits, or leave out start"
         )
 
 
 def _solvable(term: Term) -> bool:
-    return term.form.whole or bool(term.form.channel_axes)
+    return term.form.whole or term.form.alternates
 
 
 def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tensors:
     """Quantised factors of one kernel [out, in, *k], of least squared error in the weight: a job.
 
-    Returns codes and scale of each factor by its position, the relative error, and its history.
+    Returns codes and scale of each factor by its position, the relative error, that of the float
+    factors before (begun), and its history.
     """
-    problem, grids = term.form.problem(weight), _grids(term, method)
-    assert problem is not None
+    problem = term.form.problem(weight)
+    grids = _grids(problem, term.grid, method)
     assert term.form.rank is not None
-    start = first_factors(problem, grids, term.form.rank, method.start, method.slack, seed)
+    begin = usual_start(problem, method.start)
+    start = first_factors(problem, grids, term.form.rank, begin, method.slack, seed)
     rounded = onto_grids(problem, start, grids, method.solver, (method.sweeps, method.inner))
     result = {
         "error": torch.tensor(rounded.error),
+        "begun": torch.tensor(problem.relative(tuple(f.double() for f in start))),
         "history": torch.tensor(rounded.history),
         "settled": torch.tensor(rounded.stalled),
     }
@@ -204,16 +260,16 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
     return result
 
 
-def _grids(term: Term, method: ADMM) -> list[Grid]:
+def _grids(problem: Problem, grid: Grid, method: ADMM) -> list[Grid]:
     """The grid of each factor, in the order of the tensor's axes."""
-    bits, kind = term.grid.bits, term.grid.kind
     per_channel = method.scales == "channel"
-    return [Grid.of(bits, kind, axis if per_channel else None) for axis in term.form.channel_axes]
+    axes = problem.channel_axes
+    return [Grid.of(grid.bits, grid.kind, axis if per_channel else None) for axis in axes]
 
 
 def _read(piece: Workpiece, site: Site, term: Term, solved: Tensors) -> list[Quantised]:
     """The factors in the order of the form, with the BatchNorm's gain in the last one's scales."""
-    grid, count = term.grid, len(term.form.channel_axes)
+    grid, count = term.grid, len(term.form.shapes(site))
     codes = term.form.arranged(site, [solved[f"{k}.codes"].float() for k in range(count)])
     last, *scales = (solved[f"{k}.scale"] for k in range(count))
     first = [

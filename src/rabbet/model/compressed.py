@@ -125,7 +125,7 @@ class Compressed(Solved):
         self.site = site
         self.forms = [t.form for t in plan.terms]
         self.terms = nn.ModuleList(nn.ModuleList(Factor(q) for q in factors) for factors in terms)
-        self.acts = nn.ModuleList(ActQuant(bits) for bits in act_bits(plan))
+        self.acts = nn.ModuleList(ActQuant(bits) for bits in act_bits(site, plan))
         self.bias = (
             None
             if bias is None
@@ -184,7 +184,7 @@ class Compressed(Solved):
             between = functools.partial(self._between, used)
             part = form.apply(site, x, values, between, bias if result is None else None)
             result = part if result is None else result + part
-            used += form.gaps
+            used += form.gaps(site)
         assert result is not None
         return result
 

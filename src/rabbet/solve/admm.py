@@ -18,6 +18,7 @@ from torch import Tensor
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.als import Factors, Problem
 from rabbet.solve.feedback import Rounded
+from rabbet.solve.gram import Gram
 
 SMALL = 1e-8  # bound on both residuals: the rule of the paper, met only on fine grids
 
@@ -64,17 +65,15 @@ def admm(
 
 
 def _inner(
-    gram: Tensor, right: Tensor, held: Quantised, dual: Tensor, grid: Grid, steps: int
+    gram: Gram, right: Tensor, held: Quantised, dual: Tensor, grid: Grid, steps: int
 ) -> tuple[Quantised, Tensor, float, float]:
     """One factor: the best on-grid copy seen, the dual, and the last residuals."""
-    rho = gram.diagonal().mean()
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    lower = torch.linalg.cholesky(gram + rho * eye)
+    rho, solve = gram.mean, gram.inverse(1.0)
     copy = held.values.double()
     best, least = held, _objective(gram, right, copy)
     primal = change = 0.0
     for _ in range(steps):
-        free = torch.cholesky_solve((right + rho * (copy + dual)).mT, lower).mT
+        free = solve(right + rho * (copy + dual))
         last, rounded = copy, Quantised.nearest((free - dual).float(), grid)
         copy = rounded.values.double()
         dual = dual + copy - free
@@ -88,5 +87,5 @@ def _inner(
     return best, dual, primal, change
 
 
-def _objective(gram: Tensor, right: Tensor, factor: Tensor) -> float:
-    return float(((factor @ gram - 2 * right) * factor).sum())
+def _objective(gram: Gram, right: Tensor, factor: Tensor) -> float:
+    return float(((gram.times(factor) - 2 * right) * factor).sum())

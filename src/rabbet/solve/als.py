@@ -1,18 +1,21 @@
 """Alternating least squares, and the problems that it and its refinements solve.
 
 A tensor X [I, J, ...] is written as `sum_r a_r o b_r o ...` with factors A [I, R], B [J, R], ... in
-the order of its axes (CP; a matrix is the case of two), or as a Tucker-2 chain. Given all other
-factors, one factor [n, R] solves a least-squares problem with Gram matrix G [R, R] and right-hand
-side F [n, R]. The other solvers only solve that problem differently (`epc`: with least norms at a
-given error; `admm` and `feedback`: on a grid).
+the order of its axes (CP; a matrix is the case of two), or as a tensor train
+(`solve.kernel_train`). Given all other factors, one factor [n, R] solves a least-squares problem
+with Gram matrix G [R, R] and right-hand side F [n, R]. The other solvers only solve that problem
+differently (`epc`: with least norms at a given error; `admm` and `feedback`: on a grid).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from rabbet.solve.gram import Gram
 
 Factors = tuple[Tensor, ...]
 
@@ -32,7 +35,7 @@ class Fit:
     history: tuple[float, ...] = ()
 
 
-Sides = tuple[Tensor, Tensor, float]
+Sides = tuple[Gram, Tensor, float]
 """G [R, R], F [n, R] and the rest c.
 
 The squared error of a factor A is `tr(A G A^T) - 2 tr(F A^T) + c`.
@@ -40,7 +43,13 @@ The squared error of a factor A is `tr(A G A^T) - 2 tr(F A^T) + c`.
 
 
 class Problem:
-    """A tensor to be factorised, and the least-squares problem of each of its factors."""
+    """A tensor [I, J, ...] to be factorised, and the least-squares problem of each of its factors.
+
+    Factors [n, R] are in the order of the tensor's axes. cancels: whether terms may grow that
+    cancel one another, which error-preserving correction (`epc`) is against.
+    """
+
+    cancels: ClassVar[bool] = True
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tuple(tensor.shape)
@@ -51,9 +60,9 @@ class Problem:
         """The problem of one factor, given the others."""
         raise NotImplementedError
 
-    def error(self, gram: Tensor, right: Tensor, rest: float, factor: Tensor) -> float:
+    def error(self, gram: Gram, right: Tensor, rest: float, factor: Tensor) -> float:
         """||X - X'|| / ||X|| from the problem of any factor and that factor."""
-        square = rest + float(((factor @ gram - 2 * right) * factor).sum())
+        square = rest + float(((gram.times(factor) - 2 * right) * factor).sum())
         return math.sqrt(max(square, 0.0) / max(self.power, 1e-300))
 
     def relative(self, factors: Factors) -> float:
@@ -61,16 +70,34 @@ class Problem:
         return self.error(*self.sides(factors, 0), factors[0])
 
     def balanced(self, factors: Factors) -> Factors:
-        """The same tensor from factors that share their norms evenly; see `balanced`."""
-        return balanced(factors)
+        """The same tensor from factors that share their norms evenly."""
+        raise NotImplementedError
+
+    @property
+    def channel_axes(self) -> tuple[int | None, ...]:
+        """For each factor the axis of its channels, along which it may have scales."""
+        raise NotImplementedError
+
+    def random(self, rank: int, seed: int) -> Factors:
+        """Factors that are drawn at random, the same on every device."""
+        raise NotImplementedError
+
+    def leading(self, rank: int, seed: int) -> Factors:
+        """Factors from leading singular vectors of the tensor; seed: for what these do not fill."""
+        raise NotImplementedError
+
+    @property
+    def full_rank(self) -> int:
+        """The rank from which on any tensor of this shape is represented exactly."""
+        raise NotImplementedError
 
     def sensitivity(self, factors: Factors) -> float:
-        """See `sensitivity`."""
-        return sensitivity(factors)
+        """The squared error that noise on the factors makes, see `epc`."""
+        raise NotImplementedError
 
     def weights(self, factors: Factors, mode: int) -> Tensor:
         """What the square of each column of a factor is multiplied with in the sensitivity, [R]."""
-        return weights(factors, mode)
+        raise NotImplementedError
 
 
 class CPProblem(Problem):
@@ -91,7 +118,7 @@ class CPProblem(Problem):
         for k, f in enumerate(factors):
             gram = gram if k == mode else gram * (f.mT @ f)
         if mode == 0:
-            return gram, self.flat @ khatri_rao(factors[1:]), self.power
+            return Gram(gram), self.flat @ khatri_rao(factors[1:]), self.power
         # X_(1)^T A serves all modes but the first: they run one after another, and A does not
         # change in between.
         if self._seen is not factors[0]:
@@ -102,32 +129,37 @@ class CPProblem(Problem):
                 # Behind axis k lie the mode's own axis, if it comes later, and the rank.
                 wide = factors[k].view(-1, *[1] * (mode > k), factors[k].shape[1])
                 inner = (inner * wide).sum(k - 1)
-        return gram, inner, self.power
+        return Gram(gram), inner, self.power
 
+    def balanced(self, factors: Factors) -> Factors:
+        """See `balanced`."""
+        return balanced(factors)
 
-class Tucker2Problem(Problem):
-    """Factors V [I, q], U [J, p] and the core [K, q * p] of a tensor [I, J, K].
+    @property
+    def channel_axes(self) -> tuple[int | None, ...]:
+        """Outputs of the first factor, terms of the others."""
+        return (0, *[1] * (len(self.shape) - 1))
 
-    X_ijk = sum V_iq core_kqp U_jp.
-    """
+    def random(self, rank: int, seed: int) -> Factors:
+        """See `random_start`."""
+        return random_start(self.shape, rank, seed, self.flat.device)
 
-    def sides(self, factors: Factors, mode: int) -> Sides:
-        """The least-squares problem of one factor, given the others.
+    def leading(self, rank: int, seed: int) -> Factors:
+        """See `svd_start`."""
+        return svd_start(self.flat.view(self.shape), rank, seed)
 
-        The Gram matrix of the core is a Kronecker product, [q p, q p]: meant for ranks of a few
-        tens.
-        """
-        v, u, flat = factors
-        x = self.flat.view(self.shape)
-        core = flat.view(-1, v.shape[1], u.shape[1])
-        if mode == 0:
-            basis = torch.einsum("kqp,jp->qjk", core, u).flatten(1)
-            return basis @ basis.mT, self.flat @ basis.mT, self.power
-        if mode == 1:
-            basis = torch.einsum("kqp,iq->pik", core, v).flatten(1)
-            return basis @ basis.mT, x.transpose(0, 1).flatten(1) @ basis.mT, self.power
-        inner = torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1)
-        return torch.kron(v.mT @ v, u.mT @ u), inner, self.power
+    @property
+    def full_rank(self) -> int:
+        """The product of all axes but the largest."""
+        return math.prod(self.shape) // max(self.shape)
+
+    def sensitivity(self, factors: Factors) -> float:
+        """See `sensitivity`."""
+        return sensitivity(factors)
+
+    def weights(self, factors: Factors, mode: int) -> Tensor:
+        """See `weights`."""
+        return weights(factors, mode)
 
 
 def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
@@ -138,18 +170,9 @@ def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def solved(gram: Tensor, right: Tensor, ridge: float = 1e-12) -> Tensor:
-    """`F (G + ridge I)^-1`, the ridge relative to the mean of the diagonal.
-
-    The ridge is raised until G can be factorised.
-    """
-    mean = gram.diagonal().mean().clamp_min(1e-300)
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    while True:
-        lower, info = torch.linalg.cholesky_ex(gram + ridge * mean * eye)
-        if not info:
-            return torch.cholesky_solve(right.mT, lower).mT
-        ridge = max(ridge, 1e-14) * 100
+def solved(gram: Gram, right: Tensor, ridge: float = 1e-12) -> Tensor:
+    """`F (G + ridge I)^-1`, the ridge relative to the mean of the diagonal."""
+    return gram.inverse(ridge)(right)
 
 
 def balanced(factors: Factors) -> Factors:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rabbet.grids.grid import Grid
 from rabbet.solve.als import CPProblem, Factors, Fit, Problem, Sides, solved
+from rabbet.solve.gram import Gram
 
 SLACKS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5)
 
@@ -94,7 +95,7 @@ def _corrected(
     """
     gram, right, rest = sides
     root = weights.clamp_min(1e-30 * float(weights.max())).rsqrt()
-    hat, aim = gram * root * root[:, None], right * root
+    hat, aim = Gram(gram.dense * root * root[:, None]), right * root
     low, high, mu = 0.0, math.inf, ridge
     best = solved(hat, aim, 0.0) * root
     if problem.error(gram, right, rest, best) >= bound:

@@ -2,36 +2,27 @@
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from rabbet.errors import FileError, PlanError
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.admm import admm
-from rabbet.solve.als import (
-    CPProblem,
-    Factors,
-    Fit,
-    Problem,
-    Tucker2Problem,
-    als,
-    balanced,
-    random_start,
-    svd_start,
-)
+from rabbet.solve.als import CPProblem, Factors, Fit, Problem, als, balanced
 from rabbet.solve.cp import khatri_rao_rows
 from rabbet.solve.cp import start as leading_terms
 from rabbet.solve.epc import epc, loosened
 from rabbet.solve.feedback import Rounded, alternate
+from rabbet.solve.kernel_train import TrainProblem, Tucker2Problem, along_axes
 from rabbet.solve.metric_cp import MetricCP
 from rabbet.solve.varpro import project
 
+FormName = Literal["cp", "tucker", "tt"]
 Start = Literal["random", "svd", "als", "epc", "varpro"]
 Solver = Literal["admm", "feedback", "nearest"]
 STEPS = 60  # evaluations of variable projection
@@ -42,10 +33,12 @@ class Factorisation:
     """Factors of a weight on a grid, and how they were found.
 
     factors: CP: A [out, R], B [in, R], C [k, R]; Tucker-2: V [out, q], U [in, p] and the core
-    [k, q * p]. error: relative, of the weight, or of the layer's output in a metric. start_error:
-    that of the float factors that the solver began with. history: the error before the first sweep
-    of the solver and after each. primal, dual: both residuals of ADMM for each factor and sweep.
-    stalled: whether the last sweep changed too little to go on. seconds: of the whole call.
+    [k, p * q]; a tensor train: V [out, c], U [in, a], then for each axis of the kernel a core
+    [places, bond * bond], see `solve.kernel_train`. error: relative, of the weight, or of the
+    layer's output in a metric. start_error: that of the float factors that the solver began with.
+    history: the error before the first sweep of the solver and after each. primal, dual: both
+    residuals of ADMM for each factor and sweep. stalled: whether the last sweep changed too little
+    to go on. seconds: of the whole call.
     """
 
     factors: Factors
@@ -94,9 +87,9 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     rank: int,
     grid: str = "4",
     *,
-    form: Literal["cp", "tucker"] = "cp",
+    form: FormName = "cp",
     solver: Solver = "admm",
-    start: Start = "epc",
+    start: Start | None = None,
     slack: float | None = 1.0,
     metric: Tensor | None = None,
     sweeps: int = 20,
@@ -105,23 +98,32 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
 ) -> Factorisation:
     """Factors of a kernel [out, in, *k] at a rank, each on a grid.
 
-    start: float factors: drawn at random, from singular vectors, by alternating least squares, that
-    with error-preserving correction (EPC), or by variable projection. slack: EPC's bound in units
-    of the error of least squares; None: the best by closed form. solver: what puts them on the
-    grid: ADMM with so many sweeps of so many inner iterations (both arXiv 2308.04595), rounding in
-    turn with error feedback, or rounding to nearest. metric: the second moment of the layer's
-    inputs [in * k, in * k], in which the error is then (CP alone; each column of the factors has a
-    scale). Deterministic by its seed. Raises PlanError for a kernel, a rank or settings that do not
-    go together.
+    form: CP, Tucker-2, or a tensor train over inputs, each axis of the kernel, and outputs, no bond
+    of which is larger than the rank. start: float factors: drawn at random, from singular vectors
+    (and one sweep of least squares), by alternating least squares, that with error-preserving
+    correction (EPC), or by variable projection; None: EPC for CP, least squares for the others,
+    which have neither EPC nor variable projection. slack: EPC's bound in units of the error of
+    least squares; None: the best by closed form. solver: what puts them on the grid: ADMM with so
+    many sweeps of so many inner iterations (both arXiv 2308.04595), rounding in turn with error
+    feedback, or rounding to nearest. metric: the second moment of the layer's inputs
+    [in * k, in * k], in which the error is then (CP alone; each column of the factors has a scale).
+    Deterministic by its seed. Raises PlanError for a kernel, a rank or settings that do not go
+    together, and for a chain whose cores are too large to be rounded in turn.
     """
     begun = time.perf_counter()
-    _check(weight, rank, form, (solver, start), metric)
+    _check(weight, (form, solver, start), metric)
     if slack is None and metric is not None:
         raise PlanError("the best slack has a closed form only without a metric; name one")
-    tensor, kind = weight.detach().float().flatten(2), Grid.parse(grid)
-    problem = _problem(tensor, form, metric)
-    grids = [kind] * 3 if metric is None else [kind.with_axis(0)] * (1 + 2 * rank)
-    factors = first_factors(problem, grids, rank, start, slack, seed)
+    problem, kind = problem_of(weight.detach().float(), form), Grid.parse(grid)
+    if not 1 <= rank <= problem.full_rank:
+        raise PlanError(
+            f"rank {rank} is none that {form} of this kernel has: 1 to {problem.full_rank}"
+        )
+    grids = [kind] * len(problem.shape)
+    if metric is not None:
+        problem = MetricCP(problem.flat.view(problem.shape), metric)
+        grids = [kind.with_axis(0)] * (1 + 2 * rank)
+    factors = first_factors(problem, grids, rank, usual_start(problem, start), slack, seed)
     rounded = onto_grids(problem, factors, grids, solver, (sweeps, inner))
     values = tuple(q.values for q in rounded.factors)
     return Factorisation(
@@ -137,37 +139,48 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     )
 
 
-def _check(
-    weight: Tensor, rank: int, form: str, ways: tuple[str, str], metric: Tensor | None
-) -> None:
+def _check(weight: Tensor, ways: tuple[str, str, str | None], metric: Tensor | None) -> None:
     if weight.ndim < 3 or weight.shape[2:].numel() == 1:
         raise PlanError(
             "a kernel [out, in, *k] of more than one place is factorised; found shape "
             f"{list(weight.shape)}"
         )
-    solver, start = ways
+    form, solver, start = ways
     for name, value, known in (
-        ("form", form, ("cp", "tucker")),
+        ("form", form, get_args(FormName)),
         ("solver", solver, get_args(Solver)),
         ("start", start, get_args(Start)),
     ):
-        if value not in known:
+        if value not in known and value is not None:
             raise PlanError(f"{name} is one of {', '.join(known)}; found {value!r}")
-    out, channels, places = weight.shape[0], weight.shape[1], weight.shape[2:].numel()
-    most = min(out * channels, out * places, channels * places) if form == "cp" else channels
-    if not 1 <= rank <= most:
-        raise PlanError(f"rank {rank} is none that {form} of this kernel has: 1 to {most}")
-    if form == "tucker" and (start != "svd" or metric is not None):
-        raise PlanError("Tucker-2 begins with start='svd' and has no metric here")
-    n = channels * places
+    if form != "cp" and metric is not None:
+        raise PlanError(f"{form} has no metric here, only CP has")
+    n = weight[0].numel()
     if metric is not None and metric.shape != (n, n):
         raise PlanError(f"the metric of this kernel is [{n}, {n}]; found {list(metric.shape)}")
 
 
-def _problem(tensor: Tensor, form: str, metric: Tensor | None) -> Problem:
-    if metric is not None:
-        return MetricCP(tensor, metric)
-    return CPProblem(tensor) if form == "cp" else Tucker2Problem(tensor)
+def usual_start(problem: Problem, start: Start | None) -> Start:
+    """What a solver begins with: what is asked for, or the usual; see `factorise`.
+
+    Raises PlanError for a start that the problem does not have.
+    """
+    if start is None:
+        return "epc" if problem.cancels else "als"
+    if not problem.cancels and start in ("epc", "varpro"):
+        raise PlanError(
+            f"start={start!r} is for CP: a Tucker-2 or a tensor train has no terms that cancel one "
+            "another, and begins with 'als' (the usual), 'svd' or 'random'"
+        )
+    return start
+
+
+def problem_of(weight: Tensor, form: str) -> Problem:
+    """The least-squares problems of the factors of a kernel [out, in, *k]."""
+    if form == "tt":
+        return TrainProblem(along_axes(weight))
+    kind = CPProblem if form == "cp" else Tucker2Problem
+    return kind(weight.flatten(2))
 
 
 def onto_grids(
@@ -196,18 +209,11 @@ def first_factors(
     seed: int,
 ) -> Factors:
     """The float factors that a solver starts from; see `factorise`."""
-    tensor = problem.flat.view(problem.shape)
-    if isinstance(problem, Tucker2Problem):
-        u, core, v = _hosvd(tensor, rank)
-        return (v, u, core)
-    split: Callable[..., Factors] = (
-        MetricCP.split if isinstance(problem, MetricCP) else lambda *parts: parts
-    )
     if start == "random":
-        return split(*random_start(problem.shape, rank, seed, tensor.device))
+        return problem.random(rank, seed)
     if start == "varpro":
-        return split(*_projected(problem, rank, grids[0]))
-    begun = split(*svd_start(tensor, rank, seed))
+        return _projected(problem, rank, grids[0])
+    begun = problem.leading(rank, seed)
     if start == "svd":
         return als(problem, begun, sweeps=1).factors
     fit: Fit = als(problem, begun)
@@ -226,20 +232,5 @@ def _projected(problem: Problem, rank: int, grid: Grid) -> Factors:
     noise = 4.0 / grid.levels**2
     found = project(khatri_rao_rows, begun, flat, second, noise, STEPS)
     b, c = found.small
-    return balanced((found.last.double(), b.mT.double(), c.mT.double()))
-
-
-def _hosvd(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncated higher-order SVD of a kernel [out, in, k].
-
-    Returns U [in, p], the core [k, q * p] and V [out, q], p being the rank and q, rounded up, the
-    same share of the outputs.
-    """
-    x = tensor.double()
-    out, channels, _ = x.shape
-    out_rank = -(-rank * out // channels)
-    by_output = x.flatten(1)
-    v = torch.linalg.eigh(by_output @ by_output.mT)[1].flip(1)[:, :out_rank]
-    by_input = x.transpose(0, 1).flatten(1)
-    u = torch.linalg.eigh(by_input @ by_input.mT)[1].flip(1)[:, :rank]
-    return u, torch.einsum("ijk,iq,jp->kqp", x, v, u).flatten(1), v
+    factors = balanced((found.last.double(), b.mT.double(), c.mT.double()))
+    return MetricCP.split(*factors) if isinstance(problem, MetricCP) else factors

@@ -75,7 +75,7 @@ def alternate(
             gram, right, rest = problem.sides(values, mode)
             ideal = solved(gram, right, DAMPING).float()
             trials = [
-                rounded_factor(ideal, scale, grid, gram)
+                rounded_factor(ideal, scale, grid, gram.dense)
                 for scale in (state[mode].scale, grid.mse(ideal))
             ]
             errors = [problem.error(gram, right, rest, q.values.double()) for q in trials]

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from rabbet.grids.grid import Grid, Quantised
-from rabbet.solve.als import Factors, Problem, Sides, balanced, khatri_rao, sensitivity, weights
+from rabbet.solve.als import (
+    Factors,
+    Problem,
+    Sides,
+    balanced,
+    khatri_rao,
+    random_start,
+    sensitivity,
+    svd_start,
+    weights,
+)
+from rabbet.solve.gram import Gram
 
 
 class MetricCP(Problem):
@@ -53,7 +64,7 @@ class MetricCP(Problem):
         if mode == 0:
             rows = self._rows(factors)
             seen = rows @ self.second
-            return seen @ rows.mT, self.flat @ seen.mT, self.power
+            return Gram(seen @ rows.mT), self.flat @ seen.mT, self.power
         r = (mode - 1) % rank
         a, b, c = factors[0][:, r], factors[1 + r][0], factors[1 + rank + r][0]
         metric = self.second.view(*self.shape[1:], *self.shape[1:])
@@ -68,7 +79,15 @@ class MetricCP(Problem):
         now = factors[mode]
         right = here[None] + now @ gram
         whole = float((self._seen * self._left).sum())
-        return gram, right, whole - float(((now @ gram - 2 * right) * now).sum())
+        return Gram(gram), right, whole - float(((now @ gram - 2 * right) * now).sum())
+
+    def random(self, rank: int, seed: int) -> Factors:
+        """See `random_start`."""
+        return self.split(*random_start(self.shape, rank, seed, self.flat.device))
+
+    def leading(self, rank: int, seed: int) -> Factors:
+        """See `svd_start`: of the tensor, whatever the inputs."""
+        return self.split(*svd_start(self.flat.view(self.shape), rank, seed))
 
     def balanced(self, factors: Factors) -> Factors:
         """Norms shared evenly by a, b and c of each term."""

@@ -127,7 +127,7 @@ class _Loop(Course):
         chains = [
             layer
             for layer in self.layers.values()
-            if layer.site.space and any(f.gaps for f in layer.forms)
+            if layer.site.space and any(f.gaps(layer.site) for f in layer.forms)
         ]
         try:
             for layer in chains:
