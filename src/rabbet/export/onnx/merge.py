@@ -2,7 +2,7 @@
 
 Chains of cores are contracted into two matrices. An adapter is added to the dense weight beside it,
 which runs anyway; rows on different grids become one weight. The file holds the cores and terms
-themselves; weights on 8 bits, or float ones if they are floats, are computed from them when a
+themselves; weights on 8 bits, or in float32 if they are floats, are computed from them when a
 runtime loads it. So an adapter costs bytes and no time, a tensor train the time of its two matrices
 and the bytes of its cores.
 """
@@ -39,8 +39,8 @@ def merged(model: nn.Module) -> nn.Module:
     """A copy of a compressed network with its tensor trains contracted and its adapters added in.
 
     The resulting weights are on 8 bits, with one scale for each output of a layer, or one for each
-    table of a look-up; they are floats where a factor is. A network without such terms is returned
-    itself.
+    table of a look-up; they are float32 where a factor is a float. A network without such terms is
+    returned itself.
     """
     layers = [
         layer
@@ -84,11 +84,9 @@ def _needs_merging(factor: Factor) -> bool:
 
 
 def _finished(factors: Sequence[Factor], axis: int | None) -> Grid:
-    """The grid of what is made of some factors: 8 bits with scales along an axis, or floats."""
-    floats = {f.grid for f in factors if f.grid.codebook.floats}
-    if not floats:
-        return Grid.of(FINISHED, axis=axis)
-    return floats.pop() if len(floats) == 1 else Grid(Float(32))
+    """The grid of what is made of some factors: 8 bits with scales along an axis, or float32."""
+    floats = any(f.grid.codebook.floats for f in factors)
+    return Grid(Float(32)) if floats else Grid.of(FINISHED, axis=axis)
 
 
 def _sum(layer: Compressed) -> Compressed:

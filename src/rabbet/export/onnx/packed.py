@@ -29,8 +29,7 @@ from rabbet.model.compressed import Factor
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_INT8, _INT32 = 3, 6  # of onnx.TensorProto
-_FLOAT_TYPES = {"FLOAT": 1, "FLOAT16": 10, "BFLOAT16": 16}
+_FLOAT, _INT8, _INT32 = 1, 3, 6  # of onnx.TensorProto
 
 
 @dataclass(frozen=True)
@@ -224,25 +223,21 @@ class Weight:
             index = graph.call("Sub", places, first, name=f"{self.name}.place")
             points = graph.constant(f"points.{book.text}", table.astype(np.float32))
             return graph.call("Gather", points, index, name=f"{self.name}.points", axis=0)
-        wide = graph.call("Cast", integers, name=f"{self.name}.wide", to=1)
+        wide = graph.call("Cast", integers, name=f"{self.name}.wide", to=_FLOAT)
         if self.zero is None:
             return wide
         zeros = self._for_each(graph, self._gain[0] * self.zero, "zero")
         return graph.call("Sub", wide, zeros, name=f"{self.name}.points")
 
     def _floats(self, graph: Graph, book: Float) -> "ir.Value":
-        """The numbers of a float grid, in float32; parts are combined and rounded to its type."""
+        """The numbers of a float grid, in float32."""
+        if self.make is not None and graph.functions_known:
+            return self._combined(graph, Names(self.name)).value
         kind = {"f32": "FLOAT", "f16": "FLOAT16", "bf16": "BFLOAT16"}[book.text]
-        if self.make is None or not graph.functions_known:
-            held = graph.constant(f"{self.name}.{book.text}", self.codes.numpy(), kind)
-        else:
-            held = self._combined(graph, Names(self.name)).value
-            if book.bits < 32:
-                to = _FLOAT_TYPES[kind]
-                held = graph.call("Cast", held, name=f"{self.name}.{book.text}", to=to)
+        held = graph.constant(f"{self.name}.{book.text}", self.codes.numpy(), kind)
         if book.bits == 32:
             return held
-        return graph.call("Cast", held, name=f"{self.name}.numbers", to=_FLOAT_TYPES["FLOAT"])
+        return graph.call("Cast", held, name=f"{self.name}.numbers", to=_FLOAT)
 
     def _combined(self, graph: Graph, names: Names) -> Expression:
         """The parts put together: an expression that a runtime folds at load."""
