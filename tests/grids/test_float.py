@@ -62,7 +62,9 @@ def test_packed_floats_are_read_wherever_they_begin(text, offset):
     with pytest.raises(ValueError, match="take"):
         book.unpack(packed, 12)
     with pytest.raises(ValueError, match="not finite"):
-        book.unpack(book.pack(codes / 0), 13)
+        book.pack(codes / 0)
+    with pytest.raises(ValueError, match="not finite"):
+        book.unpack(torch.full_like(packed, 255), 13)
 
 
 @pytest.mark.parametrize("text", ["f32c", "f16c1", "bf16g64", "f32g8z"])
@@ -132,6 +134,11 @@ def test_a_program_may_choose_floats():
     grids = {str(line.terms[0].grid) for line in result.plan}
     assert "f16" in grids
     assert result.cost.bytes <= 0.6 * result.float_cost.bytes
+
+
+def test_a_method_that_needs_equal_distances_says_so():
+    with pytest.raises(PlanError, match=r"equal distances; 3 cp\[8\]@f32 has another"):
+        rabbet.fit(_net(), "3 cp[8]@f32", DATA, rabbet.ADMM())
 
 
 def test_a_number_that_is_not_finite_is_damage(tmp_path):

@@ -333,8 +333,10 @@ class Float(Codebook):
         return count * self.bits // 8
 
     def pack(self, codes: Tensor) -> Tensor:
-        """The bytes of the numbers, little-endian."""
-        return codes.reshape(-1).to(self.dtype).contiguous().view(torch.uint8)
+        """The bytes of the numbers, little-endian; one that is not finite is refused."""
+        numbers = codes.reshape(-1).to(self.dtype).contiguous()
+        self._require_finite(numbers)
+        return numbers.view(torch.uint8)
 
     def unpack(self, packed: Tensor, count: int) -> Tensor:
         """The inverse of `pack`; a number that is not finite is refused."""
@@ -344,10 +346,13 @@ class Float(Codebook):
                 f"found {packed.numel()}"
             )
         # a copy, as a view of wider numbers must begin at a multiple of their width
-        numbers = packed.reshape(-1).clone().view(self.dtype).float()
+        numbers = packed.reshape(-1).clone().view(self.dtype)
+        self._require_finite(numbers)
+        return numbers.float()
+
+    def _require_finite(self, numbers: Tensor) -> None:
         if not bool(torch.isfinite(numbers).all()):
             raise ValueError(f"a number of {self.text} is not finite")
-        return numbers
 
 
 CODEBOOKS: dict[str, type[Codebook]] = {

@@ -100,7 +100,7 @@ class Teaching(Course):
                 f"contrast needs hidden states [examples, ...], of {count} examples here; found "
                 f"one of shape {other}: leave it out with Distillation(contrast=0)"
             )
-        if max(self.axes.count(b) for b in self.batches) < 2:
+        if max(self.axes.count(shard(b, self.axes)) for b in self.batches) < 2:
             raise DataError(
                 "contrast tells the examples of a batch apart; make batches larger than one example"
             )
