@@ -121,6 +121,35 @@ def test_any_form_may_be_of_floats_from_the_plan_to_the_file_and_an_export(name,
     assert all(note.endswith(why) for note in lasting(written.notes) if "runs in float" in note)
 
 
+class _Words(nn.Module):
+    """A table with a head, an LSTM, whose weights are stored, and a transposed conv."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.recurrent = nn.Embedding(40, 16), nn.LSTM(16, 16, batch_first=True)
+        self.wider, self.head = nn.ConvTranspose1d(16, 16, 4, 2), nn.Linear(16, 40, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        hidden = self.recurrent(self.table(ids))[0].transpose(1, 2)
+        return self.head(self.wider(hidden).transpose(1, 2))
+
+
+@pytest.mark.parametrize("table", ["dense@f16", "ttm[6]@bf16"])
+def test_tables_stored_weights_and_both_runtimes_take_floats(table, tmp_path):
+    torch.manual_seed(0)
+    model, words = _Words().eval(), [torch.randint(40, (4, 7)) for _ in range(3)]
+    stored = "\n".join(f"recurrent.weight_{k}h_l0 dense@f32" for k in "ih")
+    plan = f"table {table}\n{stored}\nwider lowrank[6]@f16"
+    result = rabbet.fit(model, plan, words, quality="fast")
+    assert result.save(tmp_path / "a.safetensors") == result.cost.bytes
+    answer = result.model(words[0])
+    assert torch.equal(rabbet.load(tmp_path / "a.safetensors", model)(words[0]), answer)
+    assert result.export(tmp_path / "a.onnx").error < 1e-5
+    pytest.importorskip("openvino")
+    assert result.export(tmp_path / "b.onnx", "openvino").error < 1e-5
+
+
 def test_dense_float32_is_the_weight_to_the_bit():
     model = _net()
     result = rabbet.fit(model, "6 dense@f32\n8 dense@f32", DATA, quality="fast")
