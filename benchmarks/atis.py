@@ -7,13 +7,14 @@
 rank costs, and what rounding. `distil` has a row for each kind of teaching, with the orders in
 which blocks are taught beside one another.
 
-The dense model (2 blocks, width 768, 64 positions, words with digits as zeros) is trained by
-sentences.py. Float bytes: every float32 parameter. Accuracy is that of the written file; intent and
-slot F1 on dev and test together (1,393 sentences), on test alone after the slash. A tenth of the
-training sentences chooses between epochs. FOLDER keeps trained dense models, decomposed layers and
-the outcome of each setting with each seed, so that parts and seeds can be run one by one or side by
-side, and a killed run resumes. Outcomes of another commit are measured again; dense models are
-not, and changes that are not committed are not recognised: use a new folder after those.
+The dense model (2 blocks, width 768 or `--width`, 64 positions, words with digits as zeros) is
+trained by sentences.py. Float bytes: every float32 parameter. Accuracy is that of the written file;
+intent and slot F1 on dev and test together (1,393 sentences), on test alone after the slash. A
+tenth of the training sentences chooses between epochs. FOLDER keeps trained dense models,
+decomposed layers and the outcome of each setting with each seed, so that parts and seeds can be run
+one by one or side by side, and a killed run resumes. Outcomes of another commit are measured again;
+dense models are not, and changes that are not committed are not recognised: use a new folder after
+those.
 """
 
 import argparse
