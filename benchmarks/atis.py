@@ -1,15 +1,20 @@
 """Tensor trains on ATIS: bytes against intent and slots, with a dense encoder of the same bytes.
 
     python benchmarks/atis.py --keep FOLDER [--seeds 0 1 2]
-        [--parts dense sizes control starts orders speed step]
+        [--parts dense sizes control starts orders ladder distil speed step]
 
-The dense model (2 blocks, width 768, 64 positions, words with digits as zeros) is trained by
-sentences.py. Float bytes: every float32 parameter. Accuracy is that of the written file; intent and
-slot F1 on dev and test together (1,393 sentences), on test alone after the slash. A tenth of the
-training sentences chooses between epochs. FOLDER keeps trained dense models, decomposed layers and
-the outcome of each setting with each seed, so that parts and seeds can be run one by one or side by
-side, and a killed run resumes. Outcomes of another commit are measured again; dense models are
-not, and changes that are not committed are not recognised: use a new folder after those.
+`ladder` goes from the dense model over tensor trains in float to those on 8, 4 and 2 bits: what the
+rank costs, and what rounding. `distil` has a row for each kind of teaching, with the orders in
+which blocks are taught beside one another.
+
+The dense model (2 blocks, width 768 or `--width`, 64 positions, words with digits as zeros) is
+trained by sentences.py. Float bytes: every float32 parameter. Accuracy is that of the written file;
+intent and slot F1 on dev and test together (1,393 sentences), on test alone after the slash. A
+tenth of the training sentences chooses between epochs. FOLDER keeps trained dense models,
+decomposed layers and the outcome of each setting with each seed, so that parts and seeds can be run
+one by one or side by side, and a killed run resumes. Outcomes of another commit are measured again;
+dense models are not, and changes that are not committed are not recognised: use a new folder after
+those.
 """
 
 import argparse
@@ -39,6 +44,7 @@ from sentences import (
     loss,
     obscured,
     score,
+    shape_of,
     swapped,
 )
 from torch import Tensor, nn
@@ -58,7 +64,9 @@ from rabbet.train.tuning import Tuning
 Named = dict[str, Tensor]
 SWAPS = 0.5  # share of slot values that are exchanged in copies
 LOOSE = "bytes <= 90%"  # where the method fixes the ranks
-SMALL = {"width": 80, "inner": 320, "heads": 4}
+SMALL = 80  # the width of the dense encoder that tensor trains are held against
+RECIPES = {768: Recipe(), 240: Recipe(20, rate=1e-3), SMALL: Recipe(40, rate=2e-3)}
+"""How a dense model of each width is trained."""
 HEADS = ("intent", "slots")
 TABLES = ("encoder.embeddings.word_embeddings", "encoder.embeddings.position_embeddings")
 
@@ -103,29 +111,33 @@ class Outcome:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
     """The corpus, and the folder of kept results."""
 
     data: Corpus
     folder: Path
     copies: int = 0
-    longer: int = 1
+    longer: float = 1
+    width: int = 768
+
+    def dense(self, seed: int, width: int) -> tuple[Tagger, float]:
+        """The dense model of a width trained with a seed, and seconds of an epoch."""
+        return dense(self.data, seed, self.folder, RECIPES[width], **shape_of(width))
 
     def teacher(self, seed: int) -> Tagger:
-        """The dense model trained with a seed."""
-        return dense(self.data, seed, self.folder)[0]
+        """The dense model of this bench's width."""
+        return self.dense(seed, self.width)[0]
 
     def untrained(self) -> Tagger:
         """An untrained dense model, where only time counts."""
         torch.manual_seed(0)
-        return Tagger(self.data).eval()
+        return Tagger(self.data, **shape_of(self.width)).eval()
 
     def known(self, setting: str, seed: int, measure: Callable[[], Outcome]) -> Outcome:
         """The outcome of a setting and seed: read from the folder, or measured and kept there."""
-        read = known(
-            self.folder, f"{setting}, copies {self.copies}", seed, lambda: asdict(measure())
-        )
+        setting = f"{setting}, copies {self.copies}, width {self.width}"
+        read = known(self.folder, setting, seed, lambda: asdict(measure()))
         return Outcome(**read | {part: Score(**read[part]) for part in ("held", "pooled", "test")})
 
     def outcome(self, model: nn.Module, method: Method, seed: int, budget: str = LOOSE,
@@ -200,6 +212,10 @@ COLUMNS = {
     "slot F1": ".2f", "slot F1 on test": ".2f", "intent drop": ".2f", "slot drop": ".2f",
     "seconds an epoch": ".0f",
 }  # fmt: skip
+ORDERED = ("held-back intent", "held-back slots", "intent", "slot F1")
+TAUGHT = {"taught": "", "longer": ""} | {
+    f"{order}: {name}": ".2f" for order in ("all", "bottom", "top") for name in ORDERED
+}
 SPEED = {
     "places": "", "ms, dense float": ".2f", "dynamic int8": ".1f", "tt": ".1f",
     "tt, 8-bit inputs": ".1f", "tt over int8": ".1f",
@@ -242,26 +258,61 @@ ORDERS = {
 }
 
 
-def tables(bench: Bench, part: str, methods: dict[str, TTQAT], table: Table, own: Values) -> None:
-    """A row for each setting, with the same number of steps however many copies are shown."""
+LADDER = {
+    f"rank 24, words at rank 40, {name}": TTQAT(
+        bits, 24, 40, keep_dense=HEADS, dense_bits=max(8, bits)
+    )
+    for name, bits in (("float32", 32), ("8 bits", 8), ("4 bits", 4), ("2 bits", 2))
+}
+NONE = Distillation(hidden=0.0, attention=0.0, outputs=0.0)
+KINDS = {
+    "labels alone": NONE,
+    "outputs": replace(NONE, outputs=1.0),
+    "attention": replace(NONE, attention=1.0),
+    "hidden states": replace(NONE, hidden=1.0),
+    "contrast": replace(NONE, contrast=1.0),
+    "attention, hidden states, outputs": Distillation(),
+    "all of them": Distillation(contrast=1.0),
+}
+
+
+def trained(bench: Bench, table: Table, method: TTQAT, budget: str = LOOSE) -> Values:
+    """The means of a setting, with the same number of steps however many copies are shown."""
+    teachers, whole = _teachers(bench, tuple(_seeds(table)))
     pace = bench.longer / (1 + bench.copies)
-    trained = functools.cache(functools.partial(_teachers, bench, _seeds(table)))
+    paced = {k: max(1, int(getattr(method, k) * pace)) for k in ("epochs", "finish")}
+    method = replace(method, **paced)
+    setting = repr(method) if budget == LOOSE else f"{method!r}, {budget}"
+    runs = [
+        bench.known(setting, s, functools.partial(bench.outcome, t, method, s, budget))
+        for t, s in zip(teachers, _seeds(table), strict=True)
+    ]
+    return means(runs, whole)
 
-    def measured(label: str, method: TTQAT) -> Values:
-        teachers, whole = trained()
-        paced = {k: max(1, int(getattr(method, k) * pace)) for k in ("epochs", "finish")}
-        method = replace(method, **paced)
-        budget = BUDGETS.get(label, LOOSE)
-        setting = repr(method) if budget == LOOSE else f"{method!r}, {budget}"
-        runs = [
-            bench.known(setting, s, functools.partial(bench.outcome, t, method, s, budget))
-            for t, s in zip(teachers, _seeds(table), strict=True)
-        ]
-        return means(runs, whole)
 
+def tables(bench: Bench, part: str, methods: dict[str, TTQAT], table: Table, own: Values) -> None:
+    """A row for each setting."""
     for label, method in methods.items():
         settings = {"part": part, "model": label, "longer": bench.longer} | own
-        table.row(settings, functools.partial(measured, label, method), label)
+        budget = BUDGETS.get(label, LOOSE)
+        table.row(settings, functools.partial(trained, bench, table, method, budget), label)
+
+
+def kinds(bench: Bench, table: Table, own: Values) -> None:
+    """A row for each kind of teaching; the order of blocks matters where these are taught."""
+
+    def measured(kind: Distillation) -> Values:
+        values: Values = {}
+        of_blocks = kind.hidden or kind.attention or kind.contrast
+        for order in ("all", "bottom", "top") if of_blocks else ("all",):
+            method = TTQAT(4, 24, 40, keep_dense=HEADS, order=order, distil=kind)
+            found = trained(bench, table, method)
+            values |= {f"{order}: {name}": found[name] for name in ORDERED}
+        return values
+
+    for label, kind in KINDS.items():
+        settings = {"taught": label, "longer": bench.longer} | own
+        table.row(settings, functools.partial(measured, kind), label)
 
 
 def _seeds(table: Table) -> list[int]:
@@ -269,7 +320,8 @@ def _seeds(table: Table) -> list[int]:
     return table.seed
 
 
-def _teachers(bench: Bench, seeds: list[int]) -> tuple[list[Tagger], list[Score]]:
+@functools.cache
+def _teachers(bench: Bench, seeds: tuple[int, ...]) -> tuple[list[Tagger], list[Score]]:
     """The dense models of these seeds, and their scores on dev and test."""
     teachers = [bench.teacher(s) for s in seeds]
     return teachers, [score(t, bench.data.dev, bench.data.test) for t in teachers]
@@ -278,29 +330,26 @@ def _teachers(bench: Bench, seeds: list[int]) -> tuple[list[Tagger], list[Score]
 def float_rows(bench: Bench, table: Table) -> None:
     """The dense models themselves."""
 
-    def measured(shape: dict[str, int]) -> Values:
+    def measured(width: int) -> Values:
         outcomes = []
         for seed in _seeds(table):
-            model, seconds = dense(bench.data, seed, bench.folder, _recipe(shape), **shape)
+            model, seconds = bench.dense(seed, width)
             size = sum(p.numel() * 4 for p in model.parameters())
             outcomes.append(Outcome(*bench.scores(model), size, 1, seconds))
         return means(outcomes, None)
 
-    for label, shape in (("dense float32, width 768", {}), ("dense float32, width 80", SMALL)):
+    for width in (bench.width, SMALL):
+        label = f"dense float32, width {width}"
         settings = {"part": "dense", "model": label, "longer": None}
-        table.row(settings, functools.partial(measured, shape), label)
-
-
-def _recipe(shape: dict[str, int]) -> Recipe:
-    return Recipe() if not shape else replace(Recipe(), rate=2e-3, epochs=40)
+        table.row(settings, functools.partial(measured, width), label)
 
 
 def control(bench: Bench, table: Table, own: Values) -> None:
     """A dense encoder of the same bytes: trained, taught by the large one's scores, then 8 bits."""
 
     def small(teacher: Tagger, seed: int) -> Outcome:
-        model, _ = dense(bench.data, seed, bench.folder, _recipe(SMALL), **SMALL)
-        epochs = 40 * bench.longer // (1 + bench.copies)
+        model, _ = bench.dense(seed, SMALL)
+        epochs = int(40 * bench.longer // (1 + bench.copies))
         taught = _Answers(bench.data, model, teacher, shown(bench.data, bench.copies), epochs)
         run(taught, rabbet.Jobs(), "control", "teaching")
         model.load_state_dict(taught.best)
@@ -309,7 +358,7 @@ def control(bench: Bench, table: Table, own: Values) -> None:
         return bench.outcome(model, method, seed, whole=size)
 
     def measured() -> Values:
-        teachers, whole = _teachers(bench, _seeds(table))
+        teachers, whole = _teachers(bench, tuple(_seeds(table)))
         setting = f"control, longer {bench.longer}"
         runs = [
             bench.known(setting, s, functools.partial(small, t, s))
@@ -479,7 +528,12 @@ def step(bench: Bench) -> Group:
     return found
 
 
-PARTS = ("dense", "sizes", "control", "starts", "orders", "speed", "step")
+PARTS = ("dense", "sizes", "control", "starts", "orders", "ladder", "distil", "speed", "step")
+
+
+def steps(text: str) -> float:
+    """A number, as a whole one if it is."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def main() -> None:
@@ -493,14 +547,15 @@ def main() -> None:
     parser.add_argument(
         "--copies", type=int, default=3, help="of the sentences that what is compressed learns from"
     )
-    parser.add_argument("--longer", type=int, default=1, help="times as many steps of teaching")
+    parser.add_argument("--longer", type=steps, default=1, help="times as many steps of teaching")
+    parser.add_argument("--width", type=int, choices=RECIPES, default=768, help="of the encoder")
     add_options(parser, jobs=True)
     args = parser.parse_args()
     spread(args)
-    bench = Bench(corpus(), args.keep, args.copies, args.longer)
+    bench = Bench(corpus(), args.keep, args.copies, args.longer, args.width)
     print(f"{machine()}")
     records = Records("atis", args, packages=("transformers", "onnxruntime"))
-    own = told(parser, args, "copies")
+    own = told(parser, args, "copies", "width")
     noise = "random tokens; untrained weights, for speed alone"
     for part in args.parts:
         print(f"\n{part}")
@@ -513,8 +568,10 @@ def main() -> None:
             float_rows(bench, table)
         elif part == "control":
             control(bench, table, own)
+        elif part == "distil":
+            kinds(bench, Table(records, "distil", TAUGHT, DATA, args.seeds), own)
         else:
-            chosen = {"sizes": SIZES, "starts": STARTS, "orders": ORDERS}[part]
+            chosen = {"sizes": SIZES, "starts": STARTS, "orders": ORDERS, "ladder": LADDER}[part]
             tables(bench, part, chosen, table, own)
 
 

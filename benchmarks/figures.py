@@ -111,7 +111,7 @@ def pivoted(values: list[Row], text: str) -> list[Row]:
     return list(merged.values())
 
 
-FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+FIELD = re.compile(r"\{([^{}]+?)(?::([^{}\s]*))?\}")  # a name may hold a colon and a space
 
 
 def filled(pattern: str, values: Row) -> str:

@@ -330,6 +330,12 @@ def _file(seed: int, recipe: Recipe, shape: dict[str, int]) -> str:
     )
 
 
+def shape_of(width: int) -> dict[str, int]:
+    """Sizes of a `Tagger` of another width than its own; its heads have 20 entries each."""
+    own = width == 768
+    return {} if own else {"width": width, "inner": 4 * width, "heads": width // 20}
+
+
 def folds(tenths: list[int], recipe: Recipe, seeds: list[int], shape: dict[str, int]) -> None:
     """Train without each tenth, and print the mean score on it after the last epoch."""
     parts = [corpus(k) for k in tenths]
@@ -364,11 +370,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     args = parser.parse_args()
     recipe = Recipe(**{name: getattr(args, name) for name in vars(Recipe())})
-    shape = (
-        {}
-        if args.width == 768
-        else {"width": args.width, "inner": 4 * args.width, "heads": args.width // 20}
-    )
+    shape = shape_of(args.width)
     print(f"{machine()} {recipe}\n")
     if args.folds:
         folds(args.folds, recipe, args.seeds, shape)

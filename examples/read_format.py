@@ -23,6 +23,7 @@ TYPES = {
     "I16": "<i2",
 }
 TYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
+FLOATS = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
 Take = Callable[[str, int], np.ndarray]
 Core = Callable[[tuple[int, ...]], np.ndarray]
 Digits = list[list[int]]
@@ -194,6 +195,9 @@ def factors(size: int, count: int) -> list[int]:
 
 def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:
     """One small tensor: its codes, minus zero points if there are any, times its scales."""
+    if grid in FLOATS:
+        numbers = floats(math.prod(shape), grid, take).reshape(shape)
+        return numbers * (take("rabbet.scales", 1).astype(np.uint32) << 16).view(np.float32)
     match = re.fullmatch(r"(t|(u?)(\d)(h?))(?:(c)(\d*)|g(\d+)(z?))?", grid)
     body, unsigned, bits, half, sliced, axis, size, zeros = match.groups()
     codes = integers(math.prod(shape), body, bits, take) - (1.0 if body == "t" else 0.0)
@@ -215,6 +219,14 @@ def factor(shape: tuple[int, ...], grid: str, take: Take) -> np.ndarray:
         scale, zero = scale.reshape(wide), zero.reshape(wide)
     values = (codes - lowest).reshape(shape) + shift - zero
     return values.astype(np.float32) * scale
+
+
+def floats(count: int, grid: str, take: Take) -> np.ndarray:
+    """The next floats, as float32."""
+    numbers = take("rabbet.codes", count * int(grid[-2:]) // 8).view(FLOATS[grid])
+    if grid == "bf16":  # the upper half of a float32
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.astype(np.float32)
 
 
 def integers(count: int, body: str, bits: str | None, take: Take) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The command line: what each command prints, writes and returns."""
 
 import json
+import re
 import zlib
 
 import pytest
@@ -302,7 +303,7 @@ def test_progress_goes_to_stderr_now_and_then_where_there_is_no_terminal(run, mi
     assert run("compress", *given, "--output", "a.safetensors")[2] == ""
     monkeypatch.setattr("rabbet.cli.terminal.EVERY", 0.0)
     err = run("compress", *given, "--output", "a.safetensors")[2]
-    assert "solving layers: 100 %, 2 of 2" in err
+    assert re.search(r"solving layers: 100 %, (\d+) of \1\b", err)
     assert run("compress", *given, "--output", "a.safetensors", "--json")[2] == ""
 
 

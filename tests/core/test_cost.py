@@ -40,13 +40,12 @@ PIECES = {
 def _terms(draw, site):
     full = {n: f(*[1] * (n in RANKED)).full_rank(site) for n, f in FORMS.items()}
     fitting = [name for name in FORMS if full[name]]
-    grids = ["1", "t", "2h", "3", "4", "5", "8"]
+    bodies, layouts = ["1", "t", "2h", "3", "4", "5", "8"], ["", "c", "c1", "g4", "g7z"]
+    integers = st.builds("{}{}".format, st.sampled_from(bodies), st.sampled_from(layouts))
     terms = []
     for _ in range(draw(st.integers(1, 3))):
         form = draw(st.sampled_from(fitting))
-        grid = Grid.parse(
-            draw(st.sampled_from(grids)) + draw(st.sampled_from(["", "c", "c1", "g4", "g7z"]))
-        )
+        grid = Grid.parse(draw(integers | st.sampled_from(["f32", "f16", "bf16"])))
         rank = [draw(st.integers(1, full[form]))] if form in RANKED else []
         terms.append(Term(FORMS[form](*rank), grid))
     return tuple(terms)

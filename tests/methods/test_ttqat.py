@@ -180,6 +180,22 @@ def test_inputs_are_quantised_where_asked(act, tmp_path):
         assert torch.allclose(torch.from_numpy(answer), result.model(**data[1])[0], atol=0.3)
 
 
+def test_chains_of_floats_are_trained_stored_and_exported_as_floats(tmp_path):
+    model, data = bert(), sentences(3)
+    method = TTQAT(32, 6, 6, dense_bits=32, epochs=1, finish=1, start="plain", distil=NUMBERS)
+    result = rabbet.compress(model, "bytes <= 90%", data, method)
+    assert {str(line.terms[0].grid) for line in result.plan} == {"f32"}
+    assert {"tt", "ttm"} <= set(forms(result.plan).values())
+    path = tmp_path / "small.safetensors"
+    assert result.save(path) == result.cost.bytes
+    answer = result.model(**data[0])[0]
+    assert torch.equal(rabbet.load(path, model)(**data[0])[0], answer)
+    result.export(tmp_path / "small.onnx")
+    session = Session((tmp_path / "small.onnx").read_bytes())
+    exported = session.run(session.feed(list(data[0].values())))[0]
+    assert torch.allclose(torch.from_numpy(exported), answer, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path):
     model, data = bert(), sentences()
@@ -574,6 +590,51 @@ def test_places_that_the_mask_excludes_do_not_count():
     ) != pytest.approx(before)
 
 
+def test_contrast_is_least_where_every_example_is_most_like_its_own():
+    theirs, mask = shown(9), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    distil = Distillation(hidden=0, attention=0, outputs=0, contrast=1)
+    own = float(distil.loss(theirs, theirs, mask))
+    swapped = Recording([h.flip(0) for h in theirs.hidden], theirs.attention, theirs.outputs)
+    assert 0 < own < math.log(2) < float(distil.loss(swapped, theirs, mask.flip(0)))
+    larger = Recording([3 * h for h in theirs.hidden], theirs.attention, theirs.outputs)
+    assert float(distil.loss(larger, theirs, mask)) == pytest.approx(own)
+    alone = Recording([h[:1] for h in theirs.hidden], [], theirs.outputs)
+    assert float(distil.loss(alone, alone, None)) == 0
+
+
+def test_training_by_contrast_alone_lowers_it():
+    model, data = bert(), sentences(1, size=8) * 6  # the batch that is held back is taught as well
+    distil = Distillation(hidden=0, attention=0, outputs=0, contrast=1, scores=False)
+    method = TTQAT(**SHORT | {"distil": distil, "epochs": 10, "finish": 5, "start": "random"})
+    result = rabbet.compress(model, "bytes <= 20%", data, method)
+    before, after = (float(x) for x in result.notes[0].rpartition(" loss ")[2].split(" -> "))
+    assert after < 0.7 * before
+
+
+def test_contrast_needs_examples_to_tell_apart():
+    distil = Distillation(contrast=1, scores=False)
+    with pytest.raises(DataError, match="larger than one example"):
+        rabbet.compress(
+            bert(), "bytes <= 20%", sentences(3, size=1), TTQAT(**SHORT | {"distil": distil})
+        )
+
+    class First(nn.Module):  # time first
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+        def forward(self, x):
+            x = x.transpose(0, 1)
+            for block in self.blocks:
+                x = block(x)
+            return x.transpose(0, 1)
+
+    with pytest.raises(ModelError, match=r"\[examples, ...\], of 2 examples here"):
+        rabbet.compress(
+            First().eval(), "bytes <= 90%", [rand(2, 5, 16)] * 2, TTQAT(rank=2, distil=distil)
+        )
+
+
 def test_scores_of_as_many_classes_as_places_are_not_places():
     ours, theirs, mask = shown(1), shown(9), torch.ones(2, 5)
     distil = Distillation(hidden=0, attention=0)
@@ -862,6 +923,8 @@ def test_bad_choices_are_refused(settings, words):
 def test_a_part_of_the_lesson_cannot_count_less_than_nothing():
     with pytest.raises(PlanError, match="hidden is at least 0"):
         Distillation(hidden=-1.0)
+    with pytest.raises(PlanError, match="contrast is at least 0"):
+        Distillation(contrast=-1.0)
 
 
 def test_a_network_without_blocks_is_refused():

@@ -58,16 +58,16 @@ def _terms(draw, site):
     for _ in range(draw(st.integers(1, 3))):
         full = {n: f(*[1] * (n in RANKED)).full_rank(site) for n, f in FORMS.items()}
         form = draw(st.sampled_from([name for name in FORMS if full[name]]))
-        body = draw(
-            st.sampled_from(["1", "t", "2", "2h", "3", "4", "5h", "6", "7", "8", "u3", "u8"])
-        )
+        bodies = ["1", "t", "2", "2h", "3", "4", "5h", "6", "7", "8", "u3", "u8"]
+        layouts = ["", "c", "c1", "g3", "g64", "g4z"]
+        integers = st.builds("{}{}".format, st.sampled_from(bodies), st.sampled_from(layouts))
+        grid = Grid.parse(draw(integers | st.sampled_from(["f32", "f16", "bf16"])))
         settings = [draw(st.integers(1, full[form]))] if form in RANKED else []
         if form == "tt" and draw(st.booleans()):
             settings.append(((site.columns,), (site.shape[0],)))
         if form == "dense" and site.groups == 1 and draw(st.booleans()):
             rows = draw(st.sets(st.integers(0, site.shape[0] - 1), min_size=1))
             settings.append(tuple(sorted(rows)))
-        grid = Grid.parse(body + draw(st.sampled_from(["", "c", "c1", "g3", "g64", "g4z"])))
         terms.append(Term(FORMS[form](*settings), grid))
     return tuple(terms)
 

@@ -74,8 +74,9 @@ def layer_cost(site: Site, layer: LayerPlan) -> Cost:
     for term in layer.terms:
         first, *later = term.form.macs(site)
         macs += first + sum(later)
-        # Cores are contracted once, and the result runs on 8 bits.
-        bits = FINISHED if term.form.contracted else term.grid.bits
+        # Cores are contracted once, and the result runs on 8 bits, that of floats in float32.
+        finished = FLOAT_BITS if term.grid.codebook.floats else FINISHED
+        bits = finished if term.form.contracted else term.grid.bits
         bops += bits * (first * act + sum(later) * (FLOAT_BITS if layer.act is None else BETWEEN))
         lengths = term_lengths(site, term)
         code_bits += 8 * lengths.codes

@@ -15,7 +15,6 @@ import torch
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.core.survey import Survey
 from rabbet.grids.grid import Grid
-from rabbet.grids.pack import packed_bytes
 from rabbet.layers import Site
 
 VERSION = "rabbet/1"
@@ -87,8 +86,8 @@ def factor_shapes(site: Site, term: Term) -> tuple[tuple[int, ...], ...]:
 def factor_lengths(shape: tuple[int, ...], grid: Grid) -> Lengths:
     """Codes and zero points, packed in whole bytes each, and scales of one factor."""
     scales = grid.scale_shape(shape)[0]
-    zeros = packed_bytes(scales, grid.levels) if grid.scales.zeros else 0
-    return Lengths(packed_bytes(math.prod(shape), grid.levels), scales, zeros)
+    zeros = grid.codebook.packed_bytes(scales) if grid.scales.zeros else 0
+    return Lengths(grid.codebook.packed_bytes(math.prod(shape)), scales, zeros)
 
 
 def term_lengths(site: Site, term: Term) -> Lengths:

@@ -32,7 +32,6 @@ from rabbet.export.base import Parcel, Written
 from rabbet.export.container import read_container, stamped
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
-from rabbet.grids.pack import pack, packed_bytes, unpack
 from rabbet.layers import Site, shares_table
 from rabbet.layers.stored import rows_of
 from rabbet.model.bn_fold import drop_norms, own_biases
@@ -104,10 +103,9 @@ def _packed(parcel: Parcel) -> Iterator[tuple[str, Tensor]]:
 
 def _integers(factor: Factor) -> Iterator[Tensor]:
     """The codes of a factor, packed, and its zero points if it has any."""
-    grid = factor.grid
-    yield pack(factor.codes.detach().cpu() - grid.low, grid.levels)
-    if factor.zero is not None:
-        yield pack(factor.zero.detach().cpu() - grid.low, grid.levels)
+    for part in (factor.codes, factor.zero):
+        if part is not None:
+            yield factor.grid.codebook.pack(part.detach().cpu())
 
 
 def layer_factors(layer: Compressed) -> list[Factor]:
@@ -297,9 +295,8 @@ class _Stream:
 
 def _unpacked(stream: "_Stream", grid: Grid, shape: torch.Size) -> Tensor:
     """The next codes of a grid, in the given shape."""
-    count = shape.numel()
-    packed = stream.take(packed_bytes(count, grid.levels))
-    return (unpack(packed, grid.levels, count) + grid.low).view(shape)
+    count, book = shape.numel(), grid.codebook
+    return book.unpack(stream.take(book.packed_bytes(count)), count).view(shape)
 
 
 def _fill(layer: Compressed, streams: dict[str, _Stream], path: Path) -> None:
@@ -330,8 +327,10 @@ def _fill_factor(factor: Factor, streams: dict[str, _Stream]) -> None:
         if part is not None:
             part.copy_(_unpacked(streams["rabbet.codes"], factor.grid, part.shape))
     factor.scale.copy_(streams["rabbet.scales"].take(len(factor.scale)).float())
-    # A code lies at most as many levels from zero, and as many again from its zero point.
-    if not bool(torch.isfinite(factor.scale * (2 * factor.grid.levels)).all()):
+    # An integer lies at most as many levels from zero, and as many again from its zero point.
+    floats = factor.grid.codebook.floats
+    far = factor.codes.abs().amax() if floats else 2 * factor.grid.levels
+    if not bool(torch.isfinite(factor.scale * far).all()):
         raise ValueError("a scale is too large for them")
 
 

@@ -4,7 +4,7 @@ The text of a codebook is the first part of a grid's:
 
     4      signed, -8 .. 7                      u8     unsigned, 0 .. 255
     2h     half-step (mid-rise), -3/2 .. 3/2    1      binary, -1/2 and 1/2
-    t      ternary, -1, 0, 1
+    t      ternary, -1, 0, 1                    f32    floats; also f16 and bf16
 
 A new codebook is a class here, or in a file of its own, and a line in CODEBOOKS.
 """
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from rabbet.errors import PlanError
+from rabbet.grids.pack import pack, packed_bytes, unpack
+
+FLOAT_BITS = (16, 32)  # of the floats that weights may be
 
 
 def nearest(steps: Tensor, shift: Tensor | float) -> Tensor:
@@ -31,7 +34,10 @@ def points(codes: Tensor, shift: Tensor | float, scale: Tensor) -> Tensor:
 
 
 class Codebook(ABC):
-    """A set of codes, integers from `low` to `high`, and the point that each stands for."""
+    """A set of codes, integers from `low` to `high`, and the point that each stands for.
+
+    The codes of `Float` are no integers but the points themselves.
+    """
 
     bits: int
     """Of the arithmetic that its points are multiplied in."""
@@ -39,6 +45,8 @@ class Codebook(ABC):
     """What its family is called."""
     mirrored: bool = False
     """Whether -x may lie nearer to the points than x, so that both signs of a scale are tried."""
+    floats: bool = False
+    """Whether codes are floats, each with an exponent of its own: their scale is 1."""
 
     @classmethod
     @abstractmethod
@@ -90,6 +98,18 @@ class Codebook(ABC):
         That is what an integer kernel multiplies with. None if there is none.
         """
         return None
+
+    def packed_bytes(self, count: int) -> int:
+        """Bytes that `count` codes take in a file."""
+        return packed_bytes(count, self.levels)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes of any shape as a file holds them, uint8 [packed_bytes]; see `grids.pack`."""
+        return pack(codes - self.low, self.levels)
+
+    def unpack(self, packed: Tensor, count: int) -> Tensor:
+        """The inverse of `pack`, [count]; raises ValueError for bytes that `pack` cannot write."""
+        return unpack(packed, self.levels, count) + self.low
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +263,100 @@ class Ternary(Uniform):
         return 3
 
 
+@dataclass(frozen=True, slots=True)
+class Float(Codebook):
+    """Floating-point numbers: a code is the number itself, rounded to the type.
+
+    brain: bfloat16, which has the exponents of float32, rather than float16.
+    """
+
+    bits: int = 32
+    brain: bool = False
+
+    name: ClassVar[str] = "float"
+    floats: ClassVar[bool] = True  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        if self.bits not in FLOAT_BITS or (self.brain and self.bits == 32):
+            raise PlanError(
+                f"a float grid of {self.bits} bits does not exist; use f32, f16 or bf16"
+            )
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """`f32`, `f16` or `bf16`."""
+        match = re.fullmatch("f32|b?f16", text)
+        return None if match is None else cls(int(text[-2:]), text[0] == "b")
+
+    @property
+    def text(self) -> str:
+        """`f` and the bits, with `b` in front for bfloat16."""
+        return f"{'b' * self.brain}f{self.bits}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type as torch knows it."""
+        if self.bits == 32:
+            return torch.float32
+        return torch.bfloat16 if self.brain else torch.float16
+
+    @property
+    def low(self) -> int:
+        """The smallest finite number."""
+        return int(torch.finfo(self.dtype).min)
+
+    @property
+    def high(self) -> int:
+        """The largest finite number."""
+        return int(torch.finfo(self.dtype).max)
+
+    @property
+    def levels(self) -> int:
+        """All patterns of the bits, as many as numbers but for those that are not finite."""
+        return 1 << self.bits
+
+    @property
+    def span(self) -> float:
+        """The largest finite number."""
+        return float(self.high)
+
+    def encode(self, steps: Tensor) -> Tensor:
+        """The nearest number, half to even; beyond the largest finite one, that."""
+        return steps.clamp(float(self.low), float(self.high)).to(self.dtype).to(steps.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The codes."""
+        return codes
+
+    def packed_bytes(self, count: int) -> int:
+        """Two or four bytes each."""
+        return count * self.bits // 8
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """The bytes of the numbers, little-endian; one that is not finite is refused."""
+        numbers = codes.reshape(-1).to(self.dtype).contiguous()
+        self._require_finite(numbers)
+        return numbers.view(torch.uint8)
+
+    def unpack(self, packed: Tensor, count: int) -> Tensor:
+        """The inverse of `pack`; a number that is not finite is refused."""
+        if packed.numel() != self.packed_bytes(count):
+            raise ValueError(
+                f"{count} numbers of {self.text} take {self.packed_bytes(count)} bytes, "
+                f"found {packed.numel()}"
+            )
+        # a copy, as a view of wider numbers must begin at a multiple of their width
+        numbers = packed.reshape(-1).clone().view(self.dtype)
+        self._require_finite(numbers)
+        return numbers.float()
+
+    def _require_finite(self, numbers: Tensor) -> None:
+        if not bool(torch.isfinite(numbers).all()):
+            raise ValueError(f"a number of {self.text} is not finite")
+
+
 CODEBOOKS: dict[str, type[Codebook]] = {
-    book.name: book for book in (Signed, Unsigned, HalfStep, Ternary)
+    book.name: book for book in (Signed, Unsigned, HalfStep, Ternary, Float)
 }
 
 

@@ -1,7 +1,7 @@
 """Grids: a codebook and a scale layout, together what a tensor may be.
 
 The text of a grid, what stands after `@` in a plan, is that of its codebook (`4`, `u8`, `2h`, `1`,
-`t`; see `codebook`) and that of its layout (nothing, `c`, `g64`; see `scales`): `4c`, `tc`,
+`t`, `f32`; see `codebook`) and that of its layout (nothing, `c`, `g64`; see `scales`): `4c`, `tc`,
 `4g64z`. A value is `scale * (point of the code)`; with zero points `scale * (code + shift - zero)`.
 
 Scales are stored as bfloat16, so every scale chosen here is already rounded to it. A scale may be
@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from rabbet.errors import PlanError
-from rabbet.grids.codebook import Codebook, nearest, points, read_codebook, uniform
+from rabbet.grids.codebook import (
+    FLOAT_BITS,
+    Codebook,
+    Float,
+    nearest,
+    points,
+    read_codebook,
+    uniform,
+)
 from rabbet.grids.scales import OneScale, PerSlice, Scales, read_scales
 
 Zero = Tensor | float
@@ -40,6 +48,9 @@ class Grid:
     def __post_init__(self) -> None:
         if self.scales.zeros and self.codebook.uniform is None:
             raise PlanError(f"{self}: zero points need a grid of equal distances")
+        if self.codebook.floats and not self.scales.single:
+            own = self.codebook.text
+            raise PlanError(f"{self}: a float has an exponent of its own, so write {own} alone")
 
     @classmethod
     def of(cls, bits: int, kind: str = "signed", axis: int | None = None) -> Self:
@@ -47,8 +58,13 @@ class Grid:
         return cls(uniform(bits, kind), OneScale() if axis is None else PerSlice(axis))
 
     @classmethod
+    def of_weights(cls, bits: int, kind: str = "signed", axis: int | None = None) -> Self:
+        """The same for weights, which may stay floats: of 16 bits (float16) or 32, with no axis."""
+        return cls(Float(bits)) if bits in FLOAT_BITS else cls.of(bits, kind, axis)
+
+    @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `4`, `4c`, `u8`, `2h`, `1`, `t`, `4g64` ...; raises PlanError for anything else."""
+        """Read `4`, `4c`, `2h`, `t`, `4g64`, `f32` ...; raises PlanError for anything else."""
         if len(text) > LONGEST:  # every cut of it is tried
             raise PlanError(f"{text[:LONGEST]!r}... is not a grid; none has so long a name")
         # The layout is the longest suffix that is one: no codebook ends the way a layout begins.
@@ -57,7 +73,8 @@ class Grid:
             if book is not None and scales is not None:
                 return cls(book, scales)
         raise PlanError(
-            f"{text!r} is not a grid; write bits and a mark, such as 4, 4c, 2hc, u8, 1c, tc or 4g64"
+            f"{text!r} is not a grid; write bits and a mark, such as 4, 4c, 2hc, u8, 1c, tc or "
+            "4g64, or a type of floats: f32, f16 or bf16"
         )
 
     def __str__(self) -> str:
@@ -149,9 +166,11 @@ class Grid:
         """`project` with straight-through gradients.
 
         The scale gets the gradient of LSQ (Esser et al. 2020, eq. 3), scaled by 1 / sqrt(entries
-        per scale * high).
+        per scale * high), that of floats none.
         """
         wide, zero = self.spread(scale, x.shape), self._zero(zero, x.shape)
+        if self.codebook.floats:
+            return self.round_latent(x / wide.detach()) * wide.detach()
         book = self.codebook.uniform
         moving = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
         if book is not None and not moving:
@@ -171,13 +190,20 @@ class Grid:
 
     def round_latent(self, latent: Tensor) -> Tensor:
         """Codes from continuous codes; gradients pass straight through inside the range only."""
+        if self.codebook.floats:
+            rounded: Tensor = _RoundFloat.apply(  # type: ignore[no-untyped-call]
+                latent, self.codebook
+            )
+            return rounded
         result: Tensor = _Round.apply(  # type: ignore[no-untyped-call]
             latent, self.low, self.high
         )
         return result
 
     def minmax(self, x: Tensor) -> Tensor:
-        """The scale that just covers the largest magnitude."""
+        """The scale that just covers the largest magnitude; that of floats is 1."""
+        if self.codebook.floats:
+            return torch.ones(1, device=x.device)
         return stored(_covering(self.scales.slices(x), self.codebook.span))
 
     def mse(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -193,8 +219,10 @@ class Grid:
 
         See `mse`; with zero points fractions of the range are tried. Shares of 0.15 to 1.05 are
         tried from far to near: every slice tries finer ones around its best. That takes 31 trials,
-        and finds less error than 80 at equal distances.
+        and finds less error than 80 at equal distances. The scale of floats is 1.
         """
+        if self.codebook.floats:
+            return torch.ones(1, device=x.device), None
         rows = self.scales.slices(x)
         if weight is not None:
             weight = self.scales.slices(weight.expand_as(x))
@@ -250,8 +278,11 @@ class Grid:
     ) -> Tensor:
         """The least-squares scale for given codes; `scale` is kept where the codes say nothing.
 
+        That of floats is kept, too: what it could tell is in the codes already.
         metric: None (plain), or [n, n] for x seen as rows [slices, n]: the least error in that.
         """
+        if self.codebook.floats:
+            return scale
         z = self.scales.slices(self.codebook.decode(codes))
         hz = z if metric is None else z @ metric
         top, bottom = (hz * self.scales.slices(x)).sum(1), (hz * z).sum(1)
@@ -260,7 +291,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A tensor on a grid: its codes (floats that hold integers) and its scale are one value.
+    """A tensor on a grid: its codes (integers, held as floats) and its scale are one value.
 
     zero: the zero point beside each scale, an integer code; None where the layout has none.
     """
@@ -303,6 +334,18 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None
+
+
+class _RoundFloat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, book: Codebook) -> Any:
+        ctx.save_for_backward(latent.abs() <= book.span)
+        return book.encode(latent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
 
 
 class _Fake(torch.autograd.Function):

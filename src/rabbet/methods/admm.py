@@ -166,6 +166,12 @@ class ADMM:
                 f"ADMM fits one term of {', '.join(SOLVED)}, of all outputs; {other} is not that"
             )
         chains = [layer for layer in plan if layer.terms[0].form.alternates]
+        uneven = next((c for c in chains if c.terms[0].grid.codebook.uniform is None), None)
+        if uneven is not None:
+            raise PlanError(
+                f"ADMM solves factors on grids of equal distances; {uneven} has another: take one "
+                "such as 8c, or fit the plan with Joint"
+            )
         names = (chain.name for chain in chains)
         solutions = dict(zip(names, self._solve(piece, chains), strict=True))
         errors = {name: tuple(x["history"].tolist()) for name, x in solutions.items()}

@@ -60,7 +60,10 @@ def clipped(piece: Workpiece, site: Site, grid: Grid, sigmas: float) -> Quantise
 
     The zero point is in the middle of the codes. An even number of codes has no middle: the paper
     rounds it down, so the positive side has one step more, unless the mean is clearly negative.
+    Floats need no range.
     """
+    if grid.codebook.floats:
+        return round_to_nearest(piece, site, grid)
     weight = without_gain(piece, site, grid)
     step = stored((2 * sigmas * weight.std() / (grid.levels - 1)).clamp_min(1e-12).reshape(1))
     spread = sigmas * float(weight.std()) / (grid.levels - 1)

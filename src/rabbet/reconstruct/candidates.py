@@ -41,7 +41,10 @@ def solve_site(
     for k, (terms, numbers) in enumerate(zip(menu, solutions, strict=True)):
         for t, factors in enumerate(numbers):
             for f, factor in enumerate(factors):
-                result[f"{k}.{t}.{f}.codes"] = factor.codes.to(torch.int16)
+                floats = factor.grid.codebook.floats
+                result[f"{k}.{t}.{f}.codes"] = (
+                    factor.codes if floats else factor.codes.to(torch.int16)
+                )
                 result[f"{k}.{t}.{f}.scale"] = factor.scale
                 if factor.zero is not None:
                     result[f"{k}.{t}.{f}.zero"] = factor.zero

@@ -20,7 +20,7 @@ from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch, floating, outputs
 from rabbet.errors import ModelError, check_fields, check_least
 from rabbet.model.hooks import hooked
-from rabbet.train.losses import answer_error, attention_divergence, hidden_error
+from rabbet.train.losses import answer_error, attention_divergence, contrast, hidden_error
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,9 @@ class Distillation:
     """Weight of the outputs: divergence (KL) of scores, relative squared error of numbers."""
     labels: float = 1.0
     """Weight of the task's own loss, if it has one."""
+    contrast: float = 0.0
+    """Weight of telling the examples of a batch apart by the hidden states of both networks
+    (InfoNCE, arXiv 1807.03748; to distil by it, arXiv 1910.10699)."""
     scores: bool | None = None
     """Whether outputs are scores of classes over their last axis; None: as `Task.outputs` says."""
     blocks: tuple[str, ...] = ()
@@ -230,7 +233,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_least(self, 0, "hidden", "attention", "outputs", "labels", "memory")
+        check_least(self, 0, "hidden", "attention", "outputs", "labels", "contrast", "memory")
 
     def loss(
         self, ours: Recording, theirs: Recording, mask: Tensor | None, stage: Stage = WHOLE
@@ -244,6 +247,9 @@ class Distillation:
         if self.hidden and pairs:
             errors = [hidden_error(a, b, mask) for a, b in pairs]
             total = total + self.hidden * torch.stack(errors).mean()
+        if self.contrast and pairs:
+            errors = [contrast(a, b, mask) for a, b in pairs]
+            total = total + self.contrast * torch.stack(errors).mean()
         maps = stage.chosen(list(zip(ours.attention, theirs.attention, strict=True)))
         if self.attention and maps:
             errors = [attention_divergence(a, b, mask) for a, b in maps]

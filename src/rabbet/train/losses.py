@@ -14,6 +14,7 @@ from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
 
 LEAST = 1e-24  # the smallest mean square that an error is divided by
+TEMPERATURE = 0.07  # of contrast: cosines of unlike examples differ by little
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -56,6 +57,31 @@ def attention_divergence(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> T
     logs = (theirs + 1e-8).log() - (ours + 1e-8).log()
     each = (theirs * logs).sum(-1).mean(1)  # [batch, query]
     return each.mean() if mask is None or each.shape != mask.shape else each[mask.bool()].mean()
+
+
+def contrast(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
+    """How surely each example of a batch is told from the others by its hidden state: InfoNCE.
+
+    States [batch, places, width] are averaged over the places that the mask marks as real,
+    those of other shapes [batch, ...] are flattened. With c the cosine of a state of ours and one
+    of theirs, the mean over i of `-log softmax_j(c(ours_i, theirs_j) / t)` at j = i (arXiv
+    1807.03748, eq. 4). Contrastive representation distillation (arXiv 1910.10699) has the same aim,
+    with a memory of more examples than a batch and trained projections, which states of one width
+    do without. Zero for a single example.
+    """
+    rows, goal = (F.normalize(_pooled(x, mask), dim=1) for x in (ours, theirs))
+    pairs = torch.arange(len(rows), device=rows.device)
+    return F.cross_entropy(rows @ goal.mT / TEMPERATURE, pairs)
+
+
+def _pooled(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[batch, width]: the mean of [batch, places, width] over real places; others flattened."""
+    if x.ndim != 3:
+        return x.reshape(len(x), -1)
+    if mask is None or x.shape[:2] != mask.shape:
+        return x.mean(1)
+    real = mask.to(x.dtype)[..., None]
+    return (x * real).sum(1) / real.sum(1).clamp_min(1)
 
 
 def real_places(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -98,7 +98,8 @@ def rounded_together(latents: Iterable[Latent]) -> Iterator[None]:
     """
     groups: dict[tuple[Grid, torch.Size], list[Latent]] = {}
     for latent in latents:
-        if latent.on_grid and latent.grid.scales.single:
+        floats = latent.grid.codebook.floats
+        if latent.on_grid and latent.grid.scales.single and not floats:
             groups.setdefault((latent.grid, latent.value.shape), []).append(latent)
     for (grid, _), group in groups.items():
         values, scales = torch.stack([x.value for x in group]), torch.cat([x.scale for x in group])

@@ -105,6 +105,10 @@ class _Loop(Course):
         rates = self.settings
         for layer in self.layers.values():
             for factor in itertools.chain.from_iterable(layer.factors):
+                if factor.grid.codebook.floats:  # they move as codes of 8 bits would
+                    step = float(factor.codes.abs().amax()) / 127
+                    self._add(factor.codes, rates.codes * step)
+                    continue
                 self._add(factor.codes, rates.codes)
                 self._add(factor.scale, rates.scales * float(factor.scale.abs().mean()))
             if layer.bias is not None:

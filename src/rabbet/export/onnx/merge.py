@@ -2,8 +2,9 @@
 
 Chains of cores are contracted into two matrices. An adapter is added to the dense weight beside it,
 which runs anyway; rows on different grids become one weight. The file holds the cores and terms
-themselves; the 8-bit weights are computed from them when a runtime loads it. So an adapter costs
-bytes and no time, a tensor train the time of its two matrices and the bytes of its cores.
+themselves; weights on 8 bits, or in float32 if they are floats, are computed from them when a
+runtime loads it. So an adapter costs bytes and no time, a tensor train the time of its two matrices
+and the bytes of its cores.
 """
 
 import copy
@@ -18,6 +19,7 @@ from torch import nn
 from rabbet.core.layout import FINISHED
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.forms import Dense, Form
+from rabbet.grids.codebook import Float
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.model.build import install
 from rabbet.model.compressed import Compressed, Factor, Numbers, compressed_layers
@@ -26,7 +28,7 @@ Make = Callable[[Sequence[Any]], Any]
 
 
 class Merged(Factor):
-    """A weight on 8 bits that a file holds as several factors: `make` combines them."""
+    """A weight that a file holds as several factors, which `make` combines: on 8 bits or float."""
 
     def __init__(self, factors: Sequence[Factor], make: Make, grid: Grid) -> None:
         super().__init__(Quantised.nearest(make([f() for f in factors]), grid))
@@ -37,7 +39,8 @@ def merged(model: nn.Module) -> nn.Module:
     """A copy of a compressed network with its tensor trains contracted and its adapters added in.
 
     The resulting weights are on 8 bits, with one scale for each output of a layer, or one for each
-    table of a look-up. A network without such terms is returned itself.
+    table of a look-up; they are float32 where a factor is a float. A network without such terms is
+    returned itself.
     """
     layers = [
         layer
@@ -76,7 +79,14 @@ def _unfit(layer: Compressed) -> bool:
 
 
 def _needs_merging(factor: Factor) -> bool:
-    return not factor.grid.scales.along_axis or factor.grid.codebook.integers is None
+    grid = factor.grid
+    return not (grid.scales.along_axis and (grid.codebook.integers or grid.codebook.floats))
+
+
+def _finished(factors: Sequence[Factor], axis: int | None) -> Grid:
+    """The grid of what is made of some factors: 8 bits with scales along an axis, or float32."""
+    floats = any(f.grid.codebook.floats for f in factors)
+    return Grid(Float(32)) if floats else Grid.of(FINISHED, axis=axis)
 
 
 def _sum(layer: Compressed) -> Compressed:
@@ -89,7 +99,7 @@ def _sum(layer: Compressed) -> Compressed:
         return functools.reduce(operator.add, parts)
 
     every = [f for factors in layer.factors for f in factors]
-    whole = Merged(every, make, Grid.of(FINISHED, axis=0))
+    whole = Merged(every, make, _finished(every, 0))
     return _made(layer, [Term(Dense(), whole.grid)], [[whole]], 1)
 
 
@@ -106,7 +116,7 @@ def _contracted(layer: Compressed) -> Compressed:
             continue
         form, parts = term.form.for_runtime(layer.site, [f() for f in held])
         # What is still a chain is looked up core by core: no axis of a core is that of the outputs.
-        grid = Grid.of(FINISHED, axis=None if form.contracted else 0)
+        grid = _finished(held, None if form.contracted else 0)
         terms.append(Term(form, grid))
         make = [functools.partial(_part, term.form, layer, k) for k in range(len(parts))]
         factors.append([Merged(held, one, grid) for one in make])

@@ -1,5 +1,7 @@
 """Weights in an ONNX file: low bits on disk, 8-bit integers once a runtime has folded constants.
 
+Weights that are floats in the plan are floats of the same type on disk, and float32 at load.
+
 A code c becomes the integer q = c (signed, unsigned and ternary grids) or q = 2c + 1 on half the
 scale (half-step grids), so that what follows is `DequantizeLinear(q)` and every runtime that has
 int8 kernels can use them. 8 bits are stored as int8, 4 signed bits in ONNX's own type, all others
@@ -20,14 +22,14 @@ from rabbet.export.onnx.expression import Expression, Names, shape_of
 from rabbet.export.onnx.graph import OPSET, Graph
 from rabbet.export.onnx.merge import Make, Merged
 from rabbet.export.onnx.placeholders import DOMAIN
+from rabbet.grids.codebook import Float
 from rabbet.grids.grid import Grid
-from rabbet.grids.pack import pack
 from rabbet.model.compressed import Factor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_INT8, _INT32 = 3, 6  # of onnx.TensorProto
+_FLOAT, _INT8, _INT32 = 1, 3, 6  # of onnx.TensorProto
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,9 @@ class Weight:
 
     def _put_together(self, graph: Graph) -> "ir.Value":
         """The parts combined and rounded: constants that a runtime folds at load."""
-        assert self.make is not None
         assert self.steps is not None
         names = Names(self.name)
-        product: Expression = self.make(
-            [Expression(graph, w.values(graph), tuple(w.codes.shape), names) for w in self.parts]
-        )
+        product = self._combined(graph, names)
         wide = [-1 if d == self.grid.axis else 1 for d in range(len(product.shape))]
         if self.steps.equal(self.scale):
             scales, shape = self.scales(graph), shape_of(graph, tuple(wide))
@@ -213,7 +212,10 @@ class Weight:
 
     def _points(self, graph: Graph) -> "ir.Value":
         """What the integers stand for, in float and in units of the scales, less zero points."""
-        integers, book = self.integers(graph), self.grid.codebook
+        book = self.grid.codebook
+        if isinstance(book, Float):
+            return self._floats(graph, book)
+        integers = self.integers(graph)
         if book.integers is None:
             table = book.decode(torch.arange(book.low, book.high + 1.0)).numpy()
             places = graph.call("Cast", integers, name=f"{self.name}.index", to=_INT32)
@@ -221,11 +223,29 @@ class Weight:
             index = graph.call("Sub", places, first, name=f"{self.name}.place")
             points = graph.constant(f"points.{book.text}", table.astype(np.float32))
             return graph.call("Gather", points, index, name=f"{self.name}.points", axis=0)
-        wide = graph.call("Cast", integers, name=f"{self.name}.wide", to=1)
+        wide = graph.call("Cast", integers, name=f"{self.name}.wide", to=_FLOAT)
         if self.zero is None:
             return wide
         zeros = self._for_each(graph, self._gain[0] * self.zero, "zero")
         return graph.call("Sub", wide, zeros, name=f"{self.name}.points")
+
+    def _floats(self, graph: Graph, book: Float) -> "ir.Value":
+        """The numbers of a float grid, in float32."""
+        if self.make is not None and graph.functions_known:
+            return self._combined(graph, Names(self.name)).value
+        kind = {"f32": "FLOAT", "f16": "FLOAT16", "bf16": "BFLOAT16"}[book.text]
+        held = graph.constant(f"{self.name}.{book.text}", self.codes.numpy(), kind)
+        if book.bits == 32:
+            return held
+        return graph.call("Cast", held, name=f"{self.name}.numbers", to=_FLOAT)
+
+    def _combined(self, graph: Graph, names: Names) -> Expression:
+        """The parts put together: an expression that a runtime folds at load."""
+        assert self.make is not None
+        combined: Expression = self.make(
+            [Expression(graph, w.values(graph), tuple(w.codes.shape), names) for w in self.parts]
+        )
+        return combined
 
     def _for_each(self, graph: Graph, values: Tensor, what: str) -> "ir.Value":
         """For each entry the value that it shares with others, by a look-up."""
@@ -279,7 +299,7 @@ def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
 def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
     function = f"unpack{grid.bits}{grid.codebook.text.strip('0123456789')}"
     graph.function(function, _unpacking(function, grid))
-    stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
+    stored = graph.constant(f"{name}.packed", grid.codebook.pack(codes).numpy())
     return graph.call(
         function, stored, shape_of(graph, tuple(codes.shape)), name=name, domain=DOMAIN
     )

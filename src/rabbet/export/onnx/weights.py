@@ -1,4 +1,4 @@
-"""Writes the weights of a traced graph as packed integers, and biases as 32-bit integers."""
+"""Writes the weights of a traced graph as packed integers, or floats, biases as 32-bit integers."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -43,9 +43,9 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
     for use in list(place.uses()):
         node = use.node
         move = _move(node)
-        if move is not None and not weight.can_move(move):
-            # Its scales lie on no axis of the new layout: it becomes float before the move, when
-            # the file is loaded.
+        if weight.grid.codebook.floats or (move is not None and not weight.can_move(move)):
+            # Either it is float, or its scales lie on no axis of the new layout: then it becomes
+            # float before the move, when the file is loaded.
             whole = weight.values(graph, WHOLE)
             node.replace_input_with(use.idx, whole)
             yield replace(weight, name=str(whole.name))

@@ -197,5 +197,7 @@ def _floats(
                 why = f"onnxruntime has no integer kernel for a {site.kind.name}"
             elif not layer.quantisers:
                 why = "its plan has no act"
+            elif any(t.grid.codebook.floats for t in layer.plan.terms):
+                why = "its weight is a float"
             notes.append(f"{told} runs in float ({kernel}): {why}")
     return tuple(dict.fromkeys(notes))

@@ -119,7 +119,9 @@ def takes_gates(site: Site, line: LayerPlan) -> bool:
     if sorted(rows) != list(range(site.shape[0])):
         return False
     grids = [t.grid for t in line.terms]
-    if not all(g.bits > 1 and g.codebook in (uniform(g.bits), *TWO) for g in grids):
+    if not all(
+        g.bits > 1 and g.codebook.uniform and g.codebook in (uniform(g.bits), *TWO) for g in grids
+    ):
         return False
     layouts = {g.scales for g in grids}
     two_bit_codebooks = {g.codebook for g in grids if g.bits == 2}

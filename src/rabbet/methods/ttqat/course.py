@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Plan
 from rabbet.data.batches import Batch
-from rabbet.errors import DataError
+from rabbet.errors import DataError, ModelError
 from rabbet.grids.grid import stored
 from rabbet.jobs import Job
 from rabbet.layers.stored import tensor_of
@@ -78,6 +78,8 @@ class Teaching(Course):
         self.teacher = Teacher(Recorder(piece.model, names), distil.memory)
         recording = self._teacher_recording(shard(self.batches[0], self.axes), 0)
         self.depth = len(recording.hidden)
+        if distil.contrast:
+            self._require_contrast(recording)
         self.lacks_attention = bool(distil.attention) and not recording.attention
         # The learning rates of scales depend on their size, which has to be known from the start.
         for latent in self._latents():
@@ -88,6 +90,20 @@ class Teaching(Course):
         self.groups = [{"params": [p], "base": method.rate * size} for p, size in self._sizes()]
         self.best = Best()
         self.last_loss = math.nan
+
+    def _require_contrast(self, recording: Recording) -> None:
+        """Raise unless there are examples to tell apart, and hidden states with an axis of them."""
+        count = self.axes.count(shard(self.batches[0], self.axes))
+        other = next((list(h.shape) for h in recording.hidden if h.shape[:1] != (count,)), None)
+        if other is not None:
+            raise ModelError(
+                f"contrast needs hidden states [examples, ...], of {count} examples here; found "
+                f"one of shape {other}: leave it out with Distillation(contrast=0)"
+            )
+        if max(self.axes.count(shard(b, self.axes)) for b in self.batches) < 2:
+            raise DataError(
+                "contrast tells the examples of a batch apart; make batches larger than one example"
+            )
 
     @property
     def measure(self) -> str:

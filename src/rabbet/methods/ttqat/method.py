@@ -50,7 +50,7 @@ class TTQAT(Settings):
         The size of the dense layer is that on `dense_bits`. If the rank is to be chosen, the dense
         layer is a candidate in any case, on `dense_bits` and on the grids of `choices`.
         """
-        dense = Term(Dense(), Grid.of(self.dense_bits, axis=0))
+        dense = Term(Dense(), Grid.of_weights(self.dense_bits, axis=0))
         if site.name in self.keep_dense:
             return ((dense,),)
         given_rank = self.table_rank if site.looks_up else self.rank
@@ -70,7 +70,7 @@ class TTQAT(Settings):
         entries: list[tuple[Term, ...]] = []
         for rank in self.choices.ranks if given_rank is None else (given_rank,):
             for bits in self.widths:
-                grid = Grid.of(bits, "half" if bits == 2 else "signed")
+                grid = Grid.of_weights(bits, "half" if bits == 2 else "signed")
                 term = Term(chain(min(rank, full)), grid)
                 if term_lengths(site, term).bytes < limit:
                     entries.append((term,))

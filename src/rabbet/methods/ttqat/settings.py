@@ -41,7 +41,8 @@ class Settings:
     """
 
     bits: int | tuple[int, ...] = 4
-    """Bits of the cores (the paper's: 8, 4, 2); the program chooses among several per layer."""
+    """Bits of the cores (the paper's: 8, 4, 2), or 16 or 32 for floats; the program chooses among
+    several per layer."""
     rank: int | None = 20
     """Rank of linear layers; None: from `choices`. A layer that would not shrink stays dense."""
     table_rank: int | None = 20
@@ -49,7 +50,7 @@ class Settings:
     choices: Choices = Choices()
     """What the program chooses from if a rank is None."""
     dense_bits: int = 8
-    """Bits of layers that stay dense, with a scale per output."""
+    """Bits of layers that stay dense, with a scale per output; 16 or 32 for floats."""
     keep_dense: tuple[str, ...] = ()
     """Names of layers that stay dense, at `dense_bits`."""
     act: int | None = None
@@ -77,8 +78,8 @@ class Settings:
     def __post_init__(self) -> None:
         check_fields(self)
         for bits in self.widths:
-            Grid.of(bits)
-        Grid.of(self.dense_bits)
+            Grid.of_weights(bits)
+        Grid.of_weights(self.dense_bits)
         if self.act is not None:
             Grid.of(self.act, "unsigned")
         check_least(self, 1, "rank", "table_rank")
