@@ -25,7 +25,7 @@ from rabbet.workpiece import Workpiece
 
 HOPE = 0.5  # share of its likely harm that an option counts with until it is measured
 RELAXED = 25  # budgets, of many, that the relaxation is asked about
-NEAR = 0.1  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
+NEAR = 0.3  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
 
 
 def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
@@ -86,9 +86,11 @@ class Search:
         return [(layer, layer.lines.index(line.terms)) for layer, line in pairs]
 
     def _learn(self, options: Sequence[tuple["Layer", int]]) -> bool:
-        """Solve and measure those options that are not; whether there were any."""
-        solved = _solve(self.piece, options)
-        return _measure(self.piece, self.layers) or solved
+        """Solve those options that are not, or else measure all that was; whether there were any.
+
+        Measuring runs the network forth and back, so it waits until nothing is left to solve.
+        """
+        return _solve(self.piece, options) or _measure(self.piece, self.layers)
 
     def _near(self, budgets: Sequence[Budget]) -> list[tuple["Layer", int]]:
         """The options that the relaxation takes, and those that it might as well."""
