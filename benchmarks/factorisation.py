@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from common import machine
-from frontier import CIFAR, NETS
+from frontier import DATA, NETS
 from records import Records, Table, Values, add_options
 
 import rabbet
@@ -52,7 +52,7 @@ def measure(name: str, args: argparse.Namespace, records: Records, executor: Exe
     """The rows of one network."""
     model, data, test = NETS[name]()
     whole = rabbet.accuracy(model, test)
-    table = Table(records, "settings", COLUMNS, CIFAR)
+    table = Table(records, "settings", COLUMNS, DATA[name])
 
     def fitted(budget: str, method: rabbet.methods.Method) -> Values:
         start = time.perf_counter()
