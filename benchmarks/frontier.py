@@ -44,7 +44,7 @@ def cifar(depth: int) -> tuple[nn.Module, list[Tensor], Labelled]:
     return (
         nets.cifar_resnet(depth),
         list(torch.from_numpy(images).split(100)),
-        _labelled(*load.cifar10("test")),
+        _labelled(*(torch.from_numpy(a) for a in load.cifar10("test"))),
     )
 
 
@@ -56,20 +56,19 @@ def imagenet(
     150 of them calibrate, without labels, and the other 500 measure: no image does both. `inputs`
     makes what the network wants of images in [-1, 1].
     """
-    images, labels = reader("load").imagenet_val()
-    images = inputs(torch.from_numpy(images)).numpy()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
-    use, keep = order[:150], order[150:]
-    return (
-        model,
-        list(torch.from_numpy(images[use]).split(25)),
-        _labelled(images[keep], labels[keep], 50),
-    )
+    images, labels = (torch.from_numpy(a) for a in reader("load").imagenet_val())
+    images, (use, keep) = inputs(images), drawn()
+    return model, list(images[use].split(25)), _labelled(images[keep], labels[keep], 50)
 
 
-def _labelled(images: object, labels: object, size: int = 250) -> Labelled:
-    x, y = torch.from_numpy(images), torch.from_numpy(labels)  # type: ignore[arg-type]
-    return list(zip(x.split(size), y.split(size), strict=True))
+def drawn() -> tuple[Tensor, Tensor]:
+    """Which of the 650 images calibrate, and which measure."""
+    order = torch.randperm(650, generator=torch.Generator().manual_seed(0))
+    return order[:150], order[150:]
+
+
+def _labelled(images: Tensor, labels: Tensor, size: int = 250) -> Labelled:
+    return list(zip(images.split(size), labels.split(size), strict=True))
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
@@ -102,14 +101,14 @@ DATA = {name: CIFAR if name.startswith("resnet") else IMAGENET for name in NETS}
 def measure(name: str, args: argparse.Namespace, records: Records, jobs: rabbet.Jobs) -> None:
     """The rows of one network."""
     model, data, test = NETS[name]()
-    whole = rabbet.accuracy(model, test)
+    whole = functools.cache(lambda: rabbet.accuracy(model, test))
     parameters = 4 * sum(p.numel() for p in model.parameters())
     table = Table(records, "compressed", COLUMNS, DATA[name], args.seed)
     table.row(
         {"network": name, "budget": "float32", "tier": None, "rank": None},
         lambda: {
             "bits/weight": 32, "with scales": 32, "file bytes": parameters,
-            "% of float32 parameters": 100, "% MACs": 100, "% BOPs": 100, "accuracy": whole,
+            "% of float32 parameters": 100, "% MACs": 100, "% BOPs": 100, "accuracy": whole(),
         },
     )  # fmt: skip
 
@@ -135,7 +134,7 @@ def measure(name: str, args: argparse.Namespace, records: Records, jobs: rabbet.
             "% MACs": 100 * cost.macs / base.macs,
             "% BOPs": 100 * cost.bops / base.bops,
             "accuracy": accuracy,
-            "drop": whole - accuracy,
+            "drop": whole() - accuracy,
             "seconds": seconds,
             "ONNX bytes": exported.bytes,
             "ONNX accuracy": ran,

@@ -159,8 +159,11 @@ class ADMM:
 
 def _notes(solutions: Mapping[str, Tensors]) -> Iterator[str]:
     """What a user should know of factorised kernels."""
+    if not solutions:
+        yield "no kernel factorised: every layer of the plan is dense"
+        return
     errors = {name: float(solution["error"]) for name, solution in solutions.items()}
-    mean = sum(errors.values()) / max(len(errors), 1)
+    mean = sum(errors.values()) / len(errors)
     settled = sum(bool(solution["settled"]) for solution in solutions.values())
     yield (
         f"{len(errors)} kernels factorised, mean relative error {mean:.3f}; of {settled} the error "
