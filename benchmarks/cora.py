@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from common import machine, reader
 from frontier import CIFAR, DATA, NETS, drawn
 from reconstruction import reconstruct
-from records import Records, Table, Values, add_options
+from records import Records, Table, Values, add_options, told
 from torch import Tensor
 
 import rabbet
@@ -148,10 +148,10 @@ def figures(bench: Bench, table: Table, args: argparse.Namespace) -> None:
     """Accuracy at 3 bits with adapters, at low bits, and with the same bytes spent otherwise."""
     for label in args.cases:
         bits, act, ends, share = CASES[label]
-        ours = replace(OURS, bits=bits, act=act, ends=ends)
-        paper = replace(PAPER, bits=bits, act=act, ends=ends)
+        case = {"bits": bits, "act": act, "ends": ends}
+        ours, paper = (replace(_shortened(m, args), **case) for m in (OURS, PAPER))
         budget = f"bits <= {_bare_bits(bench, ours) + 8 * share:.3f}"
-        row = functools.partial(_figure, bench, table, label)
+        row = functools.partial(_figure, bench, table, label, args.own)
         first = row("CoRa, ours", ours, lambda budget=budget: budget)
         row("CoRa, the paper's settings", paper, lambda budget=budget: budget)
         same = functools.cache(functools.partial(_bytes, bench, ours, budget, first))
@@ -160,6 +160,16 @@ def figures(bench: Bench, table: Table, args: argparse.Namespace) -> None:
         row("Joint, same bytes", _ended(joint, ends), same)
         only = replace(joint, rank=False)
         row("bits only, same bytes", _ended(only, ends), same)
+
+
+def _shortened(method: CoRa, args: argparse.Namespace) -> CoRa:
+    """The method with as many iterations as the options say."""
+    ranking, tuning = method.ranking, method.tuning
+    if args.search is not None:
+        ranking = replace(ranking, steps=args.search)
+    if args.tuning is not None:
+        tuning = replace(tuning, steps=args.tuning)
+    return replace(method, ranking=ranking, tuning=tuning)
 
 
 def _bytes(bench: Bench, method: CoRa, budget: str, found: Values | None) -> str:
@@ -200,7 +210,13 @@ def _bare_bits(bench: Bench, method: CoRa) -> float:
 
 
 def _figure(
-    bench: Bench, table: Table, case: str, label: str, method: Method, budget: Callable[[], str]
+    bench: Bench,
+    table: Table,
+    case: str,
+    own: Values,
+    label: str,
+    method: Method,
+    budget: Callable[[], str],
 ) -> Values | None:
     """A row; the budget is asked for only if it is measured."""
 
@@ -214,7 +230,7 @@ def _figure(
             "seconds": seconds,
         }
 
-    return table.row({"network": bench.name, "case": case, "method": label}, measured)
+    return table.row({"network": bench.name, "case": case, "method": label} | own, measured)
 
 
 def step(bench: Bench) -> Values:
@@ -347,6 +363,8 @@ def main() -> None:
         default=list(CASES),
         help="of `figures`: weights/inputs",
     )
+    parser.add_argument("--search", type=int, help="iterations of the search, of `figures`")
+    parser.add_argument("--tuning", type=int, help="iterations of the tuning, of `figures`")
     parser.add_argument(
         "--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction"
     )
@@ -354,6 +372,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to draw a search at 3 bits and 5 %%")
     add_options(parser)
     args = parser.parse_args()
+    args.own = told(parser, args, "search", "tuning")
     if "ranks" in args.parts and any(DATA[name] != CIFAR for name in args.nets):
         parser.error("there are no images of ImageNet left to judge `ranks` by; name other --parts")
     print(f"{machine()}")
