@@ -151,7 +151,7 @@ def figures(bench: Bench, table: Table, args: argparse.Namespace) -> None:
         case = {"bits": bits, "act": act, "ends": ends}
         ours, paper = (replace(_shortened(m, args), **case) for m in (OURS, PAPER))
         budget = f"bits <= {_bare_bits(bench, ours) + 8 * share:.3f}"
-        row = functools.partial(_figure, bench, table, label, args.own)
+        row = functools.partial(_figure, bench, table, {"case": label} | args.own)
         first = row("CoRa, ours", ours, lambda budget=budget: budget)
         row("CoRa, the paper's settings", paper, lambda budget=budget: budget)
         same = functools.cache(functools.partial(_bytes, bench, ours, budget, first))
@@ -210,13 +210,7 @@ def _bare_bits(bench: Bench, method: CoRa) -> float:
 
 
 def _figure(
-    bench: Bench,
-    table: Table,
-    case: str,
-    own: Values,
-    label: str,
-    method: Method,
-    budget: Callable[[], str],
+    bench: Bench, table: Table, case: Values, label: str, method: Method, budget: Callable[[], str]
 ) -> Values | None:
     """A row; the budget is asked for only if it is measured."""
 
@@ -230,7 +224,7 @@ def _figure(
             "seconds": seconds,
         }
 
-    return table.row({"network": bench.name, "case": case, "method": label} | own, measured)
+    return table.row({"network": bench.name} | case | {"method": label}, measured)
 
 
 def step(bench: Bench) -> Values:
