@@ -2,7 +2,7 @@
 
     python benchmarks/factorisation.py [--nets resnet20 resnet56] [--rates 2 3] [--quick]
 
-Every conv with a kernel of more than one place, except the first and depthwise ones, is factorised
+Every conv with a kernel of more than one place, except the first and those in groups, is factorised
 at one rate; factors have 4 bits, the rest and all inputs 8. 1,600 unlabelled training images;
 accuracy of the written file on 5,000 test images (ImageNet: 150 and 500 of its validation images).
 `EPC, to nearest` is the same pipeline without ADMM; `Joint` is rabbet's own method, untuned, under

@@ -1,9 +1,9 @@
 """Quantised CP factorisation by ADMM, post-training and without labels (arXiv 2308.04595).
 
-Every conv with a kernel larger than 1 x 1, except in the first layer, becomes three factors at one
-rate and one bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm statistics are
-re-estimated, and inputs are quantised. The paper does not allocate ranks or bits to a budget, so
-the budget is only checked. Each choice that the paper left open is a setting.
+Every conv with a kernel larger than 1 x 1, except in the first layer and in groups, becomes three
+factors at one rate and one bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm
+statistics are re-estimated, and inputs are quantised. The paper does not allocate ranks or bits to
+a budget, so the budget is only checked. Each choice that the paper left open is a setting.
 """
 
 import math
