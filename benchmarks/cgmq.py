@@ -34,7 +34,9 @@ from rabbet import CGMQ, Joint, Task
 from rabbet.data.answers import scores_divergence
 from rabbet.errors import BudgetError
 from rabbet.methods import Method
+from rabbet.methods.base import Fitted
 from rabbet.train.tuning import Tuning
+from rabbet.workpiece import Workpiece
 
 Labelled = list[tuple[Tensor, Tensor]]
 DENSE = Joint(adapters=(), forms=(), grids=("2hc", "3c", "4c", "5c", "6c", "7c", "8c"))
@@ -134,6 +136,25 @@ def measured(
     return _of_file(result, model, test), result, time.perf_counter() - start
 
 
+class Watched:
+    """`CGMQ` that remembers how its gates went."""
+
+    def __init__(self, method: CGMQ) -> None:
+        self.method = method
+        self.landed = False
+
+    def plan(self, piece: Workpiece, budget: rabbet.Budget) -> rabbet.Plan:
+        """See `Method.plan`."""
+        gating = self.method.search(piece, budget)
+        # One state for each epoch, and one more if none of them kept the budget.
+        self.landed = len(gating.shares) > 2 * self.method.epochs
+        return gating.plan
+
+    def fit(self, piece: Workpiece, plan: rabbet.Plan) -> Fitted:
+        """See `Method.fit`."""
+        return self.method.fit(piece, plan)
+
+
 def fitted(
     model: nn.Module, plan: rabbet.Plan, task: Task, method: Method, test: Labelled
 ) -> tuple[float, rabbet.Result, float]:
@@ -190,9 +211,10 @@ def on_mnist(
 
     def mean(method: CGMQ, share: float) -> Values:
         test, task, models = data()
+        watched = [Watched(method) for _ in seeds]
         runs = [
-            measured(m, f"bops <= {share}%", task, method, test, k)
-            for k, m in zip(seeds, models, strict=True)
+            measured(m, f"bops <= {share}%", task, each, test, k)
+            for k, m, each in zip(seeds, models, watched, strict=True)
         ]
         accuracies = [r[0] for r in runs]
         held = [float(on_held(r[1])) for r in runs if on_held(r[1]) != "-"]
@@ -202,6 +224,7 @@ def on_mnist(
             "spread": _spread(accuracies),
             "held-back loss": statistics.mean(held) if held else None,
             "seconds": statistics.mean(r[2] for r in runs),
+            "landed in the end": sum(w.landed for w in watched) if method.epochs else None,
             "weights/inputs": widths(runs[0][1]),
             "weights/inputs of each seed": "; ".join(widths(r[1]) for r in runs),
         }
@@ -420,7 +443,8 @@ def on_vgg(settings: CGMQ, args: argparse.Namespace, table: Table, own: Values) 
 
 MEANS = {
     "network": "", "method": "", "budget": "", "found, largest": ".4f", "accuracy": ".2f",
-    "spread": ".2f", "held-back loss": ".4f", "seconds": ".0f", "weights/inputs": "",
+    "spread": ".2f", "held-back loss": ".4f", "seconds": ".0f", "landed in the end": "",
+    "weights/inputs": "",
 }  # fmt: skip
 ONE_RUN = {
     "network": "", "chosen by": "", "training": "", "budget": "", "found": ".4f", "file bytes": ",",
