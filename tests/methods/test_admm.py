@@ -14,7 +14,7 @@ from rabbet.data.task import Task
 from rabbet.errors import BudgetError, PlanError
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
-from rabbet.reconstruct.sequential import recalibrate_norms
+from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.workpiece import Workpiece
 
 SHORT = {"sweeps": 2, "inner": 4}

@@ -27,7 +27,7 @@ from rabbet.methods.base import Fitted
 from rabbet.methods.bn_gain import round_to_nearest, with_gain, without_gain
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
-from rabbet.reconstruct.sequential import recalibrate_norms
+from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.solve.factorise import first_factors, onto_grids
 from rabbet.workpiece import Workpiece
 
