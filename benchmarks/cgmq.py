@@ -1,12 +1,15 @@
 """CGMQ: LeNet-5 on MNIST and ResNet-20 on CIFAR-10 under budgets of bit operations.
 
-    python benchmarks/cgmq.py [--parts lenet directions resnet20] [--seeds 3] [--epochs 18]
+    python benchmarks/cgmq.py [--parts lenet fc directions resnet20] [--seeds 3] [--epochs 18]
+    # as in the paper: gates from the widest widths alone decide
+    python benchmarks/cgmq.py --parts directions fc resnet20 --steps 50 --only dynamic
     python benchmarks/cgmq.py --parts vgg7 --device cuda --epochs 120          # hours without a GPU
 
-LeNet-5 (32C5-MP-64C5-MP-512FC-10, 4,267,008 MACs) is trained in float first, by this script.
-Budgets are shares of the float32 bit operations; the floor, everything at 2 bits, is 0.3906 %.
-Accuracy is that of the written file on the test images (MNIST: 10,000, CIFAR-10: 5,000). A tenth of
-the training images chooses between epochs; settings were chosen by its loss.
+LeNet-5 (32C5-MP-64C5-MP-512FC-10, 4,267,008 MACs) and a fully connected network (300FC-100FC-10,
+266,200 MACs) are trained in float first, by this script. Budgets are shares of the float32 bit
+operations; the floor, everything at 2 bits, is 0.3906 %. Accuracy is that of the written file on
+the test images (MNIST: 10,000, CIFAR-10: 5,000). A tenth of the training images chooses between
+epochs; settings were chosen by its loss.
 """
 
 import argparse
@@ -31,7 +34,9 @@ from rabbet import CGMQ, Joint, Task
 from rabbet.data.answers import scores_divergence
 from rabbet.errors import BudgetError
 from rabbet.methods import Method
+from rabbet.methods.base import Fitted
 from rabbet.train.tuning import Tuning
+from rabbet.workpiece import Workpiece
 
 Labelled = list[tuple[Tensor, Tensor]]
 DENSE = Joint(adapters=(), forms=(), grids=("2hc", "3c", "4c", "5c", "6c", "7c", "8c"))
@@ -66,15 +71,31 @@ def task_of(batches: Labelled) -> Task:
     )
 
 
-@functools.cache
-def lenet(seed: int, epochs: int = 8) -> nn.Module:
-    """LeNet-5, trained in float: Adam, a cosine schedule from 1e-3."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(
+def lenet() -> nn.Module:
+    """LeNet-5."""
+    return nn.Sequential(
         nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 10),
     )  # fmt: skip
+
+
+def fully_connected() -> nn.Module:
+    """300FC-100FC-10 (LeCun et al., 1998)."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+        nn.Linear(100, 10),
+    )  # fmt: skip
+
+
+NETWORKS = {"LeNet-5": lenet, "300-100": fully_connected}
+
+
+@functools.cache
+def trained(network: str, seed: int, epochs: int = 8) -> nn.Module:
+    """A network for MNIST, trained in float: Adam, a cosine schedule from 1e-3."""
+    torch.manual_seed(seed)
+    model = NETWORKS[network]()
     x, y = mnist("train")
     adam = torch.optim.Adam(model.parameters(), 1e-3)
     steps = epochs * (len(x) // 128)
@@ -115,6 +136,25 @@ def measured(
     return _of_file(result, model, test), result, time.perf_counter() - start
 
 
+class Watched:
+    """`CGMQ` that remembers how its gates went."""
+
+    def __init__(self, method: CGMQ) -> None:
+        self.method = method
+        self.landed = False
+
+    def plan(self, piece: Workpiece, budget: rabbet.Budget) -> rabbet.Plan:
+        """See `Method.plan`."""
+        gating = self.method.search(piece, budget)
+        # One state for each epoch, and one more if none of them kept the budget.
+        self.landed = len(gating.shares) > 2 * self.method.epochs
+        return gating.plan
+
+    def fit(self, piece: Workpiece, plan: rabbet.Plan) -> Fitted:
+        """See `Method.fit`."""
+        return self.method.fit(piece, plan)
+
+
 def fitted(
     model: nn.Module, plan: rabbet.Plan, task: Task, method: Method, test: Labelled
 ) -> tuple[float, rabbet.Result, float]:
@@ -152,8 +192,8 @@ def short(result: rabbet.Result) -> str:
     )
 
 
-def on_lenet(
-    methods: dict[str, CGMQ], budgets: tuple[float, ...], table: Table, own: Values
+def on_mnist(
+    network: str, methods: dict[str, CGMQ], budgets: tuple[float, ...], table: Table, own: Values
 ) -> None:
     """A row for each method and budget: the mean over seeds."""
     assert isinstance(table.seed, list)
@@ -162,7 +202,7 @@ def on_lenet(
     @functools.cache
     def data() -> tuple[Labelled, Task, list[nn.Module]]:
         test = batched(*mnist("test"), 500)
-        return test, task_of(batched(*mnist("train"), 500)), [lenet(seed) for seed in seeds]
+        return test, task_of(batched(*mnist("train"), 500)), [trained(network, k) for k in seeds]
 
     def whole() -> Values:
         test, _, models = data()
@@ -171,9 +211,10 @@ def on_lenet(
 
     def mean(method: CGMQ, share: float) -> Values:
         test, task, models = data()
+        watched = [Watched(method) for _ in seeds]
         runs = [
-            measured(m, f"bops <= {share}%", task, method, test, k)
-            for k, m in zip(seeds, models, strict=True)
+            measured(m, f"bops <= {share}%", task, each, test, k)
+            for k, m, each in zip(seeds, models, watched, strict=True)
         ]
         accuracies = [r[0] for r in runs]
         held = [float(on_held(r[1])) for r in runs if on_held(r[1]) != "-"]
@@ -183,13 +224,15 @@ def on_lenet(
             "spread": _spread(accuracies),
             "held-back loss": statistics.mean(held) if held else None,
             "seconds": statistics.mean(r[2] for r in runs),
+            "landed in the end": sum(w.landed for w in watched) if method.epochs else None,
             "weights/inputs": widths(runs[0][1]),
+            "weights/inputs of each seed": "; ".join(widths(r[1]) for r in runs),
         }
 
-    table.row({"network": "LeNet-5", "method": "float32", "budget": None}, whole)
+    table.row({"network": network, "method": "float32", "budget": None}, whole)
     for label, method in methods.items():
         for share in budgets:
-            settings = {"network": "LeNet-5", "method": label, "budget": share} | own
+            settings = {"network": network, "method": label, "budget": share} | own
             table.row(settings, functools.partial(mean, method, share))
 
 
@@ -197,7 +240,9 @@ def _spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def on_resnet(settings: CGMQ, budgets: tuple[float, ...], table: Table, own: Values) -> None:
+def on_resnet(
+    settings: CGMQ, paper: CGMQ, budgets: tuple[float, ...], table: Table, own: Values
+) -> None:
     """The same on ResNet-20, against uniform widths and `Joint`, with and without that training.
 
     Both have 8 bits for the image and the input of the last layer; uniform widths, as is usual,
@@ -212,13 +257,14 @@ def on_resnet(settings: CGMQ, budgets: tuple[float, ...], table: Table, own: Val
         {"network": "ResNet-20", "chosen by": None, "training": "float32", "budget": None},
         lambda: {"accuracy": rabbet.accuracy(model, test)},
     )
-    gates = {
+    gates: dict[str, tuple[str, CGMQ]] = {
         "CGMQ": ("CGMQ, gates at rest", settings),
         "CGMQ, gates go on": (
             "CGMQ, gates go on",
             moving(settings, start="program", widths=settings.widths),
         ),
         "CGMQ, gates from the widest": ("CGMQ, gates from the widest", moving(settings)),
+        "CGMQ, the paper's dynamic": ("CGMQ, the paper's dynamic", paper),
     }
     plain = {
         "trained": ("trained as long", task, settings),
@@ -395,9 +441,10 @@ def on_vgg(settings: CGMQ, args: argparse.Namespace, table: Table, own: Values) 
         table.row(row | own, functools.partial(run, share))
 
 
-LENET = {
+MEANS = {
     "network": "", "method": "", "budget": "", "found, largest": ".4f", "accuracy": ".2f",
-    "spread": ".2f", "held-back loss": ".4f", "seconds": ".0f", "weights/inputs": "",
+    "spread": ".2f", "held-back loss": ".4f", "seconds": ".0f", "landed in the end": "",
+    "weights/inputs": "",
 }  # fmt: skip
 ONE_RUN = {
     "network": "", "chosen by": "", "training": "", "budget": "", "found": ".4f", "file bytes": ",",
@@ -410,6 +457,7 @@ CIFAR = (
     "CIFAR-10: 20,000 training images without labels, 1,600 of them to tune; 5,000 test images to "
     "measure"
 )
+PARTS = ("lenet", "fc", "directions", "resnet20")
 
 
 def main() -> None:
@@ -417,8 +465,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=("lenet", "directions", "resnet20", "vgg7"),
-                        default=("lenet", "directions", "resnet20"))  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "vgg7"), default=PARTS)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of vgg7"
     )
@@ -434,9 +481,15 @@ def main() -> None:
     print(f"{machine()}")
     records, own = Records("cgmq", args), told(parser, args, "epochs", "steps", "rate")
     settings = CGMQ(finish=args.epochs, steps=args.steps, rate=args.rate)
-    many = Table(records, "lenet", LENET, MNIST, list(range(args.seeds)))
+    paper = moving(CGMQ.paper(finish=args.epochs, steps=args.steps, rate=args.rate))
+    dynamic = {f"the paper's dynamic, direction {d}": replace(paper, direction=d) for d in (1, 2)}
+    seeds = list(range(args.seeds))
+    many = Table(records, "lenet", MEANS, MNIST, seeds)
     if "lenet" in args.parts:
-        on_lenet({"CGMQ": settings}, tuple(args.budgets or BUDGETS), many, own)
+        on_mnist("LeNet-5", {"CGMQ": settings}, tuple(args.budgets or BUDGETS), many, own)
+    if "fc" in args.parts:
+        flat = Table(records, "fc", MEANS, MNIST, seeds)
+        on_mnist("300-100", {"CGMQ": settings} | dynamic, tuple(args.budgets or BUDGETS), flat, own)
     if "directions" in args.parts:
         cases = {
             f"direction {d}, {what}": moving(settings, direction=d)
@@ -447,18 +500,11 @@ def main() -> None:
         together = "continuous: direction 3, weights and gates in the same epochs"
         cases |= {together: moving(settings, updates="continuous")}
         cases |= {"gates of channels": moving(settings, granularity="channel")}
-        paper: dict[str, Any] = {
-            "scales": "tensor", "two": "ternary", "fourfold": False, "landing": "end"
-        }  # fmt: skip
-        cases |= {
-            f"the paper's dynamic, direction {d}": moving(settings, direction=d, **paper)
-            for d in (1, 2)
-        }
-        cases |= {"where the program starts": settings}
-        on_lenet(cases, tuple(args.budgets or (0.40, 0.90)), many, own)
+        cases |= dynamic | {"where the program starts": settings}
+        on_mnist("LeNet-5", cases, tuple(args.budgets or (0.40, 0.90)), many, own)
     if "resnet20" in args.parts:
         one = Table(records, "resnet20", ONE_RUN, CIFAR)
-        on_resnet(settings, tuple(args.budgets or (0.5, 1.0, 2.0)), one, own)
+        on_resnet(settings, paper, tuple(args.budgets or (0.5, 1.0, 2.0)), one, own)
     if "vgg7" in args.parts:
         own |= told(parser, args, "float_epochs")
         on_vgg(settings, args, Table(records, "vgg7", ONE_RUN, CIFAR), own)

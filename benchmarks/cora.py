@@ -2,9 +2,11 @@
 
     python benchmarks/cora.py [--nets resnet20 resnet56]
         [--parts ranks figures step reconstruction latency]
+    python benchmarks/cora.py --nets mobilenet_v2 --parts figures step           # see pretrained.py
 
 1,600 training images, labels only where the paper's search takes them; accuracy of the written file
-on 5,000 test images, the drop in points against float on the same. Budgets are mean bits of the
+on 5,000 test images, the drop in points against float on the same (ImageNet: 150 and 500 of its
+validation images, none of which is left for `ranks`). Budgets are mean bits of the
 codes: 5 % of the parameters as 8-bit adapters are 0.4 bits. `paper`: the settings of the paper and
 its released code. `ours`: the defaults of `rabbet.CoRa`. Iterations: of the search and of the
 tuning, batches of 64 (paper: 32).
@@ -23,12 +25,14 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import pretrained
 import torch
 import torch.nn.functional as F
 from common import machine, reader
-from frontier import CIFAR, cifar
+from frontier import CIFAR, DATA, NETS, drawn
 from reconstruction import reconstruct
-from records import Records, Table, Values, add_options
+from records import Records, Table, Values, add_options, told
+from torch import Tensor
 
 import rabbet
 from rabbet import CoRa, Joint, Task
@@ -60,15 +64,24 @@ class Bench:
 
     def __init__(self, name: str, jobs: rabbet.Jobs) -> None:
         self.name, self.jobs = name, jobs
-        self.model, self.data, self.test = cifar(int(name.removeprefix("resnet")))
-        _, labels = reader("load").cifar10("train", 1600)
-        batches = list(zip(self.data, torch.from_numpy(labels).split(100), strict=True))
+        self.model, self.data, self.test = NETS[name]()
+        labels = _labels(name).split(len(self.data[0]))
         self.task = Task(
-            batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1])
+            list(zip(self.data, labels, strict=True)),
+            forward=lambda m, b: m(b[0]),
+            loss=lambda out, b: F.cross_entropy(out, b[1]),
         )
-        self.whole = rabbet.accuracy(self.model, self.test)
-        more, _ = reader("load").cifar10("train", HELD, first=5000)
-        self.held = list(torch.from_numpy(more).split(250))
+
+    @functools.cached_property
+    def whole(self) -> float:
+        """Accuracy in float."""
+        return rabbet.accuracy(self.model, self.test)
+
+    @functools.cached_property
+    def held(self) -> list[Tensor]:
+        """Other training images of CIFAR-10."""
+        images, _ = reader("load").cifar10("train", HELD, first=5000)
+        return list(torch.from_numpy(images).split(250))
 
     def drop(
         self, method: Method, budget: str, seed: int = 0
@@ -89,6 +102,14 @@ class Bench:
         with torch.no_grad():
             each = [float(scores_divergence(student(x), self.model(x))) for x in self.held]
         return statistics.mean(each)
+
+
+def _labels(name: str) -> Tensor:
+    """Labels of the images that calibrate."""
+    load = reader("load")
+    if DATA[name] == CIFAR:
+        return torch.from_numpy(load.cifar10("train", 1600)[1])
+    return torch.from_numpy(load.imagenet_val()[1])[drawn()[0]]
 
 
 def ranks(bench: Bench, table: Table, args: argparse.Namespace) -> None:
@@ -127,10 +148,10 @@ def figures(bench: Bench, table: Table, args: argparse.Namespace) -> None:
     """Accuracy at 3 bits with adapters, at low bits, and with the same bytes spent otherwise."""
     for label in args.cases:
         bits, act, ends, share = CASES[label]
-        ours = replace(OURS, bits=bits, act=act, ends=ends)
-        paper = replace(PAPER, bits=bits, act=act, ends=ends)
+        case = {"bits": bits, "act": act, "ends": ends}
+        ours, paper = (replace(_shortened(m, args), **case) for m in (OURS, PAPER))
         budget = f"bits <= {_bare_bits(bench, ours) + 8 * share:.3f}"
-        row = functools.partial(_figure, bench, table, label)
+        row = functools.partial(_figure, bench, table, {"case": label} | args.own)
         first = row("CoRa, ours", ours, lambda budget=budget: budget)
         row("CoRa, the paper's settings", paper, lambda budget=budget: budget)
         same = functools.cache(functools.partial(_bytes, bench, ours, budget, first))
@@ -139,6 +160,16 @@ def figures(bench: Bench, table: Table, args: argparse.Namespace) -> None:
         row("Joint, same bytes", _ended(joint, ends), same)
         only = replace(joint, rank=False)
         row("bits only, same bytes", _ended(only, ends), same)
+
+
+def _shortened(method: CoRa, args: argparse.Namespace) -> CoRa:
+    """The method with as many iterations as the options say."""
+    ranking, tuning = method.ranking, method.tuning
+    if args.search is not None:
+        ranking = replace(ranking, steps=args.search)
+    if args.tuning is not None:
+        tuning = replace(tuning, steps=args.tuning)
+    return replace(method, ranking=ranking, tuning=tuning)
 
 
 def _bytes(bench: Bench, method: CoRa, budget: str, found: Values | None) -> str:
@@ -179,7 +210,7 @@ def _bare_bits(bench: Bench, method: CoRa) -> float:
 
 
 def _figure(
-    bench: Bench, table: Table, case: str, label: str, method: Method, budget: Callable[[], str]
+    bench: Bench, table: Table, case: Values, label: str, method: Method, budget: Callable[[], str]
 ) -> Values | None:
     """A row; the budget is asked for only if it is measured."""
 
@@ -193,7 +224,7 @@ def _figure(
             "seconds": seconds,
         }
 
-    return table.row({"network": bench.name, "case": case, "method": label}, measured)
+    return table.row({"network": bench.name} | case | {"method": label}, measured)
 
 
 def step(bench: Bench) -> Values:
@@ -310,9 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--nets", nargs="+", choices=("resnet20", "resnet56"), default=["resnet20", "resnet56"]
-    )
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["resnet20", "resnet56"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -328,15 +357,20 @@ def main() -> None:
         default=list(CASES),
         help="of `figures`: weights/inputs",
     )
+    parser.add_argument("--search", type=int, help="iterations of the search, of `figures`")
+    parser.add_argument("--tuning", type=int, help="iterations of the tuning, of `figures`")
     parser.add_argument(
         "--iterations", nargs="+", type=int, default=[2000], help="a block, of reconstruction"
     )
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that solve layers")
     parser.add_argument("--picture", type=Path, help="where to draw a search at 3 bits and 5 %%")
     add_options(parser)
     args = parser.parse_args()
+    args.own = told(parser, args, "search", "tuning")
+    if "ranks" in args.parts and any(DATA[name] != CIFAR for name in args.nets):
+        parser.error("there are no images of ImageNet left to judge `ranks` by; name other --parts")
     print(f"{machine()}")
-    records = Records("cora", args, packages=("onnxruntime",))
+    records = Records("cora", args, packages=("onnxruntime", *pretrained.PACKAGES))
     parallel = (
         ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) if args.jobs > 1 else None
     )
@@ -344,17 +378,17 @@ def main() -> None:
         benches = [Bench(name, rabbet.Jobs(parallel)) for name in args.nets]
         for part in args.parts:
             print(f"\n{part}")
-            table = _table(part, records, args.seeds)
+            tables = {data: _table(part, records, args.seeds, data) for data in DATA.values()}
             for bench in benches:
-                _run(part, bench, table, args)
+                _run(part, bench, tables[DATA[bench.name]], args)
         if args.picture:
             _draw(benches[0], args.picture)
 
 
-def _table(part: str, records: Records, seeds: int) -> Table:
+def _table(part: str, records: Records, seeds: int, data: str) -> Table:
     other = "; divergence (in 1/1000) on 2,000 other training images" if part == "ranks" else ""
     seed = list(range(seeds)) if part == "ranks" else 0
-    return Table(records, part, COLUMNS[part], CIFAR + other, seed)
+    return Table(records, part, COLUMNS[part], data + other, seed)
 
 
 def _run(part: str, bench: Bench, table: Table, args: argparse.Namespace) -> None:

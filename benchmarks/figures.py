@@ -38,6 +38,8 @@ NAMES = {
     "resnet56": "ResNet-56",
     "resnet18": "ResNet-18",
     "mobilenet": "MobileNet v1",
+    "mobilenet_v2": "MobileNetV2",
+    "efficientnet_lite0": "EfficientNet-Lite0",
     "minilm": "MiniLM",
     "8c": "dense int8",
     "tucker@45": "Tucker-2",

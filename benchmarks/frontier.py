@@ -2,11 +2,13 @@
 
     # ResNet-20 and -56 at 4, 3, 2 and 1.5 bits
     python benchmarks/frontier.py
-    python benchmarks/frontier.py --nets mobilenet --bits 8 6 4
+    python benchmarks/frontier.py --nets mobilenet --budgets "bits <= 8" "bits <= 4"
+    # their weights come with packages: see pretrained.py
+    python benchmarks/frontier.py --nets mobilenet_v2 efficientnet_lite0 --tiers fast
 
 Weights: every conv and linear, first and last included. The mean counts codes; scales and the rest
 are in the bytes. Inputs of every layer have 8 bits. Calibration: the first 1,600 images of `train`
-without labels (MobileNet, for which no training images are at hand: see `mobilenet`). Accuracy: the
+without labels (ImageNet, of which no training images are at hand: see `imagenet`). Accuracy: the
 written file, loaded again, on the test images; the drop is in points against float on the same
 images. ONNX: the exported file in onnxruntime, on the same images. Seconds: from the call to the
 network; candidates are solved once and shared by the budgets (the first row of a network pays).
@@ -23,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import pretrained
 import torch
 from common import machine, reader
 from records import Records, Table, Values, add_options
@@ -41,35 +44,39 @@ def cifar(depth: int) -> tuple[nn.Module, list[Tensor], Labelled]:
     return (
         nets.cifar_resnet(depth),
         list(torch.from_numpy(images).split(100)),
-        _labelled(*load.cifar10("test")),
+        _labelled(*(torch.from_numpy(a) for a in load.cifar10("test"))),
     )
 
 
-def mobilenet() -> tuple[nn.Module, list[Tensor], Labelled]:
-    """MobileNet v1 on ImageNet: there are 650 validation images and no training ones.
+def imagenet(
+    model: nn.Module, inputs: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[nn.Module, list[Tensor], Labelled]:
+    """A network on ImageNet: there are 650 validation images and no training ones.
 
-    150 of them calibrate, without labels, and the other 500 measure: no image does both.
+    150 of them calibrate, without labels, and the other 500 measure: no image does both. `inputs`
+    makes what the network wants of images in [-1, 1].
     """
-    load, nets = reader("load"), reader("nets")
-    images, labels = load.imagenet_val()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
-    use, keep = order[:150], order[150:]
-    return (
-        nets.mobilenet_v1(),
-        list(torch.from_numpy(images[use]).split(25)),
-        _labelled(images[keep], labels[keep], 50),
-    )
+    images, labels = (torch.from_numpy(a) for a in reader("load").imagenet_val())
+    images, (use, keep) = inputs(images), drawn()
+    return model, list(images[use].split(25)), _labelled(images[keep], labels[keep], 50)
 
 
-def _labelled(images: object, labels: object, size: int = 250) -> Labelled:
-    x, y = torch.from_numpy(images), torch.from_numpy(labels)  # type: ignore[arg-type]
-    return list(zip(x.split(size), y.split(size), strict=True))
+def drawn() -> tuple[Tensor, Tensor]:
+    """Which of the 650 images calibrate, and which measure."""
+    order = torch.randperm(650, generator=torch.Generator().manual_seed(0))
+    return order[:150], order[150:]
+
+
+def _labelled(images: Tensor, labels: Tensor, size: int = 250) -> Labelled:
+    return list(zip(images.split(size), labels.split(size), strict=True))
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, list[Tensor], Labelled]]] = {
     "resnet20": lambda: cifar(20),
     "resnet56": lambda: cifar(56),
-    "mobilenet": mobilenet,
+    "mobilenet": lambda: imagenet(reader("nets").mobilenet_v1()),
+    "mobilenet_v2": lambda: imagenet(pretrained.mobilenet_v2(), pretrained.standardised),
+    "efficientnet_lite0": lambda: imagenet(pretrained.efficientnet_lite0(), pretrained.centred),
 }
 
 
@@ -81,27 +88,27 @@ COLUMNS = {
     "file bytes": ",", "% of float32 parameters": ".2f", "% MACs": ".1f", "% BOPs": ".3f",
     "accuracy": ".2f", "drop": ".2f", "seconds": ".0f", "ONNX bytes": ",", "ONNX accuracy": ".2f",
 }  # fmt: skip
-DATA = {
-    "mobilenet": "ImageNet: 150 of 650 validation images without labels to calibrate, the other "
-    "500 to measure",
-}
 CIFAR = (
     "CIFAR-10: 1,600 training images without labels to calibrate, the first 5,000 test images to "
     "measure"
 )
+IMAGENET = (
+    "ImageNet: 150 of 650 validation images without labels to calibrate, the other 500 to measure"
+)
+DATA = {name: CIFAR if name.startswith("resnet") else IMAGENET for name in NETS}
 
 
 def measure(name: str, args: argparse.Namespace, records: Records, jobs: rabbet.Jobs) -> None:
     """The rows of one network."""
     model, data, test = NETS[name]()
-    whole = rabbet.accuracy(model, test)
+    whole = functools.cache(lambda: rabbet.accuracy(model, test))
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    table = Table(records, "compressed", COLUMNS, DATA.get(name, CIFAR), args.seed)
+    table = Table(records, "compressed", COLUMNS, DATA[name], args.seed)
     table.row(
         {"network": name, "budget": "float32", "tier": None, "rank": None},
         lambda: {
             "bits/weight": 32, "with scales": 32, "file bytes": parameters,
-            "% of float32 parameters": 100, "% MACs": 100, "% BOPs": 100, "accuracy": whole,
+            "% of float32 parameters": 100, "% MACs": 100, "% BOPs": 100, "accuracy": whole(),
         },
     )  # fmt: skip
 
@@ -127,7 +134,7 @@ def measure(name: str, args: argparse.Namespace, records: Records, jobs: rabbet.
             "% MACs": 100 * cost.macs / base.macs,
             "% BOPs": 100 * cost.bops / base.bops,
             "accuracy": accuracy,
-            "drop": whole - accuracy,
+            "drop": whole() - accuracy,
             "seconds": seconds,
             "ONNX bytes": exported.bytes,
             "ONNX accuracy": ran,
@@ -167,7 +174,7 @@ def main() -> None:
     add_options(parser, folder=True)
     args = parser.parse_args()
     print(f"seed {args.seed}; {machine()}")
-    records = Records("frontier", args, packages=("onnxruntime",))
+    records = Records("frontier", args, packages=("onnxruntime", *pretrained.PACKAGES))
     folder = Path(args.resume) if isinstance(args.resume, str) else None
     with ProcessPoolExecutor(
         args.jobs, mp_context=multiprocessing.get_context("spawn")

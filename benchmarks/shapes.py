@@ -1,4 +1,4 @@
-"""Networks of well-known shapes in plain torch, with random weights: for time and memory alone."""
+"""Networks of well-known shapes in plain torch, with random weights."""
 
 import torch
 import torch.nn.functional as F
@@ -80,15 +80,16 @@ def resnet50() -> nn.Module:
 
 
 class Inverted(nn.Module):
-    """Widen, a depthwise 3x3 conv, narrow again; the input is added where shapes agree."""
+    """Widen, a depthwise conv, narrow again; the input is added where shapes agree."""
 
-    def __init__(self, cin: int, cout: int, stride: int, widening: int) -> None:
+    def __init__(
+        self, cin: int, cout: int, stride: int, widening: int, size: int = 3, like: str = "torch"
+    ) -> None:
         super().__init__()
         mid = cin * widening
-        wide = [normed(cin, mid, 1)] if widening > 1 else []
-        deep = normed(mid, mid, 3, stride, mid)
-        narrow = (nn.Conv2d(mid, cout, 1, bias=False), nn.BatchNorm2d(cout))
-        self.layers = nn.Sequential(*wide, deep, *narrow)
+        wide = [normed(cin, mid, 1, like=like)] if widening > 1 else []
+        deep = normed(mid, mid, size, stride, mid, like)
+        self.layers = nn.Sequential(*wide, deep, *normed(mid, cout, 1, like=like)[:-1])
         self.same = (cin, stride) == (cout, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,24 +98,50 @@ class Inverted(nn.Module):
         return x + y if self.same else y
 
 
-def normed(cin: int, cout: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """A conv with its BatchNorm and ReLU6."""
-    conv = nn.Conv2d(cin, cout, size, stride, size // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU6())
+def normed(
+    cin: int, cout: int, size: int, stride: int = 1, groups: int = 1, like: str = "torch"
+) -> nn.Sequential:
+    """A conv with its BatchNorm and ReLU6.
+
+    like: "torch", or "tensorflow", which pads before the first pixel no more than after the last.
+    """
+    pad, eps = size // 2, 1e-5 if like == "torch" else 1e-3
+    before = []
+    if like == "tensorflow" and stride > 1:
+        ends = ((size - stride) // 2, (size - stride + 1) // 2)
+        before, pad = [nn.ZeroPad2d((*ends, *ends))], 0
+    conv = nn.Conv2d(cin, cout, size, stride, pad, groups=groups, bias=False)
+    return nn.Sequential(*before, conv, nn.BatchNorm2d(cout, eps), nn.ReLU6())
 
 
 def mobilenet_v2() -> nn.Module:
     """MobileNetV2 (arXiv 1801.04381, table 2), 3.5 million weights."""
-    stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-              (6, 160, 3, 2), (6, 320, 1, 1))  # fmt: skip
-    layers: list[nn.Module] = [normed(3, 32, 3, 2)]
+    stages = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3),
+              (6, 96, 3, 1, 3), (6, 160, 3, 2, 3), (6, 320, 1, 1, 3))  # fmt: skip
+    return _mobile(stages, "torch")
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0, 4.7 million weights: B0 (arXiv 1905.11946, table 1) with ReLU6.
+
+    It has no squeeze-and-excitation, and is padded and normed as TensorFlow does it.
+    """
+    stages = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3),
+              (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))  # fmt: skip
+    return _mobile(stages, "tensorflow")
+
+
+def _mobile(stages: tuple[tuple[int, int, int, int, int], ...], like: str) -> nn.Module:
+    """Inverted blocks; a stage: widening, channels, depth, stride, size of its kernels."""
+    layers: list[nn.Module] = [normed(3, 32, 3, 2, like=like)]
     cin = 32
-    for widening, cout, depth, stride in stages:
+    for widening, cout, depth, stride, size in stages:
         for k in range(depth):
-            layers.append(Inverted(cin, cout, 1 if k else stride, widening))
+            layers.append(Inverted(cin, cout, 1 if k else stride, widening, size, like))
             cin = cout
     pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(*layers, normed(320, 1280, 1), *pool, nn.Linear(1280, 1000)).eval()
+    last = normed(cin, 1280, 1, like=like)
+    return nn.Sequential(*layers, last, *pool, nn.Linear(1280, 1000)).eval()
 
 
 class Attending(nn.Module):

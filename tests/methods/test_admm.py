@@ -15,7 +15,7 @@ from rabbet.data.task import Task
 from rabbet.errors import BudgetError, PlanError
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
-from rabbet.reconstruct.sequential import recalibrate_norms
+from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.workpiece import Workpiece
 
 SHORT = {"sweeps": 2, "inner": 4}
@@ -237,3 +237,11 @@ def test_where_there_is_no_kernel_no_width_is_chosen():
 def test_kernels_that_are_lost_are_named():
     said = _run(ADMM(**SHORT | {"sweeps": 1, "inner": 1}, rate=30.0, bits=2, start="random")).notes
     assert any("further from their weights than half of them, " in note for note in said)
+
+
+def test_that_there_is_no_kernel_to_factorise_is_said():
+    depthwise = torch.nn.Conv2d(4, 4, 3, groups=4)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), depthwise, torch.nn.Conv2d(4, 8, 1))
+    result = compress(model.eval(), ANY, [torch.randn(2, 3, 8, 8)], ADMM(**SHORT))
+    assert [str(line.terms[0]) for line in result.plan] == ["dense@8c"] * 3
+    assert result.notes[0] == "no kernel factorised: every layer of the plan is dense"

@@ -127,7 +127,7 @@ def test_an_expert_that_is_shown_other_places_is_not_matched():
     student = solved(piece, _plan(piece, "dense@8c"))[0]
     met, halves = rand(64, 6) + 2, functools.partial(Axes((0,)).halves, count=64)
     seen = sequential._in_halves(layer(met), piece.survey["0"], halves)
-    hook = sequential._matcher(seen, sequential.GAIN, met.shape, halves)
+    hook = sequential.matcher(seen, sequential.GAIN, met.shape, halves)
     compressed, others = student[0], rand(5, 6) - 2
     before = compressed.bias.clone()
     out = compressed(others)

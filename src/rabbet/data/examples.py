@@ -5,7 +5,7 @@ not proven by running the network (`rabbet.model.independence`). Where axes are 
 is one example, and is taken as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,21 @@ class Axes:
             parts.append(batch)
             count += self.count(batch)
         return self.first(self.join(parts), limit), list(batches[len(parts) :])
+
+    def portions(self, batches: Sequence[Batch], size: int) -> Iterator[Batch]:
+        """All examples in batches of `size`; fewer at the end, and where batches do not join."""
+        parts: list[Batch] = []
+        for batch in batches:
+            start, count = 0, self.count(batch)
+            while start < count:
+                room = size - sum(map(self.count, parts))
+                if parts and not (room and self.joinable(parts[0], batch)):
+                    yield self.join(parts)
+                    parts, room = [], size
+                parts.append(self.cut(batch, slice(start, start + room)))
+                start += room
+        if parts:
+            yield self.join(parts)
 
     def hold_back(self, batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
         """All examples split into the first ones and those held back from the end.

@@ -1,10 +1,10 @@
 """Quantised CP factorisation by ADMM, post-training and without labels (arXiv 2308.04595).
 
-Every conv with a kernel larger than 1 x 1, except in the first layer, becomes three factors at one
-rate and one bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm statistics are
-re-estimated, and inputs are quantised. The paper does not allocate ranks or bits to a budget, so
-the budget is only checked, unless several widths are given: then an integer program chooses among
-them. Each choice that the paper left open is a setting.
+Every conv with a kernel larger than 1 x 1, except in the first layer and in groups, becomes three
+factors at one rate and one bit-width; the other layers are rounded to nearest at 8 bits. BatchNorm
+statistics are re-estimated, and inputs are quantised. The paper does not allocate ranks or bits to
+a budget, so the budget is only checked, unless several widths are given: then an integer program
+chooses among them. Each choice that the paper left open is a setting.
 """
 
 import math
@@ -31,7 +31,7 @@ from rabbet.methods.base import Fitted
 from rabbet.methods.bn_gain import round_to_nearest, with_gain, without_gain
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
-from rabbet.reconstruct.sequential import recalibrate_norms
+from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.solve.als import Problem
 from rabbet.solve.factorise import FormName, first_factors, onto_grids, usual_start
 from rabbet.workpiece import Workpiece
@@ -221,10 +221,12 @@ class ADMM:
 
 def _notes(solutions: Mapping[str, Tensors]) -> Iterator[str]:
     """What a user should know of factorised kernels."""
+    if not solutions:
+        yield "no kernel factorised: every layer of the plan is dense"
+        return
     errors = {name: float(solution["error"]) for name, solution in solutions.items()}
-    count = max(len(errors), 1)
-    mean = sum(errors.values()) / count
-    begun = sum(float(solution["begun"]) for solution in solutions.values()) / count
+    mean = sum(errors.values()) / len(errors)
+    begun = sum(float(solution["begun"]) for solution in solutions.values()) / len(errors)
     settled = sum(bool(solution["settled"]) for solution in solutions.values())
     yield (
         f"{len(errors)} kernels factorised, mean relative error {mean:.3f}, {begun:.3f} in float; "

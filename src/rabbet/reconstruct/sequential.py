@@ -16,7 +16,6 @@ on it, and in the end others judge whether the network has become better at all.
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +60,7 @@ class _Met:
     """The input of a layer of the float network, and the statistics of its outputs."""
 
     given: Tensor
-    outputs: "_Statistics | None"
+    outputs: "Statistics | None"
 
 
 def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 512) -> str:
@@ -77,7 +76,7 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 512) -> 
         return "layers not solved again in order: too few examples to hold one back"
     layers = compressed_layers(student)
     sites = [s for s in piece.survey if s.name in layers and s.calls == 1 and not s.looks_up]
-    batch, unused = axes.gathered(train, min(limit, _affordable(sites)))
+    batch, unused = axes.gathered(train, min(limit, affordable(sites)))
     judges = judging_parts(_first_batches([*held, *unused], axes), axes, piece.seed)
     put_back = layers_kept(student)
     try:
@@ -162,32 +161,12 @@ def _hooks(
             continue  # other examples may be sent another way
         layer, seen = layers[site.name], met[site.name]
         solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given, halves)))
-        if _gained(layer) and seen.outputs is not None:
-            matchers.append((layer, _matcher(seen.outputs, GAIN, seen.given.shape, halves)))
+        if gained(layer) and seen.outputs is not None:
+            matchers.append((layer, matcher(seen.outputs, GAIN, seen.given.shape, halves)))
     return solvers, matchers
 
 
-def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
-    """Re-estimate the statistics of folded BatchNorms in place, on the network's own activations.
-
-    What arXiv 2308.04595 does after factorising: each output gets the mean and deviation that its
-    BatchNorm was trained to give, layer by layer in one pass. It saves broken networks and harms
-    healthy ones (docs/architecture.md).
-    """
-    layers = compressed_layers(student)
-    sites = [s for s in piece.survey if s.name in layers and s.name in piece.norms and s.calls == 1]
-    batch = piece.task.gathered(min(limit, _affordable(sites)))
-    matchers: list[Hook] = []
-    for site in sites:
-        layer, norm = layers[site.name], piece.norms[site.name]
-        if _gained(layer):
-            wanted = _Statistics(norm.mean[None], norm.spread[None])
-            matchers.append((layer, _matcher(wanted, (0.0, math.inf))))
-    with torch.no_grad(), hooked(matchers):
-        piece.task.run(student, batch)
-
-
-def _gained(layer: Compressed) -> bool:
+def gained(layer: Compressed) -> bool:
     """Whether every term has a scale for each output channel, which can take a gain."""
     ends = zip(layer.forms, layer.factors, strict=True)
     return all(_takes_gain(factors[-1]) and not form.contracted for form, factors in ends)
@@ -198,7 +177,7 @@ def _takes_gain(factor: Factor) -> bool:
     return factor.grid.scales.parts(1) is not None
 
 
-def _affordable(sites: Sequence[Site]) -> int:
+def affordable(sites: Sequence[Site]) -> int:
     """Examples whose inputs of all layers fit into the memory of all windows, and the largest."""
     each = [*map(_inputs, sites), 1]
     return max(1, min(WINDOWS * WINDOW // sum(each), AT_ONCE // max(each)))
@@ -306,17 +285,17 @@ def _solve(second: Tensor, pull: Tensor, share: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Statistics:
+class Statistics:
     """Means and deviations of channels, [halves, out]; one half if they are known for sure."""
 
     mean: Tensor
     spread: Tensor
 
 
-def _in_halves(out: Tensor, site: Site, halves: Halves) -> _Statistics | None:
+def _in_halves(out: Tensor, site: Site, halves: Halves) -> Statistics | None:
     """The statistics of every second example; None where these cannot be told."""
     each = [_statistics(half, site) for half in halves(out)]
-    return _Statistics(*(torch.stack(parts) for parts in zip(*each, strict=True))) if each else None
+    return Statistics(*(torch.stack(parts) for parts in zip(*each, strict=True))) if each else None
 
 
 def _trusted(corrections: Tensor, units: Tensor | float = 1.0) -> Tensor:
@@ -333,8 +312,8 @@ def _trusted(corrections: Tensor, units: Tensor | float = 1.0) -> Tensor:
     return trust * corrections.mean(0)
 
 
-def _matcher(
-    wanted: _Statistics,
+def matcher(
+    wanted: Statistics,
     limits: tuple[float, float],
     shape: torch.Size | None = None,
     halves: Halves | None = None,
@@ -352,7 +331,7 @@ def _matcher(
         out = out.float()
         sure = halves is None
         mean, spread = _statistics(out, layer.site)
-        ours = _Statistics(mean[None], spread[None])
+        ours = Statistics(mean[None], spread[None])
         if halves is not None:
             told = _in_halves(out, layer.site, halves)
             assert told is not None  # it was for an output of the same shape

@@ -29,7 +29,7 @@ from rabbet.methods.joint import Joint
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.network import solve_lines
-from rabbet.reconstruct.sequential import recalibrate_norms
+from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.solve.whiten import principal
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
