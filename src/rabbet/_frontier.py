@@ -1,7 +1,7 @@
 """What every budget buys, found at once; and the least that keeps what the user measures."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
@@ -91,8 +91,8 @@ class Frontier:
     points: tuple[Point, ...]
     beside: Budget | None
     method: Method
-    piece: Workpiece
-    searched: Search
+    piece: Workpiece = field(repr=False)
+    searched: Search = field(repr=False)
 
     @property
     def survey(self) -> Survey:
