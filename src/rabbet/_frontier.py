@@ -72,12 +72,12 @@ class Within:
 
     def __str__(self) -> str:
         sure = (
-            "how sure is not known, for the number of examples is not"
+            "of how many examples is not known"
             if self.deviation is None
-            else f"its standard deviation with so many examples is {self.deviation:.2f}"
+            else f"give or take {self.deviation:.3g} (one standard deviation)"
         )
-        tries = ", ".join(f"{limit.text} ({drop:+.2f})" for limit, drop in self.tried)
-        return f"{self.point.limit.text}: a drop of {self.drop:.2f}, {sure}; fitted: {tries}"
+        tries = ", ".join(f"{limit.text} ({drop:+.3g})" for limit, drop in self.tried)
+        return f"{self.point.limit.text}: a drop of {self.drop:.3g}, {sure}; fitted: {tries}"
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Frontier:
         if best is None:
             least = min(said, key=lambda pair: pair[1])
             raise BudgetError(
-                f"no plan that was fitted drops by at most {drop:g}: the least was {least[1]:.2f} "
+                f"no plan that was fitted drops by at most {drop:g}: the least was {least[1]:.3g} "
                 f"at {least[0].text}; allow more, or tune longer"
             )
         place, result = best
@@ -259,7 +259,11 @@ class Frontier:
         """The report for people."""
         beside = "" if self.beside is None else f", beside {self.beside}"
         last = f"{len(self.points)} points along {self.axis}{beside}"
-        return [self.table, last, self.survey.counted("MACs and BOPs")]
+        between = any(point.accuracy and not point.measured for point in self.points)
+        notes = (
+            ["?: not measured, but told by the measured points on both sides"] if between else []
+        )
+        return [self.table, last, *notes, self.survey.counted("MACs and BOPs")]
 
     def report(self, path: str | Path) -> int:
         """Write it as one HTML file for a browser, a slider over its plans; returns its bytes.
@@ -279,7 +283,7 @@ def _shown(point: Point, told: bool) -> tuple[str, ...]:
     if not told or point.accuracy is None:
         return ()
     value, *ends = point.accuracy
-    return (f"{value:.2f}{'' if point.measured else ' ?'}", *(f"{end:.2f}" for end in ends))
+    return (f"{value:#.4g}{'' if point.measured else ' ?'}", *(f"{end:#.4g}" for end in ends))
 
 
 @in_turn
