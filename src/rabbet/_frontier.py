@@ -237,16 +237,14 @@ class Frontier:
 
     @property
     def table(self) -> Table:
-        """Some of the points, evenly spread."""
+        """Some of the points, evenly spread, and all that were measured."""
         metrics = [m for m in METRICS if METRICS[m].amount(self.float_cost)]
         told = any(point.accuracy for point in self.points)
         heads = ("budget", *metrics, "expected error", *(["measure", "from", "to"] if told else []))
-        places = np.linspace(0, len(self.points) - 1, min(SHOWN, len(self.points))).round()
-        rows = [
-            (*self._row(self.points[int(k)], metrics), *_shown(self.points[int(k)], told))
-            for k in dict.fromkeys(places)
-        ]
-        return Table(heads, rows)
+        last = len(self.points) - 1
+        spread = {round(k) for k in np.linspace(0, last, min(SHOWN, last + 1))}
+        shown = [p for k, p in enumerate(self.points) if k in spread or p.measured]
+        return Table(heads, [(*self._row(p, metrics), *_shown(p, told)) for p in shown])
 
     def _row(self, point: Point, metrics: Sequence[str]) -> Iterator[str]:
         yield point.limit.text
@@ -354,13 +352,17 @@ def _budgets(
     allocator = searched.allocator
     whole = allocator.piece.float_cost
     amount = METRICS[axis].amount
-    if limits is None:
-        low, high = (amount(cost) for cost in allocator.ends(axis, beside))
+    ends = [Budget.parse(f"{axis} <= {text}").limits[0] for text in limits or ()]
+    ends.sort(key=lambda limit: -limit.amount(whole))
+    if ends:
+        high, low = (limit.amount(whole) for limit in ends)
     else:
-        ends = [Budget.parse(f"{axis} <= {text}").limits[0] for text in limits]
-        low, high = sorted(limit.amount(whole) for limit in ends)
+        low, high = (amount(cost) for cost in allocator.ends(axis, beside))
     values = np.geomspace(max(high, 1), max(low, 1), points).tolist()
-    return [_joined(Budget((_limit(axis, value, whole),)), beside) for value in values]
+    found = [_limit(axis, value, whole) for value in values]
+    if ends:
+        found[0], found[-1] = ends  # as they were written
+    return [_joined(Budget((limit,)), beside) for limit in found]
 
 
 def _limit(axis: str, amount: float, whole: Cost) -> Limit:
