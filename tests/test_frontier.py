@@ -116,7 +116,7 @@ def test_the_smallest_within_a_drop_is_found_on_the_users_measure():
 def test_a_drop_that_no_plan_keeps_is_said():
     frontier = rabbet.frontier(demo.model(), demo.calibration(), method=FAST, points=5)
     scores = iter([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    with pytest.raises(BudgetError, match=r"the least was 1\.00"):
+    with pytest.raises(BudgetError, match="the least was 1 at"):
         frontier.within(0.5, lambda _: next(scores))
 
 

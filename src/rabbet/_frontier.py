@@ -72,12 +72,12 @@ class Within:
 
     def __str__(self) -> str:
         sure = (
-            "how sure is not known, for the number of examples is not"
+            "of how many examples is not known"
             if self.deviation is None
-            else f"its standard deviation with so many examples is {self.deviation:.2f}"
+            else f"give or take {self.deviation:.3g} (one standard deviation)"
         )
-        tries = ", ".join(f"{limit.text} ({drop:+.2f})" for limit, drop in self.tried)
-        return f"{self.point.limit.text}: a drop of {self.drop:.2f}, {sure}; fitted: {tries}"
+        tries = ", ".join(f"{limit.text} ({drop:+.3g})" for limit, drop in self.tried)
+        return f"{self.point.limit.text}: a drop of {self.drop:.3g}, {sure}; fitted: {tries}"
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Frontier:
         if best is None:
             least = min(said, key=lambda pair: pair[1])
             raise BudgetError(
-                f"no plan that was fitted drops by at most {drop:g}: the least was {least[1]:.2f} "
+                f"no plan that was fitted drops by at most {drop:g}: the least was {least[1]:.3g} "
                 f"at {least[0].text}; allow more, or tune longer"
             )
         place, result = best
@@ -237,16 +237,14 @@ class Frontier:
 
     @property
     def table(self) -> Table:
-        """Some of the points, evenly spread."""
+        """Some of the points, evenly spread, and all that were measured."""
         metrics = [m for m in METRICS if METRICS[m].amount(self.float_cost)]
         told = any(point.accuracy for point in self.points)
         heads = ("budget", *metrics, "expected error", *(["measure", "from", "to"] if told else []))
-        places = np.linspace(0, len(self.points) - 1, min(SHOWN, len(self.points))).round()
-        rows = [
-            (*self._row(self.points[int(k)], metrics), *_shown(self.points[int(k)], told))
-            for k in dict.fromkeys(places)
-        ]
-        return Table(heads, rows)
+        last = len(self.points) - 1
+        spread = {round(k) for k in np.linspace(0, last, min(SHOWN, last + 1))}
+        shown = [p for k, p in enumerate(self.points) if k in spread or p.measured]
+        return Table(heads, [(*self._row(p, metrics), *_shown(p, told)) for p in shown])
 
     def _row(self, point: Point, metrics: Sequence[str]) -> Iterator[str]:
         yield point.limit.text
@@ -259,7 +257,11 @@ class Frontier:
         """The report for people."""
         beside = "" if self.beside is None else f", beside {self.beside}"
         last = f"{len(self.points)} points along {self.axis}{beside}"
-        return [self.table, last, self.survey.counted("MACs and BOPs")]
+        between = any(point.accuracy and not point.measured for point in self.points)
+        notes = (
+            ["?: not measured, but told by the measured points on both sides"] if between else []
+        )
+        return [self.table, last, *notes, self.survey.counted("MACs and BOPs")]
 
     def report(self, path: str | Path) -> int:
         """Write it as one HTML file for a browser, a slider over its plans; returns its bytes.
@@ -279,7 +281,7 @@ def _shown(point: Point, told: bool) -> tuple[str, ...]:
     if not told or point.accuracy is None:
         return ()
     value, *ends = point.accuracy
-    return (f"{value:.2f}{'' if point.measured else ' ?'}", *(f"{end:.2f}" for end in ends))
+    return (f"{value:#.4g}{'' if point.measured else ' ?'}", *(f"{end:#.4g}" for end in ends))
 
 
 @in_turn
@@ -350,13 +352,17 @@ def _budgets(
     allocator = searched.allocator
     whole = allocator.piece.float_cost
     amount = METRICS[axis].amount
-    if limits is None:
-        low, high = (amount(cost) for cost in allocator.ends(axis, beside))
+    ends = [Budget.parse(f"{axis} <= {text}").limits[0] for text in limits or ()]
+    ends.sort(key=lambda limit: -limit.amount(whole))
+    if ends:
+        high, low = (limit.amount(whole) for limit in ends)
     else:
-        ends = [Budget.parse(f"{axis} <= {text}").limits[0] for text in limits]
-        low, high = sorted(limit.amount(whole) for limit in ends)
+        low, high = (amount(cost) for cost in allocator.ends(axis, beside))
     values = np.geomspace(max(high, 1), max(low, 1), points).tolist()
-    return [_joined(Budget((_limit(axis, value, whole),)), beside) for value in values]
+    found = [_limit(axis, value, whole) for value in values]
+    if ends:
+        found[0], found[-1] = ends  # as they were written
+    return [_joined(Budget((limit,)), beside) for limit in found]
 
 
 def _limit(axis: str, amount: float, whole: Cost) -> Limit:

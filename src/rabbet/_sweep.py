@@ -68,19 +68,20 @@ class Sweep:
 
     @property
     def table(self) -> Table:
-        """A row for each combination, and the float network."""
+        """A row for each combination, and the float network; measures if there are any."""
         names = list(dict.fromkeys(name for row in self.rows for name in row.settings))
         metrics = [m for m in METRICS if METRICS[m].amount(self.float_cost)]
-        heads = ("budget", *names, *metrics, "measure")
+        told = self.float_measure is not None
+        heads = ("budget", *names, *metrics, *(["measure"] if told else []))
         whole = [Standing.of(m, self.float_cost, self.float_cost).row()[1] for m in metrics]
-        rows = [("float", *[""] * len(names), *whole, _shown(self.float_measure))]
+        rows = [("float", *[""] * len(names), *whole, *_shown(self.float_measure, told))]
         for row in self.rows:
             asked = (str(row.budget), *(str(row.settings.get(name, "")) for name in names))
             if row.cost is None:
-                rows.append((*asked, *["-"] * len(metrics), "-"))
+                rows.append((*asked, *["-"] * (len(metrics) + told)))
                 continue
             found = [Standing.of(m, row.cost, self.float_cost).row()[1] for m in metrics]
-            rows.append((*asked, *found, _shown(row.measure)))
+            rows.append((*asked, *found, *_shown(row.measure, told)))
         return Table(heads, rows, 1 + len(names))
 
     @property
@@ -109,8 +110,8 @@ class Sweep:
         return plain([self.table, *self.errors])
 
 
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
+def _shown(value: float | None, told: bool) -> tuple[str, ...]:
+    return ("" if value is None else f"{value:.6g}",) if told else ()
 
 
 @in_turn
@@ -166,7 +167,7 @@ def _row(
         try:
             result = finished(piece, method, method.plan(piece, budget), budget)
         except BudgetError as e:
-            return Row(budget, changed, error=f"{budget}: {e}")
+            return Row(budget, changed, error=str(e))
         kept = {"plan": torch.tensor(list(str(result.plan).encode()), dtype=torch.uint8)}
         if run is not None:
             kept["measure"] = torch.tensor(measured(result.model, run), dtype=torch.float64)

@@ -83,3 +83,10 @@ def test_mistakes_are_a_line(run, mine, tmp_path):
         assert (code, out) == (2, ""), words
         assert said in err, words
         assert err.count("\n") == 1, words
+
+
+def test_a_drop_by_a_function_of_the_user_has_no_deviation(run, mine):
+    given = (f"{mine}:net", "--data", f"{mine}:task", "--drop", 9, *QUICK)
+    code, out, _ = run("compress", *given, "--output", "a.safetensors")
+    assert code == 0
+    assert "of how many examples is not known; fitted: bytes <= " in out

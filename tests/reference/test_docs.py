@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 SLOW = {
     "README.md",
+    "docs/howto/frontier.md",
     "docs/howto/machines.md",
     "docs/methods/cora.md",
     "docs/reference/cli.md",

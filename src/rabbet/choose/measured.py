@@ -21,7 +21,8 @@ def interpolated(
     harms: of all places, in order. found: by the number of the place. examples: how many stand
     behind a value, if it is a share in per cent. Values are linear in the logarithm of the harm
     between two neighbours. The interval reaches over both of them, and further by as much as found
-    values lay outside of theirs, or as chance makes of so many examples.
+    values lay outside of theirs, or as chance makes of so many examples; that of a share ends at 0
+    and at 100.
     """
     places = [_logarithm(harm) for harm in harms]
     known = sorted(found)
@@ -34,10 +35,11 @@ def interpolated(
         low, high = sorted((found[before], found[after]))
         beyond.append(max(low - found[here], found[here] - high, 0.0))
     margin = max(chance, float(np.quantile(beyond, 0.9, method="higher")))
+    low, high = (-math.inf, math.inf) if examples is None else (0.0, 100.0)
     told = []
     for k, place in enumerate(places):
         if k in found:
-            told.append((found[k], found[k] - chance, found[k] + chance))
+            told.append((found[k], max(found[k] - chance, low), min(found[k] + chance, high)))
             continue
         left = max((j for j in known if j < k), default=known[0])
         right = min((j for j in known if j > k), default=known[-1])
@@ -46,7 +48,7 @@ def interpolated(
         if places[left] > places[right]:
             values.reverse()
         value = float(np.interp(place, ends, values))
-        told.append((value, min(values) - margin, max(values) + margin))
+        told.append((value, max(min(values) - margin, low), min(max(values) + margin, high)))
     return told
 
 

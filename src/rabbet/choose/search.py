@@ -7,7 +7,7 @@ learnt of its layer correct it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -58,26 +58,21 @@ class Search:
         some = budgets[:: -(-len(budgets) // RELAXED)]
         while self._learn(self._near(some)):
             pass
-        plans = dict[int, Plan]()
-        asked: Sequence[int] = range(len(budgets))
         while True:
-            plans |= self._chosen({k: budgets[k] for k in asked})
-            if self._learn([pair for plan in plans.values() for pair in self._options(plan)]):
-                continue
-            if len(asked) == len(budgets):
-                return [plans[k] for k in range(len(budgets))]
-            asked = range(len(budgets))
+            plans = self._chosen(budgets)
+            if not self._learn([pair for plan in plans for pair in self._options(plan)]):
+                return plans
 
     def harm(self, plan: Plan) -> float:
         """What the lines of a plan do to the network's output, as far as it is known, in all."""
         return math.fsum(layer.scores()[k] for layer, k in self._options(plan))
 
-    def _chosen(self, budgets: Mapping[int, Budget]) -> dict[int, Plan]:
+    def _chosen(self, budgets: Sequence[Budget]) -> list[Plan]:
         scores = [layer.scores() for layer in self.layers]
-        plans = dict[int, Plan]()
-        for place, budget in budgets.items():
+        plans = list[Plan]()
+        for budget in budgets:
             self.piece.jobs.progress("choosing", len(plans), len(budgets))
-            plans[place] = self.allocator.plan(scores, budget)
+            plans.append(self.allocator.plan(scores, budget))
         self.piece.jobs.progress("choosing", len(plans), len(budgets))
         return plans
 

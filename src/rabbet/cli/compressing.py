@@ -76,7 +76,7 @@ def compress(
     budget: options.OptionalBudget = None,
     plan: options.PlanFile = None,
     drop: options.Drop = None,
-    axis: options.Axis = "bytes",
+    axis: options.DropAxis = None,
     held: options.Held = None,
     quality: options.Quality = "default",
     method: options.MethodText = None,
@@ -97,6 +97,7 @@ def compress(
     from rabbet.cli.wishes import Wish
 
     wish = Wish.read(budget, plan, drop, axis)
+    wish.require_held(held, test)
     worker = texts.worker_of(method, quality)
     target = ready(output)
     require_other(output, model, data, test)

@@ -65,8 +65,7 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
         )
     network = open_network(model)
     task = open_task(data, network)
-    known = task.batches.table.classes if isinstance(task.batches, Batches) else ()
-    return Inputs(network, task, open_judge(test, task, network, known))
+    return Inputs(network, task, open_judge(test, task, network, _classes(task)))
 
 
 def open_held(
@@ -78,7 +77,7 @@ def open_held(
     """
     if held is None and model in (None, DEMO_MODEL):
         held = DEMO_HELD
-    judge = open_judge(held, inputs.task, inputs.network)
+    judge = open_judge(held, inputs.task, inputs.network, _classes(inputs.task), "--held")
     if judge is None and required:
         raise typer.BadParameter(
             "say what networks are measured on: labelled batches that --test does not hold, or a "
@@ -86,6 +85,11 @@ def open_held(
             param_hint="--held",
         )
     return judge
+
+
+def _classes(task: Task) -> tuple[str, ...]:
+    """How the folders of classes are numbered, where the data say so."""
+    return task.batches.table.classes if isinstance(task.batches, Batches) else ()
 
 
 def open_task(reference: str, network: nn.Module | None = None) -> Task:

@@ -19,13 +19,14 @@ class Judge:
     """One number for a network, larger is better.
 
     quantity: what the number is; unit: what follows it. run: gives it, and how many labelled
-    examples stand behind it, 0 where only the user knows.
+    examples stand behind it, 0 where only the user knows. option: where it was asked for.
     """
 
     quantity: str
     unit: str
     run: Callable[[nn.Module], tuple[float, int]]
     reference: str
+    option: str = "--test"
 
     def __call__(self, network: nn.Module) -> float:
         """Judge a network; a usage error if the user's batches or function fail."""
@@ -33,7 +34,7 @@ class Judge:
 
     def measured(self, network: nn.Module) -> tuple[float, int]:
         """The number, and how many labelled examples stand behind it."""
-        with reporting(self.reference, "--test"):
+        with reporting(self.reference, self.option):
             value, count = self.run(network)
             return float(value), count
 
@@ -47,33 +48,35 @@ def open_judge(
     task: Task | None = None,
     network: nn.Module | None = None,
     classes: tuple[str, ...] = (),
+    option: str = "--test",
 ) -> Judge | None:
     """What judges a network, if anything does.
 
     It is the test that a reference names, else the task's own evaluation. network: what files are
-    prepared for. classes: how the folders of classes are numbered, where the data say so.
+    prepared for. classes: how the folders of classes are numbered, where the data say so. option:
+    what the reference was given to.
     """
     if reference is None:
         own = None if task is None else task.evaluate
-        return (
-            None if own is None else Judge("evaluation", "", _uncounted(own), "the task's evaluate")
-        )
+        if own is None:
+            return None
+        return Judge("evaluation", "", _uncounted(own), "the task's evaluate", option)
     if is_data(reference):
-        pairs = open_data(reference, network, "--test").labelled(classes)
-        return Judge("accuracy", "%", _accuracy(pairs), reference)
-    named = attribute(reference, "--test")
-    value = named if _takes_one(named) else resolve_value(named, reference, "--test")
+        pairs = open_data(reference, network, option).labelled(classes)
+        return Judge("accuracy", "%", _accuracy(pairs), reference, option)
+    named = attribute(reference, option)
+    value = named if _takes_one(named) else resolve_value(named, reference, option)
     if callable(value) and not isinstance(value, Iterable):
-        return Judge("evaluation", "", _uncounted(value), reference)
+        return Judge("evaluation", "", _uncounted(value), reference, option)
     if not isinstance(value, Iterable):
         raise typer.BadParameter(
             f"{reference} gives {type(value).__name__}, not batches of (inputs, labels) or a "
             "function of a model",
-            param_hint="--test",
+            param_hint=option,
         )
     # read twice, before and after: what can be read only once is kept
     batches = list(value) if isinstance(value, Iterator) else value
-    return Judge("accuracy", "%", _accuracy(batches), reference)
+    return Judge("accuracy", "%", _accuracy(batches), reference, option)
 
 
 def _accuracy(pairs: Iterable[Any]) -> Callable[[nn.Module], tuple[float, int]]:

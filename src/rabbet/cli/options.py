@@ -61,12 +61,20 @@ Drop = Annotated[
     str | None,
     typer.Option(
         metavar="'<= X'",
-        help="Find the least along --axis that loses at most this, measured on --held; a --budget "
-        "then holds beside it.",
+        help="Find the least along --axis that loses at most this, in points of an accuracy or the "
+        "unit of a function, measured on --held; a --budget then holds beside it.",
     ),
 ]
 Axis = Annotated[
     str, typer.Option(metavar="|".join(AXES), help="The metric along which budgets change.")
+]
+DropAxis = Annotated[
+    str | None,
+    typer.Option(
+        "--axis",
+        metavar="|".join(AXES),
+        help="What a --drop looks for the least of. Default: bytes.",
+    ),
 ]
 Held = Annotated[
     str | None,

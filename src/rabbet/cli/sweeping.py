@@ -21,12 +21,17 @@ def frontier(
     ] = None,
     limits: Annotated[
         tuple[str, str] | None,
-        typer.Option(help="Both ends of the axis, as in a budget: '5%' '30%'."),
+        typer.Option(
+            help="Both ends of the axis, as in a budget: '5%' '30%'. Default: all that can be "
+            "reached."
+        ),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="Points, at most.")] = 200,
     measure: Annotated[
         int,
-        typer.Option(min=0, metavar="K", help="Fit and measure so many points; 0: none."),
+        typer.Option(
+            min=0, metavar="K", help="Fit so many points, and measure them on --held; 0: none."
+        ),
     ] = 0,
     held: options.Held = None,
     method: options.MethodText = None,
@@ -47,17 +52,20 @@ def frontier(
     beside = None if budget is None else texts.budget_of(budget)
     if beside is not None:
         texts.require_beside(axis, beside)
+    texts.require_limits(axis, limits)
+    texts.require_points(measure, held)
     worker = texts.worker_of(method, quality)
     pages.ready(html, "--html", model, data, held)
     inputs = open_inputs(model, data)
     judge = open_held(model, held, inputs) if measure else None
     with working(resume, processes, as_json) as jobs:
+        examples = None if judge is None else judge.measured(inputs.network)[1] or None
         found = find(
             inputs.network, inputs.task, axis, beside=beside, limits=limits, points=points,
             method=worker, seed=seed, jobs=jobs,
         )  # fmt: skip
         if judge is not None:
-            found = found.measure(measure, judge, judge.measured(inputs.network)[1] or None)
+            found = found.measure(measure, judge, examples)
     if html is not None:
         found.report(html)
     if as_json:
@@ -71,7 +79,10 @@ def sweep(
     data: options.Data = None,
     budgets: Annotated[
         list[str] | None,
-        typer.Option("--budget", help="A budget; may be given several times."),
+        typer.Option(
+            "--budget",
+            help=f"A budget; may be given several times. Default: {options.DEFAULT_BUDGET}.",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -79,7 +90,7 @@ def sweep(
             "--set",
             metavar="NAME=VALUE;VALUE...",
             help="A setting of the method and its values: 'bits=2;3;4'; may be given several "
-            "times.",
+            "times, for every combination.",
         ),
     ] = None,
     held: options.Held = None,
@@ -97,12 +108,14 @@ def sweep(
     from rabbet.cli.inputs import open_held, open_inputs
     from rabbet.cli.stored import writable
     from rabbet.cli.terminal import working
+    from rabbet.report.picture import require_picture
 
     asked = [texts.budget_of(text) for text in budgets or [options.DEFAULT_BUDGET]]
     worker = texts.worker_of(method, quality)
     tried = texts.values_of(worker, settings or [])
     if plot is not None:
         writable(plot)
+        require_picture(plot)
     inputs = open_inputs(model, data)
     judge = open_held(model, held, inputs, required=plot is not None)
     with working(resume, processes, as_json) as jobs:

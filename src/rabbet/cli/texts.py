@@ -26,7 +26,9 @@ def drop_of(text: str) -> float:
         drop = -1.0
     if not 0 <= drop < math.inf:
         raise typer.BadParameter(
-            f"{text!r} is not the most that may be lost, such as '<= 0.5'", param_hint="--drop"
+            f"{text!r} is not the most that may be lost, such as '<= 0.5': points of an accuracy "
+            "in per cent, or the unit of a function of your own",
+            param_hint="--drop",
         )
     return drop
 
@@ -46,6 +48,30 @@ def require_beside(axis: str, beside: Budget) -> None:
             f"{axis} is the axis, so it cannot be limited beside it as well: name another --axis, "
             "or leave it out",
             param_hint="--budget",
+        )
+
+
+def require_limits(axis: str, limits: tuple[str, str] | None) -> None:
+    """A usage error for ends of an axis that cannot be read."""
+    for text in limits or ():
+        try:
+            Budget.parse(f"{axis} <= {text}")
+        except BudgetError as e:
+            raise typer.BadParameter(
+                f"both ends are written as in a budget, such as '5%' '30%': {e}",
+                param_hint="--limits",
+            ) from None
+
+
+def require_points(measure: int, held: str | None) -> None:
+    """A usage error for too few points to measure, or for what none would be measured on."""
+    if measure == 1:
+        raise typer.BadParameter(
+            "two points or more are measured, both ends among them", param_hint="--measure"
+        )
+    if not measure and held is not None:
+        raise typer.BadParameter(
+            "no point is measured on it; say how many are, with --measure", param_hint="--held"
         )
 
 
@@ -113,7 +139,7 @@ def _with(settings: Any, name: str, value: str, text: str) -> Any:
     new = literal(value)
     whole = isinstance(new, int) and not isinstance(new, bool) and float in kinds
     if inner or (kinds and type(new) not in kinds and not whole):
-        wanted = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
+        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
         raise typer.BadParameter(
             f"{text!r}: the value must be of type {wanted}", param_hint="--method"
         )

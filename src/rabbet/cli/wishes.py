@@ -32,10 +32,17 @@ class Wish:
     judge: Judge | None = None
 
     @classmethod
-    def read(cls, budget: str | None, plan: Path | None, drop: str | None, axis: str) -> "Wish":
+    def read(
+        cls, budget: str | None, plan: Path | None, drop: str | None, along: str | None
+    ) -> "Wish":
         """What options say; a usage error for those that contradict one another."""
         most = None if drop is None else texts.drop_of(drop)
+        axis = "bytes" if along is None else along
         texts.require_axis(axis)
+        if along is not None and most is None:
+            raise typer.BadParameter(
+                "only a --drop looks for the least along it", param_hint="--axis"
+            )
         if plan is not None and most is not None:
             raise typer.BadParameter(
                 "a plan is given, so there is nothing to look for: leave one of the two out",
@@ -51,13 +58,24 @@ class Wish:
             texts.require_beside(axis, limits)
         return cls(limits, wanted, most, axis)
 
-    def judged(self, model: str | None, held: str | None, inputs: Inputs) -> "Wish":
-        """With what measures a drop; a usage error if nothing does, or if there is no drop."""
-        if self.drop is not None:
-            return replace(self, judge=open_held(model, held, inputs))
-        if held is not None:
+    def require_held(self, held: str | None, test: str | None) -> None:
+        """A usage error for held data without a drop, or for choosing by the test."""
+        if held is None:
+            return
+        if self.drop is None:
             raise typer.BadParameter("only a --drop is measured on it", param_hint="--held")
-        return self
+        if held == test:
+            raise typer.BadParameter(
+                f"{held} is the --test as well, and what a plan was chosen by makes it look better "
+                "than it is: name other data, or leave the --test out",
+                param_hint="--held",
+            )
+
+    def judged(self, model: str | None, held: str | None, inputs: Inputs) -> "Wish":
+        """With what measures a drop; a usage error if nothing does."""
+        if self.drop is None:
+            return self
+        return replace(self, judge=open_held(model, held, inputs))
 
     def granted(self, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
         """The network that was asked for."""
@@ -75,11 +93,11 @@ class Wish:
 
     def _within(self, drop: float, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
         assert self.judge is not None
+        examples = self.judge.measured(inputs.network)[1] or None
         found = frontier(
             inputs.network, inputs.task, self.axis,
             beside=self.budget, method=method, seed=seed, jobs=jobs,
         )  # fmt: skip
-        examples = self.judge.measured(inputs.network)[1] or None
         chosen = found.within(drop, self.judge, examples)
         return replace(chosen.result, notes=(*chosen.result.notes, str(chosen)))
 

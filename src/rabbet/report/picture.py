@@ -90,6 +90,16 @@ def draw_sweep(
     _save(figure, path)
 
 
+def require_picture(path: str | Path) -> None:
+    """Raise FileError, before any work, for a picture that could not be drawn."""
+    try:
+        kinds = _figure().canvas.get_supported_filetypes()
+    except ImportError as e:
+        raise FileError(str(e)) from None
+    if Path(path).suffix.removeprefix(".") not in kinds:
+        raise FileError(f"{path} must end in what kind of picture it is: .{', .'.join(kinds)}")
+
+
 def _save(figure: Any, path: str | Path) -> None:
     path = Path(path)
     kind = path.suffix.removeprefix(".")
