@@ -1,6 +1,7 @@
 """A frontier is what compress would choose, budget after budget."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rabbet import Joint, demo
 from rabbet.choose.measured import interpolated, next_try
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods import QUALITY
+from rabbet.train.tuning import Tuning
 
 FAST = QUALITY["fast"]
 
@@ -128,7 +130,7 @@ def test_mistakes_are_told():
         rabbet.frontier(case.model, case.batches, beside="bytes <= 10%")
     with pytest.raises(PlanError, match="ADMM does not"):
         rabbet.frontier(case.model, case.batches, method=rabbet.ADMM())
-    with pytest.raises(PlanError, match="two points"):
+    with pytest.raises(PlanError, match="at least 2; found 1"):
         rabbet.frontier(case.model, case.batches, points=1)
     with pytest.raises(DataError, match="nothing says how good"):
         frontier.measure()
@@ -136,6 +138,86 @@ def test_mistakes_are_told():
         frontier.within(-1.0, lambda _: 0.0)
     with pytest.raises(BudgetError, match="was not measured"):
         frontier.at("latency <= 50%")
+
+
+def test_the_ends_of_an_axis_are_the_limits_that_were_given():
+    case, frontier = _frontier(limits=("3,001 B", "20%"), points=5)
+    assert frontier.points[0].limit.text == "bytes <= 20%"
+    assert frontier.points[-1].limit.text == "bytes <= 3,001 B"
+    close = rabbet.frontier(case.model, case.batches, limits=("20%", "20.003%"), method=FAST)
+    whole = frontier.float_cost
+    assert all(p.limit.amount(whole) <= 0.20003 * whole.bytes for p in close.points)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"limits": ("10%",)}, "both ends"),
+        ({"limits": "10%"}, "both ends"),
+        ({"limits": (0.1, 0.3)}, "both ends"),
+        ({"limits": ("13%, macs <= 1%", "25%")}, "one limit of bytes"),
+        ({"points": 2.5}, "whole number"),
+        ({"axis": ["bytes"]}, "unknown axis"),
+    ],
+)
+def test_what_is_no_axis_is_refused(given, message):
+    with pytest.raises((BudgetError, PlanError), match=message):
+        _frontier(**given)
+
+
+def test_measures_that_say_nothing_or_change_the_network_are_refused():
+    case, frontier = _frontier(points=4)
+
+    def zeroed(model):
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+        return 1.0
+
+    def replaced(model):
+        name, _ = next(model.named_children())
+        setattr(model, name, nn.Identity())
+        return 1.0
+
+    mistakes = {
+        lambda _: float("inf"): "finite",
+        lambda _: None: "gave NoneType",
+        lambda _: torch.ones(2): r"gave float32\[2\]",
+        lambda model: float(model.half() is None): "changes",
+        zeroed: "changes",
+        replaced: "changes",
+        5.0: "function of a network",
+    }
+    for measure, message in mistakes.items():
+        _, fresh = _frontier(points=4)
+        with pytest.raises(DataError, match=message):
+            fresh.within(1.0, measure)
+    for wrong in (0, -3, 2.5):
+        with pytest.raises(PlanError, match="examples is a whole number"):
+            frontier.measure(2, lambda _: 1.0, wrong)
+        with pytest.raises(PlanError, match="examples is a whole number"):
+            frontier.within(1.0, lambda _: 1.0, wrong)
+    moved = frontier.within(1.0, lambda model: float(model.double().float() is not None))
+    assert torch.isfinite(moved.result.model(*case.batches[:1])).all()
+
+
+def test_small_numbers_of_a_measure_are_shown():
+    case, frontier = _frontier(points=4)
+    reference = case.model(*case.batches[:1])
+    with torch.no_grad():
+        found = frontier.measure(
+            2, lambda m: -float((m(*case.batches[:1]) - reference).abs().max())
+        )
+    ends = [row[-3] for row in found.table.rows]
+    assert len(set(ends)) == len(ends)
+    with pytest.raises(BudgetError, match=r"the least was [0-9.]*[1-9]"):
+        frontier.within(0, lambda m: -float((m(*case.batches[:1]) - reference).abs().max()))
+
+
+def test_a_result_has_the_histories_of_its_own_training():
+    _, frontier = _frontier(points=4)
+    tuned = replace(frontier, method=Joint(tuning=Tuning(steps=4)))
+    counts = [len(tuned.fit(point).histories) for point in tuned.points[:2]]
+    assert counts[0] == counts[1] > 0
 
 
 def test_values_between_are_linear_in_the_logarithm_of_the_harm():

@@ -350,6 +350,7 @@ def _result(
         notes = (f"inputs that are zero in all batches: those of {_few(dead)}", *notes)
     said, errors = (*piece.survey.notes, *notes), layer_errors(model, piece)
     costs, histories = (cost, piece.float_cost), tuple(piece.histories)
+    piece.histories.clear()  # of this result alone, if more is made of the piece
     return Result(model, plan, *costs, piece.survey, budget, said, parcel, errors, histories)
 
 

@@ -1,9 +1,8 @@
 """What every budget buys, found at once; and the least that keeps what the user measures."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import ROUND_CEILING, Context, Decimal
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ import torch
 from torch import nn
 
 from rabbet._api import Data, Result, finished, in_turn, opened
+from rabbet.choose.axis import budgets_along, ends_of, joined
 from rabbet.choose.measured import interpolated, next_try
-from rabbet.choose.search import Search
+from rabbet.choose.search import Chooser
 from rabbet.core.budget import METRICS, Budget, Limit
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
+from rabbet.data.batches import describe
 from rabbet.data.task import deviation, measured
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.jobs import Jobs
@@ -31,7 +32,6 @@ from rabbet.report.page import write_page
 from rabbet.report.text import Part, Standing, Table, plain
 from rabbet.workpiece import Workpiece
 
-DIGITS = Context(prec=4, rounding=ROUND_CEILING)  # of the limits of points
 SHOWN = 16  # points that a printed frontier has
 
 Measure = Callable[[nn.Module], float]
@@ -92,7 +92,7 @@ class Frontier:
     beside: Budget | None
     method: Method
     piece: Workpiece = field(repr=False)
-    searched: Search = field(repr=False)
+    searched: Chooser = field(repr=False)
 
     @property
     def survey(self) -> Survey:
@@ -110,7 +110,7 @@ class Frontier:
 
         Raises BudgetError for one that cannot be met.
         """
-        limits = _joined(Budget.parse(budget), self.beside)
+        limits = joined(Budget.parse(budget), self.beside)
         _require_clock(self.piece, limits)
         self.searched.allocator.require_feasible(limits)
         return self.searched.plans([limits])[0]
@@ -119,9 +119,9 @@ class Frontier:
     def fit(self, budget: str | Budget | Point) -> Result:
         """The network at a point, or for any budget: its layers solved in order, and tuned."""
         if isinstance(budget, Point):
-            limits = _joined(Budget((budget.limit,)), self.beside)
+            limits = joined(Budget((budget.limit,)), self.beside)
             return finished(self.piece, self.method, budget.plan, limits)
-        limits = _joined(Budget.parse(budget), self.beside)
+        limits = joined(Budget.parse(budget), self.beside)
         return finished(self.piece, self.method, self.at(limits), limits)
 
     @in_turn
@@ -138,8 +138,8 @@ class Frontier:
         Raises DataError without a measure, PlanError for fewer than two points.
         """
         run, total = self._measure(measure), len(self.points)
-        if count < 2:
-            raise PlanError(f"two points or more are measured, both ends among them; found {count}")
+        _require_count("count", count, 2)
+        _require_count("examples", examples, 1)
         places = sorted({round(k) for k in np.linspace(0, total - 1, min(count, total))})
         found: dict[int, float] = {}
         for place in places:
@@ -167,9 +167,11 @@ class Frontier:
         these is within, DataError without a measure.
         """
         run = self._measure(measure)
-        if not drop >= 0 or fits < 1:
-            raise PlanError(f"a drop is at least 0 and fits at least 1; found {drop:g} and {fits}")
-        whole = measured(self.piece.model, run)
+        if not isinstance(drop, int | float) or not drop >= 0:
+            raise PlanError(f"a drop is a number, at least 0; found {drop!r}")
+        _require_count("fits", fits, 1)
+        _require_count("examples", examples, 1)
+        whole = _finite(self.piece.model, run)
         harms = [point.harm for point in self.points]
         amounts = [METRICS[self.axis].amount(point.cost) for point in self.points]
         tried: dict[int, float] = {}
@@ -181,7 +183,7 @@ class Frontier:
                 break
             self.piece.jobs.progress(f"fitting {self.points[place].limit.text}", len(tried), fits)
             result = self.fit(self.points[place])
-            tried[place] = whole - measured(result.model, run)
+            tried[place] = whole - _finite(result.model, run)
             if tried[place] <= drop and (best is None or place > best[0]):
                 best = place, result
         said = tuple((self.points[k].limit, lost) for k, lost in tried.items())
@@ -202,7 +204,7 @@ class Frontier:
         key = self.piece.key("measured point", {}, settings, judge=run)
         kept = self.piece.jobs.kept(key)
         if kept is None:
-            value = measured(self.fit(point).model, run)
+            value = _finite(self.fit(point).model, run)
             kept = {"value": torch.tensor(value, dtype=torch.float64)}
             self.piece.jobs.keep(key, kept)
         return float(kept["value"])
@@ -214,6 +216,8 @@ class Frontier:
                 "nothing says how good a network is: give a function of a network, or a "
                 "Task(evaluate=...)"
             )
+        if not callable(found):
+            raise DataError(f"a measure is a function of a network; found {describe(found)}")
         return found
 
     def facts(self) -> dict[str, Any]:
@@ -277,6 +281,20 @@ class Frontier:
         return plain(self.parts)
 
 
+def _require_count(name: str, value: int | None, least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= least):
+        raise PlanError(f"{name} is a whole number, at least {least}; found {value!r}")
+
+
+def _finite(model: nn.Module, run: Measure) -> float:
+    """What is measured of a network; raises DataError for what nothing lies between."""
+    value = measured(model, run)
+    if not math.isfinite(value):
+        raise DataError(f"the measure gave {value}; drops and what lies between need finite ones")
+    return value
+
+
 def _shown(point: Point, told: bool) -> tuple[str, ...]:
     if not told or point.accuracy is None:
         return ()
@@ -306,13 +324,13 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
     evenly spaced on a logarithmic axis; budgets that buy the same plan are one point. The rest is
     as for `compress`. Candidates are solved and measured once for all points.
 
-    Raises BudgetError if the loosest point cannot be met, PlanError for a method that does not
+    Raises BudgetError if the tightest point cannot be met, PlanError for a method that does not
     choose by the program, and otherwise as `compress` does.
     """
-    if axis not in METRICS:
+    if not isinstance(axis, str) or axis not in METRICS:
         raise BudgetError(f"unknown axis {axis!r}; there are {', '.join(METRICS)}")
-    if points < 2:
-        raise PlanError(f"a frontier has two points or more; found {points}")
+    _require_count("points", points, 2)
+    ends = None if limits is None else ends_of(axis, limits)
     worker = method_of(method, quality)
     if not isinstance(worker, Searching):
         raise PlanError(
@@ -325,7 +343,7 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
         raise BudgetError(f"{axis} is the axis, and cannot be limited beside it as well")
     piece = opened(model, metrics, data, seed, jobs)
     searched = worker.search(piece)
-    budgets = _budgets(searched, axis, more, limits, points)
+    budgets = budgets_along(searched.allocator, axis, more, ends, points)
     searched.allocator.require_feasible(budgets[-1])
     plans = searched.plans(budgets)
     found = [
@@ -339,51 +357,6 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
         if after is None or after.plan != point.plan
     ]
     return Frontier(axis, tuple(kept), more, worker, piece, searched)
-
-
-def _budgets(
-    searched: Search,
-    axis: str,
-    beside: Budget | None,
-    limits: tuple[str, str] | None,
-    points: int,
-) -> list[Budget]:
-    """Budgets along the axis, the loosest first."""
-    allocator = searched.allocator
-    whole = allocator.piece.float_cost
-    amount = METRICS[axis].amount
-    ends = [Budget.parse(f"{axis} <= {text}").limits[0] for text in limits or ()]
-    ends.sort(key=lambda limit: -limit.amount(whole))
-    if ends:
-        high, low = (limit.amount(whole) for limit in ends)
-    else:
-        low, high = (amount(cost) for cost in allocator.ends(axis, beside))
-    values = np.geomspace(max(high, 1), max(low, 1), points).tolist()
-    found = [_limit(axis, value, whole) for value in values]
-    if ends:
-        found[0], found[-1] = ends  # as they were written
-    return [_joined(Budget((limit,)), beside) for limit in found]
-
-
-def _limit(axis: str, amount: float, whole: Cost) -> Limit:
-    """A limit of about an amount, and not below it, that can be written down."""
-    metric = METRICS[axis]
-    share = axis not in ("bits", "bpw")
-    base = metric.amount(whole) if share else whole.weights
-    value = DIGITS.create_decimal(Decimal(amount) / Decimal(max(base, 1)) * (100 if share else 1))
-    text = f"{axis} <= {value:f}{'%' if share else ''}"
-    return Limit(
-        axis,
-        Fraction(value) / 100 if share else Fraction(value),
-        share,
-        text,
-    )
-
-
-def _joined(budget: Budget, beside: Budget | None) -> Budget:
-    named = {limit.metric for limit in budget.limits}
-    more = () if beside is None else (x for x in beside.limits if x.metric not in named)
-    return Budget((*budget.limits, *more))
 
 
 def _require_clock(piece: Workpiece, budget: Budget) -> None:

@@ -1,6 +1,7 @@
 """The integer program against brute force: no budget that a choice keeps is refused."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -81,6 +82,25 @@ def test_scores_that_differ_by_many_powers_of_ten_are_told_apart():
     program.limit([0, 1, 2] * 3, 2)
     scores = [[1e3, 4e-9, 1e-9], [1e3, 2e-9, 1e-9], [2e-9, 1.5e-9, 1e-9]]
     assert program.best(scores).choice == [1, 1, 0]
+
+
+@pytest.mark.parametrize("exponents", [(0, 0), (-12, 12), (-320, -290)])
+def test_the_choice_is_the_best_of_all_however_far_scores_lie_apart(exponents):
+    for seed in range(40):
+        draw = random.Random(seed)
+        counts = [draw.randint(1, 6) for _ in range(draw.randint(1, 5))]
+        program, choices = IntegerProgram(counts), list(itertools.product(*map(range, counts)))
+        places = [program.places(choice) for choice in choices]
+        amounts = [draw.randint(0, 1000) for _ in range(program.options)]
+        sums = [sum(amounts[k] for k in chosen) for chosen in places]
+        most = draw.choice(sums)
+        program.limit(amounts, most)
+        flat = [draw.random() * 10 ** draw.uniform(*exponents) for _ in amounts]
+        rows = itertools.pairwise(itertools.accumulate([0, *counts]))
+        found = program.best([flat[start:end] for start, end in rows]).choice
+        totals = [math.fsum(flat[k] for k in chosen) for chosen in places]
+        best = min(total for total, size in zip(totals, sums, strict=True) if size <= most)
+        assert math.fsum(flat[k] for k in program.places(found)) <= best * (1 + 1e-9)
 
 
 def test_limits_that_only_together_leave_nothing_are_proven_to():

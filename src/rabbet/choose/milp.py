@@ -82,7 +82,7 @@ class IntegerProgram:
         flat = _above_least(scores)
         allowed = np.ones(len(flat), bool)
         top = float(flat.max())
-        answer = self._solved(flat * (TOP / top) if top > 0 else flat, allowed, gap)
+        answer = self._solved(_scaled(flat, top), allowed, gap)
         while answer.choice is not None and top > 0 and not gap:
             total = float(flat[self.places(answer.choice)].sum())
             # What alone harms more than this whole choice is in none that is better. Without it
@@ -92,8 +92,7 @@ class IntegerProgram:
             if finer * FINER > top:
                 break
             top = finer
-            scaled = np.where(allowed, flat, 0.0) * (TOP / top if top > 0 else 1.0)
-            again = self._solved(scaled, allowed, gap)
+            again = self._solved(_scaled(np.where(allowed, flat, 0.0), top), allowed, gap)
             if again.choice is None or flat[self.places(again.choice)].sum() >= total:
                 break
             answer = again
@@ -107,7 +106,7 @@ class IntegerProgram:
         """
         flat = _above_least(scores)
         top = float(flat.max()) or 1.0
-        relaxed = self._relaxed(flat * (TOP / top), np.ones(len(flat), bool))
+        relaxed = self._relaxed(_scaled(flat, top), np.ones(len(flat), bool))
         if relaxed is None:
             return None
         return [part.tolist() for part in self._split(relaxed.excess * (top / TOP))]
@@ -119,12 +118,12 @@ class IntegerProgram:
         once no option that was left out can be part of a better one.
         """
         relaxed = self._relaxed(scores, allowed)
-        if relaxed is None:
-            return Answer(None, True)
+        if relaxed is None:  # whether that is certain only the program itself tells
+            return self._asked(scores, allowed, gap)
         excess = np.where(allowed, relaxed.excess, np.inf)
         most = float(np.sort(excess)[min(CORE * len(self.counts), len(excess)) - 1])
         while True:
-            core = excess <= most
+            core = allowed & (excess <= most)
             answer = self._asked(scores, core, gap)
             if (core == allowed).all():
                 return answer
@@ -138,7 +137,7 @@ class IntegerProgram:
             most = above
 
     def _relaxed(self, scores: NDArray[Any], allowed: NDArray[Any]) -> "_Relaxed | None":
-        """The program in parts of options; None if it has no answer."""
+        """The program in parts of options; None if no answer was found."""
         from scipy.optimize import linprog
 
         one_each, limits, most = self._matrices()
@@ -218,3 +217,8 @@ class _Relaxed:
 def _above_least(scores: Sequence[Sequence[float]]) -> NDArray[Any]:
     """Only what an option is worse than the best of its row counts."""
     return np.concatenate([np.asarray(row, float) - min(row) for row in scores])
+
+
+def _scaled(scores: NDArray[Any], top: float) -> NDArray[Any]:
+    """As HiGHS sees them; divided first, for the factor alone may be more than a float holds."""
+    return scores / top * TOP if top > 0 else scores

@@ -34,11 +34,11 @@ def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
     table: the options of each layer of the survey, all of which count. Raises what `Allocator.plan`
     does.
     """
-    return Search(piece, Allocator(table, piece)).plans([budget])[0]
+    return Chooser(piece, Allocator(table, piece)).plans([budget])[0]
 
 
 @dataclass
-class Search:
+class Chooser:
     """What is known of all options: nothing at first, more with every budget asked about."""
 
     piece: Workpiece

@@ -54,6 +54,16 @@ def clean_pass(model: nn.Module, batch: Batch) -> Iterator[Pass]:
         seen.rewrote = tuple(name for name in before if now.get(name) != before[name])
 
 
+def makeup(model: nn.Module) -> dict[str, tuple[object, ...]]:
+    """Which objects the modules and parameters of a network are, what was written, their types.
+
+    Another device is no other parameter.
+    """
+    parts: dict[str, tuple[object, ...]] = {name: (id(m),) for name, m in model.named_modules()}
+    types = {name: p.dtype for name, p in model.named_parameters()}
+    return parts | {name: (*known, types[name]) for name, known in _parameters(model).items()}
+
+
 def _parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Which object each parameter is, and how often it was written to.
 

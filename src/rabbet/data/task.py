@@ -21,7 +21,7 @@ from rabbet.data.batches import (
 )
 from rabbet.data.examples import Axes
 from rabbet.data.source import MEMORY, Source
-from rabbet.data.state import Pass, clean_pass, state_kept
+from rabbet.data.state import Pass, clean_pass, makeup, state_kept
 from rabbet.errors import DataError, ModelError, theirs
 
 Forward = Callable[[nn.Module, Batch], Any]
@@ -321,10 +321,25 @@ def measured(
     """What a user's function of a model in eval mode gives: one number, larger is better.
 
     The model is left in the mode and the state that it was in, whatever the function sets. Raises
-    DataError, by the name of the function, unless it gives a number.
+    DataError, by the name of the function, unless it gives a number and leaves the parameters and
+    modules as they are.
     """
+    before = makeup(model)
     with state_kept(model), evaluating(model), theirs(name):
-        value = float(measure(model))
+        result = measure(model)
+        try:
+            value = float(result)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise DataError(
+                f"{name} gave {describe(result)}; it must give a number, larger is better"
+            ) from e
+    now = makeup(model)
+    changed = next((part for part in {**before, **now} if before.get(part) != now.get(part)), None)
+    if changed is not None:
+        raise DataError(
+            f"{name} changes {changed or 'the network'!r} of the network that it measures; let it "
+            "change a copy (copy.deepcopy)"
+        )
     if math.isnan(value):
         raise DataError(f"{name} gave NaN; it must give a number, larger is better")
     return value

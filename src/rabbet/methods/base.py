@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from rabbet.choose.search import Search
+from rabbet.choose.search import Chooser
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
 from rabbet.workpiece import Workpiece
@@ -44,6 +44,6 @@ class Method(Protocol):
 class Searching(Protocol):
     """A method that finds the plans for many budgets at once."""
 
-    def search(self, piece: Workpiece) -> Search:
+    def search(self, piece: Workpiece) -> Chooser:
         """What plans are chosen from, with nothing solved yet."""
         ...

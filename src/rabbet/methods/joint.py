@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rabbet.choose.program import Allocator, Option
-from rabbet.choose.search import Search
+from rabbet.choose.search import Chooser
 from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
@@ -79,13 +79,13 @@ class Joint:
         searched.allocator.require_feasible(budget)
         return searched.plans([budget])[0]
 
-    def search(self, piece: Workpiece) -> Search:
+    def search(self, piece: Workpiece) -> Chooser:
         """What plans are chosen from, with nothing solved yet; see `Searching.search`."""
         require_gradients(piece)
         menus = [(site, self.menu(site)) for site in piece.survey]
         piece.expect(self._line(site, terms) for site, menu in menus for terms in menu)
         table = [[self._option(piece, site, terms) for terms in menu] for site, menu in menus]
-        return Search(piece, Allocator(table, piece))
+        return Chooser(piece, Allocator(table, piece))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Solve the plan's layers, then once more in order, then tune; see `Method.fit`."""

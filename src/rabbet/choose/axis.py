@@ -1,0 +1,75 @@
+"""Budgets along an axis: the same limits beside, and one that is tightened step by step."""
+
+from decimal import ROUND_CEILING, Context, Decimal
+
+import numpy as np
+
+from rabbet.choose.program import Allocator
+from rabbet.core.budget import METRICS, Budget, Limit
+from rabbet.core.cost import Cost
+from rabbet.errors import BudgetError
+
+DIGITS = Context(prec=4, rounding=ROUND_CEILING)  # of the limits of points
+
+
+def budgets_along(
+    allocator: Allocator,
+    axis: str,
+    beside: Budget | None,
+    ends: tuple[Limit, Limit] | None,
+    points: int,
+) -> list[Budget]:
+    """Budgets evenly spaced on a logarithmic axis, the loosest first, each with those beside it.
+
+    ends: the first and the last limit, in any order; None: of what the plans need that take the
+    most and the least. Raises BudgetError if no plan keeps the limits beside.
+    """
+    whole = allocator.piece.float_cost
+    if ends is None:
+        least, most = (METRICS[axis].amount(cost) for cost in allocator.ends(axis, beside))
+        pair = tuple(_limit(axis, amount, whole) for amount in (max(most, least, 1), max(least, 1)))
+    else:
+        pair = tuple(sorted(ends, key=lambda limit: -limit.amount(whole)))
+    high, low = (limit.amount(whole) for limit in pair)
+    values = np.geomspace(max(high, 1), max(low, 1), points)[1:-1].tolist()
+    # Written with few digits a limit may come out above the loosest.
+    between = [
+        limit if (limit := _limit(axis, value, whole)).amount(whole) < high else pair[0]
+        for value in values
+    ]
+    return [joined(Budget((limit,)), beside) for limit in (pair[0], *between, pair[1])]
+
+
+def ends_of(axis: str, texts: tuple[str, str]) -> tuple[Limit, Limit]:
+    """Both ends of an axis as they stand in a budget, such as ("5%", "30%").
+
+    Raises BudgetError unless they are two texts of one limit each.
+    """
+    pair = isinstance(texts, tuple | list) and len(texts) == 2
+    if not pair or not all(isinstance(text, str) for text in texts):
+        raise BudgetError(
+            "limits are both ends of the axis as they stand in a budget, such as ('5%', '30%'); "
+            f"found {texts!r}"
+        )
+    parsed = [Budget.parse(f"{axis} <= {text}").limits for text in texts]
+    for text, limits in zip(texts, parsed, strict=True):
+        if len(limits) > 1:
+            raise BudgetError(f"an end of the axis is one limit of {axis}; found {text!r}")
+    return parsed[0][0], parsed[1][0]
+
+
+def joined(budget: Budget, beside: Budget | None) -> Budget:
+    """A budget with the limits beside it, but for those that it names itself."""
+    named = {limit.metric for limit in budget.limits}
+    more = () if beside is None else (x for x in beside.limits if x.metric not in named)
+    return Budget((*budget.limits, *more))
+
+
+def _limit(axis: str, amount: float, whole: Cost) -> Limit:
+    """A limit of about an amount, and not below it, that can be written down."""
+    metric = METRICS[axis]
+    share = axis not in ("bits", "bpw")
+    base = metric.amount(whole) if share else whole.weights
+    value = DIGITS.create_decimal(Decimal(amount) / Decimal(max(base, 1)) * (100 if share else 1))
+    text = f"{axis} <= {value:f}{'%' if share else ''}"
+    return Budget.parse(text).limits[0]
