@@ -277,16 +277,7 @@ def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
 
 
 def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
-    function = f"unpack{grid.bits}{grid.codebook.text.strip('0123456789')}"
-    graph.function(function, _unpacking(function, grid))
-    stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
-    return graph.call(
-        function, stored, shape_of(graph, tuple(codes.shape)), name=name, domain=DOMAIN
-    )
-
-
-def _unpacking(name: str, grid: Grid) -> str:
-    """The function `(packed uint8 [bytes], shape) -> int8 [*shape]` of a grid, in ONNX's syntax.
+    """Integers as a node of the file's own function, which is given the digits of their grid.
 
     A byte is split into digits: of base 2^bits if the bits divide a byte evenly, of base 3 for
     ternary codes, else into bits, of which every `bits` consecutive ones are a code.
@@ -294,44 +285,50 @@ def _unpacking(name: str, grid: Grid) -> str:
     bits = grid.levels.bit_length() - 1
     ternary, even = grid.levels == 3, 8 % bits == 0
     base, each = (3, 5) if ternary else (2**bits, 8 // bits) if even else (2, 8)
-    powers = ",".join(str(base**k) for k in range(each))
-    join = (
-        "codes = Identity(digits)"
-        if ternary or even
-        else f"""
-        width = Constant <value = int64[1] {{{bits}}}> ()
-        used = Mul(count, width)
-        stream = Slice(digits, zero, used)
-        rows = Constant <value = int64[2] {{-1,{bits}}}> ()
-        bits = Reshape(stream, rows)
-        weights = Constant <value = int32[{bits}] {{{",".join(str(2**k) for k in range(bits))}}}> ()
-        weighted = Mul(bits, weights)
-        axis = Constant <value = int64[1] {{1}}> ()
-        codes = ReduceSum <keepdims = 0> (weighted, axis)"""
-    )
     gain, offset = grid.codebook.integers or (1, 0)
-    shift = gain * grid.low + offset
-    return f"""
+    weights = [gain * 2**k for k in range(1 if ternary or even else bits)]
+    numbers = {
+        "powers": [base**k for k in range(each)],
+        "base": [base],
+        "weights": weights,
+        "low": [gain * grid.low + offset],
+    }
+    graph.function("unpack", UNPACK)
+    settings = [
+        graph.constant(f"{what}.{'.'.join(map(str, value))}", np.array(value, np.int32))
+        for what, value in numbers.items()
+    ]
+    stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
+    shape = shape_of(graph, tuple(codes.shape))
+    return graph.call("unpack", stored, shape, *settings, name=name, domain=DOMAIN)
+
+
+UNPACK = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-    {name} (packed, shape) => (integers)
+    unpack (a, s, p, b, w, l) => (z)
     {{
-        count = ReduceProd <keepdims = 1> (shape)
-        zero = Constant <value = int64[1] {{0}}> ()
-        column = Constant <value = int64[2] {{-1,1}}> ()
-        flat = Constant <value = int64[1] {{-1}}> ()
-        wide = Cast <to = 6> (packed)
-        tall = Reshape(wide, column)
-        powers = Constant <value = int32[{each}] {{{powers}}}> ()
-        base = Constant <value = int32[1] {{{base}}}> ()
-        shifted = Div(tall, powers)
-        cut = Mod(shifted, base)
-        digits = Reshape(cut, flat)
-        {join}
-        wanted = Slice(codes, zero, count)
-        gain = Constant <value = int32[1] {{{gain}}}> ()
-        low = Constant <value = int32[1] {{{shift}}}> ()
-        scaled = Mul(wanted, gain)
-        moved = Add(scaled, low)
-        shaped = Reshape(moved, shape)
-        integers = Cast <to = {_INT8}> (shaped)
+        o = Constant <value_ints = [0]> ()
+        i = Constant <value_ints = [1]> ()
+        m = Constant <value_ints = [-1]> ()
+        c = Cast <to = {_INT32}> (a)
+        d = Unsqueeze(c, i)
+        e = Div(d, p)
+        f = Mod(e, b)
+        g = Reshape(f, m)
+        h = Shape(w)
+        j = ReduceProd(s)
+        k = Mul(j, h)
+        n = Slice(g, o, k)
+        q = Concat <axis = 0> (m, h)
+        r = Reshape(n, q)
+        t = Mul(r, w)
+        u = ReduceSum <keepdims = 0> (t, i)
+        v = Add(u, l)
+        x = Cast <to = {_INT8}> (v)
+        z = Reshape(x, s)
     }}"""
+"""The function `(packed uint8 [bytes], shape, powers, base, weights, low) -> int8 [*shape]`.
+
+Bytes become digits `byte / power mod base`, in a row; as many as there are weights make a code,
+their weighted sum and the lowest integer. Names are short since the file holds them.
+"""
