@@ -20,6 +20,7 @@ OPSET = 23  # the first with attention as one node; 4-bit integers came with 21
 IR_VERSION = 11
 # The ending of the name of a weight that a runtime turns into float when it loads the file.
 WHOLE = "float"
+SHARED = "="  # how the names of constants begin that belong to no layer
 
 
 class Graph:
@@ -124,6 +125,13 @@ class Graph:
             value.const_value = content
             self.model.graph.register_initializer(value)
         return value
+
+    def shared(self, name: str, array: NDArray[Any]) -> "ir.Value":
+        """A constant that belongs to no layer: whatever needs one like it reads the same.
+
+        name: says what it holds, so that equal names are equal constants.
+        """
+        return self.constant(f"{SHARED}{name}", array)
 
     def call(
         self, op: str, *inputs: "ir.Value", name: str, domain: str = "", **attributes: Any

@@ -186,7 +186,7 @@ class Weight:
         scaled = graph.call("Div", product.value, steps, name=names.next())
         rounded = graph.call("Round", scaled, name=names.next())
         ends = [
-            graph.constant(f"end.{end}", np.array(end, np.float32))
+            graph.shared(f"end.{end}", np.array(end, np.float32))
             for end in (self.grid.low, self.grid.high)
         ]
         codes = graph.call("Clip", rounded, *ends, name=names.next())
@@ -217,9 +217,9 @@ class Weight:
         if book.integers is None:
             table = book.decode(torch.arange(book.low, book.high + 1.0)).numpy()
             places = graph.call("Cast", integers, name=f"{self.name}.index", to=_INT32)
-            first = graph.constant(f"low.{book.low}", np.array(book.low, np.int32))
+            first = graph.shared(f"low.{book.low}", np.array(book.low, np.int32))
             index = graph.call("Sub", places, first, name=f"{self.name}.place")
-            points = graph.constant(f"points.{book.text}", table.astype(np.float32))
+            points = graph.shared(f"points.{book.text}", table.astype(np.float32))
             return graph.call("Gather", points, index, name=f"{self.name}.points", axis=0)
         wide = graph.call("Cast", integers, name=f"{self.name}.wide", to=1)
         if self.zero is None:
@@ -236,10 +236,10 @@ class Weight:
         text = f"{layout.text}.{places.shape[0]}x{places.shape[1]}"
         # A row and a column that sum to the places take far less room than all of them.
         if (first + along == places).all():
-            rows = graph.constant(f"rows.{text}", first)
-            index = graph.call("Add", rows, graph.constant(f"columns.{text}", along), name=text)
+            rows = graph.shared(f"rows.{text}", first)
+            index = graph.call("Add", rows, graph.shared(f"columns.{text}", along), name=text)
         else:
-            index = graph.constant(text, places)
+            index = graph.shared(text, places)
         flat = graph.constant(f"{self.name}.{what}", values.numpy())
         each = graph.call("Gather", flat, index, name=f"{self.name}.{what}.each", axis=0)
         return graph.call("Reshape", each, shape_of(graph, shape), name=f"{self.name}.{what}.wide")
@@ -252,28 +252,27 @@ class Weight:
         scale = scale.reshape(()) if self.axis is None else scale
         return graph.constant(f"{self.name}.scale", scale)
 
-    def dequantised(self, graph: Graph, spread: int | None = None) -> "ir.Value":
+    def dequantised(
+        self, graph: Graph, spread: int | None = None, zero: bool = False
+    ) -> "ir.Value":
         """The weight in float, as the output of a DequantizeLinear.
 
         spread: the axis along which a single scale is repeated; onnxruntime fuses a product with
-        floats only if there are scales along an axis.
+        floats only if there are scales along an axis. zero: whether to write a zero point of zero.
         """
         q, scale, axis = self.integers(graph), self.scales(graph), self.axis
         if spread is not None:
             sizes = shape_of(graph, (self.codes.shape[spread],))
             scale, axis = graph.call("Expand", scale, sizes, name=f"{self.name}.scales"), spread
         shape = () if axis is None else (self.codes.shape[axis],)
-        zero = zeros(graph, shape, self.integer_type)
+        parts = [q, scale, *([zeros(graph, shape, self.integer_type)] if zero else [])]
         extra: dict[str, Any] = {} if axis is None else {"axis": axis}
-        return graph.call("DequantizeLinear", q, scale, zero, name=f"{self.name}.float", **extra)
+        return graph.call("DequantizeLinear", *parts, name=f"{self.name}.float", **extra)
 
 
 def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
-    """A zero point that is zero, shared by all of the same shape and type.
-
-    onnxruntime has no kernel for a Gemm without one.
-    """
-    return graph.constant(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
+    """A zero point that is zero, shared by all of the same shape and type."""
+    return graph.shared(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
 
 
 def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
@@ -295,18 +294,19 @@ def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
     }
     graph.function("unpack", UNPACK)
     settings = [
-        graph.constant(f"{what}.{'.'.join(map(str, value))}", np.array(value, np.int32))
+        graph.shared(f"{what}.{'.'.join(map(str, value))}", np.array(value, np.int32))
         for what, value in numbers.items()
     ]
     stored = graph.constant(f"{name}.packed", pack(codes - grid.low, grid.levels).numpy())
-    shape = shape_of(graph, tuple(codes.shape))
-    return graph.call("unpack", stored, shape, *settings, name=name, domain=DOMAIN)
+    shape = list(codes.shape)
+    return graph.call("unpack", stored, *settings, name=name, domain=DOMAIN, s=shape)
 
 
 UNPACK = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-    unpack (a, s, p, b, w, l) => (z)
+    unpack <s> (a, p, b, w, l) => (z)
     {{
+        y = Constant <value_ints: ints = @s> ()
         o = Constant <value_ints = [0]> ()
         i = Constant <value_ints = [1]> ()
         m = Constant <value_ints = [-1]> ()
@@ -316,7 +316,7 @@ UNPACK = f"""
         f = Mod(e, b)
         g = Reshape(f, m)
         h = Shape(w)
-        j = ReduceProd(s)
+        j = ReduceProd(y)
         k = Mul(j, h)
         n = Slice(g, o, k)
         q = Concat <axis = 0> (m, h)
@@ -325,9 +325,9 @@ UNPACK = f"""
         u = ReduceSum <keepdims = 0> (t, i)
         v = Add(u, l)
         x = Cast <to = {_INT8}> (v)
-        z = Reshape(x, s)
+        z = Reshape(x, y)
     }}"""
-"""The function `(packed uint8 [bytes], shape, powers, base, weights, low) -> int8 [*shape]`.
+"""The function `<shape> (packed uint8 [bytes], powers, base, weights, low) -> int8 [*shape]`.
 
 Bytes become digits `byte / power mod base`, in a row; as many as there are weights make a code,
 their weighted sum and the lowest integer. Names are short since the file holds them.
