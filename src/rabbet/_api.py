@@ -9,14 +9,15 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from rabbet.choose.filesize import FileGauge
 from rabbet.choose.latency import Stopwatch
-from rabbet.core.budget import METRICS, Budget
+from rabbet.core.budget import FILES, METRICS, Budget
 from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.plan import Plan, quoted
 from rabbet.core.survey import Survey
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
-from rabbet.errors import FileError, PlanError
+from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.export import ENDINGS, EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
@@ -28,6 +29,7 @@ from rabbet.report.text import plain, report_parts
 from rabbet.workpiece import Workpiece
 
 Data = Task | Iterable[Batch]
+ROUNDS = 4  # that a plan is chosen again if its file, once written, is too large
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -119,9 +121,14 @@ class Result:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with torch.inference_mode(False):
-                return EXPORTS[target](self.parcel, path)
+                return EXPORTS[target](replace(self.parcel, most=self._most()), path)
         except OSError as e:
             raise FileError(f"cannot write {path}: {e}") from e
+
+    def _most(self) -> dict[str, int]:
+        """The bytes that a file for each target may have."""
+        limits = self.budget.limits if self.budget is not None else ()
+        return {x.metric: x.amount(self.float_cost) for x in limits if x.metric in FILES}
 
     def __str__(self) -> str:
         costs = self.cost, self.float_cost
@@ -139,11 +146,14 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     quality: str = "default",
     seed: int = 0,
     jobs: Jobs | None = None,
+    target: str | None = None,
 ) -> Result:
     """Make a copy of a trained network fit a budget; the network itself is not touched.
 
-    budget: such as "bytes <= 10%, bops <= 0.5%" (see `Budget.parse`). data: an iterable of
-    unlabelled batches (tensor, tuple or mapping: passed as the model's arguments) or a `Task`.
+    budget: such as "bytes <= 10%, bops <= 0.5%" (see `Budget.parse`). target: whose file bytes in
+    the budget are about, "onnx" or "openvino": "bytes <= 10%" is then "onnx <= 10%". data: an
+    iterable of unlabelled batches (tensor, tuple or mapping: passed as the model's arguments) or a
+    `Task`.
     method: default `Joint()`. quality: how long that tunes after the choice, "fast" (not at all),
     "default" or "best"; other methods have settings of their own. jobs: where work runs and what is
     kept; with one jobs several budgets share the solved candidates, and a jobs with a folder makes
@@ -154,9 +164,9 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     that does not have it. What your own code raises (a loader, the forward, a loss) is passed on,
     with a note of where it arose.
     """
-    limits, worker = Budget.parse(budget), method_of(method, quality)
-    piece = _piece(model, limits, data, seed, jobs)
-    return _finish(piece, worker, worker.plan(piece, limits), limits)
+    limits, worker = Budget.parse(budget).shipped(target), method_of(method, quality)
+    piece = on_bench(model, limits, data, seed, jobs)
+    return _finish(piece, worker, landed(piece, worker, limits), limits)
 
 
 @in_turn
@@ -169,13 +179,14 @@ def plan(  # noqa: PLR0913 (as above)
     quality: str = "default",
     seed: int = 0,
     jobs: Jobs | None = None,
+    target: str | None = None,
 ) -> Plan:
     """Only choose: the plan that `compress` would fit. Print it, edit it, then `fit` it.
 
     Raises as `compress` does. The plan is the same for every quality.
     """
-    limits, worker = Budget.parse(budget), method_of(method, quality)
-    return worker.plan(_piece(model, limits, data, seed, jobs), limits)
+    limits, worker = Budget.parse(budget).shipped(target), method_of(method, quality)
+    return landed(on_bench(model, limits, data, seed, jobs), worker, limits)
 
 
 @in_turn
@@ -227,12 +238,41 @@ def _planned(plan: Plan | str) -> Plan:
     return Plan.parse(plan) if isinstance(plan, str) else plan
 
 
-def _piece(model: nn.Module, budget: Budget, data: Data, seed: int, jobs: Jobs | None) -> Workpiece:
-    """The network on the bench, with a stopwatch beside it if the budget is about time."""
+def on_bench(
+    model: nn.Module, budget: Budget, data: Data, seed: int = 0, jobs: Jobs | None = None
+) -> Workpiece:
+    """The network on the bench, and beside it what a budget about time or exported files needs."""
     piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
     if any(limit.metric == "latency" for limit in budget.limits):
         piece.clock = Stopwatch(piece)
+    for target in budget.files:
+        piece.gauges[target] = FileGauge(piece, functions=target == "onnx")
     return piece
+
+
+def landed(piece: Workpiece, method: Method, budget: Budget) -> Plan:
+    """A plan of the method whose exported files keep the budget, as they are written.
+
+    Each is written once, with any numbers. If one is over its limit, what was predicted is
+    corrected by that, and the method chooses again. Raises BudgetError with the smallest file that
+    was reached.
+    """
+    sizes = dict[str, list[int]]((target, []) for target in piece.gauges)
+    for _ in range(ROUNDS):
+        plan = method.plan(piece, budget)
+        for target, gauge in piece.gauges.items():
+            piece.jobs.progress(f"writing the {target} file", 0, 1)
+            sizes[target].append(gauge.written(plan))
+            piece.jobs.progress(f"writing the {target} file", 1, 1)
+        cost, whole = piece.cost(plan), piece.float_cost
+        over = [x for x in budget.limits if x.metric in sizes and x.broken_by(cost, whole)]
+        if not over:
+            return plan
+    least, allowed = min(sizes[over[0].metric]), over[0].amount(whole)
+    raise BudgetError(
+        f"{over[0].text!r} was not met: {ROUNDS} plans were chosen, and the smallest of their "
+        f"files takes {least:,} bytes, {allowed:,} were allowed; loosen it to that"
+    )
 
 
 def _finish(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:

@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from rabbet.choose.milp import IntegerProgram
-from rabbet.core.budget import METRICS, Budget, Limit, heaviest
+from rabbet.core.budget import FILES, METRICS, Budget, Limit, heaviest
 from rabbet.core.cost import Cost
-from rabbet.core.frame import Frame, Rows
+from rabbet.core.frame import Frame, Rows, Step
 from rabbet.core.plan import LayerPlan, Plan, quoted
 from rabbet.core.survey import Left
 from rabbet.errors import BudgetError, ModelError
@@ -59,6 +59,10 @@ class Priced(Protocol):
         """The header of every plan that takes one line of each row; None: bytes simply add up."""
         ...
 
+    def steps(self, metric: str, rows: Rows) -> Sequence[Step]:
+        """What the lines share in an exported file, which is counted once."""
+        ...
+
 
 def picked(table: Table, choice: Sequence[int]) -> Plan:
     """The plan that takes one option for each layer."""
@@ -87,7 +91,8 @@ def require_feasible(table: Table, budget: Budget, piece: Priced) -> None:
             what = "header and all else" if limit.metric == "bytes" else "all else"
             heavy = rest > max(map(metric.amount, costs.values()))
             beside = f"; {what} {metric.show(rest, whole.weights)}" if heavy else ""
-            left = sorted(piece.left, key=lambda x: -x.bytes)[:3] if limit.metric == "bytes" else ()
+            stored = limit.metric in ("bytes", *FILES)
+            left = sorted(piece.left, key=lambda x: -x.bytes)[:3] if stored else ()
             if heavy and left:
                 named = ", ".join(f"{quoted(x.name)} {x.bytes:,}" for x in left)
                 beside += f", of which is left alone: {named}"
@@ -95,7 +100,7 @@ def require_feasible(table: Table, budget: Budget, piece: Priced) -> None:
             allowed = metric.show(limit.amount(whole), whole.weights)
             raise BudgetError(
                 f"{limit.text!r} cannot be met: the smallest reachable value is "
-                f"{least} {limit.metric} "
+                f"{least} {limit.unit} "
                 f"({100 * reached / max(base, 1):.4g}% of float32), {allowed} were allowed. "
                 f"The heaviest layers at that point: {heaviest(costs, limit.metric)}{beside}"
             )
@@ -157,15 +162,16 @@ def _least(table: Table, limit: Limit, piece: Priced) -> list[int]:
     """The choice of least cost by the metric of a limit, or one that keeps the limit.
 
     Of what adds up it is the cheapest option of every layer. Of bytes another may be smaller by
-    the header's padding: then ever smaller ones are asked for until there is none.
+    the header's padding or by what layers share: then ever smaller ones are asked for until there
+    is none.
     """
     choice = smallest(table, limit.metric)
     whole = piece.float_cost
-    while limit.metric == "bytes":
+    while limit.metric in ("bytes", *FILES):
         cost = piece.cost(picked(table, choice))
         if not limit.broken_by(cost, whole):
             break
-        smaller = Fraction(cost.bytes - 1)
+        smaller = Fraction(METRICS[limit.metric].amount(cost) - 1)
         below = Budget((replace(limit, value=smaller, share=False),))
         found, _ = _landed(_nothing(table), table, below, piece)
         if found is None:
@@ -219,10 +225,34 @@ def _program(table: Table, budget: Budget, piece: Priced, room: dict[str, int]) 
         allowed = limit.amount(piece.float_cost) - room[limit.metric]
         frame = piece.frame(rows) if limit.metric == "bytes" else None
         if frame is None:
-            program.limit(amounts, allowed - fixed)
+            steps = piece.steps(limit.metric, rows) if limit.metric in FILES else ()
+            _limit_sum(program, amounts, allowed - fixed, steps, program.places(first))
         else:
             _limit_file(program, amounts, allowed - base.bytes, frame, program.places(first))
     return program
+
+
+def _limit_sum(
+    program: IntegerProgram,
+    amounts: Sequence[int],
+    most: int,
+    steps: Sequence[Step],
+    first: Sequence[int],
+) -> None:
+    """Limit a sum of amounts and of steps; `most` is without the steps of a reference choice."""
+    taken = sum(s.bytes for s in steps if sum(s.amounts[k] for k in first) >= s.least)
+    program.limit(amounts, most + taken, _taken(program, steps))
+
+
+def _taken(program: IntegerProgram, steps: Sequence[Step]) -> dict[int, int]:
+    """A variable for each step, which is 1 where it is reached, and its bytes."""
+    bytes_of: dict[int, int] = {}
+    for step in steps:
+        taken = program.variable(1)
+        bytes_of[taken] = step.bytes
+        # Unless the step is taken, amounts stay below it.
+        program.limit(step.amounts, step.least - 1, {taken: -(step.most - step.least + 1)})
+    return bytes_of
 
 
 def _limit_file(
@@ -235,12 +265,7 @@ def _limit_file(
     """
     values = [size - line for size, line in zip(amounts, frame.lines, strict=True)]
     units = -(-frame.text(first) // ALIGNED)
-    text: dict[int, int] = {}
-    for step in frame.steps:
-        taken = program.variable(1)
-        text[taken] = step.bytes
-        # Unless the step is taken, amounts stay below it.
-        program.limit(step.amounts, step.least - 1, {taken: -(step.most - step.least + 1)})
+    text = _taken(program, frame.steps)
     most = sum(frame.lines) + frame.base + sum(step.bytes for step in frame.steps)
     header = program.variable(-(-most // ALIGNED))
     program.limit(frame.lines, -frame.base, text | {header: -ALIGNED})

@@ -34,6 +34,7 @@ def plan(
         Path | None, typer.Option(dir_okay=False, help="Write the plan into this file, too.")
     ] = None,
     method: options.MethodText = None,
+    target: options.Target = None,
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
@@ -47,7 +48,7 @@ def plan(
     from rabbet.report.facts import plan_facts
     from rabbet.report.text import total_parts
 
-    limits, worker = texts.budget_of(budget), texts.worker_of(method)
+    limits, worker = texts.budget_of(budget, target), texts.worker_of(method)
     if out is not None:
         writable(out)
     inputs = open_inputs(model, data)
@@ -74,6 +75,7 @@ def compress(
     ] = None,
     quality: options.Quality = "default",
     method: options.MethodText = None,
+    target: options.Target = None,
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
@@ -85,19 +87,19 @@ def compress(
     """
     from rabbet.cli import outcomes, tables, texts
     from rabbet.cli.inputs import open_inputs
-    from rabbet.cli.stored import opened, ready, require_other
+    from rabbet.cli.stored import agreed, opened, ready, require_other
     from rabbet.cli.terminal import told, working
 
     asked = options.DEFAULT_BUDGET if budget is None and plan is None else budget
-    limits = None if asked is None else texts.budget_of(asked)
+    limits = None if asked is None else texts.budget_of(asked, target)
     worker = texts.worker_of(method, quality)
     wanted = None if plan is None else texts.plan_of_file(plan)
     if wanted is not None and limits is not None:
         outcomes.require_countable(limits)
-    target = ready(output)
+    chosen = agreed(ready(output), output, target)
     require_other(output, model, data, test)
     inputs = open_inputs(model, data, test)
-    outcomes.require_exportable(inputs, target)
+    outcomes.require_exportable(inputs, chosen)
     judge = inputs.judge
     with working(resume, processes, as_json) as jobs:
         with told(jobs, "judging the network"):
@@ -105,7 +107,7 @@ def compress(
         result = outcomes.compress_or_fit(inputs, limits, wanted, worker, seed, jobs)
         replaced = output.exists()
         with told(jobs, "writing the file"):
-            written = outcomes.export_safely(result, output, target)
+            written = outcomes.export_safely(result, output, chosen)
         with told(jobs, "judging the file"):
             after = None if judge is None else judge(opened(output, inputs.network))
     outcome = outcomes.Outcome(output, result, written, judge, before, after, examples, replaced)
@@ -113,4 +115,4 @@ def compress(
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))
     else:
-        tables.show(outcome.parts(native=target == "safetensors"))
+        tables.show(outcome.parts(target=chosen))

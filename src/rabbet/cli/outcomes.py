@@ -10,8 +10,7 @@ from typing import Any
 
 import typer
 
-from rabbet._api import Result, compress, fit
-from rabbet._api import plan as choose
+from rabbet._api import Result, compress, fit, in_turn, landed, on_bench
 from rabbet.cli.inputs import Inputs
 from rabbet.cli.judge import Judge
 from rabbet.core.budget import Budget
@@ -67,8 +66,8 @@ class Outcome:
         found = plan_facts(result.survey, result.plan, *costs, result.budget, result.errors)
         return file | settings | found | said
 
-    def parts(self, native: bool) -> list[Part]:
-        """All of it for people; native: whether the file is the one that a budget is about."""
+    def parts(self, target: str) -> list[Part]:
+        """All of it for people; target: whose file was written."""
         result, judge = self.result, self.judge
         costs = result.cost, result.float_cost
         parts = report_parts(result.survey, result.plan, *costs, result.budget, result.errors)
@@ -78,7 +77,9 @@ class Outcome:
             parts.append(f"{judge.quantity}: {scores}")
         older = ", in place of an older file" if self.replaced else ""
         parts.append(f"{self.output}: {self.written.bytes:,} bytes{older}")
-        if not native:
+        limits = result.budget.limits if result.budget is not None else ()
+        native = not any(limit.metric == target for limit in limits)
+        if target != "safetensors" and native:
             size = f"{result.cost.bytes:,} bytes"
             parts.append(f"the native file, which a budget of bytes is about: {size}")
         return [*parts, self.sentence]
@@ -163,10 +164,11 @@ def export_safely(result: Result, output: Path, target: str) -> Written:
     return written
 
 
+@in_turn
 def plan_for(inputs: Inputs, limits: Budget, worker: Method, seed: int, jobs: Jobs) -> Chosen:
     """Choose a plan, and count what it costs."""
-    plan = choose(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
-    piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
+    piece = on_bench(inputs.network, limits, inputs.task, seed, jobs)
+    plan = landed(piece, worker, limits)
     return Chosen(plan, piece.survey, piece.cost(plan), piece.float_cost)
 
 
@@ -182,9 +184,12 @@ def compress_or_fit(
     if wanted is None:
         assert limits is not None
         return compress(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
-    if limits is not None:
-        piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
-        validate(wanted, piece.survey)
-        limits.check(piece.cost(wanted), piece.float_cost)
+    if limits is None:
+        return fit(inputs.network, wanted, inputs.task, worker, seed=seed, jobs=jobs)
+    piece = on_bench(inputs.network, limits, inputs.task, seed, jobs)
+    validate(wanted, piece.survey)
+    for gauge in piece.gauges.values():
+        gauge.written(wanted)
+    limits.check(piece.cost(wanted), whole := piece.float_cost)
     result = fit(inputs.network, wanted, inputs.task, worker, seed=seed, jobs=jobs)
-    return replace(result, budget=limits)
+    return replace(result, budget=limits, cost=piece.cost(result.plan), float_cost=whole)

@@ -33,6 +33,7 @@ def check(
     """Hold a file against a budget: exit code 0 if it is within, 1 if it is over."""
     from rabbet.cli import tables, texts
     from rabbet.cli.stored import Stored
+    from rabbet.core.budget import FILES
     from rabbet.report.facts import limit_facts
     from rabbet.report.text import standings
 
@@ -40,6 +41,11 @@ def check(
     if any(limit.metric == "latency" for limit in limits):
         raise typer.BadParameter(
             "a file does not say its latency; measure it with rabbet bench", param_hint="--budget"
+        )
+    if any(limit.metric in FILES for limit in limits):
+        raise typer.BadParameter(
+            "a native file does not say how long an exported one is; write it with rabbet export",
+            param_hint="--budget",
         )
     stored = Stored.read(file)
     stood = standings(stored.cost, stored.float_cost, limits)

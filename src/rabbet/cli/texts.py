@@ -15,10 +15,13 @@ from rabbet.files import write_whole
 from rabbet.methods import METHODS, Method, method_of
 
 
-def budget_of(text: str) -> Budget:
-    """A budget from its text; a usage error, not a broken budget, if it cannot be read."""
+def budget_of(text: str, target: str | None = None) -> Budget:
+    """A budget from its text, of the file for a target.
+
+    A usage error, not a broken budget, if it cannot be read.
+    """
     try:
-        return Budget.parse(text)
+        return Budget.parse(text).shipped(target)
     except BudgetError as e:
         raise typer.BadParameter(str(e), param_hint="--budget") from None
 

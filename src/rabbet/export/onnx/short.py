@@ -23,8 +23,14 @@ MULTIPLYING = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 def shortened(content: bytes) -> bytes:
     """The bytes of a file that computes the same."""
     graph = Graph.read(content)
+    shorten(graph)
+    return graph.bytes()
+
+
+def shorten(graph: Graph, least: int = 1) -> None:
+    """Shorten a graph, in place; least: the signs that a name has at least."""
     _share(graph)
-    _rename(graph)
+    _rename(graph, least)
     for node in graph.model.graph.all_nodes():
         node.name = ""
         for name in [a.name for a in node.attributes.values() if _usual(node, a)]:
@@ -32,7 +38,6 @@ def shortened(content: bytes) -> bytes:
     for value in (*graph.inputs, *graph.outputs):
         value.metadata_props.clear()
         value.doc_string = None
-    return graph.bytes()
 
 
 def _share(graph: Graph) -> None:
@@ -54,7 +59,7 @@ def _share(graph: Graph) -> None:
             value.replace_all_uses_with(same)
 
 
-def _rename(graph: Graph) -> None:
+def _rename(graph: Graph, least: int) -> None:
     """Number the values that no user meets."""
     inner = graph.model.graph
     kept = {id(v) for v in (*graph.inputs, *graph.outputs)}
@@ -64,14 +69,14 @@ def _rename(graph: Graph) -> None:
     taken |= {v.name for v in every if v not in set(free)} | set(_deeper(graph))
     for k, value in enumerate(free):
         value.name = f"\0{k}"  # out of the way of the new names
-    names = (name for name in _numbers() if name not in taken)
+    names = (name for name in _numbers(least) if name not in taken)
     for value in sorted(free, key=lambda v: -len(list(v.uses()))):
         value.name = next(names)
 
 
-def _numbers() -> Iterator[str]:
+def _numbers(least: int) -> Iterator[str]:
     """Names, the shortest first."""
-    for length in itertools.count(1):
+    for length in itertools.count(least):
         yield from map("".join, itertools.product(DIGITS, repeat=length))
 
 

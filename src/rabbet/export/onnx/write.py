@@ -83,6 +83,7 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         compare_plain(assembled.plain, parcel.model, task)
         error, saturated = compare(assembled.content, assembled.plain, parcel.model, task)
         content = shortened(assembled.content)
+        parcel.require("onnx" if functions else "openvino", len(content))
         Session(content)  # raises unless the runtime can open it
         ran = kernels(assembled.content) if functions else None
         notes = _floats(ran, parcel, assembled.written)
