@@ -49,7 +49,8 @@ def random_layer(site: Site, line: LayerPlan) -> Compressed:
     terms = [
         [_any(shape, t.grid, generator) for shape in factor_shapes(site, t)] for t in line.terms
     ]
-    layer = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)
+    # torch's exporter leaves out a bias of zeros
+    layer = Compressed(site, line, terms, torch.ones(site.shape[0]) if site.bias else None)
     for act in layer.quantisers:
         act.set_range(torch.tensor(1 / 255), torch.tensor(0.0))
     return layer

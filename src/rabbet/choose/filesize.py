@@ -31,8 +31,8 @@ from rabbet.runtime.session import require_onnx
 from rabbet.workpiece import Workpiece
 
 USUAL = Term(Dense(), Grid.parse("3c"))  # of the file that is written first: packed, as most are
+NAMES = 2  # bytes of each factor that are left for names: the first to be numbered are shorter
 KEPT = Term(Dense(), Grid.parse("8c"))
-DIGITS = 2  # of a numbered name in all but the smallest and the largest networks
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,26 @@ class FileGauge:
         self.task = unlabelled(piece.task, piece.model)[0]
         self.inputs = inputs(piece)
         self._rest: int | None = None
+        # Signs of a numbered name. A network of few names has short ones; those that a layer adds
+        # may be longer, those that it does without are not.
+        self._names: tuple[int, ...] = (1, 2)
         self._sizes: dict[tuple[Site, torch.Size | None, str], Size] = {}
         self._graphs: dict[tuple[object, ...], tuple[Graph, dict[str, int]]] = {}
         self._alike: dict[tuple[object, ...], Known] = {}
 
     def layer(self, site: Site, layer: LayerPlan | None) -> int:
         """The bytes that a layer adds, without what it shares; None for one that stays float."""
+        self._measure()
         return self._size(site, layer).own
 
     def network(self, plan: Plan) -> int:
         """The predicted bytes of the file."""
-        return self.rest + self._layers(plan)
+        return self._measure() + self._layers(plan)
 
-    @property
-    def rest(self) -> int:
-        """What no choice changes."""
+    def _measure(self) -> int:
+        """What no choice changes, told by the file of a usual plan unless one was written."""
         if self._rest is None:
-            acts = [8 if site.multiplies else None for site in self.piece.survey]
-            lines = (
-                LayerPlan(s.name, (USUAL,), a) for s, a in zip(self.piece.survey, acts, strict=True)
-            )
-            self.written(Plan(tuple(lines)))
+            self.written(Plan(tuple(map(_usual, self.piece.survey))))
         assert self._rest is not None
         return self._rest
 
@@ -86,12 +85,15 @@ class FileGauge:
             for act in compressed.quantisers:
                 act.set_range(torch.tensor(1 / 255), torch.tensor(0.0))
         with exporting("ONNX", student, self.task):
-            size = file_size(student, self.task, self.functions)
+            size, longest = file_size(student, self.task, self.functions)
+        if self._rest is None:
+            self._names = (longest,) if longest > 1 else (1, 2)
         self._rest = size - self._layers(plan)
         return size
 
     def steps(self, rows: Rows) -> list[Step]:
         """What several lines share, counted once: a step for each such part of the file."""
+        self._measure()
         lines = [[self._size(self.piece.survey[x.name], x).shared for x in row] for row in rows]
         sizes = {name: size for row in lines for shared in row for name, size in shared.items()}
         always = {n for row in lines for n in set.intersection(*map(set, row))}
@@ -109,8 +111,8 @@ class FileGauge:
 
     def _size(self, site: Site, layer: LayerPlan | None) -> Size:
         if layer is None:  # at most: a float weight takes fewer nodes
-            usual = LayerPlan(site.name, (KEPT,), 8 if site.multiplies else None)
-            return replace(known := self._size(site, usual), own=known.own + 3 * site.numel)
+            known = self._size(site, replace(_usual(site), terms=(KEPT,)))
+            return replace(known, own=known.own + 3 * site.numel)
         given = self.inputs.get(site.name)
         alone = replace(site, name=stand_in(site), tied=(), norm=None)
         key = (alone, given, layer.body)
@@ -122,21 +124,35 @@ class FileGauge:
         """The size of one layer; of those that differ in ranks alone one is exported."""
         alike = (site, given, _alike(layer)) if _follows(layer) else (site, given, layer)
         tensors = sum(_bytes(site, term, self.functions) for term in layer.terms)
-        if alike in self._alike:
-            known = self._alike[alike]
-            return replace(known.size, own=known.size.own + tensors - known.tensors)
+        if alike not in self._alike:
+            sizes = self._exported(site, given, layer)
+            size = sizes[0]
+            if len(sizes) > 1:
+                usual = self._exported(site, given, _usual(site))
+                more = (new.own - old.own for new, old in zip(sizes, usual, strict=True))
+                size = replace(size, own=usual[0].own + max(more))
+            if layer.terms != (USUAL,):
+                factors = sum(len(factor_shapes(site, term)) for term in layer.terms)
+                size = replace(size, own=size.own + NAMES * (1 + factors))
+            self._alike[alike] = Known(size, tensors)
+        known = self._alike[alike]
+        return replace(known.size, own=known.size.own + tensors - known.tensors)
+
+    def _exported(self, site: Site, given: torch.Size | None, layer: LayerPlan) -> list[Size]:
+        """The sizes of one layer, with names of each length that counts."""
         network = Alone(site, layer).eval()
-        task = Task([network.batch(given)], axes=0)
-        line = replace(layer, name=network.site.name)
         whole = merged(network)
         forms = [str(f) for held in all_layers(whole).values() for f in held.forms]
-        key = (site, given, *forms, line.act)
+        key = (site, given, *forms, layer.act)
         if key not in self._graphs:
-            self._graphs[key] = traced(whole, task)
-        graph, acts = self._graphs[key]
-        size = size_of(graph, acts, factors_of(whole), self.functions, DIGITS)
-        self._alike[alike] = Known(size, tensors)
-        return size
+            self._graphs[key] = traced(whole, Task([network.batch(given)], axes=0))
+        factors = factors_of(whole)
+        return [size_of(*self._graphs[key], factors, self.functions, n) for n in self._names]
+
+
+def _usual(site: Site) -> LayerPlan:
+    """The line of the file that is written first."""
+    return LayerPlan(site.name, (USUAL,), 8 if site.multiplies else None)
 
 
 def _follows(layer: LayerPlan) -> bool:

@@ -105,7 +105,7 @@ class Limit:
         if self.metric in MEASURED and not amount(whole):
             what = "the bytes of an exported file" if self.metric in FILES else "a latency"
             raise BudgetError(
-                f"{self.text!r} needs {what}, found where `compress` and `plan` choose, only"
+                f"{self.text!r} needs {what}, which is measured by `compress` and `plan` only"
             )
         return amount(cost) > self.amount(whole)
 

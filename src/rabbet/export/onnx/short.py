@@ -10,13 +10,13 @@ import string
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rabbet.export.onnx.graph import OPSET, WHOLE, Graph
+from rabbet.export.onnx.graph import OPSET, SHARED, WHOLE, Graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DIGITS = string.digits + string.ascii_letters
-SHARED = 64  # bytes that a constant has at most of which equal ones become one
+SMALL = 64  # bytes that a constant has at most of which equal ones become one
 MULTIPLYING = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
@@ -27,10 +27,13 @@ def shortened(content: bytes) -> bytes:
     return graph.bytes()
 
 
-def shorten(graph: Graph, least: int = 1) -> None:
-    """Shorten a graph, in place; least: the signs that a name has at least."""
+def shorten(graph: Graph, least: int = 1) -> int:
+    """Shorten a graph, in place; returns the signs of the longest name that was given.
+
+    least: the signs of a name at least, but for those of constants that belong to no layer.
+    """
     _share(graph)
-    _rename(graph, least)
+    longest = _rename(graph, least)
     for node in graph.model.graph.all_nodes():
         node.name = ""
         for name in [a.name for a in node.attributes.values() if _usual(node, a)]:
@@ -38,6 +41,7 @@ def shorten(graph: Graph, least: int = 1) -> None:
     for value in (*graph.inputs, *graph.outputs):
         value.metadata_props.clear()
         value.doc_string = None
+    return longest
 
 
 def _share(graph: Graph) -> None:
@@ -50,7 +54,7 @@ def _share(graph: Graph) -> None:
     known: dict[tuple[object, ...], ir.Value] = {}
     for value in list(graph.model.graph.initializers.values()):
         content = value.const_value
-        if content is None or content.dtype is not ir.DataType.INT64 or content.nbytes > SHARED:
+        if content is None or content.dtype is not ir.DataType.INT64 or content.nbytes > SMALL:
             continue
         if value.is_graph_output():
             continue
@@ -59,24 +63,35 @@ def _share(graph: Graph) -> None:
             value.replace_all_uses_with(same)
 
 
-def _rename(graph: Graph, least: int) -> None:
-    """Number the values that no user meets."""
+def _rename(graph: Graph, least: int) -> int:
+    """Number the values that no user meets, shared ones first; returns the signs of the longest."""
     inner = graph.model.graph
     kept = {id(v) for v in (*graph.inputs, *graph.outputs)}
     every = [*inner.initializers.values(), *(out for node in graph.nodes for out in node.outputs)]
     free = [v for v in every if v.name and id(v) not in kept and not _is_met(v)]
     taken = {v.name for v in (*graph.inputs, *graph.outputs)}
     taken |= {v.name for v in every if v not in set(free)} | set(_deeper(graph))
+    order = sorted(free, key=lambda v: (not _is_shared(v), -len(list(v.uses()))))
+    first = sum(map(_is_shared, order))
     for k, value in enumerate(free):
         value.name = f"\0{k}"  # out of the way of the new names
-    names = (name for name in _numbers(least) if name not in taken)
-    for value in sorted(free, key=lambda v: -len(list(v.uses()))):
+    names = (name for name in _numbers() if name not in taken)
+    longest = 0
+    for k, value in enumerate(order):
         value.name = next(names)
+        while k >= first and len(value.name) < least:
+            value.name = next(names)
+        longest = max(longest, len(value.name))
+    return longest
 
 
-def _numbers(least: int) -> Iterator[str]:
+def _is_shared(value: "ir.Value") -> bool:
+    return str(value.name).startswith(SHARED)
+
+
+def _numbers() -> Iterator[str]:
     """Names, the shortest first."""
-    for length in itertools.count(least):
+    for length in itertools.count(1):
         yield from map("".join, itertools.product(DIGITS, repeat=length))
 
 

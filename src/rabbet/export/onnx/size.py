@@ -58,7 +58,7 @@ def size_of(
 ) -> Size:
     """The size of a marked graph, which stays as it is, with these factors.
 
-    digits: the signs of a numbered name.
+    digits: the signs of a numbered name that is not shared.
     """
     import onnx
 
@@ -79,13 +79,13 @@ def size_of(
     return Size(len(content) - sum(shared.values()), shared)
 
 
-def file_size(model: nn.Module, task: Task, functions: bool) -> int:
-    """The bytes of the file of a compressed network."""
+def file_size(model: nn.Module, task: Task, functions: bool) -> tuple[int, int]:
+    """The bytes of the file of a compressed network, and the signs of its longest numbered name."""
     model = merged(model)
     graph, acts = traced(model, task)
     short = Graph.read(_written(graph, acts, factors_of(model), functions))
-    shorten(short)
-    return len(short.bytes())
+    longest = shorten(short)
+    return len(short.bytes()), longest
 
 
 def _written(
