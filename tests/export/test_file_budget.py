@@ -72,7 +72,7 @@ TERMS = (
 )
 
 
-@pytest.mark.parametrize("name", thinned([(n,) for n in LAYERS], 2))
+@pytest.mark.parametrize("name", thinned([(n,) for n in LAYERS]))
 @pytest.mark.parametrize("target", FILES)
 def test_a_file_is_as_long_as_predicted_whatever_the_kind_the_form_and_the_grid(name, target):
     make, shape = LAYERS[name]

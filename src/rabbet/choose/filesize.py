@@ -32,6 +32,7 @@ from rabbet.workpiece import Workpiece
 
 USUAL = Term(Dense(), Grid.parse("3c"))  # of the file that is written first: packed, as most are
 NAMES = 2  # bytes of each factor that are left for names: the first to be numbered are shorter
+BY_LENGTH = "none."  # shared constants that are as long as a rank
 KEPT = Term(Dense(), Grid.parse("8c"))
 
 
@@ -123,6 +124,8 @@ class FileGauge:
     def _alone(self, site: Site, given: torch.Size | None, layer: LayerPlan) -> Size:
         """The size of one layer; of those that differ in ranks alone one is exported."""
         alike = (site, given, _alike(layer)) if _follows(layer) else (site, given, layer)
+        if alike not in self._alike:
+            alike = (site, given, layer)
         tensors = sum(_bytes(site, term, self.functions) for term in layer.terms)
         if alike not in self._alike:
             sizes = self._exported(site, given, layer)
@@ -134,6 +137,8 @@ class FileGauge:
             if layer.terms != (USUAL,):
                 factors = sum(len(factor_shapes(site, term)) for term in layer.terms)
                 size = replace(size, own=size.own + NAMES * (1 + factors))
+            if _follows(layer) and not any(name.startswith(BY_LENGTH) for name in size.shared):
+                alike = (site, given, _alike(layer))
             self._alike[alike] = Known(size, tensors)
         known = self._alike[alike]
         return replace(known.size, own=known.size.own + tensors - known.tensors)

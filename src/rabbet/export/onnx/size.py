@@ -15,13 +15,14 @@ from torch import nn
 from rabbet.data.task import Task
 from rabbet.export.onnx.graph import SHARED, Graph
 from rabbet.export.onnx.merge import merged
+from rabbet.export.onnx.placeholders import name_of
 from rabbet.export.onnx.qdq import QDQPlacement, Range
 from rabbet.export.onnx.short import shorten
 from rabbet.export.onnx.trace import trace
 from rabbet.export.onnx.weights import write_weights
 from rabbet.model.compressed import Factor, all_layers
 
-OWN = ("zero.", "none.")  # constants that are counted with each layer, though some are shared
+OWN = "zero."  # constants that are counted with each layer, though some are shared
 FUNCTION = "function"  # what the file's own function is called among what layers share
 
 
@@ -94,10 +95,15 @@ def _written(
     """A marked graph with its weights and with ranges that all differ."""
     graph = graph.copy()
     graph.functions_known = functions
-    places = count(1)
-    ranges = {name: Range(1 / 256, next(places) % 2**bits, bits) for name, bits in acts.items()}
-    placement = QDQPlacement(graph, ranges)
-    placement.insert({str(v.name): Range(1 / 256, next(places) % 256) for v in placement.open})
+    placement = QDQPlacement(graph, {})
+    zeros = count(1)
+    ranges = {}
+    for readers in placement.pins.values():
+        zero = next(zeros)
+        for name in map(name_of, readers):
+            ranges[name] = Range(1 / 256, zero % 2 ** acts[name], acts[name])
+    placement.acts = ranges
+    placement.insert({str(v.name): Range(1 / 256, next(zeros) % 256) for v in placement.open})
     write_weights(graph, factors)
     return graph.bytes()
 
