@@ -1,27 +1,24 @@
 """The front door: a float network and a budget in, a network that keeps it out."""
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from rabbet.choose.latency import Stopwatch
-from rabbet.core.budget import METRICS, Budget
+from rabbet._bench import Data, in_turn, landed, opened
+from rabbet.core.budget import FILES, METRICS, Budget
 from rabbet.core.cost import Cost, Latencies, float_cost, plan_cost
 from rabbet.core.history import History
 from rabbet.core.plan import Plan, quoted
 from rabbet.core.survey import Survey
-from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import FileError, ModelError, PlanError
 from rabbet.export import ENDINGS, EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
-from rabbet.jobs import TURN, Jobs
+from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
 from rabbet.model.build import plan_of, validate
 from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
@@ -31,25 +28,6 @@ from rabbet.report.notebook import summary
 from rabbet.report.page import require_drawing, write_page
 from rabbet.report.text import Findings, plain, report_parts
 from rabbet.workpiece import Workpiece
-
-Data = Task | Iterable[Batch]
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def in_turn(call: Callable[P, T]) -> Callable[P, T]:
-    """A call that threads run one after the other, in the middle of `torch.inference_mode`, too.
-
-    A new thread takes over torch's number of threads from whichever set it last, and jobs set it to
-    one: runs side by side would sum in other orders, and write other bytes, each time.
-    """
-
-    @functools.wraps(call)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        with TURN, torch.inference_mode(False):
-            return call(*args, **kwargs)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -132,7 +110,7 @@ class Result:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with torch.inference_mode(False):
-                return EXPORTS[target](self.parcel, path)
+                return EXPORTS[target](replace(self.parcel, most=self._most()), path)
         except OSError as e:
             raise FileError(f"cannot write {path}: {e}") from e
 
@@ -194,6 +172,11 @@ class Result:
     def _repr_html_(self) -> str:
         return summary(self._page)
 
+    def _most(self) -> dict[str, int]:
+        """The bytes that a file for each target may have."""
+        limits = self.budget.limits if self.budget is not None else ()
+        return {x.metric: x.amount(self.float_cost) for x in limits if x.metric in FILES}
+
     def __str__(self) -> str:
         costs = self.cost, self.float_cost
         parts = report_parts(self.survey, self.plan, *costs, self.budget, self.findings)
@@ -210,11 +193,14 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     quality: str = "default",
     seed: int = 0,
     jobs: Jobs | None = None,
+    target: str | None = None,
 ) -> Result:
     """Make a copy of a trained network fit a budget; the network itself is not touched.
 
-    budget: such as "bytes <= 10%, bops <= 0.5%" (see `Budget.parse`). data: an iterable of
-    unlabelled batches (tensor, tuple or mapping: passed as the model's arguments) or a `Task`.
+    budget: such as "bytes <= 10%, bops <= 0.5%" (see `Budget.parse`). target: whose file bytes in
+    the budget are about, "onnx" or "openvino": "bytes <= 10%" is then "onnx <= 10%". data: an
+    iterable of unlabelled batches (tensor, tuple or mapping: passed as the model's arguments) or a
+    `Task`.
     method: default `Joint()`. quality: how long that tunes after the choice, "fast" (not at all),
     "default" or "best"; other methods have settings of their own. jobs: where work runs and what is
     kept; with one jobs several budgets share the solved candidates, and a jobs with a folder makes
@@ -225,9 +211,11 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     that does not have it. What your own code raises (a loader, the forward, a loss) is passed on,
     with a note of where it arose.
     """
-    limits, worker = Budget.parse(budget), method_of(method, quality)
-    piece = opened(model, _metrics(limits), data, seed, jobs)
-    return finished(piece, worker, worker.plan(piece, limits), limits)
+    limits, worker = Budget.parse(budget).shipped(target), method_of(method, quality)
+    piece = opened(model, limits.metrics, data, seed, jobs)
+    return finished(
+        piece, worker, landed(piece, lambda: worker.plan(piece, limits), limits), limits
+    )
 
 
 @in_turn
@@ -240,13 +228,15 @@ def plan(  # noqa: PLR0913 (as above)
     quality: str = "default",
     seed: int = 0,
     jobs: Jobs | None = None,
+    target: str | None = None,
 ) -> Plan:
     """Only choose: the plan that `compress` would fit. Print it, edit it, then `fit` it.
 
     Raises as `compress` does. The plan is the same for every quality.
     """
-    limits, worker = Budget.parse(budget), method_of(method, quality)
-    return worker.plan(opened(model, _metrics(limits), data, seed, jobs), limits)
+    limits, worker = Budget.parse(budget).shipped(target), method_of(method, quality)
+    piece = opened(model, limits.metrics, data, seed, jobs)
+    return landed(piece, lambda: worker.plan(piece, limits), limits)
 
 
 @in_turn
@@ -296,20 +286,6 @@ def _planned(plan: Plan | str) -> Plan:
             f"a plan is a rabbet.Plan or its text, such as result.plan; found {type(plan).__name__}"
         )
     return Plan.parse(plan) if isinstance(plan, str) else plan
-
-
-def _metrics(budget: Budget) -> list[str]:
-    return [limit.metric for limit in budget.limits]
-
-
-def opened(
-    model: nn.Module, metrics: Iterable[str], data: Data, seed: int, jobs: Jobs | None
-) -> Workpiece:
-    """The network on the bench, with a stopwatch beside it if one of the metrics is time."""
-    piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
-    if "latency" in metrics:
-        piece.clock = Stopwatch(piece)
-    return piece
 
 
 def finished(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
@@ -373,7 +349,6 @@ __all__ = [
     "finished",
     "fit",
     "load",
-    "opened",
     "plan",
     "price",
     "survey",

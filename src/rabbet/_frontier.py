@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from rabbet._api import Data, Result, finished, in_turn, opened
+from rabbet._api import Result, finished
+from rabbet._bench import Data, in_turn, landed, opened
 from rabbet.choose.axis import budgets_along, ends_of, joined
 from rabbet.choose.measured import interpolated, next_try
 from rabbet.choose.search import Chooser
-from rabbet.core.budget import METRICS, Budget, Limit
+from rabbet.core.budget import MEASURED, METRICS, Budget, Limit
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
@@ -111,17 +112,23 @@ class Frontier:
         Raises BudgetError for one that cannot be met.
         """
         limits = joined(Budget.parse(budget), self.beside)
-        _require_clock(self.piece, limits)
-        self.searched.allocator.require_feasible(limits)
-        return self.searched.plans([limits])[0]
+        _require_known(self.piece, limits)
+
+        def chosen() -> Plan:
+            self.searched.allocator.require_feasible(limits)
+            return self.searched.plans([limits])[0]
+
+        return landed(self.piece, chosen, limits)
 
     @in_turn
     def fit(self, budget: str | Budget | Point) -> Result:
         """The network at a point, or for any budget: its layers solved in order, and tuned."""
         if isinstance(budget, Point):
             limits = joined(Budget((budget.limit,)), self.beside)
-            return finished(self.piece, self.method, budget.plan, limits)
-        limits = joined(Budget.parse(budget), self.beside)
+            if not limits.files:  # whose bytes at a point are foretold, and may be a few more
+                return finished(self.piece, self.method, budget.plan, limits)
+        else:
+            limits = joined(Budget.parse(budget), self.beside)
         return finished(self.piece, self.method, self.at(limits), limits)
 
     @in_turn
@@ -359,9 +366,12 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
     return Frontier(axis, tuple(kept), more, worker, piece, searched)
 
 
-def _require_clock(piece: Workpiece, budget: Budget) -> None:
-    if piece.clock is None and any(limit.metric == "latency" for limit in budget.limits):
+def _require_known(piece: Workpiece, budget: Budget) -> None:
+    """Raise BudgetError for what was neither timed nor predicted for this frontier."""
+    known = {*piece.gauges, *(["latency"] if piece.clock is not None else [])}
+    missing = next((m for m in budget.metrics if m in MEASURED and m not in known), None)
+    if missing is not None:
         raise BudgetError(
-            f"{str(budget)!r} needs a latency, which was not measured for this frontier: take it "
+            f"{str(budget)!r} needs {missing}, which was not measured for this frontier: take it "
             "as its axis, or limit it beside"
         )

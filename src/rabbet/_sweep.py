@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rabbet._api import Data, finished, in_turn, opened
+from rabbet._api import finished
+from rabbet._bench import Data, in_turn, landed, opened
 from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
@@ -165,7 +166,8 @@ def _row(
     kept = piece.jobs.kept(key)
     if kept is None:
         try:
-            result = finished(piece, method, method.plan(piece, budget), budget)
+            plan = landed(piece, lambda: method.plan(piece, budget), budget)
+            result = finished(piece, method, plan, budget)
         except BudgetError as e:
             return Row(budget, changed, error=str(e))
         kept = {"plan": torch.tensor(list(str(result.plan).encode()), dtype=torch.uint8)}

@@ -6,15 +6,16 @@ import secrets
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rabbet.calibrate.moments import second_moments
+from rabbet.core.clocks import Clock, Gauge
 from rabbet.core.cost import Cost, float_cost, layer_cost, plan_cost
-from rabbet.core.frame import Frame, Rows
+from rabbet.core.frame import Frame, Rows, Step
 from rabbet.core.history import History
 from rabbet.core.layout import RESERVED, TYPE_NAMES, TYPES, Rest
 from rabbet.core.plan import LayerPlan, Plan
@@ -44,32 +45,6 @@ UNKNOWN = (
     "example; if it holds several, say along which axis: Task(batches, axes=...)"
 )
 UNABLE = "the network does not run on some of its examples, or on many at once"
-
-
-class Clock(Protocol):
-    """Latencies on this machine, in nanoseconds for a batch of one; see `rabbet.choose.latency`."""
-
-    @property
-    def whole(self) -> int:
-        """The float network."""
-        ...
-
-    @property
-    def rest(self) -> int:
-        """The part that no layer's choice changes."""
-        ...
-
-    def layer(self, site: Site, layer: LayerPlan | None) -> int:
-        """One layer under a plan; None for one that stays float."""
-        ...
-
-    def expect(self, lines: Iterable[LayerPlan]) -> None:
-        """Say how many of these layers are still to be timed, before any of them is."""
-        ...
-
-    def network(self, model: nn.Module) -> int:
-        """A compressed network, exported and timed now."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +111,8 @@ class Workpiece:
 
     types: the original types of the network's tensors, for those that are not compressed: a
     half-precision embedding that is left alone is stored in half precision again. norms: by site,
-    the BatchNorms that were folded. clock: times layers, if a budget is about latency. told: the
+    the BatchNorms that were folded. clock: times layers, if a budget is about latency. gauges: by
+    target, what predicts the exported files that a budget is about. told: the
     fingerprint of network, batches and functions as they are before anything runs; one of this
     piece alone if they cannot be told from others. histories: of what was searched and trained.
     """
@@ -149,6 +125,7 @@ class Workpiece:
     types: dict[str, str]
     norms: dict[str, Norm] = field(default_factory=dict)
     clock: Clock | None = None
+    gauges: dict[str, Gauge] = field(default_factory=dict)
     told: str = ""
     histories: list[History] = field(default_factory=list, repr=False)
     _moments: Mapping[str, Tensor] | None = field(default=None, repr=False)
@@ -240,6 +217,7 @@ class Workpiece:
     def cost(self, plan: Plan) -> Cost:
         """The exact cost of a plan."""
         cost = plan_cost(self.survey, plan, self.rest(plan))
+        cost = replace(cost, **{name: g.network(plan) for name, g in self.gauges.items()})
         if self.clock is None:
             return cost
         clock = self.clock
@@ -252,14 +230,19 @@ class Workpiece:
             self.clock.expect(lines)
 
     def layer_cost(self, site: Site, layer: LayerPlan) -> Cost:
-        """What one layer costs as planned, its time included if there is a clock."""
+        """What one layer costs as planned; its time and exported bytes, too, if they are asked."""
         cost = layer_cost(site, layer)
+        cost = replace(cost, **{name: g.layer(site, layer) for name, g in self.gauges.items()})
         return cost if self.clock is None else replace(cost, time=self.clock.layer(site, layer))
 
     def frame(self, rows: Rows) -> Frame:
         """The header of every plan that takes one line of each row."""
         first = Plan(tuple(row[0] for row in rows))
         return Frame.of(self.survey, self.rest(first), rows)
+
+    def steps(self, metric: str, rows: Rows) -> Sequence[Step]:
+        """What the lines of an exported file share, which is counted once."""
+        return self.gauges[metric].steps(rows)
 
     def moments(self) -> Mapping[str, Tensor]:
         """Second moments of the inputs of every site, measured once."""
@@ -315,6 +298,7 @@ class Workpiece:
     def float_cost(self) -> Cost:
         """What the float32 network costs."""
         cost = float_cost(self.survey)
+        cost = replace(cost, **dict.fromkeys(self.gauges, cost.bytes))
         return cost if self.clock is None else replace(cost, time=self.clock.whole)
 
 

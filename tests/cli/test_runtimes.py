@@ -141,3 +141,31 @@ def test_a_mistake_is_one_line(run, small, tmp_path, monkeypatch, arguments, wor
     assert err.count("\n") == 1
     assert words in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_of_bytes_is_of_the_file_for_the_target(run, tmp_path):
+    path = tmp_path / "s.onnx"
+    asked = ("--budget", "bytes <= 30%", "--target", "onnx", *QUICK)
+    code, out, _ = run("compress", "--output", path, *asked, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["budget"] == "onnx <= 30%"
+    assert facts["float"]["onnx"] == facts["float"]["bytes"]
+    most = 0.3 * facts["float"]["bytes"]
+    assert facts["bytes"] == path.stat().st_size <= facts["cost"]["onnx"] <= most
+    assert facts["cost"]["openvino"] == facts["float"]["openvino"] == 0
+    code, out, err = run("plan", *asked)
+    assert (code, out.strip()) == (0, facts["plan"].strip())
+    assert f"onnx    {facts['cost']['onnx']:,}" in " ".join(err.split()).replace(
+        "onnx ", "onnx    "
+    )
+
+
+def test_a_plan_whose_exported_file_is_too_long_is_refused_before_it_is_fitted(run, tmp_path):
+    plan = tmp_path / "a.plan"
+    assert run("plan", "--budget", "bits <= 8", "--out", plan, *QUICK)[0] == 0
+    wish = ("compress", "--output", tmp_path / "s.onnx", "--plan", plan)
+    code, _, err = run(*wish, "--budget", "onnx <= 10%")
+    assert code == 1
+    assert "bytes of the onnx file" in err
+    assert not (tmp_path / "s.onnx").exists()

@@ -256,7 +256,7 @@ FIELDS = {"bits": "code_bits", "bpw": "code_bits", "latency": "time"}
 
 @given(st.sampled_from(list(METRICS)), st.integers(1, 10**15))
 def test_a_budget_has_no_tolerance(metric, amount):
-    whole = Cost(weights=7, time=1)
+    whole = Cost(weights=7, time=1, onnx=1, openvino=1)
     unit, step = ("us", 1000) if metric == "latency" else ("", 1)
     budget = Budget.parse(f"{metric} <= {amount} {unit}")
     field = FIELDS.get(metric, metric)
@@ -266,9 +266,22 @@ def test_a_budget_has_no_tolerance(metric, amount):
         budget.check(Cost(**{field: most + 1}), whole)
 
 
-def test_a_latency_that_nobody_measured_is_no_latency_of_zero():
+@pytest.mark.parametrize("text", ["latency <= 5 ms", "onnx <= 5 MB", "openvino <= 5%"])
+def test_what_nobody_measured_is_not_zero(text):
     with pytest.raises(BudgetError, match="measured by `compress` and `plan` only"):
-        Budget.parse("latency <= 5 ms").check(Cost(bytes=3), WHOLE)
+        Budget.parse(text).check(Cost(bytes=3), WHOLE)
+
+
+def test_bytes_of_a_file_for_a_runtime_are_a_limit_of_that_file():
+    budget = Budget.parse("bytes <= 10%, macs <= 1k")
+    assert str(budget.shipped("onnx")) == "onnx <= 10%, macs <= 1k"
+    assert str(Budget.parse("2 MB").shipped("openvino")) == "openvino <= 2 MB"
+    assert budget.shipped(None) == budget.shipped("safetensors") == budget
+    assert Budget.parse("bits <= 3").shipped("torch") == Budget.parse("bits <= 3")
+    with pytest.raises(BudgetError, match="there are safetensors, onnx, openvino"):
+        budget.shipped("torch")
+    with pytest.raises(BudgetError, match="limits onnx twice"):
+        Budget.parse("bytes <= 10%, onnx <= 9%").shipped("onnx")
 
 
 @given(st.decimals(0, 200, places=3).filter(lambda d: d > 0), st.integers(1, 10**12))

@@ -127,8 +127,10 @@ def test_the_file_is_hardly_larger_than_the_native_one(written, tmp_path):
 
 def test_weights_take_their_packed_bytes_and_no_more(written):
     _, compressed, _, path = written
-    stored = onnx.load(path).graph.initializer
-    size = sum(_size(i) for i in stored if i.name.endswith((".packed", ".int4")))
+    graph = onnx.load(path).graph
+    packed = {node.input[0] for node in graph.node if node.op_type == "unpack"}
+    fours = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    size = sum(_size(i) for i in graph.initializer if i.name in packed or i.data_type in fours)
     wanted = sum(
         packed_bytes(f.codes.numel(), f.grid.levels)
         for f in _factors(compressed)

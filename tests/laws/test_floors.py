@@ -27,6 +27,7 @@ FLOORS = (
     {"choose"},
     {"methods"},
     {"report"},
+    {"_bench"},
     {"_api"},
     {"_frontier", "_sweep"},
     {"hf"},

@@ -18,19 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.calibrate.ranges import calibrate_ranges
-from rabbet.core.layout import factor_shapes
+from rabbet.choose.alone import chance, inputs, random_layer, runner
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.data.batches import tensors
 from rabbet.data.task import Task
 from rabbet.export.onnx.write import assemble, assemble_alone, float_content
 from rabbet.export.signature import unlabelled
 from rabbet.forms import Dense
-from rabbet.grids.grid import Grid, Quantised
+from rabbet.grids.grid import Grid
 from rabbet.jobs import Jobs
 from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.model.compressed import Compressed, Head
-from rabbet.model.hooks import hooked
 from rabbet.runtime.bench import cpu, time_files
 from rabbet.runtime.session import Session, require_onnx
 from rabbet.workpiece import Workpiece
@@ -52,7 +51,7 @@ class Stopwatch:
         self.task = unlabelled(piece.task, piece.model)[0]
         self.kept = Jobs(folder=folder())
         self.machine = {"machine": sorted(cpu().items())}
-        self.inputs = _inputs(piece)
+        self.inputs = inputs(piece)
         self._layers: dict[LayerPlan, int] = {}
         self._missing: set[str] = set()
         self._expected = 0
@@ -91,14 +90,14 @@ class Stopwatch:
         )
         if alike not in self._layers:
             facts = self._facts(site, alike)
-            runner = (
-                self.piece.model.get_submodule(_runner(site))
+            module = (
+                self.piece.model.get_submodule(runner(site))
                 if layer is None
                 else _random(facts["site"], alike)
             )
-            given = torch.rand(self.inputs[site.name], generator=_chance())
+            given = torch.rand(self.inputs[site.name], generator=chance())
             task = Task([torch.cat([given, given])], axes=0)
-            content = functools.partial(assemble_alone, runner, task)
+            content = functools.partial(assemble_alone, module, task)
             self._layers[alike] = self._timed(content, [given], facts) * max(1, len(site.heads))
         return self._layers[alike]
 
@@ -169,28 +168,6 @@ def _time(content: bytes, given: list[Tensor]) -> int:
     return round(1e6 * time_files({"": content}, given)[""].median)
 
 
-def _inputs(piece: Workpiece) -> dict[str, torch.Size]:
-    """The shape of the input of each site that multiplies, for one example."""
-    shapes: dict[str, torch.Size] = {}
-
-    def seen(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
-            shapes.setdefault(name, args[0].shape)
-
-        return hook
-
-    timed = [s for s in piece.survey if s.multiplies]
-    hooks = [(piece.model.get_submodule(_runner(s)), seen(s.name)) for s in timed]
-    with torch.no_grad(), hooked(before=hooks):
-        piece.task.run(piece.model, piece.task.examples.first(piece.task.read()[0]))
-    return shapes
-
-
-def _runner(site: Site) -> str:
-    """Which layer multiplies with the weight; all heads of a table do so alike."""
-    return site.heads[0] if site.heads else site.name
-
-
 def _like(site: Site, terms: tuple[Term, ...], act: int | None) -> LayerPlan:
     """A line of the same form and ranks on 8 bits: layers alike in that take the same time."""
     return LayerPlan(
@@ -210,22 +187,7 @@ class _Multiplied(nn.Module):
         return scores
 
 
-def _chance() -> torch.Generator:
-    """A generator of our own: the one that all code shares is the user's."""
-    return torch.Generator().manual_seed(0)
-
-
 def _random(site: Site, line: LayerPlan) -> nn.Module:
     """A layer with any numbers, as the whole of a network; of a table its head."""
-    chance = _chance()
-    terms = [
-        [
-            Quantised.nearest(torch.rand(shape, generator=chance) - 0.5, t.grid)
-            for shape in factor_shapes(site, t)
-        ]
-        for t in line.terms
-    ]
-    layer = Compressed(site, line, terms, torch.zeros(site.shape[0]) if site.bias else None)
-    for act in layer.quantisers:
-        act.set_range(torch.tensor(1 / 255), torch.tensor(0.0))
+    layer = random_layer(site, line)
     return (_Multiplied(layer) if site.heads else layer).eval()

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from rabbet.choose.milp import IntegerProgram
-from rabbet.core.budget import METRICS, Budget, Limit, heaviest
+from rabbet.core.budget import FILES, METRICS, Budget, Limit, heaviest
 from rabbet.core.cost import Cost
-from rabbet.core.frame import Frame, Rows
+from rabbet.core.frame import Frame, Rows, Step
 from rabbet.core.plan import LayerPlan, Plan, quoted
 from rabbet.core.survey import Left
 from rabbet.errors import BudgetError, ModelError
@@ -60,6 +60,10 @@ class Priced(Protocol):
 
     def frame(self, rows: Rows) -> Frame | None:
         """The header of every plan that takes one line of each row; None: bytes simply add up."""
+        ...
+
+    def steps(self, metric: str, rows: Rows) -> Sequence[Step]:
+        """What the lines share in an exported file, which is counted once."""
         ...
 
 
@@ -173,15 +177,16 @@ class Allocator:
         what = "header and all else" if limit.metric == "bytes" else "all else"
         heavy = rest > max(map(metric.amount, costs.values()))
         beside = f"; {what} {metric.show(rest, whole.weights)}" if heavy else ""
-        left = sorted(self.piece.left, key=lambda x: -x.bytes)[:3]
-        if heavy and left and limit.metric == "bytes":
+        stored = limit.metric in ("bytes", *FILES)
+        left = sorted(self.piece.left, key=lambda x: -x.bytes)[:3] if stored else ()
+        if heavy and left:
             named = ", ".join(f"{quoted(x.name)} {x.bytes:,}" for x in left)
             beside += f", of which is left alone: {named}"
         least = metric.show(reached, whole.weights)
         allowed = metric.show(limit.amount(whole), whole.weights)
         return (
             f"{limit.text!r} cannot be met: the smallest reachable value is "
-            f"{least} {limit.metric} "
+            f"{least} {limit.unit} "
             f"({100 * reached / max(base, 1):.4g}% of float32), {allowed} were allowed. "
             f"The heaviest layers at that point: {heaviest(costs, limit.metric)}{beside}"
         )
@@ -194,15 +199,16 @@ class Allocator:
         """The choice of least cost by the metric of a limit, or one that keeps the limit.
 
         Of what adds up it is the cheapest option of every layer. Of bytes another may be smaller by
-        the header's padding: then ever smaller ones are asked for until there is none.
+        the header's padding or by what layers share: then ever smaller ones are asked for until
+        there is none.
         """
         choice = smallest(self.table, limit.metric)
         whole = self.piece.float_cost
-        while limit.metric == "bytes":
+        while limit.metric in ("bytes", *FILES):
             cost = self.piece.cost(picked(self.table, choice))
             if not limit.broken_by(cost, whole):
                 break
-            smaller = Fraction(cost.bytes - 1)
+            smaller = Fraction(METRICS[limit.metric].amount(cost) - 1)
             below = Budget((replace(limit, value=smaller, share=False),))
             found, _ = self._landed([[0.0] * len(row) for row in self.table], below)
             if found is None:
@@ -239,11 +245,21 @@ class Allocator:
     @cached_property
     def _base(self) -> Cost:
         """What the first option of every layer costs, all in all."""
+        return self._reference()
+
+    def _reference(self) -> Cost:
         return self.piece.cost(picked(self.table, [0] * len(self.table)))
 
     @cached_property
     def _frame(self) -> Frame | None:
         return self.piece.frame([[option.plan for option in row] for row in self.table])
+
+    def _steps(self, metric: str) -> Sequence[Step]:
+        """What lines share in an exported file."""
+        if metric not in FILES:
+            return ()
+        rows = [[option.plan for option in row] for row in self.table]
+        return self.piece.steps(metric, rows)
 
     def _program(self, budget: Budget, room: dict[str, int]) -> IntegerProgram:
         """The program of a budget; room: by how much each limit is tighter than it says."""
@@ -255,9 +271,12 @@ class Allocator:
             frame = self._frame if limit.metric == "bytes" else None
             if frame is None:
                 # What no option changes (untouched tensors, the fixed part of the header) is the
-                # difference between the reference plan and the sum of its options.
-                fixed = amount(self._base) - sum(amount(row[0].cost) for row in self.table)
-                program.limit(amounts, allowed - fixed)
+                # difference between the reference plan and the sum of its options. Of exported
+                # files it is predicted better once one was written.
+                base = self._reference() if limit.metric in FILES else self._base
+                fixed = amount(base) - sum(amount(row[0].cost) for row in self.table)
+                first = program.places([0] * len(self.table))
+                _limit_sum(program, amounts, allowed - fixed, self._steps(limit.metric), first)
             else:
                 first = program.places([0] * len(self.table))
                 _limit_file(program, amounts, allowed - self._base.bytes, frame, first)
@@ -266,6 +285,29 @@ class Allocator:
 
 def _no_room(budget: Budget) -> dict[str, int]:
     return dict.fromkeys((limit.metric for limit in budget.limits), 0)
+
+
+def _limit_sum(
+    program: IntegerProgram,
+    amounts: Sequence[int],
+    most: int,
+    steps: Sequence[Step],
+    first: Sequence[int],
+) -> None:
+    """Limit a sum of amounts and of steps; `most` is without the steps of a reference choice."""
+    taken = sum(s.bytes for s in steps if sum(s.amounts[k] for k in first) >= s.least)
+    program.limit(amounts, most + taken, _taken(program, steps))
+
+
+def _taken(program: IntegerProgram, steps: Sequence[Step]) -> dict[int, int]:
+    """A variable for each step, which is 1 where it is reached, and its bytes."""
+    bytes_of: dict[int, int] = {}
+    for step in steps:
+        taken = program.variable(1)
+        bytes_of[taken] = step.bytes
+        # Unless the step is taken, amounts stay below it.
+        program.limit(step.amounts, step.least - 1, {taken: -(step.most - step.least + 1)})
+    return bytes_of
 
 
 def _limit_file(
@@ -278,12 +320,7 @@ def _limit_file(
     """
     values = [size - line for size, line in zip(amounts, frame.lines, strict=True)]
     units = -(-frame.text(first) // ALIGNED)
-    text: dict[int, int] = {}
-    for step in frame.steps:
-        taken = program.variable(1)
-        text[taken] = step.bytes
-        # Unless the step is taken, amounts stay below it.
-        program.limit(step.amounts, step.least - 1, {taken: -(step.most - step.least + 1)})
+    text = _taken(program, frame.steps)
     most = sum(frame.lines) + frame.base + sum(step.bytes for step in frame.steps)
     header = program.variable(-(-most // ALIGNED))
     program.limit(frame.lines, -frame.base, text | {header: -ALIGNED})

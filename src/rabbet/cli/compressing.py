@@ -34,6 +34,7 @@ def plan(
         Path | None, typer.Option(dir_okay=False, help="Write the plan into this file, too.")
     ] = None,
     method: options.MethodText = None,
+    target: options.Target = None,
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
@@ -48,7 +49,7 @@ def plan(
     from rabbet.report.facts import plan_facts
     from rabbet.report.text import total_parts
 
-    limits, worker = texts.budget_of(budget), texts.worker_of(method)
+    limits, worker = texts.budget_of(budget, target), texts.worker_of(method)
     if out is not None:
         writable(out)
     pages.ready(html, "--html", out, model, data)
@@ -80,6 +81,7 @@ def compress(
     held: options.Held = None,
     quality: options.Quality = "default",
     method: options.MethodText = None,
+    target: options.Target = None,
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
@@ -92,18 +94,18 @@ def compress(
     """
     from rabbet.cli import outcomes, pages, tables, texts
     from rabbet.cli.inputs import open_inputs
-    from rabbet.cli.stored import opened, ready, require_other
+    from rabbet.cli.stored import agreed, opened, ready, require_other
     from rabbet.cli.terminal import told, working
     from rabbet.cli.wishes import Wish
 
-    wish = Wish.read(budget, plan, drop, axis)
+    wish = Wish.read(budget, plan, drop, axis, target)
     wish.require_held(held, test)
     worker = texts.worker_of(method, quality)
-    target = ready(output)
+    chosen = agreed(ready(output), output, target)
     require_other(output, model, data, test)
     pages.ready(html, "--html", output, model, data, test)
     inputs = open_inputs(model, data, test)
-    outcomes.require_exportable(inputs, target)
+    outcomes.require_exportable(inputs, chosen)
     judge = inputs.judge
     wish = wish.judged(model, held, inputs)
     with working(resume, processes, as_json) as jobs:
@@ -112,7 +114,7 @@ def compress(
         result = wish.granted(inputs, worker, seed, jobs)
         replaced = output.exists()
         with told(jobs, "writing the file"):
-            written = outcomes.export_safely(result, output, target)
+            written = outcomes.export_safely(result, output, chosen)
         with told(jobs, "judging the file"):
             after = None if judge is None else judge(opened(output, inputs.network))
         outcome = outcomes.Outcome(
@@ -125,4 +127,4 @@ def compress(
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))
     else:
-        tables.show(outcome.parts(native=target == "safetensors"))
+        tables.show(outcome.parts(target=chosen))

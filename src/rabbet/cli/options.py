@@ -10,7 +10,7 @@ DEFAULT_BUDGET = "bytes <= 10%"
 # The help needs these names, and not what they name, which takes seconds to import.
 METHODS = ("joint", "admm", "cora", "cgmq", "ttqat")
 QUALITIES = ("fast", "default", "best")
-AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency")
+AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency", "onnx", "openvino")
 TARGETS = ("safetensors", "onnx", "openvino", "torch")
 
 
@@ -18,6 +18,13 @@ def known_quality(name: str) -> str:
     """The name of a tier; a usage error for any other."""
     if name not in QUALITIES:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(QUALITIES)}")
+    return name
+
+
+def known_target(name: str | None) -> str | None:
+    """The name of a target, if there is one; a usage error for any other."""
+    if name is not None and name not in TARGETS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(TARGETS)}")
     return name
 
 
@@ -48,12 +55,13 @@ BUDGET = (
     "Such as 'bytes <= 10%, bops <= 0.5%': bytes (of the file), bits (per weight, without scales), "
     "bpw (per weight, with scales and zero points), macs, bops"
 )
-BudgetText = Annotated[str, typer.Option("--budget", help=f"{BUDGET}, latency.")]
+MEASURED = "latency, onnx and openvino (bytes of the exported file)"
+BudgetText = Annotated[str, typer.Option("--budget", help=f"{BUDGET}, {MEASURED}.")]
 OptionalBudget = Annotated[
     str | None,
     typer.Option(
         "--budget",
-        help=f"{BUDGET}, latency. Default without --plan: {DEFAULT_BUDGET}.",
+        help=f"{BUDGET}, {MEASURED}. Default without --plan: {DEFAULT_BUDGET}.",
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Fit the plan in this file.")]
@@ -98,6 +106,14 @@ MethodText = Annotated[
         metavar="NAME [SETTING=VALUE ...]",
         help=f"One of {', '.join(METHODS)}, with settings: "
         "'cora bits=3 tuning.steps=0'. Default: joint.",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        callback=known_target,
+        metavar="|".join(TARGETS),
+        help="For which runtime the file is; bytes in the budget are those of that file.",
     ),
 ]
 Output = Annotated[

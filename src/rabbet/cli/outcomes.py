@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rabbet._api import Result, opened
-from rabbet._api import plan as choose
+from rabbet._api import Result
+from rabbet._bench import in_turn, landed, opened
 from rabbet.cli.inputs import Inputs
 from rabbet.cli.judge import Judge
 from rabbet.core.budget import Budget
@@ -65,8 +65,8 @@ class Outcome:
         found = plan_facts(result.survey, result.plan, *costs, result.budget, result.findings)
         return file | settings | found | said
 
-    def parts(self, native: bool) -> list[Part]:
-        """All of it for people; native: whether the file is the one that a budget is about."""
+    def parts(self, target: str) -> list[Part]:
+        """All of it for people; target: whose file was written."""
         result, judge = self.result, self.judge
         costs = result.cost, result.float_cost
         parts = report_parts(result.survey, result.plan, *costs, result.budget, result.findings)
@@ -76,7 +76,9 @@ class Outcome:
             parts.append(f"{judge.quantity}: {scores}")
         older = ", in place of an older file" if self.replaced else ""
         parts.append(f"{self.output}: {self.written.bytes:,} bytes{older}")
-        if not native:
+        limits = result.budget.limits if result.budget is not None else ()
+        native = not any(limit.metric == target for limit in limits)
+        if target != "safetensors" and native:
             size = f"{result.cost.bytes:,} bytes"
             parts.append(f"the native file, which a budget of bytes is about: {size}")
         return [*parts, self.sentence]
@@ -142,12 +144,11 @@ def export_safely(result: Result, output: Path, target: str) -> Written:
     return written
 
 
+@in_turn
 def plan_for(inputs: Inputs, limits: Budget, worker: Method, seed: int, jobs: Jobs) -> Chosen:
     """Choose a plan, and count what it costs."""
-    plan = choose(inputs.network, limits, inputs.task, worker, seed=seed, jobs=jobs)
-    piece = opened(  # times are kept, not taken
-        inputs.network, [limit.metric for limit in limits.limits], inputs.task, seed, jobs
-    )
+    piece = opened(inputs.network, limits.metrics, inputs.task, seed, jobs)
+    plan = landed(piece, lambda: worker.plan(piece, limits), limits)
     times = {}
     if piece.clock is not None:
         times = {s.name: piece.clock.layer(s, plan.get(s.name)) for s in piece.survey}

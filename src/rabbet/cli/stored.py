@@ -12,6 +12,7 @@ from torch import nn
 
 from rabbet._api import load
 from rabbet.cli.references import settings_of
+from rabbet.core.budget import FILES
 from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
@@ -60,6 +61,15 @@ def ready(output: Path, target: str | None = None) -> str:
     known = target_of(output, target)
     writable(output)
     return known
+
+
+def agreed(ending: str, output: Path, target: str | None) -> str:
+    """The target of a file; a usage error if it is not of the kind that its ending asks for."""
+    if target is None or target == ending or (ending == "onnx" and target in FILES):
+        return target or ending
+    raise typer.BadParameter(
+        f"{output} is a file for {ending} by its ending, not for {target}", param_hint="--target"
+    )
 
 
 def require_other(output: Path, *references: str | Path | None, option: str = "--output") -> None:

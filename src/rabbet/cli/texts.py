@@ -75,20 +75,28 @@ def require_points(measure: int, held: str | None) -> None:
         )
 
 
-def budget_of(text: str) -> Budget:
-    """A budget from its text; a usage error, not a broken budget, if it cannot be read."""
+def budget_of(text: str, target: str | None = None) -> Budget:
+    """A budget from its text, of the file for a target.
+
+    A usage error, not a broken budget, if it cannot be read.
+    """
     try:
-        return Budget.parse(text)
+        return Budget.parse(text).shipped(target)
     except BudgetError as e:
         raise typer.BadParameter(str(e), param_hint="--budget") from None
 
 
 def budget_of_file(text: str) -> Budget:
-    """A budget that a file can be held against; a usage error for one of a latency."""
+    """A budget that a native file can be held against; a usage error for any other."""
     limits = budget_of(text)
-    if any(limit.metric == "latency" for limit in limits.limits):
+    if "latency" in limits.metrics:
         raise typer.BadParameter(
             "a file does not say its latency; measure it with rabbet bench", param_hint="--budget"
+        )
+    if limits.files:
+        raise typer.BadParameter(
+            "a native file does not say how long an exported one is; write it with rabbet export",
+            param_hint="--budget",
         )
     return limits
 

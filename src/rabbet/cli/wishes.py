@@ -6,16 +6,16 @@ from pathlib import Path
 import typer
 
 from rabbet._api import Result, compress, fit
+from rabbet._bench import opened
 from rabbet._frontier import frontier
 from rabbet.cli import options, texts
 from rabbet.cli.inputs import Inputs, open_held
 from rabbet.cli.judge import Judge
-from rabbet.core.budget import Budget
+from rabbet.core.budget import FILES, Budget
 from rabbet.core.plan import Plan
 from rabbet.jobs import Jobs
 from rabbet.methods import Method
 from rabbet.model.build import validate
-from rabbet.workpiece import Workpiece
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,20 @@ class Wish:
 
     @classmethod
     def read(
-        cls, budget: str | None, plan: Path | None, drop: str | None, along: str | None
+        cls,
+        budget: str | None,
+        plan: Path | None,
+        drop: str | None,
+        along: str | None,
+        target: str | None = None,
     ) -> "Wish":
-        """What options say; a usage error for those that contradict one another."""
+        """What options say; a usage error for those that contradict one another.
+
+        target: whose file bytes are about.
+        """
         most = None if drop is None else texts.drop_of(drop)
-        axis = "bytes" if along is None else along
+        file = target if target in FILES else "bytes"
+        axis = file if along in (None, "bytes") else along
         texts.require_axis(axis)
         if along is not None and most is None:
             raise typer.BadParameter(
@@ -50,7 +59,7 @@ class Wish:
             )
         unasked = budget is None and plan is None and most is None
         asked = options.DEFAULT_BUDGET if unasked else budget
-        limits = None if asked is None else texts.budget_of(asked)
+        limits = None if asked is None else texts.budget_of(asked, target)
         wanted = None if plan is None else texts.plan_of_file(plan)
         if wanted is not None and limits is not None:
             _require_countable(limits)
@@ -85,11 +94,15 @@ class Wish:
             assert self.budget is not None
             return compress(inputs.network, self.budget, inputs.task, method, seed=seed, jobs=jobs)
         if self.budget is not None:  # held against it before anything is solved
-            piece = Workpiece.of(inputs.network, inputs.task, jobs, seed)
+            piece = opened(inputs.network, self.budget.metrics, inputs.task, seed, jobs)
             validate(self.plan, piece.survey)
+            for gauge in piece.gauges.values():
+                gauge.written(self.plan)
             self.budget.check(piece.cost(self.plan), piece.float_cost)
-        result = fit(inputs.network, self.plan, inputs.task, method, seed=seed, jobs=jobs)
-        return replace(result, budget=self.budget)
+            result = fit(inputs.network, self.plan, inputs.task, method, seed=seed, jobs=jobs)
+            costs = piece.cost(result.plan), piece.float_cost
+            return replace(result, budget=self.budget, cost=costs[0], float_cost=costs[1])
+        return fit(inputs.network, self.plan, inputs.task, method, seed=seed, jobs=jobs)
 
     def _within(self, drop: float, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
         assert self.judge is not None

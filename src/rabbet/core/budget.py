@@ -30,21 +30,18 @@ class Quantity:
 
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTES = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
 METRICS: dict[str, Quantity] = {
-    "bytes": Quantity(
-        lambda c: c.bytes,
-        lambda value, _: value,
-        {
-            "": 1,
-            "b": 1,
-            "kb": 10**3,
-            "mb": 10**6,
-            "gb": 10**9,
-            "kib": 2**10,
-            "mib": 2**20,
-            "gib": 2**30,
-        },
-    ),
+    "bytes": Quantity(lambda c: c.bytes, lambda value, _: value, _BYTES),
     "macs": Quantity(lambda c: c.macs, lambda value, _: value, _DECIMAL),
     "bops": Quantity(lambda c: c.bops, lambda value, _: value, _DECIMAL),
     "bits": Quantity(
@@ -65,7 +62,13 @@ METRICS: dict[str, Quantity] = {
         {"us": 10**3, "ms": 10**6, "s": 10**9},
         lambda amount, _: f"{amount / 1e6:.3f} ms",
     ),
+    "onnx": Quantity(lambda c: c.onnx, lambda value, _: value, _BYTES),
+    "openvino": Quantity(lambda c: c.openvino, lambda value, _: value, _BYTES),
 }
+FILES = ("onnx", "openvino")
+"""Bytes of a file that is written for a runtime, by its target."""
+MEASURED = ("latency", *FILES)
+"""What is only known where a budget asks for it, and zero elsewhere."""
 _LIMIT = re.compile(
     r"([a-z]+)\s*(<=|≤|<|==?)\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*(%|[a-z]*)",
     re.IGNORECASE,
@@ -84,6 +87,11 @@ class Limit:
     share: bool
     text: str
 
+    @property
+    def unit(self) -> str:
+        """What is counted, in words."""
+        return f"bytes of the {self.metric} file" if self.metric in FILES else self.metric
+
     def amount(self, whole: Cost) -> int:
         """The largest amount allowed, given the float32 network's cost."""
         metric = METRICS[self.metric]
@@ -92,12 +100,14 @@ class Limit:
         )
 
     def broken_by(self, cost: Cost, whole: Cost) -> bool:
-        """Whether a cost is over this limit; raises BudgetError for a latency not measured."""
-        if self.metric == "latency" and not whole.time:
+        """Whether a cost is over this limit; raises BudgetError for what was not measured."""
+        amount = METRICS[self.metric].amount
+        if self.metric in MEASURED and not amount(whole):
+            what = "the bytes of an exported file" if self.metric in FILES else "a latency"
             raise BudgetError(
-                f"{self.text!r} needs a latency, which is measured by `compress` and `plan` only"
+                f"{self.text!r} needs {what}, which is measured by `compress` and `plan` only"
             )
-        return METRICS[self.metric].amount(cost) > self.amount(whole)
+        return amount(cost) > self.amount(whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +123,9 @@ class Budget:
         `<` and `=` mean the same, and a number of bytes alone (`10 MB`) is one of `bytes`.
         Metrics and units: bytes (B, kB, MB, GB, KiB, MiB, GiB, %), macs and bops (k, M, G, T, %),
         bits (mean bits of the codes per weight, %), bpw (the same, with scales and zero points, %),
-        latency (us, ms, s, %). `%` is a share of the float32 network. Raises BudgetError for
-        anything else.
+        latency (us, ms, s, %), onnx and openvino (bytes of the file that is exported for that
+        target, as for bytes; % is a share of the same float32 bytes). `%` is a share of the float32
+        network. Raises BudgetError for anything else.
         """
         if isinstance(text, Budget):
             return text
@@ -132,6 +143,37 @@ class Budget:
     def __str__(self) -> str:
         return ", ".join(limit.text for limit in self.limits)
 
+    def shipped(self, target: str | None) -> "Budget":
+        """The same where bytes are those of the file for a target; None: of the native file.
+
+        Raises BudgetError for a target whose bytes no budget can limit.
+        """
+        if target in (None, "safetensors") or all(x.metric != "bytes" for x in self.limits):
+            return self
+        if target not in FILES:
+            raise BudgetError(
+                f"bytes of a file for {target!r} are no budget; there are safetensors, "
+                f"{', '.join(FILES)}"
+            )
+        return Budget.parse(
+            ", ".join(
+                re.sub("^bytes", target, x.text, flags=re.IGNORECASE)
+                if x.metric == "bytes"
+                else x.text
+                for x in self.limits
+            )
+        )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What it limits."""
+        return tuple(limit.metric for limit in self.limits)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The targets whose files it limits."""
+        return tuple(limit.metric for limit in self.limits if limit.metric in FILES)
+
     def check(self, cost: Cost, whole: Cost) -> None:
         """Raise BudgetError if a cost is over a limit; there is no tolerance."""
         for limit in self.limits:
@@ -139,7 +181,7 @@ class Budget:
                 metric = METRICS[limit.metric]
                 amount, allowed = metric.amount(cost), limit.amount(whole)
                 raise BudgetError(
-                    f"{limit.text!r} allows {metric.show(allowed, whole.weights)} {limit.metric}, "
+                    f"{limit.text!r} allows {metric.show(allowed, whole.weights)} {limit.unit}, "
                     f"the network has {metric.show(amount, whole.weights)}"
                 )
 

@@ -5,7 +5,8 @@ layers in the survey, for one example as in the first batch. A bit operation (BO
 the bits of the weight times the bits of the input (Bayesian Bits, arXiv 2005.07093); a float counts
 32 bits. Bits are the mean bits of the codes per weight, over all weights. Latency is that of the
 exported file for a batch of one, predicted from layers that were timed on this machine
-(`rabbet.choose.latency`); it is zero where nothing was measured.
+(`rabbet.choose.latency`); it is zero where nothing was measured. Bytes of exported files are
+predicted in the same way, and held against a file that is written (`rabbet.choose.filesize`).
 """
 
 from collections.abc import Mapping
@@ -33,8 +34,8 @@ class Cost:
     """What a layer or a network costs, in whole numbers.
 
     bytes: of the file. macs, bops: per example. code_bits, scale_bits: of all weight codes, and of
-    their scales. weights: entries of all weights. time: nanoseconds of one example, zero if it was
-    not measured.
+    their scales. weights: entries of all weights. time: nanoseconds of one example. onnx, openvino:
+    bytes of the file that is exported for that target. These three are zero if no budget asked.
     """
 
     bytes: int = 0
@@ -44,6 +45,8 @@ class Cost:
     weights: int = 0
     time: int = 0
     scale_bits: int = 0
+    onnx: int = 0
+    openvino: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, f) + getattr(other, f) for f in Cost.__dataclass_fields__))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rabbet.core.budget import METRICS, Budget
+from rabbet.core.budget import MEASURED, METRICS, Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.report.content import Frontier, Point, Report
@@ -17,6 +17,8 @@ NAMES = {
     "bits": "bits a weight",
     "bpw": "bits a weight, with scales",
     "latency": "latency",
+    "onnx": "bytes of the ONNX file",
+    "openvino": "bytes of the file for OpenVINO",
 }
 """How metrics are called on a page."""
 
@@ -56,7 +58,7 @@ def cost_standings(cost: Cost, whole: Cost, budget: Budget | None) -> list[Stand
     """The standing by every metric; a latency that was not measured is left out."""
     limits = {} if budget is None else {limit.metric: limit for limit in budget.limits}
     each = (Standing.of(metric, cost, whole, limits.get(metric)) for metric in METRICS)
-    return [s for s in each if s.whole or s.metric != "latency"]
+    return [s for s in each if s.whole or s.metric not in MEASURED]
 
 
 def frontier_facts(frontier: Frontier, report: Report) -> dict[str, Any]:

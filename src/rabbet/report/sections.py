@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from rabbet.core.budget import FILES
 from rabbet.core.plan import quoted
 from rabbet.core.survey import Left, shapes
 from rabbet.report.content import Report
@@ -86,6 +87,7 @@ def _known(report: Report, metric: str) -> str:
         "bits": "counted: mean bits of the codes",
         "bpw": "counted: codes, scales and zero points",
         "latency": "predicted: the sum of layers that were timed alone; float: measured",
+        **dict.fromkeys(FILES, "predicted, then held against a file that was written"),
     }[metric]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rabbet.core.budget import METRICS, Budget, Limit
+from rabbet.core.budget import MEASURED, METRICS, Budget, Limit
 from rabbet.core.cost import Cost, layer_cost
 from rabbet.core.plan import Plan, quoted
 from rabbet.core.survey import Left, Survey
@@ -203,8 +203,8 @@ def total_parts(survey: Survey, cost: Cost, whole: Cost, budget: Budget | None) 
     """Cost against budget, of which example it is, then what is left alone."""
     limits = {limit.metric: limit for limit in budget.limits} if budget else {}
     each = [Standing.of(metric, cost, whole, limits.get(metric)) for metric in METRICS]
-    # A latency that was not asked for was not measured, and is zero.
-    rows = [s.row() for s in each if s.whole or s.metric != "latency"]
+    # What is measured is zero where it was not asked for.
+    rows = [s.row() for s in each if s.whole or s.metric not in MEASURED]
     heads = ("", "found", "of float32", *(["allowed"] if budget else []))
     counted = survey.counted("MACs, BOPs and latency" if whole.time else "MACs and BOPs")
     return [Table(heads, [row[: len(heads)] for row in rows]), counted, *left_lines(survey)]

@@ -145,7 +145,7 @@ def kernels(source: Path | bytes) -> dict[str, str]:
         place = (KERNELS | FLOAT).get(node.op_type)
         weight = None if place is None else _origin(node.input[place], makers, known)
         if weight is not None:
-            names[weight if weight not in names else f"{weight} ({node.name})"] = node.op_type
+            names[weight if weight not in names else f"{weight} ({node.output[0]})"] = node.op_type
     return names
 
 

@@ -80,9 +80,7 @@ class Expression:
     def narrow(self, axis: int, first: int, count: int) -> "Expression":
         """`count` slices of an axis, from `first` on."""
         shape = tuple(count if k == axis else n for k, n in enumerate(self.shape))
-        ends = [
-            self.graph.constant(f"ends.{n}", np.array([n])) for n in (first, first + count, axis)
-        ]
+        ends = [self.graph.shared(f"ends.{n}", np.array([n])) for n in (first, first + count, axis)]
         return Expression(self.graph, self._call("Slice", *ends), shape, self.names)
 
     def permute(self, *order: int) -> "Expression":
@@ -122,4 +120,4 @@ class Names:
 
 def shape_of(graph: Graph, sizes: Sequence[int]) -> "ir.Value":
     """A shape as a constant; equal shapes share one."""
-    return graph.constant(f"shape.{'x'.join(map(str, sizes))}", np.array(sizes, np.int64))
+    return graph.shared(f"shape.{'x'.join(map(str, sizes))}", np.array(sizes, np.int64))

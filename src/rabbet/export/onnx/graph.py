@@ -3,7 +3,6 @@
 Most of what depends on the graph-editing library (`onnx_ir`) is here.
 """
 
-import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ OPSET = 23  # the first with attention as one node; 4-bit integers came with 21
 IR_VERSION = 11
 # The ending of the name of a weight that a runtime turns into float when it loads the file.
 WHOLE = "float"
-CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
+SHARED = "="  # how the names of constants begin that belong to no layer
 
 
 class Graph:
@@ -127,6 +126,13 @@ class Graph:
             self.model.graph.register_initializer(value)
         return value
 
+    def shared(self, name: str, array: NDArray[Any]) -> "ir.Value":
+        """A constant that belongs to no layer: whatever needs one like it reads the same.
+
+        name: says what it holds, so that equal names are equal constants.
+        """
+        return self.constant(f"{SHARED}{name}", array)
+
     def call(
         self, op: str, *inputs: "ir.Value", name: str, domain: str = "", **attributes: Any
     ) -> "ir.Value":
@@ -201,24 +207,6 @@ class Graph:
         known = set(self.model.graph.outputs)
         self.model.graph.outputs.extend(v for v in values if v not in known)
 
-    def shorten(self) -> None:
-        """Number the values between nodes, drop names of conversions and attributes at defaults.
-
-        In a network of many small layers names take more room than weights. Layers and weights keep
-        theirs.
-        """
-        taken = {v.name for v in (*self.inputs, *self.outputs)} | set(self.model.graph.initializers)
-        free = (name for k in itertools.count() if (name := f"{k:x}") not in taken)
-        for node in self.nodes:
-            for out in node.outputs:
-                if out.name and not out.is_graph_output() and not _holds_weight(out):
-                    out.name = next(free)
-            if node.op_type in CONVERSIONS:
-                node.name = ""
-            if node.op_type == "Conv":
-                for name in [a.name for a in node.attributes.values() if _usual(a)]:
-                    del node.attributes[name]
-
     def bytes(self) -> bytes:
         """The file, as onnxruntime and OpenVINO read it."""
         import onnx
@@ -246,28 +234,6 @@ class Graph:
         if proto.functions:
             proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
         return bytes(proto.SerializeToString())
-
-
-def _holds_weight(value: "ir.Value") -> bool:
-    """Whether a runtime knows a layer by this value's name: it is the layer's weight."""
-    node = value.producer()
-    if node is not None and node.op_type == "Mul" and str(value.name).endswith(f".{WHOLE}"):
-        return True
-    activation = node is not None and node.op_type == "QuantizeLinear"
-    return not activation and any(
-        use.node.op_type == "DequantizeLinear" and use.idx == 0 for use in value.uses()
-    )
-
-
-def _usual(attribute: "ir.Attr") -> bool:
-    """Whether an attribute of a conv has its default value."""
-    if attribute.name in ("strides", "dilations"):
-        return set(attribute.as_ints()) == {1}
-    if attribute.name == "pads":
-        return set(attribute.as_ints()) == {0}
-    if attribute.name == "group":
-        return attribute.as_int() == 1
-    return attribute.name == "auto_pad" and attribute.as_string() == "NOTSET"
 
 
 def values(array: Any) -> NDArray[Any]:

@@ -185,7 +185,7 @@ class Weight:
         scaled = graph.call("Div", product.value, steps, name=names.next())
         rounded = graph.call("Round", scaled, name=names.next())
         ends = [
-            graph.constant(f"end.{end}", np.array(end, np.float32))
+            graph.shared(f"end.{end}", np.array(end, np.float32))
             for end in (self.grid.low, self.grid.high)
         ]
         codes = graph.call("Clip", rounded, *ends, name=names.next())
@@ -219,9 +219,9 @@ class Weight:
         if book.integers is None:
             table = book.decode(torch.arange(book.low, book.high + 1.0)).numpy()
             places = graph.call("Cast", integers, name=f"{self.name}.index", to=_INT32)
-            first = graph.constant(f"low.{book.low}", np.array(book.low, np.int32))
+            first = graph.shared(f"low.{book.low}", np.array(book.low, np.int32))
             index = graph.call("Sub", places, first, name=f"{self.name}.place")
-            points = graph.constant(f"points.{book.text}", table.astype(np.float32))
+            points = graph.shared(f"points.{book.text}", table.astype(np.float32))
             return graph.call("Gather", points, index, name=f"{self.name}.points", axis=0)
         wide = graph.call("Cast", integers, name=f"{self.name}.wide", to=_FLOAT)
         if self.zero is None:
@@ -256,10 +256,10 @@ class Weight:
         text = f"{layout.text}.{places.shape[0]}x{places.shape[1]}"
         # A row and a column that sum to the places take far less room than all of them.
         if (first + along == places).all():
-            rows = graph.constant(f"rows.{text}", first)
-            index = graph.call("Add", rows, graph.constant(f"columns.{text}", along), name=text)
+            rows = graph.shared(f"rows.{text}", first)
+            index = graph.call("Add", rows, graph.shared(f"columns.{text}", along), name=text)
         else:
-            index = graph.constant(text, places)
+            index = graph.shared(text, places)
         flat = graph.constant(f"{self.name}.{what}", values.numpy())
         each = graph.call("Gather", flat, index, name=f"{self.name}.{what}.each", axis=0)
         return graph.call("Reshape", each, shape_of(graph, shape), name=f"{self.name}.{what}.wide")
@@ -272,41 +272,31 @@ class Weight:
         scale = scale.reshape(()) if self.axis is None else scale
         return graph.constant(f"{self.name}.scale", scale)
 
-    def dequantised(self, graph: Graph, spread: int | None = None) -> "ir.Value":
+    def dequantised(
+        self, graph: Graph, spread: int | None = None, zero: bool = False
+    ) -> "ir.Value":
         """The weight in float, as the output of a DequantizeLinear.
 
         spread: the axis along which a single scale is repeated; onnxruntime fuses a product with
-        floats only if there are scales along an axis.
+        floats only if there are scales along an axis. zero: whether to write a zero point of zero.
         """
         q, scale, axis = self.integers(graph), self.scales(graph), self.axis
         if spread is not None:
             sizes = shape_of(graph, (self.codes.shape[spread],))
             scale, axis = graph.call("Expand", scale, sizes, name=f"{self.name}.scales"), spread
         shape = () if axis is None else (self.codes.shape[axis],)
-        zero = zeros(graph, shape, self.integer_type)
+        parts = [q, scale, *([zeros(graph, shape, self.integer_type)] if zero else [])]
         extra: dict[str, Any] = {} if axis is None else {"axis": axis}
-        return graph.call("DequantizeLinear", q, scale, zero, name=f"{self.name}.float", **extra)
+        return graph.call("DequantizeLinear", *parts, name=f"{self.name}.float", **extra)
 
 
 def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
-    """A zero point that is zero, shared by all of the same shape and type.
-
-    onnxruntime has no kernel for a Gemm without one.
-    """
-    return graph.constant(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
+    """A zero point that is zero, shared by all of the same shape and type."""
+    return graph.shared(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
 
 
 def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
-    function = f"unpack{grid.bits}{grid.codebook.text.strip('0123456789')}"
-    graph.function(function, _unpacking(function, grid))
-    stored = graph.constant(f"{name}.packed", grid.codebook.pack(codes).numpy())
-    return graph.call(
-        function, stored, shape_of(graph, tuple(codes.shape)), name=name, domain=DOMAIN
-    )
-
-
-def _unpacking(name: str, grid: Grid) -> str:
-    """The function `(packed uint8 [bytes], shape) -> int8 [*shape]` of a grid, in ONNX's syntax.
+    """Integers as a node of the file's own function, which is given the digits of their grid.
 
     A byte is split into digits: of base 2^bits if the bits divide a byte evenly, of base 3 for
     ternary codes, else into bits, of which every `bits` consecutive ones are a code.
@@ -314,44 +304,51 @@ def _unpacking(name: str, grid: Grid) -> str:
     bits = grid.levels.bit_length() - 1
     ternary, even = grid.levels == 3, 8 % bits == 0
     base, each = (3, 5) if ternary else (2**bits, 8 // bits) if even else (2, 8)
-    powers = ",".join(str(base**k) for k in range(each))
-    join = (
-        "codes = Identity(digits)"
-        if ternary or even
-        else f"""
-        width = Constant <value = int64[1] {{{bits}}}> ()
-        used = Mul(count, width)
-        stream = Slice(digits, zero, used)
-        rows = Constant <value = int64[2] {{-1,{bits}}}> ()
-        bits = Reshape(stream, rows)
-        weights = Constant <value = int32[{bits}] {{{",".join(str(2**k) for k in range(bits))}}}> ()
-        weighted = Mul(bits, weights)
-        axis = Constant <value = int64[1] {{1}}> ()
-        codes = ReduceSum <keepdims = 0> (weighted, axis)"""
-    )
     gain, offset = grid.codebook.integers or (1, 0)
-    shift = gain * grid.low + offset
-    return f"""
+    weights = [gain * 2**k for k in range(1 if ternary or even else bits)]
+    numbers = {
+        "powers": [base**k for k in range(each)],
+        "base": [base],
+        "weights": weights,
+        "low": [gain * grid.low + offset],
+    }
+    graph.function("unpack", UNPACK)
+    settings = [
+        graph.shared(f"{what}.{'.'.join(map(str, value))}", np.array(value, np.int32))
+        for what, value in numbers.items()
+    ]
+    stored = graph.constant(f"{name}.packed", grid.codebook.pack(codes).numpy())
+    shape = list(codes.shape)
+    return graph.call("unpack", stored, *settings, name=name, domain=DOMAIN, s=shape)
+
+
+UNPACK = f"""
     <domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
-    {name} (packed, shape) => (integers)
+    unpack <s> (a, p, b, w, l) => (z)
     {{
-        count = ReduceProd <keepdims = 1> (shape)
-        zero = Constant <value = int64[1] {{0}}> ()
-        column = Constant <value = int64[2] {{-1,1}}> ()
-        flat = Constant <value = int64[1] {{-1}}> ()
-        wide = Cast <to = 6> (packed)
-        tall = Reshape(wide, column)
-        powers = Constant <value = int32[{each}] {{{powers}}}> ()
-        base = Constant <value = int32[1] {{{base}}}> ()
-        shifted = Div(tall, powers)
-        cut = Mod(shifted, base)
-        digits = Reshape(cut, flat)
-        {join}
-        wanted = Slice(codes, zero, count)
-        gain = Constant <value = int32[1] {{{gain}}}> ()
-        low = Constant <value = int32[1] {{{shift}}}> ()
-        scaled = Mul(wanted, gain)
-        moved = Add(scaled, low)
-        shaped = Reshape(moved, shape)
-        integers = Cast <to = {_INT8}> (shaped)
+        y = Constant <value_ints: ints = @s> ()
+        o = Constant <value_ints = [0]> ()
+        i = Constant <value_ints = [1]> ()
+        m = Constant <value_ints = [-1]> ()
+        c = Cast <to = {_INT32}> (a)
+        d = Unsqueeze(c, i)
+        e = Div(d, p)
+        f = Mod(e, b)
+        g = Reshape(f, m)
+        h = Shape(w)
+        j = ReduceProd(y)
+        k = Mul(j, h)
+        n = Slice(g, o, k)
+        q = Concat <axis = 0> (m, h)
+        r = Reshape(n, q)
+        t = Mul(r, w)
+        u = ReduceSum <keepdims = 0> (t, i)
+        v = Add(u, l)
+        x = Cast <to = {_INT8}> (v)
+        z = Reshape(x, y)
     }}"""
+"""The function `<shape> (packed uint8 [bytes], powers, base, weights, low) -> int8 [*shape]`.
+
+Bytes become digits `byte / power mod base`, in a row; as many as there are weights make a code,
+their weighted sum and the lowest integer. Names are short since the file holds them.
+"""

@@ -210,10 +210,10 @@ class QDQPlacement:
     def _rounded(self, value: "ir.Value", bounds: Range, name: str) -> "ir.Value":
         graph = self.graph
         scale = graph.constant(f"{name}.scale", np.array(bounds.scale, np.float32))
-        zero = graph.constant(f"zero.{bounds.zero}", np.array(bounds.zero, np.uint8))
+        zero = graph.shared(f"zero.{bounds.zero}", np.array(bounds.zero, np.uint8))
         codes = graph.call("QuantizeLinear", value, scale, zero, name=f"{name}.codes")
         if bounds.bits < 8:
-            ends = (graph.constant(f"zero.{k}", np.array(k, np.uint8)) for k in (0, bounds.top))
+            ends = (graph.shared(f"zero.{k}", np.array(k, np.uint8)) for k in (0, bounds.top))
             codes = graph.call("Clip", codes, *ends, name=f"{name}.cut")
         return graph.call("DequantizeLinear", codes, scale, zero, name=f"{name}.quantised")
 

@@ -16,6 +16,8 @@ from rabbet.model.compressed import Factor
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Operators for which onnxruntime has an integer kernel only where zero points are written.
+NEED_ZERO = {"Gemm"}
 OUTPUT_AXES = {k.operator: k.output_axis for k in KINDS.values() if k.output_axis is not None}
 
 
@@ -67,7 +69,8 @@ def _write_weight(graph: Graph, weight: Weight, place: "ir.Value") -> Iterator[W
                     _write_bias(graph, weight, node, bias, unit)
             product = node.op_type == "MatMul" and use.idx == 1
             alone = product and weight.axis is None and _unit(node) is None
-            node.replace_input_with(use.idx, weight.dequantised(graph, 1 if alone else None))
+            spread, zero = 1 if alone else None, node.op_type in NEED_ZERO
+            node.replace_input_with(use.idx, weight.dequantised(graph, spread, zero))
             yield weight
 
 
@@ -132,11 +135,9 @@ def _write_bias(
     codes = np.round(bias / real)
     axis: dict[str, Any] = {} if weight.axis is None else {"axis": 0}
     product = graph.call("Mul", weight.scales(graph), unit, name=f"{node.name}.unit")
-    parts = (
-        graph.constant(f"{node.name}.bias", codes.astype(np.int32)),
-        product,
-        zeros(graph, shape, "int32"),
-    )
+    parts = [graph.constant(f"{node.name}.bias", codes.astype(np.int32)), product]
+    if node.op_type in NEED_ZERO:
+        parts.append(zeros(graph, shape, "int32"))
     value = graph.call("DequantizeLinear", *parts, name=f"{node.name}.bias.float", **axis)
     node.replace_input_with(2, value)
 
@@ -168,7 +169,7 @@ def _write_table(graph: Graph, weight: Weight, node: "ir.Node") -> None:
     if weight.axis == 0:
         # A value of its own: onnxruntime does not fuse a classifier whose scales are also read
         # elsewhere.
-        last = graph.constant("axis.last", np.array([-1]))
+        last = graph.shared("axis.last", np.array([-1]))
         each = graph.call("Unsqueeze", scale, last, name=f"{node.name}.scales")
         scale = graph.call("Gather", each, index, name=f"{node.name}.scale", axis=0)
     wide = graph.call("Cast", rows, name=f"{node.name}.wide", to=1)

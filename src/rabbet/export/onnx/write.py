@@ -20,6 +20,7 @@ from rabbet.export.onnx.compare import compare, compare_openvino, compare_plain
 from rabbet.export.onnx.graph import OPSET, Graph
 from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.qdq import QDQPlacement, Range
+from rabbet.export.onnx.short import shortened
 from rabbet.export.onnx.trace import trace
 from rabbet.export.onnx.weights import write_weights
 from rabbet.export.signature import exporting, labels_note, unlabelled
@@ -81,9 +82,8 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         assembled = assemble(parcel.model, task, functions)
         compare_plain(assembled.plain, parcel.model, task)
         error, saturated = compare(assembled.content, assembled.plain, parcel.model, task)
-        short = Graph.read(assembled.content)
-        short.shorten()
-        content = short.bytes()
+        content = shortened(assembled.content)
+        parcel.require("onnx" if functions else "openvino", len(content))
         Session(content)  # raises unless the runtime can open it
         ran = kernels(assembled.content) if functions else None
         notes = _floats(ran, parcel, assembled.written)

@@ -66,6 +66,11 @@ class CGMQ(Settings):
                 "outputs of several widths run apart, and take longer: "
                 "a latency needs gates of layers"
             )
+        if budget.files:
+            raise BudgetError(
+                f"gates count the bytes of the native file, not of an exported one: '{budget}' "
+                "needs another method, such as Joint"
+            )
         self._require(piece, budget, lines)
         require_gradients(piece)
         course = MovingGates(self, piece, lines, budget)
