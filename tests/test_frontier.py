@@ -140,6 +140,21 @@ def test_mistakes_are_told():
         frontier.at("latency <= 50%")
 
 
+def test_a_tighter_point_costs_less_though_a_dead_layer_may_take_anything():
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3)
+    ).eval()
+    with torch.no_grad():
+        model[2].weight.zero_()
+    points = rabbet.frontier(model, [torch.randn(16, 10)], method=FAST, points=30).points
+    assert len(points) > 5
+    amounts = [point.cost.bytes for point in points]
+    assert all(b < a for a, b in itertools.pairwise(amounts))
+    harms = [point.harm for point in points]
+    assert all(b >= a * (1 - 1e-6) for a, b in itertools.pairwise(harms))
+
+
 def test_the_ends_of_an_axis_are_the_limits_that_were_given():
     case, frontier = _frontier(limits=("3,001 B", "20%"), points=5)
     assert frontier.points[0].limit.text == "bytes <= 20%"

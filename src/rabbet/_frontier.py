@@ -352,7 +352,7 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
     searched = worker.search(piece)
     budgets = budgets_along(searched.allocator, axis, more, ends, points)
     searched.allocator.require_feasible(budgets[-1])
-    plans = searched.plans(budgets)
+    plans = _tighter_only(piece, budgets, searched.plans(budgets))
     found = [
         Point(budget.limits[0], plan, piece.cost(plan), searched.harm(plan))
         for budget, plan in zip(budgets, plans, strict=True)
@@ -364,6 +364,20 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
         if after is None or after.plan != point.plan
     ]
     return Frontier(axis, tuple(kept), more, worker, piece, searched)
+
+
+def _tighter_only(
+    piece: Workpiece, budgets: Sequence[Budget], plans: Sequence[Plan]
+) -> Iterator[Plan]:
+    """The plans, the last one again where it keeps the next budget as well: it harms no more.
+
+    Of plans that harm alike the program takes any, so that of a tighter budget may cost more.
+    """
+    last, whole = plans[0], piece.float_cost
+    for budget, plan in zip(budgets, plans, strict=True):
+        if any(limit.broken_by(piece.cost(last), whole) for limit in budget.limits):
+            last = plan
+        yield last
 
 
 def _require_known(piece: Workpiece, budget: Budget) -> None:

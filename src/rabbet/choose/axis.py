@@ -21,6 +21,8 @@ def budgets_along(
 ) -> list[Budget]:
     """Budgets evenly spaced on a logarithmic axis, the loosest first, each with those beside it.
 
+    At most so many: budgets that allow the same amount are one.
+
     ends: the first and the last limit, in any order; None: of what the plans need that take the
     most and the least. Raises BudgetError if no plan keeps the limits beside.
     """
@@ -37,7 +39,9 @@ def budgets_along(
         limit if (limit := _limit(axis, value, whole)).amount(whole) < high else pair[0]
         for value in values
     ]
-    return [joined(Budget((limit,)), beside) for limit in (pair[0], *between, pair[1])]
+    # Of those that allow the same the last, which is as it was given.
+    told = {limit.amount(whole): limit for limit in (pair[0], *between, pair[1])}
+    return [joined(Budget((limit,)), beside) for limit in told.values()]
 
 
 def ends_of(axis: str, texts: tuple[str, str]) -> tuple[Limit, Limit]:

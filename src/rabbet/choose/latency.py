@@ -43,7 +43,7 @@ def folder() -> Path:
 
 
 class Stopwatch:
-    """Times one network and its layers; see `rabbet.workpiece.Clock`."""
+    """Times one network and its layers; see `rabbet.core.clocks.Clock`."""
 
     def __init__(self, piece: Workpiece) -> None:
         require_onnx()

@@ -147,9 +147,10 @@ class Allocator:
                 )
 
     def ends(self, metric: str, beside: Budget | None = None) -> tuple[Cost, Cost]:
-        """The least that any plan costs by a metric, under limits beside it; and the most.
+        """The least that plans cost by a metric, under limits beside it; and the most.
 
-        Raises BudgetError if no choice keeps those limits.
+        Both by what their options cost; of bytes, the header's padding and digits may make another
+        plan smaller or larger by a little. Raises BudgetError if no choice keeps those limits.
         """
         amount = METRICS[metric].amount
         amounts = [[float(amount(option.cost)) for option in row] for row in self.table]
