@@ -57,6 +57,7 @@ def test_ends_are_those_asked_for_or_those_that_can_be_reached():
     shares = [point.limit.value for point in frontier.points]
     assert max(shares) <= 0.2501
     assert min(shares) >= 0.129
+    assert frontier.points[-1].limit.text == "bytes <= 13%"
     _, whole = _frontier(points=10)
     with pytest.raises(BudgetError, match="cannot be met"):
         whole.at(f"bytes <= {whole.points[-1].cost.bytes - 200}")
@@ -245,6 +246,12 @@ def test_values_between_are_linear_in_the_logarithm_of_the_harm():
     # so does chance
     told = interpolated([1e-4, 1e-3, 1e-2], {0: 90.0, 2: 90.0}, 100)
     assert told[1][2] - told[1][0] == pytest.approx(1.645 * 3.0)
+    # a share of examples is never above 100, and any other measure may be
+    assert interpolated([1e-4, 1e-2], {0: 100.0, 1: 50.0}, 100)[0][1:] == (
+        pytest.approx(100 - 1.645 * 5.0),
+        100.0,
+    )
+    assert interpolated([1e-4, 1e-3, 1e-2], {0: 120.0, 2: 90.0})[1][2] == 120.0
 
 
 def test_the_next_try_closes_in():
