@@ -48,7 +48,7 @@ class Clock:
 
 @pytest.fixture
 def clocked(monkeypatch):
-    monkeypatch.setattr("rabbet._api.Stopwatch", Clock)
+    monkeypatch.setattr("rabbet._bench.Stopwatch", Clock)
     return CASES["cifar resnet"]()
 
 
@@ -79,7 +79,7 @@ def test_a_latency_is_a_budget_like_any_other(clocked):
 
 @pytest.mark.parametrize("command", ["plan", "compress"])
 def test_the_command_line_says_what_a_latency_is_and_may_be(command, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("rabbet._api.Stopwatch", Clock)
+    monkeypatch.setattr("rabbet._bench.Stopwatch", Clock)
     given = ["--budget", "latency <= 0.02 ms, bits <= 4", "--method", METHOD]
     out = ["--output", str(tmp_path / "a.safetensors")] if command == "compress" else []
     assert main([command, *given, *out]) == 0

@@ -186,7 +186,7 @@ def test_a_killed_run_that_is_started_again_does_not_do_finished_work_twice(tmp_
     case = network("residual")
 
     def killer(stage, *_):
-        if stage == "solving layers: 4 of 7":
+        if stage.startswith("solving layers: 4 of "):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
