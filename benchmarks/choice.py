@@ -24,9 +24,9 @@ from records import Group, Records, Table, Values, add_options
 
 import rabbet
 from rabbet import Budget, Jobs, Plan, Task
-from rabbet.choose.program import Option, allocate
+from rabbet.choose.program import Allocator, Option, allocate
 from rabbet.choose.scoring import scored
-from rabbet.choose.search import foretold, search
+from rabbet.choose.search import Chooser, foretold
 from rabbet.core.plan import LayerPlan
 from rabbet.methods import QUALITY
 from rabbet.methods.joint import Joint
@@ -96,7 +96,9 @@ class Tried:
         most, piece = allocate(self.scores, self.table, budget, self.piece), self.fresh(Jobs())
         told, seconds = timed(lambda: foretold(piece, self.table))
         first = allocate([layer.scores() for layer in told], self.table, budget, piece)
-        found, search_seconds = timed(lambda: search(self.fresh(Jobs()), self.table, budget))
+        fresh = self.fresh(Jobs())
+        chooser = Chooser(fresh, Allocator(self.table, fresh))
+        (found,), search_seconds = timed(lambda: chooser.plans([budget]))
         rows: list[tuple[str, Plan, float]] = [
             ("told", first, seconds), ("search", found, search_seconds), ("all", most, self.seconds)
         ]  # fmt: skip

@@ -1,7 +1,7 @@
 """The network on the bench: opened for what a budget is about, planned until its files keep it."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -40,7 +40,7 @@ def in_turn(call: Callable[P, T]) -> Callable[P, T]:
 
 def opened(
     model: nn.Module,
-    metrics: Iterable[str],
+    metrics: Collection[str],
     data: Data,
     seed: int = 0,
     jobs: Jobs | None = None,
@@ -61,12 +61,12 @@ def landed(piece: Workpiece, choose: Callable[[], Plan], budget: Budget) -> Plan
     corrected by that, and another is chosen. Raises BudgetError with the smallest file that
     was reached.
     """
-    sizes = dict[str, list[int]]((target, []) for target in piece.gauges)
+    sizes = dict[str, list[int]]((target, []) for target in budget.files)
     for _ in range(ROUNDS):
         plan = choose()
-        for target, gauge in piece.gauges.items():
+        for target, found in sizes.items():
             piece.jobs.progress(f"writing the {target} file", 0, 1)
-            sizes[target].append(gauge.written(plan))
+            found.append(piece.gauges[target].written(plan))
             piece.jobs.progress(f"writing the {target} file", 1, 1)
         cost, whole = piece.cost(plan), piece.float_cost
         over = [x for x in budget.limits if x.metric in sizes and x.broken_by(cost, whole)]

@@ -28,15 +28,6 @@ RELAXED = 25  # budgets, of many, that the relaxation is asked about
 NEAR = 0.3  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
 
 
-def search(piece: Workpiece, table: Table, budget: Budget) -> Plan:
-    """The plan that the program chooses, each of its lines solved and measured.
-
-    table: the options of each layer of the survey, all of which count. Raises what `Allocator.plan`
-    does.
-    """
-    return Chooser(piece, Allocator(table, piece)).plans([budget])[0]
-
-
 @dataclass
 class Chooser:
     """What is known of all options: nothing at first, more with every budget asked about."""
