@@ -20,6 +20,7 @@ from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
 from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
+from rabbet.methods.base import Fitted
 from rabbet.model.build import plan_of, validate
 from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
 from rabbet.report.content import Frontier, Report, Score
@@ -37,7 +38,9 @@ class Result:
     `print(result)` shows it a line a layer. cost and float_cost: of the written file and of the
     float32 network. notes: what the method did, in words. errors: of the layers by name, see
     `layers`. histories: of what was searched and trained. latencies: of the layers, if the budget
-    is about latency. Of the last three a result that was read from a file has none.
+    is about latency. counted: the cost that the method held against the budget where that is not
+    `cost` (`CGMQ(counts="gates")`); `budget` is then None unless `cost` keeps it, too. Of the last
+    four a result that was read from a file has none.
     """
 
     model: nn.Module
@@ -51,6 +54,7 @@ class Result:
     errors: Mapping[str, float] = field(default_factory=dict)
     histories: tuple[History, ...] = ()
     latencies: Latencies | None = None
+    counted: Cost | None = None
 
     @property
     def layers(self) -> dict[str, LayerOutcome]:
@@ -291,7 +295,7 @@ def _planned(plan: Plan | str) -> Plan:
 def finished(piece: Workpiece, method: Method, chosen: Plan, budget: Budget | None) -> Result:
     """A plan fitted, read back from the network, and held against the budget."""
     fitted = method.fit(piece, chosen)
-    result = _result(fitted.model, piece, budget, fitted.notes)
+    result = _result(fitted, piece, budget)
     if piece.clock is None:
         return result
     clock = piece.clock
@@ -309,14 +313,20 @@ def _timed(result: Result, measured: int) -> str:
     return f"latency in onnxruntime: {shown[0]} predicted, {shown[1]} measured; float {shown[2]}"
 
 
-def _result(
-    model: nn.Module, piece: Workpiece, budget: Budget | None, notes: tuple[str, ...]
-) -> Result:
-    """Read the plan back from the network to be handed out, and hold that against the budget."""
+def _result(fitted: Fitted, piece: Workpiece, budget: Budget | None) -> Result:
+    """Read the plan back from the network to be handed out, and hold that against the budget.
+
+    A budget that a method held against another cost is checked by that, and promised only if what
+    is stored keeps it, too.
+    """
+    model, notes, counted = fitted.model, fitted.notes, fitted.counted
     plan = plan_of(model, piece.survey)
     cost = piece.cost(plan)
     if budget is not None:
-        budget.check(cost, piece.float_cost)
+        budget.check(counted or cost, piece.float_cost)
+        if any(limit.broken_by(cost, piece.float_cost) for limit in budget.limits):
+            over = f"'{budget}' holds as the method counts, NOT for what is stored"
+            budget, notes = None, (*notes, f"{over}, which is over it: no budget is promised")
     parcel = Parcel(model, plan, piece.survey, piece.rest(plan), piece.task)
     missing = [s.name for s in piece.survey if plan.get(s.name) is None]
     if missing:
@@ -327,7 +337,9 @@ def _result(
     said, errors = (*piece.survey.notes, *notes), layer_errors(model, piece)
     costs, histories = (cost, piece.float_cost), tuple(piece.histories)
     piece.histories.clear()  # of this result alone, if more is made of the piece
-    return Result(model, plan, *costs, piece.survey, budget, said, parcel, errors, histories)
+    return Result(
+        model, plan, *costs, piece.survey, budget, said, parcel, errors, histories, counted=counted
+    )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -21,9 +21,10 @@ from rabbet.data.batches import outputs
 from rabbet.data.examples import Axes
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods.cgmq import course as cgmq
-from rabbet.methods.cgmq.course import FixedWidths, MovingGates
+from rabbet.methods.cgmq.course import FixedWidths
 from rabbet.methods.cgmq.gates import Gates
 from rabbet.methods.cgmq.layer import gated_layers
+from rabbet.methods.cgmq.moving import MovingGates
 from rabbet.methods.cgmq.probe import measure_sensitivity
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers

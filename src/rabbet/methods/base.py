@@ -7,16 +7,21 @@ from torch import nn
 
 from rabbet.choose.search import Chooser
 from rabbet.core.budget import Budget
+from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.workpiece import Workpiece
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A compressed network, and notes for the user on how it was made."""
+    """A compressed network, and notes for the user on how it was made.
+
+    counted: the cost that the method held against its budget, if it is not that of what is stored.
+    """
 
     model: nn.Module
     notes: tuple[str, ...]
+    counted: Cost | None = None
 
 
 class Method(Protocol):

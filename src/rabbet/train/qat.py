@@ -157,6 +157,16 @@ class GatedWeight(Factor):
         return F.embedding(places, self())
 
     @property
+    def gates(self) -> int:
+        """How many gates set its widths."""
+        return len(self.bits)
+
+    @property
+    def mean_bits(self) -> float:
+        """The mean of its widths."""
+        return sum(self.bits) / len(self.bits)
+
+    @property
     def slope(self) -> Tensor | None:
         """The gradient of the loss by the weight, from the last step."""
         return self.latent.grad

@@ -21,6 +21,7 @@ from rabbet.train.qat import FLOAT, WIDEST, GatedRange, GatedWeight
 MARGIN = 0.05  # hysteresis: a gate must pass a step by this much before its width changes
 TURNS = 4  # a gate that has turned back this often stays where it is
 TOGETHER = 64  # landing lowers at least 1/64 of the gates at once, for speed
+Levels = Sequence[int] | Tensor  # of each gate, the position of its width among the widths
 LEAST, MOST = 0.1, 10.0  # limits of a direction, whose mean is 1: every gate moves, none jumps
 
 
@@ -97,7 +98,7 @@ class Gates:
     def __post_init__(self) -> None:
         self.spans: list[_Span] = []
         for layer in self.layers:
-            self.spans.append(_Span(layer, layer.weight, len(self), len(layer.weight.bits)))
+            self.spans.append(_Span(layer, layer.weight, len(self), layer.weight.gates))
         for layer in self.layers:
             if layer.input_range is not None and layer.input_range.moves:
                 self.spans.append(_Span(layer, layer.input_range, len(self), 1))
@@ -123,6 +124,11 @@ class Gates:
         return [self.widths.index(bits) for span in self.spans for bits in span.target.bits]
 
     @property
+    def shown(self) -> tuple[list[float], list[float]]:
+        """The value and the width of what each name stands for, for the history."""
+        return self.values.tolist(), [float(self.widths[level]) for level in self.levels]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the gates: that of the layer, with `[k]` for output k, or ` input`."""
         names: list[str] = []
@@ -134,33 +140,32 @@ class Gates:
                 names.append(f"{name} input" if span.is_input else name)
         return tuple(names)
 
-    def set_levels(self, levels: Sequence[int]) -> None:
+    def set_levels(self, levels: Levels) -> None:
         """Set the width, or widths, of every tensor; the values of the gates do not change."""
         for span in self.spans:
-            span.target.bits = [self.widths[level] for level in levels[span.index]]
+            own = torch.as_tensor(levels[span.index]).tolist()
+            span.target.bits = [self.widths[level] for level in own]
 
     def update_widths(self) -> None:
         """Set the width of every gate that has passed a step by the margin, and count turns."""
-        levels = self.levels
-        for k, (value, level) in enumerate(zip(self.values.tolist(), levels, strict=True)):
-            if level - MARGIN <= value < level + 1 + MARGIN:
-                continue
-            levels[k] = min(len(self.widths) - 1, max(0, int(value)))
-            direction = float((levels[k] > level) - (levels[k] < level))
-            self.turns[k] += direction * float(self.last[k]) < 0
-            if direction:
-                self.last[k] = direction
-        self.set_levels(levels)
+        levels = torch.as_tensor(self.levels)
+        exact = levels.double()
+        stay = (exact - MARGIN <= self.values) & (self.values < exact + 1 + MARGIN)
+        new = torch.where(stay, levels, self.values.long().clamp(0, len(self.widths) - 1))
+        direction = (new - levels).sign()
+        self.turns += direction * self.last < 0
+        self.last = torch.where(direction == 0, self.last, direction.double())
+        self.set_levels(new)
 
-    def excess(self, levels: Sequence[int] | None = None) -> float:
+    def excess(self, levels: Levels | None = None) -> float:
         """The amount above the tightest limit, as a share of it; negative if all are kept."""
         return self._excess(self._counts(self.levels if levels is None else levels))
 
-    def _counts(self, levels: Sequence[int]) -> list[list[int]]:
+    def _counts(self, levels: Levels) -> list[list[int]]:
         """The number of gates of each span at each level; the cost depends on nothing else."""
         counts = []
         for span in self.spans:
-            own = list(levels[span.index])
+            own = torch.as_tensor(levels[span.index]).tolist()
             counts.append([own.count(level) for level in range(len(self.widths))])
         return counts
 
@@ -221,10 +226,10 @@ class Gates:
             worth = worth / self._savings(self.levels)
         return (worth / worth.mean().clamp_min(1e-30)).clamp(1 / MOST, 1 / LEAST)
 
-    def _worth(self, kind: int, levels: Sequence[int]) -> Tensor:
+    def _worth(self, kind: int, levels: Levels) -> Tensor:
         """How much it would harm to lower each gate by one level, in units of the mean."""
         if kind == 3:
-            current = torch.tensor(levels)[:, None]
+            current = torch.as_tensor(levels)[:, None]
             below = self.sensitivity.gather(1, (current - 1).clamp_min(0))
             worth = (below - self.sensitivity.gather(1, current))[:, 0].clamp_min(0)
             # Outputs were measured together: they share a sensitivity in proportion to their
@@ -237,8 +242,8 @@ class Gates:
             if kind == 2:
                 worth = worth + self.sizes / self.sizes.mean()
             if self.fourfold:  # as the squared error of a grid grows with every bit less
-                lower_bits = [min(self.widths[max(level - 1, 0)], WIDEST) for level in levels]
-                worth = worth * torch.tensor([4.0**-bits for bits in lower_bits])
+                quarters = torch.tensor([4.0 ** -min(bits, WIDEST) for bits in self.widths])
+                worth = worth * quarters[(torch.as_tensor(levels) - 1).clamp_min(0)]
         return worth / worth.mean().clamp_min(1e-30) + 1e-6
 
     def move(self, kind: int, rate: float, over: bool) -> None:
@@ -281,12 +286,12 @@ class Gates:
                     full.add(span_level)
         self.move_to(levels)
 
-    def move_to(self, levels: Sequence[int]) -> None:
+    def move_to(self, levels: Levels) -> None:
         """Set the width of every tensor, and move the gates of those that change along."""
-        for k, (old, new) in enumerate(zip(self.levels, levels, strict=True)):
-            if new != old:
-                self.values[k] = new + 0.5
-        self.set_levels(levels)
+        new = torch.as_tensor(levels)
+        stay = new == torch.as_tensor(self.levels)
+        self.values = torch.where(stay, self.values, new + 0.5)
+        self.set_levels(new)
 
     def harm_by_width(self) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
         """For each layer, the harm of each stored width of its weight, and of its input.
@@ -323,7 +328,7 @@ class Gates:
         levels[k] += by
         own[levels[k]] += 1
 
-    def _savings(self, levels: Sequence[int]) -> Tensor:
+    def _savings(self, levels: Levels) -> Tensor:
         """What one level less of each gate would save, as a share of the tightest limit.
 
         For a gate at the lowest level it is close to zero.
@@ -373,13 +378,13 @@ class Gates:
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
         kept = {n: getattr(self, n) for n in STATE}
-        return kept | {"levels": torch.tensor(self.levels)}
+        return kept | {"levels": torch.as_tensor(self.levels)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
         for name in STATE:
             setattr(self, name, state[name].clone())
-        self.set_levels(state["levels"].tolist())
+        self.set_levels(state["levels"])
 
 
 STATE = ("values", "slopes", "sizes", "sensitivity", "last", "turns")

@@ -12,6 +12,7 @@ from rabbet.grids.codebook import uniform
 from rabbet.grids.scales import OneScale, PerSlice
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Numbers, compressed_layers
+from rabbet.train.nested import NestedWeight
 from rabbet.train.qat import (
     FLOAT,
     WIDEST,
@@ -68,12 +69,13 @@ class GatedLayer:
     def set_widths(self, line: LayerPlan) -> None:
         """Set the widths of a line, whose dense terms hold every output once (`takes_gates`)."""
         weight = self.weight
-        weight.bits = [FLOAT] * (len(weight.latent) if line.terms[0].form.partial else 1)
+        bits = [FLOAT] * (len(weight.latent) if line.terms[0].form.partial else 1)
         for term in line.terms:
             if term.grid.bits == 2:
                 weight.two = term.grid.kind
             for row in term.form.outputs(self.site) if term.form.partial else (0,):
-                weight.bits[row] = term.grid.bits
+                bits[row] = term.grid.bits
+        weight.bits = bits
         if self.input_range is not None:
             self.input_range.bits = [line.act or FLOAT]
 
@@ -135,15 +137,20 @@ def widest(line: LayerPlan) -> LayerPlan:
 
 
 def gated_layers(
-    student: nn.Module, weights: Mapping[str, Tensor], ranges: Mapping[str, Ranges]
+    student: nn.Module,
+    weights: Mapping[str, Tensor],
+    ranges: Mapping[str, Ranges],
+    nested: Sequence[int] = (),
 ) -> dict[str, GatedLayer]:
     """Put gated weights and input ranges into all layers of a network from `build`, in place.
 
-    weights: canonical. Returns the layers by name.
+    weights: canonical. nested: the widths that each entry of a weight can have for itself; none:
+    entries have those of their outputs. Returns the layers by name.
     """
     gated: dict[str, GatedLayer] = {}
     for name, layer in compressed_layers(student).items():
-        weight = GatedWeight(weights[name], layer.plan.terms[0].grid.axis)
+        values, axis = weights[name], layer.plan.terms[0].grid.axis
+        weight = NestedWeight(values, axis, nested) if nested else GatedWeight(values, axis)
         input_range = GatedRange(ranges[name]) if ranges[name] else None
         replace_factors(layer, [weight], [] if input_range is None else [input_range])
         gated[name] = GatedLayer(layer, weight, input_range)

@@ -20,9 +20,18 @@ from rabbet.forms import Dense
 from rabbet.grids.grid import Grid
 from rabbet.layers import Site
 from rabbet.methods.base import Fitted
-from rabbet.methods.cgmq.course import NEAR, PROBE, FixedWidths, MovingGates, cache_key, is_image
+from rabbet.methods.cgmq.course import (
+    EACH,
+    NEAR,
+    PROBE,
+    FixedWidths,
+    cache_key,
+    is_image,
+)
+from rabbet.methods.cgmq.entries import counted, told
 from rabbet.methods.cgmq.gates import Gating
 from rabbet.methods.cgmq.layer import takes_gates
+from rabbet.methods.cgmq.moving import MovingGates
 from rabbet.methods.cgmq.settings import Settings
 from rabbet.model.build import validate
 from rabbet.model.compressed import compressed_layers
@@ -71,13 +80,20 @@ class CGMQ(Settings):
                 f"gates count the bytes of the native file, not of an exported one: '{budget}' "
                 "needs another method, such as Joint"
             )
+        other = next((x for x in budget.limits if x.metric != "bops"), None)
+        if self.granularity == "weight" and other is not None:
+            raise BudgetError(
+                "gates of entries count bit operations alone, for no file holds a width for each "
+                f"of them; {other.text!r} needs gates of layers or channels"
+            )
         self._require(piece, budget, lines)
         require_gradients(piece)
         course = MovingGates(self, piece, lines, budget)
         gating = course.train(piece)
         piece.histories += gating.histories
         if self.epochs:
-            piece.jobs.keep(cache_key(piece, self, gating.plan.compact), course.weights())
+            found = course.weights() | course.entries()
+            piece.jobs.keep(cache_key(piece, self, gating.plan.compact), found)
         return gating
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
@@ -95,8 +111,9 @@ class CGMQ(Settings):
             )
         lines = [plan[s.name] for s in piece.survey if plan.get(s.name)]
         require_gradients(piece)
-        course = FixedWidths(self, piece, lines, self.finish)
         kept = piece.jobs.kept(cache_key(piece, self, plan.compact))
+        each = {k.removesuffix(EACH): t for k, t in (kept or {}).items() if k.endswith(EACH)}
+        course = FixedWidths(self, piece, lines, self.finish, each or None)
         if kept is not None:
             course.load_weights(kept)
         else:
@@ -109,7 +126,11 @@ class CGMQ(Settings):
         note = (
             f"trained {course.summary} at these widths: held-back loss {before:.4g} -> {after:.4g}"
         )
-        return Fitted(course.network(piece, plan), (note,))
+        if not each:
+            return Fitted(course.network(piece, plan), (note,))
+        own = counted(piece, plan, each)
+        said = (note, told(own, piece.cost(plan), piece.float_cost, each))
+        return Fitted(course.network(piece, plan), said, own if self.counts == "gates" else None)
 
     def _line(self, position: int, site: Site) -> LayerPlan:
         """The line of a layer at the widest that a file holds, with which its gates start."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from rabbet.errors import PlanError, check_fields, check_least
 from rabbet.grids.grid import Grid
+from rabbet.train.nested import nest
 from rabbet.train.qat import WIDEST
 
 
@@ -45,11 +46,20 @@ class Settings:
     """Steps of an epoch; None: as many as it takes to see every example."""
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     """Bits that a gate chooses from; 16 and 32 train in float and are stored at 8."""
-    granularity: Literal["layer", "channel"] = "layer"
-    """A gate for each weight, or for each of its outputs.
+    granularity: Literal["layer", "channel", "weight"] = "layer"
+    """A gate for the weight of each layer, for each of its outputs, or for each of its entries.
 
-    "channel" needs `epochs`; layers with groups keep one gate.
+    "channel" and "weight" need `epochs`; "channel" leaves layers with groups one gate. "weight" is
+    the paper's finest: `CGMQ.paper(granularity="weight")`. No file holds a width for each entry, so
+    a layer is stored at the widest of its entries, and the others exactly, on grids that lie within
+    that one: 2 (ternary), 4 and 8 bits, or 3 and 6. Gates move by gradients then (`direction` 1 or
+    2), from the widest, under a budget of `bops`. `fit` finds the gates of the last search that
+    ended on its plan, by the jobs.
     """
+    counts: Literal["stored", "gates"] = "stored"
+    """What a budget is about under gates of entries: layers as they are stored, or each entry at
+    its own width, as the paper counts. A result under "gates" promises the budget only if what is
+    stored keeps it, too, and says both."""
     image: int | Literal["gate"] | None = "gate"
     """Bits of the first layer's input; "gate": chosen like all others; None: float."""
     scales: Literal["tensor", "channel"] = "channel"
@@ -87,8 +97,29 @@ class Settings:
             )
         if isinstance(self.image, int):
             Grid.of(self.image, "unsigned")
-        if self.granularity == "channel" and not self.epochs:
+        if self.granularity != "layer" and not self.epochs:
             raise PlanError(
-                "gates of channels learn which outputs matter: "
-                "granularity='channel' needs epochs of theirs"
+                f"gates of {self.granularity}s learn which of them matter: "
+                f"granularity={self.granularity!r} needs epochs of theirs"
+            )
+        if self.granularity == "weight":
+            self._check_entries()
+        elif self.counts == "gates":
+            raise PlanError(
+                "gates of layers and channels are stored as they are counted: "
+                "counts='gates' needs granularity='weight'"
+            )
+
+    def _check_entries(self) -> None:
+        """Raise PlanError for settings that do not go with a gate for each entry of a weight."""
+        if self.start != "widest" or self.direction == 3:
+            raise PlanError(
+                "how much each entry of a weight harms is not measured: granularity='weight' needs "
+                f"start='widest' and direction=1 or 2; found {self.start!r} and {self.direction}"
+            )
+        if not nest(self.widths) or (2 in self.widths and self.two != "ternary"):
+            raise PlanError(
+                "granularity='weight' needs grids that lie within one another, such as widths 2, "
+                "4, 8 or 3, 6, and two='ternary', so that a file of the widest holds the others; "
+                f"found {self.widths} and {self.two!r}"
             )
