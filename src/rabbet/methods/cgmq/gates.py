@@ -343,7 +343,7 @@ class Gates:
                 saved[level] = now - self._excess(counts)
                 own[level], own[level - 1] = own[level] + 1, own[level - 1] - 1
             by_level = torch.tensor(saved, dtype=torch.float64)
-            savings[span.index] = by_level[list(levels[span.index])]
+            savings[span.index] = by_level[torch.as_tensor(levels[span.index])]
         return savings.clamp_min(1e-9)
 
     def probe(
