@@ -20,6 +20,7 @@ from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
 from rabbet.report.facts import cost_facts
 from rabbet.report.picture import draw_sweep
+from rabbet.report.sweeps import write_sweep
 from rabbet.report.text import Standing, Table, plain
 from rabbet.workpiece import Workpiece
 
@@ -106,6 +107,14 @@ class Sweep:
         if not lines:
             raise DataError("there is nothing to draw: no row has a measure")
         draw_sweep(lines, f"% of the float32 network's {metric}", self.float_measure, path)
+
+    def report(self, path: str | Path, title: str = "Sweep") -> int:
+        """Write it as one HTML file for a browser: its rows, and measures over what was changed.
+
+        Returns its bytes. Raises FileError without `rabbet[report]`, or for a place that cannot be
+        written.
+        """
+        return write_sweep(self, path, title)
 
     def __str__(self) -> str:
         return plain([self.table, *self.errors])

@@ -38,9 +38,11 @@ def test_a_frontier_is_a_page_too(run, tmp_path):
 
 
 def test_the_least_that_loses_little_is_found(run, tmp_path):
-    output = tmp_path / "least.safetensors"
-    code, out, _ = run("compress", "--drop", "<= 1", "-o", str(output), *QUICK)
+    output, page = tmp_path / "least.safetensors", tmp_path / "least.html"
+    asked = ("--drop", "<= 1", "-o", str(output), "--html", str(page))
+    code, out, _ = run("compress", *asked, *QUICK)
     assert code == 0
+    assert 'type="range"' in page.read_text()  # the frontier that was searched
     assert "a drop of" in out
     lost = accuracy(demo.model(), demo.labelled()) - accuracy(
         load(output, demo.model()), demo.labelled()
@@ -49,11 +51,15 @@ def test_the_least_that_loses_little_is_found(run, tmp_path):
 
 
 def test_a_sweep_prints_a_row_for_each_and_draws_them(run, mine, tmp_path):
-    picture = tmp_path / "sweep.svg"
+    picture, page = tmp_path / "sweep.svg", tmp_path / "sweep.html"
     given = ("--method", "admm sweeps=2 inner=2", "--budget", "bytes <= 95%", "--held",
              "rabbet.demo:labelled")  # fmt: skip
-    code, out, _ = run("sweep", *given, "--set", "bits=4;8", "--plot", str(picture))
+    code, out, _ = run("sweep", *given, "--set", "bits=4;8", "--plot", str(picture),
+                       "--html", str(page))  # fmt: skip
     assert code == 0
+    text = page.read_text()
+    assert 'data-chart="sweep"' in text
+    assert out.splitlines()[2].split()[-1] in text  # the first measure
     assert [line.split()[3] for line in out.splitlines()[2:4]] == ["4", "8"]
     assert picture.stat().st_size > 1000
     names = (f"{mine}:net", "--data", f"{mine}:batches", "--json", *QUICK)
@@ -73,6 +79,7 @@ def test_mistakes_are_a_line(run, mine, tmp_path):
         (("frontier", *names, "--method", "admm"), "rabbet.sweep"),
         (("sweep", *names, "--set", "bits"), "is no setting with its values"),
         (("sweep", *names, "--set", "bit=2"), "is no setting; there are"),
+        (("sweep", *names, "--html", "x.txt"), "must end in .html"),
         (("sweep", *names, "--plot", "x.svg"), "say what networks are measured on"),
         (("compress", *names, *output, "--drop", "much"), "is not the most that may be lost"),
         (("compress", *names, *output, "--drop", "1"), "say what networks are measured on"),

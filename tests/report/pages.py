@@ -1,5 +1,6 @@
 """Reports to be looked at: results of small networks, and frontiers of plans made by hand."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import rabbet
 from rabbet import demo
+from rabbet._sweep import Row, Sweep
 from rabbet.core.cost import Cost
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.core.survey import Survey
@@ -123,6 +125,26 @@ def reported(name, path):
     result = replace(rabbet.fit(model, plan, task, METHOD), budget=budget)
     result.report(path, model, title=name, frontier=frontier, files={f"{name}.onnx": 9000})
     return result, frontier
+
+
+def swept(path, budgets, settings, measures, name="convnet"):
+    """Write the page of a sweep of plans of one width, whose measures are made up."""
+    model, task = case(name)
+    piece = Workpiece.of(model, task, rabbet.Jobs())
+    names, values = list(settings), list(itertools.product(budgets, *settings.values()))
+    rows = []
+    for (budget, *chosen), measure in zip(values, measures, strict=True):
+        bits = dict(zip(names, chosen, strict=True))
+        asked = rabbet.Budget.parse(budget)
+        if measure == "refused":
+            rows.append(Row(asked, bits, error=f"{budget!r} <b>cannot be met</b>"))
+            continue
+        plan = uniform(piece.survey, next((b for b in chosen if isinstance(b, int)), 4))
+        rows.append(Row(asked, bits, plan, piece.cost(plan), measure))
+    whole = None if all(row.measure is None for row in rows) else 99.0
+    sweep = Sweep(tuple(rows), piece.float_cost, whole)
+    sweep.report(path, title="<i>sweep</i>")
+    return sweep
 
 
 def digits(path):

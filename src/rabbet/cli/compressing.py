@@ -111,7 +111,7 @@ def compress(
     with working(resume, processes, as_json) as jobs:
         with told(jobs, "judging the network"):
             before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
-        result = wish.granted(inputs, worker, seed, jobs)
+        result, frontier = wish.granted(inputs, worker, seed, jobs)
         replaced = output.exists()
         with told(jobs, "writing the file"):
             written = outcomes.export_safely(result, output, chosen)
@@ -122,7 +122,7 @@ def compress(
         )
         if html is not None:
             with told(jobs, "making the page"):
-                pages.write_outcome(outcome, inputs.network, html)
+                pages.write_outcome(outcome, inputs.network, html, frontier)
     if as_json:
         settings = {"seed": seed, "quality": quality, "method": method}
         tables.print_json(outcome.facts(settings))

@@ -14,7 +14,7 @@ from rabbet.cli.outcomes import Chosen, Outcome
 from rabbet.cli.stored import Stored, opened, require_other, writable
 from rabbet.core.budget import Budget
 from rabbet.errors import FileError
-from rabbet.report.content import Report, Score
+from rabbet.report.content import Frontier, Report, Score
 from rabbet.report.page import require_drawing, write_page
 
 
@@ -48,15 +48,19 @@ def write_plan(chosen: Chosen, limits: Budget, html: Path) -> None:
     write_page(page, html)
 
 
-def write_outcome(outcome: Outcome, network: nn.Module, html: Path) -> None:
-    """The page of a compressed network and its file."""
+def write_outcome(
+    outcome: Outcome, network: nn.Module, html: Path, frontier: Frontier | None
+) -> None:
+    """The page of a compressed network and its file, and of the frontier that it was found on."""
     judge, before, after = outcome.judge, outcome.before, outcome.after
     score = None
     if judge is not None and before is not None and after is not None:
         shown = judge.show(before), judge.show(after)
         score = Score(judge.quantity, *shown, outcome.examples)
     files = {outcome.output.name: outcome.written.bytes}
-    outcome.result.report(html, network, title=outcome.output.name, files=files, score=score)
+    outcome.result.report(
+        html, network, title=outcome.output.name, frontier=frontier, files=files, score=score
+    )
 
 
 def write_stored(

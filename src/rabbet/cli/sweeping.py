@@ -100,11 +100,12 @@ def sweep(
     seed: options.Seed = 0,
     resume: options.Resume = None,
     processes: options.Processes = 1,
+    html: options.Html = None,
     as_json: options.Json = False,
 ) -> None:
     """Compress for each budget and each value of settings; they share what is solved."""
     from rabbet._sweep import sweep as run
-    from rabbet.cli import tables, texts
+    from rabbet.cli import pages, tables, texts
     from rabbet.cli.inputs import open_held, open_inputs
     from rabbet.cli.stored import writable
     from rabbet.cli.terminal import working
@@ -116,6 +117,7 @@ def sweep(
     if plot is not None:
         writable(plot)
         require_picture(plot)
+    pages.ready(html, "--html", model, data, held, plot)
     inputs = open_inputs(model, data)
     judge = open_held(model, held, inputs, required=plot is not None)
     with working(resume, processes, as_json) as jobs:
@@ -126,6 +128,8 @@ def sweep(
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         found.plot(plot)
+    if html is not None:
+        found.report(html)
     if as_json:
         tables.print_json(found.facts() | {"seed": seed})
     else:

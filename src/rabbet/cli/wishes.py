@@ -7,7 +7,7 @@ import typer
 
 from rabbet._api import Result, compress, fit
 from rabbet._bench import opened
-from rabbet._frontier import frontier
+from rabbet._frontier import Frontier, frontier
 from rabbet.cli import options, texts
 from rabbet.cli.inputs import Inputs, open_held
 from rabbet.cli.judge import Judge
@@ -86,10 +86,16 @@ class Wish:
             return self
         return replace(self, judge=open_held(model, held, inputs))
 
-    def granted(self, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
-        """The network that was asked for."""
+    def granted(
+        self, inputs: Inputs, method: Method, seed: int, jobs: Jobs
+    ) -> tuple[Result, Frontier | None]:
+        """The network that was asked for, and the frontier that was searched for a drop."""
         if self.drop is not None:
             return self._within(self.drop, inputs, method, seed, jobs)
+        return self._fitted(inputs, method, seed, jobs), None
+
+    def _fitted(self, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
+        """The network for a budget or a plan."""
         if self.plan is None:
             assert self.budget is not None
             return compress(inputs.network, self.budget, inputs.task, method, seed=seed, jobs=jobs)
@@ -104,7 +110,9 @@ class Wish:
             return replace(result, budget=self.budget, cost=costs[0], float_cost=costs[1])
         return fit(inputs.network, self.plan, inputs.task, method, seed=seed, jobs=jobs)
 
-    def _within(self, drop: float, inputs: Inputs, method: Method, seed: int, jobs: Jobs) -> Result:
+    def _within(
+        self, drop: float, inputs: Inputs, method: Method, seed: int, jobs: Jobs
+    ) -> tuple[Result, Frontier]:
         assert self.judge is not None
         examples = self.judge.measured(inputs.network)[1] or None
         found = frontier(
@@ -112,7 +120,7 @@ class Wish:
             beside=self.budget, method=method, seed=seed, jobs=jobs,
         )  # fmt: skip
         chosen = found.within(drop, self.judge, examples)
-        return replace(chosen.result, notes=(*chosen.result.notes, str(chosen)))
+        return replace(chosen.result, notes=(*chosen.result.notes, str(chosen))), found
 
 
 def _require_countable(limits: Budget) -> None:

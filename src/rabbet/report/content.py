@@ -17,8 +17,8 @@ from rabbet.report.text import NOTHING, Findings
 class Point(Protocol):
     """One plan of a frontier.
 
-    harm: the expected divergence from the float network. accuracy: the value and the ends of its
-    interval, measured or put between measured ones; None where there is none.
+    harm: the expected error of the outputs. accuracy: the measure and the ends of its interval,
+    measured or put between measured ones; None where there is none.
     """
 
     @property
@@ -33,7 +33,7 @@ class Point(Protocol):
 
     @property
     def harm(self) -> float:
-        """The expected divergence from the float network."""
+        """The expected error of the outputs."""
         ...
 
     @property
@@ -43,7 +43,7 @@ class Point(Protocol):
 
     @property
     def measured(self) -> bool:
-        """Whether the accuracy was measured on this very plan."""
+        """Whether the measure was taken of this very plan."""
         ...
 
 
@@ -69,6 +69,15 @@ class Frontier(Protocol):
     def float_cost(self) -> Cost:
         """What the float32 network costs."""
         ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands above a page: its kind, its title, and what it comes to in a few words."""
+
+    kind: str
+    title: str
+    lead: str
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from rabbet.core.budget import METRICS
 from rabbet.core.plan import quoted
 from rabbet.report.content import Frontier, Report
 from rabbet.report.markup import Element, element, markup
-from rabbet.report.points import NAMES, accuracy_words, cost_standings, nearest, verdict
+from rabbet.report.points import NAMES, cost_standings, measure_words, nearest, verdict
 from rabbet.report.text import KEPT, Standing, layer_rows, percent, times_smaller
 
 ROWS = 12  # layers that are shown, the heaviest; plans of a frontier
@@ -64,9 +64,9 @@ def frontier_summary(frontier: Frontier) -> str:
         point = frontier.points[place]
         standing = Standing.of(frontier.axis, point.cost, whole)
         share = f"{100 * standing.amount / max(standing.whole, 1):.3g} %"
-        known = accuracy_words(point)
+        known = measure_words(point)
         rows.append([standing.show(standing.amount), share, f"{point.harm:.3g}", known])
-    heads = [NAMES[frontier.axis], "of float32", "divergence, expected", "accuracy"]
+    heads = [NAMES[frontier.axis], "of float32", "expected error", "measure"]
     title = f"{len(frontier.points):,} plans by {NAMES[frontier.axis]}"
     return markup(
         element(
@@ -120,7 +120,7 @@ def _bars(report: Report) -> Element:
 
 
 def _curve(frontier: Frontier) -> Element:
-    """The expected divergence over the cost, from the loosest plan to the tightest."""
+    """The expected error over the cost, from the loosest plan to the tightest."""
     of = METRICS[frontier.axis].amount
     amounts = [of(point.cost) for point in frontier.points]
     harms = [point.harm for point in frontier.points]
@@ -131,4 +131,4 @@ def _curve(frontier: Frontier) -> Element:
         for a, h in zip(amounts, harms, strict=True)
     )
     style = {"fill": "none", "stroke": "#3a83a5", "stroke_width": "1.5"}
-    return _picture("expected divergence by cost", element("polyline", points=points, **style))
+    return _picture("expected error by cost", element("polyline", points=points, **style))

@@ -143,15 +143,48 @@
 
   const positive = frontier && frontier.points.every((point) => point.harm > 0);
   const harm = () =>
-    curve("harm", { title: "divergence", tickCount: 4, format: ".2~g", grid: !positive },
+    curve("harm", { title: "expected error", tickCount: 4, format: ".2~g", grid: !positive },
           positive ? { type: "log" } : { zero: false }, () => []);
   const accuracy = () =>
-    curve("value", { title: "accuracy", tickCount: 4 }, { zero: false }, (x, scale) => [
+    curve("value", { title: "measure", tickCount: 4 }, { zero: false }, (x, scale) => [
       { mark: { type: "area", color: colour("accent-soft"), opacity: 1 },
         encoding: { x, y: { field: "low", type: "quantitative", scale }, y2: { field: "high" } } },
     ]);
 
-  const charts = { layers, bytes, latency, harm, accuracy };
+  // Measures of a sweep over a setting or over costs, a line for each choice of the rest.
+  function sweep() {
+    const of = facts.sweep;
+    const x = of.places === null || of.share
+      ? { field: "x", type: "quantitative", scale: { zero: false },
+          axis: { ...count(of.axis), format: of.share ? "~%" : "~g" } }
+      : { field: "x", type: "ordinal", sort: of.places, axis: { title: of.axis, labelAngle: 0, grid: false } };
+    const y = { field: "y", type: "quantitative", axis: { title: "measure", tickCount: 5 }, scale: { zero: false } };
+    const several = of.lines > 1;
+    const colours = ["accent", "second", "third", "muted"].map(colour);
+    const shades = several ? { color: { field: "line", type: "nominal", scale: { range: colours } },
+                               strokeDash: { field: "line", type: "nominal", legend: null } } : {};
+    const tooltip = [
+      { field: "x", title: of.axis, ...(of.share ? { format: ".3~%" } : {}) },
+      { field: "y", title: "measure", format: ".5~g" },
+      { field: "at", title: "costs" },
+      ...(several ? [{ field: "line", title: "of" }] : []),
+    ];
+    const whole = of.whole === null ? [] : [
+      { data: { values: [{ y: of.whole }] },
+        mark: { type: "rule", color: colour("muted"), strokeDash: [4, 4] }, encoding: { y } },
+    ];
+    const drawn = several ? {} : { color: colour("accent") };
+    return spec(260, of.rows, {
+      layer: [
+        ...whole,
+        { mark: { type: "line", strokeWidth: 1.5, ...drawn }, encoding: { x, y, ...shades } },
+        { mark: { type: "point", filled: true, opacity: 1, size: 42, ...drawn },
+          encoding: { x, y, tooltip, ...(several ? { color: shades.color } : {}) } },
+      ],
+    });
+  }
+
+  const charts = { layers, bytes, latency, harm, accuracy, sweep };
   facts.histories.forEach((of, k) => { charts[`history-${k}`] = () => history(of); });
 
   async function draw(place) {
@@ -170,7 +203,7 @@
   const rows = [...document.querySelectorAll("tr[data-layer]")];
   const costs = [...document.querySelectorAll("tr[data-metric]")];
   const rest = document.querySelector("tr.rest td.bytes");
-  const cells = [...rows, ...costs].flatMap((row) => [...row.cells]).concat(rest);
+  const cells = [...rows, ...costs].flatMap((row) => [...row.cells]).concat(rest ?? []);
   const original = cells.map((cell) => [cell.textContent, cell.getAttribute("style"), cell.className]);
 
   function put(row, kind, text, part) {
@@ -245,7 +278,7 @@
       const fitted = k === frontier.fitted;
       const place = `plan ${k + 1} of ${frontier.points.length}`;
       slider.value = k;
-      slider.setAttribute("aria-valuetext", `${place}: ${point.at}, divergence ${point.harmed}`);
+      slider.setAttribute("aria-valuetext", `${place}: ${point.at}, expected error ${point.harmed}`);
       words.textContent = fitted ? `${place}, the one of this report` : place;
       say("cost", point.at);
       say("smaller", point.smaller);

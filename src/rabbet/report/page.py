@@ -18,7 +18,7 @@ from typing import Any
 from rabbet.errors import FileError
 from rabbet.files import write_whole
 from rabbet.report.charts import chart_facts
-from rabbet.report.content import Report
+from rabbet.report.content import Head, Report
 from rabbet.report.markup import Element, element, markup
 from rabbet.report.sections import sections
 from rabbet.report.text import standings, times_smaller
@@ -30,7 +30,12 @@ def write_page(report: Report, path: str | Path) -> int:
     Folders that are not there are made. Raises FileError without vl-convert-python, and for a place
     that cannot be written.
     """
-    path, content = Path(path), page(report).encode("utf-8", "replace")
+    return write(page(report), path)
+
+
+def write(text: str, path: str | Path) -> int:
+    """Write a page into a folder, which is made if it is not there; raises as `write_page` does."""
+    path, content = Path(path), text.encode("utf-8", "replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -46,37 +51,47 @@ def require_drawing() -> None:
 
 def page(report: Report) -> str:
     """The page as text. Raises FileError without vl-convert-python."""
+    return assembled(_head(report), sections(report), chart_facts(report))
+
+
+def assembled(head: Head, parts: list[Element], facts: dict[str, Any]) -> str:
+    """A page of sections under a head. Raises FileError without vl-convert-python.
+
+    facts: what its charts are drawn from, by the name that the script knows.
+    """
     library, script = _library(), _own("page.js")
     hashes = " ".join(f"'sha256-{_hash(text)}'" for text in (library, script))
-    parts = sections(report)
     policy = (
         f"default-src 'none'; script-src {hashes} 'unsafe-eval'; style-src 'unsafe-inline'; "
         "img-src data:"
     )  # Vega compiles its expressions; they are of the page's own script
     return Template(_own("page.html")).substitute(
-        title=markup(element("title", report.title)),
+        title=markup(element("title", head.title)),
         policy=policy,
         style=_own("page.css"),
-        head=markup(_head(report), _contents(parts)),
+        head=markup(_header(head), _contents(parts)),
         body=markup(*parts),
-        facts=_inert(chart_facts(report)),
+        facts=_inert(facts),
         library=library,
         script=script,
     )
 
 
-def _head(report: Report) -> Element:
+def _head(report: Report) -> Head:
     size = f"{report.cost.bytes:,} bytes, {times_smaller(report.whole.bytes, report.cost.bytes)}"
     stood = standings(report.cost, report.whole, report.budget.limits if report.budget else ())
     broken = [s.verdict() for s in stood if s.over]
     verdict = "; ".join(broken) if broken else "within the budget"
     told = [size, *([verdict] if stood else [])]
-    kind = "Result" if report.fitted else "Plan, not fitted"
+    return Head("Result" if report.fitted else "Plan, not fitted", report.title, "; ".join(told))
+
+
+def _header(head: Head) -> Element:
     return element(
         "header",
-        element("p", kind, class_="kind"),
-        element("h1", report.title),
-        element("p", "; ".join(told), class_="lead"),
+        element("p", head.kind, class_="kind"),
+        element("h1", head.title),
+        element("p", head.lead, class_="lead"),
     )
 
 

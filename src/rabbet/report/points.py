@@ -114,7 +114,7 @@ def _point_facts(
         "harm": point.harm if math.isfinite(point.harm) else None,
         "harmed": f"{point.harm:.3g}",
         "accuracy": None if point.accuracy is None else list(point.accuracy),
-        "accurate": accuracy_words(point),
+        "accurate": measure_words(point),
         "measured": point.measured,
         "bytes": cost.bytes,
         "rest": f"{cost.bytes - sum(row.bytes for row in rows):,}",
@@ -122,8 +122,8 @@ def _point_facts(
     }
 
 
-def accuracy_words(point: Point) -> str:
-    """An accuracy, its interval, and how it came about."""
+def measure_words(point: Point) -> str:
+    """A measure, its interval, and how it came about."""
     if point.accuracy is None:
         return "not known"
     value, low, high = point.accuracy

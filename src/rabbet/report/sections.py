@@ -29,17 +29,18 @@ def sections(report: Report) -> list[Element]:
     return [part for part in made if part is not None]
 
 
-def _section(name: str, title: str, *children: Child | None) -> Element:
+def section(name: str, title: str, *children: Child | None) -> Element:
+    """A part of a page under a title; name: by which it is linked."""
     head = element("h2", title, id=f"{name}-title")
     return element("section", head, *children, id=name, aria_labelledby=f"{name}-title")
 
 
-def _how(*sentences: str) -> Element:
+def how(*sentences: str) -> Element:
     """How the numbers of a section came about."""
     return element("p", " ".join(s for s in sentences if s), class_="how")
 
 
-def _chart(name: str, words: str) -> Element:
+def chart(name: str, words: str) -> Element:
     """The place of a chart that the script draws; words: what it shows, for who cannot see it."""
     drawn = element("div", class_="chart", data_chart=name, role="img", aria_label=words)
     return element("figure", element("figcaption", words), drawn, class_="drawn")
@@ -55,7 +56,7 @@ def asked(report: Report) -> Element:
     rows = [_standing(report, standing, limited) for standing in each]
     rows += _measured(report, limited)
     budget = "No budget was given." if report.budget is None else f"Asked for: {report.budget}."
-    return _section("asked", "Asked and found", element("p", budget), table(heads, rows, "cards"))
+    return section("asked", "Asked and found", element("p", budget), table(heads, rows, "cards"))
 
 
 def _standing(report: Report, standing: Standing, limited: bool) -> Element:
@@ -94,10 +95,10 @@ def _known(report: Report, metric: str) -> str:
 def _measured(report: Report, limited: bool) -> Iterator[Element]:
     """Rows of what was measured on the whole network."""
 
-    def row(name: str, before: str, after: str, how: str) -> Element:
+    def row(name: str, before: str, after: str, known: str) -> Element:
         cells = [cell(before, "float32", "n"), cell(after, "found", "n only"), cell("")]
         cells += [cell(""), cell("")] if limited else []
-        return element("tr", element("th", name, scope="row"), *cells, cell(how, "", "how"))
+        return element("tr", element("th", name, scope="row"), *cells, cell(known, "", "how"))
 
     if report.latencies is not None:
         taken = f"{milliseconds(report.latencies.measured)} ms"
@@ -106,8 +107,8 @@ def _measured(report: Report, limited: bool) -> Iterator[Element]:
     score = report.score
     if score is not None:
         on = f", on {score.examples:,} labelled examples" if score.examples else ""
-        how = f"measured: the written file{on}"
-        yield row(score.quantity, score.before, score.after, how)
+        known = f"measured: the written file{on}"
+        yield row(score.quantity, score.before, score.after, known)
 
 
 def frontier(report: Report) -> Element | None:
@@ -118,8 +119,8 @@ def frontier(report: Report) -> Element | None:
     name = NAMES[report.frontier.axis]
     slider = element("input", type="range", id="at", min="0", max=str(len(points) - 1), step="1")
     known = any(point.accuracy is not None for point in points)
-    shown = {"cost": name, "smaller": "file", "harm": "divergence, expected"}
-    shown |= {"accuracy": "accuracy"} if known else {}
+    shown = {"cost": name, "smaller": "file", "harm": "expected error"}
+    shown |= {"accuracy": "measure"} if known else {}
     facts = [
         element("div", element("dt", title), element("dd", "", id=f"at-{part}"))
         for part, title in shown.items()
@@ -129,18 +130,18 @@ def frontier(report: Report) -> Element | None:
     )
     back = element("button", "Back to the fitted plan", type="button", id="back", hidden="")
     state = element("div", element("output", "", id="at-words"), back, class_="state")
-    harm = "Expected divergence from the float network, of every plan"
-    accuracy = "Accuracy of every plan: measured (dots) or interpolated, with its interval"
-    return _section(
+    harm = "Expected error of the outputs, of every plan"
+    accuracy = "Measure of every plan: measured (dots) or interpolated, with its interval"
+    return section(
         "frontier",
         "Frontier",
         element("div", label, slider, state, class_="slider"),
         element("dl", *facts, class_="facts"),
-        _chart("harm", harm),
-        _chart("accuracy", accuracy) if known else None,
-        _how(
+        chart("harm", harm),
+        chart("accuracy", accuracy) if known else None,
+        how(
             "Every point is a plan that can be fitted; its costs are counted.",
-            "The divergence is predicted from what each layer alone does to the outputs.",
+            "The expected error is predicted from what each layer alone does to the outputs.",
             "Below, layers and bytes are those of the plan at the slider.",
         ),
     )
@@ -181,12 +182,12 @@ def layers(report: Report) -> Element:
         if found.times
         else "",
     )
-    return _section(
+    return section(
         "layers",
         "Layer by layer",
-        _chart("layers", words),
+        chart("layers", words),
         table(heads, body, "cards layers"),
-        _how(*notes),
+        how(*notes),
     )
 
 
@@ -230,10 +231,10 @@ def bytes_(report: Report) -> Element:
         cells = [cell(text, head, "n") for text, (head, _) in zip(texts, heads[1:4], strict=True)]
         title = element("th", name, scope="row")
         rows.append(element("tr", title, *cells, cell(f"{whole:,}", "together", "n")))
-    how = "Counted before anything is written; the length of a file is read from the disk."
+    known = "Counted before anything is written; the length of a file is read from the disk."
     words = "Bytes of the float network, of the plan, and of the files"
-    shown = _chart("bytes", words), table(heads, rows, "cards"), _how(how)
-    return _section("bytes", "Where the bytes are", *shown)
+    shown = chart("bytes", words), table(heads, rows, "cards"), how(known)
+    return section("bytes", "Where the bytes are", *shown)
 
 
 def byte_parts(report: Report) -> list[tuple[str, tuple[int, ...], int]]:
@@ -266,8 +267,8 @@ def left(report: Report) -> Element | None:
         ]
         rows.append(element("tr", *cells))
     heads = [("why", ""), ("tensors", "n"), ("bytes", "n"), ("which, the largest first", "names")]
-    how = "These tensors take as many bytes in any file, in the type that they have."
-    return _section("left", "Left alone", table(heads, rows, "cards"), _how(how))
+    known = "These tensors take as many bytes in any file, in the type that they have."
+    return section("left", "Left alone", table(heads, rows, "cards"), how(known))
 
 
 def _names(group: Sequence[Left]) -> str:
@@ -281,20 +282,20 @@ def notes(report: Report) -> Element | None:
     said = [*report.notes, *report.unknown]
     if not said:
         return None
-    return _section("notes", "Notes", element("ul", *(element("li", note) for note in said)))
+    return section("notes", "Notes", element("ul", *(element("li", note) for note in said)))
 
 
 def convergence(report: Report) -> Element | None:
     """How searches and trainings went."""
     charts = [
-        _chart(f"history-{k}", f"{h.stage}: {h.quantity}, by {h.step}")
+        chart(f"history-{k}", f"{h.stage}: {h.quantity}, by {h.step}")
         for k, h in enumerate(report.histories)
         if any(h.lines.values())
     ]
     if not charts:
         return None
-    how = "Measured while it ran; of long histories every second, third, ... value is drawn."
-    return _section("convergence", "Convergence", element("div", *charts, class_="grid"), _how(how))
+    known = "Measured while it ran; of long histories every second, third, ... value is drawn."
+    return section("convergence", "Convergence", element("div", *charts, class_="grid"), how(known))
 
 
 def before_and_after(report: Report) -> Element | None:
@@ -302,12 +303,12 @@ def before_and_after(report: Report) -> Element | None:
     if not report.examples:
         return None
     cards = [_example(example, k) for k, example in enumerate(report.examples)]
-    how = (
+    known = (
         "Measured: the first examples of the calibration data, run by the float and by the "
         "compressed network. Pictures are scaled from their smallest to their largest number."
     )
     grid = element("div", *cards, class_="examples")
-    return _section("examples", "Before and after", grid, _how(how))
+    return section("examples", "Before and after", grid, how(known))
 
 
 def _example(example: Example, number: int) -> Element:
@@ -353,11 +354,11 @@ def latency(report: Report) -> Element | None:
     times = report.latencies
     predicted = sum(times.layers.values()) + times.rest
     words = "Milliseconds of each layer, in the order in which they run"
-    return _section(
+    return section(
         "latency",
         "Latency by layer",
-        _chart("latency", words),
-        _how(
+        chart("latency", words),
+        how(
             "Measured: each layer exported and timed alone in onnxruntime, one example at a time.",
             f"What no layer's choice changes counts {milliseconds(times.rest)} ms (below 0 where "
             f"layers are faster together than alone): {milliseconds(predicted)} ms are predicted.",
