@@ -1,6 +1,7 @@
 """ATIS: sentences, a BERT-style encoder with heads for intent and slots, its training and measures.
 
-    python benchmarks/sentences.py --keep FOLDER [--seeds 0 1 2]     # only trains the dense models
+    # only trains the dense models
+    python benchmarks/sentences.py --keep FOLDER [--seeds 0 1 2] [--only "seed 1"]
     # how settings are chosen
     python benchmarks/sentences.py --folds 0 1 2 3 4 --seeds 0 --width 240
 
@@ -336,19 +337,31 @@ def shape_of(width: int) -> dict[str, int]:
     return {} if own else {"width": width, "inner": 4 * width, "heads": width // 20}
 
 
-def folds(tenths: list[int], recipe: Recipe, seeds: list[int], shape: dict[str, int]) -> None:
-    """Train without each tenth, and print the mean score on it after the last epoch."""
-    parts = [corpus(k) for k in tenths]
+def folds(runs: Sequence[tuple[int, int]], recipe: Recipe, shape: dict[str, int]) -> None:
+    """Train with a tenth held back by a seed, for each of both, and print their mean score on it.
+
+    The score is that after the last epoch.
+    """
+    parts = {tenth: corpus(tenth) for tenth, _ in runs}
     scores = [
-        score(train(data, recipe, seed, last=True, **shape)[0], data.held)
-        for data in parts
-        for seed in seeds
+        score(train(parts[tenth], recipe, seed, last=True, **shape)[0], parts[tenth].held)
+        for tenth, seed in runs
     ]
     head("held-back intent", "slots", "trained")
     row(
         *(f"{statistics.mean(getattr(f, k) for f in scores):.2f}" for k in ("intent", "slots")),
         len(scores),
     )
+
+
+def chosen(seeds: list[int], tenths: list[int], only: list[str]) -> list[tuple[int, int]]:
+    """The tenth that is held back and the seed of every run whose label `--only` leaves in."""
+    runs = {
+        (tenth, seed): f"tenth {tenth}, seed {seed}" if tenths else f"seed {seed}"
+        for tenth in tenths or [0]
+        for seed in seeds
+    }
+    return [run for run, name in runs.items() if not only or any(part in name for part in only)]
 
 
 def main() -> None:
@@ -368,14 +381,25 @@ def main() -> None:
     for name, value in vars(Recipe()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="runs whose label, 'seed 0' or 'tenth 3, seed 0', holds one of these",
+    )
     args = parser.parse_args()
+    runs = chosen(args.seeds, args.folds, args.only)
+    if not runs:
+        parser.error(f"no run is called {' or '.join(args.only)}: see the help of --only")
     recipe = Recipe(**{name: getattr(args, name) for name in vars(Recipe())})
     shape = shape_of(args.width)
     print(f"{machine()} {recipe}\n")
     if args.folds:
-        folds(args.folds, recipe, args.seeds, shape)
+        folds(runs, recipe, shape)
+        return
     data = corpus()
-    for seed in [] if args.folds else args.seeds:
+    for _, seed in runs:
         head("epoch", "held-back intent", "slots", "seconds")
         model, _ = train(data, recipe, seed, True, **shape)
         both, alone = score(model, data.dev, data.test), score(model, data.test)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from rabbet.core.budget import METRICS, Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.data.task import measured
-from rabbet.errors import BudgetError, DataError, PlanError
+from rabbet.errors import BudgetError, DataError
 from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
+from rabbet.methods.base import changed
 from rabbet.report.facts import cost_facts
 from rabbet.report.picture import draw_sweep
 from rabbet.report.sweeps import write_sweep
@@ -156,9 +157,9 @@ def sweep(  # noqa: PLR0913 (those behind the star are options, given by name)
     piece = opened(model, metrics, data, seed, jobs)
     run = piece.task.evaluate if measure is None else measure
     rows = list[Row]()
-    for budget, (chosen, changed) in itertools.product(asked, tried):
+    for budget, (chosen, own) in itertools.product(asked, tried):
         piece.jobs.progress("sweeping", len(rows), len(asked) * len(tried))
-        rows.append(_row(piece, budget, chosen, changed, run))
+        rows.append(_row(piece, budget, chosen, own, run))
     piece.jobs.progress("sweeping", len(rows), len(rows))
     return Sweep(tuple(rows), piece.float_cost, None if run is None else measured(piece.model, run))
 
@@ -167,7 +168,7 @@ def _row(
     piece: Workpiece,
     budget: Budget,
     method: Method,
-    changed: Settings,
+    own: Settings,
     run: Callable[[nn.Module], float] | None,
 ) -> Row:
     settings = {"method": method, "budget": str(budget)}
@@ -178,14 +179,14 @@ def _row(
             plan = landed(piece, lambda: method.plan(piece, budget), budget)
             result = finished(piece, method, plan, budget)
         except BudgetError as e:
-            return Row(budget, changed, error=str(e))
+            return Row(budget, own, error=str(e))
         kept = {"plan": torch.tensor(list(str(result.plan).encode()), dtype=torch.uint8)}
         if run is not None:
             kept["measure"] = torch.tensor(measured(result.model, run), dtype=torch.float64)
         piece.jobs.keep(key, kept)
     plan = Plan.parse(bytes(kept["plan"].tolist()).decode())
     found = float(kept["measure"]) if "measure" in kept else None
-    return Row(budget, changed, plan, piece.cost(plan), found)
+    return Row(budget, own, plan, piece.cost(plan), found)
 
 
 def combinations(
@@ -196,21 +197,11 @@ def combinations(
     Raises PlanError for a setting that it does not have, or a value that it does not take.
     """
     for values in itertools.product(*settings.values()):
-        changed = dict(zip(settings, values, strict=True))
+        own = dict(zip(settings, values, strict=True))
         worker: Any = method
-        for name, value in changed.items():
-            worker = _with(worker, name.split("."), value)
-        yield worker, changed
-
-
-def _with(settings: Any, path: Sequence[str], value: Any) -> Any:
-    """Settings with one changed; a path of several names leads into settings inside."""
-    name, *inner = path
-    known = [field.name for field in fields(settings)] if is_dataclass(settings) else []
-    if name not in known:
-        raise PlanError(f"{name!r} is no setting; there are {', '.join(known) or 'none'}")
-    new = _with(getattr(settings, name), inner, value) if inner else value
-    return replace(settings, **{name: new})
+        for name, value in own.items():
+            worker = changed(worker, name, value)
+        yield worker, own
 
 
 __all__ = ["Row", "Sweep", "combinations", "sweep"]

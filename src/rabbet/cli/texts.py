@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import typer
 
@@ -15,6 +13,7 @@ from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.files import write_whole
 from rabbet.methods import METHODS, Method, method_of
+from rabbet.methods.base import changed
 
 
 def drop_of(text: str) -> float:
@@ -123,35 +122,12 @@ def _method(text: str) -> Method:
     try:
         method: Any = METHODS[name]()
         for setting in settings:
-            method = _with(method, *setting.partition("=")[::2], setting)
+            key, _, value = setting.partition("=")
+            method = changed(method, key, literal(value))
     except PlanError as e:
         raise typer.BadParameter(str(e), param_hint="--method") from None
     worker: Method = method
     return worker
-
-
-def _with(settings: Any, name: str, value: str, text: str) -> Any:
-    """Settings with one changed; `a.b` is setting b of setting a."""
-    name, _, inner = name.partition(".")
-    known = [f.name for f in fields(settings)]
-    if name not in known:
-        raise typer.BadParameter(
-            f"{text!r} is no setting; there are {', '.join(known)}", param_hint="--method"
-        )
-    old = getattr(settings, name)
-    if inner and is_dataclass(old):
-        return replace(settings, **{name: _with(old, inner, value, text)})
-    kind = get_type_hints(type(settings))[name]
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    kinds = [k for k in (get_origin(one) or one for one in options) if isinstance(k, type)]
-    new = literal(value)
-    whole = isinstance(new, int) and not isinstance(new, bool) and float in kinds
-    if inner or (kinds and type(new) not in kinds and not whole):
-        wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-        raise typer.BadParameter(
-            f"{text!r}: the value must be of type {wanted}", param_hint="--method"
-        )
-    return replace(settings, **{name: new})
 
 
 def values_of(method: Method, texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -167,15 +143,11 @@ def values_of(method: Method, texts: Sequence[str]) -> dict[str, list[Any]]:
                 f"{text!r} is no setting with its values, such as 'bits=2;3;4'", param_hint="--set"
             )
         for value in values.split(";"):
+            tried.setdefault(name, []).append(literal(value))
             try:
-                changed: Any = _with(method, name, value, f"{name}={value}")
-            except typer.BadParameter as e:
-                raise typer.BadParameter(e.message, param_hint="--set") from None
+                changed(method, name, literal(value))
             except PlanError as e:
                 raise typer.BadParameter(str(e), param_hint="--set") from None
-            for part in name.split("."):
-                changed = getattr(changed, part)
-            tried.setdefault(name, []).append(changed)
     return tried
 
 

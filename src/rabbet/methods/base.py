@@ -1,7 +1,7 @@
 """The interface of a method."""
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -9,6 +9,7 @@ from rabbet.choose.search import Chooser
 from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
+from rabbet.errors import PlanError
 from rabbet.workpiece import Workpiece
 
 
@@ -52,3 +53,16 @@ class Searching(Protocol):
     def search(self, piece: Workpiece) -> Chooser:
         """What plans are chosen from, with nothing solved yet."""
         ...
+
+
+def changed(settings: Any, name: str, value: Any) -> Any:
+    """The settings of a method with one changed; `a.b` is setting b of setting a.
+
+    Raises PlanError for a setting that is not there, and for a value that it does not take.
+    """
+    own, dot, inner = name.partition(".")
+    known = [field.name for field in fields(settings)] if is_dataclass(settings) else []
+    if own not in known:
+        raise PlanError(f"{own!r} is no setting; there are {', '.join(known) or 'none'}")
+    new = changed(getattr(settings, own), inner, value) if dot else value
+    return replace(settings, **{own: new})
