@@ -14,7 +14,8 @@ LAYOUT = """
   const wrong = [], wide = document.documentElement.clientWidth;
   const unseen = "script, style, noscript, title, #vg-tooltip-element";
   const hidden = (head) => head !== null && getComputedStyle(head).position === "absolute";
-  const clipped = (e) => e.closest(unseen) !== null || hidden(e.closest("thead"));
+  const closed = "details:not([open]) > :not(summary)";
+  const clipped = (e) => e.closest(`${unseen}, ${closed}`) !== null || hidden(e.closest("thead"));
   const show = (text) => text.trim().slice(0, 40);
   const boxes = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);

@@ -35,6 +35,9 @@ def test_a_sweep_is_shown_whole(browser, tmp_path, name, width):
     sweep = swept(tmp_path / "a.html", *CASES[name])
     seen = Visit(browser, tmp_path / "a.html", width)
     assert seen.layout() == []
+    seen.page.eval_on_selector_all("details", "(all) => all.forEach((one) => { one.open = true; })")
+    assert seen.layout() == []
+    assert seen.texts("#rows th")[: sweep.table.left] == list(sweep.table.heads[: sweep.table.left])
     assert seen.texts("h1") == ["<i>sweep</i>"]
     rows = [list(row) for row in sweep.table.rows]
     assert seen.texts("#rows tbody tr th") == [row[0] for row in rows]

@@ -145,7 +145,8 @@ def _measures(sweep: Sweep) -> Element | None:
 def _rows(sweep: Sweep) -> Element:
     shown = sweep.table
     heads = [
-        (NAMES.get(head, head), "" if k < shown.left else "n") for k, head in enumerate(shown.heads)
+        (head, "") if k < shown.left else (NAMES.get(head, head), "n")
+        for k, head in enumerate(shown.heads)
     ]
     body = []
     for first, *rest in shown.rows:
