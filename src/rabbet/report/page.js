@@ -161,7 +161,8 @@
     const y = { field: "y", type: "quantitative", axis: { title: "measure", tickCount: 5 }, scale: { zero: false } };
     const several = of.lines > 1;
     const colours = ["accent", "second", "third", "muted"].map(colour);
-    const shades = several ? { color: { field: "line", type: "nominal", scale: { range: colours } },
+    const legend = { columns: { expr: "width < 420 ? 1 : width < 900 ? 2 : 4" }, labelLimit: 190 };
+    const shades = several ? { color: { field: "line", type: "nominal", scale: { range: colours }, legend },
                                strokeDash: { field: "line", type: "nominal", legend: null } } : {};
     const tooltip = [
       { field: "x", title: of.axis, ...(of.share ? { format: ".3~%" } : {}) },
@@ -174,7 +175,7 @@
         mark: { type: "rule", color: colour("muted"), strokeDash: [4, 4] }, encoding: { y } },
     ];
     const drawn = several ? {} : { color: colour("accent") };
-    return spec(260, of.rows, {
+    return spec(several ? 260 + 14 * Math.min(of.lines, 20) : 260, of.rows, {
       layer: [
         ...whole,
         { mark: { type: "line", strokeWidth: 1.5, ...drawn }, encoding: { x, y, ...shades } },
