@@ -8,7 +8,7 @@ import typer
 DEFAULT_BUDGET = "bytes <= 10%"
 
 # The help needs these names, and not what they name, which takes seconds to import.
-METHODS = ("joint", "admm", "cora", "cgmq", "ttqat")
+METHODS = ("joint", "admm", "cora", "cgmq", "ttqat", "blockwise")
 QUALITIES = ("fast", "default", "best")
 AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency", "onnx", "openvino")
 TARGETS = ("safetensors", "onnx", "openvino", "torch")

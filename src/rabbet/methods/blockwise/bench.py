@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rabbet.core.survey import Survey
+from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.jobs import Jobs, Tensors
@@ -39,7 +40,11 @@ class Known:
 
 @dataclass
 class Bench:
-    """A float network, one block at a time. told: the fingerprint of all that results depend on."""
+    """A float network, one block at a time.
+
+    told: the fingerprint of all that results depend on. answers: what its outputs are; None: scores
+    of words.
+    """
 
     stack: Stack
     survey: Survey
@@ -47,6 +52,7 @@ class Bench:
     jobs: Jobs
     seed: int
     told: str
+    answers: Answers | None = None
     _known: dict[str, Known] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -97,7 +103,14 @@ class Bench:
     def _measured(self, menus: Menus, scored: int) -> Tensors:
         counts = [self.task.examples.count(batch) for batch in self.batches]
         some = next((k for k in range(len(counts)) if sum(counts[:k]) >= scored), len(counts))
-        look = Look(self.stack, self.survey, self.task, self.batches, max(1, some))
+        look = Look(
+            self.stack,
+            self.survey,
+            self.task,
+            self.batches,
+            scored=max(1, some),
+            answers=self.answers,
+        )
         seen = look(self.seed, self.jobs.progress)
         outside, inside = by_block(self.stack, self.survey)
         found: Tensors = {f"channel/{k}": t for k, t in seen.channels.items()}

@@ -124,8 +124,10 @@ def _solved_ends(
     with bench.stack.ends() as model:
         jobs: list[Job] = []
         for site in sites:
-            given = {"weight": site.weight(model).detach()}
-            given |= {"second": known.ends[site.name]} if site.name in known.ends else {}
+            weight = site.weight(model).detach()
+            given = {"weight": weight}
+            if site.name in known.ends:
+                given["second"] = known.ends[site.name].to(weight.device)
             jobs.append((solve_site, given, {"site": site, "menu": (plan[site.name].terms,)}))
         times = [expected_seconds(site, 1) for site in sites]
         for site, result in zip(sites, bench.jobs.run("solving ends", jobs, times), strict=True):

@@ -2,10 +2,13 @@
 
 What an error D of one weight does to the output is the divergence of the scores, in nats a word. To
 second order it is half the Fisher information: `1/2 E (g . D)^2` with g the gradient of the log
-probability of words drawn from the network's own scores. Errors such as rounding leaves are white
-in the metric H of the layer's inputs, with rows as large as the row's largest weight. In the mean
-over these `E (g . D)^2 = sum over rows of s^2 g_r H^-1 g_r`, and their error in the metric is
-`n s^2` a row. The quotient of the two is what one unit of a layer's error costs.
+probability of words drawn from the network's own scores. (Of values it is the squared error
+relative to the variance of each channel, with random signs in place of drawn words.)
+
+Errors such as rounding leaves are white in the metric H of the layer's inputs, with rows as large
+as the row's largest weight. In the mean over these `E (g . D)^2 = sum over rows of s^2 g_r H^-1
+g_r`, and their error in the metric is `n s^2` a row. The quotient of the two is what one unit of a
+layer's error costs.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from rabbet.calibrate.moments import Moments, twofold
 from rabbet.core.survey import Survey
+from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import DataError, ModelError
@@ -158,9 +162,17 @@ class Look:
     """Measures a float network: forth over all batches, and back over the first `scored`."""
 
     def __init__(
-        self, stack: Stack, survey: Survey, task: Task, batches: Sequence[Batch], scored: int
+        self,
+        stack: Stack,
+        survey: Survey,
+        task: Task,
+        batches: Sequence[Batch],
+        *,
+        scored: int,
+        answers: Answers | None = None,
     ) -> None:
-        self.stack, self.task, self.batches = stack, task, batches
+        """answers: what the outputs are; None: scores of words."""
+        self.stack, self.task, self.batches, self.answers = stack, task, batches, answers
         self.outside, self.inside = by_block(stack, survey)
         self.scored = min(scored, len(batches))
         self.forth = [Shelf() for _ in range(len(stack) + 1)]
@@ -228,7 +240,7 @@ class Look:
             for i in range(self.scored):
                 scores = self.stack.leave(self.task, self.batches[i], self.forth[last][i])
                 gathering.forget()
-                _require_scores(scores)
+                _require_scores(scores, self._values)
         for name, second in gathering.means():
             site = next(s for s in self.outside if s.name == name)
             table = site.weight(model).float() if site.heads else None
@@ -239,10 +251,25 @@ class Look:
                 hidden = self.forth[last][i].requires_grad_()
                 scores = self.stack.leave(self.task, self.batches[i], hidden)
                 self.words += scores.numel() // scores.shape[-1]
-                scores.backward(_drawn(scores.detach(), generator))
+                slope = self._slope(i, scores.detach(), generator)
+                (scores * slope).sum().backward()
                 hand_on(felt)
                 self.back.put(i, _grad(hidden))
         return felt
+
+    @property
+    def _values(self) -> bool:
+        """Whether the first output is values, not scores."""
+        return self.answers is not None and self.answers.kinds[0] == "values"
+
+    def _slope(self, i: int, output: Tensor, generator: torch.Generator) -> Tensor:
+        """A random gradient by the first output whose mean square is what an error costs."""
+        if not self._values:
+            return _drawn(output, generator)
+        assert self.answers is not None
+        count = self.task.examples.count(self.batches[i])
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        return signs * self.answers.element_weights(0, output, count).sqrt()
 
     def _back(self, k: int) -> None:
         weights = torch.zeros(0)
@@ -254,7 +281,7 @@ class Look:
                     hidden = self.forth[k][i].requires_grad_()
                     out = self.seen.calls[i][k](block, hidden)
                     slope = self.back[i].to(out)
-                    out.backward(slope)
+                    (out * slope).sum().backward()
                     hand_on(felt)
                     self.back.put(i, _grad(hidden))
                 size = out.detach().square().sum(-1, keepdim=True)
@@ -270,7 +297,7 @@ class Look:
             with _learning(places) as hand_on:
                 hidden, _ = self.stack.enter(self.task, self.batches[i])
                 if hidden.requires_grad:
-                    hidden.backward(self.back[i].to(hidden))
+                    (hidden * self.back[i].to(hidden)).sum().backward()
                     hand_on(felt)
         self.seen.ratios |= {name: each.ratio(self.words) for name, each in felt.items()}
 
@@ -286,11 +313,12 @@ def _grad(x: Tensor) -> Tensor:
     return x.grad
 
 
-def _require_scores(scores: Tensor) -> None:
-    if not scores.is_floating_point() or scores.ndim < 2 or scores.shape[-1] < 2:
+def _require_scores(scores: Tensor, values: bool) -> None:
+    flat = scores.ndim < 2 or scores.shape[-1] < 2
+    if not scores.is_floating_point() or (flat and not values):
         raise ModelError(
             f"the first output is {scores.dtype} {[*scores.shape]}, not scores [..., words] as a "
-            "language model gives them; use another method"
+            "language model gives them; if they are values, say so: Task(batches, outputs='values')"
         )
     if not bool(torch.isfinite(scores).all()):
         raise DataError("the scores hold NaN or infinite values on the given batches")

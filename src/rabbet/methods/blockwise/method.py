@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.program import Allocator, Option, Priced
 from rabbet.choose.search import Chooser, Layer
 from rabbet.core.budget import Budget
@@ -47,6 +48,8 @@ class Blockwise:
     """Of the adapters' factors."""
     rank: bool = True
     """False leaves rank out: no adapters, bits alone."""
+    act: int | None = None
+    """Bits of every layer's input; None: float, as decoders run fastest one word at a time."""
     scored: int = 16
     """Examples that gradients are taken of, to tell what errors of a matrix do."""
     epochs: int = 4
@@ -64,6 +67,8 @@ class Blockwise:
             raise PlanError("Blockwise needs at least one grid to choose from")
         for text in (*self.grids, *self.adapter_grids, *(g for g, _ in self.adapters)):
             Grid.parse(text)
+        if self.act is not None:
+            Grid.of(self.act, "unsigned")
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
@@ -98,13 +103,16 @@ class Blockwise:
         for name, bias in biases.items():
             own: Any = student.get_submodule(name).bias
             own.data.copy_(bias)
+        if any(line.act is not None for line in plan):
+            calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
         return Fitted(student, ())
 
     def fitted(self, bench: Bench, plan: Plan) -> Iterator[Finished]:
-        """The numbers of the ends, then of each block; see `fitting.fit_blocks`."""
-        for line in plan:
-            if line.act is not None:
-                raise PlanError(f"{line}: Blockwise leaves inputs in float; remove act")
+        """The numbers of the ends, then of each block; see `fitting.fit_blocks`.
+
+        Inputs are in float meanwhile, whatever the plan says of them.
+        """
+        plan = Plan(tuple(replace(line, act=None) for line in plan if line.name in bench.survey))
         known = bench.known(self.menus(bench.survey), self.scored)
         return fit_blocks(bench, plan, Pacing(self.epochs, self.codes, self.scales), known)
 
@@ -128,7 +136,8 @@ class Blockwise:
     def _table(self, survey: Survey) -> list[list[Option]]:
         rows = []
         for site in survey:
-            lines = [LayerPlan(site.name, terms) for terms in self.menu(site)]
+            act = self.act if site.multiplies else None
+            lines = [LayerPlan(site.name, terms, act) for terms in self.menu(site)]
             rows.append([Option(line, layer_cost(site, line)) for line in lines])
         return rows
 
@@ -165,4 +174,4 @@ def _bench(piece: Workpiece) -> Bench:
     sites = tuple(site for site in piece.survey if site.runs)
     survey = replace(piece.survey, sites=sites)
     stack = Stack(piece.model.eval())
-    return Bench(stack, survey, piece.task, piece.jobs, piece.seed, piece.told)
+    return Bench(stack, survey, piece.task, piece.jobs, piece.seed, piece.told, piece.answers)

@@ -23,7 +23,7 @@ class Shelf:
     def __init__(self, memory: int = MEMORY, half: bool = True) -> None:
         self._half = half
         self._near: dict[int, Tensor] = {}
-        self._far: dict[int, Path] = {}
+        self._far: dict[int, tuple[Path, torch.device]] = {}
         self._room = memory
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -34,19 +34,21 @@ class Shelf:
         if number in self._near:
             self._room += self._near.pop(number).nbytes
         if number in self._far:
-            self._far.pop(number).unlink()
+            self._far.pop(number)[0].unlink()
         if kept.nbytes <= self._room:
             self._room -= kept.nbytes
             self._near[number] = kept
             return
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rabbet-")
-        self._far[number] = scratch(Path(self._folder.name), save({"": kept.cpu()}))
+        path = scratch(Path(self._folder.name), save({"": kept.cpu()}))
+        self._far[number] = path, value.device
 
     def __getitem__(self, number: int) -> Tensor:
         """In float32."""
         if number in self._near:
             return self._near[number].float()
-        return load_file(self._far[number])[""].float()
+        path, home = self._far[number]
+        return load_file(path)[""].to(home).float()
 
     def __len__(self) -> int:
         return len(self._near) + len(self._far)

@@ -12,7 +12,7 @@ from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
 from rabbet.data.task import Task
-from rabbet.errors import FileError
+from rabbet.errors import FileError, PlanError
 from rabbet.export.writing import write_layers
 from rabbet.fingerprint import Untold, fingerprint
 from rabbet.jobs import Jobs, Tensors
@@ -85,6 +85,10 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     on where it was stopped. Raises BudgetError before anything is measured for a budget that cannot
     be met, FileError for weights that are missing or of other shapes.
     """
+    if method.act is not None:
+        raise PlanError(
+            "a network that is read block by block keeps its inputs in float: leave out act"
+        )
     shards = Shards(folder)
     tensors = Prefixed(shards, str(getattr(network, "base_model_prefix", "")))
     stack = Stack(network.eval(), tensors)
