@@ -35,7 +35,10 @@ from rabbet.workpiece import Workpiece
 
 @dataclass(frozen=True)
 class Blockwise:
-    """For decoders: groups of inputs that share a scale, low rank beside; a block at a time."""
+    """For decoders: groups of inputs that share a scale, low rank beside; a block at a time.
+
+    The first output is taken for scores of words unless the task says that it is values.
+    """
 
     grids: tuple[str, ...] = (
         "tg64", "2g64z", "2g128z", "2hg64", "3g64z", "3g64", "3g128", "4g64", "4g128", "5g128",
@@ -173,5 +176,6 @@ def _bench(piece: Workpiece) -> Bench:
     """A network in memory, block by block; one bench for a workpiece, which knows what it saw."""
     sites = tuple(site for site in piece.survey if site.runs)
     survey = replace(piece.survey, sites=sites)
+    answers = piece.answers if piece.task.outputs is not None else None
     stack = Stack(piece.model.eval())
-    return Bench(stack, survey, piece.task, piece.jobs, piece.seed, piece.told, piece.answers)
+    return Bench(stack, survey, piece.task, piece.jobs, piece.seed, piece.told, answers)

@@ -89,6 +89,8 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
         raise PlanError(
             "a network that is read block by block keeps its inputs in float: leave out act"
         )
+    if task.outputs not in (None, "scores"):
+        raise PlanError("from a folder, networks are compressed whose outputs are scores of words")
     shards = Shards(folder)
     tensors = Prefixed(shards, str(getattr(network, "base_model_prefix", "")))
     stack = Stack(network.eval(), tensors)
