@@ -9,9 +9,9 @@
     # a small GPT-2, trained on the c4 text (an hour on two cores), and its tokenizer
     python benchmarks/language.py --train --keep FOLDER [--minutes 60]
 
-No code of either package is run: their files are read. The weights of SmolLM2 lie on grids of 4 bits
-in groups of 32 (Q4_1 of llama.cpp) and are floats of 32 bits once they are read. What is calibrated
-on one text is measured on another: never both on one.
+No code of either package is run: their files are read. The weights of SmolLM2 lie on grids of 4
+bits in groups of 32 (Q4_1 of llama.cpp) and are floats of 32 bits once they are read. What is
+calibrated on one text is measured on another: never both on one.
 """
 
 import argparse

@@ -99,7 +99,9 @@ def test_a_text_of_a_package_comes_without_tags(monkeypatch, tmp_path):
     place = tmp_path / "exllamav3" / language.FOLDER
     place.mkdir(parents=True)
     (tmp_path / "exllamav3" / "__init__.py").write_text("raise AssertionError('no code is run')")
-    (place / "wiki.utf8").write_text('<doc id="1" title="A">\nA\n\nof a\n\n</doc>\n<doc id="2">\nB\n')
+    (place / "wiki.utf8").write_text(
+        '<doc id="1" title="A">\nA\n\nof a\n\n</doc>\n<doc id="2">\nB\n'
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert language.text("wiki") == "A\n\nof a\n\nB\n"
     with pytest.raises(SystemExit, match=r"has no .*c4.utf8; version"):
