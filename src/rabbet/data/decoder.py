@@ -48,7 +48,7 @@ def next_scores(model: nn.Module, ids: Tensor, places: Tensor | None = None) -> 
     scores = getattr(result, "logits", None)
     scores = scores if isinstance(scores, Tensor) else outputs(result)[0]
     wanted = ids.shape[1] if places is None or not cut else len(places)
-    if scores.ndim != 3 or scores.shape[:2] != (len(ids), wanted):
+    if scores.ndim != 3 or scores.shape[:2] != (ids.shape[0], wanted):
         raise DataError(
             "a decoder gives scores [n, length, words] of the next token for tokens [n, length]; "
             f"for {list(ids.shape)} this network gave {list(scores.shape)}"
