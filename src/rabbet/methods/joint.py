@@ -34,6 +34,8 @@ class Joint:
 
     grids: tuple[str, ...] = ("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c", "8c")
     """Of dense weights, as a plan writes them."""
+    groups: tuple[str, ...] = ("2g64z", "3g64", "4g64")
+    """Of dense weights of linears and tables, beside `grids`: groups of inputs share a scale."""
     adapters: tuple[tuple[str, float], ...] = (
         ("2hc", 0.05),
         ("2hc", 0.1),
@@ -65,6 +67,7 @@ class Joint:
             raise PlanError(f"forms are of {', '.join(RANKED)}; found {strange!r}")
         for text in (
             *self.grids,
+            *self.groups,
             self.adapter_grid,
             *self.factor_grids,
             *(g for g, _ in self.adapters),
@@ -98,7 +101,8 @@ class Joint:
 
     def menu(self, site: Site) -> tuple[Terms, ...]:
         """Every candidate for a layer: dense ones, dense ones with an adapter, and other forms."""
-        dense = [(Term(Dense(), Grid.parse(g)),) for g in self.grids]
+        grids = (*self.grids, *self._grouped(site))
+        dense = [(Term(Dense(), Grid.parse(g)),) for g in grids]
         full = LowRank(1).full_rank(site)
         grid = Grid.parse(self.adapter_grid)
         with_adapter = []
@@ -107,6 +111,12 @@ class Joint:
             if 1 <= rank < full:
                 with_adapter.append((Term(Dense(), Grid.parse(base)), Term(LowRank(rank), grid)))
         return tuple(dict.fromkeys([*dense, *with_adapter, *self._factorised(site)]))
+
+    def _grouped(self, site: Site) -> Iterator[str]:
+        """The grids whose groups cut the inputs of a layer without places into several."""
+        for text in self.groups if site.space == 0 else ():
+            if (Grid.parse(text).scales.parts(site.columns) or 0) > 1:
+                yield text
 
     def _factorised(self, site: Site) -> Iterator[Terms]:
         """The factorised candidates for a layer: each form at the rank for each share of MACs."""
