@@ -108,17 +108,9 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
     no stack of equal blocks, BudgetError at once for a budget that cannot be met.
     """
     folder, output = Path(folder), Path(output)
-    kind = _class_of(folder)
-    if output.resolve() == folder.resolve():
-        raise FileError(f"{output} holds the network itself; name another folder for the output")
-    try:
-        with _quiet(), hollow():
-            network: Any = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-        network.tie_weights()
-    except Exception as e:  # transformers raises whatever it likes
-        raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
-    network.config.use_cache = False
-    network.config.architectures = [kind.__name__]
+    network = skeleton(folder)
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise FileError(f"{output} lies in the network's own folder; name another for the output")
     limits = Budget.parse(budget)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -140,6 +132,27 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
             shutil.copyfile(path, output / path.name)
     network.config.save_pretrained(output)
     return stored
+
+
+def skeleton(folder: str | Path) -> Any:
+    """The network of a `save_pretrained` folder without its weights, which are on torch's `meta`.
+
+    Raises FileError as `from_pretrained` does.
+    """
+    folder = Path(folder)
+    kind = _class_of(folder)
+    try:
+        with _quiet(), hollow():
+            network: Any = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        network.tie_weights()
+    except FileError:
+        raise
+    except Exception as e:  # transformers raises whatever it likes
+        raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
+    network.config.use_cache = False
+    network.config.architectures = [kind.__name__]
+    network.name_or_path = network.config._name_or_path = str(folder)  # noqa: SLF001 (theirs)
+    return network
 
 
 def card(result: Result, data: str = "") -> str:

@@ -131,3 +131,41 @@ def test_a_test_may_have_a_stride(run, here):
         assert code == 0, err
         values[settings] = json.loads(out)["value"]
     assert len(set(values.values())) == 3
+
+
+BLOCKWISE = ("--method", "blockwise grids=('3g32','4g32','8c') epochs=0", "--budget", "bpw <= 5")
+
+
+def test_a_folder_is_compressed_into_a_folder(run, here):
+    code, out, err = run("compress", "gpt2", *DATA, *TEST, *BLOCKWISE, "-o", "small")
+    assert code == 0, err
+    assert "times the float network's perplexity" in out.replace("\n", " ")
+    assert "expected divergence" in out
+    names = {path.name for path in (here / "small").iterdir()}
+    assert names >= {"rabbet.safetensors", "config.json", "tokenizer.json"}
+    assert ".rabbet-work" not in names
+    code, out, err = run("eval", "small", *TEST, "--json")
+    code, out, err = run("compress", "gpt2", *DATA, *BLOCKWISE, "-o", "small", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["files"] == {
+        "rabbet.safetensors": (here / "small" / "rabbet.safetensors").stat().st_size
+    }
+
+
+INTO_FOLDERS = {
+    "is the method blockwise's": ("gpt2", *DATA, "--method", "joint", "-o", "other"),
+    "does without this option": ("gpt2", *DATA, "--drop", "<= 1", "-o", "other"),
+    "is no folder of save_pretrained": ("rabbet.demo:model", *DATA, "-o", "other"),
+    "lies in the network's own folder": ("gpt2", *DATA, "-o", "gpt2/small"),
+    "smallest reachable": ("gpt2", *DATA, "--budget", "bytes <= 1%", "-o", "other"),
+    "needs batches": ("gpt2", "-o", "other"),
+}
+
+
+@pytest.mark.parametrize("words", INTO_FOLDERS)
+def test_what_a_folder_cannot_be_made_of_is_one_line(run, here, words):
+    code, _, err = run("compress", *INTO_FOLDERS[words])
+    assert code in (1, 2)
+    assert words in err.replace("\n", " ")
+    assert "Traceback" not in err

@@ -115,7 +115,7 @@ def test_what_choosing_foretells_is_what_is_found(name):
     for budget in ("bpw <= 5.5", "bpw <= 4.5"):
         plan = chooser.plans([Budget.parse(budget)])[0]
         found = divergence(model, SHORT.fit(piece, plan).model)
-        assert 0.5 < chooser.harm(plan) / found < 2
+        assert 0.4 < chooser.harm(plan) / found < 2.5
 
 
 @pytest.mark.parametrize("size", ["1GB", "20KB"])
@@ -246,11 +246,19 @@ def test_half_precision_that_overflows_is_not_used():
 
 
 class Skipping(Blocks):
-    """The second block is given what was there before the first."""
+    """The second block works on what was there before the first."""
 
     def forward(self, x):
         y = self.table(x)
-        return self.head(self.blocks[1](self.blocks[0](y), y[0, :, :7] @ torch.ones(7, 7)))
+        return self.head(self.blocks[0](y) + self.blocks[1](y))
+
+
+class Masked(Blocks):
+    """What the first block leaves says where the second looks."""
+
+    def forward(self, x):
+        y = self.blocks[0](self.table(x))
+        return self.head(self.blocks[1](y, y[0, :, :7] @ torch.ones(7, 7)))
 
 
 class Backwards(Blocks):
@@ -264,7 +272,8 @@ class Backwards(Blocks):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Skipping(), "depends on other blocks"),
+        (Skipping(), "works on something else"),
+        (Masked(), "depends on other blocks"),
         (Backwards(), "runs after 0 others"),
         (nn.Sequential(nn.Linear(4, 4)), "no list of equal blocks"),
     ],
@@ -288,7 +297,7 @@ def test_mistakes_are_named(tmp_path):
         hf.compress_pretrained(tmp_path, "bpw <= 4", task(), tmp_path / "out")
     model = decoder("llama")
     model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    with pytest.raises(FileError, match="holds the network itself"):
+    with pytest.raises(FileError, match="own folder"):
         hf.compress_pretrained(tmp_path / "in", "bpw <= 4", task(), tmp_path / "in")
     with pytest.raises(PlanError, match="leave out act"):
         hf.compress_pretrained(

@@ -123,6 +123,15 @@ Output = Annotated[
         "--output", "-o", dir_okay=False, help="The file to write; its ending says what it is."
     ),
 ]
+Place = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The file to write; its ending says what it is. A folder: for the network of a "
+        "folder, which is then read block by block.",
+    ),
+]
 Html = Annotated[
     Path | None,
     typer.Option(

@@ -242,14 +242,21 @@ class Stack:
         if not hidden.is_floating_point():
             raise ModelError(f"the blocks of {self.path} work on {hidden.dtype}, not on floats")
         moved: list[Call] = []
+        left: list[Tensor] = []
         noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
 
         def answer(k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given, call = _taken_apart(args, kwargs)
+            if k and not _alike(given, left[-1]):
+                raise ModelError(
+                    f"block {k} of {self.path} works on something else than what the block before "
+                    "it leaves, so blocks cannot be taken one by one; use another method"
+                )
             moved.append(call)
+            left.append(given + noise.to(given))
             if k + 1 == len(self):
                 raise _EnoughError
-            return self._answer(given + noise.to(given))
+            return self._answer(left[-1])
 
         with self._standing(answer), contextlib.suppress(_EnoughError):
             task.run(self.model, batch)

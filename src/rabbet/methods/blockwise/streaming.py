@@ -31,6 +31,7 @@ from rabbet.methods.blockwise.method import Blockwise
 from rabbet.methods.blockwise.stack import Stack
 from rabbet.model.compressed import Compressed
 from rabbet.report.text import Findings, plain, report_parts
+from rabbet.report.text import Part as Told
 
 WORK = ".rabbet-work"  # in the output, until it is whole: what a stopped run goes on from
 
@@ -52,13 +53,16 @@ class Stored:
     expected: float
     """The divergence from the float network, in nats a word, that choosing foretold."""
 
-    def __str__(self) -> str:
-        parts = report_parts(
-            self.survey, self.plan, self.cost, self.float_cost, self.budget, Findings()
-        )
+    def parts(self) -> list[Told]:
+        """What is to be told of it."""
+        costs = self.cost, self.float_cost
+        parts = report_parts(self.survey, self.plan, *costs, self.budget, Findings())
         named = ", ".join(path.name for path in self.files)
         said = f"expected divergence: {self.expected:.3g} nats a word"
-        return plain([*parts, said, f"written into {self.folder}: {named}"])
+        return [*parts, said, f"written into {self.folder}: {named}"]
+
+    def __str__(self) -> str:
+        return plain(self.parts())
 
 
 def native_names(count: int) -> list[str]:
