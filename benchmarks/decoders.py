@@ -19,6 +19,10 @@ the float network's on the same windows, with the standard error over them.
 The weights of this network lie on grids of 4 bits in groups of 32 already (see language.py): that
 flatters budgets near 4 bits, where its own grid can nearly be found again, of all methods alike.
 
+Blockwise: rabbet's own method; its budget is of all bytes of the file, that many bits for each of the
+134,515,008 weights, and the program chooses the table's grid, too. From a folder, so that the peak of
+memory is that of a process that never holds the network.
+
 RTN: rounded to nearest, a scale of least squared error for each group. GPTQ: our own error feedback
 at one width, a plan written by hand and fitted by `rabbet.fit`, layers solved once more in order,
 not tuned, inputs float. HQQ and AutoRound run in environments of their own, made when they are
@@ -29,6 +33,7 @@ A row over `--limit` minutes is given up, and is a row that says so.
 import argparse
 import functools
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -50,6 +55,7 @@ import rabbet
 from rabbet.core.survey import Survey
 from rabbet.data.decoder import Estimate
 from rabbet.grids.grid import Grid, Quantised
+from rabbet.hf import compress_pretrained, from_pretrained
 from rabbet.model.build import build
 from rabbet.tasks import Perplexity, perplexity
 from rabbet.train.tuning import Tuning
@@ -68,6 +74,7 @@ GROUPS: dict[str, dict[str, tuple[int, int]]] = {
     "AutoRound": {"4.25": (4, 128), "3.25": (3, 128), "2.5": (2, 64), "2.1": (2, 192)},
 }
 """Bits and groups of other packages within a budget, whose zero points take more."""
+WEIGHTS = 134_515_008
 PACKAGES = {"HQQ": ("hqq", "0.2.8.post1"), "AutoRound": ("auto-round", "0.16.1")}
 
 
@@ -124,6 +131,21 @@ def gptq(setup: Setup, grid: str) -> Found:
 def _jobs(setup: Setup) -> rabbet.Jobs:
     folder = setup.args.resume
     return rabbet.Jobs(folder=Path(folder) if isinstance(folder, str) else None)
+
+
+def blockwise(rank: bool, setup: Setup, budget: str) -> Found:
+    """Chosen and fitted block by block, from a folder into a folder."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        setup.network.save_pretrained(folder / "network")  # type: ignore[operator]
+        method = rabbet.Blockwise(rank=rank)
+        stored = compress_pretrained(
+            folder / "network", budget, setup.task, folder / "small", method=method,
+            jobs=_jobs(setup) if isinstance(setup.args.resume, str) else None,
+        )  # fmt: skip
+        network = from_pretrained(folder / "small")
+    expected = f"expected {math.exp(stored.expected):.3f} times"
+    return network, stored.cost.bytes, expected
 
 
 def elsewhere(name: str, setup: Setup, grid: str) -> Found:
@@ -186,14 +208,20 @@ def _of_package(name: str) -> Method:
     return Method(functools.partial(elsewhere, name), grids)
 
 
+def _of_all_bytes(run: Callable[[Setup, str], Found]) -> Method:
+    grids = {bits: (f"bytes <= {float(bits) * WEIGHTS / 8:.0f}",) for bits in GRIDS}
+    return Method(run, grids)
+
+
 METHODS: dict[str, Method] = {
+    "Blockwise": _of_all_bytes(functools.partial(blockwise, True)),
+    "Blockwise without rank": _of_all_bytes(functools.partial(blockwise, False)),
     "RTN": Method(nearest, GRIDS),
     "GPTQ": Method(gptq, GRIDS),
     "HQQ": _of_package("HQQ"),
     "AutoRound": _of_package("AutoRound"),
 }
-"""A line for each method. One that chooses grids by itself has a budget's text as its grid:
-`Method(run, {"4.25": ("bpw <= 4.25",), ...})`."""
+"""A line for each method."""
 
 COLUMNS = {
     "budget": "", "method": "", "grid": "", "words": "", "bytes": ",", "bits a parameter": ".3f",
