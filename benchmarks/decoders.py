@@ -19,9 +19,9 @@ the float network's on the same windows, with the standard error over them.
 The weights of this network lie on grids of 4 bits in groups of 32 already (see language.py): that
 flatters budgets near 4 bits, where its own grid can nearly be found again, of all methods alike.
 
-Blockwise: rabbet's own method; its budget is of all bytes of the file, that many bits for each of the
-134,515,008 weights, and the program chooses the table's grid, too. From a folder, so that the peak of
-memory is that of a process that never holds the network.
+Blockwise: rabbet's own method; its budget is of all bytes of the file, that many bits for each of
+the 134,515,008 weights, and the program chooses the table's grid, too. It reads the network from a
+folder, block by block.
 
 RTN: rounded to nearest, a scale of least squared error for each group. GPTQ: our own error feedback
 at one width, a plan written by hand and fitted by `rabbet.fit`, layers solved once more in order,
