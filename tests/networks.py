@@ -121,6 +121,26 @@ class Attention(nn.Module):
         return self.head(self.attention(y, y, y, need_weights=False)[0])
 
 
+class Blocks(nn.Module):
+    """A language model of two equal blocks whose head shares its table: takes tokens [n, t]."""
+
+    def __init__(self, vocabulary: int = 20, width: int = 16) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 24, dropout=0.1, batch_first=True)
+            for _ in range(2)
+        )
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.table(x)
+        for block in self.blocks:
+            y = block(y)
+        return self.head(y)
+
+
 class TiedTable(nn.Module):
     """A language model whose head shares its table."""
 
@@ -267,6 +287,7 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "volumes": _volumes,
     "twice": lambda: Case(Twice(), [rand(6, 6, seed=k) for k in range(3)]),
     "tokens": lambda: Case(Tokens(), tokens()),
+    "blocks": lambda: Case(Blocks(), tokens()),
     "attention": lambda: Case(Attention(), [rand(4, 5, 6, seed=k) for k in range(2)]),
     "opened": lambda: Case(
         rabbet.open_attention(Attention()), [rand(4, 5, 6, seed=k) for k in range(2)]

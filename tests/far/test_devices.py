@@ -18,6 +18,7 @@ from rabbet import ADMM, CGMQ, TTQAT, CoRa, Jobs, Joint, Task
 from rabbet.errors import ModelError
 from rabbet.export import EXPORTS
 from rabbet.methods import METHODS
+from rabbet.methods.blockwise.method import Blockwise
 from rabbet.methods.cora.search import Ranking
 from rabbet.train import loop, tuning
 from rabbet.train.tuning import Tuning
@@ -82,6 +83,7 @@ TRIALS = {
     "cora": (CoRa(3, ranking=Ranking(steps=2), tuning=Tuning(steps=1)), "bits <= 5"),
     "cgmq": (CGMQ(epochs=2, steps=1, finish=1), "bops <= 1%"),
     "ttqat": (TTQAT(4, epochs=1, finish=1), "bits <= 10"),
+    "blockwise": (Blockwise(("3g4", "4c", "8c"), (), epochs=1), "bits <= 5"),
 }
 OTHERS = {
     "admm from random factors": (ADMM(start="random", sweeps=1, inner=1), "bits <= 9"),
@@ -92,6 +94,7 @@ OTHERS = {
     "ttqat from random cores": (RANDOM, "bits <= 10"),
 }
 LONG = {("words", "cora"), ("words", "cgmq")}
+UNLIKE = {("pictures", "blockwise")}  # no stack of blocks
 PLANS = {
     "pictures": """0 ttconv[2]@8c | act@8
         3 dense@2hc + lowrank[2]@8c | act@8
@@ -132,6 +135,7 @@ def test_every_method_is_tried():
     [
         pytest.param(*pair, marks=pytest.mark.slow if pair in LONG else ())
         for pair in itertools.product(NETWORKS, [*TRIALS, *OTHERS])
+        if pair not in UNLIKE
     ],
 )
 def test_a_network_is_compressed_where_it_lies(network, name, far, tmp_path):

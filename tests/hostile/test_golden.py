@@ -11,7 +11,7 @@ from torch import nn
 from rabbet import Plan, Task, load, survey
 from rabbet.core.layout import TYPE_NAMES
 from rabbet.export.base import Parcel
-from rabbet.export.native import write_native
+from rabbet.export.writing import write_native
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build

@@ -30,7 +30,7 @@ FLOORS = (
     {"_bench"},
     {"_api"},
     {"_frontier", "_sweep"},
-    {"hf"},
+    {"hf", "tasks"},
     {"cli", "__init__", "demo"},
     {"__main__"},
 )

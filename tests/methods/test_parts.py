@@ -59,7 +59,9 @@ WITHIN = {
     "cora": "bits <= 8",
     "cgmq": "bops <= 3%",
     "ttqat": "bits <= 8",
+    "blockwise": "bits <= 4",
 }
+ON = {"blockwise": "blocks"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -68,7 +70,7 @@ def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
     assert dataclasses.is_dataclass(method)
     assert method.__dataclass_params__.frozen
     assert METHODS[name]() == method
-    case = network("stack")
+    case = network(ON.get(name, "stack"))
     piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     budget = Budget.parse(WITHIN[name])
     chosen = method.plan(piece, budget)
@@ -81,7 +83,7 @@ def test_a_method_is_a_frozen_dataclass_that_plans_and_fits(name):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.slow
 def test_a_plan_can_be_chosen_edited_and_fitted(name):
-    case, method = network("stack"), METHODS[name]()
+    case, method = network(ON.get(name, "stack")), METHODS[name]()
     chosen = plan(case.model, WITHIN[name], case.batches, method)
     first = next(iter(chosen))
     edited = chosen.with_layer(LayerPlan.parse(f"{first.name} dense@6c | act@7"))

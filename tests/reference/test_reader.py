@@ -17,7 +17,7 @@ from torch import nn
 from rabbet import Jobs, Plan, Task, survey
 from rabbet.core.plan import LayerPlan, Term
 from rabbet.export.base import Parcel
-from rabbet.export.native import write_native
+from rabbet.export.writing import write_native
 from rabbet.forms import FORMS, RANKED, Dense
 from rabbet.grids.grid import Grid
 from rabbet.model.build import build

@@ -51,6 +51,7 @@ class Frontier:
     points: tuple[Point, ...]
     survey: Survey
     float_cost: Cost
+    quantity: str = "accuracy"
 
 
 class Two(nn.Module):

@@ -165,11 +165,11 @@ def _summed(
     for site in sites:
         if site.heads and site.name in seconds:
             table = site.kind.weight(model.get_submodule(site.name)).detach().float()
-            seconds[site.name] = _twofold(table, seconds[site.name])
+            seconds[site.name] = twofold(table, seconds[site.name])
     return seconds
 
 
-def _twofold(table: Tensor, second: Tensor) -> Tensor:
+def twofold(table: Tensor, second: Tensor) -> Tensor:
     """The metric of a table that is both looked up and multiplied with.
 
     The relative errors of the two uses are added.

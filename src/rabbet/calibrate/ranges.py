@@ -10,7 +10,9 @@ from rabbet.calibrate.moments import run_through
 from rabbet.data.task import Task
 from rabbet.grids.grid import Grid
 from rabbet.jobs import Progress, silent
+from rabbet.layers import Site
 from rabbet.model.compressed import ActQuant, Compressed, compressed_layers
+from rabbet.model.hooks import hooked
 
 TINY = 1e-30  # a range below which no scale is a normal number of float32
 VALUES = 2**16  # activations that a range is chosen from
@@ -97,6 +99,47 @@ def range_ends(
                 scale, zero = float(act.scale), float(act.zero)
                 ends[name][bits] = -zero * scale, (act.grid.high - zero) * scale
     return ends
+
+
+def input_ranges(  # noqa: PLR0913 (those behind the star are options)
+    model: nn.Module,
+    sites: Sequence[Site],
+    task: Task,
+    widths: Iterable[int],
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    limit: int = 512,
+) -> dict[str, dict[int, ActQuant]]:
+    """Quantisers of the inputs of a float network's layers, by site and bits.
+
+    One pass over about `limit` examples; see `calibrate_ranges`.
+    """
+    batches = task.read()
+    sizes = list(itertools.accumulate(map(task.examples.count, batches)))
+    count = next((k + 1 for k, total in enumerate(sizes) if total >= limit), len(sizes))
+    generator = torch.Generator().manual_seed(seed)
+    samples = {site.name: Sample(-(-VALUES // count), generator) for site in sites}
+
+    def seen(sample: Sample) -> Callable[..., None]:
+        return lambda _, args, __: sample(args[0])
+
+    hooks = [
+        (model.get_submodule(name), seen(samples[site.name]))
+        for site in sites
+        for name in site.heads or (site.name,)
+    ]
+    with hooked(before=hooks):
+        run_through(model, task, batches[:count], progress, "measuring ranges")
+    result: dict[str, dict[int, ActQuant]] = {}
+    for site in sites:
+        home = site.weight(model).device
+        result[site.name] = {}
+        for bits in widths:
+            act = ActQuant(bits)
+            act.set_range(*samples[site.name].range(act.grid))
+            result[site.name][bits] = act.to(home)
+    return result
 
 
 def calibrate_inner(model: nn.Module, task: Task, seed: int = 0, limit: int = 512) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rabbet.choose.program import Allocator, Table
-from rabbet.choose.sensitivity import output_errors
+from rabbet.choose.sensitivity import input_errors, output_errors
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
 from rabbet.reconstruct.candidates import Terms, canonical, read_numbers
@@ -34,6 +34,18 @@ class Chooser:
 
     piece: Workpiece
     allocator: Allocator
+
+    @cached_property
+    def inputs(self) -> dict[str, dict[int, float]]:
+        """What each width of each input does to the network's output, alone, by site and bits.
+
+        Empty where no site has a choice.
+        """
+        table = self.allocator.table
+        widths = [{o.plan.act for o in row if o.plan.act is not None} for row in table]
+        if all(len(each) < 2 for each in widths):
+            return {}
+        return input_errors(self.piece, sorted(set[int]().union(*widths)))
 
     @cached_property
     def layers(self) -> list["Layer"]:
@@ -56,10 +68,12 @@ class Chooser:
 
     def harm(self, plan: Plan) -> float:
         """What the lines of a plan do to the network's output, as far as it is known, in all."""
-        return math.fsum(layer.scores()[k] for layer, k in self._options(plan))
+        weights = math.fsum(layer.scores()[k] for layer, k in self._options(plan))
+        acts = (self.inputs.get(line.name, {}).get(line.act or 0, 0.0) for line in plan)
+        return weights + math.fsum(acts)
 
     def _chosen(self, budgets: Sequence[Budget]) -> list[Plan]:
-        scores = [layer.scores() for layer in self.layers]
+        scores = self._scores()
         plans = list[Plan]()
         for budget in budgets:
             self.piece.jobs.progress("choosing", len(plans), len(budgets))
@@ -71,6 +85,15 @@ class Chooser:
         pairs = zip(self.layers, plan, strict=True)
         return [(layer, layer.lines.index(line.terms)) for layer, line in pairs]
 
+    def _scores(self) -> list[list[float]]:
+        """The harm of every option: of its weight, and of its input where there is a choice."""
+        scores = []
+        for layer, row in zip(self.layers, self.allocator.table, strict=True):
+            weights = dict(zip(layer.lines, layer.scores(), strict=True))
+            acts = self.inputs.get(layer.name, {})
+            scores.append([weights[o.plan.terms] + acts.get(o.plan.act or 0, 0.0) for o in row])
+        return scores
+
     def _learn(self, options: Sequence[tuple["Layer", int]]) -> bool:
         """Solve those options that are not, or else measure all that was; whether there were any.
 
@@ -80,7 +103,7 @@ class Chooser:
 
     def _near(self, budgets: Sequence[Budget]) -> list[tuple["Layer", int]]:
         """The options that the relaxation takes, and those that it might as well."""
-        scores = [layer.scores() for layer in self.layers]
+        scores = self._scores()
         near = list[tuple[Layer, int]]()
         for budget in budgets:
             excess = self.allocator.excess(scores, budget)
@@ -90,9 +113,11 @@ class Chooser:
             harm = sum(row[k] for row, k in zip(scores, taken, strict=True))
             most = NEAR * harm / len(self.layers)
             near += [
-                (layer, k)
-                for layer, row in zip(self.layers, excess, strict=True)
-                for k, more in enumerate(row)
+                (layer, layer.lines.index(option.plan.terms))
+                for layer, options, row in zip(
+                    self.layers, self.allocator.table, excess, strict=True
+                )
+                for option, more in zip(options, row, strict=True)
                 if more <= most
             ]
         return near
@@ -151,7 +176,10 @@ class Layer:
 
 def foretold(piece: Workpiece, table: Table) -> list[Layer]:
     """Errors of all options, and the harm of noise in each layer."""
-    menus = [(row[0].plan.name, tuple(option.plan.terms for option in row)) for row in table]
+    menus = [
+        (row[0].plan.name, tuple(dict.fromkeys(option.plan.terms for option in row)))
+        for row in table
+    ]
     results = on_menus(predict_site, piece, "predicting", menus, FORETOLD)
     noises = {name: r["noise"][None] for (name, _), r in zip(menus, results, strict=True)}
     harms = output_errors(piece, noises)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rabbet.calibrate.ranges import input_ranges
 from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch, outputs
 from rabbet.data.examples import Axes
@@ -27,6 +28,10 @@ from rabbet.workpiece import Workpiece
 
 ENTRIES = 2**26  # of inputs and outputs of all layers that are held at once
 TOGETHER = 8  # examples that one gradient by a stored weight is of, at most
+
+
+Met = tuple[Site, Tensor, Tensor | None]
+"""One call of a layer: as what it ran (a table or its head), its input, its output or gradient."""
 
 
 def output_errors(
@@ -42,32 +47,102 @@ def output_errors(
     `torch.no_grad`, or what follows rounds) counts with the relative error of its own output.
     Raises DataError if the outputs of the network are not finite.
     """
-    generator = torch.Generator().manual_seed(piece.seed)
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
-    count, axes = 0, piece.task.examples
     sites = [s for s in piece.survey if s.name in changes]
+    count, axes = 0, piece.task.examples
+    for size, weights, met in _passes(piece, sites, limit):
+        for site, slope in weights:
+            total[site.name] += _projected_weight(
+                piece.weight(site), slope, changes[site.name], size
+            )
+        for site, calls in met:
+            if _reached(calls):
+                total[site.name] += _projected(site, calls, changes[site.name], axes, size)
+            else:
+                total[site.name] += size * _own_error(piece.weight(site), calls, changes[site.name])
+        count += size
+    return {name: t / count for name, t in total.items()}
+
+
+def input_errors(
+    piece: Workpiece, widths: Sequence[int], limit: int = 256
+) -> dict[str, dict[int, float]]:
+    """Error of the outputs, as `output_errors` gives it, for the input of one site at few bits.
+
+    {name: {bits: error}}, of every site that multiplies with an input. Each range is that of least
+    squared error at its width, as `calibrate_ranges` chooses it. Where no gradient reaches it is
+    the relative error of the site's own output.
+    """
+    sites = [s for s in piece.survey if s.multiplies]
+    ranges = input_ranges(piece.model, sites, piece.task, widths, seed=piece.seed)
+    found = {s.name: dict.fromkeys(widths, 0.0) for s in sites}
+    count, axes = 0, piece.task.examples
+    for size, _, met in _passes(piece, sites, limit):
+        for site, calls in met:
+            weight = piece.weight(site)[None]
+            for bits, act in ranges[site.name].items():
+                moved = [(role, act(x) - x, g) for role, x, g in calls if not role.looks_up]
+                if not moved:
+                    continue
+                if _reached(moved):
+                    error = float(_projected(site, moved, weight, axes, size))
+                else:
+                    whole = [(role, x, g) for role, x, g in calls if not role.looks_up]
+                    error = size * _relative(weight[0], moved, whole)
+                found[site.name][bits] += error
+        count += size
+    return {name: {b: e / count for b, e in each.items()} for name, each in found.items()}
+
+
+def _relative(weight: Tensor, moved: Sequence[Met], whole: Sequence[Met]) -> float:
+    """The energy that a layer makes of some inputs, over that which it makes of others."""
+
+    def energy(calls: Sequence[Met]) -> float:
+        outs = (role.run(x, weight.float().to(x.device), None) for role, x, _ in calls)
+        return sum(float(out.double().square().sum()) for out in outs)
+
+    with torch.no_grad():
+        return energy(moved) / max(energy(whole), 1e-30)
+
+
+def _reached(calls: Sequence[Met]) -> bool:
+    """Whether a gradient reaches a layer.
+
+    Rounding in the forward passes a gradient of zeros, which says as little as none.
+    """
+    return any(g is not None and bool(g.any()) for _, _, g in calls)
+
+
+def _passes(
+    piece: Workpiece, sites: Sequence[Site], limit: int
+) -> Iterator[tuple[int, list[tuple[Site, Tensor | None]], list[tuple[Site, list[Met]]]]]:
+    """Passes forth and back over about `limit` examples: how many, and what each site met in it.
+
+    Of stored weights the gradient, of layers that run their calls.
+    """
+    generator = torch.Generator().manual_seed(piece.seed)
+    count, axes = 0, piece.task.examples
     batches = piece.task.read()
     wanted = min(limit, sum(map(axes.count, batches)))
     piece.jobs.progress("scoring", 0, wanted)
     for batch in _slices(batches, axes, sites):
-        size = axes.count(batch)
         calls, reached = _slopes(piece, sites, batch, generator)
         slopes = iter(reached)
-        for site in (s for s in sites if not s.runs):
-            weight, slope = piece.weight(site), next(slopes)
-            total[site.name] += _projected_weight(weight, slope, changes[site.name], size)
-        for site in (s for s in sites if s.runs):
-            met = [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)]
-            # Rounding in the forward passes a gradient of zeros, which says as little as none.
-            if any(g is not None and bool(g.any()) for _, _, g in met):
-                total[site.name] += _projected(site, met, changes[site.name], axes, size)
-            else:
-                total[site.name] += size * _own_error(piece.weight(site), met, changes[site.name])
+        weights = [(site, next(slopes)) for site in sites if not site.runs]
+        met = [
+            (
+                site,
+                [(role, x, g) for (role, x, _), g in zip(calls[site.name], slopes, strict=False)],
+            )
+            for site in sites
+            if site.runs
+        ]
+        size = axes.count(batch)
+        yield size, weights, met
         count += size
         piece.jobs.progress("scoring", min(count, wanted), wanted)
         if count >= limit:
-            break
-    return {name: t / count for name, t in total.items()}
+            return
 
 
 def _slices(batches: Sequence[Batch], axes: Axes, sites: Sequence[Site]) -> Iterator[Batch]:
@@ -171,10 +246,6 @@ def _asked(weights: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(False)
-
-
-Met = tuple[Site, Tensor, Tensor | None]
-"""One call of a layer: as what it ran (a table or its head), its input, its output or gradient."""
 
 
 def _recorded(

@@ -70,7 +70,7 @@ def plan(
 
 
 def compress(
-    output: options.Output,
+    output: options.Place,
     model: options.Model = None,
     data: options.Data = None,
     test: options.Test = None,
@@ -90,14 +90,35 @@ def compress(
 ) -> None:
     """Make a network fit a budget, or fit a given plan, and write the file.
 
-    Accuracy is that of the file.
+    Accuracy is that of the file. An output that is a folder takes a network from a folder of
+    save_pretrained, block by block, however large it is.
     """
-    from rabbet.cli import outcomes, pages, tables, texts
+    from rabbet.cli import folders, outcomes, pages, tables, texts
     from rabbet.cli.inputs import open_inputs
     from rabbet.cli.stored import agreed, opened, ready, require_other
     from rabbet.cli.terminal import told, working
     from rabbet.cli.wishes import Wish
 
+    if folders.is_folder(output) and model is not None:
+        others = {"--plan": plan, "--drop": drop, "--axis": axis, "--held": held}
+        folders.require_plain(others | {"--target": target, "--html": html})
+        found = folders.compress_folder(
+            model,
+            data,
+            test,
+            texts.budget_of(budget or options.DEFAULT_BUDGET, None),
+            output,
+            worker=None if method is None else texts.worker_of(method, quality),
+            seed=seed,
+            resume=resume,
+            processes=processes,
+            quiet=as_json,
+        )
+        if as_json:
+            tables.print_json(found.facts({"seed": seed, "method": method}))
+        else:
+            tables.show(found.parts())
+        return
     wish = Wish.read(budget, plan, drop, axis, target)
     wish.require_held(held, test)
     worker = texts.worker_of(method, quality)

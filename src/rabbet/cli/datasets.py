@@ -1,4 +1,4 @@
-"""Batches from files: folders of images, numpy arrays, lines of text.
+"""Batches from files: folders of images, numpy arrays, lines of text. Text for decoders: `corpora`.
 
 `FOLDER size=224`, `arrays.npz batch=16`, `sentences.txt length=64`: what stands behind the name are
 settings. How images are scaled and words are numbered is taken from the network where it says so
@@ -309,7 +309,7 @@ def _arrays(asked: Asked) -> Table:
 def _lines(asked: Asked) -> Table:
     """`.txt`: a text a line. `.tsv`: a text, a tab and the number of its class."""
     asked.require("length")
-    tokenizer, length = _tokenizer(asked), asked.number("length", LENGTH)
+    tokenizer, length = tokenizer_of(asked), asked.number("length", LENGTH)
     assert length is not None
     try:
         text = asked.path.read_text(encoding="utf-8")
@@ -332,7 +332,7 @@ def _lines(asked: Asked) -> Table:
     return Table(len(texts), join, labels)
 
 
-def _tokenizer(asked: Asked) -> Any:
+def tokenizer_of(asked: Asked) -> Any:
     """The tokenizer that lies beside a network of transformers."""
     name = str(getattr(asked.network, "name_or_path", "") or "")
     folder = Path(name)
@@ -349,9 +349,17 @@ def _tokenizer(asked: Asked) -> Any:
         raise FileError(f"the tokenizer in {folder} cannot be read: {e}") from e
 
 
+def _documents(asked: Asked) -> Table:
+    raise asked.wrong(
+        f"{asked.path} holds documents, which are text for a decoder: a network of transformers "
+        "that says the next word, read from its folder; for others write a text a line into a .txt"
+    )
+
+
 _READERS: Mapping[str, Callable[[Asked], Table]] = {
     ".npy": _arrays,
     ".npz": _arrays,
     ".txt": _lines,
     ".tsv": _lines,
+    ".jsonl": _documents,
 }

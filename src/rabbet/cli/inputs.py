@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import typer
 from torch import nn
 
+from rabbet.cli.corpora import is_corpus, open_corpus
 from rabbet.cli.datasets import Batches, is_data, open_data
 from rabbet.cli.judge import Judge, open_judge
 from rabbet.cli.networks import open_network
@@ -65,7 +66,10 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
         )
     network = open_network(model)
     task = open_task(data, network)
-    return Inputs(network, task, open_judge(test, task, network, _classes(task)))
+    judge = open_judge(test, task, network, _classes(task))
+    if judge is not None and judge.sample is not None:
+        task = replace(task, sample=judge.sample)
+    return Inputs(network, task, judge)
 
 
 def open_held(
@@ -94,6 +98,8 @@ def _classes(task: Task) -> tuple[str, ...]:
 
 def open_task(reference: str, network: nn.Module | None = None) -> Task:
     """The batches or the task that a reference names; network: what files are prepared for."""
+    if network is not None and is_corpus(reference, network):
+        return open_corpus(reference, network, "--data")
     if is_data(reference):
         batches = open_data(reference, network, "--data").spread()
         return Task(batches, limit=batches.table.count)

@@ -2,24 +2,28 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import typer
 from torch import nn
 
+from rabbet.cli.corpora import is_corpus, open_held_corpus
 from rabbet.cli.datasets import Labelled, is_data, open_data
 from rabbet.cli.references import attribute, reporting, resolve_value
+from rabbet.data.decoder import Estimate
+from rabbet.data.measure import quantity_of, smaller_is_better
 from rabbet.data.task import Task, correct
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One number for a network, larger is better.
+    """One number for a network.
 
     quantity: what the number is; unit: what follows it. run: gives it, and how many labelled
-    examples stand behind it, 0 where only the user knows. option: where it was asked for.
+    examples stand behind it, 0 where only the user knows. option: where it was asked for. sample:
+    what a network makes of prompts of the same data, if they have some.
     """
 
     quantity: str
@@ -27,6 +31,20 @@ class Judge:
     run: Callable[[nn.Module], tuple[float, int]]
     reference: str
     option: str = "--test"
+    smaller_is_better: bool = False
+    sample: Callable[[nn.Module], Mapping[str, str]] | None = None
+
+    @classmethod
+    def by(
+        cls,
+        measure: Callable[[nn.Module], float],
+        reference: str,
+        option: str,
+        sample: Callable[[nn.Module], Mapping[str, str]] | None = None,
+    ) -> Self:
+        """By a measure, which may say what it is called and which way is better."""
+        quantity, smaller = quantity_of(measure, "evaluation"), smaller_is_better(measure)
+        return cls(quantity, "", _uncounted(measure), reference, option, smaller, sample)
 
     def __call__(self, network: nn.Module) -> float:
         """Judge a network; a usage error if the user's batches or function fail."""
@@ -36,10 +54,13 @@ class Judge:
         """The number, and how many labelled examples stand behind it."""
         with reporting(self.reference, self.option):
             value, count = self.run(network)
-            return float(value), count
+            return value if isinstance(value, Estimate) else float(value), count
 
     def show(self, value: float) -> str:
-        """A number of this judge in words."""
+        """A number of this judge in words, with its standard error if it is known."""
+        error = value.error if isinstance(value, Estimate) else None
+        if error is not None:
+            return f"{value:.4g} ± {error:.2g}"
         return f"{value:.2f}{self.unit}" if self.unit else f"{value:.6g}"
 
 
@@ -60,14 +81,17 @@ def open_judge(
         own = None if task is None else task.evaluate
         if own is None:
             return None
-        return Judge("evaluation", "", _uncounted(own), "the task's evaluate", option)
+        return Judge.by(own, "the task's evaluate", option)
+    if network is not None and is_corpus(reference, network):
+        measure, sample = open_held_corpus(reference, network, option)
+        return Judge.by(measure, reference, option, sample)
     if is_data(reference):
         pairs = open_data(reference, network, option).labelled(classes)
         return Judge("accuracy", "%", _accuracy(pairs), reference, option)
     named = attribute(reference, option)
     value = named if _takes_one(named) else resolve_value(named, reference, option)
     if callable(value) and not isinstance(value, Iterable):
-        return Judge("evaluation", "", _uncounted(value), reference, option)
+        return Judge.by(value, reference, option)
     if not isinstance(value, Iterable):
         raise typer.BadParameter(
             f"{reference} gives {type(value).__name__}, not batches of (inputs, labels) or a "

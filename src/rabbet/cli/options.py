@@ -8,7 +8,7 @@ import typer
 DEFAULT_BUDGET = "bytes <= 10%"
 
 # The help needs these names, and not what they name, which takes seconds to import.
-METHODS = ("joint", "admm", "cora", "cgmq", "ttqat")
+METHODS = ("joint", "admm", "cora", "cgmq", "ttqat", "blockwise")
 QUALITIES = ("fast", "default", "best")
 AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency", "onnx", "openvino")
 TARGETS = ("safetensors", "onnx", "openvino", "torch")
@@ -33,7 +33,7 @@ NETWORK = (
     f"{REFERENCE}; timm:NAME, torchvision:NAME; hf:FOLDER of save_pretrained; a .pt2 "
     "of torch.export"
 )
-FILES = "a folder of images, .npy, .npz, .txt, .tsv"
+FILES = "a folder of images, .npy, .npz, .txt, .tsv, .jsonl"
 
 Model = Annotated[
     str | None,
@@ -48,7 +48,7 @@ Test = Annotated[
     str | None,
     typer.Option(
         help="Batches of (inputs, labels), or a function from a model to a number, named likewise; "
-        "or a folder of images for each class, .npz, .tsv."
+        "or a folder of images for each class, .npz, .tsv; text (.txt, .jsonl) for a decoder."
     ),
 ]
 BUDGET = (
@@ -69,8 +69,9 @@ Drop = Annotated[
     str | None,
     typer.Option(
         metavar="'<= X'",
-        help="Find the least along --axis that loses at most this, in points of an accuracy or the "
-        "unit of a function, measured on --held; a --budget then holds beside it.",
+        help="Find the least along --axis that loses at most this, in points of an accuracy, by "
+        "which a perplexity rises or in the unit of a function, measured on --held; a --budget "
+        "then holds beside it.",
     ),
 ]
 Axis = Annotated[
@@ -120,6 +121,15 @@ Output = Annotated[
     Path,
     typer.Option(
         "--output", "-o", dir_okay=False, help="The file to write; its ending says what it is."
+    ),
+]
+Place = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The file to write; its ending says what it is. A folder: for the network of a "
+        "folder, which is then read block by block.",
     ),
 ]
 Html = Annotated[

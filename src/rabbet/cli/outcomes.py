@@ -15,6 +15,7 @@ from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
+from rabbet.data.decoder import Estimate
 from rabbet.data.task import deviation
 from rabbet.errors import FileError
 from rabbet.export import TRIALS, Written
@@ -59,7 +60,7 @@ class Outcome:
         result, judge = self.result, self.judge
         file = {"output": str(self.output), "bytes": self.written.bytes}
         costs = result.cost, result.float_cost
-        scores = {"before": self.before, "after": self.after}
+        scores = {"before": self.before, "after": self.after} | self._sureness()
         evaluation = None if judge is None else {"quantity": judge.quantity} | scores
         said = {"evaluation": evaluation, "notes": list(self.notes)}
         found = plan_facts(result.survey, result.plan, *costs, result.budget, result.findings)
@@ -83,10 +84,24 @@ class Outcome:
             parts.append(f"the native file, which a budget of bytes is about: {size}")
         return [*parts, self.sentence]
 
+    def _sureness(self) -> dict[str, Any]:
+        """How sure estimates are, for JSON."""
+        before, after = self.before, self.after
+        if not (isinstance(before, Estimate) and isinstance(after, Estimate)):
+            return {}
+        ratio, error = after.ratio(before)
+        errors = {"before_error": before.error, "after_error": after.error}
+        return errors | {"ratio": ratio, "ratio_error": error, "windows": len(before.sums)}
+
     @property
     def sentence(self) -> str:
         """All of it in one sentence."""
         smaller = times_smaller(self.result.float_cost.bytes, self.written.bytes)
+        if self.judge and isinstance(self.before, Estimate) and isinstance(self.after, Estimate):
+            ratio, error = self.after.ratio(self.before)
+            give = "" if error is None else f" ± {error:.2g}"
+            of = f"the float network's {self.judge.quantity} over {len(self.before.sums):,} windows"
+            return f"{smaller}; {ratio:.4g}{give} times {of}"
         if self.before is None or self.after is None or not self.examples:
             return smaller
         lost = self.before - self.after

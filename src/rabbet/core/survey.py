@@ -61,6 +61,9 @@ class Survey:
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
     def __getitem__(self, name: str) -> Site:
         site = self._index.get(name)
         if site is None:

@@ -20,6 +20,7 @@ from rabbet.data.batches import (
     with_tensors,
 )
 from rabbet.data.examples import Axes
+from rabbet.data.measure import smaller_is_better
 from rabbet.data.source import MEMORY, Source
 from rabbet.data.state import Pass, clean_pass, makeup, state_kept
 from rabbet.errors import DataError, ModelError, theirs
@@ -45,7 +46,8 @@ class Task:
 
     batches: unlabelled examples as `forward` takes them; a one-shot iterable is read once. forward:
     runs a model on a batch; the default passes the batch as arguments. evaluate: model -> one
-    number, larger is better; reports use it if it is given. loss: (outputs, batch) -> a scalar to
+    number, larger is better unless it says otherwise (`rabbet.data.measure`); reports use it if it
+    is given. loss: (outputs, batch) -> a scalar to
     be minimised, for methods that train on labels; the batch then holds them. vary: (batch,
     generator) -> a batch of the same shapes with the same correct outputs, for example with words
     dropped; methods that train on unchanged batches show it to the student, and the batch itself to
@@ -58,7 +60,8 @@ class Task:
     as long there, or one for each tensor in order, None for one that all examples share; `()`: a
     batch is one example, as it is. None: told by running the network on some of the examples.
     memory: bytes of batches that are kept in memory; further ones that an iterable gives wait in a
-    temporary folder.
+    temporary folder. sample: model -> what it makes of some prompts, text by text; reports show it
+    in the place of examples.
     """
 
     batches: Iterable[Batch]
@@ -71,6 +74,7 @@ class Task:
     weights: Sequence[float] | None = None
     axes: int | Sequence[int | None] | None = None
     memory: int = MEMORY
+    sample: Callable[[nn.Module], Mapping[str, str]] | None = None
     source: Source = field(init=False, repr=False, compare=False)
     """The batches, read once and no further than they are asked for."""
 
@@ -203,7 +207,7 @@ class Task:
         return value.reshape(())
 
     def score(self, model: nn.Module) -> float:
-        """The user's own score of a model in eval mode, larger is better.
+        """The user's own score of a model in eval mode; larger or smaller is better, as it says.
 
         The model is left in the mode and the state that it was in, whatever the user's function
         sets. Raises DataError unless the score is a number.
@@ -217,6 +221,18 @@ class Task:
             return batch
         with theirs("Task(vary=...)"):
             return self.vary(batch, generator)
+
+    def sampled(self, model: nn.Module) -> dict[str, str]:
+        """What a model makes of the user's prompts; raises DataError unless those are texts."""
+        assert self.sample is not None
+        with theirs("Task(sample=...)"):
+            found = self.sample(model)
+        if not isinstance(found, Mapping) or not all(isinstance(v, str) for v in found.values()):
+            raise DataError(
+                f"Task(sample=...) must give a text for each prompt, as a mapping; "
+                f"found {describe(found)}"
+            )
+        return dict(found)
 
 
 def _is_axis(value: object) -> bool:
@@ -318,7 +334,7 @@ def deviation(count: int, *shares: float) -> float:
 def measured(
     model: nn.Module, measure: Callable[[nn.Module], float], name: str = "the measure"
 ) -> float:
-    """What a user's function of a model in eval mode gives: one number, larger is better.
+    """What a user's function of a model in eval mode gives: one number.
 
     The model is left in the mode and the state that it was in, whatever the function sets. Raises
     DataError, by the name of the function, unless it gives a number and leaves the parameters and
@@ -331,7 +347,7 @@ def measured(
             value = float(result)
         except (TypeError, ValueError, RuntimeError) as e:
             raise DataError(
-                f"{name} gave {describe(result)}; it must give a number, larger is better"
+                f"{name} gave {describe(result)}; it must give a number, {_better(measure)}"
             ) from e
     now = makeup(model)
     changed = next((part for part in {**before, **now} if before.get(part) != now.get(part)), None)
@@ -341,5 +357,9 @@ def measured(
             "change a copy (copy.deepcopy)"
         )
     if math.isnan(value):
-        raise DataError(f"{name} gave NaN; it must give a number, larger is better")
+        raise DataError(f"{name} gave NaN; it must give a number, {_better(measure)}")
     return value
+
+
+def _better(measure: object) -> str:
+    return f"{'smaller' if smaller_is_better(measure) else 'larger'} is better"

@@ -11,9 +11,9 @@ from torch import nn
 from rabbet.data.task import Task
 from rabbet.errors import FileError
 from rabbet.export.base import Export, Written
-from rabbet.export.native import write_native
 from rabbet.export.onnx.write import float_content, write_onnx, write_openvino
 from rabbet.export.torch import program, write_torch
+from rabbet.export.writing import write_native
 
 EXPORTS: dict[str, Export] = {
     "safetensors": write_native,

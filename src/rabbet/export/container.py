@@ -7,7 +7,7 @@ against the bytes that are there before anything is made of it.
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Container:
     bytes: int
 
 
-def checksum(parts: Sequence[bytes | memoryview]) -> str:
+def checksum(parts: Iterable[bytes | memoryview]) -> str:
     """Eight digits: the CRC-32 of a file whose own digits are zeros."""
     value = 0
     for part in parts:

@@ -1,10 +1,10 @@
-"""The native file: safetensors with packed integers, its plan and survey in the header.
+"""The native file read: safetensors with packed integers, its plan and survey in the header.
 
-docs/format.md specifies it.
+docs/format.md specifies it; `export.writing` writes it.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +19,12 @@ from rabbet.core.layout import (
     Lengths,
     Rest,
     arrays,
-    file_bytes,
-    header,
     layer_lengths,
-    lengths,
-    placed,
 )
 from rabbet.core.plan import Plan, outputs_named
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
-from rabbet.export.base import Parcel, Written
-from rabbet.export.container import read_container, stamped
-from rabbet.files import write_whole
+from rabbet.export.container import read_container
 from rabbet.grids.grid import Grid
 from rabbet.layers import Site, shares_table
 from rabbet.layers.stored import rows_of
@@ -49,63 +43,6 @@ from rabbet.model.tensors import stored_tensors
 
 CODES = 8  # that a byte holds at most: those of one bit
 LONGEST = 1000  # signs of a reason that are shown
-
-
-def write_native(parcel: Parcel, path: Path) -> Written:
-    """Write the native file; its length is the plan's cost in bytes.
-
-    Raises PlanError, and writes nothing, if a tensor that is kept uncompressed is gone or has
-    changed its shape since.
-    """
-    tensors = stored_tensors(parcel.model)
-    for r in parcel.rest:
-        if r.name not in tensors or tuple(tensors[r.name].shape) != r.shape:
-            raise PlanError(
-                f"the network was changed: {r.name} is not what was compressed; compress it again"
-            )
-    values = {r.name: tensors[r.name].detach().cpu().to(TYPES[r.dtype]) for r in parcel.rest}
-    values |= dict(_packed(parcel))
-    order = placed(lengths(parcel.survey, parcel.plan), parcel.rest)
-    parts = [
-        header(parcel.survey, parcel.plan, parcel.rest),
-        *(_raw(values[name]) for name, *_ in order),
-    ]
-    size, expected = sum(map(len, parts)), file_bytes(parcel.survey, parcel.plan, parcel.rest)
-    if size != expected:
-        raise FileError(
-            f"the network takes {size:,} bytes and its plan {expected:,}: it was changed since; "
-            "compress it again"
-        )
-    return Written(write_whole(path, stamped(parts)))
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _packed(parcel: Parcel) -> Iterator[tuple[str, Tensor]]:
-    """The arrays of all layers, in the order of the plan."""
-    layers = all_layers(parcel.model)
-    ordered = [layers[line.name] for line in parcel.plan]
-    factors = [f for layer in ordered for f in layer_factors(layer)]
-    acts = [a for layer in ordered for a in layer.quantisers]
-    biases = [layer.bias.detach().cpu() for layer in ordered if layer.bias is not None]
-    content = {
-        "rabbet.biases": biases,
-        "rabbet.act_scales": [a.scale.cpu() for a in acts],
-        "rabbet.scales": [f.scale.detach().cpu().to(torch.bfloat16) for f in factors],
-        "rabbet.act_zeros": [a.zero.cpu().to(torch.uint8) for a in acts],
-        "rabbet.codes": [part for f in factors for part in _integers(f)],
-    }
-    for name, _, _ in arrays(lengths(parcel.survey, parcel.plan)):
-        yield name, torch.cat(content[name])
-
-
-def _integers(factor: Factor) -> Iterator[Tensor]:
-    """The codes of a factor, packed, and its zero points if it has any."""
-    for part in (factor.codes, factor.zero):
-        if part is not None:
-            yield factor.grid.codebook.pack(part.detach().cpu())
 
 
 def layer_factors(layer: Compressed) -> list[Factor]:
@@ -133,15 +70,39 @@ class Contents:
             for name, tensor in self.rest.items()
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["Contents"]) -> "Contents":
+        """What several files hold together; raises FileError where they overlap."""
+        if len(parts) == 1:
+            return parts[0]
+        sites = tuple(site for part in parts for site in part.survey)
+        left = tuple(each for part in parts for each in part.survey.left)
+        survey = Survey(sites, left, sum(part.survey.float_bytes for part in parts))
+        arrays = {
+            name: torch.cat([part.arrays[name] for part in parts if name in part.arrays])
+            for name in dict.fromkeys(name for part in parts for name in part.arrays)
+        }
+        rest = {name: tensor for part in parts for name, tensor in part.rest.items()}
+        if len(rest) < sum(len(part.rest) for part in parts):
+            raise FileError("the files of the network hold a tensor twice")
+        try:
+            plan = Plan(tuple(line for part in parts for line in part.plan))
+        except PlanError as e:
+            raise FileError(f"the files of the network overlap: {e}") from None
+        return cls(survey, plan, arrays, rest)
 
-def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, tuple[Rest, ...]]:
-    """A compressed copy of `model` with the numbers of a file.
+
+def read_native(
+    path: Path | Sequence[Path], model: nn.Module
+) -> tuple[nn.Module, Survey, Plan, tuple[Rest, ...]]:
+    """A compressed copy of `model` with the numbers of a file, or of several that share them.
 
     The model provides the code, the file every number. The file's survey, its plan, and the tensors
     that it holds uncompressed are returned beside the copy. Raises FileError for a file that is
     missing, damaged, of another format, or of another network.
     """
-    contents = read_parts(path)
+    paths = [path] if isinstance(path, Path) else list(path)
+    contents, path = Contents.joined([read_parts(each) for each in paths]), paths[0]
     survey, plan = contents.survey, contents.plan
     result = _skeleton(model, contents, path)
     streams = {name: _Stream(array, name, path) for name, array in contents.arrays.items()}

@@ -108,9 +108,11 @@ def unlabelled(task: Task, model: nn.Module) -> tuple[Task, tuple[str, ...]]:
     """A task whose batches hold no labels, its axes told, and the names of those labels.
 
     Labels are what a forward need not be given, and without which it answers the same but for
-    single numbers such as a loss. They are told where batches and answers are mappings.
+    single numbers such as a loss. They are told where batches and answers are mappings. A forward
+    that leaves answers out, as that of a decoder may, is taken as its `whole`.
     """
     batch, task = task.first(), with_axes(model, task)
+    task = replace(task, forward=getattr(task.forward, "whole", task.forward))
     if task.forward is not call or not isinstance(batch, Mapping):
         return task, ()
     known = inspect.signature(model.forward).parameters.values()

@@ -6,6 +6,7 @@ A new method is a file here and a line in METHODS.
 from rabbet.errors import PlanError
 from rabbet.methods.admm import ADMM
 from rabbet.methods.base import Fitted, Method
+from rabbet.methods.blockwise.method import Blockwise
 from rabbet.methods.cgmq.method import CGMQ
 from rabbet.methods.cora.method import CoRa
 from rabbet.methods.joint import QUALITY, Joint
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "cora": CoRa,
     "cgmq": CGMQ,
     "ttqat": TTQAT,
+    "blockwise": Blockwise,
 }
 
 
@@ -50,6 +52,7 @@ __all__ = [
     "METHODS",
     "QUALITY",
     "TTQAT",
+    "Blockwise",
     "CoRa",
     "Fitted",
     "Joint",

@@ -34,6 +34,8 @@ class Joint:
 
     grids: tuple[str, ...] = ("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c", "8c")
     """Of dense weights, as a plan writes them."""
+    groups: tuple[str, ...] = ("2g64z", "3g64", "4g64")
+    """Of dense weights of linears and tables, beside `grids`: groups of inputs share a scale."""
     adapters: tuple[tuple[str, float], ...] = (
         ("2hc", 0.05),
         ("2hc", 0.1),
@@ -53,6 +55,8 @@ class Joint:
     """Of the factors."""
     act: int | None = 8
     """Bits of every layer's input; None: float."""
+    acts: tuple[int, ...] = ()
+    """Bits of inputs that the program chooses from, layer by layer; empty: `act` for all."""
     tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
     """The loop at the end; `Tuning(steps=0)` leaves it out."""
 
@@ -65,13 +69,14 @@ class Joint:
             raise PlanError(f"forms are of {', '.join(RANKED)}; found {strange!r}")
         for text in (
             *self.grids,
+            *self.groups,
             self.adapter_grid,
             *self.factor_grids,
             *(g for g, _ in self.adapters),
         ):
             Grid.parse(text)
-        if self.act is not None:
-            Grid.of(self.act, "unsigned")
+        for bits in self.acts if self.act is None else (*self.acts, self.act):
+            Grid.of(bits, "unsigned")
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
@@ -83,8 +88,9 @@ class Joint:
         """What plans are chosen from, with nothing solved yet; see `Searching.search`."""
         require_gradients(piece)
         menus = [(site, self.menu(site)) for site in piece.survey]
-        piece.expect(self._line(site, terms) for site, menu in menus for terms in menu)
-        table = [[self._option(piece, site, terms) for terms in menu] for site, menu in menus]
+        rows = [(site, self._lines(site, menu)) for site, menu in menus]
+        piece.expect(line for _, lines in rows for line in lines)
+        table = [[Option(x, piece.layer_cost(site, x)) for x in lines] for site, lines in rows]
         return Chooser(piece, Allocator(table, piece))
 
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
@@ -98,7 +104,8 @@ class Joint:
 
     def menu(self, site: Site) -> tuple[Terms, ...]:
         """Every candidate for a layer: dense ones, dense ones with an adapter, and other forms."""
-        dense = [(Term(Dense(), Grid.parse(g)),) for g in self.grids]
+        grids = (*self.grids, *self._grouped(site))
+        dense = [(Term(Dense(), Grid.parse(g)),) for g in grids]
         full = LowRank(1).full_rank(site)
         grid = Grid.parse(self.adapter_grid)
         with_adapter = []
@@ -107,6 +114,12 @@ class Joint:
             if 1 <= rank < full:
                 with_adapter.append((Term(Dense(), Grid.parse(base)), Term(LowRank(rank), grid)))
         return tuple(dict.fromkeys([*dense, *with_adapter, *self._factorised(site)]))
+
+    def _grouped(self, site: Site) -> Iterator[str]:
+        """The grids whose groups cut the inputs of a layer without places into several."""
+        for text in self.groups if site.space == 0 else ():
+            if (Grid.parse(text).scales.parts(site.columns) or 0) > 1:
+                yield text
 
     def _factorised(self, site: Site) -> Iterator[Terms]:
         """The factorised candidates for a layer: each form at the rank for each share of MACs."""
@@ -121,12 +134,11 @@ class Joint:
                 if rank >= 1:
                     yield from ((Term(form(rank), Grid.parse(g)),) for g in self.factor_grids)
 
-    def _option(self, piece: Workpiece, site: Site, terms: Terms) -> Option:
-        line = self._line(site, terms)
-        return Option(line, piece.layer_cost(site, line))
-
-    def _line(self, site: Site, terms: Terms) -> LayerPlan:
-        return LayerPlan(site.name, terms, self.act if site.multiplies else None)
+    def _lines(self, site: Site, menu: tuple[Terms, ...]) -> list[LayerPlan]:
+        """Every entry of a menu with every width that the input may have."""
+        acts: tuple[int | None, ...] = self.acts or (self.act,)
+        widths = acts if site.multiplies else (None,)
+        return [LayerPlan(site.name, terms, bits) for terms in menu for bits in widths]
 
 
 def _vector(rank: int) -> int:

@@ -41,12 +41,17 @@ class Factor(Solved):
 
     def forward(self) -> Tensor:
         """The values, with straight-through gradients while the codes are tuned."""
-        return self.show(self.held, self.scale)
+        return self.show(self.held, self.scale, self.zero)
 
     def lookup(self, places: Tensor) -> Tensor:
-        """The rows of a table at some places, [..., columns], where each has a scale of its own."""
-        flat = places.flatten()
-        rows = self.show(F.embedding(flat, self.held), self.scale.index_select(0, flat))
+        """The rows of a table at some places, [..., columns], where each has scales of its own."""
+        flat, count = places.flatten(), len(self.held)
+
+        def own(values: Tensor) -> Tensor:
+            return values.view(count, -1).index_select(0, flat).flatten()
+
+        zero = None if self.zero is None else own(self.zero)
+        rows = self.show(F.embedding(flat, self.held), own(self.scale), zero)
         return rows.view(*places.shape, rows.shape[1])
 
     @property
@@ -54,10 +59,10 @@ class Factor(Solved):
         """What is put on the grid."""
         return self.codes
 
-    def show(self, held: Tensor, scale: Tensor) -> Tensor:
+    def show(self, held: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The values of what is held, or of some rows of it."""
         codes = self.grid.round_latent(held) if self.codes.requires_grad else held
-        return self.grid.values(codes, scale, 0.0 if self.zero is None else self.zero)
+        return self.grid.values(codes, scale, 0.0 if zero is None else zero)
 
     @property
     def numbers(self) -> Quantised:
@@ -165,7 +170,8 @@ class Compressed(Solved):
         ):
             return None
         table = self.factors[0][0]
-        return table if isinstance(table, Factor) and table.grid.axis == 0 else None
+        by_rows = isinstance(table, Factor) and table.grid.scales.parts(1) is not None
+        return table if by_rows else None
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What a head makes of x with this table, [..., columns] -> [..., rows]."""

@@ -33,17 +33,20 @@ def predict_site(
     `noise.error` is its error in the metric.
     """
     told = _Prediction(site, weight, metric_of(site, weight, second))
-    told.round([terms[0].grid for terms in menu if rounded_together(terms[0])])
-    known = {k: error for k, terms in enumerate(menu) if (error := told.of(terms)) is not None}
-    unknown = [k for k in range(len(menu)) if k not in known]
-    solved = solve_site(weight, second, site=site, menu=[menu[k] for k in unknown])
-    known |= {k: float(solved[f"{place}.error"]) for place, k in enumerate(unknown)}
     change = told.noise()
     return {
-        "errors": torch.tensor([known[k] for k in range(len(menu))], dtype=torch.float64),
+        "errors": told.menu(menu, second),
         "noise": change.bfloat16(),
         "noise.error": told.metric.error(site.matrix(change.bfloat16().float())).sum(),
     }
+
+
+def predict_errors(
+    weight: Tensor, second: Tensor | None = None, *, site: Site, menu: Sequence[Terms]
+) -> Tensors:
+    """The `errors` of `predict_site` alone."""
+    told = _Prediction(site, weight, metric_of(site, weight, second))
+    return {"errors": told.menu(menu, second)}
 
 
 class _Prediction:
@@ -56,6 +59,16 @@ class _Prediction:
         self.sums: dict[Form, tuple[Tensor, Tensor]] = {}
         self.rounded: dict[Grid, float] = {}
         self.spectra: dict[bool, Tensor] = {}
+
+    def menu(self, menu: Sequence[Terms], second: Tensor | None) -> Tensor:
+        """About the errors of all entries, [menu]; one of no known kind is solved."""
+        self.round([terms[0].grid for terms in menu if rounded_together(terms[0])])
+        known = {k: error for k, terms in enumerate(menu) if (error := self.of(terms)) is not None}
+        unknown = [k for k in range(len(menu)) if k not in known]
+        entries = [menu[k] for k in unknown]
+        solved = solve_site(self.weight, second, site=self.site, menu=entries)
+        known |= {k: float(solved[f"{place}.error"]) for place, k in enumerate(unknown)}
+        return torch.tensor([known[k] for k in range(len(menu))], dtype=torch.float64)
 
     def of(self, terms: Terms) -> float | None:
         """About the error of an entry; None if nothing cheap is known of it."""

@@ -56,6 +56,11 @@ class Frontier(Protocol):
         ...
 
     @property
+    def quantity(self) -> str:
+        """What the accuracy of a point is called, where it is another measure."""
+        ...
+
+    @property
     def points(self) -> Sequence[Point]:
         """The plans."""
         ...

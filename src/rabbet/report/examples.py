@@ -35,12 +35,13 @@ class Seen:
 class Answered:
     """One output for an example: rows of what it is of, the float network's, the compressed one's.
 
-    agree: in words, how near the two are.
+    agree: in words, how near the two are. prose: whether the answers are texts to be read.
     """
 
     heads: tuple[str, str, str]
     rows: tuple[tuple[str, str, str], ...]
     agree: str
+    prose: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ class Example:
 def examples_of(piece: Workpiece, student: nn.Module, count: int = SHOWN) -> tuple[Example, ...]:
     """The first examples of the first batch, with the answers of the float and another network.
 
+    Of a task with a `sample` what that gives, instead: its prompts, and what comes behind them.
     Where it is not known along which axis examples lie, the batch is one. Networks run on the whole
     batch, as they may need the others in it. Raises what the forward of the user raises.
     """
+    if piece.task.sample is not None:
+        return sampled(piece.task, piece.model, student)
     task, batch = piece.task, piece.task.first()
     with torch.no_grad():
         theirs = outputs(task.run(piece.model, batch))
@@ -76,6 +80,26 @@ def examples_of(piece: Workpiece, student: nn.Module, count: int = SHOWN) -> tup
         )
         for k in range(min(count, size))
     )
+
+
+def sampled(task: Task, network: nn.Module, student: nn.Module) -> tuple[Example, ...]:
+    """What two networks make of the prompts of a task."""
+    theirs, ours = task.sampled(network), task.sampled(student)
+    return tuple(
+        Example((Seen("text", "prompt", prompt),), (_texts(text, ours.get(prompt, "")),))
+        for prompt, text in theirs.items()
+    )
+
+
+def _texts(theirs: str, ours: str) -> Answered:
+    """Two texts side by side, and up to where they are the same."""
+    heads, rows = ("what follows", "float", "compressed"), (("text", theirs, ours),)
+    if theirs == ours:
+        return Answered(heads, rows, "the same text", True)
+    pairs = enumerate(zip(theirs, ours, strict=False))
+    same = next((k for k, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+    agree = f"the same for {same:,} of {len(theirs):,} letters and signs"
+    return Answered(heads, rows, agree, True)
 
 
 def _inputs(task: Task, batch: Batch, number: int) -> list[Tensor]:

@@ -66,7 +66,7 @@ def frontier_summary(frontier: Frontier) -> str:
         share = f"{100 * standing.amount / max(standing.whole, 1):.3g} %"
         known = measure_words(point)
         rows.append([standing.show(standing.amount), share, f"{point.harm:.3g}", known])
-    heads = [NAMES[frontier.axis], "of float32", "expected error", "measure"]
+    heads = [NAMES[frontier.axis], "of float32", "expected error", frontier.quantity]
     title = f"{len(frontier.points):,} plans by {NAMES[frontier.axis]}"
     return markup(
         element(

@@ -146,7 +146,7 @@
     curve("harm", { title: "expected error", tickCount: 4, format: ".2~g", grid: !positive },
           positive ? { type: "log" } : { zero: false }, () => []);
   const accuracy = () =>
-    curve("value", { title: "measure", tickCount: 4 }, { zero: false }, (x, scale) => [
+    curve("value", { title: frontier.quantity, tickCount: 4 }, { zero: false }, (x, scale) => [
       { mark: { type: "area", color: colour("accent-soft"), opacity: 1 },
         encoding: { x, y: { field: "low", type: "quantitative", scale }, y2: { field: "high" } } },
     ]);

@@ -82,6 +82,7 @@ def frontier_facts(frontier: Frontier, report: Report) -> dict[str, Any]:
     amount = METRICS[frontier.axis].amount
     return {
         "axis": NAMES[frontier.axis],
+        "quantity": frontier.quantity,
         "options": options,
         "points": points,
         "fitted": position(frontier.points, report.plan),

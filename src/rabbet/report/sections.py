@@ -120,7 +120,8 @@ def frontier(report: Report) -> Element | None:
     slider = element("input", type="range", id="at", min="0", max=str(len(points) - 1), step="1")
     known = any(point.accuracy is not None for point in points)
     shown = {"cost": name, "smaller": "file", "harm": "expected error"}
-    shown |= {"accuracy": "measure"} if known else {}
+    quantity = report.frontier.quantity
+    shown |= {"accuracy": quantity} if known else {}
     facts = [
         element("div", element("dt", title), element("dd", "", id=f"at-{part}"))
         for part, title in shown.items()
@@ -131,7 +132,9 @@ def frontier(report: Report) -> Element | None:
     back = element("button", "Back to the fitted plan", type="button", id="back", hidden="")
     state = element("div", element("output", "", id="at-words"), back, class_="state")
     harm = "Expected error of the outputs, of every plan"
-    accuracy = "Measure of every plan: measured (dots) or interpolated, with its interval"
+    accuracy = (
+        f"{quantity.capitalize()} of every plan: measured (dots) or interpolated, with its interval"
+    )
     return section(
         "frontier",
         "Frontier",
@@ -304,7 +307,9 @@ def before_and_after(report: Report) -> Element | None:
         return None
     cards = [_example(example, k) for k, example in enumerate(report.examples)]
     known = (
-        "Measured: the first examples of the calibration data, run by the float and by the "
+        "Measured: what the float and the compressed network make of the task's prompts."
+        if report.examples[0].answers[0].prose
+        else "Measured: the first examples of the calibration data, run by the float and by the "
         "compressed network. Pictures are scaled from their smallest to their largest number."
     )
     grid = element("div", *cards, class_="examples")
@@ -339,9 +344,10 @@ def _line(values: tuple[float, ...]) -> Element:
 
 
 def _answered(one: Answered) -> Element:
-    heads = [(one.heads[0], ""), (one.heads[1], "n"), (one.heads[2], "n")]
+    kind = "prose" if one.prose else "n"
+    heads = [(one.heads[0], ""), (one.heads[1], kind), (one.heads[2], kind)]
     rows = [
-        element("tr", element("th", name, scope="row"), cell(a, "", "n"), cell(b, "", "n"))
+        element("tr", element("th", name, scope="row"), cell(a, "", kind), cell(b, "", kind))
         for name, a, b in one.rows
     ]
     return element("div", table(heads, rows), element("p", one.agree, class_="agree"))

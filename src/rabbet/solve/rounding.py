@@ -70,6 +70,10 @@ class Metric:
         mixed = noise @ self.factor
         return mixed.gather(2, self.order.argsort(dim=1)[:, None].expand_as(mixed))
 
+    def whitened(self, slope: Tensor) -> Tensor:
+        """Rows [groups, rows, n] whose squares add up to `slope H^-1 slope^T`."""
+        return _gather(slope, self.order, 2) @ self.factor.mT
+
     def error(self, delta: Tensor) -> Tensor:
         """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
         result: Tensor = (self.times(delta) * delta).sum(2)
@@ -110,6 +114,10 @@ class _Plain(Metric):
     def spread(self, noise: Tensor) -> Tensor:
         """The noise itself."""
         return noise
+
+    def whitened(self, slope: Tensor) -> Tensor:
+        """The rows themselves."""
+        return slope
 
 
 def _inverse_factor(second: Tensor) -> Tensor:

@@ -67,10 +67,11 @@ class Latent(Factor):
         """The float tensor."""
         return self.value
 
-    def show(self, held: Tensor, scale: Tensor) -> Tensor:
+    def show(self, held: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The values of the float tensor, or of some rows of it."""
-        zero = 0.0 if self.zero is None else self.zero
-        return self.grid.fake(held, scale, zero) if self.on_grid else held
+        if not self.on_grid:
+            return held
+        return self.grid.fake(held, scale, 0.0 if zero is None else zero)
 
     def move_to_grid(self) -> None:
         """Start to round, with the scale of least squared error."""

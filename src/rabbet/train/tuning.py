@@ -98,7 +98,7 @@ class _Loop(Course):
         self.groups: list[Group] = []
         with torch.no_grad():
             for name, layer in self.layers.items():
-                _start_codes(layer, layer.site.kind.weight(piece.model.get_submodule(name)))
+                start_codes(layer, layer.site.kind.weight(piece.model.get_submodule(name)))
         self._collect()
 
     def _collect(self) -> None:
@@ -142,7 +142,7 @@ class _Loop(Course):
             for layer in chains:
                 layer.whole = False
         with torch.no_grad():
-            _round(self.layers.values())
+            round_codes(self.layers.values())
             calibrate_inner(self.student, self.piece.task, self.piece.seed)
 
     def loss(self, step: int) -> Tensor:
@@ -154,7 +154,7 @@ class _Loop(Course):
         )
 
 
-def _start_codes(layer: Compressed, weight: Tensor) -> None:
+def start_codes(layer: Compressed, weight: Tensor) -> None:
     """Make the codes of a dense layer continuous: where the float weight lies in its code's cell.
 
     If error feedback chose a code that is not the nearest, it starts in the middle of its cell: at
@@ -172,7 +172,7 @@ def _start_codes(layer: Compressed, weight: Tensor) -> None:
     factor.codes.add_(torch.where(offset.abs() < 0.5, offset.clamp(-0.45, 0.45), 0.0))
 
 
-def _round(layers: Iterable[Compressed]) -> None:
+def round_codes(layers: Iterable[Compressed]) -> None:
     """Bring codes back to integers, and scales to the values that a file stores."""
     for layer in layers:
         for factor in itertools.chain.from_iterable(layer.factors):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.core.plan import Plan
 from rabbet.data.batches import Batch
+from rabbet.data.measure import quantity_of, smaller_is_better
 from rabbet.errors import DataError, ModelError
 from rabbet.grids.grid import stored
 from rabbet.jobs import Job
@@ -108,7 +109,14 @@ class Teaching(Course):
     @property
     def measure(self) -> str:
         """The name of what chooses between epochs: the held-back loss, or the user's score."""
-        return "loss" if self.piece.task.evaluate is None else "score"
+        judge = self.piece.task.evaluate
+        return "loss" if judge is None else quantity_of(judge, "score")
+
+    @property
+    def _sign(self) -> int:
+        """By which larger is better of what `measure` names."""
+        judge = self.piece.task.evaluate
+        return -1 if judge is None or smaller_is_better(judge) else 1
 
     def _start(self) -> None:
         """Replace all factors by latents, which start at the decomposed float weights."""
@@ -241,18 +249,18 @@ class Teaching(Course):
                 calibrate_ranges(self.student, self.piece.task, self.piece.seed)
 
     def score(self) -> float:
-        """The user's score of the student, or the negative loss on held-back batches.
+        """The user's score of the student, or the loss on held-back batches.
 
-        Larger is better.
+        With the sign by which larger is better.
         """
         task = self.piece.task
         if task.evaluate is not None:
             with torch.no_grad(), rounded_together(self._latents()):
-                return task.score(self.student)
+                return self._sign * task.score(self.student)
         with torch.no_grad():
             losses = [self._batch_loss(b, -1 - k, WHOLE) for k, b in enumerate(self.held)]
         weights = torch.tensor([float(task.examples.count(b)) for b in self.held])
-        return -float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
+        return self._sign * float((torch.stack(losses).cpu() * weights).sum() / weights.sum())
 
     def after_step(self, step: int) -> None:
         """See `Course.after_step`."""
@@ -307,8 +315,7 @@ class Teaching(Course):
             self._move_to_grids()
             self.remember()
         self._load(self.best.kept)
-        sign = 1 if piece.task.evaluate is not None else -1
-        return sign * before, -sign * self.best.score
+        return self._sign * before, -self._sign * self.best.score
 
     def _consider_start(self) -> float:
         """Score the start on its grids, keep it as the best so far, and leave the grids again."""

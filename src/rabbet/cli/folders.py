@@ -1,0 +1,128 @@
+"""`compress` from a folder into a folder: the network is read block by block."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from rabbet.cli.inputs import open_task
+from rabbet.cli.judge import Judge, open_judge
+from rabbet.cli.terminal import told, working
+from rabbet.core.budget import Budget
+from rabbet.data.decoder import Estimate
+from rabbet.errors import FileError
+from rabbet.hf import compress_pretrained, from_pretrained, skeleton
+from rabbet.methods import Method
+from rabbet.methods.blockwise.method import Blockwise
+from rabbet.methods.blockwise.streaming import WORK, Stored
+from rabbet.report.facts import plan_facts
+from rabbet.report.text import Part, times_smaller
+
+
+def is_folder(output: Path) -> bool:
+    """Whether an output is to be a folder: it is one, or its name has no ending."""
+    return output.is_dir() or not output.suffix
+
+
+def require_plain(given: dict[str, Any]) -> None:
+    """A usage error for an option that a network that is read block by block does not take."""
+    strange = next((name for name, value in given.items() if value is not None), None)
+    if strange is not None:
+        raise typer.BadParameter(
+            "an --output that is a folder compresses block by block, and does without this option; "
+            "name a file (.safetensors) to compress the network as a whole",
+            param_hint=strange,
+        )
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What came of it. before, after: how good the network was, and is, if anything judges."""
+
+    stored: Stored
+    judge: Judge | None
+    before: float | None
+    after: float | None
+
+    def facts(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All of it for JSON; settings: what was asked for."""
+        stored = self.stored
+        found = plan_facts(
+            stored.survey, stored.plan, stored.cost, stored.float_cost, stored.budget
+        )
+        files = {path.name: path.stat().st_size for path in stored.files}
+        scores = {"before": self.before, "after": self.after}
+        told = None if self.judge is None else {"quantity": self.judge.quantity} | scores
+        said = {"expected_divergence": stored.expected, "evaluation": told}
+        return {"output": str(stored.folder), "files": files} | settings | said | found
+
+    def parts(self) -> list[Part]:
+        """All of it for people."""
+        stored, judge = self.stored, self.judge
+        parts = stored.parts()
+        if judge is not None and self.before is not None and self.after is not None:
+            scores = f"{judge.show(self.before)} -> {judge.show(self.after)}"
+            parts.append(f"{judge.quantity}: {scores}")
+            if isinstance(self.before, Estimate) and isinstance(self.after, Estimate):
+                ratio, error = self.after.ratio(self.before)
+                sure = "" if error is None else f" ± {error:.2g}"
+                parts.append(f"{ratio:.4g}{sure} times the float network's {judge.quantity}")
+        return [*parts, times_smaller(stored.float_cost.bytes, stored.cost.bytes)]
+
+
+def compress_folder(
+    model: str,
+    data: str | None,
+    test: str | None,
+    limits: Budget,
+    output: Path,
+    *,
+    worker: Method | None,
+    seed: int,
+    resume: Path | None,
+    processes: int,
+    quiet: bool,
+) -> Folders:
+    """Compress the network of a folder into another; what is finished lies there until all is.
+
+    Raises as `hf.compress_pretrained` does; a usage error for another method than Blockwise.
+    """
+    if worker is not None and not isinstance(worker, Blockwise):
+        raise typer.BadParameter(
+            "an --output that is a folder is the method blockwise's; name a file (.safetensors) "
+            "for other methods",
+            param_hint="--method",
+        )
+    folder = Path(model.removeprefix("hf:"))
+    if not folder.is_dir():
+        raise FileError(
+            f"{model} is no folder of save_pretrained, from which alone a network is read block by "
+            f"block; to compress it as a whole, name a file: --output {output}.safetensors"
+        )
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise FileError(f"{output} lies in the network's own folder; name another --output")
+    if data is None:
+        raise typer.BadParameter(
+            f"{model} needs batches: a .txt or .jsonl of text, or a module:callable that gives "
+            "them",
+            param_hint="--data",
+        )
+    network = skeleton(folder)
+    task = open_task(data, network)
+    judge = open_judge(test, task, network)
+    work = resume or output / WORK
+    with working(work, processes, quiet) as jobs:
+        stored = compress_pretrained(
+            folder, limits, task, output, method=worker, seed=seed, jobs=jobs
+        )
+        before = after = None
+        if judge is not None:
+            with told(jobs, "judging the network"):
+                before = judge(from_pretrained(folder))
+            with told(jobs, "judging the files"):
+                after = judge(from_pretrained(output))
+    if resume is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return Folders(stored, judge, before, after)

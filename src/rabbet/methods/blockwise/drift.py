@@ -1,0 +1,103 @@
+"""Inputs of a block's layers behind compressed blocks, and the weights that make up for it.
+
+A layer meets x' where the float network's meets x. The weight that does with x' what W does with x
+is, in least squares, `W + W (E x x'^T - E x' x'^T) (E x' x'^T)^-1`; it is rounded in the metric of
+x'.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.jobs import Tensors
+from rabbet.layers import Site
+from rabbet.reconstruct.candidates import Terms, solve_site
+
+RIDGE = 0.02  # share of the mean square of the inputs that holds the target to the weight
+TINY = 1e-12
+
+
+def solve_drifted(
+    weight: Tensor,
+    second: Tensor | None = None,
+    cross: Tensor | None = None,
+    *,
+    site: Site,
+    menu: Sequence[Terms],
+) -> Tensors:
+    """See `solve_site`, for inputs x' in place of x: the target does with x' what W does with x.
+
+    second: the mean of x' x'^T, cross: of x x'^T, [groups, n, n]; None: nothing is known of them.
+    """
+    if second is None or cross is None:
+        return solve_site(weight, None, site=site, menu=menu)
+    mean = second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(TINY)
+    eye = torch.eye(second.shape[1]).to(second)
+    damped = (second + RIDGE * mean[:, None, None] * eye).double()
+    rows = site.matrix(weight).double()
+    moved = torch.linalg.solve(damped, (rows @ (cross - second).double()).mT).mT
+    target = (rows + moved).float().reshape(weight.shape)
+    return solve_site(target, second, site=site, menu=menu)
+
+
+class Drift:
+    """Sums x' x'^T and x x'^T over what the sites of a block are given in both networks."""
+
+    def __init__(self) -> None:
+        self.float: dict[str, Tensor] = {}
+        self._seen: list[tuple[Tensor, Tensor, str]] = []
+        self.same: dict[str, str] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rows: dict[str, int] = {}
+
+    def watch(self, site: Site) -> Any:
+        """A hook that keeps what the float network's layer is given, until `forget`."""
+
+        def seen(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
+            self.float[site.name] = args[0].detach()
+
+        return seen
+
+    def add(self, site: Site) -> Any:
+        """A hook that adds what the layer is given behind compressed blocks."""
+
+        def seen(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
+            ours, theirs = args[0], self.float[site.name]
+            for one, other, name in self._seen:
+                if one is ours and other is theirs:
+                    self.same[site.name] = name
+                    return
+            self._seen.append((ours, theirs, site.name))
+            none = torch.Generator()
+            x, y = (site.patches(t.detach().float(), None, none) for t in (ours, theirs))
+            second, cross = x.mT @ x, y.mT @ x
+            if site.name in self.sums:
+                held = self.sums[site.name]
+                held[0].add_(second)
+                held[1].add_(cross)
+            else:
+                self.sums[site.name] = second.double(), cross.double()
+            self.rows[site.name] = self.rows.get(site.name, 0) + x.shape[1]
+
+        return seen
+
+    def forget(self) -> None:
+        """Let go of the inputs of a batch."""
+        self.float.clear()
+        self._seen.clear()
+
+    def of(self, name: str) -> Tensors:
+        """The means of x' x'^T and of x x'^T of a site, as `solve_drifted` takes them.
+
+        Nothing for a site that never ran, such as an expert that no word was sent to.
+        """
+        name = self.same.get(name, name)
+        if name not in self.sums:
+            return {}
+        second, cross = self.sums[name]
+        return {
+            "second": (second / self.rows[name]).float(),
+            "cross": (cross / self.rows[name]).float(),
+        }

@@ -1,0 +1,247 @@
+"""Blocks fitted one after the other, each for what the compressed blocks before it leave.
+
+Its layers are solved for the inputs that they meet there (`drift`), then all codes and scales of
+the block are tuned so that it answers as the float block does (`tuning`). No labels are needed, and
+gradients reach through one block.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.core.plan import LayerPlan, Plan
+from rabbet.jobs import Job, Tensors
+from rabbet.layers import Site
+from rabbet.methods.blockwise.bench import Bench, Known
+from rabbet.methods.blockwise.drift import Drift, solve_drifted
+from rabbet.methods.blockwise.looking import by_block, placed
+from rabbet.methods.blockwise.shelf import Shelf
+from rabbet.methods.blockwise.stack import Call
+from rabbet.methods.blockwise.tuning import BlockCourse, Given, Pacing, tuned
+from rabbet.model.compressed import Compressed, Head, Numbers
+from rabbet.model.hooks import hooked
+from rabbet.model.surgery import replace_module
+from rabbet.reconstruct.candidates import read_numbers, solve_site
+from rabbet.reconstruct.network import expected_seconds
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Some sites whose numbers are found: see `numbers_of`. key: what the jobs keep them under."""
+
+    key: str
+    names: tuple[str, ...]
+    numbers: Tensors
+
+
+def fit_blocks(bench: Bench, plan: Plan, pacing: Pacing, known: Known) -> Iterator[Finished]:
+    """The numbers of the ends, then of each block, as they are found.
+
+    What is finished is kept in the jobs. Sites without a line stay as they are.
+    """
+    outside, inside = by_block(bench.stack, bench.survey)
+    settings = {"pacing": pacing, "plan": str(plan)}
+    planned = [[s for s in sites if plan.get(s.name)] for sites in (outside, *inside)]
+    ends = _solved_ends(bench, plan, planned[0], settings, known)
+    yield ends
+    theirs, calls = bench.begun
+    ours, count, chain = _begun(bench, plan, planned[0], ends.numbers), len(inside), ends.numbers
+    now = Shelf()
+    for i in range(len(bench.batches)):
+        now.put(i, theirs[i])
+    for k, sites in enumerate(planned[1:]):
+        bench.jobs.progress("fitting blocks", k, count)
+        key = bench.key("blockwise.block", {**settings, "block": k}, chain)
+        found = bench.jobs.kept(key)
+        work = _Block(bench, plan, k, sites, [each[k] for each in calls])
+        with bench.stack.block(k) as block:
+            if found is None:
+                found = work.fitted(block, now, ours, pacing)
+                bench.jobs.keep(key, found)
+            work.go_on(block, found, now, ours)
+        yield Finished(key, tuple(s.name for s in sites), found)
+        chain = found
+    bench.jobs.progress("fitting blocks", count, count)
+
+
+def numbers_of(found: Tensors, line: LayerPlan) -> Numbers:
+    """The factors of one site among the numbers that `fit_blocks` gives."""
+    own = {
+        f"0.{name.removeprefix(f'{line.name}/')}": t
+        for name, t in found.items()
+        if name.startswith(f"{line.name}/")
+    }
+    return read_numbers(own, [line.terms], 0)
+
+
+def _kept(name: str, result: Tensors) -> Tensors:
+    """The numbers of the only entry of a menu under the name of its site."""
+    return {f"{name}/{key.removeprefix('0.')}": t for key, t in result.items() if key != "0.error"}
+
+
+def _of_layer(name: str, layer: Compressed) -> Tensors:
+    """The numbers of a layer as `numbers_of` reads them."""
+    found: Tensors = {}
+    for t, factors in enumerate(layer.factors):
+        for f, factor in enumerate(factors):
+            codes = factor.codes.detach()
+            floats = factor.grid.codebook.floats
+            found[f"{name}/{t}.{f}.codes"] = codes.clone() if floats else codes.to(torch.int16)
+            found[f"{name}/{t}.{f}.scale"] = factor.scale.detach().clone()
+            if factor.zero is not None:
+                found[f"{name}/{t}.{f}.zero"] = factor.zero.detach().clone()
+    if layer.bias is not None:
+        found[f"{name}/bias"] = layer.bias.detach().clone()
+    return found
+
+
+def compressed(site: Site, plan: Plan, found: Tensors, bias: Tensor | None) -> Compressed:
+    """The layer of a site with the numbers that were found; bias: the float layer's."""
+    line, bias = plan[site.name], found.get(f"{site.name}/bias", bias)
+    return Compressed(site, line, numbers_of(found, line), bias).eval()
+
+
+def _standing_for(module: Any, site: Site, plan: Plan, found: Tensors) -> Compressed:
+    """The layer that takes the place of a module."""
+    made = compressed(site, plan, found, getattr(module, "bias", None))
+    return made.to(site.kind.weight(module).device)
+
+
+def _solved_ends(
+    bench: Bench, plan: Plan, sites: Sequence[Site], settings: Mapping[str, Any], known: Known
+) -> Finished:
+    """The sites outside of the blocks, each for the float network's inputs."""
+    key = bench.key("blockwise.ends", dict(settings), {})
+    names = tuple(site.name for site in sites)
+    kept = bench.jobs.kept(key)
+    if kept is not None:
+        return Finished(key, names, kept)
+    found: Tensors = {}
+    with bench.stack.ends() as model:
+        jobs: list[Job] = []
+        for site in sites:
+            weight = site.weight(model).detach()
+            given = {"weight": weight}
+            if site.name in known.ends:
+                given["second"] = known.ends[site.name].to(weight.device)
+            jobs.append((solve_site, given, {"site": site, "menu": (plan[site.name].terms,)}))
+        times = [expected_seconds(site, 1) for site in sites]
+        for site, result in zip(sites, bench.jobs.run("solving ends", jobs, times), strict=True):
+            found |= _kept(site.name, result)
+    bench.jobs.keep(key, found)
+    return Finished(key, names, found)
+
+
+def _begun(bench: Bench, plan: Plan, sites: Sequence[Site], ends: Tensors) -> Shelf:
+    """The hidden states before the first block with the ends compressed."""
+    shelf = Shelf()
+    with bench.stack.ends() as model, torch.no_grad(), swapped_ends(model, sites, plan, ends):
+        for i, batch in enumerate(bench.batches):
+            shelf.put(i, bench.stack.enter(bench.task, batch)[0])
+    return shelf
+
+
+@contextlib.contextmanager
+def swapped_ends(
+    model: nn.Module, sites: Sequence[Site], plan: Plan, found: Tensors
+) -> Iterator[None]:
+    """A network whose ends are compressed, for as long as this lasts."""
+    others: dict[str, nn.Module] = {}
+    for site in sites:
+        layer = _standing_for(model.get_submodule(site.name), site, plan, found)
+        others |= dict.fromkeys(site.names, layer)
+        for head in site.heads:
+            bias: Any = model.get_submodule(head).bias
+            others[head] = Head(layer, bias).eval()
+    with swapped(model, others):
+        yield
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A module some of whose parts are others, for as long as this lasts."""
+    before = {name: model.get_submodule(name) for name in others}
+    for name, module in others.items():
+        replace_module(model, name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
+
+
+class _Block:
+    """One block being fitted. calls: what it is given besides the hidden states, by batch."""
+
+    def __init__(
+        self, bench: Bench, plan: Plan, k: int, sites: Sequence[Site], calls: Sequence[Call]
+    ) -> None:
+        self.bench, self.plan, self.k, self.sites, self.calls = bench, plan, k, sites, calls
+
+    def _layers(self, block: nn.Module, found: Tensors) -> dict[str, Compressed]:
+        return {
+            self.bench.stack.within(s.name): _standing_for(module, s, self.plan, found)
+            for s, module in placed(self.bench.stack, block, self.sites)
+        }
+
+    def fitted(self, block: nn.Module, theirs: Shelf, ours: Shelf, pacing: Pacing) -> Tensors:
+        """Numbers for the layers of a float block.
+
+        theirs, ours: the hidden states before it, of the float network and of the compressed one.
+        """
+        if not self.sites:
+            return {}
+        places = placed(self.bench.stack, block, self.sites)
+        drift, wanted = Drift(), Shelf()
+        with torch.no_grad():
+            for i, call in enumerate(self.calls):
+                with hooked(before=[(m, drift.watch(s)) for s, m in places]):
+                    wanted.put(i, call(block, theirs[i]))
+                with hooked(before=[(m, drift.add(s)) for s, m in places]):
+                    call(block, ours[i])
+                drift.forget()
+        jobs: list[Job] = []
+        for site, module in places:
+            given = {"weight": site.kind.weight(module).detach(), **drift.of(site.name)}
+            jobs.append(
+                (solve_drifted, given, {"site": site, "menu": (self.plan[site.name].terms,)})
+            )
+        del drift
+        stage = f"fitting block {self.k + 1} of {len(self.bench.stack)}"
+        seconds = [expected_seconds(site, 1) for site, _ in places]
+        found: Tensors = {}
+        for site, result in zip(self.sites, self.bench.jobs.run(stage, jobs, seconds), strict=True):
+            found |= _kept(site.name, result)
+        return self._tuned(block, found, ours, wanted, pacing) if pacing.epochs else found
+
+    def _tuned(
+        self, block: nn.Module, found: Tensors, ours: Shelf, wanted: Shelf, pacing: Pacing
+    ) -> Tensors:
+        """The numbers tuned, if the batches that are held back agree."""
+        layers = self._layers(block, found)
+        within = self.bench.stack.within
+        places = placed(self.bench.stack, block, self.sites)
+        weights = {within(s.name): s.kind.weight(module).detach() for s, module in places}
+        given = Given(self.calls, ours, wanted)
+        stage = f"tuning block {self.k + 1} of {len(self.bench.stack)}"
+        with swapped(block, layers):
+            course = BlockCourse(block, layers, weights, given, pacing)
+            if not tuned(course, self.bench.jobs, stage):
+                return found
+        own = {s.name: layers[within(s.name)] for s in self.sites}
+        return {
+            part: t for name, layer in own.items() for part, t in _of_layer(name, layer).items()
+        }
+
+    def go_on(self, block: nn.Module, found: Tensors, theirs: Shelf, ours: Shelf) -> None:
+        """Put the hidden states behind the block in place of those before it."""
+        with torch.no_grad():
+            for i, call in enumerate(self.calls):
+                theirs.put(i, call(block, theirs[i]))
+            with swapped(block, self._layers(block, found)):
+                for i, call in enumerate(self.calls):
+                    ours.put(i, call(block, ours[i]))

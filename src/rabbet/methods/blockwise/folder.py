@@ -1,0 +1,250 @@
+"""A network that lies in a folder of safetensors, read tensor by tensor, written block by block."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rabbet.core.cost import Cost, float_cost, plan_cost
+from rabbet.core.frame import Frame, Rows, Step
+from rabbet.core.layout import Rest, file_bytes
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Left, Survey
+from rabbet.errors import FileError, ModelError
+from rabbet.layers import Site, kind_of, shares_table
+from rabbet.methods.blockwise.stack import Stack
+from rabbet.model.tensors import own_tensors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of a folder by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileError for a folder without weights, or whose files cannot be read."""
+        self.paths = _files(folder)
+        self._files: dict[str, Any] = {}
+        for path in self.paths:
+            try:
+                file: Any = safe_open(path, "pt")
+                self._files |= dict.fromkeys(file.keys(), file)
+            except Exception as e:  # safetensors raises what it likes
+                raise FileError(f"{path} cannot be read: {e}") from e
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def kind(self, name: str) -> str:
+        """The type of a tensor, as safetensors names it."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def digest(self) -> str:
+        """A hash of all bytes."""
+        told = hashlib.blake2b(digest_size=20)
+        for path in self.paths:
+            with path.open("rb") as file:
+                while part := file.read(2**24):
+                    told.update(part)
+        return told.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(places.values()))
+        except (OSError, ValueError, KeyError, AttributeError) as e:
+            raise FileError(f"{index} cannot be read: {e}") from None
+        if any(Path(name).name != name for name in names):
+            raise FileError(f"{index} names files outside of its folder")
+    else:
+        names = [SINGLE]
+    lost = next((name for name in names if not (folder / name).is_file()), None)
+    if lost is not None:
+        raise FileError(f"{folder} holds no {lost}; save the network with save_pretrained")
+    return [folder / name for name in names]
+
+
+class Prefixed(Mapping[str, Tensor]):
+    """The tensors of a folder by the names of a network.
+
+    A network with a head on top may have been saved without the prefix of what is below it, and the
+    other way round.
+    """
+
+    def __init__(self, shards: Shards, prefix: str) -> None:
+        self.shards, self.prefix = shards, f"{prefix}." if prefix else ""
+
+    def place(self, name: str) -> str | None:
+        """The name under which a tensor is stored."""
+        for each in (name, name.removeprefix(self.prefix), f"{self.prefix}{name}"):
+            if each in self.shards:
+                return each
+        return None
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self.place(name)
+        if place is None:
+            raise KeyError(name)
+        return self.shards[place]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.place(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shards)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+def survey_stack(stack: Stack, places: int) -> Survey:
+    """The sites of a stack of which nothing was run: linears and tables, and what else is large.
+
+    places: words of an example. Sites come in the order of their modules, tables first.
+    """
+    modules = dict(stack.model.named_modules())
+    weights: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        if kind_of(module) is not None and isinstance(
+            getattr(module, "weight", None), nn.Parameter
+        ):
+            weights.setdefault(id(module.weight), []).append(name)
+    sites: list[Site] = []
+    for names in weights.values():
+        tables = [n for n in names if not shares_table(modules[n])]
+        name, *others = [*tables, *(n for n in names if n not in tables)]
+        kind = kind_of(modules[name])
+        assert kind is not None
+        if kind.obstacle(modules[name]) or kind.space:
+            continue
+        if others and not (kind.looks_up and all(shares_table(modules[n]) for n in others)):
+            continue  # layers that share a weight otherwise: kept as they are
+        module = modules[name]
+        sites.append(
+            Site(
+                name=name,
+                kind=kind,
+                shape=tuple(kind.weight(module).shape),
+                bias=getattr(module, "bias", None) is not None,
+                positions=places,
+                inputs=places,
+                heads=tuple(others),
+                head_positions=places * len(others),
+                **kind.facts(module),
+            )
+        )
+    if not sites:
+        raise ModelError("the network holds no linear and no table that could be compressed")
+    seen: set[int] = set()
+    size = 0
+    for p in stack.model.parameters():
+        size += 0 if id(p) in seen else 4 * p.numel()
+        seen.add(id(p))
+    return Survey(tuple(sites), (), size)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one file of the output holds: some sites in order, and tensors that are kept."""
+
+    survey: Survey
+    rest: tuple[Rest, ...]
+
+    def of(self, plan: Plan) -> Plan:
+        """The lines of a plan that are this part's."""
+        return Plan(tuple(line for line in plan if line.name in {s.name for s in self.survey}))
+
+
+def rest_of(stack: Stack, survey: Survey, types: Mapping[str, str]) -> tuple[Rest, ...]:
+    """The parameters that belong to no site, in the types in which they are stored."""
+    covered = {name for site in survey for name in own_tensors(site)}
+    held = stack.model.named_parameters()
+    return tuple(Rest(n, types[n], tuple(p.shape)) for n, p in held if n not in covered)
+
+
+def parts_of(survey: Survey, rest: Sequence[Rest], count: int) -> list[Part]:
+    """Sites in order over `count` files of about the same size in float; what is kept in the first.
+
+    Each part says of its sites alone how large they are in float.
+    """
+    whole = sum(site.numel for site in survey)
+    groups: list[list[Site]] = [[] for _ in range(max(1, min(count, len(survey.sites))))]
+    seen = 0
+    for site in survey:
+        groups[min(len(groups) - 1, len(groups) * seen // whole)].append(site)
+        seen += site.numel
+    groups = [group for group in groups if group]
+    if len(groups) == 1:
+        return [Part(survey, tuple(rest))]
+    parts = []
+    for k, group in enumerate(groups):
+        size = sum(4 * (s.numel + s.shape[0] * s.bias) for s in group)
+        own = tuple(rest) if k == 0 else ()
+        size += sum(r.bytes for r in own)
+        parts.append(Part(Survey(tuple(group), (), size), own))
+    return parts
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What knows the cost of a plan for a network in a folder: see `choose.program.Priced`."""
+
+    survey: Survey
+    parts: Sequence[Part]
+    left: Sequence[Left] = ()
+
+    @property
+    def float_cost(self) -> Cost:
+        """What the float32 network costs."""
+        return float_cost(self.survey)
+
+    def cost(self, plan: Plan) -> Cost:
+        """The exact cost of a plan: bytes are those of all files."""
+        whole = plan_cost(self.survey, plan, ())
+        size = sum(file_bytes(part.survey, part.of(plan), part.rest) for part in self.parts)
+        return replace(whole, bytes=size)
+
+    def frame(self, rows: Rows) -> Frame | None:
+        """The header, if there is one file; the headers of several are counted afterwards."""
+        if len(self.parts) > 1:
+            return None
+        return Frame.of(self.survey, self.parts[0].rest, rows)
+
+    def steps(self, metric: str, rows: Rows) -> Sequence[Step]:
+        """None: exported files are not priced here."""
+        del metric, rows
+        return ()
+
+
+@contextlib.contextmanager
+def hollow() -> Iterator[None]:
+    """Modules that are made inside have parameters on the device `meta`, and real buffers."""
+    try:
+        from accelerate import init_empty_weights
+    except ImportError:
+        raise FileError(
+            "networks are read block by block with accelerate; install rabbet[hf]"
+        ) from None
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        yield
