@@ -160,6 +160,11 @@ class Jobs:
                 f"at once; a script must start them under `if __name__ == '__main__':`; {kept}"
             ) from e
 
+    def placed(self, content: bytes) -> Any:
+        """What the executor's jobs are to be given in the place of these bytes."""
+        assert self.executor is not None
+        return self._inputs.given(self.executor, content)
+
     def key(self, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
         """The `content_key` of work; if its settings cannot be told from others, one used once."""
         try:

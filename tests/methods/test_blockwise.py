@@ -4,6 +4,8 @@ import contextlib
 import copy
 import itertools
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from rabbet.core.budget import Budget
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError
 from rabbet.methods.blockwise.drift import solve_drifted
 from rabbet.methods.blockwise.folder import Shards
-from rabbet.methods.blockwise.looking import Gathering
+from rabbet.methods.blockwise.gathering import Gathering
 from rabbet.methods.blockwise.shelf import Shelf
 from rabbet.methods.blockwise.stack import Stack
 from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
@@ -324,3 +326,21 @@ def test_a_folder_with_a_file_missing_is_not_read_as_compressed(tmp_path):
     stored.files[1].unlink()
     with pytest.raises(FileError, match=f"lacks {stored.files[1].name}"):
         hf.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_workers_give_the_bytes_of_one_thread(tmp_path):
+    decoder("untied").save_pretrained(tmp_path / "in")
+    written = []
+    for workers in (1, 2, 4):
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+            stored = hf.compress_pretrained(
+                tmp_path / "in",
+                "bpw <= 4.6",
+                task(),
+                tmp_path / str(workers),
+                method=SHORT,
+                jobs=Jobs(executor, tmp_path / f"work{workers}"),
+            )
+        written.append(stored.files[0].read_bytes())
+    assert written[0] == written[1] == written[2]

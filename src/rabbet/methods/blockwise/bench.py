@@ -109,9 +109,10 @@ class Bench:
             self.task,
             self.batches,
             scored=max(1, some),
+            jobs=self.jobs,
             answers=self.answers,
         )
-        seen = look(self.seed, self.jobs.progress)
+        seen = look(self.seed)
         outside, inside = by_block(self.stack, self.survey)
         found: Tensors = {f"channel/{k}": t for k, t in seen.channels.items()}
 

@@ -11,11 +11,8 @@ g_r`, and their error in the metric is `n s^2` a row. The quotient of the two is
 layer's error costs.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +23,16 @@ from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import DataError, ModelError
-from rabbet.jobs import Progress
+from rabbet.jobs import Jobs
 from rabbet.layers import Site
+from rabbet.methods.blockwise.gathering import Felt, Gathering, learning
 from rabbet.methods.blockwise.shelf import Shelf
 from rabbet.methods.blockwise.stack import Call, Stack
 from rabbet.model.hooks import hooked
 from rabbet.reconstruct.candidates import metric_of
-from rabbet.solve.rounding import Metric
+from rabbet.spread import portions, spread
 
 STAGE = "measuring blocks"
-Placed = Sequence[tuple[Site, nn.Module]]
-"""Sites, each with the module that it is."""
 
 
 @dataclass
@@ -72,96 +68,10 @@ def placed(stack: Stack, block: nn.Module, sites: Sequence[Site]) -> list[tuple[
     return [(s, block.get_submodule(stack.within(s.name))) for s in sites]
 
 
-class Gathering:
-    """Sums x x^T over what sites are given; an input that several sites share is summed once."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}
-        self._rows: dict[str, int] = {}
-        self._same: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
-
-    def hook(self, site: Site) -> Callable[..., None]:
-        """A hook for the module of a site, or for a head of it."""
-        role = site.head if site.heads else site
-
-        def seen(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
-            given = args[0]
-            if self._last is not None and self._last[0] is given:
-                self._same.setdefault(site.name, self._last[1])
-                return
-            self._last = (given, site.name)
-            rows = role.patches(given.detach().float(), None, torch.Generator())
-            part = rows.mT @ rows
-            if not torch.isfinite(part).all():
-                raise DataError(
-                    f"the inputs of {site.name} hold NaN, infinite or far too large values"
-                )
-            self._totals[site.name] = part.double() + self._totals.get(site.name, 0.0)
-            self._rows[site.name] = self._rows.get(site.name, 0) + rows.shape[1]
-
-        return seen
-
-    def means(self) -> Iterator[tuple[str, Tensor]]:
-        """The second moments [groups, n, n] by site."""
-        made = {name: (t / self._rows[name]).float() for name, t in self._totals.items()}
-        yield from made.items()
-        for name, other in self._same.items():
-            if name not in made:
-                yield name, made[other]
-
-    def forget(self) -> None:
-        """Let go of the last input; to be called after each pass."""
-        self._last = None
-
-
-class _Felt:
-    """Sums what errors of one site are worth, over gradients by its weight."""
-
-    def __init__(self, site: Site, weight: Tensor, metric: Metric) -> None:
-        self.site, self.metric, self.total = site, metric, 0.0
-        rows = site.matrix(weight)
-        self.sizes = rows.abs().amax(2).double().square()
-        self.noise = float(self.sizes.sum()) * rows.shape[2]
-
-    def add(self, slope: Tensor) -> None:
-        """Take in a gradient by the canonical weight, of a sum over words."""
-        spread = self.metric.whitened(self.site.matrix(slope))
-        self.total += float((spread.square().sum(2).double() * self.sizes).sum())
-
-    def ratio(self, words: int) -> float:
-        """Divergence for each word over error, of noise such as rounding leaves."""
-        return self.total / (2 * words * self.noise) if self.noise > 0 else 0.0
-
-
-@contextlib.contextmanager
-def _learning(places: Placed) -> Iterator[Callable[[dict[str, _Felt]], None]]:
-    """Gradients by the weights of sites; what is given hands them on once they are there."""
-    parameters = {site.name: module.weight for site, module in places}
-    for p in parameters.values():
-        assert isinstance(p, nn.Parameter)
-        p.requires_grad_()
-
-    def hand_on(felt: dict[str, _Felt]) -> None:
-        for site, _ in places:
-            slope = parameters[site.name].grad
-            if slope is not None:  # in the layout of the weight: so it can be read as one
-                module: Any = SimpleNamespace(weight=slope)
-                felt[site.name].add(site.kind.weight(module))
-
-    try:
-        with torch.enable_grad():
-            yield hand_on
-    finally:
-        for p in parameters.values():
-            p.requires_grad_(False)
-            p.grad = None
-
-
 class Look:
     """Measures a float network: forth over all batches, and back over the first `scored`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (all that it takes)
         self,
         stack: Stack,
         survey: Survey,
@@ -169,10 +79,12 @@ class Look:
         batches: Sequence[Batch],
         *,
         scored: int,
+        jobs: Jobs,
         answers: Answers | None = None,
     ) -> None:
-        """answers: what the outputs are; None: scores of words."""
+        """answers: what the outputs are; None: scores of words. jobs: where blocks run."""
         self.stack, self.task, self.batches, self.answers = stack, task, batches, answers
+        self.jobs = jobs
         self.outside, self.inside = by_block(stack, survey)
         self.scored = min(scored, len(batches))
         self.forth = [Shelf() for _ in range(len(stack) + 1)]
@@ -180,13 +92,13 @@ class Look:
         self.seen, self.words = Seen(), 0
         self.now = self.seen.begun
 
-    def __call__(self, seed: int, progress: Progress) -> Seen:
+    def __call__(self, seed: int) -> Seen:
         """All that there is to see.
 
         Raises ModelError for a network whose blocks are no chain, or whose first output is not
         scores of words, DataError for inputs that are not finite.
         """
-        count = len(self.stack)
+        count, progress = len(self.stack), self.jobs.progress
         with self.stack.ends():
             self.stack.require_a_chain(self.task, self.batches[0])
             self._enter()
@@ -212,20 +124,28 @@ class Look:
 
     def _forth(self, k: int) -> None:
         gathering, reached = Gathering(), Shelf()
-        with self.stack.block(k) as block, torch.no_grad():
-            places = placed(self.stack, block, self.inside[k])
-            with hooked(before=[(m, gathering.hook(s)) for s, m in places]):
-                for i in range(len(self.batches)):
-                    given = self.now[i]
-                    if i < self.scored:
-                        self.forth[k].put(i, given)
-                    reached.put(i, self.seen.calls[i][k](block, given))
-                    gathering.forget()
+        with self.stack.block(k) as block:
+            shared = block, [(s, self.stack.within(s.name)) for s in self.inside[k]]
+            parts = portions(self._given(k), len(self.batches))
+            done = 0
+            for outs, part in spread(self.jobs, STAGE, _forth, shared, parts):
+                gathering.add(part)
+                for out in outs:
+                    reached.put(done, out)
+                    done += 1
         self.now = reached
         for name, second in gathering.means():
             self.seen.moments.add(name, second)
 
-    def _leave(self, model: nn.Module, seed: int) -> dict[str, _Felt]:
+    def _given(self, k: int) -> Iterator[tuple[Tensor, Call]]:
+        """What a block is given, by batch; what gradients are taken of is kept."""
+        for i in range(len(self.batches)):
+            given = self.now[i]
+            if i < self.scored:
+                self.forth[k].put(i, given)
+            yield given, self.seen.calls[i][k]
+
+    def _leave(self, model: nn.Module, seed: int) -> dict[str, Felt]:
         """The scores, the gradient that they leave at the last block, and at what is behind it."""
         generator = torch.Generator().manual_seed(seed)
         places = [(s, model.get_submodule(s.name)) for s in self.outside]
@@ -247,7 +167,7 @@ class Look:
             self.seen.moments.add(name, second if table is None else twofold(table, second))
         felt = {s.name: self._felt(s, m) for s, m in places}
         for i in range(self.scored):
-            with _learning(places) as hand_on:
+            with learning(places) as hand_on:
                 hidden = self.forth[last][i].requires_grad_()
                 scores = self.stack.leave(self.task, self.batches[i], hidden)
                 self.words += scores.numel() // scores.shape[-1]
@@ -272,39 +192,84 @@ class Look:
         return signs * self.answers.element_weights(0, output, count).sqrt()
 
     def _back(self, k: int) -> None:
-        weights = torch.zeros(0)
+        weights: Tensor | None = None
         with self.stack.block(k) as block:
-            places = placed(self.stack, block, self.inside[k])
-            felt = {s.name: self._felt(s, m) for s, m in places}
-            for i in range(self.scored):
-                with _learning(places) as hand_on:
-                    hidden = self.forth[k][i].requires_grad_()
-                    out = self.seen.calls[i][k](block, hidden)
-                    slope = self.back[i].to(out)
-                    (out * slope).sum().backward()
-                    hand_on(felt)
-                    self.back.put(i, _grad(hidden))
-                size = out.detach().square().sum(-1, keepdim=True)
-                part = (slope.square() * size).flatten(0, -2).sum(0)
-                weights = part if not len(weights) else weights + part
+            felt = {s.name: self._felt(s, m) for s, m in placed(self.stack, block, self.inside[k])}
+            shared = block, [(s, self.stack.within(s.name)) for s in self.inside[k]], felt
+            given = (
+                (self.forth[k][i], self.seen.calls[i][k], self.back[i]) for i in range(self.scored)
+            )
+            done = 0
+            parts = portions(given, self.scored)
+            for slopes, totals, part in spread(self.jobs, STAGE, _back, shared, parts):
+                for slope in slopes:
+                    self.back.put(done, slope)
+                    done += 1
+                for name, total in totals.items():
+                    felt[name].total += total
+                weights = part if weights is None else weights + part
+        assert weights is not None
         self.seen.channels[k] = weights / weights.mean().clamp_min(1e-30)
         self.seen.ratios |= {name: each.ratio(self.words) for name, each in felt.items()}
 
-    def _return(self, model: nn.Module, felt: dict[str, _Felt]) -> None:
+    def _return(self, model: nn.Module, felt: dict[str, Felt]) -> None:
         """What the gradient at the first block says of what lies before it."""
         places = [(s, model.get_submodule(s.name)) for s in self.outside]
         for i in range(self.scored):
-            with _learning(places) as hand_on:
+            with learning(places) as hand_on:
                 hidden, _ = self.stack.enter(self.task, self.batches[i])
                 if hidden.requires_grad:
                     (hidden * self.back[i].to(hidden)).sum().backward()
                     hand_on(felt)
         self.seen.ratios |= {name: each.ratio(self.words) for name, each in felt.items()}
 
-    def _felt(self, site: Site, module: nn.Module) -> _Felt:
+    def _felt(self, site: Site, module: nn.Module) -> Felt:
         second = self.seen.moments.get(site.name)
         weight = site.kind.weight(module).detach().float()
-        return _Felt(site, weight, metric_of(site, weight, second))
+        return Felt(site, weight, metric_of(site, weight, second))
+
+
+Sites = list[tuple[Site, str]]
+"""Sites of a block, with their names within it."""
+
+
+@torch.no_grad()
+def _forth(
+    shared: tuple[nn.Module, Sites], part: Sequence[tuple[Tensor, Call]]
+) -> tuple[list[Tensor], Gathering]:
+    """The hidden states behind a block, and what its sites are given, summed."""
+    block, sites = shared
+    gathering, outs = Gathering(), []
+    with hooked(before=[(block.get_submodule(n), gathering.hook(s)) for s, n in sites]):
+        for hidden, call in part:
+            outs.append(call(block, hidden))
+            gathering.forget()
+    return outs, gathering
+
+
+def _back(
+    shared: tuple[nn.Module, Sites, dict[str, Felt]],
+    part: Sequence[tuple[Tensor, Call, Tensor]],
+) -> tuple[list[Tensor], dict[str, float], Tensor]:
+    """Gradients by hidden states before a block; what errors of its sites, and behind it, cost."""
+    block, sites, felt = shared
+    before = {name: each.total for name, each in felt.items()}
+    places = [(s, block.get_submodule(n)) for s, n in sites]
+    slopes: list[Tensor] = []
+    weights: list[Tensor] = []
+    for given, call, slope in part:
+        with learning(places) as hand_on:
+            hidden = given.requires_grad_()
+            out = call(block, hidden)
+            (out * slope.to(out)).sum().backward()
+            hand_on(felt)
+            slopes.append(_grad(hidden))
+        size = out.detach().square().sum(-1, keepdim=True)
+        weights.append((slope.to(out).square() * size).flatten(0, -2).sum(0))
+    totals = {name: each.total - before[name] for name, each in felt.items()}
+    for name, each in felt.items():
+        each.total = before[name]
+    return slopes, totals, torch.stack(weights).sum(0)
 
 
 def _grad(x: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""What is summed while a block runs: second moments of inputs, and what gradients say of errors."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rabbet.errors import DataError
+from rabbet.layers import Site
+from rabbet.solve.rounding import Metric
+
+Placed = Sequence[tuple[Site, nn.Module]]
+"""Sites, each with the module that it is."""
+
+
+class Gathering:
+    """Sums x x^T over what sites are given; an input that several sites share is summed once."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = {}
+        self.same: dict[str, str] = {}
+        self._last: tuple[Tensor, str] | None = None
+
+    def hook(self, site: Site) -> Callable[..., None]:
+        """A hook for the module of a site, or for a head of it."""
+        role = site.head if site.heads else site
+
+        def seen(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
+            given = args[0]
+            if self._last is not None and self._last[0] is given:
+                self.same.setdefault(site.name, self._last[1])
+                return
+            self._last = (given, site.name)
+            rows = role.patches(given.detach().float(), None, torch.Generator())
+            part = rows.mT @ rows
+            if not torch.isfinite(part).all():
+                raise DataError(
+                    f"the inputs of {site.name} hold NaN, infinite or far too large values"
+                )
+            self.totals[site.name] = part.double() + self.totals.get(site.name, 0.0)
+            self.rows[site.name] = self.rows.get(site.name, 0) + rows.shape[1]
+
+        return seen
+
+    def means(self) -> Iterator[tuple[str, Tensor]]:
+        """The second moments [groups, n, n] by site."""
+        made = {name: (t / self.rows[name]).float() for name, t in self.totals.items()}
+        yield from made.items()
+        for name, other in self.same.items():
+            if name not in made:
+                yield name, made[other]
+
+    def forget(self) -> None:
+        """Let go of the last input; to be called after each pass."""
+        self._last = None
+
+    def add(self, other: "Gathering") -> None:
+        """Take in what was summed over other batches."""
+        for name, total in other.totals.items():
+            self.totals[name] = total + self.totals.get(name, 0.0)
+            self.rows[name] = other.rows[name] + self.rows.get(name, 0)
+        self.same |= other.same
+
+
+class Felt:
+    """Sums what errors of one site are worth, over gradients by its weight."""
+
+    def __init__(self, site: Site, weight: Tensor, metric: Metric) -> None:
+        self.site, self.metric, self.total = site, metric, 0.0
+        rows = site.matrix(weight)
+        self.sizes = rows.abs().amax(2).double().square()
+        self.noise = float(self.sizes.sum()) * rows.shape[2]
+
+    def add(self, slope: Tensor) -> None:
+        """Take in a gradient by the canonical weight, of a sum over words."""
+        spread = self.metric.whitened(self.site.matrix(slope))
+        self.total += float((spread.square().sum(2).double() * self.sizes).sum())
+
+    def ratio(self, words: int) -> float:
+        """Divergence for each word over error, of noise such as rounding leaves."""
+        return self.total / (2 * words * self.noise) if self.noise > 0 else 0.0
+
+
+@contextlib.contextmanager
+def learning(places: Placed) -> Iterator[Callable[[dict[str, Felt]], None]]:
+    """Gradients by the weights of sites; what is given hands them on once they are there."""
+    parameters = {site.name: module.weight for site, module in places}
+    for p in parameters.values():
+        assert isinstance(p, nn.Parameter)
+        p.requires_grad_()
+
+    def hand_on(felt: dict[str, Felt]) -> None:
+        for site, _ in places:
+            slope = parameters[site.name].grad
+            if slope is not None:  # in the layout of the weight: so it can be read as one
+                module: Any = SimpleNamespace(weight=slope)
+                felt[site.name].add(site.kind.weight(module))
+
+    try:
+        with torch.enable_grad():
+            yield hand_on
+    finally:
+        for p in parameters.values():
+            p.requires_grad_(False)
+            p.grad = None
