@@ -29,11 +29,12 @@ Menus = Mapping[str, Sequence[Terms]]
 class Known:
     """What choosing and fitting need of the float network.
 
-    harms: of each entry of each site's menu, in nats a word; channels: see `Seen`; ends: second
-    moments of the sites outside of the blocks.
+    harms: of each entry of each site's menu, in nats a word; ratios, channels: see `Seen`; ends:
+    second moments of the sites outside of the blocks.
     """
 
     harms: Mapping[str, list[float]]
+    ratios: Mapping[str, float]
     channels: Mapping[int, Tensor]
     ends: Mapping[str, Tensor]
 
@@ -95,6 +96,7 @@ class Bench:
                     for n, t in found.items()
                     if n.startswith("harm/")
                 },
+                {n.partition("/")[2]: float(t) for n, t in found.items() if n.startswith("ratio/")},
                 {int(n.partition("/")[2]): t for n, t in found.items() if n.startswith("channel/")},
                 {n.partition("/")[2]: t for n, t in found.items() if n.startswith("end/")},
             )
@@ -115,6 +117,7 @@ class Bench:
         seen = look(self.seed)
         outside, inside = by_block(self.stack, self.survey)
         found: Tensors = {f"channel/{k}": t for k, t in seen.channels.items()}
+        found |= {f"ratio/{n}": torch.tensor(r).double() for n, r in seen.ratios.items()}
 
         def foretell(sites: Sequence[Site], weights: Mapping[str, Tensor], stage: str) -> None:
             jobs = []

@@ -17,11 +17,14 @@ from rabbet.core.plan import LayerPlan, Plan
 from rabbet.jobs import Job, Tensors
 from rabbet.layers import Site
 from rabbet.methods.blockwise.bench import Bench, Known
+from rabbet.methods.blockwise.draft import Draft, rest_among, wearing
 from rabbet.methods.blockwise.drift import Drift, solve_drifted
 from rabbet.methods.blockwise.looking import by_block, placed
+from rabbet.methods.blockwise.prepare import Choosing, Ways, prepared
 from rabbet.methods.blockwise.shelf import Shelf
 from rabbet.methods.blockwise.stack import Call
 from rabbet.methods.blockwise.tuning import BlockCourse, Given, Pacing, tuned
+from rabbet.methods.blockwise.wiring import Wiring
 from rabbet.model.compressed import Compressed, Head, Numbers
 from rabbet.model.hooks import hooked
 from rabbet.model.surgery import replace_module
@@ -38,13 +41,15 @@ class Finished:
     numbers: Tensors
 
 
-def fit_blocks(bench: Bench, plan: Plan, pacing: Pacing, known: Known) -> Iterator[Finished]:
+def fit_blocks(
+    bench: Bench, plan: Plan, pacing: Pacing, known: Known, ways: Ways
+) -> Iterator[Finished]:
     """The numbers of the ends, then of each block, as they are found.
 
     What is finished is kept in the jobs. Sites without a line stay as they are.
     """
     outside, inside = by_block(bench.stack, bench.survey)
-    settings = {"pacing": pacing, "plan": str(plan)}
+    settings = {"pacing": pacing, "plan": str(plan), "ways": ways}
     planned = [[s for s in sites if plan.get(s.name)] for sites in (outside, *inside)]
     ends = _solved_ends(bench, plan, planned[0], settings, known)
     yield ends
@@ -57,7 +62,7 @@ def fit_blocks(bench: Bench, plan: Plan, pacing: Pacing, known: Known) -> Iterat
         bench.jobs.progress("fitting blocks", k, count)
         key = bench.key("blockwise.block", {**settings, "block": k}, chain)
         found = bench.jobs.kept(key)
-        work = _Block(bench, plan, k, sites, [each[k] for each in calls])
+        work = _Block(bench, plan, k, sites, [each[k] for each in calls], known, ways)
         with bench.stack.block(k) as block:
             if found is None:
                 found = work.fitted(block, now, ours, pacing)
@@ -174,13 +179,17 @@ def swapped(model: nn.Module, others: Mapping[str, nn.Module]) -> Iterator[None]
             replace_module(model, name, module)
 
 
+@dataclass(frozen=True)
 class _Block:
     """One block being fitted. calls: what it is given besides the hidden states, by batch."""
 
-    def __init__(
-        self, bench: Bench, plan: Plan, k: int, sites: Sequence[Site], calls: Sequence[Call]
-    ) -> None:
-        self.bench, self.plan, self.k, self.sites, self.calls = bench, plan, k, sites, calls
+    bench: Bench
+    plan: Plan
+    k: int
+    sites: Sequence[Site]
+    calls: Sequence[Call]
+    known: Known
+    ways: Ways
 
     def _layers(self, block: nn.Module, found: Tensors) -> dict[str, Compressed]:
         return {
@@ -204,19 +213,45 @@ class _Block:
                 with hooked(before=[(m, drift.add(s)) for s, m in places]):
                     call(block, ours[i])
                 drift.forget()
+        draft = self._draft(block, drift, theirs[0])
+        del drift
+        found = self._solved(draft) | draft.kept(self.bench.stack.prefix(self.k))
+        if not pacing.epochs:
+            return found
+        with draft.worn(block):
+            return self._tuned(block, found, ours, wanted, pacing)
+
+    def _draft(self, block: nn.Module, drift: Drift, hidden: Tensor) -> Draft:
+        """The block as its layers are solved: written otherwise where that pays.
+
+        hidden: some hidden states before it.
+        """
+        within = self.bench.stack.within
+        sites = {within(s.name): s for s in self.sites}
+        draft = Draft.of(block, sites, {n: drift.of(s.name) for n, s in sites.items()})
+        if not self.ways.any:
+            return draft
+        wiring = Wiring(block, draft, self.calls[0], hidden, self.bench.stack, self.k)
+        ratios = {n: self.known.ratios[s.name] for n, s in sites.items()}
+        stage = f"preparing block {self.k + 1} of {len(self.bench.stack)}"
+        choosing = Choosing(self.ways, ratios, self.bench.jobs, stage)
+        lines = {n: self.plan[s.name] for n, s in sites.items()}
+        return prepared(block, wiring, lines, choosing)
+
+    def _solved(self, draft: Draft) -> Tensors:
+        """The numbers of all layers, each for the inputs that it meets."""
         jobs: list[Job] = []
-        for site, module in places:
-            given = {"weight": site.kind.weight(module).detach(), **drift.of(site.name)}
+        for name, site in draft.sites.items():
+            given = {"weight": draft.weights[name], **draft.moments[name]}
             jobs.append(
                 (solve_drifted, given, {"site": site, "menu": (self.plan[site.name].terms,)})
             )
-        del drift
         stage = f"fitting block {self.k + 1} of {len(self.bench.stack)}"
-        seconds = [expected_seconds(site, 1) for site, _ in places]
+        seconds = [expected_seconds(site, 1) for site in self.sites]
         found: Tensors = {}
         for site, result in zip(self.sites, self.bench.jobs.run(stage, jobs, seconds), strict=True):
             found |= _kept(site.name, result)
-        return self._tuned(block, found, ours, wanted, pacing) if pacing.epochs else found
+        return found
 
     def _tuned(
         self, block: nn.Module, found: Tensors, ours: Shelf, wanted: Shelf, pacing: Pacing
@@ -233,7 +268,7 @@ class _Block:
             if not tuned(course, self.bench.jobs, stage):
                 return found
         own = {s.name: layers[within(s.name)] for s in self.sites}
-        return {
+        return found | {
             part: t for name, layer in own.items() for part, t in _of_layer(name, layer).items()
         }
 
@@ -242,6 +277,8 @@ class _Block:
         with torch.no_grad():
             for i, call in enumerate(self.calls):
                 theirs.put(i, call(block, theirs[i]))
-            with swapped(block, self._layers(block, found)):
+            rest = {self.bench.stack.within(n): t for n, t in rest_among(found).items()}
+            layers = self._layers(block, found)
+            with wearing(block, rest), swapped(block, layers):
                 for i, call in enumerate(self.calls):
                     ours.put(i, call(block, ours[i]))

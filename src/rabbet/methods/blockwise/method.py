@@ -24,7 +24,9 @@ from rabbet.grids.grid import Grid
 from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.methods.blockwise.bench import Bench, Menus
+from rabbet.methods.blockwise.draft import rest_among
 from rabbet.methods.blockwise.fitting import Finished, fit_blocks, numbers_of
+from rabbet.methods.blockwise.prepare import Ways
 from rabbet.methods.blockwise.stack import Stack
 from rabbet.methods.blockwise.tuning import Pacing
 from rabbet.model.build import build, validate
@@ -53,6 +55,10 @@ class Blockwise:
     """False leaves rank out: no adapters, bits alone."""
     act: int | None = None
     """Bits of every layer's input; None: float, as decoders run fastest one word at a time."""
+    scale: bool = True
+    """Whether scales may move from what makes a layer's inputs into the layer, where that pays."""
+    permute: bool = True
+    """Whether channels between layers may be put in an order in which those alike share scales."""
     scored: int = 16
     """Examples that gradients are taken of, to tell what errors of a matrix do."""
     epochs: int = 4
@@ -98,11 +104,15 @@ class Blockwise:
         bench = _bench(piece)
         numbers: dict[str, Numbers] = {}
         biases: dict[str, Tensor] = {}
+        rest: dict[str, Tensor] = {}
         for each in self.fitted(bench, plan):
             found = each.numbers
             numbers |= {name: numbers_of(found, plan[name]) for name in each.names}
             biases |= {n: found[f"{n}/bias"] for n in each.names if f"{n}/bias" in found}
+            rest |= rest_among(found)
         student = build(piece.model, plan, piece.survey, numbers)
+        for name, value in rest.items():
+            student.get_parameter(name).data.copy_(value)
         for name, bias in biases.items():
             own: Any = student.get_submodule(name).bias
             own.data.copy_(bias)
@@ -117,7 +127,8 @@ class Blockwise:
         """
         plan = Plan(tuple(replace(line, act=None) for line in plan if line.name in bench.survey))
         known = bench.known(self.menus(bench.survey), self.scored)
-        return fit_blocks(bench, plan, Pacing(self.epochs, self.codes, self.scales), known)
+        pacing, ways = Pacing(self.epochs, self.codes, self.scales), Ways(self.scale, self.permute)
+        return fit_blocks(bench, plan, pacing, known, ways)
 
     def menus(self, survey: Survey) -> Menus:
         """Every candidate for each site."""

@@ -207,13 +207,13 @@ class Stack:
                 made[id(p)] = nn.Parameter(value, requires_grad=False)
         for name, p in held.items():
             if id(p) in made:
-                _put(module, name, made[id(p)])
+                put(module, name, made[id(p)])
         try:
             yield
         finally:
             for name, p in held.items():
                 if id(p) in made:
-                    _put(module, name, p)
+                    put(module, name, p)
 
     def names(self, name: str) -> tuple[str, ...]:
         """All names of a parameter: a table may be that of a head as well."""
@@ -232,6 +232,12 @@ class Stack:
         if self.tensors is None:
             return self.model.get_parameter(name).detach().float()
         return self.tensors[self.stored_as(name)].float()
+
+    def kind(self, name: str) -> torch.dtype:
+        """The type in which a tensor is stored."""
+        if self.tensors is None:
+            return self.model.get_parameter(name).dtype
+        return self.tensors[self.stored_as(name)].dtype
 
     def require_a_chain(self, task: Task, batch: Batch) -> None:
         """Refuse a network whose blocks are given more than what the block before them leaves.
@@ -314,6 +320,7 @@ def _alike(one: Any, other: Any) -> bool:
     return type(one) is type(other)
 
 
-def _put(module: nn.Module, name: str, value: nn.Parameter) -> None:
+def put(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Put a parameter in the place of another."""
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = value  # noqa: SLF001 (setattr refuses meta)

@@ -17,6 +17,7 @@ from rabbet.export.writing import write_layers
 from rabbet.fingerprint import Untold, fingerprint
 from rabbet.jobs import Jobs, Tensors
 from rabbet.methods.blockwise.bench import Bench
+from rabbet.methods.blockwise.draft import rest_among
 from rabbet.methods.blockwise.fitting import compressed
 from rabbet.methods.blockwise.folder import (
     Part,
@@ -159,7 +160,9 @@ def _write(
 ) -> list[Path]:
     """Fit the blocks, then write the files; a block that is finished is read from where it lies."""
     keys: dict[str, str] = {}
+    rest: Tensors = {}  # what was changed of the tensors of no site: norms, which are small
     for finished in method.fitted(bench, plan):
+        rest |= rest_among(finished.numbers)
         keys |= dict.fromkeys(finished.names, finished.key)
     last: list[tuple[str, Tensors]] = []
 
@@ -174,7 +177,7 @@ def _write(
         return compressed(site, plan, last[0][1], bias)
 
     def tensor(name: str) -> Tensor:
-        return stack.read(name)
+        return rest[name] if name in rest else stack.read(name)
 
     names = native_names(len(parts))
     for name, part in zip(names, parts, strict=True):
