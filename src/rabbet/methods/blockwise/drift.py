@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
+from rabbet.methods.blockwise.stack import Call
+from rabbet.model.hooks import hooked
 from rabbet.reconstruct.candidates import Terms, solve_site
 
 RIDGE = 0.02  # share of the mean square of the inputs that holds the target to the weight
@@ -88,6 +90,14 @@ class Drift:
         self.float.clear()
         self._seen.clear()
 
+    def take(self, other: "Drift") -> None:
+        """Take in what was summed over other batches."""
+        for name, sums in other.sums.items():
+            held = self.sums.get(name)
+            self.sums[name] = sums if held is None else (held[0] + sums[0], held[1] + sums[1])
+            self.rows[name] = other.rows[name] + self.rows.get(name, 0)
+        self.same |= other.same
+
     def of(self, name: str) -> Tensors:
         """The means of x' x'^T and of x x'^T of a site, as `solve_drifted` takes them.
 
@@ -101,3 +111,29 @@ class Drift:
             "second": (second / self.rows[name]).float(),
             "cross": (cross / self.rows[name]).float(),
         }
+
+
+@torch.no_grad()
+def drifted(
+    shared: tuple[nn.Module, Sequence[tuple[Site, str]]],
+    part: Sequence[tuple[Tensor, Tensor, Call]],
+) -> tuple[list[Tensor], Drift]:
+    """The hidden states behind a float block, and how the inputs of its sites have drifted.
+
+    part: hidden states before the block, of the float network and of the compressed one.
+    """
+    block, sites = shared
+    places, drift, outs = [(s, block.get_submodule(n)) for s, n in sites], Drift(), []
+    for theirs, ours, call in part:
+        with hooked(before=[(m, drift.watch(s)) for s, m in places]):
+            outs.append(call(block, theirs))
+        with hooked(before=[(m, drift.add(s)) for s, m in places]):
+            call(block, ours)
+        drift.forget()
+    return outs, drift
+
+
+@torch.no_grad()
+def behind(block: nn.Module, part: Sequence[tuple[Tensor, Call]]) -> list[Tensor]:
+    """The hidden states behind a block."""
+    return [call(block, hidden) for hidden, call in part]

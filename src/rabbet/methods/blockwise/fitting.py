@@ -18,7 +18,7 @@ from rabbet.jobs import Job, Tensors
 from rabbet.layers import Site
 from rabbet.methods.blockwise.bench import Bench, Known
 from rabbet.methods.blockwise.draft import Draft, rest_among, wearing
-from rabbet.methods.blockwise.drift import Drift, solve_drifted
+from rabbet.methods.blockwise.drift import Drift, behind, drifted, solve_drifted
 from rabbet.methods.blockwise.looking import by_block, placed
 from rabbet.methods.blockwise.prepare import Choosing, Ways, prepared
 from rabbet.methods.blockwise.shelf import Shelf
@@ -26,10 +26,10 @@ from rabbet.methods.blockwise.stack import Call
 from rabbet.methods.blockwise.tuning import BlockCourse, Given, Pacing, tuned
 from rabbet.methods.blockwise.wiring import Wiring
 from rabbet.model.compressed import Compressed, Head, Numbers
-from rabbet.model.hooks import hooked
 from rabbet.model.surgery import replace_module
 from rabbet.reconstruct.candidates import read_numbers, solve_site
 from rabbet.reconstruct.network import expected_seconds
+from rabbet.spread import portions, spread
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,11 @@ def fit_blocks(
         work = _Block(bench, plan, k, sites, [each[k] for each in calls], known, ways)
         with bench.stack.block(k) as block:
             if found is None:
-                found = work.fitted(block, now, ours, pacing)
+                found, now = work.fitted(block, now, ours, pacing)
                 bench.jobs.keep(key, found)
-            work.go_on(block, found, now, ours)
+            else:
+                work.run(block, now, now)
+            work.go_on(block, found, ours)
         yield Finished(key, tuple(s.name for s in sites), found)
         chain = found
     bench.jobs.progress("fitting blocks", count, count)
@@ -197,29 +199,31 @@ class _Block:
             for s, module in placed(self.bench.stack, block, self.sites)
         }
 
-    def fitted(self, block: nn.Module, theirs: Shelf, ours: Shelf, pacing: Pacing) -> Tensors:
-        """Numbers for the layers of a float block.
+    def fitted(
+        self, block: nn.Module, theirs: Shelf, ours: Shelf, pacing: Pacing
+    ) -> tuple[Tensors, Shelf]:
+        """Numbers for the layers of a float block, and the hidden states behind it.
 
         theirs, ours: the hidden states before it, of the float network and of the compressed one.
         """
-        if not self.sites:
-            return {}
-        places = placed(self.bench.stack, block, self.sites)
+        jobs, count = self.bench.jobs, len(self.calls)
+        sites = [(s, self.bench.stack.within(s.name)) for s in self.sites]
+        given = ((theirs[i], ours[i], call) for i, call in enumerate(self.calls))
         drift, wanted = Drift(), Shelf()
-        with torch.no_grad():
-            for i, call in enumerate(self.calls):
-                with hooked(before=[(m, drift.watch(s)) for s, m in places]):
-                    wanted.put(i, call(block, theirs[i]))
-                with hooked(before=[(m, drift.add(s)) for s, m in places]):
-                    call(block, ours[i])
-                drift.forget()
+        stage = f"measuring block {self.k + 1} of {len(self.bench.stack)}"
+        for outs, part in spread(jobs, stage, drifted, (block, sites), portions(given, count)):
+            drift.take(part)
+            for out in outs:
+                wanted.put(len(wanted), out)
+        if not self.sites:
+            return {}, wanted
         draft = self._draft(block, drift, theirs[0])
         del drift
         found = self._solved(draft) | draft.kept(self.bench.stack.prefix(self.k))
         if not pacing.epochs:
-            return found
+            return found, wanted
         with draft.worn(block):
-            return self._tuned(block, found, ours, wanted, pacing)
+            return self._tuned(block, found, ours, wanted, pacing), wanted
 
     def _draft(self, block: nn.Module, drift: Drift, hidden: Tensor) -> Draft:
         """The block as its layers are solved: written otherwise where that pays.
@@ -272,13 +276,18 @@ class _Block:
             part: t for name, layer in own.items() for part, t in _of_layer(name, layer).items()
         }
 
-    def go_on(self, block: nn.Module, found: Tensors, theirs: Shelf, ours: Shelf) -> None:
-        """Put the hidden states behind the block in place of those before it."""
-        with torch.no_grad():
-            for i, call in enumerate(self.calls):
-                theirs.put(i, call(block, theirs[i]))
-            rest = {self.bench.stack.within(n): t for n, t in rest_among(found).items()}
-            layers = self._layers(block, found)
-            with wearing(block, rest), swapped(block, layers):
-                for i, call in enumerate(self.calls):
-                    ours.put(i, call(block, ours[i]))
+    def go_on(self, block: nn.Module, found: Tensors, ours: Shelf) -> None:
+        """Put the hidden states behind the compressed block in place of those before it."""
+        rest = {self.bench.stack.within(n): t for n, t in rest_among(found).items()}
+        with wearing(block, rest), swapped(block, self._layers(block, found)):
+            self.run(block, ours, ours)
+
+    def run(self, block: nn.Module, before: Shelf, after: Shelf) -> None:
+        """Run a block on the hidden states before it, which may be replaced by those after it."""
+        stage = f"running block {self.k + 1} of {len(self.bench.stack)}"
+        given = ((before[i], call) for i, call in enumerate(self.calls))
+        done = 0
+        for outs in spread(self.bench.jobs, stage, behind, block, portions(given, len(self.calls))):
+            for out in outs:
+                after.put(done, out)
+                done += 1
