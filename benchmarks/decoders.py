@@ -52,6 +52,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rabbet
+from rabbet.core.plan import quoted
 from rabbet.core.survey import Survey
 from rabbet.data.decoder import Estimate
 from rabbet.grids.grid import Grid, Quantised
@@ -105,7 +106,8 @@ class Setup:
     def plan(self, grid: str) -> str:
         """Every linear layer on one grid, the table of words on its own."""
         lines = (
-            f'"{site.name}" dense@{self.words if site.looks_up else grid}' for site in self.survey
+            f"{quoted(site.name)} dense@{self.words if site.looks_up else grid}"
+            for site in self.survey
         )
         return "\n".join(lines)
 

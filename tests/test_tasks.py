@@ -221,6 +221,18 @@ def test_what_cannot_be_used_is_told(words, tmp_path):
         MISTAKES[words](tmp_path)
 
 
+def test_a_tokenizer_that_does_not_say_its_size_is_taken_at_its_word():
+    class Bare:
+        def encode(self, text, add_special_tokens=True):
+            return Letters().encode(text)
+
+        def decode(self, ids):
+            return ""
+
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
+    assert Perplexity.of(WORDS, Bare(), 16)(network) == Perplexity.of(WORDS, Letters(), 16)(network)
+
+
 @pytest.mark.parametrize(
     ("size", "words"),
     [(50, "60 words, the network 50"), (500, "60 words, the network 500"), (64, "")],

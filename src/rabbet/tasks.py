@@ -50,7 +50,7 @@ def perplexity(  # noqa: PLR0913 (those behind the star are options, given by na
     if held is not None:
         evaluate = Perplexity.of(held, tokenizer, length, stride, held_windows)
         sample = Continuations.of(evaluate, tokenizer)
-    count = max(1, SCORES // tokens.most) if places is None else places
+    count = max(1, SCORES // (tokens.most or tokens.fewest)) if places is None else places
     forward = Decoding(tokens, _spread(length - 1, count))
     return Task(
         [{"input_ids": part} for part in chosen.split(batch)],

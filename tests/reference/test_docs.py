@@ -28,6 +28,7 @@ NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 SLOW = {
     "README.md",
     "docs/howto/frontier.md",
+    "docs/howto/language.md",
     "docs/howto/machines.md",
     "docs/methods/cora.md",
     "docs/reference/cli.md",

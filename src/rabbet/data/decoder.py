@@ -198,9 +198,8 @@ class Perplexity:
         windows = tokens.windows(length, stride, limit)
         inner = length - 1
         fresh = inner if stride is None else min(stride, inner)
-        # Nothing has foretold the tokens of the first window yet, unless that is left out.
-        first = inner if limit is None or len(windows) < limit else fresh
-        return cls(tokens, windows, (first, *[fresh] * (len(windows) - 1)))
+        # No window before the first one has foretold its tokens.
+        return cls(tokens, windows, (inner, *[fresh] * (len(windows) - 1)))
 
     def __call__(self, model: nn.Module) -> Estimate:
         """Run the network on all windows. Raises DataError for a network of other tokens."""

@@ -23,14 +23,14 @@ class Tokens:
     """The tokens of a text, [n].
 
     begin: the token that the tokenizer puts in front of a text, and so in front of every window;
-    None if it puts none. fewest, most: how many words a network of this tokenizer knows at least;
-    how many the tokenizer knows.
+    None if it puts none. fewest: how many words a network of this tokenizer knows at least. most:
+    how many the tokenizer knows; None if it does not say.
     """
 
     ids: Tensor
     begin: int | None
     fewest: int
-    most: int
+    most: int | None
 
     @classmethod
     def of(cls, text: Text, tokenizer: Any) -> Self:
@@ -51,10 +51,9 @@ class Tokens:
             ids = _encoded(tokenizer, "\n\n".join(parts))
         else:
             ids = [token for part in parts for token in (*_encoded(tokenizer, part), end)]
-        top = max(ids, default=-1) + 1
-        most = len(tokenizer) if hasattr(tokenizer, "__len__") else top
-        fewest = max(top, getattr(tokenizer, "vocab_size", None) or 0)
-        return cls(torch.tensor(ids), _begin(tokenizer), fewest, max(most, fewest))
+        fewest = max(max(ids, default=-1) + 1, getattr(tokenizer, "vocab_size", None) or 0)
+        found = torch.tensor(ids, dtype=torch.long)
+        return cls(found, _begin(tokenizer), fewest, _size(tokenizer))
 
     def windows(self, length: int, stride: int | None = None, limit: int | None = None) -> Tensor:
         """Windows of so many tokens, [windows, length]; the tokens behind the last are left out.
@@ -95,12 +94,12 @@ class Tokens:
         config = getattr(model, "config", None)
         known = getattr(config, "vocab_size", None)
         share, room = PADDED
-        if isinstance(known, int) and not (
-            self.fewest <= known and self.most >= share * known - room
-        ):
+        words = self.fewest if self.most is None else self.most
+        few = self.most is not None and isinstance(known, int) and words < share * known - room
+        if isinstance(known, int) and (few or self.fewest > known):
             raise DataError(
-                f"the tokenizer has {self.most:,} words, the network {known:,}: take the network's "
-                "own tokenizer"
+                f"the tokenizer has {words:,} words, the network {known:,}: take the network's own "
+                "tokenizer"
             )
         most = getattr(config, "max_position_embeddings", None)
         if isinstance(most, int) and length > most:
@@ -165,6 +164,13 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:
     quiet = {"verbose": False} if hasattr(tokenizer, "eos_token_id") else {}
     found = tokenizer.encode(text, add_special_tokens=False, **quiet)
     return list(getattr(found, "ids", found))
+
+
+def _size(tokenizer: Any) -> int | None:
+    """How many words a tokenizer knows; of the package tokenizers one says so by a method."""
+    if hasattr(tokenizer, "__len__"):
+        return len(tokenizer)
+    return tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else None
 
 
 def _begin(tokenizer: Any) -> int | None:

@@ -308,7 +308,7 @@ def before_and_after(report: Report) -> Element | None:
     cards = [_example(example, k) for k, example in enumerate(report.examples)]
     known = (
         "Measured: what the float and the compressed network make of the task's prompts."
-        if report.examples[0].answers[0].prose
+        if any(one.prose for example in report.examples for one in example.answers)
         else "Measured: the first examples of the calibration data, run by the float and by the "
         "compressed network. Pictures are scaled from their smallest to their largest number."
     )
