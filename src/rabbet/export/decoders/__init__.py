@@ -1,0 +1,1 @@
+"""Files of causal language models of transformers, for the programs that run these."""
