@@ -1,5 +1,7 @@
 """Networks of Hugging Face's transformers: read from a folder, and written compressed into one.
 
+`export` writes decoders for the programs that run these.
+
 A folder that `save_pretrained` here has written holds the config, the native file, and a model card
 made of the result; `from_pretrained` gives the compressed network back. Nothing is downloaded, no
 code that lies in a folder is run, and nothing is unpickled.
@@ -17,6 +19,7 @@ from torch import nn
 
 from rabbet._api import Result, load
 from rabbet.errors import FileError, ModelError
+from rabbet.export import DECODERS, Written
 from rabbet.files import write_whole
 
 NATIVE = "rabbet.safetensors"  # the compressed network in a folder
@@ -74,6 +77,30 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     network.config.use_cache = False
     network.name_or_path = network.config._name_or_path = str(folder)  # noqa: SLF001 (theirs)
     return load(folder / NATIVE, network.eval())
+
+
+def export(
+    network: Result | nn.Module, folder: str | Path, target: str = "genai", *, tokenizer: Any = None
+) -> Written:
+    """Write a decoder for a program that runs such; returns its bytes and what to know of it.
+
+    network: a result, or what `from_pretrained` gave; of a float one the weights stay floats.
+    target: one of `rabbet.export.DECODERS`. tokenizer: is saved beside it; the default is that of
+    the folder that the network was read from, if it has one. Raises FileError for an unknown target
+    or a place that cannot be written, ModelError for a network that is no decoder known here, and
+    as the target does.
+    """
+    if target not in DECODERS:
+        raise FileError(
+            f"cannot export a decoder to {target!r}; the targets are {', '.join(DECODERS)}"
+        )
+    model = network.model if isinstance(network, Result) else network
+    folder = Path(folder)
+    try:
+        written = DECODERS[target](model, folder, tokenizer)
+    except OSError as e:
+        raise FileError(f"cannot write into {folder}: {e}") from e
+    return written
 
 
 def card(result: Result, data: str = "") -> str:
