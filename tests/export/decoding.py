@@ -60,10 +60,10 @@ def opened(make):
 def compressed(network, grid, adapter=""):
     """Every layer on one grid, rounded to nearest; an adapter beside those of as many outputs."""
     width = network.model.config.hidden_size
-    lines = [
-        f"{s.name} dense@{grid}{adapter if s.shape[0] == width and s.runs and not s.looks_up else ''}"
-        for s in network.survey
-    ]
+    beside = {
+        s.name for s in network.survey if s.shape[0] == width and s.multiplies and not s.heads
+    }
+    lines = [f"{s.name} dense@{grid}{adapter * (s.name in beside)}" for s in network.survey]
     return build(network.model, rabbet.Plan.parse("\n".join(lines)), network.survey).eval()
 
 

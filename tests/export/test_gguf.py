@@ -154,6 +154,6 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path):
     strange = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])
     with pytest.raises(ModelError, match="no name known here"):
         hf.export(model, tmp_path / "out", "gguf", tokenizer=tokenizer(tmp_path / "a", strange))
+    words = tokenizer(tmp_path / "b", kind="WordLevel")
     with pytest.raises(ModelError, match="WordLevel"):
-        words = tokenizer(tmp_path / "b", kind="WordLevel")
         hf.export(model, tmp_path / "out", "gguf", tokenizer=words)

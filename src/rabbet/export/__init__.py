@@ -17,7 +17,6 @@ from rabbet.export.onnx.write import float_content, write_onnx, write_openvino
 from rabbet.export.torch import program, write_torch
 
 
-
 def _of_decoder(write: DecoderExport) -> Export:
     return lambda parcel, path: write(parcel.model, path, None)
 

@@ -7,10 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from rabbet.core.plan import Plan
+from rabbet.core.survey import Survey
 from rabbet.export.base import Written
 from rabbet.export.decoders.families import require_decoder
-from rabbet.export.decoders.genai import write_genai
-from rabbet.export.decoders.gguf import write_gguf
+from rabbet.export.decoders.genai import genai_content, write_genai
+from rabbet.export.decoders.gguf import gguf_files, write_gguf
+from rabbet.model.build import blank_numbers, build
+from rabbet.model.surgery import on_cpu
 
 DecoderExport = Callable[[nn.Module, Path, Any], Written]
 
@@ -22,4 +26,22 @@ DECODERS: dict[str, DecoderExport] = {
 }
 """Targets for decoders alone: `(network, folder, tokenizer or None) -> Written`."""
 
-__all__ = ["DECODERS", "DecoderExport", "require_decoder"]
+
+def predict_bytes(
+    model: nn.Module, plan: Plan, survey: Survey, target: str, tokenizer: Any = None
+) -> int:
+    """The bytes that a float decoder will take in the file for a target under a plan.
+
+    It is what `Written.bytes` will be, counted on numbers that are all zero: no length depends on
+    numbers, but where a scale is no bfloat16, or a product of it with a minimum no float16. Raises
+    PlanError if the plan does not fit, and as the target does.
+    """
+    blank = {s.name: blank_numbers(s, line) for s in survey if (line := plan.get(s.name))}
+    network = build(model, plan, survey, blank)
+    if target in ("gguf", "gguf-f16"):
+        files, _ = gguf_files(network, tokenizer, target == "gguf-f16")
+        return sum(map(len, files.values()))
+    return len(genai_content(on_cpu(network), target == "genai-exact")[0])
+
+
+__all__ = ["DECODERS", "DecoderExport", "predict_bytes", "require_decoder"]

@@ -90,9 +90,7 @@ class Decoder:
     def _scalar(self, value: int) -> "ir.Value":
         return self.graph.shared(f"s.{value}", torch.tensor(value).numpy())
 
-    def attention(
-        self, q: "ir.Value", k: "ir.Value", v: "ir.Value", scale: float
-    ) -> "ir.Value":
+    def attention(self, q: "ir.Value", k: "ir.Value", v: "ir.Value", scale: float) -> "ir.Value":
         """Attention of the next layer, all [batch, length, heads * size]; the cache grows."""
         import onnx_ir as ir
 

@@ -165,8 +165,6 @@ def _compare(model: nn.Module, content: bytes, most: float) -> float:
 def _answer(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     places = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        answer = model(
-            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
-        )
+        answer = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
     logits: Tensor = answer.logits
     return logits

@@ -5,8 +5,9 @@ A type is blocks of 32 or 256 columns with a float16 scale d, some with a float1
     TQ1_0, TQ2_0   d (q - 1), q of 0 .. 2 and 0 .. 3      Q4_1, Q5_1   d q + m, q of 4 and 5 bits
     Q4_0, Q5_0     d (q - 8) and d (q - 16)               Q8_0         d q, q of 8 bits, signed
 
-Nothing is rounded but what is zero by any measure (`DEAD`): a grid of fewer bits lies in a wider type, and a scale that several blocks share
-is repeated. Layouts: ggml-common.h and ggml-quants.c of llama.cpp.
+Nothing is rounded but what is zero by any measure (`DEAD`): a grid of fewer bits lies in a wider
+type, and a scale that several blocks share is repeated. Layouts: ggml-common.h and ggml-quants.c of
+llama.cpp.
 """
 
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ from rabbet.model.compressed import Compressed, Factor, stored_weights
 from rabbet.model.surgery import on_cpu
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
-FITTING = "2, 3, 4, 5 or 8 bits, half-step or ternary, for each output or in groups of 32 (4c, 4g32)"
+FITTING = "2 to 6 or 8 bits, ternary, binary; for each output or in groups of 32, as 4c or 4g32"
 
 LLAMA = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -103,10 +103,22 @@ def write_gguf(model: nn.Module, folder: Path, tokenizer: Any, half: bool) -> Wr
     if `gguf` is missing or the path is a file; ModelError for a network that is not Llama or GPT-2,
     for layers on grids that do not fit, by name, and for tokenizers other than byte-level BPE.
     """
+    require_folder(folder)
+    files, notes = gguf_files(model, tokenizer, half)
+    folder.mkdir(parents=True, exist_ok=True)
+    size = sum(write_whole(folder / name, [content]) for name, content in files.items())
+    if ADAPTER not in files:
+        (folder / ADAPTER).unlink(missing_ok=True)  # an older export's is not of this network
+    return Written(size, notes)
+
+
+def gguf_files(
+    model: nn.Module, tokenizer: Any, half: bool
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The files by name, and what to know of them; raises as `write_gguf` does."""
     if find_spec("gguf") is None:
         raise FileError("GGUF files need gguf; install rabbet[gguf]")
     require_decoder(model)
-    require_folder(folder)
     if type(model).__name__ not in NAMES:
         known = ", ".join(NAMES)
         raise ModelError(f"{type(model).__name__} has no GGUF format here; known are {known}")
@@ -115,27 +127,19 @@ def write_gguf(model: nn.Module, folder: Path, tokenizer: Any, half: bool) -> Wr
     if content.refused:
         few = "; ".join(content.refused[:3]) + ("; ..." if len(content.refused) > 3 else "")
         raise ModelError(
-            f"GGUF has no type that holds {len(content.refused)} of the layers exactly: {few}. Choose "
-            f"from grids that fit ({FITTING}), or write these as float16 with the target 'gguf-f16'"
+            f"GGUF has no type that holds {len(content.refused)} of the layers exactly: {few}. "
+            f"Choose from grids that fit ({FITTING}), or write these as float16 with the target "
+            "'gguf-f16'"
         )
     words = Vocabulary.of(tokenizer, tokenizer_files(model), sizes_of(model.config).words)
-    with tempfile.TemporaryDirectory() as scratch:
-        files = {MODEL: Path(scratch) / MODEL, ADAPTER: Path(scratch) / ADAPTER}
-        _write_model(files[MODEL], model, content, words)
-        if content.adapter:
-            _write_adapter(files[ADAPTER], model, content)
-        folder.mkdir(parents=True, exist_ok=True)
-        size = sum(
-            write_whole(folder / name, [file.read_bytes()])
-            for name, file in files.items()
-            if file.exists()
-        )
     notes = [*content.notes, *words.notes]
-    if content.adapter:
-        notes.append(f"low-rank terms are {ADAPTER}: run it with --lora {ADAPTER}")
-    elif (folder / ADAPTER).exists():
-        (folder / ADAPTER).unlink()  # of an older export: it does not belong to this network
-    return Written(size, tuple(notes))
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_model(Path(scratch) / MODEL, model, content, words)
+        if content.adapter:
+            _write_adapter(Path(scratch) / ADAPTER, model, content)
+            notes.append(f"low-rank terms are {ADAPTER}: run it with --lora {ADAPTER}")
+        files = {file.name: file.read_bytes() for file in sorted(Path(scratch).iterdir())}
+    return files, tuple(notes)
 
 
 @torch.no_grad()
@@ -161,7 +165,9 @@ def gguf_content(model: nn.Module, half: bool) -> Content:
     return content
 
 
-def _add_floats(content: Content, name: str, module: Any, order: Callable[[Tensor], Tensor]) -> None:
+def _add_floats(
+    content: Content, name: str, module: Any, order: Callable[[Tensor], Tensor]
+) -> None:
     """A tensor that is not compressed, in float32."""
     weight = module.weight
     if type(module).__name__ == "Conv1D":
@@ -218,8 +224,7 @@ def _ordered(factor: Factor, order: Callable[[Tensor], Tensor]) -> Quantised:
     if parts is None:
         return Quantised(q.grid, order(q.codes), q.scale, q.zero)
     scale, zero = (
-        None if t is None else order(t.reshape(rows, parts)).reshape(-1)
-        for t in (q.scale, q.zero)
+        None if t is None else order(t.reshape(rows, parts)).reshape(-1) for t in (q.scale, q.zero)
     )
     assert scale is not None
     return Quantised(q.grid, order(q.codes), scale, zero)

@@ -1,4 +1,4 @@
-"""The words of a tokenizer as GGUF files hold them: byte-level BPE, as GPT-2, SmolLM and Llama 3."""
+"""The words of a tokenizer as GGUF files hold them: byte-level BPE, as of GPT-2 or Llama 3."""
 
 import json
 from collections.abc import Sequence
@@ -43,7 +43,9 @@ class Vocabulary:
         file = next((f for f in files if f.name == "tokenizer.json"), None)
         if file is not None:
             return cls.read(json.loads(file.read_text(encoding="utf-8")), count)
-        note = "no tokenizer was found beside the network: the file takes and gives numbers of words"
+        note = (
+            "no tokenizer was found beside the network: the file takes and gives numbers of words"
+        )
         words = [f"[{k}]" for k in range(count)]
         return cls(words, [UNUSED] * count, notes=(note,))
 
@@ -86,7 +88,7 @@ def _added(said: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rule(said: dict[str, Any]) -> str:
-    """Llama.cpp's name for how a text is cut into words; ModelError for a way it has no name for."""
+    """Llama.cpp's name for how a text is cut into words; ModelError if it has none."""
     cutting = said.get("pre_tokenizer") or {}
     steps = cutting.get("pretokenizers", [cutting])
     kinds = [step.get("type") for step in steps]

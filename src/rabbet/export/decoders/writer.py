@@ -17,8 +17,8 @@ from rabbet.export.onnx.graph import CONTRIB, OPSET, Graph
 from rabbet.export.onnx.packed import Weight, unpacked
 from rabbet.export.onnx.placeholders import DOMAIN
 from rabbet.forms import Dense, LowRank
-from rabbet.model.compressed import Compressed, Factor, Head, stored_weights
 from rabbet.grids.grid import stored
+from rabbet.model.compressed import Compressed, Factor, Head, stored_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -213,9 +213,7 @@ class Writer:
         ends = self.integers(0), self.integers(blocks.columns), self.integers(1)
         return self.named("Slice", f"{name}.cut", flat, *ends)
 
-    def _blocks(
-        self, name: str, blocks: Blocks
-    ) -> "tuple[ir.Value, ir.Value, ir.Value | None]":
+    def _blocks(self, name: str, blocks: Blocks) -> "tuple[ir.Value, ir.Value, ir.Value | None]":
         """Codes, scales and zero points as kernels read them; a table and its head share them."""
         key = f"{name}.{blocks.bits}"
         if blocks.packed:
@@ -297,5 +295,3 @@ def _float_weight(name: str, module: Any) -> Tensor:
         raise ModelError(f"{name} is a {type(module).__name__}, which is no linear known here")
     turned = type(module).__name__ == "Conv1D"  # transformers' own: [in, out]
     return weight.mT if turned else weight
-
-
