@@ -20,6 +20,7 @@ from torch import nn
 from rabbet._api import Result, load
 from rabbet.errors import FileError, ModelError
 from rabbet.export import DECODERS, Written
+from rabbet.export.decoders import predict_bytes
 from rabbet.files import write_whole
 
 NATIVE = "rabbet.safetensors"  # the compressed network in a folder
@@ -201,3 +202,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+__all__ = ["card", "export", "from_pretrained", "predict_bytes", "save_pretrained"]
