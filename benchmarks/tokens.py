@@ -10,6 +10,7 @@ prompt is read at once, then tokens one by one with the cache. Medians over roun
 """
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
@@ -33,6 +34,7 @@ def peer(source: Path, place: Path, block: int) -> Path:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)  # a line a node
     quantiser = MatMulNBitsQuantizer(
         onnx.load(source), bits=4, block_size=block, is_symmetric=True, accuracy_level=4
     )

@@ -98,6 +98,24 @@ def test_a_folder_for_genai_names_what_the_file_has(network, tmp_path):
     assert (config["eos_token_id"], config["pad_token_id"]) == (2, 0)
 
 
+def test_onnxruntime_genai_reads_the_folder(network, tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = compressed(network, "4g32")
+    hf.export(model, tmp_path, "genai-exact")
+    ids = prompts(1)[0].numpy()
+    loaded = genai.Model(str(tmp_path))
+    options = genai.GeneratorParams(loaded)
+    options.set_search_options(max_length=ids.shape[1] + NEW, do_sample=False)
+    generator = genai.Generator(loaded, options)
+    generator.append_tokens(ids.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(k) for k in generator.get_sequence(0)][ids.shape[1] :]
+    wanted = Decoding(Session(tmp_path / "model.onnx")).greedy(ids, NEW)[0].tolist()
+    assert found == wanted[: len(found)]  # it stops where a text ends
+    assert found
+
+
 def test_a_file_is_smaller_where_codes_are_short(network):
     sizes = {
         grid: len(genai_content(compressed(network, grid), exact=False)[0])
