@@ -98,7 +98,8 @@ class Result:
     def export(self, path: str | Path, target: str | None = None) -> Written:
         """Write a file of the given target; returns its bytes and what to know of it.
 
-        target: for which runtime; the default goes by the path's ending. Folders that are not there
+        target: for which runtime; the default goes by the path's ending. Targets for decoders alone
+        (`rabbet.export.DECODERS`) make the path a folder. Folders that are not there
         are made. Raises FileError for an unknown target or a place that cannot be written;
         PlanError or BudgetError, and writes nothing, if the network was changed since and is no
         longer what the plan says or what the budget allows.

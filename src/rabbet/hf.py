@@ -1,5 +1,7 @@
 """Networks of Hugging Face's transformers: read from a folder, and written compressed into one.
 
+`export` writes decoders for the programs that run these.
+
 A folder that `save_pretrained` here has written holds the config, the native file, and a model card
 made of the result; `from_pretrained` gives the compressed network back. Nothing is downloaded, no
 code that lies in a folder is run, and nothing is unpickled.
@@ -21,6 +23,8 @@ from rabbet._bench import Data
 from rabbet.core.budget import Budget
 from rabbet.data.task import Task
 from rabbet.errors import FileError, ModelError
+from rabbet.export import DECODERS, Written
+from rabbet.export.decoders import predict_bytes
 from rabbet.export.native import read_native
 from rabbet.files import write_whole
 from rabbet.jobs import Jobs
@@ -155,6 +159,30 @@ def skeleton(folder: str | Path) -> Any:
     return network
 
 
+def export(
+    network: Result | nn.Module, folder: str | Path, target: str = "genai", *, tokenizer: Any = None
+) -> Written:
+    """Write a decoder for a program that runs such; returns its bytes and what to know of it.
+
+    network: a result, or what `from_pretrained` gave; of a float one the weights stay floats.
+    target: one of `rabbet.export.DECODERS`. tokenizer: is saved beside it; the default is that of
+    the folder that the network was read from, if it has one. Raises FileError for an unknown target
+    or a place that cannot be written, ModelError for a network that is no decoder known here, and
+    as the target does.
+    """
+    if target not in DECODERS:
+        raise FileError(
+            f"cannot export a decoder to {target!r}; the targets are {', '.join(DECODERS)}"
+        )
+    model = network.model if isinstance(network, Result) else network
+    folder = Path(folder)
+    try:
+        written = DECODERS[target](model, folder, tokenizer)
+    except OSError as e:
+        raise FileError(f"cannot write into {folder}: {e}") from e
+    return written
+
+
 def card(result: Result, data: str = "") -> str:
     """A model card in Markdown: what it is, what it costs, how it was made, how it is run."""
     name, budget = type(result.model).__name__, result.budget
@@ -270,3 +298,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+__all__ = ["card", "export", "from_pretrained", "predict_bytes", "save_pretrained"]

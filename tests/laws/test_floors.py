@@ -41,6 +41,7 @@ OPTIONAL = {
     "onnx_ir",
     "openvino",
     "transformers",
+    "gguf",
     "sklearn",
     "PIL",
     "timm",

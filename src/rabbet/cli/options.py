@@ -11,7 +11,7 @@ DEFAULT_BUDGET = "bytes <= 10%"
 METHODS = ("joint", "admm", "cora", "cgmq", "ttqat", "blockwise")
 QUALITIES = ("fast", "default", "best")
 AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency", "onnx", "openvino")
-TARGETS = ("safetensors", "onnx", "openvino", "torch")
+TARGETS = ("safetensors", "onnx", "openvino", "torch", "genai", "genai-exact", "gguf", "gguf-f16")
 
 
 def known_quality(name: str) -> str:

@@ -17,7 +17,7 @@ from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError
-from rabbet.export import ENDINGS, target_of
+from rabbet.export import DECODERS, ENDINGS, target_of
 from rabbet.export.native import read_parts
 from rabbet.export.signature import quiet
 from rabbet.export.torch import read_program
@@ -59,7 +59,10 @@ def ready(output: Path, target: str | None = None) -> str:
             f"{output} must end in one of {', '.join(ENDINGS)}", param_hint="--output"
         )
     known = target_of(output, target)
-    writable(output)
+    if known in DECODERS:
+        writable(output / "file")
+    else:
+        writable(output)
     return known
 
 

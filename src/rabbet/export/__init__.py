@@ -11,21 +11,27 @@ from torch import nn
 from rabbet.data.task import Task
 from rabbet.errors import FileError
 from rabbet.export.base import Export, Written
+from rabbet.export.decoders import DECODERS, DecoderExport, require_decoder
 from rabbet.export.onnx.write import float_content, write_onnx, write_openvino
 from rabbet.export.torch import program, write_torch
 from rabbet.export.writing import write_native
+
+
+def _of_decoder(write: DecoderExport) -> Export:
+    return lambda parcel, path: write(parcel.model, path, None)
+
 
 EXPORTS: dict[str, Export] = {
     "safetensors": write_native,
     "onnx": write_onnx,
     "openvino": write_openvino,
     "torch": write_torch,
-}
+} | {name: _of_decoder(write) for name, write in DECODERS.items()}
 TRIALS: dict[str, Callable[[nn.Module, Task], object]] = {
     "onnx": float_content,
     "openvino": float_content,
     "torch": program,
-}
+} | dict.fromkeys(DECODERS, lambda model, _: require_decoder(model))
 """What shows on a float network, before any work, whether torch can export it for a target."""
 ENDINGS = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch"}
 """The target that a path asks for by its ending."""
@@ -49,4 +55,4 @@ def target_of(path: Path, target: str | None = None) -> str:
     return target
 
 
-__all__ = ["ENDINGS", "EXPORTS", "TRIALS", "Export", "Written", "target_of"]
+__all__ = ["DECODERS", "ENDINGS", "EXPORTS", "TRIALS", "Export", "Written", "target_of"]

@@ -4,7 +4,7 @@ Most of what depends on the graph-editing library (`onnx_ir`) is here.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OPSET = 23  # the first with attention as one node; 4-bit integers came with 21
 IR_VERSION = 11
+CONTRIB = "com.microsoft"  # the domain of onnxruntime's own operators
 # The ending of the name of a weight that a runtime turns into float when it loads the file.
 WHOLE = "float"
 SHARED = "="  # how the names of constants begin that belong to no layer
@@ -47,6 +48,26 @@ class Graph:
         graph = cls(ir.from_proto(proto))
         graph.carried = carried
         return graph
+
+    @classmethod
+    def new(cls, inputs: "Mapping[str, tuple[str, Sequence[int | str]]]") -> "Graph":
+        """A graph without nodes; of each input the type, such as INT64, and the shape."""
+        import onnx_ir as ir
+
+        values = [
+            ir.Value(name=name, type=ir.TensorType(ir.DataType[kind]), shape=ir.Shape(shape))
+            for name, (kind, shape) in inputs.items()
+        ]
+        opsets = {"": OPSET, CONTRIB: 1}
+        graph = ir.Graph(values, [], nodes=[], opset_imports=opsets, name=DOMAIN)
+        return cls(ir.Model(graph, ir_version=IR_VERSION))
+
+    def output(self, value: "ir.Value", shape: "Sequence[int | str]", kind: str = "FLOAT") -> None:
+        """Make a value an output of the network, after those it has."""
+        import onnx_ir as ir
+
+        value.type, value.shape = ir.TensorType(ir.DataType[kind]), ir.Shape(shape)
+        self.model.graph.outputs.append(value)
 
     def copy(self) -> "Graph":
         """A copy of the graph, to be changed on its own."""
@@ -228,7 +249,8 @@ class Graph:
         del proto.functions[:]
         proto.functions.extend(self.carried)
         proto.functions.extend(onnx.parser.parse_function(text) for text in self.functions.values())
-        kept = [o for o in proto.opset_import if o.domain == ""]
+        used = {node.domain for node in proto.graph.node}
+        kept = [o for o in proto.opset_import if o.domain in {"", *({CONTRIB} & used)}]
         del proto.opset_import[:]
         proto.opset_import.extend(kept)
         if proto.functions:

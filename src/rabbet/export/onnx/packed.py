@@ -169,7 +169,7 @@ class Weight:
             return graph.call("Cast", stored, name=self.name, to=_INT8)
         if not graph.functions_known:
             return graph.constant(self.name, codes.astype(self.integer_type))
-        return _unpacked(graph, self.name, self.grid, self.codes)
+        return unpacked(graph, self.name, self.grid, self.codes)
 
     def _put_together(self, graph: Graph) -> "ir.Value":
         """The parts combined and rounded: constants that a runtime folds at load."""
@@ -295,7 +295,7 @@ def zeros(graph: Graph, shape: tuple[int, ...], kind: str) -> "ir.Value":
     return graph.shared(f"none.{kind}.{'x'.join(map(str, shape))}", np.zeros(shape, kind))
 
 
-def _unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
+def unpacked(graph: Graph, name: str, grid: Grid, codes: Tensor) -> "ir.Value":
     """Integers as a node of the file's own function, which is given the digits of their grid.
 
     A byte is split into digits: of base 2^bits if the bits divide a byte evenly, of base 3 for
