@@ -51,14 +51,13 @@ def network(kind):
 
 
 def with_outliers(model):
-    """The same with a few channels behind each norm that are much larger than the others."""
+    """The same with a few channels behind each norm that are larger than others, undone behind."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1 and name.endswith("layernorm.weight"):
                 p[::16] *= 30
-        for name, p in model.named_parameters():
-            if p.ndim == 2 and name.endswith(
-                ("q_proj.weight", "k_proj.weight", "gate_proj.weight")
+            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) or (
+                name.endswith(("gate_proj.weight", "up_proj.weight"))
             ):
                 p[:, ::16] /= 30
     return model
