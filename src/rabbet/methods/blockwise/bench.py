@@ -54,6 +54,7 @@ class Bench:
     seed: int
     told: str
     answers: Answers | None = None
+    notes: tuple[str, ...] = ()
     _known: dict[str, Known] = field(default_factory=dict, repr=False)
 
     @cached_property

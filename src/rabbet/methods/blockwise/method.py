@@ -27,6 +27,7 @@ from rabbet.methods.blockwise.bench import Bench, Menus
 from rabbet.methods.blockwise.draft import rest_among
 from rabbet.methods.blockwise.fitting import Finished, fit_blocks, numbers_of
 from rabbet.methods.blockwise.prepare import Ways
+from rabbet.methods.blockwise.rotate import turned
 from rabbet.methods.blockwise.stack import Stack
 from rabbet.methods.blockwise.tuning import Pacing
 from rabbet.model.build import build, validate
@@ -59,6 +60,8 @@ class Blockwise:
     """Whether scales may move from what makes a layer's inputs into the layer, where that pays."""
     permute: bool = True
     """Whether channels between layers may be put in an order in which those alike share scales."""
+    rotate: bool = False
+    """Whether hidden states are turned by a random orthogonal matrix, where that is exact."""
     scored: int = 16
     """Examples that gradients are taken of, to tell what errors of a matrix do."""
     epochs: int = 4
@@ -81,11 +84,11 @@ class Blockwise:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
-        return self.chosen(_bench(piece), piece, budget)
+        return self.chosen(_bench(piece, self.rotate), piece, budget)
 
     def search(self, piece: Workpiece) -> Chooser:
         """What plans are chosen from; see `Searching.search`."""
-        bench = _bench(piece)
+        bench = _bench(piece, self.rotate)
         return Measured(piece, Allocator(self._table(bench.survey), piece), bench, self)
 
     def chosen(self, bench: Bench, priced: Priced, budget: Budget) -> Plan:
@@ -101,7 +104,7 @@ class Blockwise:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Fit the blocks of a plan in order; see `Method.fit`."""
         validate(plan, piece.survey)
-        bench = _bench(piece)
+        bench = _bench(piece, self.rotate)
         numbers: dict[str, Numbers] = {}
         biases: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
@@ -110,7 +113,7 @@ class Blockwise:
             numbers |= {name: numbers_of(found, plan[name]) for name in each.names}
             biases |= {n: found[f"{n}/bias"] for n in each.names if f"{n}/bias" in found}
             rest |= rest_among(found)
-        student = build(piece.model, plan, piece.survey, numbers)
+        student = build(bench.stack.model, plan, piece.survey, numbers)
         for name, value in rest.items():
             student.get_parameter(name).data.copy_(value)
         for name, bias in biases.items():
@@ -118,7 +121,7 @@ class Blockwise:
             own.data.copy_(bias)
         if any(line.act is not None for line in plan):
             calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
-        return Fitted(student, ())
+        return Fitted(student, bench.notes)
 
     def fitted(self, bench: Bench, plan: Plan) -> Iterator[Finished]:
         """The numbers of the ends, then of each block; see `fitting.fit_blocks`.
@@ -183,10 +186,11 @@ class Measured(Chooser):
         return False
 
 
-def _bench(piece: Workpiece) -> Bench:
+def _bench(piece: Workpiece, rotate: bool) -> Bench:
     """A network in memory, block by block; one bench for a workpiece, which knows what it saw."""
     sites = tuple(site for site in piece.survey if site.runs)
     survey = replace(piece.survey, sites=sites)
     answers = piece.answers if piece.task.outputs is not None else None
     stack = Stack(piece.model.eval())
-    return Bench(stack, survey, piece.task, piece.jobs, piece.seed, piece.told, answers)
+    bench = Bench(stack, survey, piece.task, piece.jobs, piece.seed, piece.told, answers)
+    return turned(bench) if rotate else bench

@@ -29,6 +29,7 @@ from rabbet.methods.blockwise.folder import (
     survey_stack,
 )
 from rabbet.methods.blockwise.method import Blockwise
+from rabbet.methods.blockwise.rotate import turned
 from rabbet.methods.blockwise.stack import Stack
 from rabbet.model.compressed import Compressed
 from rabbet.report.text import Findings, plain, report_parts
@@ -53,6 +54,7 @@ class Stored:
     files: tuple[Path, ...]
     expected: float
     """The divergence from the float network, in nats a word, that choosing foretold."""
+    notes: tuple[str, ...] = ()
 
     def parts(self) -> list[Told]:
         """What is to be told of it."""
@@ -60,7 +62,7 @@ class Stored:
         parts = report_parts(self.survey, self.plan, *costs, self.budget, Findings())
         named = ", ".join(path.name for path in self.files)
         said = f"expected divergence: {self.expected:.3g} nats a word"
-        return [*parts, said, f"written into {self.folder}: {named}"]
+        return [*parts, *self.notes, said, f"written into {self.folder}: {named}"]
 
     def __str__(self) -> str:
         return plain(self.parts())
@@ -119,17 +121,19 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     jobs = jobs or Jobs(folder=work)
     told = _told(shards, network, task, jobs)
     bench = Bench(stack, survey, task, jobs, seed, told)
+    bench = turned(bench) if method.rotate else bench
     plan = method.chosen(bench, priced, budget)
     cost = priced.cost(plan)
     budget.check(cost, priced.float_cost)
-    files = _write(bench, plan, priced.parts, method, output, stack)
+    files = _write(bench, plan, priced.parts, method, output, bench.stack)
     harms = bench.known(method.menus(survey), method.scored).harms
     expected = sum(
         harms[line.name][method.menu(survey[line.name]).index(line.terms)] for line in plan
     )
     if own:
         shutil.rmtree(work, ignore_errors=True)
-    return Stored(output, plan, cost, priced.float_cost, survey, budget, tuple(files), expected)
+    paths, notes = tuple(files), bench.notes
+    return Stored(output, plan, cost, priced.float_cost, survey, budget, paths, expected, notes)
 
 
 def _told(shards: Shards, network: nn.Module, task: Task, jobs: Jobs) -> str:

@@ -97,7 +97,7 @@ class Wiring:
         norms = [
             (module, self._keeps(name))
             for name, module in block.named_modules()
-            if name not in draft.sites and _norm_like(module)
+            if name not in draft.sites and norm_like(module)
         ]
         self.inputs, self.out = self._run(norms)
         self.sound = set(self.inputs) == set(draft.sites)
@@ -130,7 +130,7 @@ class Wiring:
         """Whether the block, written otherwise, answers the same to float noise."""
         with draft.worn(self.block), torch.no_grad():
             out = self._call(self.block, self._hidden)
-        return _same(out, self.out)
+        return same(out, self.out)
 
     def shared(self) -> Iterator[Shared]:
         """Norms whose outputs nothing but layers are given."""
@@ -206,7 +206,7 @@ class Wiring:
         ]
         given, _ = self._run(turns)
         before, after = _rows(self.inputs[hidden.reader]), _rows(given[hidden.reader])
-        if before.shape != after.shape or not _same(after, before[:, order]):
+        if before.shape != after.shape or not same(after, before[:, order]):
             return False
         return self.proves(hidden.ordered(self.draft, order))
 
@@ -217,7 +217,7 @@ class Wiring:
         return ((2 * drawn - 1) * SPREAD).exp().to(self.out.device)
 
 
-def _norm_like(module: nn.Module) -> bool:
+def norm_like(module: nn.Module) -> bool:
     """Whether a module has no parts, a weight for each channel, and at most a bias beside."""
     own: Mapping[str, nn.Parameter] = dict(module.named_parameters())
     weight = own.get("weight")
@@ -234,7 +234,7 @@ def _rows(given: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1, t.shape[-1]) for t in given]).float()
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors [..., channels] are the same in each channel, to float noise."""
     if one.shape != other.shape:
         return False
@@ -256,7 +256,7 @@ def _sources(before: Tensor, after: Tensor, factors: Tensor) -> Tensor | None:
     place = torch.searchsorted(values, ratio).clamp(1, len(values) - 1)
     place = torch.where(ratio - values[place - 1] < values[place] - ratio, place - 1, place)
     dead = power == 0
-    if not _same(after, before * torch.where(dead, 1.0, values[place])):
+    if not same(after, before * torch.where(dead, 1.0, values[place])):
         return None
     source = torch.where(dead, -1, order[place])
     clear = len(source[~dead].unique()) == int((~dead).sum()) or not dead.any()
