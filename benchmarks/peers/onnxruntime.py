@@ -1,8 +1,8 @@
-"""onnxruntime's static quantiser: QDQ pairs, unsigned inputs, signed weights with a scale a channel.
+"""onnxruntime's static quantiser: QDQ pairs, unsigned inputs, signed weights, a scale a channel.
 
 Ranges by its three calibrators; its own pre-processing first. On processors without VNNI its int8
-kernels saturate, and it advises a reduced range: weights of 7 bits. Weights of 4 bits are its QInt4;
-inputs stay at 8.
+kernels saturate, and it advises a reduced range: weights of 7 bits. Weights of 4 bits are its
+QInt4; inputs stay at 8.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""rabbet itself at a mean of so many bits: the native file, and the exported one in two runtimes."""
+"""rabbet itself at a mean of so many bits: the native file, and exported ones in two runtimes."""
 
 import openvino
 import torch

@@ -32,7 +32,7 @@ class Job:
     """A method, the bits that are asked of it, and a network with its images.
 
     folder: holds float.onnx, network.py and state.safetensors, calibrate.npy and test.npy, both
-    [n, 3, height, width] float32. out: where the peer writes its files.
+    [n, 3, height, width] float32. out: where the peer writes its files. limit: seconds of processor.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Job:
     size: int
     make: str
     arguments: list[Any]
-    seed: int = 0
+    limit: float
     calibrate: Array = field(init=False)
     test: Array = field(init=False)
 
@@ -83,7 +83,7 @@ class Job:
 
     def one(self) -> Array:
         """One image, as a batch."""
-        return np.ascontiguousarray(self.test[:1])
+        return np.array(self.test[:1])
 
 
 @dataclass
@@ -113,8 +113,8 @@ def in_torch(model: Any) -> Predict:
 
     def predict(images: Array) -> Array:
         with torch.no_grad():
-            found: Array = model(torch.from_numpy(np.ascontiguousarray(images))).numpy()
-            return found
+            found = model(torch.from_numpy(np.array(images)))
+            return np.asarray(found)
 
     return predict
 
@@ -223,6 +223,8 @@ def told(job: Job, outcome: Outcome) -> dict[str, Any]:
 def run(methods: Mapping[str, Method], *packages: str) -> None:
     """Do the job that the command line names, and print what came of it as the last line."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (round(job.limit), hard))
     spent, held, start = processor_seconds(), peak(), time.perf_counter()
     outcomes = list(methods[job.method](job))
     found = {
