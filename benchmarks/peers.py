@@ -60,7 +60,7 @@ SOURCES: dict[str, tuple[Path, str, list[Any], int]] = {
 
 ONNX, XML, NATIVE = "ONNX, onnxruntime", "IR, OpenVINO", "native"
 BOTH = "ONNX, OpenVINO"
-FLAT, PT2 = "simulation", "pt2, Inductor"
+FLAT, PT2, LITE = "simulation", "pt2, Inductor", "TFLite, LiteRT"
 Methods = dict[str, tuple[str, ...]]
 PEERS: dict[str, Methods] = {
     "rabbet": {
@@ -90,6 +90,8 @@ PEERS: dict[str, Methods] = {
     "aimet": {"CLE": (ONNX,), "CLE, AdaRound": (ONNX,), "CLE, SeqMSE": (ONNX,)},
     "neural_compressor": {"minmax": (PT2,), "kl": (PT2,)},
     "torchao": {"static": (PT2,)},
+    "ai_edge": {"static": (LITE,), "dynamic": (LITE,)},
+    "qdrop": {"BRECQ": (FLAT,), "QDrop": (FLAT,)},
 }
 """The methods of each peer, and what each gives."""
 

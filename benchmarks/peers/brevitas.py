@@ -2,8 +2,8 @@
 
 Settings are those of its own table of best configurations for torchvision's networks that has a
 scale a channel: symmetric, activations to the 99.999th percentile, 20 rounds of equalisation that
-merge biases, all layers at the bits that are asked. Learned rounding it offers for layers that are
-quantised one by one alone, which keeps the first and the last at 8 bits.
+merge biases. Where its quantisation of a whole graph cannot follow the network (slices in ResNet-20), and for learned rounding, which it offers there alone, layers are quantised one by one:
+then the first and the last keep 8 bits, as is its default.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,11 @@ STEPS = 300
 def loader(job: Job) -> list[tuple[Any, Any]]:
     """The calibration images with labels that nothing reads."""
     return [(batch, torch.zeros(len(batch))) for batch in job.tensors()]
+
+
+def whole(job: Job) -> str:
+    """The backend that its tables have as the better one, where it takes the network."""
+    return "layerwise" if job.make == "CifarResNet" else "fx"
 
 
 def quantised(job: Job, backend: str) -> Any:
@@ -62,12 +67,12 @@ def outcomes(job: Job, model: Any, first: bool) -> list[Outcome]:
 
 
 def rounded(how: Callable[[Job, Any], None]) -> Callable[[Job], list[Outcome]]:
-    """A way to round, in a graph that is quantised as a whole."""
+    """A way to round."""
 
     def method(job: Job) -> list[Outcome]:
-        model = quantised(job, "fx")
+        model = quantised(job, whole(job))
         how(job, model)
-        return outcomes(job, model, False)
+        return outcomes(job, model, whole(job) == "layerwise")
 
     return method
 

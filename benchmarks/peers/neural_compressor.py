@@ -9,6 +9,7 @@ import torch
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import INT8StaticQuantConfig, convert, prepare
 from peer import Job, Outcome, in_torch, run
+from torch._inductor import config as inductor
 from torch.export import Dim
 
 
@@ -27,7 +28,7 @@ def static(job: Job) -> list[Outcome]:
     path, image = job.out / "small.pt2", torch.from_numpy(job.one())
     torch.export.save(torch.export.export(small, example, dynamic_shapes=shapes), path)
     with torch.no_grad():
-        torch._inductor.config.freezing = True
+        inductor.freezing = True
         pair = tuple(torch.compile(each) for each in (whole, small))
 
     def timed(program: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchao
 from peer import Job, Outcome, in_torch, run
+from torch._inductor import config as inductor
 from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -38,7 +39,7 @@ def static(job: Job) -> list[Outcome]:
     torch.export.save(exported(small, job), path)
     image = torch.from_numpy(job.one())
     with torch.no_grad():
-        torch._inductor.config.freezing = True
+        inductor.freezing = True
         fast, whole = torch.compile(small), torch.compile(float_program)
         for each in (fast, whole):
             each(image)

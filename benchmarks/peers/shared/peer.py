@@ -32,7 +32,8 @@ class Job:
     """A method, the bits that are asked of it, and a network with its images.
 
     folder: holds float.onnx, network.py and state.safetensors, calibrate.npy and test.npy, both
-    [n, 3, height, width] float32. out: where the peer writes its files. limit: seconds of processor.
+    [n, 3, height, width] float32. out: where the peer writes its files. size: images in a batch.
+    make: what makes the network, with its arguments. limit: seconds of processor.
     """
 
     folder: Path
