@@ -18,7 +18,7 @@ FILE = "TFLite, LiteRT"
 
 
 def opened(path: Path) -> tuple[Any, str, str, str]:
-    """A file in the runtime: its signature's function, the input's and the output's name, its own."""
+    """A file in the runtime: its signature as a function, names of input, output and signature."""
     interpreter = Interpreter(str(path), num_threads=1)
     (name,) = interpreter.get_signature_list()
     given = interpreter.get_signature_list()[name]

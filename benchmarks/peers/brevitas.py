@@ -2,7 +2,8 @@
 
 Settings are those of its own table of best configurations for torchvision's networks that has a
 scale a channel: symmetric, activations to the 99.999th percentile, 20 rounds of equalisation that
-merge biases. Where its quantisation of a whole graph cannot follow the network (slices in ResNet-20), and for learned rounding, which it offers there alone, layers are quantised one by one:
+merge biases. Where its quantisation of a whole graph cannot follow the network (slices in
+ResNet-20), and for learned rounding, which it offers there alone, layers are quantised one by one:
 then the first and the last keep 8 bits, as is its default.
 """
 
