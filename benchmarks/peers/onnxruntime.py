@@ -17,7 +17,7 @@ from onnxruntime.quantization import (
     quant_pre_process,
     quantize_static,
 )
-from peer import Array, Job, Outcome, onnx_outcome, run
+from peer import Array, Job, Outcome, onnx_outcome, run, saturates
 
 WEIGHTS = {8: QuantType.QInt8, 4: QuantType.QInt4}
 
@@ -51,7 +51,7 @@ def calibrated(
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=WEIGHTS[job.bits],
-                reduce_range=reduced and job.bits == 8,
+                reduce_range=reduced and job.bits == 8 and saturates(),
                 calibrate_method=calibrator,
             )
         return [onnx_outcome(job, small)]

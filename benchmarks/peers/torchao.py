@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torchao
-from peer import Job, Outcome, in_torch, run
+from peer import Job, Outcome, in_torch, run, saturates
 from torch._inductor import config as inductor
 from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -29,7 +29,7 @@ def static(job: Job) -> list[Outcome]:
         raise ValueError(f"X86InductorQuantizer has no weights of {job.bits} bits for convs")
     float_program = exported(job.network(), job).module()
     quantiser = x86.X86InductorQuantizer()
-    config = x86.get_default_x86_inductor_quantization_config(reduce_range=True)
+    config = x86.get_default_x86_inductor_quantization_config(reduce_range=saturates())
     prepared = prepare_pt2e(copy.deepcopy(float_program), quantiser.set_global(config))
     with torch.no_grad():
         for batch in job.tensors():

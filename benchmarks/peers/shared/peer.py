@@ -157,6 +157,12 @@ def onnx_outcome(job: Job, path: Path, **more: Any) -> Outcome:
     return Outcome("ONNX, onnxruntime", run, size(path), pair=pair, **more)
 
 
+def saturates() -> bool:
+    """Whether sums of two products of 8 bits overflow 16 here, as on x86 without VNNI."""
+    told = Path("/proc/cpuinfo").read_text()
+    return "avx2" in told and not any(s in told for s in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
 def size(path: Path) -> int:
     """Bytes of a file, with the file of data beside it if it has one."""
     return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
