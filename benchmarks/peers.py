@@ -192,7 +192,7 @@ def short(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [x for x in lines if re.match(r"[\w.]*(Error|Exception|ERROR)\b.*:", x)] or lines
     text = re.sub(r"(?<![\w.])/[\w./+-]+/", "", said[-1] if said else "no message")
-    text = text.replace("|", "/")  # which would end the cell of a table
+    text = " ".join(text.replace("|", "/").split())  # a bar would end the cell of a table
     return text if len(text) <= 240 else f"{text[:237]}..."
 
 

@@ -46,7 +46,8 @@ def quantised(recipe_of: Callable[[], Any]) -> Callable[[Job], list[Outcome]]:
         tool = quantizer.Quantizer(str(whole), recipe_of())
         ranges = None
         if tool.need_calibration:
-            ranges = tool.calibrate({name: ({taken: x[None]} for x in job.calibrate)})
+            feeds = [{taken: x[None]} for x in job.calibrate]  # it walks over them more than once
+            ranges = tool.calibrate({name: feeds}, num_threads=1)
         small.write_bytes(tool.quantize(ranges).quantized_model)
         run, before, image = predicted(small), predicted(whole), job.one()
         pair = (lambda: before(image), lambda: run(image))

@@ -16,7 +16,7 @@ from brevitas.export import export_onnx_qcdq
 from brevitas.graph.quantize import preprocess_for_quantize
 from brevitas_examples.imagenet_classification.ptq import ptq_common as ptq
 from brevitas_examples.imagenet_classification.ptq.learned_round_utils import apply_learned_round
-from peer import Job, Outcome, in_onnxruntime, in_torch, onnx_outcome, packed, run
+from peer import Job, Outcome, ends, in_onnxruntime, in_torch, onnx_outcome, packed, run
 
 STEPS = 300
 
@@ -48,14 +48,19 @@ def quantised(job: Job, backend: str) -> Any:
 
 
 def outcomes(job: Job, model: Any, first: bool) -> list[Outcome]:
-    """The network with its biases corrected; exported as ONNX where its exporter can do that."""
+    """The network with its biases corrected; timed as ONNX where its exporter can do that.
+
+    first: whether the first and the last layer have 8 bits.
+    """
     ptq.apply_bias_correction(loader(job), model)
     model.eval()
-    ends = {"conv1", "linear", "0.0", "21"} if first else set()
-    counted = packed(job.network(), lambda name: 8 if name in ends else job.bits)
+    wide = ends(job.network()) if first else set()
+    counted = packed(job.network(), lambda name: 8 if name in wide else job.bits)
     path = job.out / "small.onnx"
     try:
-        export_onnx_qcdq(model, torch.from_numpy(job.one()), str(path), opset_version=17)
+        export_onnx_qcdq(
+            model, torch.from_numpy(job.one()), str(path), opset_version=17, dynamo=False
+        )
         in_onnxruntime(path)(job.one())
     except Exception as e:  # it has no error class of its own
         why = (

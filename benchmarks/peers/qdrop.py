@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peer import Job, Outcome, in_torch, packed, run
+from peer import Job, Outcome, ends, in_torch, packed, run
 from torch import Tensor, nn
 
 STEPS, BATCH, RATE, STEP_RATE, WEIGHT = 400, 32, 1e-2, 4e-5, 0.01
@@ -176,9 +176,9 @@ def method(dropping: float) -> Callable[[Job], list[Outcome]]:
             folded(each, batches[0][:1])
             each.requires_grad_(False)
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        ends = {names[0], names[-1]}
+        wide = ends(model)
         for name in names:
-            bits = 8 if name in ends else job.bits
+            bits = 8 if name in wide else job.bits
             model.set_submodule(name, Rounded(model.get_submodule(name), bits))
         with torch.no_grad():
             for batch in batches[:1]:
@@ -187,7 +187,7 @@ def method(dropping: float) -> Callable[[Job], list[Outcome]]:
         for block in blocks(model):
             wanted = seen(whole, whole.get_submodule(paths[id(block)]), batches)[1]
             rebuilt(block, seen(model, block, batches)[0], wanted, dropping)
-        counted = packed(job.network(), lambda name: 8 if name in ends else job.bits)
+        counted = packed(job.network(), lambda name: 8 if name in wide else job.bits)
         note = f"{STEPS} steps a block"
         return [Outcome("simulation", in_torch(model), packed=counted, notes=note)]
 

@@ -180,6 +180,14 @@ def packed(model: Any, bits: Callable[[str], float]) -> int:
     return round(codes / 8) + sum(6 * m.weight.shape[0] for m in layers.values())
 
 
+def ends(model: Any) -> set[str]:
+    """The names of the first and of the last layer of a float network."""
+    from torch import nn
+
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return {names[0], names[-1]}
+
+
 def peak() -> float:
     """The most memory that this process has held, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
