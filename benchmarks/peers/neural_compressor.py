@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import INT8StaticQuantConfig, convert, prepare
-from peer import Job, Outcome, in_torch, run
+from peer import Job, Outcome, in_torch, packed, run
 from torch._inductor import config as inductor
 from torch.export import Dim
 
@@ -17,7 +17,7 @@ def static(job: Job) -> list[Outcome]:
     """Its static quantisation; "minmax" and "kl" are the ways to choose ranges."""
     if job.bits != 8:
         raise ValueError(f"INT8StaticQuantConfig has no weights of {job.bits} bits")
-    example, shapes = (torch.from_numpy(job.calibrate[: job.size]),), ({0: Dim("batch")},)
+    example, shapes = (torch.from_numpy(job.calibrate[:2]),), ({0: Dim("batch")},)
     whole = export(job.network(), example, shapes)
     model = export(job.network(), example, shapes)
     prepared = prepare(model, INT8StaticQuantConfig(act_algo=job.method))

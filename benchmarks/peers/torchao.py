@@ -1,6 +1,7 @@
 """torchao's PT2E flow with its quantiser for Inductor on x86, in a program that Inductor compiles.
 
 Without VNNI its weights have the reduced range that it advises; it has no 4 bits for convs.
+The file that it saves is a program with all that torch knows of its nodes, beside the weights.
 """
 
 import copy
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 import torchao
-from peer import Job, Outcome, in_torch, run, saturates
+from peer import Job, Outcome, in_torch, packed, run, saturates
 from torch._inductor import config as inductor
 from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -19,7 +20,7 @@ assert torchao
 
 def exported(model: Any, job: Job) -> Any:
     """A program that takes any number of images."""
-    example = (torch.from_numpy(job.calibrate[: job.size]),)
+    example = (torch.from_numpy(job.calibrate[:2]),)  # which the file keeps
     return torch.export.export(model, example, dynamic_shapes=({0: Dim("batch")},))
 
 
@@ -49,7 +50,8 @@ def static(job: Job) -> list[Outcome]:
             return program(image)
 
     pair = (lambda: timed(whole), lambda: timed(fast))
-    return [Outcome("pt2, Inductor", in_torch(small), path.stat().st_size, pair=pair)]
+    counted = packed(job.network(), lambda _: job.bits)
+    return [Outcome("pt2, Inductor", in_torch(small), path.stat().st_size, counted, pair)]
 
 
 if __name__ == "__main__":
