@@ -25,12 +25,23 @@ def opened(path: Path) -> tuple[Any, str, str, str]:
     return interpreter.get_signature_runner(name), given["inputs"][0], given["outputs"][0], name
 
 
+def taken_as(runner: Any, name: str, image: Array) -> Array:
+    """An image in the type of the input: a static file takes codes, with a scale and a zero point."""
+    details = runner.get_input_details()[name]
+    if details["dtype"] == np.float32:
+        return image
+    scale, zero = details["quantization"]
+    ends = np.iinfo(details["dtype"])
+    return np.clip(np.rint(image / scale) + zero, ends.min, ends.max).astype(details["dtype"])
+
+
 def predicted(path: Path) -> Callable[[Array], Array]:
     """A file as a function of arrays, image by image."""
     runner, taken, given, _ = opened(path)
 
     def predict(images: Array) -> Array:
-        each = [runner(**{taken: np.array(images[k : k + 1])}) for k in range(len(images))]
+        singles = (np.array(images[k : k + 1]) for k in range(len(images)))
+        each = [runner(**{taken: taken_as(runner, taken, image)}) for image in singles]
         return np.concatenate([found[given] for found in each])
 
     return predict

@@ -38,6 +38,7 @@ def static(job: Job) -> list[Outcome]:
     return [
         Outcome(
             "pt2, Inductor", in_torch(small), path.stat().st_size,
+            packed(job.network(), lambda _: job.bits),
             pair=(lambda: timed(pair[0]), lambda: timed(pair[1])),
         )
     ]  # fmt: skip
