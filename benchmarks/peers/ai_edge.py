@@ -26,7 +26,7 @@ def opened(path: Path) -> tuple[Any, str, str, str]:
 
 
 def taken_as(runner: Any, name: str, image: Array) -> Array:
-    """An image in the type of the input: a static file takes codes, with a scale and a zero point."""
+    """An image in the input's type: a static file takes codes, by a scale and a zero point."""
     details = runner.get_input_details()[name]
     if details["dtype"] == np.float32:
         return image
