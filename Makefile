@@ -23,7 +23,7 @@ lint: .venv/stamp ## ruff (rules and format), mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-figures: .venv/stamp ## make docs/figures.md and its picture of the stored rows of the benchmarks
+figures: .venv/stamp ## make docs/figures.md and its pictures of the stored rows of the benchmarks
 	$(BIN)/python benchmarks/figures.py
 
 pictures: .venv/stamp ## take the pictures of reports in docs/pictures anew; needs Chromium

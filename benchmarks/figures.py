@@ -1,4 +1,4 @@
-"""docs/figures.md and docs/pictures/frontier.svg, made of the stored rows of all benchmarks.
+"""docs/figures.md and its pictures, made of the stored rows of all benchmarks.
 
     python benchmarks/figures.py        # or: make figures
 
@@ -25,6 +25,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peerpicture import TOOLS
+from peerpicture import drawn as peers
 from picture import frontier
 from records import RESULTS, ROOT, shown
 
@@ -32,6 +34,7 @@ from rabbet.files import write_whole
 
 PAGE = ROOT / "docs" / "figures.md"
 PICTURE = ROOT / "docs" / "pictures" / "frontier.svg"
+PEERS = ROOT / "docs" / "pictures" / "peers.svg"
 TEMPLATE = ROOT / "benchmarks" / "figures.md.in"
 NAMES = {
     "resnet20": "ResNet-20",
@@ -52,6 +55,7 @@ NAMES = {
     "Joint": "`Joint`",
     "Joint, same bytes": "`Joint`, same bytes",
     "ttqat": "`TTQAT`",
+    **TOOLS,
 }
 UNKNOWN = "not recorded"
 Row = dict[str, Any]
@@ -191,6 +195,7 @@ def made() -> Iterable[tuple[Path, str]]:
     """The files that this script writes, with their text."""
     yield PAGE, page(TEMPLATE.read_text())
     yield PICTURE, frontier(read)
+    yield PEERS, peers(read)
 
 
 def main() -> None:

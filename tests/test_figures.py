@@ -5,6 +5,7 @@ import re
 from xml.etree import ElementTree as ET
 
 import figures
+import peerpicture
 import pytest
 from picture import DROPS, series
 
@@ -16,7 +17,10 @@ def _tables():
     return re.split(r"\n\n", figures.PAGE.read_text())
 
 
-@pytest.mark.parametrize("path", [figures.PAGE, figures.PICTURE], ids=lambda path: path.name)
+MADE = [figures.PAGE, figures.PICTURE, figures.PEERS]
+
+
+@pytest.mark.parametrize("path", MADE, ids=lambda path: path.name)
 def test_what_make_figures_writes_is_what_lies_in_docs(path):
     assert dict(figures.made())[path] == path.read_text(), "run make figures"
 
@@ -64,6 +68,13 @@ def test_the_picture_has_a_mark_for_each_of_its_points():
     assert drawn == wanted
     assert len(figures.PICTURE.read_bytes()) < 10_000
     assert all(drop < DROPS[1] for each in series(figures.read) for _, drop in each.points)
+
+
+def test_the_picture_of_tools_has_a_mark_for_each_of_its_points():
+    root = ET.fromstring(figures.PEERS.read_text())
+    drawn = [mark.text for mark in root.iter("{http://www.w3.org/2000/svg}title")][1:]
+    assert sorted(drawn) == sorted(title for _, title, *_ in peerpicture.points(figures.read))
+    assert len(figures.PEERS.read_bytes()) < 20_000
 
 
 def test_text_in_brackets_goes_with_its_values_and_other_text_stays():
