@@ -27,11 +27,18 @@ EXPORTS: dict[str, Export] = {
     "openvino": write_openvino,
     "torch": write_torch,
 } | {name: _of_decoder(write) for name, write in DECODERS.items()}
+
+
+def _decoder(model: nn.Module, _: Task) -> None:
+    require_decoder(model)
+
+
 TRIALS: dict[str, Callable[[nn.Module, Task], object]] = {
     "onnx": float_content,
     "openvino": float_content,
     "torch": program,
-} | dict.fromkeys(DECODERS, lambda model, _: require_decoder(model))
+    **dict.fromkeys(DECODERS, _decoder),
+}
 """What shows on a float network, before any work, whether torch can export it for a target."""
 ENDINGS = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch"}
 """The target that a path asks for by its ending."""

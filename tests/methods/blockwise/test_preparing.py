@@ -19,6 +19,8 @@ transformers = pytest.importorskip("transformers")
 WORDS = 50
 GRIDS = ("3g32",)
 
+READERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+
 
 def network(kind):
     """A small decoder of transformers, larger weights than it is born with."""
@@ -56,9 +58,7 @@ def with_outliers(model):
         for name, p in model.named_parameters():
             if p.ndim == 1 and name.endswith("layernorm.weight"):
                 p[::16] *= 30
-            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) or (
-                name.endswith(("gate_proj.weight", "up_proj.weight"))
-            ):
+            elif name.endswith(READERS):
                 p[:, ::16] /= 30
     return model
 

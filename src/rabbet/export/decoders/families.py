@@ -49,7 +49,8 @@ class Decoder:
     """A decoder while it is written: its inputs, its mask, and attention with a cache."""
 
     def __init__(self, model: nn.Module, exact: bool) -> None:
-        self.model, self.config = model, getattr(model, "config", None)
+        self.model = model
+        self.config: Any = getattr(model, "config", None)
         self.sizes = s = sizes_of(self.config)
         past = ("FLOAT", ("batch", s.pairs, "past", s.size))
         self.graph = Graph.new(
@@ -118,6 +119,10 @@ class Decoder:
             self.graph.output(value, ("batch", s.pairs, "total", s.size))
         return self.graph
 
+    def add(self, a: "ir.Value", b: "ir.Value") -> "ir.Value":
+        """A sum."""
+        return self.w.call("Add", a, b)
+
     def activation(self, name: str, x: "ir.Value") -> "ir.Value":
         """A non-linearity by the name that transformers has for it."""
         call = self.w.call
@@ -136,7 +141,7 @@ GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_
 
 def llama(d: Decoder) -> "ir.Value":
     """Llama, SmolLM: RMSNorm, rotated keys and queries, a gated MLP."""
-    w, c, add = d.w, d.config, lambda a, b: d.w.call("Add", a, b)
+    w, c, add = d.w, d.config, d.add
     x = w.table("model.embed_tokens", d.given["input_ids"])
     rotation: Any = d.model.get_submodule("model.rotary_emb")
     angles = w.call(
@@ -163,22 +168,22 @@ def llama(d: Decoder) -> "ir.Value":
 
 def gpt2(d: Decoder) -> "ir.Value":
     """GPT-2: learned positions, one linear for queries, keys and values."""
-    w, c, add = d.w, d.config, lambda a, b: d.w.call("Add", a, b)
+    w, c, add = d.w, d.config, d.add
     words = w.table("transformer.wte", d.given["input_ids"])
     x = add(words, w.table("transformer.wpe", d.given["position_ids"]))
     width = c.hidden_size
     for n in range(d.sizes.layers):
         name = f"transformer.h.{n}"
         whole = w.linear(f"{name}.attn.c_attn", w.norm(f"{name}.ln_1", x))
-        parts = [
+        q, k, v = (
             w.call(
-                "Slice", whole, w.integers(k * width), w.integers((k + 1) * width), w.integers(2)
+                "Slice", whole, w.integers(p * width), w.integers((p + 1) * width), w.integers(2)
             )
-            for k in range(3)
-        ]
+            for p in range(3)
+        )
         scale = d.sizes.size**-0.5 if c.scale_attn_weights else 1.0
         scale /= n + 1 if c.scale_attn_by_inverse_layer_idx else 1
-        x = add(x, w.linear(f"{name}.attn.c_proj", d.attention(*parts, scale)))
+        x = add(x, w.linear(f"{name}.attn.c_proj", d.attention(q, k, v, scale)))
         y = w.linear(f"{name}.mlp.c_fc", w.norm(f"{name}.ln_2", x))
         x = add(x, w.linear(f"{name}.mlp.c_proj", d.activation(c.activation_function, y)))
     return w.linear("lm_head", w.norm("transformer.ln_f", x))
@@ -186,7 +191,7 @@ def gpt2(d: Decoder) -> "ir.Value":
 
 def opt(d: Decoder) -> "ir.Value":
     """OPT: learned positions from 2 on, norms before or behind their parts."""
-    w, c, add = d.w, d.config, lambda a, b: d.w.call("Add", a, b)
+    w, c, add = d.w, d.config, d.add
     base: Any = d.model.get_submodule("model.decoder")
     x = w.table("model.decoder.embed_tokens", d.given["input_ids"])
     if base.project_in is not None:

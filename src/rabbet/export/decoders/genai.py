@@ -59,7 +59,8 @@ def write_genai(model: nn.Module, folder: Path, tokenizer: Any, exact: bool) -> 
 def genai_content(model: nn.Module, exact: bool) -> tuple[bytes, tuple[str, ...]]:
     """The ONNX file, and what to know of it; ModelError if it is too long for one."""
     graph, notes = written(model, exact)
-    count = sum(v.const_value.nbytes for v in graph.model.graph.initializers.values())  # type: ignore[union-attr]
+    held = (v.const_value for v in graph.model.graph.initializers.values())
+    count = sum(int(tensor.nbytes) for tensor in held if tensor is not None)
     if count > LARGEST:
         raise ModelError(
             f"the file would take {count:,} bytes, and an ONNX file holds at most 2 GiB: give the "

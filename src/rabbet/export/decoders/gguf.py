@@ -147,7 +147,7 @@ def gguf_content(model: nn.Module, half: bool) -> Content:
     """The tensors of a network by the names of GGUF, and what no type holds."""
     names, content = NAMES[type(model).__name__], Content(half)
     held = stored_weights(model)
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight  # type: ignore[operator, union-attr]
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight  # type: ignore[operator]
     for ours, theirs in names.all(sizes_of(model.config).layers).items():
         module: Any = model.get_submodule(ours)
         shared = isinstance(getattr(module, "table", None), nn.Module) or tied

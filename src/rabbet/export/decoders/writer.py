@@ -81,8 +81,7 @@ class Writer:
 
     def table(self, name: str, ids: "ir.Value") -> "ir.Value":
         """The rows of an embedding, [...] -> [..., columns]."""
-        module = self.model.get_submodule(name)
-        held = self.stored.get(f"{name}.weight", module)
+        held: Any = self.stored.get(f"{name}.weight", self.model.get_submodule(name))
         if not isinstance(held, Compressed):
             weight = self.tensor(f"{name}.weight", held.weight)
             return self.call("Gather", weight, ids, axis=0)
@@ -114,15 +113,13 @@ class Writer:
         """A LayerNorm, or an RMSNorm, over the last axis."""
         module: Any = self.model.get_submodule(name)
         if not isinstance(module, nn.LayerNorm):
-            weight = self.tensor(f"{name}.weight", module.weight)
-            return self.call(
-                "RMSNormalization", x, weight, axis=-1, epsilon=module.variance_epsilon
-            )
+            gain = self.tensor(f"{name}.weight", module.weight)
+            return self.call("RMSNormalization", x, gain, axis=-1, epsilon=module.variance_epsilon)
         size = module.normalized_shape[0]
         weight = torch.ones(size) if module.weight is None else module.weight
         bias = torch.zeros(size) if module.bias is None else module.bias
-        parts = self.tensor(f"{name}.weight", weight), self.tensor(f"{name}.bias", bias)
-        return self.call("LayerNormalization", x, *parts, axis=-1, epsilon=module.eps)
+        gain, shift = self.tensor(f"{name}.weight", weight), self.tensor(f"{name}.bias", bias)
+        return self.call("LayerNormalization", x, gain, shift, axis=-1, epsilon=module.eps)
 
     def tensor(self, name: str, value: Tensor) -> "ir.Value":
         """A constant of floats."""
