@@ -57,9 +57,7 @@ def with_outliers(model):
         for name, p in model.named_parameters():
             if p.ndim == 1 and name.endswith("layernorm.weight"):
                 p[::16] *= 30
-            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) or (
-                name.endswith(("gate_proj.weight", "up_proj.weight"))
-            ):
+            elif name.endswith(tuple(f"{n}_proj.weight" for n in ("q", "k", "v", "gate", "up"))):
                 p[:, ::16] /= 30
     return model
 

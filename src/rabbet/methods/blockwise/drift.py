@@ -30,8 +30,8 @@ def solve_drifted(
 ) -> Tensors:
     """See `solve_site`, for inputs x' in place of x: the target does with x' what W does with x.
 
-    second: the mean of x' x'^T, cross: of x x'^T, [groups, n, n]; ridge: what is added to the first's
-    diagonal, [groups, n], to hold the target to the weight; None: nothing is known of them.
+    second: the mean of x' x'^T, cross: of x x'^T, [groups, n, n]; ridge: what is added to the
+    diagonal of the first, [groups, n], to hold the target to the weight; None: nothing is known.
     """
     if second is None or cross is None or ridge is None:
         return solve_site(weight, None, site=site, menu=menu)
