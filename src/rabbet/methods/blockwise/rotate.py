@@ -73,7 +73,8 @@ class Rotation:
         held.weight = stack.read(name)
         about = self.turn.to(held.weight.device)
         if name.endswith(".bias"):
-            return (held.weight.double() @ about.double()).float()
+            bias: Tensor = held.weight.double() @ about.double()
+            return bias.float()
         weight = site.kind.weight(held).double()
         if site.name in self.readers:
             norm = self.readers[site.name]
