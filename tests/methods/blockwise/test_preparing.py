@@ -6,6 +6,7 @@ from torch import nn
 
 import rabbet
 from rabbet import Task
+from rabbet.core.plan import Plan
 from rabbet.hf import compress_pretrained, from_pretrained
 from rabbet.jobs import Jobs
 from rabbet.methods.blockwise.draft import REST, Draft
@@ -196,10 +197,13 @@ def prepared_parts(model, **settings):
 
 def test_scales_are_moved_where_outliers_share_them_with_others():
     model = with_outliers(network("llama"))
+    sites = _bench(Workpiece.of(model, task(), Jobs()), False).survey
+    lines = [f"{s.name} dense@{'8c' if s.looks_up else '3g32'}" for s in sites]
+    plan = Plan.parse("\n".join(lines))
     off = {}
     for scale in (False, True):
         method = Blockwise(grids=GRIDS, rank=False, epochs=0, scale=scale, permute=False)
-        result = rabbet.compress(model, "bpw <= 6", task(), method)
+        result = rabbet.fit(model, plan, task(), method)
         off[scale] = divergence(model, result.model)
         changed = any(
             not torch.equal(p, model.get_parameter(n))

@@ -39,7 +39,7 @@ class Draft:
     """The tensors of a block, by names within it; every change gives a new one.
 
     weights: of the sites, canonical. biases: of those that have one. rest: changed parameters of
-    norms. moments: the `second` and `cross` moments of the inputs of sites, see `Drift.of`. moved:
+    norms. moments: of the inputs of sites, see `Drift.of`. moved:
     sites whose bias is not that of the network.
     """
 
@@ -67,7 +67,10 @@ class Draft:
     def read_scaled(self, name: str, scale: Tensor) -> "Draft":
         """A site whose inputs were divided by scales, [columns]."""
         over = scale[:, None] * scale
-        moments = {k: t / over for k, t in self.moments.get(name, {}).items()}
+        moments = {
+            k: t / (over if t.ndim == 3 else scale.square())  # a ridge is a diagonal
+            for k, t in self.moments.get(name, {}).items()
+        }
         return replace(
             self,
             weights={**self.weights, name: self.weights[name] * scale},
@@ -80,7 +83,10 @@ class Draft:
 
     def read_ordered(self, name: str, order: Tensor) -> "Draft":
         """A site that is given its inputs in another order: the first is what was `order[0]`."""
-        moments = {k: t[:, order][:, :, order] for k, t in self.moments.get(name, {}).items()}
+        moments = {
+            k: t[:, order][:, :, order] if t.ndim == 3 else t[:, order]
+            for k, t in self.moments.get(name, {}).items()
+        }
         return replace(
             self,
             weights={**self.weights, name: self.weights[name][:, order]},

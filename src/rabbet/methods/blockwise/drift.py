@@ -25,19 +25,19 @@ def solve_drifted(
     weight: Tensor,
     second: Tensor | None = None,
     cross: Tensor | None = None,
+    ridge: Tensor | None = None,
     *,
     site: Site,
     menu: Sequence[Terms],
 ) -> Tensors:
     """See `solve_site`, for inputs x' in place of x: the target does with x' what W does with x.
 
-    second: the mean of x' x'^T, cross: of x x'^T, [groups, n, n]; None: nothing is known of them.
+    second: the mean of x' x'^T, cross: of x x'^T, [groups, n, n]; ridge: what is added to the
+    diagonal of the first, [groups, n], to hold the target to the weight; None: nothing is known.
     """
-    if second is None or cross is None:
+    if second is None or cross is None or ridge is None:
         return solve_site(weight, None, site=site, menu=menu)
-    mean = second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(TINY)
-    eye = torch.eye(second.shape[1]).to(second)
-    damped = (second + RIDGE * mean[:, None, None] * eye).double()
+    damped = (second + torch.diag_embed(ridge)).double()
     rows = site.matrix(weight).double()
     moved = torch.linalg.solve(damped, (rows @ (cross - second).double()).mT).mT
     target = (rows + moved).float().reshape(weight.shape)
@@ -99,7 +99,7 @@ class Drift:
         self.same |= other.same
 
     def of(self, name: str) -> Tensors:
-        """The means of x' x'^T and of x x'^T of a site, as `solve_drifted` takes them.
+        """The means of x' x'^T and of x x'^T of a site, and a ridge, as `solve_drifted` takes them.
 
         Nothing for a site that never ran, such as an expert that no word was sent to.
         """
@@ -107,7 +107,9 @@ class Drift:
         if name not in self.sums:
             return {}
         second, cross = self.sums[name]
+        mean = (second / self.rows[name]).diagonal(dim1=1, dim2=2).mean(1).clamp_min(TINY).float()
         return {
+            "ridge": RIDGE * mean[:, None].repeat(1, second.shape[1]),
             "second": (second / self.rows[name]).float(),
             "cross": (cross / self.rows[name]).float(),
         }

@@ -39,7 +39,7 @@ def turn(width: int, seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     small, _ = torch.linalg.qr(torch.randn(width // power, width // power, generator=g).double())
     signs = torch.randint(0, 2, (width,), generator=g).double() * 2 - 1
-    return (signs[:, None] * torch.kron(hadamard / power**0.5, small)).float()
+    return (signs[:, None] * torch.kron(hadamard / power**0.5, small.contiguous())).float()
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Rotation:
         held.weight = stack.read(name)
         about = self.turn.to(held.weight.device)
         if name.endswith(".bias"):
-            moved: Tensor = (held.weight.double() @ about.double()).float()
-            return moved
+            bias: Tensor = held.weight.double() @ about.double()
+            return bias.float()
         weight = site.kind.weight(held).double()
         if site.name in self.readers:
             norm = self.readers[site.name]
