@@ -335,7 +335,8 @@ def _result(fitted: Fitted, piece: Workpiece, budget: Budget | None) -> Result:
     dead = piece.dead
     if dead:
         notes = (f"inputs that are zero in all batches: those of {_few(dead)}", *notes)
-    said, errors = (*piece.survey.notes, *notes), layer_errors(model, piece)
+    said = (*piece.survey.notes, *notes)
+    errors = layer_errors(model, piece) if fitted.errors is None else dict(fitted.errors)
     costs, histories = (cost, piece.float_cost), tuple(piece.histories)
     piece.histories.clear()  # of this result alone, if more is made of the piece
     return Result(

@@ -116,10 +116,6 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
     if output.resolve().is_relative_to(folder.resolve()):
         raise FileError(f"{output} lies in the network's own folder; name another for the output")
     limits = Budget.parse(budget)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise FileError(f"cannot write into {output}: {e}") from e
     stored = stream(
         folder,
         network,

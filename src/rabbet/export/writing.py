@@ -77,7 +77,17 @@ def write_layers(
             for line in plan:
                 yield from map(_raw, _content(name, layer(line.name)))
 
-    digits = checksum(parts()).encode()
+    size = 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size
+        for part in parts():
+            size += len(part)
+            yield part
+
+    digits, expected = checksum(counted()).encode(), file_bytes(survey, plan, rest)
+    if size != expected:
+        raise FileError(f"the layers take {size:,} bytes and their plan {expected:,}")
 
     def with_digits() -> Iterator[bytes]:
         stream = parts()

@@ -220,7 +220,8 @@ def test_a_target_for_drifted_inputs_makes_up_for_the_drift():
         found = canonical(site, menu[0], read_numbers(result, menu, 0))
         return float((moved @ found.mT - x @ weight.mT).square().sum())
 
-    drifted = error(solve_drifted(weight, second, cross, site=site, menu=menu))
+    ridge = 0.02 * second.diagonal(dim1=1, dim2=2)
+    drifted = error(solve_drifted(weight, second, cross, ridge, site=site, menu=menu))
     assert drifted < 0.5 * error(solve_site(weight, second, site=site, menu=menu))
 
 
@@ -344,3 +345,111 @@ def test_workers_give_the_bytes_of_one_thread(tmp_path):
             )
         written.append(stored.files[0].read_bytes())
     assert written[0] == written[1] == written[2]
+
+
+def test_a_cache_is_not_kept_from_call_to_call():
+    model = decoder("llama")
+    found = []
+    for cached in (False, True):
+        model.config.use_cache = cached
+        result = rabbet.compress(model, "bpw <= 4.6", sentences(), SHORT)
+        assert model.config.use_cache is cached
+        found.append(answers(result.model))
+    assert torch.equal(*found)
+
+
+class Remembering(Blocks):
+    """Every block is given a list that it writes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Counting() for _ in range(2))
+
+    def forward(self, x):
+        seen, y = [], self.table(x)
+        for block in self.blocks:
+            y = block(y, seen)
+        return self.head(y)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+
+    def forward(self, hidden, seen):
+        seen.append(hidden.mean())
+        return hidden + self.body(hidden) * sum(seen)
+
+
+def test_a_block_that_remembers_is_refused():
+    with pytest.raises(ModelError, match="when it is called again"):
+        rabbet.compress(Remembering().eval(), "bits <= 4", network("blocks").batches, SHORT)
+
+
+class Routed(nn.Module):
+    """Two experts; each word is sent to one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(16, 2)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, hidden):
+        chosen = self.router(hidden).argmax(-1)
+        out = hidden.clone()
+        for k, expert in enumerate(self.experts):
+            if (chosen == k).any():
+                out[chosen == k] = out[chosen == k] + expert(hidden[chosen == k])
+        return out
+
+
+class Experts(Blocks):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Routed() for _ in range(3))
+
+
+def test_experts_are_fitted_to_the_words_that_they_are_sent():
+    torch.manual_seed(0)
+    model = Experts().eval()
+    batches = network("blocks").batches
+    small = rabbet.compress(model, "bits <= 3", batches, SHORT)
+    large = rabbet.compress(model, "bits <= 7", batches, SHORT)
+    with torch.no_grad():
+        errors = [
+            sum(float((r.model(b) - model(b)).square().mean()) for b in batches)
+            for r in (small, large)
+        ]
+    assert errors[1] < errors[0]
+    assert {line.name for line in small.plan} >= {"blocks.1.experts.0", "blocks.1.experts.1"}
+
+
+def test_a_network_in_half_precision_is_what_its_file_is(tmp_path):
+    model = decoder("llama").bfloat16()
+    result = rabbet.compress(model, "bpw <= 4.6", task(), SHORT)
+    result.save(tmp_path / "small.safetensors")
+    again = rabbet.load(tmp_path / "small.safetensors", model)
+    assert torch.equal(answers(again), answers(result.model))
+
+
+def test_files_of_an_earlier_run_are_taken_away(tmp_path):
+    for size, name in (("20KB", "many"), ("1GB", "one")):
+        decoder("untied").save_pretrained(tmp_path / name, max_shard_size=size)
+    for name in ("many", "one", "many"):
+        stored = hf.compress_pretrained(
+            tmp_path / name, "bpw <= 4.6", task(), tmp_path / "out", method=SHORT
+        )
+        there = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+        assert there == {path.name for path in stored.files}
+        hf.from_pretrained(tmp_path / "out")
+
+
+def test_weights_that_are_quantised_already_are_refused(tmp_path):
+    decoder("llama").save_pretrained(tmp_path / "in")
+    config = tmp_path / "in" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(FileError, match="quantised already"):
+        hf.compress_pretrained(tmp_path / "in", "bpw <= 4", task(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -253,6 +253,7 @@ def _write_model(path: Path, model: nn.Module, content: Content, words: Vocabula
 
     config: Any = model.config
     sizes, names = sizes_of(config), NAMES[type(model).__name__]
+    _require_usual(config, names.arch)
     writer = gguf.GGUFWriter(path, names.arch)
     writer.add_name(str(getattr(config, "_name_or_path", "") or type(model).__name__))
     writer.add_context_length(config.max_position_embeddings)
@@ -273,9 +274,34 @@ def _write_model(path: Path, model: nn.Module, content: Content, words: Vocabula
     _finish(writer, content.tensors)
 
 
+def _require_usual(config: Any, arch: str) -> None:
+    """Refuse what llama.cpp would compute otherwise; ModelError names it."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    usual: dict[str, tuple[Any, Any]] = {
+        "head_dim": (getattr(config, "head_dim", None) or width // heads, width // heads),
+    }
+    if arch == "llama":
+        usual["hidden_act"] = config.hidden_act, "silu"
+        usual["attention_bias"] = bool(getattr(config, "attention_bias", False)), False
+    else:
+        usual["activation_function"] = config.activation_function, "gelu_new"
+        usual["scale_attn_weights"] = config.scale_attn_weights, True
+        usual["scale_attn_by_inverse_layer_idx"] = config.scale_attn_by_inverse_layer_idx, False
+    strange = next((name for name, (is_, want) in usual.items() if is_ != want), None)
+    if strange is not None:
+        found, wanted = usual[strange]
+        raise ModelError(
+            f"the network's {strange} is {found!r}; a GGUF file of its kind stands for {wanted!r}"
+        )
+
+
 def _base(config: Any) -> float:
     """The base of the rotation; ModelError for one that a file would have to say more of."""
-    rotation: Any = getattr(config, "rope_parameters", None) or {}
+    rotation: Any = getattr(config, "rope_parameters", None)
+    if rotation is None:  # transformers before 5
+        rotation = dict(getattr(config, "rope_scaling", None) or {})
+        rotation.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
+        rotation.setdefault("rope_type", rotation.get("type", "default"))
     kind = rotation.get("rope_type", "default")
     if kind != "default":
         raise ModelError(f"the rotation {kind!r} is not written to GGUF here, only 'default' is")

@@ -1,5 +1,6 @@
 """What the method works on: a stack with its survey, the user's batches, the jobs, the seed."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from rabbet.methods.blockwise.stack import Call, Stack
 from rabbet.reconstruct.candidates import Terms
 from rabbet.reconstruct.network import FORETOLD, expected_seconds
 from rabbet.reconstruct.prediction import predict_errors
+from rabbet.spread import PARTS
 
 Menus = Mapping[str, Sequence[Terms]]
 """What may become of each site."""
@@ -29,14 +31,14 @@ Menus = Mapping[str, Sequence[Terms]]
 class Known:
     """What choosing and fitting need of the float network.
 
-    harms: of each entry of each site's menu, in nats a word; ratios, channels: see `Seen`; ends:
-    second moments of the sites outside of the blocks.
+    harms: of each entry of each site's menu, in nats a word; ratios: see `Seen`; ends: second
+    moments of the sites outside of the blocks; key: of the work that found them.
     """
 
     harms: Mapping[str, list[float]]
     ratios: Mapping[str, float]
-    channels: Mapping[int, Tensor]
     ends: Mapping[str, Tensor]
+    key: str
 
 
 @dataclass
@@ -59,8 +61,12 @@ class Bench:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """All batches of the task."""
-        return self.task.read()
+        """All batches of the task; of few that are large, parts, so that one can be held back."""
+        batches, axes = self.task.read(), self.task.examples
+        count = sum(map(axes.count, batches))
+        if len(batches) >= PARTS or count < 2 or not axes.known:
+            return batches
+        return list(axes.portions(batches, max(1, count // (2 * PARTS))))
 
     @cached_property
     def begun(self) -> tuple[Shelf, list[list[Call]]]:
@@ -98,8 +104,8 @@ class Bench:
                     if n.startswith("harm/")
                 },
                 {n.partition("/")[2]: float(t) for n, t in found.items() if n.startswith("ratio/")},
-                {int(n.partition("/")[2]): t for n, t in found.items() if n.startswith("channel/")},
                 {n.partition("/")[2]: t for n, t in found.items() if n.startswith("end/")},
+                key,
             )
         return self._known[key]
 
@@ -117,8 +123,8 @@ class Bench:
         )
         seen = look(self.seed)
         outside, inside = by_block(self.stack, self.survey)
-        found: Tensors = {f"channel/{k}": t for k, t in seen.channels.items()}
-        found |= {f"ratio/{n}": torch.tensor(r).double() for n, r in seen.ratios.items()}
+        ratios = _filled(seen.ratios)
+        found: Tensors = {f"ratio/{n}": torch.tensor(r).double() for n, r in ratios.items()}
 
         def foretell(sites: Sequence[Site], weights: Mapping[str, Tensor], stage: str) -> None:
             jobs = []
@@ -131,7 +137,7 @@ class Bench:
                 )
             seconds = [FORETOLD * expected_seconds(s, len(menus[s.name])) for s in sites]
             for site, each in zip(sites, self.jobs.run(stage, jobs, seconds), strict=True):
-                found[f"harm/{site.name}"] = seen.ratios[site.name] * each["errors"]
+                found[f"harm/{site.name}"] = ratios[site.name] * each["errors"]
 
         with self.stack.ends() as model:
             foretell(
@@ -148,3 +154,13 @@ class Bench:
                 }
                 foretell(sites, weights, f"predicting block {k + 1} of {len(inside)}")
         return found
+
+
+def _filled(ratios: Mapping[str, float]) -> dict[str, float]:
+    """Ratios, with the median for sites that no gradient reached: not known is not harmless.
+
+    Such as an expert that no word of the scored examples was sent to.
+    """
+    known = [r for r in ratios.values() if r > 0]
+    usual = statistics.median(known) if known else 0.0
+    return {name: r if r > 0 else usual for name, r in ratios.items()}

@@ -45,11 +45,15 @@ def solve_drifted(
 
 
 class Drift:
-    """Sums x' x'^T and x x'^T over what the sites of a block are given in both networks."""
+    """Sums x' x'^T and x x'^T over what the sites of a block are given in both networks.
+
+    words: in the batch that runs; what is given to a site that meets only some is no pair.
+    """
 
     def __init__(self) -> None:
-        self.float: dict[str, Tensor] = {}
-        self._seen: list[tuple[Tensor, Tensor, str]] = []
+        self.float: dict[str, list[Tensor]] = {}
+        self._seen: list[tuple[Tensor, Tensor | None, str]] = []
+        self.words = 0
         self.same: dict[str, str] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.rows: dict[str, int] = {}
@@ -58,7 +62,7 @@ class Drift:
         """A hook that keeps what the float network's layer is given, until `forget`."""
 
         def seen(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
-            self.float[site.name] = args[0].detach()
+            self.float.setdefault(site.name, []).append(args[0].detach())
 
         return seen
 
@@ -66,21 +70,26 @@ class Drift:
         """A hook that adds what the layer is given behind compressed blocks."""
 
         def seen(_: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
-            ours, theirs = args[0], self.float[site.name]
+            calls = self.float.get(site.name, [])
+            ours, theirs = args[0], calls.pop(0) if calls else None
             for one, other, name in self._seen:
                 if one is ours and other is theirs:
                     self.same[site.name] = name
                     return
             self._seen.append((ours, theirs, site.name))
             none = torch.Generator()
-            x, y = (site.patches(t.detach().float(), None, none) for t in (ours, theirs))
-            second, cross = x.mT @ x, y.mT @ x
+            x = site.patches(ours.detach().float(), None, none)
+            second = cross = x.mT @ x
+            # an expert may be sent other words than in the float network: no drift is known
+            whole = x.shape[1] == self.words
+            if whole and theirs is not None and theirs.shape == ours.shape:
+                cross = site.patches(theirs.float(), None, none).mT @ x
             if site.name in self.sums:
                 held = self.sums[site.name]
                 held[0].add_(second)
                 held[1].add_(cross)
             else:
-                self.sums[site.name] = second.double(), cross.double()
+                self.sums[site.name] = second.double(), cross.double().clone()
             self.rows[site.name] = self.rows.get(site.name, 0) + x.shape[1]
 
         return seen
@@ -127,6 +136,7 @@ def drifted(
     block, sites = shared
     places, drift, outs = [(s, block.get_submodule(n)) for s, n in sites], Drift(), []
     for theirs, ours, call in part:
+        drift.words = theirs[..., 0].numel()
         with hooked(before=[(m, drift.watch(s)) for s, m in places]):
             outs.append(call(block, theirs))
         with hooked(before=[(m, drift.add(s)) for s, m in places]):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.core.plan import LayerPlan, Plan
-from rabbet.jobs import Job, Tensors
+from rabbet.jobs import Job, Jobs, Tensors
 from rabbet.layers import Site
 from rabbet.methods.blockwise.bench import Bench, Known
 from rabbet.methods.blockwise.draft import Draft, rest_among, wearing
@@ -49,7 +49,7 @@ def fit_blocks(
     What is finished is kept in the jobs. Sites without a line stay as they are.
     """
     outside, inside = by_block(bench.stack, bench.survey)
-    settings = {"pacing": pacing, "plan": str(plan), "ways": ways}
+    settings = {"pacing": pacing, "plan": str(plan), "ways": ways, "known": known.key}
     planned = [[s for s in sites if plan.get(s.name)] for sites in (outside, *inside)]
     ends = _solved_ends(bench, plan, planned[0], settings, known)
     yield ends
@@ -85,9 +85,35 @@ def numbers_of(found: Tensors, line: LayerPlan) -> Numbers:
     return read_numbers(own, [line.terms], 0)
 
 
-def _kept(name: str, result: Tensors) -> Tensors:
-    """The numbers of the only entry of a menu under the name of its site."""
-    return {f"{name}/{key.removeprefix('0.')}": t for key, t in result.items() if key != "0.error"}
+def _kept(site: Site, given: Mapping[str, Tensor], result: Tensors) -> Tensors:
+    """The numbers of the only entry of a menu under the name of its site; see `errors_of`.
+
+    given: what it was solved from.
+    """
+    found = {f"{site.name}/{key.removeprefix('0.')}": t for key, t in result.items()}
+    rows = site.matrix(given["weight"]).double()
+    second = given.get("second")
+    whole = ((rows if second is None else rows @ second.double()) * rows).sum()
+    error = result["0.error"].double() / whole.clamp_min(1e-30)
+    return found | {f"{site.name}/error": error.sqrt().float()}
+
+
+def _unkept(jobs: Jobs) -> Jobs:
+    """The same executor for work that is kept as part of a block, and not by itself."""
+    return Jobs(jobs.executor, None, jobs.progress)
+
+
+def errors_of(found: Tensors) -> dict[str, float]:
+    """The error of each layer's output when it was solved, relative to what was wanted of it.
+
+    Inputs are those that it meets behind compressed blocks; a layer that is written otherwise is
+    compared with what it is then.
+    """
+    return {
+        name.removesuffix("/error"): float(t)
+        for name, t in found.items()
+        if name.endswith("/error")
+    }
 
 
 def _of_layer(name: str, layer: Compressed) -> Tensors:
@@ -137,8 +163,9 @@ def _solved_ends(
                 given["second"] = known.ends[site.name].to(weight.device)
             jobs.append((solve_site, given, {"site": site, "menu": (plan[site.name].terms,)}))
         times = [expected_seconds(site, 1) for site in sites]
-        for site, result in zip(sites, bench.jobs.run("solving ends", jobs, times), strict=True):
-            found |= _kept(site.name, result)
+        results = _unkept(bench.jobs).run("solving ends", jobs, times)
+        for site, job, result in zip(sites, jobs, results, strict=True):
+            found |= _kept(site, job[1], result)
     bench.jobs.keep(key, found)
     return Finished(key, names, found)
 
@@ -253,8 +280,9 @@ class _Block:
         stage = f"fitting block {self.k + 1} of {len(self.bench.stack)}"
         seconds = [expected_seconds(site, 1) for site in self.sites]
         found: Tensors = {}
-        for site, result in zip(self.sites, self.bench.jobs.run(stage, jobs, seconds), strict=True):
-            found |= _kept(site.name, result)
+        results = _unkept(self.bench.jobs).run(stage, jobs, seconds)
+        for site, job, result in zip(self.sites, jobs, results, strict=True):
+            found |= _kept(site, job[1], result)
         return found
 
     def _tuned(

@@ -73,9 +73,9 @@ def _files(folder: Path) -> list[Path]:
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(places.values()))
-        except (OSError, ValueError, KeyError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise FileError(f"{index} cannot be read: {e}") from None
-        if any(Path(name).name != name for name in names):
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise FileError(f"{index} names files outside of its folder")
     else:
         names = [SINGLE]

@@ -26,7 +26,7 @@ from rabbet.errors import DataError, ModelError
 from rabbet.jobs import Jobs
 from rabbet.layers import Site
 from rabbet.methods.blockwise.gathering import Felt, Gathering, learning
-from rabbet.methods.blockwise.shelf import Shelf
+from rabbet.methods.blockwise.shelf import MEMORY, Shelf
 from rabbet.methods.blockwise.stack import Call, Stack
 from rabbet.model.hooks import hooked
 from rabbet.reconstruct.candidates import metric_of
@@ -50,7 +50,6 @@ class Seen:
     ratios: dict[str, float] = field(default_factory=dict)
     begun: Shelf = field(default_factory=Shelf)
     calls: list[list[Call]] = field(default_factory=list)
-    channels: dict[int, Tensor] = field(default_factory=dict)
 
 
 def by_block(stack: Stack, survey: Survey) -> tuple[list[Site], list[list[Site]]]:
@@ -87,7 +86,7 @@ class Look:
         self.jobs = jobs
         self.outside, self.inside = by_block(stack, survey)
         self.scored = min(scored, len(batches))
-        self.forth = [Shelf() for _ in range(len(stack) + 1)]
+        self.forth = [Shelf(MEMORY // (len(stack) + 1)) for _ in range(len(stack) + 1)]
         self.back = Shelf(half=False)
         self.seen, self.words = Seen(), 0
         self.now = self.seen.begun
@@ -192,7 +191,6 @@ class Look:
         return signs * self.answers.element_weights(0, output, count).sqrt()
 
     def _back(self, k: int) -> None:
-        weights: Tensor | None = None
         with self.stack.block(k) as block:
             felt = {s.name: self._felt(s, m) for s, m in placed(self.stack, block, self.inside[k])}
             shared = block, [(s, self.stack.within(s.name)) for s in self.inside[k]], felt
@@ -201,15 +199,13 @@ class Look:
             )
             done = 0
             parts = portions(given, self.scored)
-            for slopes, totals, part in spread(self.jobs, STAGE, _back, shared, parts):
+            for slopes, totals in spread(self.jobs, STAGE, _back, shared, parts):
                 for slope in slopes:
                     self.back.put(done, slope)
                     done += 1
                 for name, total in totals.items():
                     felt[name].total += total
-                weights = part if weights is None else weights + part
-        assert weights is not None
-        self.seen.channels[k] = weights / weights.mean().clamp_min(1e-30)
+        self.forth[k] = Shelf(0)  # of no more use
         self.seen.ratios |= {name: each.ratio(self.words) for name, each in felt.items()}
 
     def _return(self, model: nn.Module, felt: dict[str, Felt]) -> None:
@@ -250,13 +246,12 @@ def _forth(
 def _back(
     shared: tuple[nn.Module, Sites, dict[str, Felt]],
     part: Sequence[tuple[Tensor, Call, Tensor]],
-) -> tuple[list[Tensor], dict[str, float], Tensor]:
-    """Gradients by hidden states before a block; what errors of its sites, and behind it, cost."""
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Gradients by hidden states before a block; what errors of its sites cost."""
     block, sites, felt = shared
     before = {name: each.total for name, each in felt.items()}
     places = [(s, block.get_submodule(n)) for s, n in sites]
     slopes: list[Tensor] = []
-    weights: list[Tensor] = []
     for given, call, slope in part:
         with learning(places) as hand_on:
             hidden = given.requires_grad_()
@@ -264,12 +259,10 @@ def _back(
             (out * slope.to(out)).sum().backward()
             hand_on(felt)
             slopes.append(_grad(hidden))
-        size = out.detach().square().sum(-1, keepdim=True)
-        weights.append((slope.to(out).square() * size).flatten(0, -2).sum(0))
     totals = {name: each.total - before[name] for name, each in felt.items()}
     for name, each in felt.items():
         each.total = before[name]
-    return slopes, totals, torch.stack(weights).sum(0)
+    return slopes, totals
 
 
 def _grad(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from rabbet.choose.program import Allocator, Option, Priced
 from rabbet.choose.search import Chooser, Layer
 from rabbet.core.budget import Budget
 from rabbet.core.cost import layer_cost
-from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.core.layout import TYPES
+from rabbet.core.plan import LayerPlan, Plan, Term, quoted
 from rabbet.core.survey import Survey
 from rabbet.errors import PlanError, check_fields, check_least
 from rabbet.forms import Dense, LowRank
@@ -25,7 +26,7 @@ from rabbet.layers import Site
 from rabbet.methods.base import Fitted
 from rabbet.methods.blockwise.bench import Bench, Menus
 from rabbet.methods.blockwise.draft import rest_among
-from rabbet.methods.blockwise.fitting import Finished, fit_blocks, numbers_of
+from rabbet.methods.blockwise.fitting import Finished, errors_of, fit_blocks, numbers_of
 from rabbet.methods.blockwise.prepare import Ways
 from rabbet.methods.blockwise.rotate import turned
 from rabbet.methods.blockwise.stack import Stack
@@ -91,6 +92,10 @@ class Blockwise:
         bench = _bench(piece, self.rotate)
         return Measured(piece, Allocator(self._table(bench.survey), piece), bench, self)
 
+    def require_feasible(self, survey: Survey, priced: Priced, budget: Budget) -> None:
+        """Raise BudgetError if no choice keeps a budget."""
+        Allocator(self._table(survey), priced).require_feasible(budget)
+
     def chosen(self, bench: Bench, priced: Priced, budget: Budget) -> Plan:
         """The plan of least divergence under a budget, for a network that is read block by block.
 
@@ -104,15 +109,23 @@ class Blockwise:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Fit the blocks of a plan in order; see `Method.fit`."""
         validate(plan, piece.survey)
+        stored = next((x.name for x in plan if not piece.survey[x.name].runs), None)
+        if stored is not None:
+            raise PlanError(
+                f"{quoted(stored)} is a tensor that no layer holds, which Blockwise leaves in "
+                "float; remove its line"
+            )
         bench = _bench(piece, self.rotate)
         numbers: dict[str, Numbers] = {}
         biases: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
         for each in self.fitted(bench, plan):
             found = each.numbers
             numbers |= {name: numbers_of(found, plan[name]) for name in each.names}
             biases |= {n: found[f"{n}/bias"] for n in each.names if f"{n}/bias" in found}
             rest |= rest_among(found)
+            errors |= errors_of(found)
         student = build(bench.stack.model, plan, piece.survey, numbers)
         for name, value in rest.items():
             student.get_parameter(name).data.copy_(value)
@@ -121,7 +134,7 @@ class Blockwise:
             own.data.copy_(bias)
         if any(line.act is not None for line in plan):
             calibrate_ranges(student, piece.task, piece.seed, progress=piece.jobs.progress)
-        return Fitted(student, bench.notes)
+        return Fitted(student, bench.notes, errors=errors)
 
     def fitted(self, bench: Bench, plan: Plan) -> Iterator[Finished]:
         """The numbers of the ends, then of each block; see `fitting.fit_blocks`.
@@ -191,6 +204,7 @@ def _bench(piece: Workpiece, rotate: bool) -> Bench:
     sites = tuple(site for site in piece.survey if site.runs)
     survey = replace(piece.survey, sites=sites)
     answers = piece.answers if piece.task.outputs is not None else None
-    stack = Stack(piece.model.eval())
+    types = {name: TYPES[kind] for name, kind in piece.types.items()}
+    stack = Stack(piece.model.eval(), types=types)
     bench = Bench(stack, survey, piece.task, piece.jobs, piece.seed, piece.told, answers)
     return turned(bench) if rotate else bench

@@ -130,7 +130,7 @@ def turned(bench: Bench) -> Bench:
         with torch.no_grad():
             for name in about.names:
                 model.get_parameter(name).copy_(about.value(stack, name))
-        other = Stack(model)
+        other = Stack(model, types=stack.types)
     return replace(bench, stack=other, told=f"{bench.told} turned")
 
 

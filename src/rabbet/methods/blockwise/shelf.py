@@ -46,7 +46,7 @@ class Shelf:
     def __getitem__(self, number: int) -> Tensor:
         """In float32."""
         if number in self._near:
-            return self._near[number].float()
+            return self._near[number].to(torch.float32, copy=True)
         path, home = self._far[number]
         return load_file(path)[""].to(home).float()
 

@@ -75,9 +75,17 @@ class Stack:
     they are there while `block` or `ends` is open. None: the network holds them.
     """
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Raises ModelError for a network without such a list of blocks."""
-        self.model, self.tensors = model, tensors
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Mapping[str, Tensor] | None = None,
+        types: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """types: in which tensors of a network in memory are stored, if not in their own.
+
+        Raises ModelError for a network without such a list of blocks.
+        """
+        self.model, self.tensors, self.types = model, tensors, types or {}
         self.path = _longest(model)
         blocks = model.get_submodule(self.path)
         assert isinstance(blocks, nn.ModuleList)
@@ -175,7 +183,8 @@ class Stack:
         def one(k: int, block: nn.Module) -> _Stand:
             return _Stand(block, lambda args, kwargs: answer(k, args, kwargs))
 
-        with self._without(nn.ModuleList(one(k, block) for k, block in enumerate(self.blocks))):
+        stands = nn.ModuleList(one(k, block) for k, block in enumerate(self.blocks))
+        with self._without(stands), _uncached(getattr(self.model, "config", None)):
             yield
 
     @contextlib.contextmanager
@@ -236,8 +245,21 @@ class Stack:
     def kind(self, name: str) -> torch.dtype:
         """The type in which a tensor is stored."""
         if self.tensors is None:
-            return self.model.get_parameter(name).dtype
+            return self.types.get(name, self.model.get_parameter(name).dtype)
         return self.tensors[self.stored_as(name)].dtype
+
+    def _require_no_memory(self, call: Call, hidden: Tensor) -> None:
+        """Refuse blocks that answer otherwise once they have been called, as with a cache."""
+        with self.block(0) as block, torch.no_grad():
+            one = call(block, hidden.clone())
+            call(block, hidden.roll(1, -1))
+            same = _alike(one, call(block, hidden.clone()))
+        if not same:
+            raise ModelError(
+                f"block 0 of {self.path} answers otherwise when it is called again: it is given "
+                "something that it writes to, such as a cache of keys and values; let the forward "
+                "of the task do without (use_cache=False)"
+            )
 
     def require_a_chain(self, task: Task, batch: Batch) -> None:
         """Refuse a network whose blocks are given more than what the block before them leaves.
@@ -266,12 +288,27 @@ class Stack:
 
         with self._standing(answer), contextlib.suppress(_EnoughError):
             task.run(self.model, batch)
+        self._require_no_memory(calls[0], hidden)
         for k, (one, other) in enumerate(zip(calls, moved, strict=True)):
             if not _alike((one.args, one.kwargs), (other.args, other.kwargs)):
                 raise ModelError(
                     f"block {k} of {self.path} is given what depends on other blocks than the one "
                     "before it, so blocks cannot be taken one by one; use another method"
                 )
+
+
+@contextlib.contextmanager
+def _uncached(config: Any) -> Iterator[None]:
+    """A network of transformers without a cache of keys and values, for as long as this lasts."""
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def _longest(model: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
-from rabbet.core.survey import Survey
+from rabbet.core.survey import Left, Survey
 from rabbet.data.task import Task
 from rabbet.errors import FileError, PlanError
 from rabbet.export.writing import write_layers
@@ -35,15 +35,14 @@ from rabbet.model.compressed import Compressed
 from rabbet.report.text import Findings, plain, report_parts
 from rabbet.report.text import Part as Told
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # that weights may be stored in
+UNKNOWN = "no layer that is known here holds it"
 WORK = ".rabbet-work"  # in the output, until it is whole: what a stopped run goes on from
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A network that was compressed from a folder into another.
-
-    bytes: of its files, as they lie there.
-    """
+    """A network that was compressed from a folder into another; `cost.bytes` is of its files."""
 
     folder: Path
     plan: Plan
@@ -101,9 +100,7 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     shards = Shards(folder)
     tensors = Prefixed(shards, str(getattr(network, "base_model_prefix", "")))
     stack = Stack(network.eval(), tensors)
-    for name, p in network.named_parameters():
-        if not any(each in tensors for each in stack.names(name)):
-            raise FileError(f"the files in {folder} lack the tensor {name!r} {[*p.shape]}")
+    _require_plain(folder, network, stack, tensors)
     batch = task.read()[0]
     with stack.ends():
         hidden, _ = stack.enter(task, batch)
@@ -115,7 +112,14 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
         for n, _ in network.named_parameters()
     }
     rest = rest_of(stack, survey, types)
-    priced = Streamed(survey, parts_of(survey, rest, len(shards.paths)))
+    whole = (Left(r.name, UNKNOWN, r.bytes) for r in rest if len(r.shape) > 1)
+    survey = replace(survey, left=tuple(whole))
+    priced = Streamed(survey, parts_of(survey, rest, len(shards.paths)), survey.left)
+    method.require_feasible(survey, priced, budget)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f"cannot write into {output}: {e}") from e
     work = output / WORK
     own = jobs is None
     jobs = jobs or Jobs(folder=work)
@@ -134,6 +138,32 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
         shutil.rmtree(work, ignore_errors=True)
     paths, notes = tuple(files), bench.notes
     return Stored(output, plan, cost, priced.float_cost, survey, budget, paths, expected, notes)
+
+
+def _require_plain(folder: Path, network: nn.Module, stack: Stack, tensors: Prefixed) -> None:
+    """Refuse weights that are missing, or stored otherwise than as plain floats."""
+    if getattr(getattr(network, "config", None), "quantization_config", None) is not None:
+        raise FileError(
+            f"{folder} holds weights that are quantised already (quantization_config): start from "
+            "those in floats"
+        )
+    shards = tensors.shards
+    for name, p in network.named_parameters():
+        if not any(each in tensors for each in stack.names(name)):
+            raise FileError(f"the files in {folder} lack the tensor {name!r} {[*p.shape]}")
+        kind = shards.kind(str(tensors.place(stack.stored_as(name))))
+        if kind not in FLOATS:
+            raise FileError(
+                f"{name!r} is stored as {kind}; weights are read block by block in one of "
+                f"{', '.join(FLOATS)}"
+            )
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    buffer = next((n for n in network.state_dict() if n not in parameters), None)
+    if buffer is not None:
+        raise FileError(
+            f"the network keeps a buffer beside its weights ({buffer!r}), which is not read block "
+            "by block; compress it as a whole"
+        )
 
 
 def _told(shards: Shards, network: nn.Module, task: Task, jobs: Jobs) -> str:
@@ -187,5 +217,8 @@ def _write(
     for name, part in zip(names, parts, strict=True):
         bench.jobs.progress("writing files", names.index(name), len(names))
         write_layers(output / name, part.survey, part.of(plan), part.rest, layer, tensor)
+    for path in output.glob("rabbet*.safetensors"):  # of an earlier run: they would be read, too
+        if path.name not in names:
+            path.unlink()
     bench.jobs.progress("writing files", len(names), len(names))
     return [output / name for name in names]
