@@ -10,6 +10,7 @@ code that lies in a folder is run, and nothing is unpickled.
 import contextlib
 import copy
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from rabbet.files import write_whole
 from rabbet.jobs import Jobs
 from rabbet.methods.blockwise.folder import INDEX, hollow
 from rabbet.methods.blockwise.method import Blockwise
-from rabbet.methods.blockwise.streaming import Stored, native_names, stream
+from rabbet.methods.blockwise.streaming import CONFIG, Stored, earlier_files, native_names, stream
 
 NATIVE = "rabbet.safetensors"  # the compressed network in a folder
 CARD = "README.md"
@@ -58,6 +59,8 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         result.save(folder / NATIVE)
+        for path in earlier_files(folder)[1:]:  # of another network, which lay there before
+            path.unlink()
         config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -130,11 +133,14 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
         seed=seed,
         jobs=jobs,
     )
-    for path in sorted(folder.iterdir()):  # the tokenizer, and whatever else belongs to it
-        known = path.suffix in (".json", ".txt", ".model", ".jinja")
-        if path.is_file() and known and path.name not in ("config.json", INDEX):
-            shutil.copyfile(path, output / path.name)
-    network.config.save_pretrained(output)
+    try:
+        for path in sorted(folder.iterdir()):  # the tokenizer, and whatever else belongs to it
+            known = path.suffix in (".json", ".txt", ".model", ".jinja")
+            if path.is_file() and known and path.name not in (CONFIG, INDEX):
+                shutil.copyfile(path, output / path.name)
+        network.config.save_pretrained(output)
+    except OSError as e:
+        raise FileError(f"cannot write into {output}: {e}") from e
     return stored
 
 
@@ -218,18 +224,30 @@ def card(result: Result, data: str = "") -> str:
 def native_files(folder: Path) -> list[Path]:
     """The native file of a folder, or all of them in order; none in a folder of a float network.
 
-    Raises FileError if some of several are missing.
+    Raises FileError if some of several are missing, or there are those of several networks.
     """
-    if (folder / NATIVE).is_file():
-        return [folder / NATIVE]
-    found = sorted(folder.glob("rabbet-*-of-*.safetensors"))
-    if found:
-        names = native_names(int(found[0].stem.rpartition("-")[2]))
-        lost = [name for name in names if not (folder / name).is_file()]
-        if lost:
-            raise FileError(f"{folder} lacks {', '.join(lost[:3])}")
-        return [folder / name for name in names]
-    return []
+    found = earlier_files(folder)
+    if not found:
+        return []
+    single = found[0].name == NATIVE
+    names = native_names(1 if single else _count(found[0]))
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise FileError(f"{folder} lacks {', '.join(lost[:3])}")
+    other = next((path.name for path in found if path.name not in names), None)
+    if other is not None:
+        raise FileError(
+            f"{folder} holds files of two networks, {names[0]} and {other}: remove those of one"
+        )
+    return [folder / name for name in names]
+
+
+def _count(path: Path) -> int:
+    """How many files a folder holds, by the name of one of them."""
+    found = re.fullmatch(r"rabbet-\d{5}-of-(\d{5})", path.stem)
+    if found is None:
+        raise FileError(f"{path} is not named as the files of a compressed network are")
+    return int(found[1])
 
 
 def _known(name: str) -> Any:
@@ -241,7 +259,7 @@ def _known(name: str) -> Any:
 
 def _class_of(folder: Path) -> Any:
     """The class of transformers that the config in a folder names."""
-    config = folder / "config.json"
+    config = folder / CONFIG
     if not config.is_file():
         raise FileError(
             f"{folder} has no config.json: it is not a folder that save_pretrained wrote"

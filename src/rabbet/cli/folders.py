@@ -9,11 +9,15 @@ import typer
 
 from rabbet.cli.inputs import open_task
 from rabbet.cli.judge import Judge, open_judge
-from rabbet.cli.terminal import told, working
+from rabbet.cli.outcomes import unheard
+from rabbet.cli.stored import writable
+from rabbet.cli.terminal import bars, told, working
 from rabbet.core.budget import Budget
 from rabbet.data.decoder import Estimate
 from rabbet.errors import FileError
-from rabbet.hf import compress_pretrained, from_pretrained, skeleton
+from rabbet.export import DECODERS, Written
+from rabbet.export.decoders.genai import require_folder
+from rabbet.hf import compress_pretrained, export, from_pretrained, native_files, skeleton
 from rabbet.methods import Method
 from rabbet.methods.blockwise.method import Blockwise
 from rabbet.methods.blockwise.streaming import WORK, Stored
@@ -35,6 +39,35 @@ def require_plain(given: dict[str, Any]) -> None:
             "name a file (.safetensors) to compress the network as a whole",
             param_hint=strange,
         )
+
+
+def require_alone(given: dict[str, Any]) -> None:
+    """A usage error for an option that a folder to export does not take."""
+    strange = next((name for name, value in given.items() if value is not None), None)
+    if strange is not None:
+        raise typer.BadParameter(
+            "a folder says which network it holds; leave out this option", param_hint=strange
+        )
+
+
+def export_folder(folder: Path, output: Path, target: str | None) -> tuple[int, Written]:
+    """Write the decoder of a folder for a program that runs such; the bytes that it took, too.
+
+    A usage error for another target; raises as `hf.from_pretrained` and `hf.export` do.
+    """
+    if target not in DECODERS:
+        asked = "" if target is None else f"; found {target}"
+        raise typer.BadParameter(
+            f"a decoder in a folder is exported to one of {', '.join(DECODERS)}{asked}",
+            param_hint="--target",
+        )
+    require_folder(output)
+    writable(output / "file")
+    files = native_files(folder) or sorted(folder.glob("*.safetensors"))
+    network = from_pretrained(folder)
+    with bars() as progress, unheard():
+        progress(f"exporting to {target}", 0, 1)
+        return sum(path.stat().st_size for path in files), export(network, output, target)
 
 
 @dataclass(frozen=True)

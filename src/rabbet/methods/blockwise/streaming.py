@@ -24,9 +24,11 @@ from rabbet.methods.blockwise.folder import (
     Prefixed,
     Shards,
     Streamed,
+    fill_buffers,
     parts_of,
     rest_of,
     survey_stack,
+    types_of,
 )
 from rabbet.methods.blockwise.method import Blockwise
 from rabbet.methods.blockwise.rotate import turned
@@ -35,6 +37,7 @@ from rabbet.model.compressed import Compressed
 from rabbet.report.text import Findings, plain, report_parts
 from rabbet.report.text import Part as Told
 
+CONFIG = "config.json"
 WORK = ".rabbet-work"  # in the output, until it is whole: what a stopped run goes on from
 
 
@@ -75,6 +78,12 @@ def native_names(count: int) -> list[str]:
     return [f"rabbet-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
 
 
+def earlier_files(folder: Path) -> list[Path]:
+    """The files of compressed networks that lie in a folder, whichever run wrote them."""
+    single = [folder / name for name in native_names(1)]
+    return [p for p in single if p.is_file()] + sorted(folder.glob("rabbet-*-of-*.safetensors"))
+
+
 def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     folder: Path,
     network: nn.Module,
@@ -99,21 +108,16 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     if task.outputs not in (None, "scores"):
         raise PlanError("from a folder, networks are compressed whose outputs are scores of words")
     shards = Shards(folder)
-    tensors = Prefixed(shards, str(getattr(network, "base_model_prefix", "")))
+    tensors = Prefixed(shards, network)
     stack = Stack(network.eval(), tensors)
-    for name, p in network.named_parameters():
-        if not any(each in tensors for each in stack.names(name)):
-            raise FileError(f"the files in {folder} lack the tensor {name!r} {[*p.shape]}")
+    types = types_of(network, shards, stack)
+    fill_buffers(network, tensors)
     batch = task.read()[0]
     with stack.ends():
         hidden, _ = stack.enter(task, batch)
     count = task.examples.count(batch)
     places = max(1, hidden[..., 0].numel() // count)
     survey = survey_stack(stack, places)
-    types = {
-        n: shards.kind(str(tensors.place(stack.stored_as(n))))
-        for n, _ in network.named_parameters()
-    }
     rest = rest_of(stack, survey, types)
     priced = Streamed(survey, parts_of(survey, rest, len(shards.paths)))
     work = output / WORK
@@ -180,10 +184,16 @@ def _write(
         bias = stack.read(f"{name}.bias") if site.bias else None
         return compressed(site, plan, last[0][1], bias)
 
+    buffers = dict(stack.model.named_buffers())
+
     def tensor(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
         return rest[name] if name in rest else stack.read(name)
 
     names = native_names(len(parts))
+    for path in (*earlier_files(output), output / CONFIG):
+        path.unlink(missing_ok=True)  # a half of one network beside one of another would be read
     for name, part in zip(names, parts, strict=True):
         bench.jobs.progress("writing files", names.index(name), len(names))
         write_layers(output / name, part.survey, part.of(plan), part.rest, layer, tensor)
