@@ -21,7 +21,7 @@ from common import machine
 
 from rabbet import hf
 from rabbet.errors import FileError
-from rabbet.runtime.decoding import Decoding
+from rabbet.runtime.decoding import Writing
 from rabbet.runtime.session import Session
 
 MODEL = "model.onnx"
@@ -45,7 +45,7 @@ def peer(source: Path, place: Path, block: int) -> Path:
 
 def once(session: Session, prompt: np.ndarray, count: int) -> tuple[float, float]:
     """Seconds for a prompt, and for each of so many tokens behind it."""
-    text = Decoding(session)
+    text = Writing(session)
     start = time.perf_counter()
     last = text.read(prompt)[:, -1:].argmax(-1)
     read = time.perf_counter()

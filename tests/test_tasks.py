@@ -208,6 +208,9 @@ MISTAKES = {
     'line 1 of .*num.jsonl is neither a string nor .* as its "text"': lambda folder: perplexity(
         folder / "num.jsonl", Letters()
     ),
+    "a document holds .* at character 1, half of a surrogate pair": lambda folder: perplexity(
+        folder / "half.jsonl", Letters()
+    ),
     "latin.txt cannot be read as text": lambda folder: perplexity(folder / "latin.txt", Letters()),
 }
 
@@ -217,8 +220,15 @@ def test_what_cannot_be_used_is_told(words, tmp_path):
     (tmp_path / "bad.jsonl").write_text('"a"\n{"text"')
     (tmp_path / "num.jsonl").write_text('{"words": "a"}')
     (tmp_path / "latin.txt").write_bytes(b"\xe4")
+    (tmp_path / "half.jsonl").write_text(r'"a\ud83d"')
     with pytest.raises((DataError, FileError), match=words):
         MISTAKES[words](tmp_path)
+
+
+def test_a_mark_of_bytes_at_the_beginning_of_a_file_is_no_text(tmp_path):
+    for name, content in (("a.txt", "abc"), ("a.jsonl", '"abc"')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert documents(tmp_path / name) == ["abc"]
 
 
 def test_a_tokenizer_that_does_not_say_its_size_is_taken_at_its_word():

@@ -10,6 +10,7 @@ code that lies in a folder is run, and nothing is unpickled.
 import contextlib
 import copy
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 from rabbet._api import Result
 from rabbet._bench import Data
+from rabbet._stream import CONFIG, Saved, earlier_files, native_names, stream
 from rabbet.core.budget import Budget
 from rabbet.data.task import Task
 from rabbet.errors import FileError, ModelError
@@ -30,7 +32,6 @@ from rabbet.files import write_whole
 from rabbet.jobs import Jobs
 from rabbet.methods.blockwise.folder import INDEX, hollow
 from rabbet.methods.blockwise.method import Blockwise
-from rabbet.methods.blockwise.streaming import Stored, native_names, stream
 
 NATIVE = "rabbet.safetensors"  # the compressed network in a folder
 CARD = "README.md"
@@ -58,6 +59,8 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         result.save(folder / NATIVE)
+        for path in earlier_files(folder)[1:]:  # of another network, which lay there before
+            path.unlink()
         config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -99,7 +102,7 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
     method: Blockwise | None = None,
     seed: int = 0,
     jobs: Jobs | None = None,
-) -> Stored:
+) -> Saved:
     """Compress the network of a `save_pretrained` folder into another, one block at a time.
 
     Never more than one block, its layers' problems and the hidden states between blocks are in
@@ -126,11 +129,14 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
         seed=seed,
         jobs=jobs,
     )
-    for path in sorted(folder.iterdir()):  # the tokenizer, and whatever else belongs to it
-        known = path.suffix in (".json", ".txt", ".model", ".jinja")
-        if path.is_file() and known and path.name not in ("config.json", INDEX):
-            shutil.copyfile(path, output / path.name)
-    network.config.save_pretrained(output)
+    try:
+        for path in sorted(folder.iterdir()):  # the tokenizer, and whatever else belongs to it
+            known = path.suffix in (".json", ".txt", ".model", ".jinja")
+            if path.is_file() and known and path.name not in (CONFIG, INDEX):
+                shutil.copyfile(path, output / path.name)
+        network.config.save_pretrained(output)
+    except OSError as e:
+        raise FileError(f"cannot write into {output}: {e}") from e
     return stored
 
 
@@ -214,18 +220,30 @@ def card(result: Result, data: str = "") -> str:
 def native_files(folder: Path) -> list[Path]:
     """The native file of a folder, or all of them in order; none in a folder of a float network.
 
-    Raises FileError if some of several are missing.
+    Raises FileError if some of several are missing, or there are those of several networks.
     """
-    if (folder / NATIVE).is_file():
-        return [folder / NATIVE]
-    found = sorted(folder.glob("rabbet-*-of-*.safetensors"))
-    if found:
-        names = native_names(int(found[0].stem.rpartition("-")[2]))
-        lost = [name for name in names if not (folder / name).is_file()]
-        if lost:
-            raise FileError(f"{folder} lacks {', '.join(lost[:3])}")
-        return [folder / name for name in names]
-    return []
+    found = earlier_files(folder)
+    if not found:
+        return []
+    single = found[0].name == NATIVE
+    names = native_names(1 if single else _count(found[0]))
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise FileError(f"{folder} lacks {', '.join(lost[:3])}")
+    other = next((path.name for path in found if path.name not in names), None)
+    if other is not None:
+        raise FileError(
+            f"{folder} holds files of two networks, {names[0]} and {other}: remove those of one"
+        )
+    return [folder / name for name in names]
+
+
+def _count(path: Path) -> int:
+    """How many files a folder holds, by the name of one of them."""
+    found = re.fullmatch(r"rabbet-\d{5}-of-(\d{5})", path.stem)
+    if found is None:
+        raise FileError(f"{path} is not named as the files of a compressed network are")
+    return int(found[1])
 
 
 def _known(name: str) -> Any:
@@ -237,7 +255,7 @@ def _known(name: str) -> Any:
 
 def _class_of(folder: Path) -> Any:
     """The class of transformers that the config in a folder names."""
-    config = folder / "config.json"
+    config = folder / CONFIG
     if not config.is_file():
         raise FileError(
             f"{folder} has no config.json: it is not a folder that save_pretrained wrote"

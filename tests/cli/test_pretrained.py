@@ -11,10 +11,15 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import rabbet
+from rabbet import hf
 from rabbet.model.compressed import compressed_layers
+from rabbet.runtime.decoding import Writing
+from rabbet.runtime.session import Session
 
 BATCHES = """
 import torch
@@ -117,3 +122,52 @@ def test_a_folder_that_cannot_be_used_is_one_line(run, here, monkeypatch, words)
     assert words in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def llama():
+    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # or it repeats one word
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(5)
+    return model
+
+
+def scores(model, batch):
+    return model(**batch, use_cache=False).logits
+
+
+def test_a_folder_that_compress_wrote_is_exported_and_says_the_same_words(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    llama().save_pretrained("in", max_shard_size="20KB")
+    ids = torch.randint(3, 60, (2, 2, 9), generator=torch.Generator().manual_seed(0))
+    task = rabbet.Task([{"input_ids": x} for x in ids], forward=scores)
+    method = rabbet.Blockwise(grids=("4g16", "8c"), adapters=(), epochs=0)
+    stored = hf.compress_pretrained("in", "bpw <= 7", task, "small", method=method)
+    code, out, err = run("export", "small", "--target", "genai-exact", "--output", "run", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["native"] == stored.cost.bytes
+    assert found["files"] == {"run": (tmp_path / "run" / "model.onnx").stat().st_size}
+    said = hf.from_pretrained("small").generate(
+        ids[0], max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    words = Writing(Session((tmp_path / "run" / "model.onnx").read_bytes()))
+    assert words.greedy(ids[0].numpy(), 12).tolist() == said[:, 9:].tolist()
+    code, _, err = run("export", "small", "--target", "genai", "--output", "run")  # once more
+    assert code == 0, err
+    for mistake, why in {
+        "--output a.onnx": "exported to one of genai, genai-exact, gguf, gguf-f16",
+        "--output run --target onnx": "found onnx",
+        "--output run --target genai --model in": "a folder says which network it holds",
+        "--output small --target genai": "is read by this command",
+        "--output in/config.json --target gguf": "is a file; this target writes a folder",
+    }.items():
+        code, _, err = run("export", "small", *mistake.split())
+        assert code != 0
+        assert why in " ".join(err.split())

@@ -15,7 +15,7 @@ from rabbet.export.decoders.blocks import Blocks
 from rabbet.export.decoders.genai import genai_content, write_genai
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.model.build import build, plan_of
-from rabbet.runtime.decoding import Decoding
+from rabbet.runtime.decoding import Writing
 from rabbet.runtime.session import Session
 
 NEW = 16
@@ -44,7 +44,7 @@ def test_onnxruntime_says_the_same_16_words_as_torch(network, grid):
             )  # fmt: skip
         wanted = said[:, ids.shape[1] :].numpy()
         assert len(np.unique(wanted)) > 1  # it does not just repeat itself
-        found = Decoding(session).greedy(ids.numpy(), NEW, mask.numpy())
+        found = Writing(session).greedy(ids.numpy(), NEW, mask.numpy())
         assert found.tolist() == wanted.tolist()
 
 
@@ -56,7 +56,7 @@ def test_kernels_of_integers_come_near(network, grid):
     places = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=mask, position_ids=places).logits.numpy()
-    found = Decoding(session).read(ids.numpy(), mask.numpy())
+    found = Writing(session).read(ids.numpy(), mask.numpy())
     seen = mask.numpy().astype(bool)
     error = np.linalg.norm((found - wanted)[seen]) / np.linalg.norm(wanted[seen])
     assert error < 0.1
@@ -111,7 +111,7 @@ def test_onnxruntime_genai_reads_the_folder(network, tmp_path):
     while not generator.is_done():
         generator.generate_next_token()
     found = [int(k) for k in generator.get_sequence(0)][ids.shape[1] :]
-    wanted = Decoding(Session(tmp_path / "model.onnx")).greedy(ids, NEW)[0].tolist()
+    wanted = Writing(Session(tmp_path / "model.onnx")).greedy(ids, NEW)[0].tolist()
     assert found == wanted[: len(found)]  # it stops where a text ends
     assert found
 

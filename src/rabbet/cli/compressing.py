@@ -100,25 +100,9 @@ def compress(
     from rabbet.cli.wishes import Wish
 
     if folders.is_folder(output) and model is not None:
-        others = {"--plan": plan, "--drop": drop, "--axis": axis, "--held": held}
-        folders.require_plain(others | {"--target": target, "--html": html})
-        found = folders.compress_folder(
-            model,
-            data,
-            test,
-            texts.budget_of(budget or options.DEFAULT_BUDGET, None),
-            output,
-            worker=None if method is None else texts.worker_of(method, quality),
-            seed=seed,
-            resume=resume,
-            processes=processes,
-            quiet=as_json,
-        )
-        if as_json:
-            tables.print_json(found.facts({"seed": seed, "method": method}))
-        else:
-            tables.show(found.parts())
-        return
+        plain = {"--plan": plan, "--drop": drop, "--axis": axis, "--held": held, "--html": html}
+        asked = folders.Asked(model, data, test, budget, output, plain | {"--target": target})
+        return folders.run(asked, folders.How(method, quality, seed, resume, processes, as_json))
     wish = Wish.read(budget, plan, drop, axis, target)
     wish.require_held(held, test)
     worker = texts.worker_of(method, quality)

@@ -123,6 +123,14 @@ Output = Annotated[
         "--output", "-o", dir_okay=False, help="The file to write; its ending says what it is."
     ),
 ]
+Exported = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="The file to write; its ending says what it is. A folder: for targets of decoders.",
+    ),
+]
 Place = Annotated[
     Path,
     typer.Option(

@@ -1,11 +1,14 @@
 """The commands about files for a runtime: export, eval, bench."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rabbet.cli import options
+
+if TYPE_CHECKING:
+    from rabbet.export import Written
 
 Model = Annotated[
     str | None,
@@ -18,9 +21,10 @@ Onnx = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx fi
 
 def export(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A native file, as compress writes it.")
+        Path,
+        typer.Argument(metavar="FILE", help="A native file, or a folder, as compress writes it."),
     ],
-    output: options.Output,
+    output: options.Exported,
     model: Model = None,
     data: options.Data = None,
     target: Annotated[
@@ -32,15 +36,24 @@ def export(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a compressed network for a runtime; layers not run on integer kernels are listed."""
+    """Write a compressed network for a runtime; layers not run on integer kernels are listed.
+
+    A folder holds a decoder with its config, so it takes no --model; its --target is a decoder's.
+    """
     from rabbet._api import Result
-    from rabbet.cli import tables
+    from rabbet.cli import folders
     from rabbet.cli.inputs import demo, open_inputs
     from rabbet.cli.outcomes import unheard
     from rabbet.cli.stored import ready, require_other
     from rabbet.cli.terminal import bars
     from rabbet.export.onnx.write import write_float
 
+    if file.is_dir():
+        folders.require_alone({"--model": model, "--data": data, "--float": whole})
+        require_other(output, file)
+        size, written = folders.export_folder(file, output, target)
+        _show_export(as_json, str(target), str(file), size, {str(output): written.bytes}, written)
+        return
     chosen = ready(output, target)
     if whole is not None and (whole.suffix != ".onnx" or whole.absolute() == output.absolute()):
         raise typer.BadParameter(
@@ -65,8 +78,17 @@ def export(
         if whole is not None:
             progress("exporting the float network", 0, 1)
             sizes[str(whole)] = write_float(inputs.network, inputs.task, whole).bytes
+    _show_export(as_json, chosen, str(file), native, sizes, written)
+
+
+def _show_export(
+    as_json: bool, target: str, file: str, native: int, sizes: dict[str, int], written: "Written"
+) -> None:
+    """What was written; native: the bytes of what it was made of."""
+    from rabbet.cli import tables
+
     if as_json:
-        facts = {"target": chosen, "files": sizes, "native": native, "notes": list(written.notes)}
+        facts = {"target": target, "files": sizes, "native": native, "notes": list(written.notes)}
         tables.print_json(facts | {"error": written.error})
         return
     lines = [f"{name}: {size:,} bytes" for name, size in sizes.items()]

@@ -127,6 +127,14 @@ def documents(text: Text) -> list[str]:
             "a text is a string, the path of a .txt or .jsonl file, or a list of strings; "
             f"found {type(text).__name__}"
         )
+    for part in found:
+        try:
+            part.encode()
+        except UnicodeEncodeError as e:
+            raise DataError(
+                f"a document holds {part[e.start]!r} at character {e.start:,}, half of a surrogate "
+                "pair, which is no character: decode it with errors='replace'"
+            ) from None
     return [part for part in found if part.strip()]
 
 
@@ -136,7 +144,7 @@ def _read(path: Path) -> list[str]:
     if not path.is_file():
         raise FileError(f"there is no file {path}")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # with or without a mark of bytes
     except (OSError, UnicodeDecodeError) as e:
         raise FileError(f"{path} cannot be read as text: {e}") from None
     if path.suffix == ".txt":

@@ -75,6 +75,13 @@ class Joint:
             *(g for g, _ in self.adapters),
         ):
             Grid.parse(text)
+        sizes = {g: Grid.parse(g).scales.parts(2**30) for g in self.groups}
+        whole = next((g for g, parts in sizes.items() if (parts or 0) <= 1), None)
+        if whole is not None:
+            raise PlanError(
+                f"groups are grids whose scales groups of inputs share, such as 4g64; found "
+                f"{whole!r}, which belongs to grids"
+            )
         for bits in self.acts if self.act is None else (*self.acts, self.act):
             Grid.of(bits, "unsigned")
 
@@ -138,6 +145,7 @@ class Joint:
         """Every entry of a menu with every width that the input may have."""
         acts: tuple[int | None, ...] = self.acts or (self.act,)
         widths = acts if site.multiplies else (None,)
+        widths = tuple(dict.fromkeys(widths))
         return [LayerPlan(site.name, terms, bits) for terms in menu for bits in widths]
 
 

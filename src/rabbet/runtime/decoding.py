@@ -12,7 +12,7 @@ Ids = NDArray[np.int64]
 
 
 @dataclass
-class Decoding:
+class Writing:
     """A text that grows: the cache of a session and what it was given so far.
 
     session: a file with inputs `input_ids`, `attention_mask`, `position_ids` and

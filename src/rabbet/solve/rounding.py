@@ -7,7 +7,6 @@ grouped conv has an H per group.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from rabbet.errors import ModelError
 from rabbet.grids.codebook import nearest, points
 from rabbet.grids.grid import Grid, stored
+from rabbet.solve.columns import by_column, columns, gather
 from rabbet.solve.varpro import LARGE, Lean
 
 LEAST = 1e-30  # a mean square of inputs below counts as none: the inputs are always zero
@@ -39,7 +39,7 @@ class Metric:
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         # The most used input comes first: all others can still compensate its rounding error.
         self.order = diagonal.argsort(dim=1, descending=True, stable=True)
-        self.factor = _inverse_factor(_gather(_gather(self.second, self.order, 2), self.order, 1))
+        self.factor = _inverse_factor(gather(gather(self.second, self.order, 2), self.order, 1))
 
     @classmethod
     def plain(cls, groups: int, columns: int, device: torch.device | None = None) -> "Metric":
@@ -72,7 +72,7 @@ class Metric:
 
     def whitened(self, slope: Tensor) -> Tensor:
         """Rows [groups, rows, n] whose squares add up to `slope H^-1 slope^T`."""
-        return _gather(slope, self.order, 2) @ self.factor.mT
+        return gather(slope, self.order, 2) @ self.factor.mT
 
     def error(self, delta: Tensor) -> Tensor:
         """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
@@ -221,23 +221,6 @@ class Rows:
 TENSORS = ("target", "scale", "low", "high", "shift", "codes")
 
 
-def _gather(x: Tensor, order: Tensor, axis: int) -> Tensor:
-    """Reorder an axis of x [groups, ., .], each group in its own order."""
-    index = order[:, None, :] if axis == 2 else order[:, :, None]
-    return x.gather(axis, index.expand_as(x))
-
-
-def _by_column(values: Tensor) -> Tensor:
-    """Values [groups, rows, n] with each column a row, so that it lies in one piece in memory."""
-    # never a view: of one row, or one column, it would be
-    return values.mT.clone(memory_format=torch.contiguous_format)
-
-
-def _columns(*blocks: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Column j of each block [groups, columns, rows], as [groups, 1, rows], for every j."""
-    return zip(*(block.split(1, dim=1) for block in blocks), strict=True)
-
-
 def feedback(rows: Rows, metric: Metric) -> Rows:
     """Error-feedback rounding (GPTQ, arXiv 2210.17323).
 
@@ -250,17 +233,17 @@ def feedback(rows: Rows, metric: Metric) -> Rows:
     scale, shift = rows.spread(rows.scale), rows.spread(rows.shift)
     alone = scale.shape[2] == 1  # then a row is kept in units of its scale, less the shift
     if not alone:
-        scale, shift = (_gather(values, order, 2) for values in (scale, shift))
-    work = _gather(rows.target / scale - shift if alone else rows.target, order, 2)
+        scale, shift = (gather(values, order, 2) for values in (scale, shift))
+    work = gather(rows.target / scale - shift if alone else rows.target, order, 2)
     codes = torch.empty_like(work)
     for begin in range(0, work.shape[2], BLOCK):
         mine, rest = slice(begin, begin + BLOCK), slice(begin + BLOCK, None)
         # what an error does to later columns is relative to the entry of the factor that it meets
         shares = u[:, mine] / u[:, mine, mine].diagonal(dim1=1, dim2=2)[..., None]
-        block, inner = _by_column(work[:, :, mine]), _by_column(shares[:, :, mine])
+        block, inner = by_column(work[:, :, mine]), by_column(shares[:, :, mine])
         found, errors = torch.empty_like(block), torch.empty_like(block)
-        units = (block, block) if alone else (_by_column(v[:, :, mine]) for v in (scale, shift))
-        each = _columns(block, found, errors, *units)
+        units = (block, block) if alone else (by_column(v[:, :, mine]) for v in (scale, shift))
+        each = columns(block, found, errors, *units)
         for j, (column, code, error, unit, moved) in enumerate(each):
             if j:
                 column.baddbmm_(inner[:, j : j + 1, :j], errors[:, :j], alpha=-1)
@@ -272,7 +255,7 @@ def feedback(rows: Rows, metric: Metric) -> Rows:
                 torch.sub(column, points(code, moved, unit), out=error)
         codes[:, :, mine] = found.mT
         work[:, :, rest] -= errors.mT @ shares[:, :, rest]
-    return replace(rows, codes=_gather(codes, order.argsort(dim=1), 2))
+    return replace(rows, codes=gather(codes, order.argsort(dim=1), 2))
 
 
 @dataclass(frozen=True)
@@ -320,14 +303,14 @@ def _descended(state: _State, metric: Metric, sweeps: int) -> _State:
     codes, pull = rows.codes.clone(), state.pull / scale if alone else state.pull.clone()
     for begin in [*range(0, h.shape[1], BLOCK)] * sweeps:
         mine = slice(begin, begin + BLOCK)
-        inner, local, block = h[:, mine, mine], _by_column(pull[:, :, mine]), codes[:, :, mine]
+        inner, local, block = h[:, mine, mine], by_column(pull[:, :, mine]), codes[:, :, mine]
         curves = inner.diagonal(dim1=1, dim2=2)[..., None]
-        unit = local if alone else _by_column(scale[:, :, mine])
-        block, moved = _by_column(block), torch.empty_like(local)
+        unit = local if alone else by_column(scale[:, :, mine])
+        block, moved = by_column(block), torch.empty_like(local)
         if not alone:
             curves = curves * unit
         curves = curves.split(1, dim=1)
-        for j, (code, force, step, size) in enumerate(_columns(block, local, moved, unit)):
+        for j, (code, force, step, size) in enumerate(columns(block, local, moved, unit)):
             if j:
                 force.baddbmm_(inner[:, j : j + 1, :j], moved[:, :j], alpha=-1)
             best = torch.addcdiv(code, force, curves[j]).round_().clamp_(low, high)

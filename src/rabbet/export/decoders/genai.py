@@ -18,7 +18,7 @@ from rabbet.export.base import Written
 from rabbet.export.decoders.families import require_decoder, sizes_of, written
 from rabbet.files import write_whole
 from rabbet.model.surgery import on_cpu
-from rabbet.runtime.decoding import Decoding
+from rabbet.runtime.decoding import Writing
 from rabbet.runtime.session import Session, require_onnx
 
 MODEL = "model.onnx"
@@ -149,7 +149,7 @@ def _compare(model: nn.Module, content: bytes, most: float) -> float:
     mask = torch.ones_like(ids)
     mask[0, : PROMPT // 3] = 0
     wanted = _answer(model, ids, mask)
-    text = Decoding(Session(content))
+    text = Writing(Session(content))
     answers = [text.read(ids[:, :PROMPT].numpy(), mask[:, :PROMPT].numpy())]
     answers += [text.read(ids[:, k : k + 1].numpy()) for k in range(PROMPT, PROMPT + STEPS)]
     found = torch.from_numpy(np.concatenate(answers, 1))

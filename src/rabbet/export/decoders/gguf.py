@@ -23,7 +23,7 @@ from rabbet.export.decoders.genai import require_folder, tokenizer_files
 from rabbet.export.decoders.ggml import stored
 from rabbet.export.decoders.vocabulary import Vocabulary
 from rabbet.files import write_whole
-from rabbet.forms import Dense, LowRank
+from rabbet.forms import Dense
 from rabbet.grids.grid import Quantised
 from rabbet.model.compressed import Compressed, Factor, stored_weights
 from rabbet.model.surgery import on_cpu
@@ -185,7 +185,7 @@ def _add_layer(
     if name in FLOATS:
         content.tensors.append((f"{name}.weight", _numbers(layer.canonical), None))
         return
-    if layer.forms[0] != Dense() or not all(isinstance(f, LowRank) for f in layer.forms[1:]):
+    if layer.forms[0] != Dense() or not all(f.nested for f in layer.forms[1:]):
         _add_half(content, name, layer, order)
         return
     dense, *others = layer.factors
@@ -302,9 +302,9 @@ def _base(config: Any) -> float:
         rotation = dict(getattr(config, "rope_scaling", None) or {})
         rotation.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
         rotation.setdefault("rope_type", rotation.get("type", "default"))
-    kind = rotation.get("rope_type", "default")
-    if kind != "default":
-        raise ModelError(f"the rotation {kind!r} is not written to GGUF here, only 'default' is")
+    form = rotation.get("rope_type", "default")
+    if form != "default":
+        raise ModelError(f"the rotation {form!r} is not written to GGUF here, only 'default' is")
     return float(rotation.get("rope_theta", 10000.0))
 
 

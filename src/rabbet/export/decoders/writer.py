@@ -16,7 +16,7 @@ from rabbet.export.decoders.blocks import Blocks
 from rabbet.export.onnx.graph import CONTRIB, OPSET, Graph
 from rabbet.export.onnx.packed import Weight, unpacked
 from rabbet.export.onnx.placeholders import DOMAIN
-from rabbet.forms import Dense, LowRank
+from rabbet.forms import Dense
 from rabbet.grids.grid import stored
 from rabbet.model.compressed import Compressed, Factor, Head, stored_weights
 
@@ -139,7 +139,7 @@ class Writer:
             key = f"{layer.site.name}.{t}" if t else layer.site.name
             if form == Dense():
                 parts.append(self._product(key, factors[0], x))
-            elif isinstance(form, LowRank):
+            elif form.nested:
                 inner = self._product(f"{key}.a", factors[0], x)
                 parts.append(self._product(f"{key}.b", factors[1], inner))
             else:

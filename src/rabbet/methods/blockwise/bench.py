@@ -145,7 +145,7 @@ class Bench:
             )
         for site in outside:
             if site.name in seen.moments:
-                found[f"end/{site.name}"] = seen.moments[site.name]
+                found[f"end/{site.name}"] = seen.moments[site.name].clone()  # some are one tensor
         for k, sites in enumerate(inside):
             with self.stack.block(k) as block:
                 weights = {

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rabbet.core.survey import Left, Survey
 from rabbet.errors import FileError, ModelError
 from rabbet.layers import Site, kind_of, shares_table
 from rabbet.methods.blockwise.stack import Stack
-from rabbet.model.tensors import own_tensors
+from rabbet.model.tensors import float_bytes, own_tensors, stored_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -57,6 +57,10 @@ class Shards(Mapping[str, Tensor]):
         """The type of a tensor, as safetensors names it."""
         return str(self._files[name].get_slice(name).get_dtype())
 
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor, which is not read for it."""
+        return list(self._files[name].get_slice(name).get_shape())
+
     def digest(self) -> str:
         """A hash of all bytes."""
         told = hashlib.blake2b(digest_size=20)
@@ -72,11 +76,11 @@ def _files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(places.values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise FileError(f"{index} cannot be read: {e}") from None
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise FileError(f"{index} names files outside of its folder")
+            names = sorted({str(name) for name in places.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise FileError(f"{index} cannot be read: {e!r}") from None
+        if not names or any(Path(name).name != name for name in names):
+            raise FileError(f"{index} names no files, or files outside of its folder")
     else:
         names = [SINGLE]
     lost = next((name for name in names if not (folder / name).is_file()), None)
@@ -85,21 +89,85 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def types_of(network: nn.Module, shards: Shards, stack: Stack) -> dict[str, str]:
+    """The types in which the parameters and buffers of a network are stored, by their first names.
+
+    Raises FileError for a tensor that is not stored or of another shape, and for weights that are
+    no floats: they were quantised, and are nothing without their scales.
+    """
+    assert isinstance(stack.tensors, Prefixed)
+    types: dict[str, str] = {}
+    for name, value in stored_tensors(network).items():
+        found = [stack.tensors.place(each) for each in stack.names(name)]
+        place = next((each for each in found if each is not None), None)
+        if place is None:
+            raise FileError(
+                f"the files in {shards.paths[0].parent} lack the tensor {name!r} {[*value.shape]}; "
+                "of a network that is stored under other names, such as experts one by one, take "
+                "all of it: rabbet.compress(rabbet.hf.from_pretrained(folder), ...)"
+            )
+        types[name] = shards.kind(place)
+        if value.is_floating_point() and types[name] not in FLOATS:
+            raise FileError(
+                f"the tensor {name!r} is stored as {types[name]}: the network is quantised "
+                "already; give its float weights (float32, float16 or bfloat16)"
+            )
+        if shards.shape(place) != [*value.shape]:
+            raise FileError(
+                f"{name} is {shards.shape(place)} in the files, {[*value.shape]} in the network of "
+                "its config"
+            )
+    return types
+
+
+def fill_buffers(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a network the buffers that are stored, such as the biases of some routers."""
+    stored = stored_tensors(network)
+    for name, buffer in network.named_buffers():
+        if name in stored:  # any other is made from the config
+            buffer.copy_(tensors[name])
+
+
+def renamed(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Stored names by those that transformers gives them in a network of its.
+
+    What it makes of stored tensors by more than a name (experts put together, rows in another
+    order) is left out, since what is stored is not what the network holds.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before its version 5 files held what networks hold
+        return {name: name for name in names}
+    if not hasattr(network, "config"):
+        return {name: name for name in names}
+    about: Any = get_model_conversion_mapping(network)
+    plain = [each for each in about if isinstance(each, WeightRenaming)]
+    others = [each for each in about if not isinstance(each, WeightRenaming)]
+    found = {name: rename_source_key(name, plain, others) for name in names}
+    return {new: old for old, (new, source) in found.items() if source is None}
+
+
 class Prefixed(Mapping[str, Tensor]):
     """The tensors of a folder by the names of a network.
 
     A network with a head on top may have been saved without the prefix of what is below it, and the
-    other way round.
+    other way round; of some, transformers renames what it reads (`renamed`).
     """
 
-    def __init__(self, shards: Shards, prefix: str) -> None:
+    def __init__(self, shards: Shards, network: nn.Module) -> None:
+        prefix = str(getattr(network, "base_model_prefix", ""))
         self.shards, self.prefix = shards, f"{prefix}." if prefix else ""
+        self._places = renamed(network, shards)
 
     def place(self, name: str) -> str | None:
         """The name under which a tensor is stored."""
         for each in (name, name.removeprefix(self.prefix), f"{self.prefix}{name}"):
-            if each in self.shards:
-                return each
+            if each in self._places:
+                return self._places[each]
         return None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -138,6 +206,8 @@ def survey_stack(stack: Stack, places: int) -> Survey:
         assert kind is not None
         if kind.obstacle(modules[name]) or kind.space:
             continue
+        if {*stack.names(f"{name}.weight")} != {f"{n}.weight" for n in names}:
+            continue  # a module of another kind has the same tensor, and needs it as it is
         if others and not (kind.looks_up and all(shares_table(modules[n]) for n in others)):
             continue  # layers that share a weight otherwise: kept as they are
         module = modules[name]
@@ -156,12 +226,7 @@ def survey_stack(stack: Stack, places: int) -> Survey:
         )
     if not sites:
         raise ModelError("the network holds no linear and no table that could be compressed")
-    seen: set[int] = set()
-    size = 0
-    for p in stack.model.parameters():
-        size += 0 if id(p) in seen else 4 * p.numel()
-        seen.add(id(p))
-    return Survey(tuple(sites), (), size)
+    return Survey(tuple(sites), (), float_bytes(stack.model))
 
 
 @dataclass(frozen=True)
@@ -177,10 +242,10 @@ class Part:
 
 
 def rest_of(stack: Stack, survey: Survey, types: Mapping[str, str]) -> tuple[Rest, ...]:
-    """The parameters that belong to no site, in the types in which they are stored."""
+    """Parameters and buffers that belong to no site, in the types in which they are stored."""
     covered = {name for site in survey for name in own_tensors(site)}
-    held = stack.model.named_parameters()
-    return tuple(Rest(n, types[n], tuple(p.shape)) for n, p in held if n not in covered)
+    held = stored_tensors(stack.model).items()
+    return tuple(Rest(n, types[n], tuple(t.shape)) for n, t in held if n not in covered)
 
 
 def parts_of(survey: Survey, rest: Sequence[Rest], count: int) -> list[Part]:

@@ -49,6 +49,10 @@ def first(answer: Any) -> Tensor:
     return hidden
 
 
+class _Beside:
+    """Stands for what a block returns besides hidden states, which no other block may be given."""
+
+
 class _Stand(nn.Module):
     """Stands where a block was, and answers in its place."""
 
@@ -90,7 +94,13 @@ class Stack:
         blocks = model.get_submodule(self.path)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
-        self._tuples: bool | None = None
+        if len({id(block) for block in blocks}) < len(blocks):
+            raise ModelError(
+                f"{self.path} holds a block several times, so blocks cannot be taken one by one; "
+                "use another method"
+            )
+        self._beside: tuple[Any, ...] | None = None
+        self._learned = False
         shared: dict[int, list[str]] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
             shared.setdefault(id(p), []).append(name)
@@ -140,6 +150,11 @@ class Stack:
             if k != len(calls):
                 raise ModelError(f"block {k} of {self.path} runs after {len(calls)} others")
             hidden, call = _taken_apart(args, kwargs)
+            if any(isinstance(v, _Beside) for v in (*call.args, *call.kwargs.values())):
+                raise ModelError(
+                    f"block {k} of {self.path} is given what another block returns besides hidden "
+                    "states, so blocks cannot be taken one by one; use another method"
+                )
             calls.append(call)
             if k == 0:
                 begun.append(hidden)
@@ -168,15 +183,19 @@ class Stack:
             return outputs(task.run(self.model, batch))[0]
 
     def _answer(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._tuples else hidden
+        return hidden if self._beside is None else (hidden, *self._beside)
 
     def _learn(self, call: Call, hidden: Tensor) -> None:
-        """What kind of answer a block gives."""
-        if self._tuples is None:
-            with self.block(0) as block, torch.no_grad():
-                args = () if call.by_keyword else (hidden,)
-                given = {HIDDEN: hidden} if call.by_keyword else {}
-                self._tuples = isinstance(block(*args, *call.args, **call.kwargs, **given), tuple)
+        """What kind of answer a block gives: hidden states, or a tuple that begins with them."""
+        if self._learned:
+            return
+        with self.block(0) as block, torch.no_grad():
+            args = () if call.by_keyword else (hidden,)
+            given = {HIDDEN: hidden} if call.by_keyword else {}
+            answer = block(*args, *call.args, **call.kwargs, **given)
+        if isinstance(answer, tuple):
+            self._beside = tuple(None if each is None else _Beside() for each in answer[1:])
+        self._learned = True
 
     @contextlib.contextmanager
     def _standing(self, answer: Callable[..., Any]) -> Iterator[None]:

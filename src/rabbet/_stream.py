@@ -24,9 +24,11 @@ from rabbet.methods.blockwise.folder import (
     Prefixed,
     Shards,
     Streamed,
+    fill_buffers,
     parts_of,
     rest_of,
     survey_stack,
+    types_of,
 )
 from rabbet.methods.blockwise.method import Blockwise
 from rabbet.methods.blockwise.rotate import turned
@@ -35,13 +37,13 @@ from rabbet.model.compressed import Compressed
 from rabbet.report.text import Findings, plain, report_parts
 from rabbet.report.text import Part as Told
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # that weights may be stored in
 UNKNOWN = "no layer that is known here holds it"
+CONFIG = "config.json"
 WORK = ".rabbet-work"  # in the output, until it is whole: what a stopped run goes on from
 
 
 @dataclass(frozen=True)
-class Stored:
+class Saved:
     """A network that was compressed from a folder into another; `cost.bytes` is of its files."""
 
     folder: Path
@@ -74,6 +76,12 @@ def native_names(count: int) -> list[str]:
     return [f"rabbet-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
 
 
+def earlier_files(folder: Path) -> list[Path]:
+    """The files of compressed networks that lie in a folder, whichever run wrote them."""
+    single = [folder / name for name in native_names(1)]
+    return [p for p in single if p.is_file()] + sorted(folder.glob("rabbet-*-of-*.safetensors"))
+
+
 def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     folder: Path,
     network: nn.Module,
@@ -84,37 +92,16 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     method: Blockwise,
     seed: int,
     jobs: Jobs | None,
-) -> Stored:
+) -> Saved:
     """Compress the network of a folder of safetensors; `network` is its skeleton on `meta`.
 
     Finished blocks are kept in the output, or where `jobs` keeps them, so that the same call goes
     on where it was stopped. Raises BudgetError before anything is measured for a budget that cannot
     be met, FileError for weights that are missing or of other shapes.
     """
-    if method.act is not None:
-        raise PlanError(
-            "a network that is read block by block keeps its inputs in float: leave out act"
-        )
-    if task.outputs not in (None, "scores"):
-        raise PlanError("from a folder, networks are compressed whose outputs are scores of words")
-    shards = Shards(folder)
-    tensors = Prefixed(shards, str(getattr(network, "base_model_prefix", "")))
-    stack = Stack(network.eval(), tensors)
-    _require_plain(folder, network, stack, tensors)
-    batch = task.read()[0]
-    with stack.ends():
-        hidden, _ = stack.enter(task, batch)
-    count = task.examples.count(batch)
-    places = max(1, hidden[..., 0].numel() // count)
-    survey = survey_stack(stack, places)
-    types = {
-        n: shards.kind(str(tensors.place(stack.stored_as(n))))
-        for n, _ in network.named_parameters()
-    }
-    rest = rest_of(stack, survey, types)
-    whole = (Left(r.name, UNKNOWN, r.bytes) for r in rest if len(r.shape) > 1)
-    survey = replace(survey, left=tuple(whole))
-    priced = Streamed(survey, parts_of(survey, rest, len(shards.paths)), survey.left)
+    _require_readable(folder, network, task, method)
+    stack, priced = _opened(folder, network, task)
+    survey = priced.survey
     method.require_feasible(survey, priced, budget)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -123,7 +110,7 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     work = output / WORK
     own = jobs is None
     jobs = jobs or Jobs(folder=work)
-    told = _told(shards, network, task, jobs)
+    told = _told(folder, network, task, jobs)
     bench = Bench(stack, survey, task, jobs, seed, told)
     bench = turned(bench) if method.rotate else bench
     plan = method.chosen(bench, priced, budget)
@@ -137,43 +124,50 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     if own:
         shutil.rmtree(work, ignore_errors=True)
     paths, notes = tuple(files), bench.notes
-    return Stored(output, plan, cost, priced.float_cost, survey, budget, paths, expected, notes)
+    return Saved(output, plan, cost, priced.float_cost, survey, budget, paths, expected, notes)
 
 
-def _require_plain(folder: Path, network: nn.Module, stack: Stack, tensors: Prefixed) -> None:
-    """Refuse weights that are missing, or stored otherwise than as plain floats."""
+def _require_readable(folder: Path, network: nn.Module, task: Task, method: Blockwise) -> None:
+    """Refuse what cannot be compressed block by block."""
+    if method.act is not None:
+        raise PlanError(
+            "a network that is read block by block keeps its inputs in float: leave out act"
+        )
+    if task.outputs not in (None, "scores"):
+        raise PlanError("from a folder, networks are compressed whose outputs are scores of words")
     if getattr(getattr(network, "config", None), "quantization_config", None) is not None:
         raise FileError(
             f"{folder} holds weights that are quantised already (quantization_config): start from "
             "those in floats"
         )
-    shards = tensors.shards
-    for name, p in network.named_parameters():
-        if not any(each in tensors for each in stack.names(name)):
-            raise FileError(f"the files in {folder} lack the tensor {name!r} {[*p.shape]}")
-        kind = shards.kind(str(tensors.place(stack.stored_as(name))))
-        if kind not in FLOATS:
-            raise FileError(
-                f"{name!r} is stored as {kind}; weights are read block by block in one of "
-                f"{', '.join(FLOATS)}"
-            )
-    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    buffer = next((n for n in network.state_dict() if n not in parameters), None)
-    if buffer is not None:
-        raise FileError(
-            f"the network keeps a buffer beside its weights ({buffer!r}), which is not read block "
-            "by block; compress it as a whole"
-        )
 
 
-def _told(shards: Shards, network: nn.Module, task: Task, jobs: Jobs) -> str:
+def _opened(folder: Path, network: nn.Module, task: Task) -> tuple[Stack, Streamed]:
+    """The network block by block, and what knows its cost."""
+    shards = Shards(folder)
+    tensors = Prefixed(shards, network)
+    stack = Stack(network.eval(), tensors)
+    types = types_of(network, shards, stack)
+    fill_buffers(network, tensors)
+    batch = task.read()[0]
+    with stack.ends():
+        hidden, _ = stack.enter(task, batch)
+    places = max(1, hidden[..., 0].numel() // task.examples.count(batch))
+    survey = survey_stack(stack, places)
+    rest = rest_of(stack, survey, types)
+    whole = (Left(r.name, UNKNOWN, r.bytes) for r in rest if len(r.shape) > 1)
+    survey = replace(survey, left=tuple(whole))
+    return stack, Streamed(survey, parts_of(survey, rest, len(shards.paths)), survey.left)
+
+
+def _told(folder: Path, network: nn.Module, task: Task, jobs: Jobs) -> str:
     """The fingerprint of all that results depend on: weights, config, batches, functions."""
     config = getattr(network, "config", None)
     said = config.to_json_string() if config is not None else type(network).__name__
     try:
         return fingerprint(
             {
-                "weights": shards.digest(),
+                "weights": Shards(folder).digest(),
                 "network": said,
                 "forward": task.forward,
                 "batches": task.read(),
@@ -210,15 +204,18 @@ def _write(
         bias = stack.read(f"{name}.bias") if site.bias else None
         return compressed(site, plan, last[0][1], bias)
 
+    buffers = dict(stack.model.named_buffers())
+
     def tensor(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
         return rest[name] if name in rest else stack.read(name)
 
     names = native_names(len(parts))
+    for path in (*earlier_files(output), output / CONFIG):
+        path.unlink(missing_ok=True)  # a half of one network beside one of another would be read
     for name, part in zip(names, parts, strict=True):
         bench.jobs.progress("writing files", names.index(name), len(names))
         write_layers(output / name, part.survey, part.of(plan), part.rest, layer, tensor)
-    for path in output.glob("rabbet*.safetensors"):  # of an earlier run: they would be read, too
-        if path.name not in names:
-            path.unlink()
     bench.jobs.progress("writing files", len(names), len(names))
     return [output / name for name in names]
