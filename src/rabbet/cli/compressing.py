@@ -90,8 +90,7 @@ def compress(
 ) -> None:
     """Make a network fit a budget, or fit a given plan, and write the file.
 
-    Accuracy is that of the file. An output that is a folder takes a network from a folder of
-    save_pretrained, block by block, however large it is.
+    Accuracy is that of the file. If the output is a folder, a network is read block by block.
     """
     from rabbet.cli import folders, outcomes, pages, tables, texts
     from rabbet.cli.inputs import open_inputs
@@ -102,7 +101,8 @@ def compress(
     if folders.is_folder(output) and model is not None:
         plain = {"--plan": plan, "--drop": drop, "--axis": axis, "--held": held, "--html": html}
         asked = folders.Asked(model, data, test, budget, output, plain | {"--target": target})
-        return folders.run(asked, folders.How(method, quality, seed, resume, processes, as_json))
+        folders.run(asked, folders.How(method, quality, seed, resume, processes, as_json))
+        return
     wish = Wish.read(budget, plan, drop, axis, target)
     wish.require_held(held, test)
     worker = texts.worker_of(method, quality)
@@ -128,8 +128,5 @@ def compress(
         if html is not None:
             with told(jobs, "making the page"):
                 pages.write_outcome(outcome, inputs.network, html, frontier)
-    if as_json:
-        settings = {"seed": seed, "quality": quality, "method": method}
-        tables.print_json(outcome.facts(settings))
-    else:
-        tables.show(outcome.parts(target=chosen))
+    settings = {"seed": seed, "quality": quality, "method": method}
+    tables.tell(as_json, lambda: outcome.facts(settings), lambda: outcome.parts(target=chosen))

@@ -144,10 +144,8 @@ def run(asked: Asked, how: How) -> None:
     """Compress, and print what came of it."""
     require_plain(asked.others)
     found = compress_folder(asked, how)
-    if how.as_json:
-        tables.print_json(found.facts({"seed": how.seed, "method": how.method}))
-    else:
-        tables.show(found.parts())
+    settings = {"seed": how.seed, "method": how.method}
+    tables.tell(how.as_json, lambda: found.facts(settings), found.parts)
 
 
 def compress_folder(asked: Asked, how: How) -> Folders:

@@ -1,7 +1,7 @@
 """How parts of a report are printed: tables for people, plain values for JSON."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -62,3 +62,13 @@ def _room(heads: list[str], rows: list[list[str]], console: Console) -> int:
 def print_json(facts: dict[str, Any]) -> None:
     """One JSON object."""
     print(json.dumps(facts, indent=2))
+
+
+def tell(
+    as_json: bool, facts: Callable[[], dict[str, Any]], parts: Callable[[], list[Part]]
+) -> None:
+    """What came of a command: for programs, or for people."""
+    if as_json:
+        print_json(facts())
+    else:
+        show(parts())
