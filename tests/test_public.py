@@ -24,7 +24,7 @@ from rabbet.methods import METHODS, QUALITY, method_of
 from rabbet.train.tuning import Tuning
 
 PUBLIC = {
-    "ADMM", "Budget", "CGMQ", "CoRa", "Frontier", "Jobs", "Joint", "Plan", "RabbetError", "Result",
+    "ADMM", "Blockwise", "Budget", "CGMQ", "CoRa", "Frontier", "Jobs", "Joint", "Plan", "RabbetError", "Result",
     "Session", "Sweep", "TTQAT", "Task", "accuracy", "compress", "fit", "frontier", "load",
     "open_attention", "plan", "price", "survey", "sweep",
 }  # fmt: skip

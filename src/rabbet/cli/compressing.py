@@ -122,9 +122,8 @@ def compress(
             written = outcomes.export_safely(result, output, chosen)
         with told(jobs, "judging the file"):
             after = None if judge is None else judge(opened(output, inputs.network))
-        outcome = outcomes.Outcome(
-            output, result, written, judge, before, after, examples, replaced
-        )
+        scores = before, after, examples
+        outcome = outcomes.Outcome(output, result, written, judge, *scores, replaced)
         if html is not None:
             with told(jobs, "making the page"):
                 pages.write_outcome(outcome, inputs.network, html, frontier)
