@@ -25,7 +25,8 @@ from rabbet.train.tuning import Tuning
 
 PUBLIC = {
     "ADMM", "Blockwise", "Budget", "CGMQ", "CoRa", "Frontier", "Jobs", "Joint", "Plan",
-    "RabbetError", "Result", "Session", "Sweep", "TTQAT", "Task", "accuracy", "compress", "fit", "frontier", "load",
+    "RabbetError", "Result", "Session", "Sweep", "TTQAT", "Task", "accuracy", "compress",
+    "fit", "frontier", "load",
     "open_attention", "plan", "price", "survey", "sweep",
 }  # fmt: skip
 PLAN = "stem.0 dense@4c | act@8\nhead dense@8c | act@8"
