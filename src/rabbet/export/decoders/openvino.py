@@ -69,6 +69,9 @@ def openvino_content(model: nn.Module) -> tuple[bytes, tuple[str, ...]]:
 class OpenVINOWriter(Writer):
     """Layers as OpenVINO keeps their weights compressed."""
 
+    # What it makes of a product of integers with scales that are as many.
+    unreadable = "float32, or 8 bits with a float32 scale for each entry,"
+
     def __init__(self, graph: Graph, model: nn.Module) -> None:
         super().__init__(graph, model, exact=True)
         graph.functions_known = False

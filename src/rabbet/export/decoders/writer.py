@@ -33,7 +33,10 @@ class Writer:
 
     exact: kernels take inputs as floats, so that the file answers as the network does, but for the
     order of sums; else as integers of 8 bits, block by block, which is several times as fast.
+    unreadable: what becomes of integers that no kernel reads.
     """
+
+    unreadable = "float32"
 
     def __init__(self, graph: Graph, model: nn.Module, exact: bool) -> None:
         self.graph, self.model, self.exact = graph, model, exact
@@ -194,8 +197,8 @@ class Writer:
         """A factor on any grid, float32 when the file is loaded, [out, in]."""
         if not factor.grid.codebook.floats:
             self.notes.append(
-                f"{name} is float32 once loaded: {factor.grid} is not in blocks of 16, 32, 64 or "
-                "128 inputs"
+                f"{name} is {self.unreadable} once loaded: {factor.grid} is not in blocks of 16, "
+                "32, 64 or 128 inputs"
             )
         return Weight.of(name, factor).values(self.graph)
 
