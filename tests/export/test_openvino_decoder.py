@@ -53,7 +53,7 @@ def test_openvino_says_the_same_16_words_as_torch_with_short_codes(network, grid
     text = Compiled(openvino.openvino_content(model)[0])
     assert says_the_same(model, text, 1)
     assert says_the_same(model, text, 2)
-    linears = sum(s.multiplies and not s.looks_up or bool(s.heads) for s in network.survey)
+    linears = sum((s.multiplies and not s.looks_up) or bool(s.heads) for s in network.survey)
     assert kinds(text) == {WIDTHS[grid]: linears}
 
 

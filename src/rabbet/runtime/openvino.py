@@ -25,15 +25,17 @@ def openvino_known() -> bool:
 class Compiled:
     """A file, read and compiled for the CPU, which computes in float32.
 
-    Raises FileError if OpenVINO cannot read the file, compile it or, in `run`, run it.
+    threads: 0 for as many as OpenVINO likes. Raises FileError if OpenVINO cannot read the file,
+    compile it or, in `run`, run it.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, threads: int = 0) -> None:
         import openvino
 
         with _told():
             core = openvino.Core()
-            self.model = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", EXACT)
+            settings = EXACT | {"INFERENCE_NUM_THREADS": threads}
+            self.model = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
 
     @property
     def shapes(self) -> dict[str, tuple[Any, ...]]:
