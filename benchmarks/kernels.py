@@ -1,4 +1,4 @@
-"""What MatMulNBits of onnxruntime costs by width, level and zero points.
+"""What MatMulNBits costs by width, level and zero points in onnxruntime, by width in OpenVINO.
 
     python benchmarks/kernels.py
 
@@ -15,6 +15,7 @@ from common import machine
 from rabbet.errors import RabbetError
 from rabbet.export.decoders.blocks import joined
 from rabbet.export.onnx.graph import CONTRIB, Graph
+from rabbet.runtime.openvino import Compiled, openvino_known
 from rabbet.runtime.session import Session
 
 SEED = 0
@@ -79,6 +80,11 @@ def main() -> None:
             print(f"{name}: {least(lambda s=session: s.run({'x': x})):.3f} ms", flush=True)
         except RabbetError as e:
             print(f"{name}: refused ({str(e).splitlines()[0][-80:]})", flush=True)
+    for bits in (2, 4, 8, 32) if openvino_known() else ():
+        file = Compiled(graph(given.rows, given.columns, bits, 1, "whole"), 1)
+        took = least(lambda f=file: f.run({"x": x}))
+        size = len(graph(given.rows, given.columns, bits, 1, "whole"))
+        print(f"OpenVINO, {bits} bits, inputs as floats: {took:.3f} ms, {size:,} bytes", flush=True)
 
 
 if __name__ == "__main__":

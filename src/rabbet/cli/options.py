@@ -11,7 +11,10 @@ DEFAULT_BUDGET = "bytes <= 10%"
 METHODS = ("joint", "admm", "cora", "cgmq", "ttqat", "blockwise")
 QUALITIES = ("fast", "default", "best")
 AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency", "onnx", "openvino")
-TARGETS = ("safetensors", "onnx", "openvino", "torch", "genai", "genai-exact", "gguf", "gguf-f16")
+TARGETS = (
+    "safetensors", "onnx", "openvino", "torch",
+    "genai", "genai-exact", "openvino-decoder", "gguf", "gguf-f16",
+)  # fmt: skip
 
 
 def known_quality(name: str) -> str:

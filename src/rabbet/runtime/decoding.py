@@ -1,14 +1,23 @@
-"""A decoder in onnxruntime, token after token, with its cache of keys and values."""
+"""A decoder in a runtime, token after token, with its cache of keys and values."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rabbet.runtime.session import Session
-
 Ids = NDArray[np.int64]
+
+
+class Runs(Protocol):
+    """A file in a runtime, such as `Session` or `Compiled`."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        """Of each input the sizes; what a free axis has is left open."""
+
+    def run(self, feed: dict[str, NDArray[Any]]) -> list[Any]:
+        """The outputs, in order, for input arrays by name."""
 
 
 @dataclass
@@ -19,7 +28,7 @@ class Writing:
     `past_key_values.N.key` and `.value`, and outputs `logits`, `present.N.key` and `.value`.
     """
 
-    session: Session
+    session: Runs
 
     def __post_init__(self) -> None:
         self.cache: dict[str, Any] = {}
@@ -48,6 +57,5 @@ class Writing:
         return np.concatenate(found, 1)
 
     def _empty(self, batch: int) -> dict[str, Any]:
-        inputs = [i for i in self.session.session.get_inputs() if i.name.startswith("past")]
-        shapes = {i.name: (batch, i.shape[1], 0, i.shape[3]) for i in inputs}
-        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        past = {name: s for name, s in self.session.shapes.items() if name.startswith("past")}
+        return {name: np.zeros((batch, s[1], 0, s[3]), np.float32) for name, s in past.items()}

@@ -116,6 +116,11 @@ class Session(nn.Module):
             )
         return {n: t.detach().cpu().numpy() for n, t in zip(self.names, given, strict=True)}
 
+    @property
+    def shapes(self) -> dict[str, tuple[Any, ...]]:
+        """Of each input the sizes, in order; of a free axis its name."""
+        return {i.name: tuple(i.shape) for i in self.session.get_inputs()}
+
     def run(
         self, feed: dict[str, np.ndarray[Any, Any]], outputs: Sequence[str] | None = None
     ) -> list[Any]:

@@ -13,6 +13,7 @@ from rabbet.export.base import Written
 from rabbet.export.decoders.families import require_decoder
 from rabbet.export.decoders.genai import genai_content, write_genai
 from rabbet.export.decoders.gguf import gguf_files, write_gguf
+from rabbet.export.decoders.openvino import openvino_content, write_openvino_decoder
 from rabbet.model.build import blank_numbers, build
 from rabbet.model.surgery import on_cpu
 
@@ -21,6 +22,7 @@ DecoderExport = Callable[[nn.Module, Path, Any], Written]
 DECODERS: dict[str, DecoderExport] = {
     "genai": functools.partial(write_genai, exact=False),
     "genai-exact": functools.partial(write_genai, exact=True),
+    "openvino-decoder": write_openvino_decoder,
     "gguf": functools.partial(write_gguf, half=False),
     "gguf-f16": functools.partial(write_gguf, half=True),
 }
@@ -41,6 +43,8 @@ def predict_bytes(
     if target in ("gguf", "gguf-f16"):
         files, _ = gguf_files(network, tokenizer, target == "gguf-f16")
         return sum(map(len, files.values()))
+    if target == "openvino-decoder":
+        return len(openvino_content(on_cpu(network))[0])
     return len(genai_content(on_cpu(network), target == "genai-exact")[0])
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BOOL = 9  # of onnx.TensorProto
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose frequencies are constants
 LOWEST = float(torch.finfo(torch.float32).min)
+Writing = Callable[[Graph, nn.Module], Writer]
+"""Makes the writer of a target."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def sizes_of(config: Any) -> Sizes:
 class Decoder:
     """A decoder while it is written: its inputs, its mask, and attention with a cache."""
 
-    def __init__(self, model: nn.Module, exact: bool) -> None:
+    def __init__(self, model: nn.Module, writer: Writing) -> None:
         self.model = model
         self.config: Any = getattr(model, "config", None)
         self.sizes = s = sizes_of(self.config)
@@ -66,7 +68,7 @@ class Decoder:
             }
         )
         self.given = {str(value.name): value for value in self.graph.inputs}
-        self.w = Writer(self.graph, model, exact)
+        self.w = writer(self.graph, model)
         self.presents: list[ir.Value] = []
         self.mask = self._mask()
 
@@ -243,10 +245,10 @@ def require_decoder(model: nn.Module) -> None:
         raise ModelError("this decoder also attends to an encoder, which is not known here")
 
 
-def written(model: nn.Module, exact: bool) -> tuple[Graph, tuple[str, ...]]:
-    """A decoder as a graph for onnxruntime, and what to know of it."""
+def written(model: nn.Module, writer: Writing) -> tuple[Graph, tuple[str, ...]]:
+    """A decoder as a graph, and what to know of it."""
     require_decoder(model)
-    decoder = Decoder(model, exact)
+    decoder = Decoder(model, writer)
     with torch.no_grad():
         graph = decoder.done(FAMILIES[type(model).__name__](decoder))
     return graph, tuple(dict.fromkeys(decoder.w.notes))

@@ -4,6 +4,7 @@ It holds `model.onnx`, `genai_config.json`, the config of transformers, and the 
 where the network came from a folder that has them.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from rabbet.data.batches import relative_error
 from rabbet.errors import FileError, ModelError
 from rabbet.export.base import Written
 from rabbet.export.decoders.families import require_decoder, sizes_of, written
+from rabbet.export.decoders.writer import Writer
+from rabbet.export.onnx.graph import Graph
 from rabbet.files import write_whole
 from rabbet.model.surgery import on_cpu
 from rabbet.runtime.decoding import Writing
@@ -49,7 +52,7 @@ def write_genai(model: nn.Module, folder: Path, tokenizer: Any, exact: bool) -> 
     require_folder(folder)
     model = on_cpu(model)
     content, notes = genai_content(model, exact)
-    error = _compare(model, content, SAME if exact else NEAR)
+    error = compare(model, Writing(Session(content)), SAME if exact else NEAR)
     folder.mkdir(parents=True, exist_ok=True)
     size = write_whole(folder / MODEL, [content])
     write_whole(folder / "genai_config.json", [_json(genai_config(model))])
@@ -58,7 +61,11 @@ def write_genai(model: nn.Module, folder: Path, tokenizer: Any, exact: bool) -> 
 
 def genai_content(model: nn.Module, exact: bool) -> tuple[bytes, tuple[str, ...]]:
     """The ONNX file, and what to know of it; ModelError if it is too long for one."""
-    graph, notes = written(model, exact)
+    return content_of(*written(model, functools.partial(Writer, exact=exact)))
+
+
+def content_of(graph: Graph, notes: tuple[str, ...]) -> tuple[bytes, tuple[str, ...]]:
+    """A graph as a file, with its notes; ModelError if it is too long for one."""
     held = (v.const_value for v in graph.model.graph.initializers.values())
     count = sum(int(tensor.nbytes) for tensor in held if tensor is not None)
     if count > LARGEST:
@@ -138,8 +145,8 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _compare(model: nn.Module, content: bytes, most: float) -> float:
-    """How far the file's answers lie from the network's; ModelError if that is too far.
+def compare(model: nn.Module, text: Writing, most: float) -> float:
+    """How far a file's answers lie from the network's; ModelError if that is too far.
 
     A prompt of two texts, the first padded on the left, then some tokens with the cache.
     """
@@ -149,7 +156,6 @@ def _compare(model: nn.Module, content: bytes, most: float) -> float:
     mask = torch.ones_like(ids)
     mask[0, : PROMPT // 3] = 0
     wanted = _answer(model, ids, mask)
-    text = Writing(Session(content))
     answers = [text.read(ids[:, :PROMPT].numpy(), mask[:, :PROMPT].numpy())]
     answers += [text.read(ids[:, k : k + 1].numpy()) for k in range(PROMPT, PROMPT + STEPS)]
     found = torch.from_numpy(np.concatenate(answers, 1))

@@ -33,7 +33,10 @@ class Writer:
 
     exact: kernels take inputs as floats, so that the file answers as the network does, but for the
     order of sums; else as integers of 8 bits, block by block, which is several times as fast.
+    unreadable: what becomes of integers that no kernel reads.
     """
+
+    unreadable = "float32"
 
     def __init__(self, graph: Graph, model: nn.Module, exact: bool) -> None:
         self.graph, self.model, self.exact = graph, model, exact
@@ -93,9 +96,13 @@ class Writer:
         blocks = self._readable(factor)
         if blocks is None:
             return self.call("Gather", self._whole(held.site.name, factor), ids, axis=0)
-        blob, scales, zeros = self._blocks(held.site.name, blocks)
+        return self._looked_up(held.site.name, blocks, ids)
+
+    def _looked_up(self, name: str, blocks: Blocks, ids: "ir.Value") -> "ir.Value":
+        """Rows of a table in blocks, [...] -> [..., columns]."""
+        blob, scales, zeros = self._blocks(name, blocks)
         flat = self.integers(blocks.rows, -1)
-        rows = self.named("Reshape", f"{held.site.name}.rows", blob, flat)
+        rows = self.named("Reshape", f"{name}.rows", blob, flat)
         if blocks.padding:
             width = self.integers(blocks.columns * blocks.bits // 8)
             rows = self.call("Slice", rows, self.integers(0), width, self.integers(1))
@@ -156,14 +163,20 @@ class Writer:
         blocks = self._readable(factor)
         if blocks is None or (self.exact and blocks.bits == 8):
             whole = self._whole(name, factor) if blocks is None else self._wide(name, blocks)
-            wide = self.named("Transpose", f"{name}.transposed", whole, perm=[1, 0])
-            return self.call("MatMul", x, wide)
+            return self._float_product(name, whole, x)
+        return self._block_product(name, blocks, x, blocks.columns)
+
+    def _float_product(self, name: str, whole: "ir.Value", x: "ir.Value") -> "ir.Value":
+        wide = self.named("Transpose", f"{name}.transposed", whole, perm=[1, 0])
+        return self.call("MatMul", x, wide)
+
+    def _block_product(self, name: str, blocks: Blocks, x: "ir.Value", columns: int) -> "ir.Value":
         blob, scales, zeros = self._blocks(name, blocks)
         return self.call(
             "MatMulNBits",
             *[x, blob, scales, *([] if zeros is None else [zeros])],
             domain=CONTRIB,
-            K=blocks.columns,
+            K=columns,
             N=blocks.rows,
             bits=blocks.bits,
             block_size=blocks.size,
@@ -184,8 +197,8 @@ class Writer:
         """A factor on any grid, float32 when the file is loaded, [out, in]."""
         if not factor.grid.codebook.floats:
             self.notes.append(
-                f"{name} is float32 once loaded: {factor.grid} is not in blocks of 16, 32, 64 or "
-                "128 inputs"
+                f"{name} is {self.unreadable} once loaded: {factor.grid} is not in blocks of 16, "
+                "32, 64 or 128 inputs"
             )
         return Weight.of(name, factor).values(self.graph)
 
