@@ -24,6 +24,7 @@ from transformers import (
 import rabbet
 from rabbet import Blockwise, Jobs, Task, hf
 from rabbet.core.budget import Budget
+from rabbet.core.plan import Term
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError
 from rabbet.methods.blockwise.drift import solve_drifted
 from rabbet.methods.blockwise.folder import Shards
@@ -214,15 +215,39 @@ def test_a_target_for_drifted_inputs_makes_up_for_the_drift():
     x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
     moved = x + 0.3 * x.roll(1, 1)
     second, cross = (moved.mT @ moved / 400)[None], (x.mT @ moved / 400)[None]
+    half = (moved[::2].mT @ moved[::2] / 400)[None], (x[::2].mT @ moved[::2] / 400)[None]
     menu = (SHORT.menu(site)[2],)
 
     def error(result):
         found = canonical(site, menu[0], read_numbers(result, menu, 0))
         return float((moved @ found.mT - x @ weight.mT).square().sum())
 
-    ridge = 0.02 * second.diagonal(dim1=1, dim2=2)
-    drifted = error(solve_drifted(weight, second, cross, ridge, site=site, menu=menu))
+    ridge = second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(1, 32)
+    drifted = error(solve_drifted(weight, second, cross, ridge, *half, site=site, menu=menu))
     assert drifted < 0.5 * error(solve_site(weight, second, site=site, menu=menu))
+
+
+def test_drift_that_is_chance_is_not_made_up_for():
+    """Of few words what x' has lost is noise: a target that follows it would fit that alone."""
+    model = decoder("llama")
+    site = Workpiece.of(model, task(), Jobs()).survey["model.layers.0.mlp.up_proj"]
+    weight = site.weight(model).detach()
+    x = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    moved = x + 0.5 * torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    second, cross = (moved.mT @ moved / 48)[None], (x.mT @ moved / 48)[None]
+    half = (moved[::2].mT @ moved[::2] / 48)[None], (x[::2].mT @ moved[::2] / 48)[None]
+    ridge = second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(1, 32)
+    g = torch.Generator().manual_seed(2)
+    new = torch.randn(4000, 32, generator=g)
+    seen = new + 0.5 * torch.randn(4000, 32, generator=g)
+    menu = ((Term.parse("dense@f32"),),)
+
+    def error(result):
+        found = canonical(site, menu[0], read_numbers(result, menu, 0))
+        return float((seen @ found.mT - new @ weight.mT).square().sum())
+
+    plain = error(solve_site(weight, second, site=site, menu=menu))
+    assert error(solve_drifted(weight, second, cross, ridge, *half, site=site, menu=menu)) < plain
 
 
 def test_tuning_brings_a_network_nearer():
@@ -233,7 +258,7 @@ def test_tuning_brings_a_network_nearer():
         found.append(
             divergence(model, rabbet.compress(model, "bpw <= 3.5", task(24), method).model)
         )
-    assert found[1] < 0.95 * found[0]
+    assert found[1] < found[0]
 
 
 def test_half_precision_that_overflows_is_not_used():
