@@ -36,7 +36,7 @@ def _search(piece, table, budget):
 
 
 def _table(piece, method):
-    return [[method._option(piece, s, terms) for terms in method.menu(s)] for s in piece.survey]
+    return method.search(piece).allocator.table
 
 
 def _all_scores(piece, table):

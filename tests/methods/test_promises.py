@@ -50,9 +50,7 @@ FLOAT = Joint(
 
 
 def _table(piece, method):
-    return [
-        [method._option(piece, site, terms) for terms in method.menu(site)] for site in piece.survey
-    ]
+    return method.search(piece).allocator.table
 
 
 def _exact(piece, table, choice):
