@@ -19,6 +19,7 @@ from rabbet.runtime.decoding import Writing
 from rabbet.runtime.session import Session
 
 NEW = 16
+COARSE = ("u4c", "1g32")  # on which random weights may say one word again and again
 NETWORKS = {"llama": llama, "gpt2": gpt2, "opt": opt}
 GRIDS = (
     "4g64", "4g32z", "4c", "4", "4hg32", "u4c", "3g128", "3c", "2g64z", "2g16", "2hg64", "1g32",
@@ -40,12 +41,18 @@ def test_onnxruntime_says_the_same_16_words_as_torch(network, grid):
         with torch.no_grad():
             said = model.generate(
                 ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                use_cache=True, eos_token_id=None,
+                use_cache=True, eos_token_id=None, return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
-        wanted = said[:, ids.shape[1] :].numpy()
-        assert len(np.unique(wanted)) > 1  # it does not just repeat itself
+        wanted = said.sequences[:, ids.shape[1] :].numpy()
+        assert len(np.unique(wanted)) > 1 or grid in COARSE  # it does not just repeat itself
         found = Writing(session).greedy(ids.numpy(), NEW, mask.numpy())
-        assert found.tolist() == wanted.tolist()
+        for row in range(batch):
+            other = np.flatnonzero(found[row] != wanted[row])
+            if len(
+                other
+            ):  # from where two words are as likely, but for float noise, all may differ
+                best = said.logits[other[0]][row].topk(2).values
+                assert float(best[0] - best[1]) < 1e-4 * float(best[0].abs())
 
 
 @pytest.mark.parametrize("grid", ["4g64", "4hg32", "3g128", "2g64z", "2hg64", "tc", "8g64z"])
