@@ -162,7 +162,7 @@ def test_a_folder_that_compress_wrote_is_exported_and_says_the_same_words(
     code, _, err = run("export", "small", "--target", "genai", "--output", "run")  # once more
     assert code == 0, err
     for mistake, why in {
-        "--output a.onnx": "exported to one of genai, genai-exact, gguf, gguf-f16",
+        "--output a.onnx": "exported to one of genai, genai-exact, openvino-decoder",
         "--output run --target onnx": "found onnx",
         "--output run --target genai --model in": "a folder says which network it holds",
         "--output small --target genai": "is read by this command",
