@@ -713,7 +713,8 @@ def test_without_rank_bits_alone_are_on_the_menu():
     piece = _piece()
     for site in piece.survey:
         menu = Joint(rank=False).menu(site)
-        assert [terms[0].form.name for terms in menu] == ["dense"] * len(Joint().grids)
+        assert {terms[0].form.name for terms in menu} == {"dense"}
+        assert len(menu) - len(Joint().grids) in (0, len(Joint().groups))
         assert all(len(terms) == 1 for terms in menu)
     assert any(len(terms) > 1 for site in piece.survey for terms in Joint().menu(site))
 
