@@ -34,8 +34,6 @@ class Joint:
 
     grids: tuple[str, ...] = ("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c", "8c")
     """Of dense weights, as a plan writes them."""
-    groups: tuple[str, ...] = ("2g64z", "3g64", "4g64")
-    """Of dense weights of linears and tables, beside `grids`: groups of inputs share a scale."""
     adapters: tuple[tuple[str, float], ...] = (
         ("2hc", 0.05),
         ("2hc", 0.1),
@@ -55,10 +53,12 @@ class Joint:
     """Of the factors."""
     act: int | None = 8
     """Bits of every layer's input; None: float."""
-    acts: tuple[int, ...] = ()
-    """Bits of inputs that the program chooses from, layer by layer; empty: `act` for all."""
     tuning: Tuning = Tuning()  # noqa: RUF009 (frozen)
     """The loop at the end; `Tuning(steps=0)` leaves it out."""
+    acts: tuple[int, ...] = ()
+    """Bits of inputs that the program chooses from, layer by layer; empty: `act` for all."""
+    groups: tuple[str, ...] = ("2g64z", "3g64", "4g64")
+    """Of dense weights of linears and tables, beside `grids`: groups of inputs share a scale."""
 
     def __post_init__(self) -> None:
         check_fields(self)
