@@ -200,7 +200,7 @@ class Measured(Chooser):
 
 
 def _bench(piece: Workpiece, rotate: bool) -> Bench:
-    """A network in memory, block by block; one bench for a workpiece, which knows what it saw."""
+    """A network in memory, block by block; what was measured of it is kept in the jobs."""
     sites = tuple(site for site in piece.survey if site.runs)
     survey = replace(piece.survey, sites=sites)
     answers = piece.answers if piece.task.outputs is not None else None
