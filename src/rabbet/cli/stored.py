@@ -106,6 +106,8 @@ def opened(path: Path, network: nn.Module) -> nn.Module:
 
     A native one runs in a copy of the network, others in their runtime.
     """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder: name the file in it (rabbet*.safetensors)")
     if not path.is_file():
         raise FileError(f"there is no file {path}")
     if path.suffix == ".onnx":

@@ -134,6 +134,10 @@ def read_parts(path: Path) -> Contents:
         return Contents(survey, plan, arrays, rest)
     except FileNotFoundError:
         raise FileError(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise FileError(
+            f"{path} is a folder: name the native file in it (rabbet*.safetensors)"
+        ) from None
     except (OSError, RabbetError) as e:
         why = str(e)  # it may quote a line of the plan, which may be as long as the file
         shown = why if len(why) <= LONGEST else f"{why[:LONGEST]}..."

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from texts import WORDS, divergence, scores, task, words
 from torch import nn
 
 import rabbet
@@ -17,7 +18,6 @@ from rabbet.workpiece import Workpiece
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = 50
 GRIDS = ("3g32",)
 
 READERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
@@ -62,25 +62,6 @@ def with_outliers(model):
             elif name.endswith(READERS):
                 p[:, ::16] /= 30
     return model
-
-
-def words(batches=3):
-    g = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(WORDS, (2, 16), generator=g)} for _ in range(batches)]
-
-
-def task():
-    return Task(words(), forward=lambda n, b: n(b["input_ids"], use_cache=False).logits)
-
-
-def scores(model):
-    with torch.no_grad():
-        return torch.cat([model(**b, use_cache=False).logits.flatten(0, 1) for b in words()])
-
-
-def divergence(one, other):
-    p, q = scores(one).log_softmax(-1), scores(other).log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def wirings(model):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from texts import WORDS, divergence, scores, task
 
 import rabbet
-from rabbet import Task
 from rabbet.hf import compress_pretrained, from_pretrained
 from rabbet.jobs import Jobs
 from rabbet.methods.blockwise.method import Blockwise, _bench
@@ -13,7 +13,7 @@ from rabbet.workpiece import Workpiece
 
 transformers = pytest.importorskip("transformers")
 
-WORDS, WIDTH = 50, 48  # three blocks of Hadamard's, of 16
+WIDTH = 48  # three blocks of Hadamard's, of 16
 
 
 def network(kind="llama", tied=False, plain=False):
@@ -38,25 +38,6 @@ def network(kind="llama", tied=False, plain=False):
             elif not plain:
                 p.uniform_(0.3, 2)
     return model.eval()
-
-
-def words(batches=3):
-    g = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(WORDS, (2, 16), generator=g)} for _ in range(batches)]
-
-
-def task():
-    return Task(words(), forward=lambda n, b: n(b["input_ids"], use_cache=False).logits)
-
-
-def scores(model):
-    with torch.no_grad():
-        return torch.cat([model(**b, use_cache=False).logits.flatten(0, 1) for b in words()])
-
-
-def divergence(one, other):
-    p, q = scores(one).log_softmax(-1), scores(other).log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("width", [1, 3, 16, 48, 96])
