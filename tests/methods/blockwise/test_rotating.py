@@ -95,7 +95,7 @@ def test_a_turn_spreads_large_channels():
         )
         result = rabbet.compress(model, "bpw <= 7", task(), method)
         off[rotate] = divergence(model, result.model), result.cost.bytes
-    assert off[True][0] < 0.7 * off[False][0]
+    assert off[True][0] < 0.85 * off[False][0]
     assert off[True][1] == off[False][1]
 
 
