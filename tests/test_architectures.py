@@ -19,6 +19,6 @@ def test_a_network_goes_through(name, kernels_are_exact):
     assert row["bytes %"] <= 15
     assert row["left %"] <= 4  # vectors, which are more of a network the smaller it is
     assert row["read back"] == "same"
-    assert row["OpenVINO error %"] < 3
-    if kernels_are_exact:  # elsewhere onnxruntime's kernels saturate
+    if kernels_are_exact:  # elsewhere the integer kernels of both runtimes saturate
+        assert row["OpenVINO error %"] < 3
         assert row["ONNX error %"] < 3

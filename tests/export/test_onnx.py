@@ -87,7 +87,7 @@ def written(request, tmp_path_factory):
 def test_the_file_answers_as_the_network_at_every_batch_size(written, kernels_are_exact):
     case, compressed, export, path = written
     assert export.bytes == path.stat().st_size
-    session = Session(path)
+    session = Session(path, exact=not kernels_are_exact)
     axes = compressed.task.examples
     for batch in case.batches:
         for count in {1, axes.count(batch)}:
@@ -96,10 +96,7 @@ def test_the_file_answers_as_the_network_at_every_batch_size(written, kernels_ar
             ours = list(ours) if isinstance(ours, tuple) else [ours]
             theirs = _answers(compressed.model, part)
             assert [t.shape for t in ours] == [t.shape for t in theirs]
-            assert all(
-                _apart(a, b) < (0.2 if kernels_are_exact else 0.6)
-                for a, b in zip(ours, theirs, strict=True)
-            )
+            assert all(_apart(a, b) < 0.2 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_every_layer_runs_on_an_integer_kernel(written):

@@ -90,7 +90,8 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
         if functions:  # what onnxruntime's kernels do says nothing of another runtime
             notes = (*notes, *saturated)
         if not functions and openvino_known():
-            error = compare_openvino(content, parcel.model, task)
+            error, saturated = compare_openvino(content, parcel.model, task)
+            notes = (*notes, *saturated)
         elif not functions:
             notes = (*notes, "not tried in OpenVINO, which is not installed: rabbet[openvino]")
     return Written(write_whole(path, [content]), (*notes, *labels_note(labels)), error)
