@@ -13,6 +13,7 @@ from rabbet.core.plan import Plan
 from rabbet.core.survey import Left, Survey
 from rabbet.data.task import Task
 from rabbet.errors import FileError, PlanError
+from rabbet.export.folders import earlier_files, native_names
 from rabbet.export.writing import write_layers
 from rabbet.fingerprint import Untold, fingerprint
 from rabbet.jobs import Jobs, Tensors
@@ -67,19 +68,6 @@ class Saved:
 
     def __str__(self) -> str:
         return plain(self.parts())
-
-
-def native_names(count: int) -> list[str]:
-    """What the files of a folder are called that hold a compressed network."""
-    if count == 1:
-        return ["rabbet.safetensors"]
-    return [f"rabbet-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
-
-
-def earlier_files(folder: Path) -> list[Path]:
-    """The files of compressed networks that lie in a folder, whichever run wrote them."""
-    single = [folder / name for name in native_names(1)]
-    return [p for p in single if p.is_file()] + sorted(folder.glob("rabbet-*-of-*.safetensors"))
 
 
 def stream(  # noqa: PLR0913 (those behind the star are options, given by name)

@@ -10,7 +10,6 @@ code that lies in a folder is run, and nothing is unpickled.
 import contextlib
 import copy
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,19 +20,19 @@ from torch import nn
 
 from rabbet._api import Result
 from rabbet._bench import Data
-from rabbet._stream import CONFIG, Saved, earlier_files, native_names, stream
+from rabbet._stream import CONFIG, Saved, stream
 from rabbet.core.budget import Budget
 from rabbet.data.task import Task
 from rabbet.errors import FileError, ModelError
 from rabbet.export import DECODERS, Written
 from rabbet.export.decoders import predict_bytes
+from rabbet.export.folders import NATIVE, earlier_files, native_files
 from rabbet.export.native import read_native
 from rabbet.files import write_whole
 from rabbet.jobs import Jobs
 from rabbet.methods.blockwise.folder import INDEX, hollow
 from rabbet.methods.blockwise.method import Blockwise
 
-NATIVE = "rabbet.safetensors"  # the compressed network in a folder
 CARD = "README.md"
 
 
@@ -80,8 +79,7 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     kind = _class_of(folder)
-    files = native_files(folder)
-    if not files:
+    if not native_files(folder):
         return _read(folder, kind)
     with _quiet(), torch.random.fork_rng(devices=[]):  # random weights, which the file replaces
         try:
@@ -90,7 +88,7 @@ def from_pretrained(folder: str | Path) -> nn.Module:
             raise FileError(f"{folder} cannot be read as {kind.__name__}: {e}") from e
     network.config.use_cache = False
     network.name_or_path = network.config._name_or_path = str(folder)  # noqa: SLF001 (theirs)
-    return read_native(files, network.eval())[0]
+    return read_native(folder, network.eval())[0]
 
 
 def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, given by name)
@@ -215,35 +213,6 @@ def card(result: Result, data: str = "") -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def native_files(folder: Path) -> list[Path]:
-    """The native file of a folder, or all of them in order; none in a folder of a float network.
-
-    Raises FileError if some of several are missing, or there are those of several networks.
-    """
-    found = earlier_files(folder)
-    if not found:
-        return []
-    single = found[0].name == NATIVE
-    names = native_names(1 if single else _count(found[0]))
-    lost = [name for name in names if not (folder / name).is_file()]
-    if lost:
-        raise FileError(f"{folder} lacks {', '.join(lost[:3])}")
-    other = next((path.name for path in found if path.name not in names), None)
-    if other is not None:
-        raise FileError(
-            f"{folder} holds files of two networks, {names[0]} and {other}: remove those of one"
-        )
-    return [folder / name for name in names]
-
-
-def _count(path: Path) -> int:
-    """How many files a folder holds, by the name of one of them."""
-    found = re.fullmatch(r"rabbet-\d{5}-of-(\d{5})", path.stem)
-    if found is None:
-        raise FileError(f"{path} is not named as the files of a compressed network are")
-    return int(found[1])
 
 
 def _known(name: str) -> Any:

@@ -86,6 +86,36 @@ def test_a_decoder_is_compressed_and_judged_by_text(run, here):
     assert json.loads(out)["value"] == pytest.approx(told["after"], rel=1e-4)
 
 
+def test_a_folder_is_shown_and_judged_and_so_is_what_it_is_exported_to(run, here):
+    given = ("gpt2", *DATA, *TEST, "--budget", "bpw <= 6", "-o", "folder", "--json")
+    code, out, err = run("compress", *given, "--method", "blockwise grids=('4g32','8c')")
+    assert code == 0, err
+    told = json.loads(out)
+    code, out, err = run("show", "folder", "--json")
+    assert code == 0, err
+    assert json.loads(out)["cost"]["bytes"] == sum(told["files"].values())
+    assert run("check", "folder", "--budget", "bpw <= 6")[0] == 0
+    assert run("compare", "folder", "folder")[0] == 0
+    assert run("report", "folder", "-o", "folder.html")[0] == 0
+    for target, near in {"genai-exact": 1e-4, "openvino-decoder": 1e-4, "genai": 0.02}.items():
+        assert run("export", "folder", "--target", target, "-o", target)[0] == 0
+        code, out, err = run("eval", target, *TEST, "--json")
+        assert code == 0, err
+        assert json.loads(out)["value"] == pytest.approx(told["evaluation"]["after"], rel=near)
+    code, out, err = run("eval", "folder", *TEST, "--json")
+    assert json.loads(out)["value"] == pytest.approx(told["evaluation"]["after"], rel=1e-6)
+    assert run("export", "folder", "--target", "gguf", "-o", "llama")[0] == 0
+    for line, why in {
+        "eval llama": "llama.cpp, which is not run here",
+        "eval folder --model gpt2": "leave out this option",
+        "show gpt2": "a folder without a native file",
+        "eval .": "holds neither a native file",
+    }.items():
+        code, out, err = run(*line.split(), *(TEST if line.startswith("eval") else ()))
+        assert (code, out) == (2, "")
+        assert why in err
+
+
 def test_the_least_that_lets_a_perplexity_rise_so_far_is_found(run, here):
     code, out, err = run(
         "compress", "gpt2", *DATA, "--held", "held.txt length=32 limit=6", "--drop", "<= 300",

@@ -82,7 +82,7 @@ MISTAKES = {
     "plan --budget bytes>3": "is not a budget",
     "check nowhere.safetensors --budget bytes<=3": "there is no file",
     "check mine_of_user.py --budget bytes<=3": "not a rabbet file",
-    "check . --budget bytes<=3": "name the native file in it",
+    "check . --budget bytes<=3": "a folder without a native file",
     "compare nowhere.safetensors": "at least two files",
     "show --bogus": "--bogus",
     "frobnicate": "frobnicate",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from torch import nn
 
 from rabbet._stream import WORK, Saved
 from rabbet.cli import tables, texts
@@ -21,11 +22,13 @@ from rabbet.data.decoder import Estimate
 from rabbet.errors import FileError, RabbetError
 from rabbet.export import DECODERS, Written
 from rabbet.export.decoders.genai import require_folder
-from rabbet.hf import compress_pretrained, export, from_pretrained, native_files, skeleton
+from rabbet.export.folders import native_files
+from rabbet.hf import compress_pretrained, export, from_pretrained, skeleton
 from rabbet.methods import Method
 from rabbet.methods.blockwise.method import Blockwise
 from rabbet.report.facts import plan_facts
 from rabbet.report.text import Part, times_smaller
+from rabbet.runtime.decoding import open_decoder
 
 
 def is_folder(output: Path) -> bool:
@@ -71,6 +74,16 @@ def export_folder(folder: Path, output: Path, target: str | None) -> tuple[int, 
     with bars() as progress, unheard():
         progress(f"exporting to {target}", 0, 1)
         return sum(path.stat().st_size for path in files), export(network, output, target)
+
+
+def opened_folder(folder: Path) -> nn.Module:
+    """The decoder of a folder, compressed or not, or as it was exported, in its runtime.
+
+    Raises FileError as `hf.from_pretrained` and `open_decoder` do.
+    """
+    if native_files(folder) or any(folder.glob("*.safetensors")):
+        return from_pretrained(folder)
+    return open_decoder(folder)
 
 
 @dataclass(frozen=True)

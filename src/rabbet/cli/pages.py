@@ -11,7 +11,7 @@ from torch import nn
 from rabbet._api import Result
 from rabbet.cli.inputs import Inputs
 from rabbet.cli.outcomes import Chosen, Outcome
-from rabbet.cli.stored import Stored, opened, require_other, writable
+from rabbet.cli.stored import Stored, opened, require_other, size_of, writable
 from rabbet.core.budget import Budget
 from rabbet.errors import FileError
 from rabbet.report.content import Frontier, Report, Score
@@ -67,7 +67,7 @@ def write_stored(
     file: Path, html: Path, limits: Budget | None, inputs: Inputs | None, exported: list[Path]
 ) -> dict[str, Any]:
     """The page of a file, with its network beside it if there is one; returns facts for JSON."""
-    files = {file.name: file.stat().st_size} | {str(p): p.stat().st_size for p in exported}
+    files = {file.name: size_of(file)} | {str(p): p.stat().st_size for p in exported}
     if inputs is None:
         stored = Stored.read(file)
         page = Report(

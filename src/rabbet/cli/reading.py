@@ -7,7 +7,9 @@ import typer
 
 from rabbet.cli import options
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A native file, as compress writes it.")]
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A native file, or a folder, as compress writes it.")
+]
 
 
 def show(file: File, as_json: options.Json = False) -> None:
@@ -52,7 +54,7 @@ def check(
 
 def compare(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Native files, two or more.")
+        list[Path], typer.Argument(metavar="FILE...", help="Native files or folders, two or more.")
     ],
     model: Annotated[
         str | None, typer.Option(help=f"The network that they hold: {options.NETWORK}.")

@@ -10,7 +10,8 @@ from rabbet.cli import options
 
 def report(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A native file, as compress writes it.")
+        Path,
+        typer.Argument(metavar="FILE", help="A native file, or a folder, as compress writes it."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", dir_okay=False, help="The page to write: .html.")
@@ -36,14 +37,13 @@ def report(
     """Make a page of a file that a browser shows: one HTML file, which loads nothing else."""
     from rabbet.cli import pages, tables, texts
     from rabbet.cli.inputs import open_inputs
-    from rabbet.errors import FileError
+    from rabbet.cli.stored import require_there
 
     limits = None if budget is None else texts.budget_of_file(budget)
     if model is None and (data is not None or test is not None):
         given = "--data" if data is not None else "--test"
         raise typer.BadParameter(f"{given} needs the network", param_hint="--model")
-    if not file.is_file():
-        raise FileError(f"there is no file {file}")
+    require_there(file)
     pages.ready(output, "--output", file, *(exported or []), model, data, test)
     inputs = None if model is None else open_inputs(model, data, test)
     facts = pages.write_stored(file, output, limits, inputs, exported or [])

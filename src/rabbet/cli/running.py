@@ -101,33 +101,44 @@ def _show_export(
 
 def evaluate(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A file of any kind that is written here.")
+        Path,
+        typer.Argument(metavar="FILE", help="A file or a folder of any kind that is written here."),
     ],
     test: options.Test = None,
     model: Model = None,
     as_json: options.Json = False,
 ) -> None:
-    """Run a file, in its runtime, over labelled batches or a function of your own."""
-    from rabbet.cli import tables
+    """Run a file, in its runtime, over labelled batches, text, or a function of your own.
+
+    A folder holds a decoder with its config, so it takes no --model.
+    """
+    from rabbet.cli import folders, tables
     from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST, demo
     from rabbet.cli.judge import open_judge
     from rabbet.cli.networks import open_network
-    from rabbet.cli.stored import opened
-    from rabbet.errors import FileError
+    from rabbet.cli.stored import opened, require_there
+    from rabbet.hf import skeleton
 
+    require_there(file)
+    if file.is_dir():
+        folders.require_alone({"--model": model})
+        model = str(file)
     if test is None and model not in (None, DEMO_MODEL):
         raise typer.BadParameter(
             "say what to measure with: batches of (inputs, labels)", param_hint="--test"
         )
-    if not file.is_file():
-        raise FileError(f"there is no file {file}")
-    network = open_network(DEMO_MODEL if model is None else model)
+    if file.is_dir():
+        ready = folders.opened_folder(file)
+        network = skeleton(file)
+    else:
+        network = open_network(DEMO_MODEL if model is None else model)
     judge = open_judge(DEMO_TEST if test is None else test, network=network)
     assert judge is not None
-    with demo(model, "--model"):
-        network = opened(file, network)
+    if not file.is_dir():
+        with demo(model, "--model"):
+            ready = opened(file, network)
     with demo(test, "--test"):
-        score = judge(network)
+        score = judge(ready)
     if as_json:
         tables.print_json({"file": str(file), "quantity": judge.quantity, "value": score})
         return

@@ -18,7 +18,8 @@ from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError
 from rabbet.export import DECODERS, ENDINGS, target_of
-from rabbet.export.native import read_parts
+from rabbet.export.folders import native_paths
+from rabbet.export.native import read_contents
 from rabbet.export.signature import quiet
 from rabbet.export.torch import read_program
 from rabbet.files import require_regular
@@ -27,7 +28,7 @@ from rabbet.runtime.session import Session
 
 @dataclass(frozen=True)
 class Stored:
-    """A native file: its facts, its plan, and what it costs; `cost.bytes` is its length on disk."""
+    """A native file, or those of a folder: facts, plan, and costs; `cost.bytes` is on disk."""
 
     path: Path
     survey: Survey
@@ -37,16 +38,21 @@ class Stored:
 
     @classmethod
     def read(cls, path: Path) -> "Stored":
-        """Read a file. Raises FileError for one that is missing, damaged, or of another format."""
+        """Read a file or a folder. FileError for what is missing, damaged, or of another format."""
         if path.suffix in ENDINGS and ENDINGS[path.suffix] != "safetensors":
             raise FileError(
                 f"{path} is written for a runtime and does not say what its plan is; name the "
                 "native file that it was exported from (.safetensors)"
             )
-        contents = read_parts(path)
+        contents = read_contents(path)
         survey, plan = contents.survey, contents.plan
-        cost = plan_cost(survey, plan, contents.kept)
-        return cls(path, survey, plan, replace(cost, bytes=path.stat().st_size), float_cost(survey))
+        cost = replace(plan_cost(survey, plan, contents.kept), bytes=size_of(path))
+        return cls(path, survey, plan, cost, float_cost(survey))
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a native file, or of those of a folder."""
+    return sum(file.stat().st_size for file in native_paths(path))
 
 
 def ready(output: Path, target: str | None = None) -> str:
@@ -102,14 +108,11 @@ def writable(output: Path) -> None:
 
 
 def opened(path: Path, network: nn.Module) -> nn.Module:
-    """Any file as a network that runs.
+    """Any file that is written here as a network that runs.
 
-    A native one runs in a copy of the network, others in their runtime.
+    Native ones, a folder's, too, run in a copy of the network, others in their runtime.
     """
-    if path.is_dir():
-        raise FileError(f"{path} is a folder: name the file in it (rabbet*.safetensors)")
-    if not path.is_file():
-        raise FileError(f"there is no file {path}")
+    require_there(path)
     if path.suffix == ".onnx":
         return Session(path)
     if path.suffix == ".pt2":
@@ -117,3 +120,9 @@ def opened(path: Path, network: nn.Module) -> nn.Module:
         with quiet():
             return program.module()
     return load(path, network)
+
+
+def require_there(path: Path) -> None:
+    """Raise FileError if there is neither a file nor a folder."""
+    if not path.is_file() and not path.is_dir():
+        raise FileError(f"there is no file or folder {path}")

@@ -25,6 +25,7 @@ from rabbet.core.plan import Plan, outputs_named
 from rabbet.core.survey import Survey
 from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.export.container import read_container
+from rabbet.export.folders import native_paths
 from rabbet.grids.grid import Grid
 from rabbet.layers import Site, shares_table
 from rabbet.layers.stored import rows_of
@@ -92,17 +93,14 @@ class Contents:
         return cls(survey, plan, arrays, rest)
 
 
-def read_native(
-    path: Path | Sequence[Path], model: nn.Module
-) -> tuple[nn.Module, Survey, Plan, tuple[Rest, ...]]:
-    """A compressed copy of `model` with the numbers of a file, or of several that share them.
+def read_native(path: Path, model: nn.Module) -> tuple[nn.Module, Survey, Plan, tuple[Rest, ...]]:
+    """A compressed copy of `model` with the numbers of a file, or of those of a folder.
 
     The model provides the code, the file every number. The file's survey, its plan, and the tensors
     that it holds uncompressed are returned beside the copy. Raises FileError for a file that is
     missing, damaged, of another format, or of another network.
     """
-    paths = [path] if isinstance(path, Path) else list(path)
-    contents, path = Contents.joined([read_parts(each) for each in paths]), paths[0]
+    contents = read_contents(path)
     survey, plan = contents.survey, contents.plan
     result = _skeleton(model, contents, path)
     streams = {name: _Stream(array, name, path) for name, array in contents.arrays.items()}
@@ -116,6 +114,11 @@ def read_native(
             unpack_stored(result, layer)
         _fill_rest(result, contents.rest, path)
     return result, survey, plan, contents.kept
+
+
+def read_contents(path: Path) -> Contents:
+    """What a native file holds, or those of a folder together; raises FileError."""
+    return Contents.joined([read_parts(each) for each in native_paths(path)])
 
 
 def read_parts(path: Path) -> Contents:
@@ -134,10 +137,6 @@ def read_parts(path: Path) -> Contents:
         return Contents(survey, plan, arrays, rest)
     except FileNotFoundError:
         raise FileError(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise FileError(
-            f"{path} is a folder: name the native file in it (rabbet*.safetensors)"
-        ) from None
     except (OSError, RabbetError) as e:
         why = str(e)  # it may quote a line of the plan, which may be as long as the file
         shown = why if len(why) <= LONGEST else f"{why[:LONGEST]}..."

@@ -1,12 +1,21 @@
 """A decoder in a runtime, token after token, with its cache of keys and values."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rabbet.errors import FileError
+from rabbet.runtime.openvino import Compiled
+from rabbet.runtime.session import Session
 
 Ids = NDArray[np.int64]
+MODEL, SETTINGS, GGUF = "model.onnx", "genai_config.json", "model.gguf"
+"""Files of a decoder's folder: the network, what makes it one for onnxruntime, llama.cpp's."""
 
 
 class Runs(Protocol):
@@ -59,3 +68,35 @@ class Writing:
     def _empty(self, batch: int) -> dict[str, Any]:
         past = {name: s for name, s in self.session.shapes.items() if name.startswith("past")}
         return {name: np.zeros((batch, s[1], 0, s[3]), np.float32) for name, s in past.items()}
+
+
+class Reader(nn.Module):
+    """A decoder's file as a network, without its cache: tokens [n, length] -> scores of each."""
+
+    def __init__(self, session: Runs) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Scores of the token behind each, [n, length, words]."""
+        return torch.from_numpy(Writing(self.session).read(input_ids.cpu().numpy()))
+
+
+def open_decoder(folder: Path) -> Reader:
+    """The decoder of a folder that was exported, in its own runtime.
+
+    Raises FileError for a folder of llama.cpp, which is not run here, or of nothing that is known.
+    """
+    file = folder / MODEL
+    if file.is_file() and (folder / SETTINGS).is_file():
+        return Reader(Session(file))
+    if file.is_file():
+        return Reader(Compiled(file.read_bytes()))
+    if (folder / GGUF).is_file():
+        raise FileError(
+            f"{folder} is for llama.cpp, which is not run here; its weights are those of the "
+            "native file, so judge that one"
+        )
+    raise FileError(
+        f"{folder} holds neither a native file (rabbet*.safetensors) nor a decoder's {MODEL}"
+    )

@@ -21,10 +21,9 @@ from rabbet.export.decoders.writer import Writer
 from rabbet.export.onnx.graph import Graph
 from rabbet.files import write_whole
 from rabbet.model.surgery import on_cpu
-from rabbet.runtime.decoding import Writing
+from rabbet.runtime.decoding import MODEL, SETTINGS, Writing
 from rabbet.runtime.session import Session, require_onnx
 
-MODEL = "model.onnx"
 SAME = 1e-3  # relative error of kernels for floats: another order of sums
 NEAR = 0.25  # of inputs that are rounded to 8 bits; a broken file errs far more
 LARGEST = 2**31 - 2**20  # bytes of a file that protobuf writes
@@ -55,7 +54,7 @@ def write_genai(model: nn.Module, folder: Path, tokenizer: Any, exact: bool) -> 
     error = compare(model, Writing(Session(content)), SAME if exact else NEAR)
     folder.mkdir(parents=True, exist_ok=True)
     size = write_whole(folder / MODEL, [content])
-    write_whole(folder / "genai_config.json", [_json(genai_config(model))])
+    write_whole(folder / SETTINGS, [_json(genai_config(model))])
     return Written(size, (*notes, *write_beside(model, folder, tokenizer)), error)
 
 

@@ -27,8 +27,9 @@ from rabbet.forms import Dense
 from rabbet.grids.grid import Quantised
 from rabbet.model.compressed import Compressed, Factor, stored_weights
 from rabbet.model.surgery import on_cpu
+from rabbet.runtime.decoding import GGUF
 
-MODEL, ADAPTER = "model.gguf", "adapter.gguf"
+ADAPTER = "adapter.gguf"
 FITTING = "2 to 6 or 8 bits, ternary, binary; for each output or in groups of 32, as 4c or 4g32"
 
 LLAMA = {
@@ -134,7 +135,7 @@ def gguf_files(
     words = Vocabulary.of(tokenizer, tokenizer_files(model), sizes_of(model.config).words)
     notes = [*content.notes, *words.notes]
     with tempfile.TemporaryDirectory() as scratch:
-        _write_model(Path(scratch) / MODEL, model, content, words)
+        _write_model(Path(scratch) / GGUF, model, content, words)
         if content.adapter:
             _write_adapter(Path(scratch) / ADAPTER, model, content)
             notes.append(f"low-rank terms are {ADAPTER}: run it with --lora {ADAPTER}")

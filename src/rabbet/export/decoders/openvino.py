@@ -16,7 +16,6 @@ from rabbet.export.base import Written
 from rabbet.export.decoders.blocks import Blocks
 from rabbet.export.decoders.families import require_decoder, written
 from rabbet.export.decoders.genai import (
-    MODEL,
     SAME,
     compare,
     content_of,
@@ -28,7 +27,7 @@ from rabbet.export.onnx.graph import Graph
 from rabbet.files import write_whole
 from rabbet.model.compressed import Factor
 from rabbet.model.surgery import on_cpu
-from rabbet.runtime.decoding import Writing
+from rabbet.runtime.decoding import MODEL, Writing
 from rabbet.runtime.openvino import Compiled, openvino_known
 from rabbet.runtime.session import Session, require_onnx
 

@@ -88,9 +88,7 @@ def compare(
     )
 
 
-def compare_openvino(
-    content: bytes, model: nn.Module, task: Task
-) -> tuple[float, tuple[str, ...]]:
+def compare_openvino(content: bytes, model: nn.Module, task: Task) -> tuple[float, tuple[str, ...]]:
     """How far OpenVINO's answers lie from the compressed network's, and a note as `compare` has.
 
     Raises ModelError if that is too far and the integer kernels of this processor are not why.
