@@ -118,13 +118,23 @@ def test_a_quality_is_the_default_method_with_another_tuning(fitted):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("method", [rabbet.CoRa(), rabbet.Joint(tuning=Tuning(steps=3))])
+def test_a_quality_sets_the_tuning_of_a_joint_that_leaves_it_open():
+    method = rabbet.Joint(act=None, rank=False)
+    assert method_of(method, "fast") == replace(method, tuning=Tuning(steps=0))
+    assert method_of(replace(method, tuning=Tuning(steps=0)), "fast").tuning == Tuning(steps=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (rabbet.CoRa(), "is a setting of the method Joint; leave it out"),
+        (rabbet.Joint(tuning=Tuning(steps=3)), "says how long Joint tunes, and so does its tuning"),
+    ],
+)
 @pytest.mark.parametrize("call", ["compress", "plan", "fit"])
-def test_a_quality_beside_another_method_is_refused_with_what_to_do(call, method):
+def test_a_quality_beside_what_has_none_or_its_own_is_refused(call, method, why):
     work = PLAN if call == "fit" else "bits <= 4"
-    with pytest.raises(
-        PlanError, match=r"quality='fast' is a setting of the default method; leave"
-    ):
+    with pytest.raises(PlanError, match=f"quality='fast' {why}"):
         getattr(rabbet, call)(demo.model(), work, demo.calibration(), method, quality="fast")
 
 

@@ -31,7 +31,7 @@ MISTAKES = {
     "compress --output a.safetensors --plan nowhere.txt": "cannot be read",
     "compress --output a.safetensors --plan mine_of_user.py": "mine_of_user.py: 'import torch':",
     "compress --output a.safetensors --jobs 0": "jobs",
-    "compress --output a.safetensors --method cora --quality fast": "setting of the default method",
+    "compress --output a.safetensors --method cora --quality fast": "setting of the method Joint",
     "plan --method cola": "one of joint, admm, cora",
     "plan --method 'cora bit=3'": "'bit' is no setting; there are bits",
     "plan --method 'joint forms=cp'": "forms is (a text, ...); found 'cp'",

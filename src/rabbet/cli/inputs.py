@@ -60,8 +60,8 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
         data, test = DEMO_DATA if data is None else data, DEMO_TEST if test is None else test
     if data is None:
         raise typer.BadParameter(
-            f"{quoted(model)} needs batches: a folder of images, a .npy or .npz file, or a "
-            "module:callable that gives them",
+            f"{quoted(model)} needs batches: a folder of images, a .npy or .npz file, a .txt for "
+            "a network that reads text, or a module:callable that gives them",
             param_hint="--data",
         )
     network = open_network(model)
