@@ -138,8 +138,8 @@ class Writer:
         """The sum of the terms of a layer, without its bias."""
         if layer.quantisers:
             raise ModelError(
-                f"{name} rounds its input ({layer.plan.body}), which this target does not: compress "
-                "with Joint(act=None) or another method that leaves act out, or export to 'onnx'"
+                f"{name} rounds its input ({layer.plan.body}), which this target does not: "
+                "compress with Joint(act=None), say, or export to 'onnx'"
             )
         parts = []
         for t, (form, factors) in enumerate(zip(layer.forms, layer.factors, strict=True)):
