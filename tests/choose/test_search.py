@@ -168,6 +168,7 @@ def test_an_entry_of_no_known_kind_is_solved():
     assert float(told["errors"][0]) == float(solved["0.error"])
 
 
+@pytest.mark.slow
 def test_no_cheaper_option_of_a_layer_is_much_better():
     """A line that another beats in everything is found out."""
     case = network("residual")

@@ -116,6 +116,7 @@ def test_a_folder_is_shown_and_judged_and_so_is_what_it_is_exported_to(run, here
         assert why in err
 
 
+@pytest.mark.slow
 def test_the_least_that_lets_a_perplexity_rise_so_far_is_found(run, here):
     code, out, err = run(
         "compress", "gpt2", *DATA, "--held", "held.txt length=32 limit=6", "--drop", "<= 300",

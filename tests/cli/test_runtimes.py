@@ -143,6 +143,7 @@ def test_a_mistake_is_one_line(run, small, tmp_path, monkeypatch, arguments, wor
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_budget_of_bytes_is_of_the_file_for_the_target(run, tmp_path):
     path = tmp_path / "s.onnx"
     asked = ("--budget", "bytes <= 30%", "--target", "onnx", *QUICK)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from commands import QUICK
 
 from rabbet import demo, load
@@ -37,6 +38,7 @@ def test_a_frontier_is_a_page_too(run, tmp_path):
     assert 'type="range"' in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_least_that_loses_little_is_found(run, tmp_path):
     output, page = tmp_path / "least.safetensors", tmp_path / "least.html"
     asked = ("--drop", "<= 1", "-o", str(output), "--html", str(page))
@@ -50,6 +52,7 @@ def test_the_least_that_loses_little_is_found(run, tmp_path):
     assert lost <= 1
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_a_row_for_each_and_draws_them(run, mine, tmp_path):
     picture, page = tmp_path / "sweep.svg", tmp_path / "sweep.html"
     given = ("--method", "admm sweeps=2 inner=2", "--budget", "bytes <= 95%", "--held",
