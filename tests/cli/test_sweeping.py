@@ -65,6 +65,7 @@ def test_a_sweep_prints_a_row_for_each_and_draws_them(run, mine, tmp_path):
     assert out.splitlines()[2].split()[-1] in text  # the first measure
     assert [line.split()[3] for line in out.splitlines()[2:4]] == ["4", "8"]
     assert picture.stat().st_size > 1000
+    assert "measure: accuracy, on rabbet.demo:labelled" in out
     names = (f"{mine}:net", "--data", f"{mine}:batches", "--json", *QUICK)
     rows = json.loads(run("sweep", *names, "--budget", "bytes <= 1%", "--budget", "bits <= 4")[1])
     assert [row["measure"] for row in rows["rows"]] == [None, None]

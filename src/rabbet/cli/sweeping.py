@@ -131,6 +131,8 @@ def sweep(
     if html is not None:
         found.report(html)
     if as_json:
-        tables.print_json(found.facts() | {"seed": seed})
+        told = None if judge is None else {"quantity": judge.quantity, "on": judge.reference}
+        tables.print_json(found.facts() | {"seed": seed, "measured": told})
     else:
-        tables.show([found.table, *found.errors])
+        on = [] if judge is None else [f"measure: {judge.quantity}, on {judge.reference}"]
+        tables.show([found.table, *on, *found.errors])
