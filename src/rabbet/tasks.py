@@ -1,8 +1,12 @@
 """Tasks of common kinds, made of plain data in a line."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from rabbet.data.decoder import Continuations, Decoding, Estimate, Perplexity
+from rabbet.data.pictures import PSNR
 from rabbet.data.task import Task
 from rabbet.data.text import Text, Tokens, require_whole
 
@@ -64,6 +68,28 @@ def perplexity(  # noqa: PLR0913 (those behind the star are options, given by na
     )
 
 
+def super_resolution(
+    images: Iterable[Tensor],
+    held: Iterable[tuple[Tensor, Tensor]] | None = None,
+    *,
+    peak: float = 1.0,
+    border: int = 0,
+) -> Task:
+    """A task for a network that makes pictures of pictures: larger, sharper, cleaner ones.
+
+    images: batches of what it is given, [n, channels, height, width], to calibrate with; no labels.
+    held: other batches, each with the pictures that should come out; the task's `evaluate` is the
+    mean peak signal-to-noise ratio on them in dB, larger is better. Without it nothing judges.
+    peak: the largest value of a pixel, to which answers are cut, as they are to 0 from below;
+    border: pixels at each edge of an answer that do not count.
+
+    Raises DataError for a peak that is not positive or a border that is not a whole number, and,
+    as soon as it runs, for answers of another shape than the pictures.
+    """
+    evaluate = None if held is None else PSNR.of(held, peak, border)
+    return Task(images, evaluate=evaluate, outputs="values", axes=0)
+
+
 def _spread(total: int, count: int) -> tuple[int, ...] | None:
     """So many of the numbers from 0 below a total, at equal distances, the last among them.
 
@@ -74,4 +100,4 @@ def _spread(total: int, count: int) -> tuple[int, ...] | None:
     return tuple((k + 1) * total // count - 1 for k in range(count))
 
 
-__all__ = ["Estimate", "Perplexity", "perplexity"]
+__all__ = ["PSNR", "Estimate", "Perplexity", "perplexity", "super_resolution"]
