@@ -328,3 +328,40 @@ def test_inputs_that_are_next_to_nothing_have_a_range(size):
     assert result.model(rand(4, 8)).isfinite().all()
     task = Task([rand(16, 8) * size], lambda m, x: m.b(x))
     assert compress(model, "bits <= 9", task, JOINT).model.b(rand(4, 8)).isfinite().all()
+
+
+class Written(nn.Linear):
+    """A linear whose forward is written anew, and does the same."""
+
+    def forward(self, x):
+        found = x @ self.weight.T
+        return found if self.bias is None else found + self.bias
+
+
+class Doubled(Written):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _told(layer, how):
+    layer.how = how
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Written(32, 32), "linear"),
+        (lambda: Written(32, 32, bias=False), "linear"),
+        (lambda: Doubled(32, 32), "stored"),
+        (lambda: _told(Written(32, 32), 1), "stored"),  # what its forward does may hang on this
+    ],
+)
+def test_a_forward_that_is_written_anew_counts_if_it_does_the_same(make, kind, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make(), nn.ReLU(), nn.Linear(32, 4)).eval(), rand(6, 32)
+    kinds = {site.name: site.kind.name for site in survey(model, [x])}
+    assert kinds["0" if kind == "linear" else "0.weight"] == kind
+    result = compress(model, "bits <= 5", [x], quality="fast")
+    result.save(tmp_path / "a.safetensors")
+    assert torch.equal(load(tmp_path / "a.safetensors", model)(x), result.model(x))
