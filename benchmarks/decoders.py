@@ -140,7 +140,7 @@ def blockwise(rank: bool, setup: Setup, budget: str) -> Found:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         setup.network.save_pretrained(folder / "network")  # type: ignore[operator]
-        method = rabbet.Blockwise(rank=rank)
+        method = rabbet.Blockwise(rank=rank, epochs=setup.args.epochs)
         stored = compress_pretrained(
             folder / "network", budget, setup.task, folder / "small", method=method,
             jobs=_jobs(setup) if isinstance(setup.args.resume, str) else None,
@@ -274,6 +274,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=128, help="to calibrate, 512 tokens each")
     parser.add_argument("--held", type=int, default=32, help="to measure, 1,024 tokens each")
     parser.add_argument("--iters", type=int, default=200, help="steps of AutoRound a block")
+    parser.add_argument(
+        "--epochs", type=int, default=rabbet.Blockwise().epochs, help="Blockwise's passes of tuning"
+    )
     parser.add_argument("--limit", type=float, default=240, help="minutes of a package's row")
     parser.add_argument(
         "--environments", type=Path, default=Path("build/environments"), metavar="FOLDER",
@@ -299,6 +302,7 @@ def main() -> None:
     for budget in args.budgets:
         for name in args.methods:
             more = told(parser, args, "iters") if name == "AutoRound" else {}
+            more |= told(parser, args, "epochs") if name.startswith("Blockwise") else {}
             for grid in METHODS[name].grids[budget]:
                 settings = {"budget": budget, "method": name, "grid": grid, **shared, **more}
                 table.row(settings, functools.partial(row_of, setup, name, grid))
