@@ -9,7 +9,7 @@ from networks import network
 from torch import nn
 
 import rabbet
-from rabbet import Joint, demo
+from rabbet import Jobs, Joint, demo
 from rabbet.choose.measured import interpolated, next_try
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods import QUALITY
@@ -18,9 +18,12 @@ from rabbet.train.tuning import Tuning
 FAST = QUALITY["fast"]
 
 
+SHARED = Jobs()  # what is solved for one test is known to the others
+
+
 def _frontier(name="residual", **given):
     case = network(name)
-    return case, rabbet.frontier(case.model, case.batches, method=FAST, **given)
+    return case, rabbet.frontier(case.model, case.batches, method=FAST, jobs=SHARED, **given)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def test_points_are_what_compress_chooses_and_keep_their_limits(name, axis, besi
     for point in frontier.points[:: len(frontier.points) // 3]:
         budget = point.limit.text if beside is None else f"{point.limit.text}, {beside}"
         rabbet.Budget.parse(budget).check(point.cost, frontier.float_cost)
-        assert point.plan == rabbet.plan(case.model, budget, case.batches, FAST)
+        assert point.plan == rabbet.plan(case.model, budget, case.batches, FAST, jobs=SHARED)
         assert point.plan == frontier.at(budget)
         assert rabbet.price(case.model, point.plan, case.batches) == point.cost
 
@@ -101,7 +104,9 @@ def test_measured_points_have_intervals_and_are_not_fitted_again(monkeypatch):
 
 def test_the_smallest_within_a_drop_is_found_on_the_users_measure():
     batches = demo.labelled()
-    frontier = rabbet.frontier(demo.model(), demo.calibration(), method=FAST, points=60)
+    frontier = rabbet.frontier(
+        demo.model(), demo.calibration(), method=FAST, points=60, jobs=SHARED
+    )
     found = frontier.within(1.0, lambda model: rabbet.accuracy(model, batches), 1347)
     assert found.drop <= 1.0
     assert found.deviation >= 0
