@@ -21,11 +21,7 @@ from rabbet.runtime.bench import EXACT, cpu
 
 assert openvino
 
-NARROW = rabbet.Joint(
-    grids=("1c", "tc", "2hc", "3c", "4c", "5c", "6c", "7c"),
-    adapter_grid="7c",
-    factor_grids=("4c", "5c", "6c", "7c"),
-)
+MENU = rabbet.Joint(widest=None if cpu()["instructions"] in EXACT else 7)
 
 
 def quality(name: str) -> Method:
@@ -34,8 +30,7 @@ def quality(name: str) -> Method:
     def method(job: Job) -> list[Outcome]:
         torch.set_num_threads(1)
         model, image = job.network(), job.one()
-        menu = rabbet.Joint() if cpu()["instructions"] in EXACT else NARROW
-        result = rabbet.compress(model, f"bits <= {job.bits}", job.tensors(), menu, quality=name)
+        result = rabbet.compress(model, f"bits <= {job.bits}", job.tensors(), MENU, quality=name)
         native, exported = job.out / "small.safetensors", job.out / "small.onnx"
         taken = result.save(native)
         result.export(exported)

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -546,3 +547,19 @@ def test_stored_weights_whose_groups_share_scales_are_exported(grid, tmp_path):
     plan = f"weight_ih_l0 dense@{grid}\nweight_hh_l0 dense@{grid}"
     result = rabbet.fit(settled(nn.GRU(32, 32, batch_first=True)), plan, task, QUALITY["fast"])
     assert result.export(tmp_path / "a.onnx").error < 1e-5
+
+
+def test_weights_of_seven_bits_saturate_nowhere(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(512, 10),
+    ).eval()  # fmt: skip
+    x = rand(8, 3, 8, 8).abs() * 3
+    result = rabbet.compress(model, "bits <= 7", [x], replace(QUICK, widest=7, rank=False))
+    assert max(term.grid.bits for line in result.plan for term in line.terms) == 7
+    menu = replace(QUICK, widest=7).menu(next(iter(result.survey)))
+    assert max(term.grid.bits for terms in menu for term in terms) == 7
+    written = result.export(tmp_path / "a.onnx")
+    assert lasting(written.notes) == written.notes
+    assert written.error < 0.02

@@ -9,7 +9,7 @@ the inputs that the compressed layers before it produce, and a short tuning foll
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rabbet.choose.program import Allocator, Option
 from rabbet.choose.search import Chooser
@@ -59,6 +59,8 @@ class Joint:
     """Bits of inputs that the program chooses from, layer by layer; empty: `act` for all."""
     groups: tuple[str, ...] = ("2g64z", "3g64", "4g64")
     """Of dense weights of linears and tables, beside `grids`: groups of inputs share a scale."""
+    widest: int | None = None
+    """Bits of the widest weights; what is wider gets as many. 7 for int8 kernels that saturate."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,6 +84,8 @@ class Joint:
                 f"groups are grids whose scales groups of inputs share, such as 4g64; found "
                 f"{whole!r}, which belongs to grids"
             )
+        if self.widest is not None:
+            Grid.of(self.widest)
         for bits in self.acts if self.act is None else (*self.acts, self.act):
             Grid.of(bits, "unsigned")
 
@@ -112,15 +116,22 @@ class Joint:
     def menu(self, site: Site) -> tuple[Terms, ...]:
         """Every candidate for a layer: dense ones, dense ones with an adapter, and other forms."""
         grids = (*self.grids, *self._grouped(site))
-        dense = [(Term(Dense(), Grid.parse(g)),) for g in grids]
+        dense = [(Term(Dense(), self._grid(g)),) for g in grids]
         full = LowRank(1).full_rank(site)
-        grid = Grid.parse(self.adapter_grid)
+        grid = self._grid(self.adapter_grid)
         with_adapter = []
         for base, share in self.adapters if self.rank else ():
             rank = round(share * site.numel / (site.shape[0] + site.columns))
             if 1 <= rank < full:
-                with_adapter.append((Term(Dense(), Grid.parse(base)), Term(LowRank(rank), grid)))
+                with_adapter.append((Term(Dense(), self._grid(base)), Term(LowRank(rank), grid)))
         return tuple(dict.fromkeys([*dense, *with_adapter, *self._factorised(site)]))
+
+    def _grid(self, text: str) -> Grid:
+        """A grid, no wider than the widest."""
+        grid = Grid.parse(text)
+        if self.widest is None or grid.bits <= self.widest:
+            return grid
+        return replace(grid, codebook=Grid.of(self.widest).codebook)
 
     def _grouped(self, site: Site) -> Iterator[str]:
         """The grids whose groups cut the inputs of a layer without places into several."""
@@ -139,7 +150,7 @@ class Joint:
                 rank = bisect_right(ranks, share * site.macs, key=lambda r: sum(form(r).macs(site)))
                 rank -= rank % _vector(rank)
                 if rank >= 1:
-                    yield from ((Term(form(rank), Grid.parse(g)),) for g in self.factor_grids)
+                    yield from ((Term(form(rank), self._grid(g)),) for g in self.factor_grids)
 
     def _lines(self, site: Site, menu: tuple[Terms, ...]) -> list[LayerPlan]:
         """Every entry of a menu with every width that the input may have."""

@@ -125,8 +125,8 @@ def _saturated(
         f"the integer kernels of this processor ({instructions}) saturate at 16 "
         f"bits: here the file's answers differ from the network's by {100 * error:.2g} % "
         f"(relative error), without that by {100 * without:.2g} %. The file is right: a "
-        "processor with VNNI, or ARM, runs it as it is; for this one weights of at most 7 "
-        "bits do not saturate",
+        "processor with VNNI, or ARM, runs it as it is; for this one compress with "
+        "Joint(widest=7), whose weights do not saturate",
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
+from rabbet.methods.blockwise.gathering import level
 from rabbet.methods.blockwise.stack import Call
 from rabbet.model.hooks import hooked
 from rabbet.reconstruct.candidates import Terms, solve_site
@@ -121,11 +122,14 @@ class Drift:
             self._seen.append((ours, theirs, site.name))
             none = torch.Generator()
             x = site.patches(ours.detach().float(), None, none)
-            second = cross = x.mT @ x
             # an expert may be sent other words than in the float network: no drift is known
             whole = x.shape[1] == self.words
+            wanted = x
             if whole and theirs is not None and theirs.shape == ours.shape:
-                cross = site.patches(theirs.float(), None, none).mT @ x
+                wanted = site.patches(theirs.float(), None, none)
+            weight = level(x, wanted)
+            x, wanted = x * weight, wanted * weight
+            second, cross = x.mT @ x, wanted.mT @ x
             _add(self.sums, site.name, (second, cross))
             self.rows[site.name] = self.rows.get(site.name, 0) + x.shape[1]
             if self.even:

@@ -16,6 +16,24 @@ Placed = Sequence[tuple[Site, nn.Module]]
 """Sites, each with the module that it is."""
 
 
+def level(rows: Tensor, other: Tensor | None = None) -> Tensor:
+    """What inputs [groups, words, n] are multiplied by so that no word drowns the rest.
+
+    Decoders give a few words, such as the first, hidden states hundreds of times as large as all
+    others, behind which a norm stands: an error counts there by its share alone. So the square of
+    a word counts `2 m / (its square + m)`, with m the median over the words of a batch: like all
+    others up to about m, and no more than twice that however large it is. other: the same words in
+    another network; the larger of the two squares counts.
+    """
+    squares = rows.square().sum((0, 2))
+    if not len(squares):  # an expert that no word was sent to
+        return rows.new_ones(1, 0, 1)
+    middle = squares.median().clamp_min(torch.finfo(squares.dtype).tiny)
+    if other is not None:
+        squares = torch.maximum(squares, other.square().sum((0, 2)))
+    return (2 * middle / (squares + middle)).sqrt()[None, :, None]
+
+
 class Gathering:
     """Sums x x^T over what sites are given; an input that several sites share is summed once."""
 
@@ -36,6 +54,7 @@ class Gathering:
                 return
             self._last = (given, site.name)
             rows = role.patches(given.detach().float(), None, torch.Generator())
+            rows = rows * level(rows)
             part = rows.mT @ rows
             if not torch.isfinite(part).all():
                 raise DataError(
