@@ -39,7 +39,8 @@ LEARN, TEST = range(64), range(450, 650)
 COLUMNS = {
     "network": "", "budget": "", "quality": "", "widest": "",
     "PSNR": ".2f", "drop": ".3f", "error": ".3f", "to float": ".1f", "bytes": ",",
-    "% of float32": ".2f", "ONNX bytes": ",", "ONNX drop": ".3f", "ONNX error": ".3f", "seconds of processor": ",.0f",
+    "% of float32": ".2f", "ONNX bytes": ",",
+    "ONNX drop": ".3f", "ONNX error": ".3f", "seconds of processor": ",.0f",
 }  # fmt: skip
 
 
