@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import network
+from networks import network, thinned
 from torch import nn
 
 import rabbet
@@ -28,11 +28,13 @@ def _frontier(name="residual", **given):
 
 @pytest.mark.parametrize(
     ("name", "axis", "beside"),
-    [
-        ("residual", "bytes", None),
-        ("residual", "macs", "bytes <= 20%"),
-        ("attention", "bits", None),
-    ],
+    thinned(
+        [
+            ("attention", "bits", None),
+            ("residual", "macs", "bytes <= 20%"),
+            ("residual", "bytes", None),
+        ]
+    ),
 )
 def test_points_are_what_compress_chooses_and_keep_their_limits(name, axis, beside):
     case, frontier = _frontier(name, axis=axis, beside=beside, points=12)
@@ -55,6 +57,7 @@ def test_a_tighter_point_never_harms_less():
     assert len({point.plan for point in frontier.points}) == len(frontier.points)
 
 
+@pytest.mark.slow
 def test_ends_are_those_asked_for_or_those_that_can_be_reached():
     case, frontier = _frontier(limits=("13%", "25%"), points=10)
     shares = [point.limit.value for point in frontier.points]
@@ -102,6 +105,7 @@ def test_measured_points_have_intervals_and_are_not_fitted_again(monkeypatch):
     assert told.facts()["points"][0]["measured"] is True
 
 
+@pytest.mark.slow
 def test_the_smallest_within_a_drop_is_found_on_the_users_measure():
     batches = demo.labelled()
     frontier = rabbet.frontier(
@@ -121,6 +125,7 @@ def test_the_smallest_within_a_drop_is_found_on_the_users_measure():
     assert all(drop > 1.0 for drop in tighter)
 
 
+@pytest.mark.slow
 def test_a_drop_that_no_plan_keeps_is_said():
     frontier = rabbet.frontier(demo.model(), demo.calibration(), method=FAST, points=5)
     scores = iter([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -186,6 +191,7 @@ def test_what_is_no_axis_is_refused(given, message):
         _frontier(**given)
 
 
+@pytest.mark.slow
 def test_measures_that_say_nothing_or_change_the_network_are_refused():
     case, frontier = _frontier(points=4)
 

@@ -385,6 +385,7 @@ def test_a_decoder_is_compressed_written_and_judged_alike(tmp_path):
     assert after.counts == task.evaluate(network).counts
 
 
+@pytest.mark.slow
 def test_an_exported_decoder_gives_the_scores_of_all_places(tmp_path):
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

@@ -110,6 +110,7 @@ def test_few_are_solved_and_none_of_them_twice(monkeypatch):
     assert len(seen) == count
 
 
+@pytest.mark.slow
 def test_the_same_network_and_seed_give_the_same_choice():
     case = network("residual")
     plans = []

@@ -86,6 +86,7 @@ def test_a_decoder_is_compressed_and_judged_by_text(run, here):
     assert json.loads(out)["value"] == pytest.approx(told["after"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_folder_is_shown_and_judged_and_so_is_what_it_is_exported_to(run, here):
     given = ("gpt2", *DATA, *TEST, "--budget", "bpw <= 6", "-o", "folder", "--json")
     code, out, err = run("compress", *given, "--method", "blockwise grids=('4g32','8c')")
@@ -151,6 +152,7 @@ def test_a_text_that_cannot_be_used_is_one_line(run, here, words):
     assert words in err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_test_may_have_a_stride(run, here):
     given = ("eval", "small.safetensors", "--model", "gpt2", "--json", "--test")
     network = rabbet.hf.from_pretrained(here / "gpt2")

@@ -162,6 +162,7 @@ def test_a_budget_of_bytes_is_of_the_file_for_the_target(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_plan_whose_exported_file_is_too_long_is_refused_before_it_is_fitted(run, tmp_path):
     plan = tmp_path / "a.plan"
     assert run("plan", "--budget", "bits <= 8", "--out", plan, *QUICK)[0] == 0

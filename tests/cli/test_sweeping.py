@@ -25,6 +25,7 @@ def test_a_frontier_is_a_table_or_json(run, mine):
     assert plan["plan"] == facts["points"][2]["plan"]
 
 
+@pytest.mark.slow
 def test_points_are_measured_on_what_is_held_back(run):
     given = ("--points", "5", "--measure", "2", "--json", *QUICK)
     points = json.loads(run("frontier", *given)[1])["points"]
@@ -96,6 +97,7 @@ def test_mistakes_are_a_line(run, mine, tmp_path):
         assert err.count("\n") == 1, words
 
 
+@pytest.mark.slow
 def test_a_drop_by_a_function_of_the_user_has_no_deviation(run, mine):
     given = (f"{mine}:net", "--data", f"{mine}:task", "--drop", 9, *QUICK)
     code, out, _ = run("compress", *given, "--output", "a.safetensors")

@@ -77,6 +77,7 @@ def test_a_latency_is_a_budget_like_any_other(clocked):
         assert latencies.measured == 12_345
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["plan", "compress"])
 def test_the_command_line_says_what_a_latency_is_and_may_be(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("rabbet._bench.Stopwatch", Clock)

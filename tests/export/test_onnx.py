@@ -511,6 +511,7 @@ class Spread(nn.Module):
         return self.last(y.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.slow
 def test_attention_that_torch_spreads_over_heads_and_queries_is_exported(tmp_path):
     plan = "q dense@7c | act@8\nkv dense@7c | act@8\nlast dense@7c | act@8"
     result = rabbet.fit(settled(Spread()), plan, [rand(4, 6, 16)])

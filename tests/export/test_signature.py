@@ -118,6 +118,7 @@ def test_a_recurrent_layer_of_any_width_is_exported(width, tmp_path):
     assert (answer - wanted).norm() < 0.1 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_an_export_depends_on_nothing_but_the_network():
     data = [tokens(length=n)[0] for n in (7, 9)]
     first, second = (trace(settled(Recurrent()), Task(data))[0].bytes() for _ in range(2))

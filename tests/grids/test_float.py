@@ -135,6 +135,7 @@ class _Words(nn.Module):
         return self.head(self.wider(hidden).transpose(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["dense@f16", "ttm[6]@bf16"])
 def test_tables_stored_weights_and_both_runtimes_take_floats(table, tmp_path):
     torch.manual_seed(0)

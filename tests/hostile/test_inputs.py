@@ -176,6 +176,7 @@ def _linear_error(weights, inputs):
         return relative_error(result.model(data[0]), model(data[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "inputs"),
     thinned([(1e-9, 1.0), (1.0, 1e-8), (1e9, 1.0), (1.0, 1e12), (1e-6, 1e-6)]),

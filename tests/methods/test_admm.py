@@ -212,6 +212,7 @@ def test_the_layer_of_a_tensor_train_computes_what_its_factors_stand_for():
                 assert torch.allclose(layer(x), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_of_several_widths_the_program_chooses_under_the_budget():
     ends = [_run(ADMM(bits, norms=0, **SHORT)) for bits in (3, 8)]
     least, most = (result.cost.bytes for result in ends)

@@ -144,6 +144,7 @@ def test_training_starts_from_layers_that_are_solved_in_order(name, text):
         assert torch.allclose(value, state[key], rtol=1e-5, atol=1e-6), key
 
 
+@pytest.mark.slow
 def test_the_nearer_the_start_the_smaller_the_steps_unless_a_rate_is_given(monkeypatch):
     case = network("residual")
     piece = Workpiece.of(case.model, Task.of(case.batches), Jobs())
@@ -236,6 +237,7 @@ def test_the_image_is_what_runs_first_wherever_it_is_defined():
     assert chosen["body"].act == 4
 
 
+@pytest.mark.slow
 def test_other_labels_are_other_work(tmp_path):
     case = network("residual")
     method = CGMQ(epochs=1, finish=2, steps=10, batch=6, rate=0.05)
@@ -247,6 +249,7 @@ def test_other_labels_are_other_work(tmp_path):
         assert (out.argmax(1) == label).float().mean() > 0.6
 
 
+@pytest.mark.slow
 def test_the_other_grid_of_two_bits_is_other_work(tmp_path):
     case = network("residual")
     piece = Workpiece.of(case.model, Task.of(case.batches), Jobs(folder=tmp_path))

@@ -110,6 +110,7 @@ def test_blocks_attention_and_tied_tables_are_found(name):
     assert tied == ({TABLES[name][0]: TABLES[name][1:]} if name in TABLES else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_linear_becomes_a_chain_that_is_trained_stored_and_read_again(name, tmp_path):
     result, model = taught(name, 2), network(name)

@@ -177,6 +177,7 @@ def test_a_plan_that_no_search_found_has_one_width_a_layer():
     assert not any("gates of entries" in x for x in result.notes)
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_ends_like_one_that_was_not(tmp_path):
     case = network("residual")
 

@@ -169,6 +169,7 @@ class Counting(Jobs):
         return super()._finished(stage, jobs)
 
 
+@pytest.mark.slow
 def test_a_second_budget_finds_the_candidates_of_the_first():
     case = network("residual")
     jobs = Counting()
@@ -609,6 +610,7 @@ def test_tuning_says_why_it_did_nothing(count, steps, word):
     assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
 
 
+@pytest.mark.slow
 def test_tuning_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     settings = Tuning(steps=105, batch=4)
     steps = []

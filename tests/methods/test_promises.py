@@ -233,6 +233,7 @@ def _harm(piece, method, budget):
     return sum(row[n.index(line)] for row, n, line in zip(scores, names, plan, strict=True))
 
 
+@pytest.mark.slow
 def test_more_budget_never_scores_worse():
     case = network("residual")
     piece = Workpiece.of(case.model, Task(case.batches), Jobs())
@@ -241,6 +242,7 @@ def test_more_budget_never_scores_worse():
     assert harm[-1] < 0.01 * harm[0]
 
 
+@pytest.mark.slow
 def test_rank_in_the_menu_is_never_worse_and_reaches_what_bits_alone_do_not():
     case = network("residual")
     piece = Workpiece.of(case.model, Task(case.batches), Jobs())

@@ -180,6 +180,7 @@ def test_inputs_are_quantised_where_asked(act, tmp_path):
         assert torch.allclose(torch.from_numpy(answer), result.model(**data[1])[0], atol=0.3)
 
 
+@pytest.mark.slow
 def test_chains_of_floats_are_trained_stored_and_exported_as_floats(tmp_path):
     model, data = bert(), sentences(3)
     method = TTQAT(32, 6, 6, dense_bits=32, epochs=1, finish=1, start="plain", distil=NUMBERS)
@@ -533,6 +534,7 @@ def test_the_loss_is_zero_for_the_same_and_positive_otherwise():
             assert float(distil.loss(shown(1), shown(9), None, stage)) > 0.01
 
 
+@pytest.mark.slow
 def test_another_teacher_does_not_go_on_from_the_checkpoint_of_the_first(tmp_path):
     data, method = sentences(3), TTQAT(**SHORT | {"start": "random"})
     first, second = bert(), bert()
@@ -602,6 +604,7 @@ def test_contrast_is_least_where_every_example_is_most_like_its_own():
     assert float(distil.loss(alone, alone, None)) == 0
 
 
+@pytest.mark.slow
 def test_training_by_contrast_alone_lowers_it():
     model, data = bert(), sentences(1, size=8) * 6  # the batch that is held back is taught as well
     distil = Distillation(hidden=0, attention=0, outputs=0, contrast=1, scores=False)
@@ -663,6 +666,7 @@ def test_the_mask_is_found_in_any_kind_of_batch_and_is_that_of_the_places_compar
     assert mask_of({"attention_mask": torch.ones(2, 1, 3, 3)}) is None
 
 
+@pytest.mark.slow
 def test_a_sequence_that_is_decoded_is_taught_whatever_the_mask_of_the_first_says():
     torch.manual_seed(0)
     sizes = {

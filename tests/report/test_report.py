@@ -121,6 +121,7 @@ def test_a_page_without_the_network_leaves_out_what_needs_it(fitted, tmp_path):
     assert "Harm" not in read.sections["layers"]
 
 
+@pytest.mark.slow
 @drawn
 def test_a_long_frontier_of_many_layers_stays_small():
     model, task = case("two outputs")

@@ -196,6 +196,7 @@ def test_scales_are_moved_where_outliers_share_them_with_others():
     assert off[True] < 0.7 * off[False]
 
 
+@pytest.mark.slow
 def test_nothing_is_changed_where_it_does_not_help():
     assert prepared_parts(network("llama"), scale=False, permute=False) == set()
     grids = ("8c",)  # every row has a scale of its own, and inputs are alike

@@ -62,6 +62,7 @@ def test_a_turned_network_answers_the_same(tied, plain):
     assert "model.embed_tokens.weight" in changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "why"),
     [
@@ -99,6 +100,7 @@ def test_a_turn_spreads_large_channels():
     assert off[True][1] == off[False][1]
 
 
+@pytest.mark.slow
 def test_a_turned_folder_is_the_turned_network_in_memory(tmp_path):
     model = network()
     model.save_pretrained(tmp_path / "float", max_shard_size="60KB")

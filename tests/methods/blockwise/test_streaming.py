@@ -147,6 +147,7 @@ def test_from_a_folder_comes_what_comes_from_memory(name, size, tmp_path):
     assert not (tmp_path / "out" / ".rabbet-work").exists()
 
 
+@pytest.mark.slow
 def test_a_budget_of_bytes_is_kept_by_all_files_together(tmp_path):
     decoder("untied").save_pretrained(tmp_path / "in", max_shard_size="20KB")
     for budget in ("bytes <= 31000", "bpw <= 3.4, bytes <= 30%"):
@@ -376,6 +377,7 @@ def test_workers_give_the_bytes_of_one_thread(tmp_path):
     assert written[0] == written[1] == written[2]
 
 
+@pytest.mark.slow
 def test_a_cache_is_not_kept_from_call_to_call():
     model = decoder("llama")
     found = []
@@ -462,6 +464,7 @@ def test_a_network_in_half_precision_is_what_its_file_is(tmp_path):
     assert torch.equal(answers(again), answers(result.model))
 
 
+@pytest.mark.slow
 def test_files_of_an_earlier_run_are_taken_away(tmp_path):
     for size, name in (("20KB", "many"), ("1GB", "one")):
         decoder("untied").save_pretrained(tmp_path / name, max_shard_size=size)
