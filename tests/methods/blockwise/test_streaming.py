@@ -28,7 +28,7 @@ from rabbet.core.plan import Term
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError
 from rabbet.methods.blockwise.drift import solve_drifted
 from rabbet.methods.blockwise.folder import Shards
-from rabbet.methods.blockwise.gathering import Gathering
+from rabbet.methods.blockwise.gathering import Gathering, level
 from rabbet.methods.blockwise.shelf import Shelf
 from rabbet.methods.blockwise.stack import Stack
 from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
@@ -253,6 +253,41 @@ def test_drift_that_is_chance_is_not_made_up_for():
 
     plain = error(solve_site(weight, second, site=site, menu=menu))
     assert error(solve_drifted(weight, second, cross, ridge, *half, site=site, menu=menu)) < plain
+
+
+def test_one_word_that_is_far_larger_does_not_drown_the_others():
+    model = decoder("llama")
+    site = Workpiece.of(model, task(), Jobs()).survey["model.layers.0.mlp.up_proj"]
+    weight, terms = site.weight(model).detach(), (Term.parse("dense@3g32"),)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 400, 32, generator=g) @ torch.randn(32, 32, generator=g)
+    x[0, 0] *= 1000  # as decoders have at the first word
+
+    def errors(rows):
+        solved = solve_site(weight, rows.mT @ rows, site=site, menu=(terms,))
+        found = canonical(site, terms, read_numbers(solved, (terms,), 0))
+        apart, wanted = x[0] @ (found - weight).mT, x[0] @ weight.mT
+        return float(apart[1:].norm() / wanted[1:].norm()), apart[0].norm() / wanted[0].norm()
+
+    drowned, _ = errors(x)
+    levelled, first = errors(x * level(x))
+    alone, _ = errors(x[:, 1:])
+    assert levelled < 1.1 * alone < drowned
+    assert first < 0.2  # it counts like a word, no less
+
+
+def test_words_count_alike_and_none_for_more_than_two():
+    x = torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 7] *= 1e4
+    squares = (x * level(x)).square().sum((0, 2))
+    middle = x.square().sum((0, 2)).median()
+    assert squares.max() <= 2 * middle
+    assert (level(x)[0, x.square().sum((0, 2)) == middle] == 1).all()
+    assert torch.allclose(level(100 * x), level(x))
+    assert torch.equal(level(torch.ones_like(x), x), level(torch.ones_like(x), x.abs()))
+    assert level(torch.ones_like(x), x)[0, 7, 0] < 1e-3
+    assert level(x[:, :0]).shape == (1, 0, 1)
+    assert torch.isfinite(level(torch.zeros(1, 4, 8))).all()
 
 
 def test_tuning_brings_a_network_nearer():
