@@ -147,6 +147,23 @@ def test_the_words_of_a_tokenizer_come_along(network, tmp_path):
     assert read.encode("abc a") == words.encode("abc a")
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_token_in_front_of_every_text_is_said(begins, tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    words = tokenizer(tmp_path / "words")
+    if begins:
+        raw = Tokenizer.from_file(str(tmp_path / "words" / "tokenizer.json"))
+        front = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        raw.post_processor = processors.Sequence([processors.ByteLevel(), front])
+        raw.save(str(tmp_path / "words" / "tokenizer.json"))
+        words = AutoTokenizer.from_pretrained(tmp_path / "words")
+    hf.export(compressed(opened(llama), "4g32"), tmp_path / "out", "gguf", tokenizer=words)
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() == begins
+    assert (words.encode("abc")[0] == 1) == begins
+
+
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path):
     from tokenizers import pre_tokenizers
 

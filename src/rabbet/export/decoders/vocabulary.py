@@ -17,7 +17,8 @@ LLAMA3 = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}
 class Vocabulary:
     """Tokens in order, their kinds, the merges, and by which rule texts are cut.
 
-    rule: llama.cpp's name for that; empty without a tokenizer.
+    rule: llama.cpp's name for that; empty without a tokenizer. begins: whether a token stands in
+    front of every text.
     """
 
     tokens: Sequence[str]
@@ -25,6 +26,7 @@ class Vocabulary:
     merges: Sequence[str] = ()
     rule: str = ""
     notes: tuple[str, ...] = ()
+    begins: bool = False
 
     @classmethod
     def of(cls, tokenizer: Any, files: Sequence[Path], count: int) -> "Vocabulary":
@@ -65,7 +67,7 @@ class Vocabulary:
             tokens[k], kinds[k] = word, kind
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         whole = [f"[PAD{k}]" if word is None else word for k, word in enumerate(tokens)]
-        return cls(whole, kinds, merges, rule)
+        return cls(whole, kinds, merges, rule, begins=_begins(said))
 
     def write(self, writer: Any, config: Any) -> None:
         """Write it with a `GGUFWriter`; config: of transformers, which knows special tokens."""
@@ -75,7 +77,7 @@ class Vocabulary:
         if self.rule:
             writer.add_tokenizer_pre(self.rule)
             writer.add_token_merges(list(self.merges))
-            writer.add_add_bos_token(False)
+            writer.add_add_bos_token(self.begins)
         for name in ("bos", "eos", "pad"):
             k = getattr(config, f"{name}_token_id", None)
             k = k[0] if isinstance(k, list) else k
@@ -85,6 +87,13 @@ class Vocabulary:
 
 def _added(said: dict[str, Any]) -> list[dict[str, Any]]:
     return list(said.get("added_tokens") or [])
+
+
+def _begins(said: dict[str, Any]) -> bool:
+    """Whether the last of what is done to words puts a token in front of them."""
+    done = said.get("post_processor") or {}
+    firsts = [step.get("single") or [{}] for step in done.get("processors", [done])]
+    return any("SpecialToken" in single[0] for single in firsts)
 
 
 def _rule(said: dict[str, Any]) -> str:
