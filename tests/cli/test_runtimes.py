@@ -127,7 +127,7 @@ def test_bench_says_that_batches_which_are_one_example_are_not_joined(run, expor
             "the targets are safetensors, onnx",
         ),
         (("export", "none.safetensors", "--output", "x.onnx"), "there is no file"),
-        (("eval", "none.onnx"), "there is no file none.onnx"),
+        (("eval", "none.onnx"), "there is no file or folder none.onnx"),
         (("eval", "SMALL", "--model", "rabbet.demo:DigitsNet"), "say what to measure with"),
         (("bench", "SMALL"), "is not an .onnx file"),
         (("bench", "none.onnx"), "there is no file none.onnx"),

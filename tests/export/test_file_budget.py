@@ -73,8 +73,8 @@ TERMS = (
 
 
 def _terms(name):
-    """All terms for two kinds of layers; for the others a fourth of them, for each another one."""
-    if name in ("conv2d", "linear"):
+    """All terms for three kinds of layers; for the others a fourth, for each another one."""
+    if name in ("conv2d", "linear", "stored"):
         return TERMS
     return TERMS[list(LAYERS).index(name) % 4 :: 4]
 
@@ -84,7 +84,7 @@ def test_a_file_is_as_long_as_predicted_whatever_the_kind_the_form_and_the_grid(
     make, shape = LAYERS[name]
     data = [torch.zeros(4, 5, dtype=torch.long) if shape is None else rand(*shape)]
     terms = _terms(name)
-    model = settled(Several([make() for _ in range(2 if name == "stored" else len(terms))]))
+    model = settled(Several([make() for _ in range(6 if name == "stored" else len(terms))]))
     compressed = parcel(Case(model, data), terms)
     gauge = FileGauge(Workpiece.of(model, Task(data), Jobs()), target == "onnx")
     predicted = gauge.network(compressed.plan)

@@ -1,11 +1,14 @@
 """The commands about many budgets at once: frontier, sweep."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rabbet.cli import options
+
+if TYPE_CHECKING:
+    from rabbet.cli.judge import Judge
 
 Picture = Annotated[
     Path | None, typer.Option(dir_okay=False, help="Draw a picture (.svg, .png, .pdf), too.")
@@ -121,18 +124,24 @@ def sweep(
     inputs = open_inputs(model, data)
     judge = open_held(model, held, inputs, required=plot is not None)
     with working(resume, processes, as_json) as jobs:
-        found = run(
-            inputs.network, asked, inputs.task, tried, worker,
-            measure=judge, seed=seed, jobs=jobs,
-        )  # fmt: skip
+        given = inputs.network, asked, inputs.task, tried, worker
+        found = run(*given, measure=judge, seed=seed, jobs=jobs)
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         found.plot(plot)
     if html is not None:
         found.report(html)
-    if as_json:
-        told = None if judge is None else {"quantity": judge.quantity, "on": judge.reference}
-        tables.print_json(found.facts() | {"seed": seed, "measured": told})
-    else:
-        on = [] if judge is None else [f"measure: {judge.quantity}, on {judge.reference}"]
-        tables.show([found.table, *on, *found.errors])
+    facts, parts = _measured(judge)
+    tables.tell(
+        as_json,
+        lambda: found.facts() | {"seed": seed, "measured": facts},
+        lambda: [found.table, *parts, *found.errors],
+    )
+
+
+def _measured(judge: "Judge | None") -> tuple[dict[str, str] | None, list[str]]:
+    """What was measured, on what: for JSON, and for people."""
+    if judge is None:
+        return None, []
+    on = {"quantity": judge.quantity, "on": judge.reference}
+    return on, [f"measure: {judge.quantity}, on {judge.reference}"]
