@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from networks import thinned
 from texts import WORDS, divergence, scores, task, words
 from torch import nn
 
@@ -207,7 +206,8 @@ def test_nothing_is_changed_where_it_does_not_help():
     assert torch.equal(scores(one), scores(other))
 
 
-@pytest.mark.parametrize("kind", thinned(FOUND))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FOUND)
 def test_a_folder_and_the_memory_and_a_stopped_run_give_the_same(kind, tmp_path):
     model = with_outliers(network(kind))
     model.save_pretrained(tmp_path / "float")
