@@ -86,8 +86,9 @@ def test_a_network_is_compressed_and_judged():
     ("make", "why"),
     [
         (lambda p: PSNR.of(p, 0), "the largest value of a pixel"),
-        (lambda p: PSNR.of(p, border=-1), "a number of pixels"),
-        (lambda p: PSNR.of(p, border=True), "a number of pixels"),
+        (lambda p: PSNR.of(p, "1"), "the largest value of a pixel"),
+        (lambda p: PSNR.of(p, border=-1), "border is how many pixels"),
+        (lambda p: PSNR.of(p, border=True), "border is how many pixels"),
         (lambda p: PSNR.of([]), "no pictures"),
         (lambda p: PSNR.of([x for x, _ in p]), "inputs, wanted pictures"),
         (lambda p: PSNR.of([(x, torch.zeros(2)) for x, _ in p]), "inputs, wanted pictures"),

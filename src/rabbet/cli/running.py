@@ -120,21 +120,19 @@ def evaluate(
     from rabbet.hf import skeleton
 
     require_there(file)
-    if file.is_dir():
+    folder = file.is_dir()
+    if folder:
         folders.require_alone({"--model": model})
-        model = str(file)
-    if test is None and model not in (None, DEMO_MODEL):
+    if test is None and (folder or model not in (None, DEMO_MODEL)):
         raise typer.BadParameter(
-            "say what to measure with: batches of (inputs, labels)", param_hint="--test"
+            "say what to measure with: batches of (inputs, labels), or text for a decoder",
+            param_hint="--test",
         )
-    if file.is_dir():
-        ready = folders.opened_folder(file)
-        network = skeleton(file)
-    else:
-        network = open_network(DEMO_MODEL if model is None else model)
+    ready = folders.opened_folder(file) if folder else None
+    network = skeleton(file) if folder else open_network(DEMO_MODEL if model is None else model)
     judge = open_judge(DEMO_TEST if test is None else test, network=network)
     assert judge is not None
-    if not file.is_dir():
+    if ready is None:
         with demo(model, "--model"):
             ready = opened(file, network)
     with demo(test, "--test"):

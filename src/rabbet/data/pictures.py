@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rabbet.data.batches import describe, outputs, suited
 from rabbet.data.state import clean_pass
 from rabbet.data.task import call, evaluating
+from rabbet.data.text import require_whole
 from rabbet.errors import DataError
 
 
@@ -32,10 +33,11 @@ class PSNR:
     @classmethod
     def of(cls, pairs: Iterable[tuple[Tensor, Tensor]], peak: float = 1.0, border: int = 0) -> Self:
         """Of any iterable, which is read once; raises DataError for what are no such pairs."""
-        if not 0 < peak < math.inf:
-            raise DataError(f"peak is the largest value of a pixel, such as 1 or 255; found {peak}")
-        if isinstance(border, bool) or not isinstance(border, int) or border < 0:
-            raise DataError(f"border is a number of pixels from 0; found {border!r}")
+        if not isinstance(peak, int | float) or not 0 < peak < math.inf:
+            raise DataError(
+                f"peak is the largest value of a pixel, such as 1 or 255; found {peak!r}"
+            )
+        require_whole("border", border, 0, "how many pixels at each edge do not count")
         kept = list[tuple[Tensor, Tensor]]()
         for pair in pairs:
             two = isinstance(pair, tuple | list) and len(pair) == 2

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rabbet.errors import FileError
-from rabbet.runtime.openvino import Compiled
+from rabbet.runtime.openvino import Compiled, openvino_known
 from rabbet.runtime.session import Session
 
 Ids = NDArray[np.int64]
@@ -85,12 +85,15 @@ class Reader(nn.Module):
 def open_decoder(folder: Path) -> Reader:
     """The decoder of a folder that was exported, in its own runtime.
 
-    Raises FileError for a folder of llama.cpp, which is not run here, or of nothing that is known.
+    Raises FileError for a folder of llama.cpp, which is not run here, or of nothing that is known,
+    and where its runtime is not installed.
     """
     file = folder / MODEL
     if file.is_file() and (folder / SETTINGS).is_file():
         return Reader(Session(file))
     if file.is_file():
+        if not openvino_known():
+            raise FileError(f"{folder} runs in OpenVINO, which is not installed: rabbet[openvino]")
         return Reader(Compiled(file.read_bytes()))
     if (folder / GGUF).is_file():
         raise FileError(

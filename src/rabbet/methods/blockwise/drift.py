@@ -128,8 +128,9 @@ class Drift:
             if whole and theirs is not None and theirs.shape == ours.shape:
                 wanted = site.patches(theirs.float(), None, none)
             weight = level(x, wanted)
-            x, wanted = x * weight, wanted * weight
-            second, cross = x.mT @ x, wanted.mT @ x
+            even = x * weight
+            second = even.mT @ even
+            cross = second if wanted is x else (wanted * weight).mT @ even
             _add(self.sums, site.name, (second, cross))
             self.rows[site.name] = self.rows.get(site.name, 0) + x.shape[1]
             if self.even:
