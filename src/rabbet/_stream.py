@@ -1,7 +1,8 @@
 """A folder compressed into a folder; never more than a block of the network is in memory."""
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rabbet.data.task import Task
 from rabbet.errors import FileError, PlanError
 from rabbet.export.folders import earlier_files, native_names
 from rabbet.export.writing import write_layers
+from rabbet.files import require_regular
 from rabbet.fingerprint import Untold, fingerprint
 from rabbet.jobs import Jobs, Tensors
 from rabbet.methods.blockwise.bench import Bench
@@ -41,6 +43,7 @@ from rabbet.report.text import Part as Told
 UNKNOWN = "no layer that is known here holds it"
 CONFIG = "config.json"
 WORK = ".rabbet-work"  # in the output, until it is whole: what a stopped run goes on from
+NEW = ".rabbet-new"  # in the output, too: where files are written until all of them are there
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,15 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     method: Blockwise,
     seed: int,
     jobs: Jobs | None,
+    beside: Callable[[Path], None],
 ) -> Saved:
     """Compress the network of a folder of safetensors; `network` is its skeleton on `meta`.
 
     Finished blocks are kept in the output, or where `jobs` keeps them, so that the same call goes
-    on where it was stopped. Raises BudgetError before anything is measured for a budget that cannot
-    be met, FileError for weights that are missing or of other shapes.
+    on where it was stopped. An output that lies there stays until all of the new one is written.
+    beside: writes the config, and whatever else belongs there, into a folder. Raises BudgetError
+    before anything is measured for a budget that cannot be met, FileError for weights that are
+    missing or of other shapes.
     """
     _require_readable(folder, network, task, method)
     stack, priced = _opened(folder, network, task)
@@ -104,15 +110,45 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     plan = method.chosen(bench, priced, budget)
     cost = priced.cost(plan)
     budget.check(cost, priced.float_cost)
-    files = _write(bench, plan, priced.parts, method, output, bench.stack)
+    files = _write(bench, plan, priced.parts, method, output, beside)
     harms = bench.known(method.menus(survey), method.scored).harms
     expected = sum(
         harms[line.name][method.menu(survey[line.name]).index(line.terms)] for line in plan
     )
     if own:
         shutil.rmtree(work, ignore_errors=True)
-    paths, notes = tuple(files), bench.notes
-    return Saved(output, plan, cost, priced.float_cost, survey, budget, paths, expected, notes)
+    return Saved(
+        output, plan, cost, priced.float_cost, survey, budget, files, expected, bench.notes
+    )
+
+
+@contextlib.contextmanager
+def _new(output: Path) -> Iterator[Path]:
+    """An empty folder in the output, gone afterwards; FileError where that cannot be written."""
+    new = output / NEW
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed while it wrote
+    try:
+        new.mkdir()
+        yield new
+    except OSError as e:
+        raise FileError(f"cannot write into {output}: {e}") from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _replace(output: Path, new: Path) -> None:
+    """Put the files of a folder in the place of an earlier network's.
+
+    The config goes first and comes last: a folder without one is not read, so that whoever looks
+    in between is not given half of one network beside half of another.
+    """
+    files = sorted(new.iterdir(), key=lambda path: path.name == CONFIG)
+    for path in files:  # before anything is taken away
+        require_regular(output / path.name)
+    for path in (output / CONFIG, *earlier_files(output)):
+        path.unlink(missing_ok=True)
+    for path in files:
+        path.replace(output / path.name)
 
 
 def _require_readable(folder: Path, network: nn.Module, task: Task, method: Blockwise) -> None:
@@ -172,8 +208,8 @@ def _write(
     parts: Sequence[Part],
     method: Blockwise,
     output: Path,
-    stack: Stack,
-) -> list[Path]:
+    beside: Callable[[Path], None],
+) -> tuple[Path, ...]:
     """Fit the blocks, then write the files; a block that is finished is read from where it lies."""
     keys: dict[str, str] = {}
     rest: Tensors = {}  # what was changed of the tensors of no site: norms, which are small
@@ -181,6 +217,7 @@ def _write(
         rest |= rest_among(finished.numbers)
         keys |= dict.fromkeys(finished.names, finished.key)
     last: list[tuple[str, Tensors]] = []
+    stack = bench.stack
 
     def layer(name: str) -> Compressed:
         if not last or last[0][0] != keys[name]:
@@ -200,10 +237,11 @@ def _write(
         return rest[name] if name in rest else stack.read(name)
 
     names = native_names(len(parts))
-    for path in (*earlier_files(output), output / CONFIG):
-        path.unlink(missing_ok=True)  # a half of one network beside one of another would be read
-    for name, part in zip(names, parts, strict=True):
-        bench.jobs.progress("writing files", names.index(name), len(names))
-        write_layers(output / name, part.survey, part.of(plan), part.rest, layer, tensor)
+    with _new(output) as new:
+        for name, part in zip(names, parts, strict=True):
+            bench.jobs.progress("writing files", names.index(name), len(names))
+            write_layers(new / name, part.survey, part.of(plan), part.rest, layer, tensor)
+        beside(new)
+        _replace(output, new)
     bench.jobs.progress("writing files", len(names), len(names))
-    return [output / name for name in names]
+    return tuple(output / name for name in names)

@@ -106,7 +106,8 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
     Never more than one block, its layers' problems and the hidden states between blocks are in
     memory, so that the network may be larger than that. The output has as many files as the input,
     the config, and the tokenizer's files; `from_pretrained` reads it. Finished blocks are kept in
-    the output (or where `jobs` keeps them), and the same call goes on where it was stopped. data:
+    the output (or where `jobs` keeps them), and the same call goes on where it was stopped. What an
+    earlier call wrote into the output stays there until all of the new files are written. data:
     as for `rabbet.compress`; of a `Task` its forward must do without labels and cache.
 
     Raises FileError for a folder that cannot be read, or written, ModelError for a network that is
@@ -116,26 +117,25 @@ def compress_pretrained(  # noqa: PLR0913 (those behind the star are options, gi
     network = skeleton(folder)
     if output.resolve().is_relative_to(folder.resolve()):
         raise FileError(f"{output} lies in the network's own folder; name another for the output")
-    limits = Budget.parse(budget)
-    stored = stream(
+
+    def beside(place: Path) -> None:
+        for path in sorted(folder.iterdir()):  # the tokenizer, and whatever else belongs to it
+            known = path.suffix in (".json", ".txt", ".model", ".jinja")
+            if path.is_file() and known and path.name not in (CONFIG, INDEX):
+                shutil.copyfile(path, place / path.name)
+        network.config.save_pretrained(place)
+
+    return stream(
         folder,
         network,
-        limits,
+        Budget.parse(budget),
         Task.of(data),
         output,
         method=method or Blockwise(),
         seed=seed,
         jobs=jobs,
+        beside=beside,
     )
-    try:
-        for path in sorted(folder.iterdir()):  # the tokenizer, and whatever else belongs to it
-            known = path.suffix in (".json", ".txt", ".model", ".jinja")
-            if path.is_file() and known and path.name not in (CONFIG, INDEX):
-                shutil.copyfile(path, output / path.name)
-        network.config.save_pretrained(output)
-    except OSError as e:
-        raise FileError(f"cannot write into {output}: {e}") from e
-    return stored
 
 
 def skeleton(folder: str | Path) -> Any:
