@@ -30,11 +30,11 @@ def llama(width=64, tied=True):
     )  # fmt: skip
 
 
-def gpt2(width=64, positions=64):
+def gpt2(width=64, positions=64, inner=None):
     return GPT2LMHeadModel(
         GPT2Config(
-            n_embd=width, n_layer=2, n_head=4, n_positions=positions, initializer_range=WIDE,
-            **COMMON,
+            n_embd=width, n_layer=2, n_head=4, n_positions=positions, n_inner=inner,
+            initializer_range=WIDE, **COMMON,
         )
     )  # fmt: skip
 

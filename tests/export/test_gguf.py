@@ -94,6 +94,20 @@ def test_adapters_are_a_file_beside_it(network, tmp_path):
     assert near(answers(read), answers(model))
 
 
+@pytest.mark.parametrize(("positions", "inner"), [(64, None), (1024, 96), (1024, None)])
+def test_what_transformers_does_not_read_of_gpt2_is_said(positions, inner, tmp_path):
+    model = compressed(opened(lambda: gpt2(64, positions, inner)), "4g32")
+    written = hf.export(model, tmp_path, "gguf")
+    told = any("config=" in note for note in written.notes)
+    assert told == ((positions, inner) != (1024, None))
+    if told:
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    given = {"config": model.config} if told else {}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", **given).eval()
+    assert near(answers(read), answers(model))
+
+
 def test_what_does_not_fit_is_named_and_can_be_float16(network, tmp_path):
     model = compressed(network, "8g64z")
     with pytest.raises(ModelError, match=r"holds \d+ of the layers exactly: .*dense@8g64z.*4g32"):

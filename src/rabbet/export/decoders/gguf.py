@@ -82,6 +82,7 @@ NAMES = {
         },
     ),
 }
+GPT2_POSITIONS = 1024  # of every GPT-2 that transformers reads from a file
 FLOATS = ("position_embd",)  # what llama.cpp wants in float32
 
 
@@ -134,6 +135,7 @@ def gguf_files(
         )
     words = Vocabulary.of(tokenizer, tokenizer_files(model), sizes_of(model.config).words)
     notes = [*content.notes, *words.notes]
+    notes += _unread(model.config)
     with tempfile.TemporaryDirectory() as scratch:
         _write_model(Path(scratch) / GGUF, model, content, words)
         if content.adapter:
@@ -273,6 +275,21 @@ def _write_model(path: Path, model: nn.Module, content: Content, words: Vocabula
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     words.write(writer, config)
     _finish(writer, content.tensors)
+
+
+def _unread(config: Any) -> list[str]:
+    """What transformers does not take from a file, though it holds it; runtimes of ggml do.
+
+    Its reader takes every GPT-2 for one of the usual positions and width inside.
+    """
+    if config.model_type != "gpt2" or (
+        config.n_positions == GPT2_POSITIONS and config.n_inner in (None, 4 * config.n_embd)
+    ):
+        return []
+    return [
+        "transformers reads this file only with config=, which is to be the network's: without it "
+        f"every GPT-2 of a GGUF file has {GPT2_POSITIONS:,} positions, and 4 times its width inside"
+    ]
 
 
 def _require_usual(config: Any, arch: str) -> None:
