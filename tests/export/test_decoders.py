@@ -10,7 +10,7 @@ from decoding import compressed, gpt2, llama, opened, opt, prompts
 import rabbet
 from rabbet import hf
 from rabbet.errors import FileError, ModelError
-from rabbet.export.decoders import predict_bytes
+from rabbet.export.decoders import genai, predict_bytes
 from rabbet.export.decoders.blocks import Blocks
 from rabbet.export.decoders.genai import genai_content, write_genai
 from rabbet.grids.grid import Grid, Quantised
@@ -69,6 +69,33 @@ def test_kernels_of_integers_come_near(network, grid):
     assert error < 0.1
 
 
+@pytest.mark.parametrize(("factor", "least", "most"), [(1, 0.01, 0.06), (30, 0.06, 0.25)])
+def test_how_far_rounded_inputs_lead_off_is_said(factor, least, most, tmp_path):
+    """A few inputs that are far larger than the others of their block make its steps large."""
+    network = opened(llama)
+    with torch.no_grad():
+        for norm in (m for n, m in network.model.named_modules() if n.endswith("norm")):
+            norm.weight[::32] *= factor
+    model = compressed(network, "4g32")
+    rounded, exact = (hf.export(model, tmp_path / t, t) for t in ("genai", "genai-exact"))
+    assert least < rounded.error < most
+    told = f"{100 * rounded.error:.2g} % off the network's in torch: kernels round inputs to 8 bits"
+    assert any(told in note and "'genai-exact'" in note for note in rounded.notes)
+    assert exact.error < 1e-5
+    assert not any("in torch" in note for note in exact.notes)
+
+
+def test_what_is_not_rounded_is_not_said_to_be_and_too_much_of_it_is_refused(tmp_path, monkeypatch):
+    network = opened(llama)
+    floats = hf.export(network.model, tmp_path / "floats", "genai")
+    assert floats.error < 1e-5
+    assert not any("in torch" in note for note in floats.notes)
+    monkeypatch.setattr(genai, "NEAR", 0.01)
+    with pytest.raises(ModelError, match="too coarsely, and 'genai-exact' does not, or something"):
+        hf.export(compressed(network, "4g32"), tmp_path / "rounded", "genai")
+    assert not (tmp_path / "rounded").exists()
+
+
 @pytest.mark.parametrize("columns", [64, 72, 200])
 @pytest.mark.parametrize("grid", GRIDS[:-2])
 def test_blocks_are_the_values_of_the_grid(grid, columns):
@@ -106,14 +133,14 @@ def test_a_folder_for_genai_names_what_the_file_has(network, tmp_path):
 
 
 def test_onnxruntime_genai_reads_the_folder(network, tmp_path):
-    genai = pytest.importorskip("onnxruntime_genai")
+    runtime = pytest.importorskip("onnxruntime_genai")
     model = compressed(network, "4g32")
     hf.export(model, tmp_path, "genai-exact")
     ids = prompts(1)[0].numpy()
-    loaded = genai.Model(str(tmp_path))
-    options = genai.GeneratorParams(loaded)
+    loaded = runtime.Model(str(tmp_path))
+    options = runtime.GeneratorParams(loaded)
     options.set_search_options(max_length=ids.shape[1] + NEW, do_sample=False)
-    generator = genai.Generator(loaded, options)
+    generator = runtime.Generator(loaded, options)
     generator.append_tokens(ids.astype(np.int32))
     while not generator.is_done():
         generator.generate_next_token()
