@@ -132,6 +132,17 @@ def test_a_folder_for_genai_names_what_the_file_has(network, tmp_path):
     assert (config["eos_token_id"], config["pad_token_id"]) == (2, 0)
 
 
+def test_tokens_that_the_network_lacks_are_not_named_to_genai():
+    model = opened(gpt2).model
+    model.config.eos_token_id = model.config.bos_token_id = 50256
+    model.generation_config.eos_token_id = [2, 50256]
+    model.generation_config.bos_token_id = None
+    found = genai.genai_config(model)["model"]
+    assert (found["eos_token_id"], found["bos_token_id"]) == ([2], 2)
+    model.generation_config.eos_token_id = None
+    assert "eos_token_id" not in genai.genai_config(model)["model"]
+
+
 def test_onnxruntime_genai_reads_the_folder(network, tmp_path):
     runtime = pytest.importorskip("onnxruntime_genai")
     model = compressed(network, "4g32")

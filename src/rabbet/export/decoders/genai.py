@@ -98,7 +98,7 @@ def genai_config(model: nn.Module) -> dict[str, Any]:
     """What onnxruntime-genai reads beside the file."""
     config: Any = model.config
     sizes, said = sizes_of(config), getattr(model, "generation_config", None)
-    ids = {name: _token(name, said, config) for name in ("bos", "eos", "pad")}
+    ids = {name: _token(name, sizes.words, said, config) for name in ("bos", "eos", "pad")}
     ends = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
     ids["pad"] = next((i for i in (ids["pad"], *ends) if i is not None), 0)
     ids["bos"] = next((i for i in (ids["bos"], *ends) if i is not None), 0)
@@ -125,10 +125,19 @@ def genai_config(model: nn.Module) -> dict[str, Any]:
     return {"model": network, "search": search}
 
 
-def _token(name: str, *places: Any) -> Any:
-    """A token of special use; None where there is none."""
-    found = (getattr(place, f"{name}_token_id", None) for place in places)
-    return next((i for i in found if i is not None), None)
+def _token(name: str, words: int, *places: Any) -> Any:
+    """A token of special use, or several; None where there is none that the network knows.
+
+    A config that names none of its own names those of the family's first network, which may have
+    had more words: onnxruntime-genai refuses such.
+    """
+    for place in places:
+        found = getattr(place, f"{name}_token_id", None)
+        several = found if isinstance(found, list) else [found]
+        known = [i for i in several if i is not None and 0 <= i < words]
+        if known:
+            return known if isinstance(found, list) else known[0]
+    return None
 
 
 def write_beside(model: nn.Module, folder: Path, tokenizer: Any) -> tuple[str, ...]:
