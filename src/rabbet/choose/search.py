@@ -196,6 +196,7 @@ def _solve(piece: Workpiece, chosen: Sequence[tuple[Layer, int]]) -> bool:
     missing = list({(x.name, k): (x, k) for x, k in chosen if k not in x.solved}.values())
     if not missing:
         return False
+    missing.sort(key=lambda pair: pair[0].name)  # options of one layer one after the other
     menus = [(layer.name, (layer.lines[k],)) for layer, k in missing]
     results = solve_menus(piece, "solving layers", menus)
     for (layer, k), (_, menu), result in zip(missing, menus, results, strict=True):

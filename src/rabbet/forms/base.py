@@ -58,7 +58,9 @@ class Form(ABC):
     evaluates: ClassVar[bool] = False
     """Whether its solver evaluates the error in the metric many times."""
     unfinished: ClassVar[float] = 1.0
-    """How many times its least error it rarely has more than after ten evaluations."""
+    """How many times its least error it rarely has more than, after ten evaluations at low rank."""
+    furthers: ClassVar[float] = 0.0
+    """The power of the rank by which those evaluations lower its error more at high ranks."""
     alternates: ClassVar[bool] = False
     """Whether solvers can find it by alternating over its factors, see `problem`."""
 

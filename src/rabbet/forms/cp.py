@@ -26,7 +26,8 @@ class CP(Ranked):
 
     name: ClassVar[str] = "cp"
     evaluates: ClassVar[bool] = True
-    unfinished: ClassVar[float] = 2.5
+    unfinished: ClassVar[float] = 1.7
+    furthers: ClassVar[float] = 0.6
     alternates: ClassVar[bool] = True
 
     def full_rank(self, site: Site) -> int:

@@ -56,7 +56,17 @@ def metric_of(site: Site, weight: Tensor, second: Tensor | None) -> Metric:
     """What a site is solved in: the second moment of its inputs, or the identity without one."""
     if second is None:
         return Metric.plain(site.groups, site.columns, weight.device)
-    return Metric(second, DAMPING)
+    for known, metric in _LAST:
+        if known.device == second.device and torch.equal(known, second):
+            return metric
+    metric = Metric(second, DAMPING)
+    _LAST[:] = [(second, metric)]
+    return metric
+
+
+_LAST: list[tuple[Tensor, Metric]] = []
+"""The metric that was asked for last: options of a layer come one after the other, and of a wide
+one it takes longer to factorise than an option to solve."""
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:

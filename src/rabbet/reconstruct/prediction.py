@@ -19,8 +19,9 @@ from rabbet.reconstruct.candidates import Terms, metric_of, noise, rounded_toget
 from rabbet.solve.rounding import Metric, Rows, round_rows, start
 from rabbet.solve.whiten import noise_left, spectrum
 
+TINY = 1e-30
 ROWS = 64  # of each group, that stand for all
-STEPS = 10  # evaluations of the error of a factorisation, see `Form.unfinished`
+STEPS = 10  # evaluations of the error at the least rank of a factorisation, see `Form.unfinished`
 
 
 def predict_site(
@@ -56,13 +57,16 @@ class _Prediction:
         self.site, self.weight, self.metric = site, weight, metric
         self.target = site.matrix(weight)
         self.power = float(metric.error(self.target).sum())
-        self.sums: dict[Form, tuple[Tensor, Tensor]] = {}
+        self.least: dict[type[Form], Form] = {}
+        self.sums: dict[tuple[Form, int], tuple[Tensor, Tensor]] = {}
         self.rounded: dict[Grid, float] = {}
         self.spectra: dict[bool, Tensor] = {}
 
     def menu(self, menu: Sequence[Terms], second: Tensor | None) -> Tensor:
         """About the errors of all entries, [menu]; one of no known kind is solved."""
         self.round([terms[0].grid for terms in menu if rounded_together(terms[0])])
+        for form in sorted({terms[0].form for terms in menu}, key=lambda f: -(f.rank or 0)):
+            self.least[type(form)] = form
         known = {k: error for k, terms in enumerate(menu) if (error := self.of(terms)) is not None}
         unknown = [k for k in range(len(menu)) if k not in known]
         entries = [menu[k] for k in unknown]
@@ -97,8 +101,8 @@ class _Prediction:
                 best[grid] = best[grid].better(rows, self.metric) if grid in best else rows
             for grid, rows in best.items():
                 sizes = self._sizes(grid)
-                share = float(sizes[:, some].sum() / sizes.sum().clamp_min(1e-30))
-                self.rounded[grid] = float(rows.error(self.metric).sum()) / max(share, 1e-30)
+                share = float(sizes[:, some].sum() / sizes.sum().clamp_min(TINY))
+                self.rounded[grid] = float(rows.error(self.metric).sum()) / max(share, TINY)
 
     def _sizes(self, grid: Grid) -> Tensor:
         """About the error of each row if its entries were rounded to nearest, [groups, rows]."""
@@ -113,7 +117,7 @@ class _Prediction:
         takes what a matrix of that rank can.
         """
         values = self._spectrum(whitened=False)
-        rest = float(values[rank:].sum() / values.sum().clamp_min(1e-30))
+        rest = float(values[rank:].sum() / values.sum().clamp_min(TINY))
         return rest * noise_left(self.site.shape[0], self.site.columns, rank)
 
     def _nested(self, term: Term) -> float:
@@ -132,22 +136,36 @@ class _Prediction:
     def _factorised(self, term: Term) -> float:
         """What is left when the last factor is solved for, with a ridge for the noise of rounding.
 
-        The others are those that the solver has after few evaluations.
+        The others are those that the solver starts from. How much further it gets is found at the
+        least rank of a form, which takes the fewest multiplications, and told of the others.
         """
-        form = term.form
-        if form not in self.sums:
-            aim = Aim(noise(term.grid), None, STEPS, self.metric.lean if form.evaluates else None)
-            *first, last = form.decompose(self.site, self.weight, self.metric.second, aim)
-            basis = form.contract(self.site, [*first, torch.eye(last.shape[1]).to(last)]).flatten(1)
+        form, ridge = term.form, noise(term.grid)
+        left = self._left(form, ridge, 0)
+        least = self.least[type(form)]
+        if not form.evaluates or left <= 0:
+            return left
+        further = self._left(least, ridge, STEPS) / max(self._left(least, ridge, 0), TINY)
+        grown: float = ((form.rank or 1) / (least.rank or 1)) ** form.furthers
+        return left * min(further, 1.0) / grown / form.unfinished
+
+    def _left(self, form: Form, ridge: float, steps: int) -> float:
+        """The error with the last factor solved for beside those found in so many evaluations."""
+        if (form, steps) not in self.sums:
+            lean = self.metric.lean if form.evaluates else None
+            *first, last = form.decompose(
+                self.site, self.weight, self.metric.second, Aim(ridge, None, steps, lean)
+            )
+            eye = torch.eye(last.shape[1]).to(last)
+            basis = form.contract(self.site, [*first, eye]).flatten(1)
             seen = basis @ self.metric.second[0]
-            norm = (seen * basis).sum(1, keepdim=True).clamp_min(1e-30).rsqrt()
+            norm = (seen * basis).sum(1, keepdim=True).clamp_min(TINY).rsqrt()
             right = (seen @ self.weight.flatten(1).mT) * norm
-            self.sums[form] = ((seen @ basis.mT) * norm * norm.mT).double(), right.double()
-        gram, right = self.sums[form]
-        ridge = noise(term.grid) * torch.eye(len(gram)).to(gram)
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge))
-        left = max(self.power - float((right * solution).sum()), 0.0)
-        return left / form.unfinished
+            self.sums[form, steps] = ((seen @ basis.mT) * norm * norm.mT).double(), right.double()
+        gram, right = self.sums[form, steps]
+        solution = torch.cholesky_solve(
+            right, torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
+        )
+        return max(self.power - float((right * solution).sum()), 0.0)
 
     def noise(self) -> Tensor:
         """See `predict_site`."""

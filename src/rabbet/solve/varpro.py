@@ -16,6 +16,7 @@ Basis = Callable[[Sequence[Tensor]], Tensor]
 """The rows M [rank, n] that small factors stand for."""
 
 SMALLEST = {torch.float32: 1e-6, torch.float64: 1e-10}  # ridge: rows of M may be parallel
+TOLD = 1e-3  # ridge from which float32 solves as well as double precision
 LARGE = 2048  # columns from which a metric has a lean stand-in
 SHARE = 8  # of its columns for each vector of that
 
@@ -79,8 +80,10 @@ def project(
     problem = _Problem(basis, matrix, second, ridge)
     small = minimised(start, lambda trial: problem(trial)[0], evaluations)
     second = second.second if isinstance(second, Lean) else second
-    exact = _Problem(basis, matrix.double(), None if second is None else second.double(), ridge)
-    loss, last = exact([s.double() for s in small])
+    # a ridge such as rounding calls for keeps the last problem far from singular
+    kind = matrix.dtype if ridge >= TOLD else torch.float64
+    exact = _Problem(basis, matrix.to(kind), None if second is None else second.to(kind), ridge)
+    loss, last = exact([s.to(kind) for s in small])
     return Projected(small, last.to(matrix.dtype), float(loss))
 
 
@@ -126,14 +129,21 @@ class _Problem:
     def __call__(self, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The loss, and A."""
         rows = self.basis(small)
-        seen = self._seen(rows)
-        norm = (seen * rows).sum(1).clamp_min(1e-30).rsqrt()
+        gram = self._gram(rows)
+        norm = gram.diagonal().clamp_min(1e-30).rsqrt()
         eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        gram = (seen @ rows.mT) * norm * norm[:, None] + self.ridge * eye
+        gram = gram * norm * norm[:, None] + self.ridge * eye
         right = (rows @ self.aim) * norm[:, None]
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
         loss: Tensor = 1 - (right * solution).sum() / self.power
         return loss, (solution * norm[:, None]).mT
+
+    def _gram(self, rows: Tensor) -> Tensor:
+        """`rows @ H @ rows.mT`."""
+        if isinstance(self.second, Lean):
+            leading = rows @ self.second.leading
+            return leading @ leading.mT + (rows * self.second.rest) @ rows.mT
+        return self._seen(rows) @ rows.mT
 
     def _seen(self, rows: Tensor) -> Tensor:
         """`rows @ H`."""

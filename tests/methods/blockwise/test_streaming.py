@@ -26,7 +26,6 @@ from rabbet import Blockwise, Jobs, Task, hf
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Term
 from rabbet.errors import BudgetError, DataError, FileError, ModelError, PlanError
-from rabbet.methods.blockwise.drift import solve_drifted
 from rabbet.methods.blockwise.folder import Shards
 from rabbet.methods.blockwise.gathering import Gathering, level
 from rabbet.methods.blockwise.shelf import Shelf
@@ -213,48 +212,6 @@ def test_weights_are_in_memory_only_while_their_block_is_open(tmp_path):
     assert all(p.is_meta for p in hollow.parameters())
 
 
-def test_a_target_for_drifted_inputs_makes_up_for_the_drift():
-    model = decoder("llama")
-    site = Workpiece.of(model, task(), Jobs()).survey["model.layers.0.mlp.up_proj"]
-    weight = site.weight(model).detach()
-    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
-    moved = x + 0.3 * x.roll(1, 1)
-    second, cross = (moved.mT @ moved / 400)[None], (x.mT @ moved / 400)[None]
-    half = (moved[::2].mT @ moved[::2] / 400)[None], (x[::2].mT @ moved[::2] / 400)[None]
-    menu = (SHORT.menu(site)[2],)
-
-    def error(result):
-        found = canonical(site, menu[0], read_numbers(result, menu, 0))
-        return float((moved @ found.mT - x @ weight.mT).square().sum())
-
-    ridge = second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(1, 32)
-    drifted = error(solve_drifted(weight, second, cross, ridge, *half, site=site, menu=menu))
-    assert drifted < 0.5 * error(solve_site(weight, second, site=site, menu=menu))
-
-
-def test_drift_that_is_chance_is_not_made_up_for():
-    """Of few words what x' has lost is noise: a target that follows it would fit that alone."""
-    model = decoder("llama")
-    site = Workpiece.of(model, task(), Jobs()).survey["model.layers.0.mlp.up_proj"]
-    weight = site.weight(model).detach()
-    x = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
-    moved = x + 0.5 * torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
-    second, cross = (moved.mT @ moved / 48)[None], (x.mT @ moved / 48)[None]
-    half = (moved[::2].mT @ moved[::2] / 48)[None], (x[::2].mT @ moved[::2] / 48)[None]
-    ridge = second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(1, 32)
-    g = torch.Generator().manual_seed(2)
-    new = torch.randn(4000, 32, generator=g)
-    seen = new + 0.5 * torch.randn(4000, 32, generator=g)
-    menu = ((Term.parse("dense@f32"),),)
-
-    def error(result):
-        found = canonical(site, menu[0], read_numbers(result, menu, 0))
-        return float((seen @ found.mT - new @ weight.mT).square().sum())
-
-    plain = error(solve_site(weight, second, site=site, menu=menu))
-    assert error(solve_drifted(weight, second, cross, ridge, *half, site=site, menu=menu)) < plain
-
-
 def test_one_word_that_is_far_larger_does_not_drown_the_others():
     model = decoder("llama")
     site = Workpiece.of(model, task(), Jobs()).survey["model.layers.0.mlp.up_proj"]
@@ -284,8 +241,6 @@ def test_words_count_alike_and_none_for_more_than_two():
     assert squares.max() <= 2 * middle
     assert (level(x)[0, x.square().sum((0, 2)) == middle] == 1).all()
     assert torch.allclose(level(100 * x), level(x))
-    assert torch.equal(level(torch.ones_like(x), x), level(torch.ones_like(x), x.abs()))
-    assert level(torch.ones_like(x), x)[0, 7, 0] < 1e-3
     assert level(x[:, :0]).shape == (1, 0, 1)
     assert torch.isfinite(level(torch.zeros(1, 4, 8))).all()
 

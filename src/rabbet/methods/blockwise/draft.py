@@ -39,20 +39,21 @@ class Draft:
     """The tensors of a block, by names within it; every change gives a new one.
 
     weights: of the sites, canonical. biases: of those that have one. rest: changed parameters of
-    norms. moments: of the inputs of sites, see `Drift.of`. moved:
-    sites whose bias is not that of the network.
+    norms. moments: second moments [groups, n, n] of the inputs of sites; none of a site that never
+    ran, such as an expert that no word was sent to. moved: sites whose bias is not that of the
+    network.
     """
 
     sites: Mapping[str, Site]
     weights: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
-    moments: Mapping[str, Tensors]
+    moments: Mapping[str, Tensor]
     rest: Mapping[str, Tensor] = field(default_factory=dict)
     moved: frozenset[str] = frozenset()
 
     @classmethod
     def of(
-        cls, block: nn.Module, sites: Mapping[str, Site], moments: Mapping[str, Tensors]
+        cls, block: nn.Module, sites: Mapping[str, Site], moments: Mapping[str, Tensor]
     ) -> "Draft":
         """The block as it is."""
         weights: dict[str, Tensor] = {}
@@ -67,15 +68,7 @@ class Draft:
     def read_scaled(self, name: str, scale: Tensor) -> "Draft":
         """A site whose inputs were divided by scales, [columns]."""
         over = scale[:, None] * scale
-        moments = {
-            k: t / (over if t.ndim == 3 else scale.square())  # a ridge is a diagonal
-            for k, t in self.moments.get(name, {}).items()
-        }
-        return replace(
-            self,
-            weights={**self.weights, name: self.weights[name] * scale},
-            moments={**self.moments, name: moments},
-        )
+        return self._read(name, self.weights[name] * scale, lambda second: second / over)
 
     def made_scaled(self, name: str, scale: Tensor) -> "Draft":
         """A site whose outputs are divided by scales, [out]."""
@@ -83,19 +76,18 @@ class Draft:
 
     def read_ordered(self, name: str, order: Tensor) -> "Draft":
         """A site that is given its inputs in another order: the first is what was `order[0]`."""
-        moments = {
-            k: t[:, order][:, :, order] if t.ndim == 3 else t[:, order]
-            for k, t in self.moments.get(name, {}).items()
-        }
-        return replace(
-            self,
-            weights={**self.weights, name: self.weights[name][:, order]},
-            moments={**self.moments, name: moments},
-        )
+        weight = self.weights[name][:, order]
+        return self._read(name, weight, lambda second: second[:, order][:, :, order])
 
     def made_ordered(self, name: str, order: Tensor) -> "Draft":
         """A site that gives its outputs in another order."""
         return self._made(name, self.weights[name][order], lambda bias: bias[order])
+
+    def _read(self, name: str, weight: Tensor, change: Callable[[Tensor], Tensor]) -> "Draft":
+        moments = dict(self.moments)
+        if name in moments:
+            moments[name] = change(moments[name])
+        return replace(self, weights={**self.weights, name: weight}, moments=moments)
 
     def _made(self, name: str, weight: Tensor, change: Callable[[Tensor], Tensor]) -> "Draft":
         weights = {**self.weights, name: weight}

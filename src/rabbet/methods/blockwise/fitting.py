@@ -1,6 +1,6 @@
 """Blocks fitted one after the other, each for what the compressed blocks before it leave.
 
-Its layers are solved for the inputs that they meet there (`drift`), then all codes and scales of
+Its layers are solved in the metric of the inputs that they meet there, then all codes and scales of
 the block are tuned so that it answers as the float block does (`tuning`). No labels are needed, and
 gradients reach through one block.
 """
@@ -18,7 +18,7 @@ from rabbet.jobs import Job, Jobs, Tensors
 from rabbet.layers import Site
 from rabbet.methods.blockwise.bench import Bench, Known
 from rabbet.methods.blockwise.draft import Draft, rest_among, wearing
-from rabbet.methods.blockwise.drift import Drift, behind, drifted, solve_drifted
+from rabbet.methods.blockwise.gathering import Gathering, behind, met
 from rabbet.methods.blockwise.looking import by_block, placed
 from rabbet.methods.blockwise.prepare import Choosing, Ways, prepared
 from rabbet.methods.blockwise.shelf import Shelf
@@ -236,30 +236,31 @@ class _Block:
         jobs, count = self.bench.jobs, len(self.calls)
         sites = [(s, self.bench.stack.within(s.name)) for s in self.sites]
         given = ((theirs[i], ours[i], call) for i, call in enumerate(self.calls))
-        drift, wanted = Drift(), Shelf()
+        gathering, wanted = Gathering(), Shelf()
         stage = f"measuring block {self.k + 1} of {len(self.bench.stack)}"
-        for outs, part in spread(jobs, stage, drifted, (block, sites), portions(given, count)):
-            drift.take(part)
+        for outs, part in spread(jobs, stage, met, (block, sites), portions(given, count)):
+            gathering.add(part)
             for out in outs:
                 wanted.put(len(wanted), out)
         if not self.sites:
             return {}, wanted
-        draft = self._draft(block, drift, theirs[0])
-        del drift
+        draft = self._draft(block, dict(gathering.means()), theirs[0])
+        del gathering
         found = self._solved(draft) | draft.kept(self.bench.stack.prefix(self.k))
         if not pacing.epochs:
             return found, wanted
         with draft.worn(block):
             return self._tuned(block, found, ours, wanted, pacing), wanted
 
-    def _draft(self, block: nn.Module, drift: Drift, hidden: Tensor) -> Draft:
+    def _draft(self, block: nn.Module, moments: Mapping[str, Tensor], hidden: Tensor) -> Draft:
         """The block as its layers are solved: written otherwise where that pays.
 
-        hidden: some hidden states before it.
+        moments: of inputs, by site. hidden: some hidden states before it.
         """
         within = self.bench.stack.within
         sites = {within(s.name): s for s in self.sites}
-        draft = Draft.of(block, sites, {n: drift.of(s.name) for n, s in sites.items()})
+        seconds = {n: moments[s.name] for n, s in sites.items() if s.name in moments}
+        draft = Draft.of(block, sites, seconds)
         if not self.ways.any:
             return draft
         wiring = Wiring(block, draft, self.calls[0], hidden, self.bench.stack, self.k)
@@ -273,10 +274,10 @@ class _Block:
         """The numbers of all layers, each for the inputs that it meets."""
         jobs: list[Job] = []
         for name, site in draft.sites.items():
-            given = {"weight": draft.weights[name], **draft.moments[name]}
-            jobs.append(
-                (solve_drifted, given, {"site": site, "menu": (self.plan[site.name].terms,)})
-            )
+            given = {"weight": draft.weights[name]}
+            if name in draft.moments:
+                given["second"] = draft.moments[name]
+            jobs.append((solve_site, given, {"site": site, "menu": (self.plan[site.name].terms,)}))
         stage = f"fitting block {self.k + 1} of {len(self.bench.stack)}"
         seconds = [expected_seconds(site, 1) for site in self.sites]
         found: Tensors = {}

@@ -10,27 +10,26 @@ from torch import Tensor, nn
 
 from rabbet.errors import DataError
 from rabbet.layers import Site
+from rabbet.methods.blockwise.stack import Call
+from rabbet.model.hooks import hooked
 from rabbet.solve.rounding import Metric
 
 Placed = Sequence[tuple[Site, nn.Module]]
 """Sites, each with the module that it is."""
 
 
-def level(rows: Tensor, other: Tensor | None = None) -> Tensor:
+def level(rows: Tensor) -> Tensor:
     """What inputs [groups, words, n] are multiplied by so that no word drowns the rest.
 
     Decoders give a few words, such as the first, hidden states hundreds of times as large as all
     others, behind which a norm stands: an error counts there by its share alone. So the square of
     a word counts `2 m / (its square + m)`, with m the median over the words of a batch: like all
-    others up to about m, and no more than twice that however large it is. other: the same words in
-    another network; the larger of the two squares counts.
+    others up to about m, and no more than twice that however large it is.
     """
     squares = rows.square().sum((0, 2))
     if not len(squares):  # an expert that no word was sent to
         return rows.new_ones(1, 0, 1)
     middle = squares.median().clamp_min(torch.finfo(squares.dtype).tiny)
-    if other is not None:
-        squares = torch.maximum(squares, other.square().sum((0, 2)))
     return (2 * middle / (squares + middle)).sqrt()[None, :, None]
 
 
@@ -83,6 +82,41 @@ class Gathering:
             self.totals[name] = total + self.totals.get(name, 0.0)
             self.rows[name] = other.rows[name] + self.rows.get(name, 0)
         self.same |= other.same
+
+
+Sites = list[tuple[Site, str]]
+"""Sites of a block, with their names within it."""
+
+
+@torch.no_grad()
+def gathered(
+    shared: tuple[nn.Module, Sites], part: Sequence[tuple[Tensor, Call]]
+) -> tuple[list[Tensor], Gathering]:
+    """The hidden states behind a block, and what its sites are given, summed."""
+    block, sites = shared
+    gathering, outs = Gathering(), []
+    with hooked(before=[(block.get_submodule(n), gathering.hook(s)) for s, n in sites]):
+        for hidden, call in part:
+            outs.append(call(block, hidden))
+            gathering.forget()
+    return outs, gathering
+
+
+def met(
+    shared: tuple[nn.Module, Sites], part: Sequence[tuple[Tensor, Tensor, Call]]
+) -> tuple[list[Tensor], Gathering]:
+    """The hidden states behind a float block, and what its sites are given behind compressed ones.
+
+    part: hidden states before the block, of the float network and of the compressed one.
+    """
+    outs = behind(shared[0], [(theirs, call) for theirs, _, call in part])
+    return outs, gathered(shared, [(ours, call) for _, ours, call in part])[1]
+
+
+@torch.no_grad()
+def behind(block: nn.Module, part: Sequence[tuple[Tensor, Call]]) -> list[Tensor]:
+    """The hidden states behind a block."""
+    return [call(block, hidden) for hidden, call in part]
 
 
 class Felt:

@@ -25,7 +25,7 @@ from rabbet.data.task import Task
 from rabbet.errors import DataError, ModelError
 from rabbet.jobs import Jobs
 from rabbet.layers import Site
-from rabbet.methods.blockwise.gathering import Felt, Gathering, learning
+from rabbet.methods.blockwise.gathering import Felt, Gathering, Sites, gathered, learning
 from rabbet.methods.blockwise.shelf import MEMORY, Shelf
 from rabbet.methods.blockwise.stack import Call, Stack
 from rabbet.model.hooks import hooked
@@ -127,7 +127,7 @@ class Look:
             shared = block, [(s, self.stack.within(s.name)) for s in self.inside[k]]
             parts = portions(self._given(k), len(self.batches))
             done = 0
-            for outs, part in spread(self.jobs, STAGE, _forth, shared, parts):
+            for outs, part in spread(self.jobs, STAGE, gathered, shared, parts):
                 gathering.add(part)
                 for out in outs:
                     reached.put(done, out)
@@ -223,24 +223,6 @@ class Look:
         second = self.seen.moments.get(site.name)
         weight = site.kind.weight(module).detach().float()
         return Felt(site, weight, metric_of(site, weight, second))
-
-
-Sites = list[tuple[Site, str]]
-"""Sites of a block, with their names within it."""
-
-
-@torch.no_grad()
-def _forth(
-    shared: tuple[nn.Module, Sites], part: Sequence[tuple[Tensor, Call]]
-) -> tuple[list[Tensor], Gathering]:
-    """The hidden states behind a block, and what its sites are given, summed."""
-    block, sites = shared
-    gathering, outs = Gathering(), []
-    with hooked(before=[(block.get_submodule(n), gathering.hook(s)) for s, n in sites]):
-        for hidden, call in part:
-            outs.append(call(block, hidden))
-            gathering.forget()
-    return outs, gathering
 
 
 def _back(

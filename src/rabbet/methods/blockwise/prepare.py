@@ -106,7 +106,7 @@ def _if_exact(wiring: Wiring, before: Draft, after: Draft) -> Draft:
 
 def _sizes(draft: Draft, group: Shared | Pair) -> Tensor | None:
     """The mean square of each input; of those that come from one output their mean."""
-    second = draft.moments.get(group.readers[0], {}).get("second")
+    second = draft.moments.get(group.readers[0])
     if second is None:
         return None
     size = second[0].diagonal()
@@ -135,7 +135,7 @@ def _shares(grid: Grid, draft: Draft, hidden: Hidden) -> bool:
 
 def _order(draft: Draft, reader: str) -> Tensor:
     """Channels by their size times that of their weights, the largest first."""
-    size = draft.moments[reader]["second"][0].diagonal().sqrt()
+    size = draft.moments[reader][0].diagonal().sqrt()
     largest = draft.weights[reader].abs().amax(0)
     return (size * largest).argsort(descending=True, stable=True)
 
@@ -172,7 +172,7 @@ class Choosing:
         grids: list[tuple[Grid, int]] = []
         for name in readers:
             weight, term = draft.weights[name].float(), lines[name].terms[0]
-            if not rounded_together(term) or "second" not in draft.moments.get(name, {}):
+            if not rounded_together(term) or name not in draft.moments:
                 continue
             count = min(len(weight), ROWS)
             some = torch.linspace(0, len(weight) - 1, count).round().long().to(weight.device)
@@ -181,7 +181,7 @@ class Choosing:
             grids.append((term.grid, count))
         if not rows or not any(bool(w.any()) for w in worth):
             return None
-        second = draft.moments[readers[0]]["second"]
+        second = draft.moments[readers[0]]
         given = {"second": second, "rows": torch.cat(rows), "worth": torch.cat(worth)}
         return Asked(given, tuple(grids))
 
