@@ -42,7 +42,8 @@ from rabbet import Jobs, Joint, Task
 from rabbet.grids.grid import Grid
 from rabbet.jobs import one_thread
 from rabbet.methods import QUALITY
-from rabbet.solve.rounding import Metric, feedback, start
+from rabbet.solve.metric import Metric
+from rabbet.solve.rounding import feedback, start
 from rabbet.workpiece import Workpiece
 
 BUDGET = "bits <= 2"

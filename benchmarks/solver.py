@@ -42,8 +42,8 @@ from rabbet.solve.cp import start
 from rabbet.solve.epc import epc, loosened, predicted
 from rabbet.solve.feedback import Rounded, alternate
 from rabbet.solve.kernel_train import train_bonds
+from rabbet.solve.metric import Metric
 from rabbet.solve.metric_cp import MetricCP, joined
-from rabbet.solve.rounding import Metric
 from rabbet.solve.tensor_train import tt_svd
 from rabbet.workpiece import Workpiece
 

@@ -12,7 +12,7 @@ from rabbet.jobs import silent
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
 from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
-from rabbet.solve.rounding import Metric
+from rabbet.solve.metric import Metric
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 

@@ -21,7 +21,8 @@ from rabbet.reconstruct.candidates import (
     solve_menu,
     solve_site,
 )
-from rabbet.solve.rounding import Metric, Rows, descend, feedback, refit, round_rows, start
+from rabbet.solve.metric import Metric
+from rabbet.solve.rounding import Rows, descend, feedback, refit, round_rows, start
 from rabbet.solve.whiten import leading
 
 GRIDS = ("1", "t", "2", "2h", "3", "4", "8")

@@ -4,6 +4,7 @@ Dense terms on any number of grids are rounded in one pass. For a weight of seve
 alternates: each term in turn is fitted to what the others leave, and the best state is kept.
 """
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -15,12 +16,14 @@ from rabbet.grids.grid import Grid, Quantised
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
 from rabbet.model.compressed import Numbers
-from rabbet.solve.rounding import Metric, Rows, descend, feedback, round_rows, start
+from rabbet.solve.metric import Metric
+from rabbet.solve.rounding import Rows, descend, feedback, round_rows, start
 
 Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
+ENTRIES = 2**26  # of the second moments whose metrics are kept, which hold twice as many
 PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
 COLD, WARM = 40, 10
@@ -56,17 +59,23 @@ def metric_of(site: Site, weight: Tensor, second: Tensor | None) -> Metric:
     """What a site is solved in: the second moment of its inputs, or the identity without one."""
     if second is None:
         return Metric.plain(site.groups, site.columns, weight.device)
-    for known, metric in _LAST:
-        if known.device == second.device and torch.equal(known, second):
-            return metric
-    metric = Metric(second, DAMPING)
-    _LAST[:] = [(second, metric)]
-    return metric
+    with _LOCK:
+        held = list(_METRICS)
+    same = (pair for pair in held if pair[0].device == second.device)
+    pair = next((pair for pair in same if torch.equal(pair[0], second)), None)
+    pair = pair or (second, Metric(second, DAMPING))
+    with _LOCK:
+        _METRICS[:] = [other for other in _METRICS if other[0] is not pair[0]] + [pair]
+        while len(_METRICS) > 1 and sum(known.numel() for known, _ in _METRICS) > ENTRIES:
+            _METRICS.pop(0)
+    return pair[1]
 
 
-_LAST: list[tuple[Tensor, Metric]] = []
-"""The metric that was asked for last: options of a layer come one after the other, and of a wide
-one it takes longer to factorise than an option to solve."""
+_LOCK = threading.Lock()
+_METRICS: list[tuple[Tensor, Metric]] = []
+"""Second moments and their metrics, the last that was asked for at the end: options of one layer
+come one after the other, and some layers more than once. To factorise the metric of a wide layer
+takes longer than to solve an option."""
 
 
 def read_numbers(result: Tensors, menu: Sequence[Terms], k: int) -> Numbers:

@@ -16,7 +16,8 @@ from rabbet.grids.grid import Grid
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
 from rabbet.reconstruct.candidates import Terms, metric_of, noise, rounded_together, solve_site
-from rabbet.solve.rounding import Metric, Rows, round_rows, start
+from rabbet.solve.metric import Metric
+from rabbet.solve.rounding import Rows, round_rows, start
 from rabbet.solve.whiten import noise_left, spectrum
 
 TINY = 1e-30

@@ -35,7 +35,7 @@ from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Factor, compressed_layers, layers_kept
 from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
-from rabbet.solve.rounding import LEAST, Metric
+from rabbet.solve.metric import LEAST, Metric
 from rabbet.workpiece import UNABLE, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled

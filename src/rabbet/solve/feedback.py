@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.als import Factors, Problem, solved
-from rabbet.solve.rounding import Metric, Rows, descend, feedback
+from rabbet.solve.metric import Metric
+from rabbet.solve.rounding import Rows, descend, feedback
 
 DAMPING = 1e-3
 

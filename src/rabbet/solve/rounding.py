@@ -6,143 +6,17 @@ of rows, each with the bounds and the shift of its own grid. Matrices are [group
 grouped conv has an H per group.
 """
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rabbet.errors import ModelError
 from rabbet.grids.codebook import nearest, points
 from rabbet.grids.grid import Grid, stored
 from rabbet.solve.columns import by_column, columns, gather
-from rabbet.solve.varpro import LARGE, Lean
+from rabbet.solve.metric import Metric
 
-LEAST = 1e-30  # a mean square of inputs below counts as none: the inputs are always zero
 BLOCK = 64  # columns whose updates are gathered into one matrix product
-
-
-class Metric:
-    """A damped second moment [groups, n, n], factorised once.
-
-    damping: added to the diagonal as a share of its mean (0.01: the default of GPTQ, arXiv
-    2210.17323).
-    """
-
-    identity = False
-
-    def __init__(self, second: Tensor, damping: float = 0.01) -> None:
-        diagonal = second.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1)
-        ridge = torch.where(mean > LEAST, damping * mean, 1.0)
-        self.second = second.float() + torch.diag_embed(ridge.float()[:, None].expand_as(diagonal))
-        diagonal = self.second.diagonal(dim1=1, dim2=2)
-        # The most used input comes first: all others can still compensate its rounding error.
-        self.order = diagonal.argsort(dim=1, descending=True, stable=True)
-        self.factor = _inverse_factor(gather(gather(self.second, self.order, 2), self.order, 1))
-
-    @classmethod
-    def plain(cls, groups: int, columns: int, device: torch.device | None = None) -> "Metric":
-        """The identity: the weight's own error, where nothing is known of the inputs."""
-        return _Plain(groups, columns, device)
-
-    @property
-    def diagonal(self) -> Tensor:
-        """[groups, n]."""
-        return self.second.diagonal(dim1=1, dim2=2)
-
-    @functools.cached_property
-    def lean(self) -> Lean | None:
-        """A stand-in for a large metric of one group, which is faster to multiply with."""
-        groups, n = self.diagonal.shape
-        return Lean.of(self.second[0]) if groups == 1 and n >= LARGE and not self.identity else None
-
-    def times(self, x: Tensor) -> Tensor:
-        """`x @ second`, of rows [groups, rows, n]."""
-        return x @ self.second
-
-    def times_part(self, x: Tensor, own: slice) -> Tensor:
-        """The same of rows that are zero but for some columns, [groups, rows, own]."""
-        return x @ self.second[:, own]
-
-    def spread(self, noise: Tensor) -> Tensor:
-        """White noise [groups, rows, n], its columns mixed so that the metric sees it as white."""
-        mixed = noise @ self.factor
-        return mixed.gather(2, self.order.argsort(dim=1)[:, None].expand_as(mixed))
-
-    def whitened(self, slope: Tensor) -> Tensor:
-        """Rows [groups, rows, n] whose squares add up to `slope H^-1 slope^T`."""
-        return gather(slope, self.order, 2) @ self.factor.mT
-
-    def error(self, delta: Tensor) -> Tensor:
-        """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
-        result: Tensor = (self.times(delta) * delta).sum(2)
-        return result
-
-
-class _Plain(Metric):
-    """The identity, of which no matrix is made: a row of a stored tensor may be very long.
-
-    No column can compensate the error of another, so solvers skip that work.
-    """
-
-    identity = True
-
-    def __init__(self, groups: int, columns: int, device: torch.device | None) -> None:
-        self._ones = torch.ones(groups, columns, device=device)
-
-    @functools.cached_property
-    def second(self) -> Tensor:  # type: ignore[override]
-        """[groups, n, n], for solvers that need it as a matrix."""
-        return torch.diag_embed(self._ones)
-
-    @property
-    def diagonal(self) -> Tensor:
-        """[groups, n]."""
-        return self._ones
-
-    def times(self, x: Tensor) -> Tensor:
-        """X itself."""
-        return x
-
-    def times_part(self, x: Tensor, own: slice) -> Tensor:
-        """X itself, and zeros in all other columns."""
-        wide = x.new_zeros(*x.shape[:2], self._ones.shape[1])
-        wide[:, :, own] = x
-        return wide
-
-    def spread(self, noise: Tensor) -> Tensor:
-        """The noise itself."""
-        return noise
-
-    def whitened(self, slope: Tensor) -> Tensor:
-        """The rows themselves."""
-        return slope
-
-
-def _inverse_factor(second: Tensor) -> Tensor:
-    """Upper U with `U^T U = H^-1`, computed in double precision.
-
-    Damping is raised where rounding still makes H indefinite.
-    """
-    wide = second.double()
-    diagonal = wide.diagonal(dim1=1, dim2=2)
-    ridge, before = diagonal.mean(1, keepdim=True), 0.0
-    # in place and let go of at once: of a wide layer each of these matrices is large
-    for extra in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        diagonal += (extra - before) * ridge
-        before = extra
-        lower, info = torch.linalg.cholesky_ex(wide)
-        if not info.any():
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not info.any():
-                factor: Tensor = upper.float()
-                return factor
-    raise ModelError(
-        "the second moment of the inputs is not positive definite; are the inputs finite?"
-    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rabbet.errors import DataError
 from rabbet.layers import Site
 from rabbet.methods.blockwise.stack import Call
 from rabbet.model.hooks import hooked
-from rabbet.solve.rounding import Metric
+from rabbet.solve.metric import Metric
 
 Placed = Sequence[tuple[Site, nn.Module]]
 """Sites, each with the module that it is."""

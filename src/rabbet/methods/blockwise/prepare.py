@@ -19,7 +19,7 @@ from rabbet.jobs import Job, Jobs, Tensors
 from rabbet.methods.blockwise.draft import Draft
 from rabbet.methods.blockwise.wiring import Hidden, Pair, Shared, Wiring
 from rabbet.reconstruct.candidates import DAMPING, round_rows_of, rounded_together
-from rabbet.solve.rounding import Metric
+from rabbet.solve.metric import Metric
 
 POWERS = (0.25, 0.5, 0.75)  # exponents of the size of inputs that are tried
 LEAST = 1e-6  # of the mean square of inputs: smaller ones count as so large
