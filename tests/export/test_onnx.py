@@ -74,7 +74,7 @@ PAIRS = list(
 
 
 @pytest.fixture(
-    scope="module", params=thinned([(p,) for p in PAIRS]), ids=[f"{n}-{k}" for n, k in PAIRS]
+    scope="module", params=thinned([(p,) for p in PAIRS], 5), ids=[f"{n}-{k}" for n, k in PAIRS]
 )
 def written(request, tmp_path_factory):
     """A case, compressed with a kind of terms, and its file."""

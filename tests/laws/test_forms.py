@@ -222,7 +222,7 @@ def test_a_layer_is_linear_in_its_weight(name):
     assert torch.allclose(site.run(x, change), moved, atol=1e-4)
 
 
-@pytest.mark.parametrize(("form", "name"), thinned([(f, n) for f, n in FITTING if f in RANKED], 2))
+@pytest.mark.parametrize(("form", "name"), thinned([(f, n) for f, n in FITTING if f in RANKED], 4))
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_error_falls_with_the_rank(form, name, weighted):
     _, site, weight, _ = _case(name)
