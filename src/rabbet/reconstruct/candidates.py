@@ -23,6 +23,7 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
+ROUNDS = 3  # of rounding rows, see `round_rows`; one is enough where the target still moves
 ENTRIES = 2**26  # of the second moments whose metrics are kept, which hold twice as many
 PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
@@ -136,7 +137,12 @@ def solve_menu(
                 if place < len(terms) and (turn == 0 or len(terms) > 1)
             ]
             wanted = [
-                (menu[k][place], _left(site, weight, menu[k], states[k], place)) for k in active
+                (
+                    menu[k][place],
+                    _left(site, weight, menu[k], states[k], place),
+                    ROUNDS if len(menu[k]) == 1 or turn == ALTERNATIONS - 1 else 1,
+                )
+                for k in active
             ]
             solutions = _solve_terms(site, wanted, metric, starts, steps)
             for k, solved in zip(active, solutions, strict=True):
@@ -171,16 +177,26 @@ Starts = dict[Form, tuple[Tensor, ...]]
 
 
 def _solve_terms(
-    site: Site, wanted: Sequence[tuple[Term, Tensor]], metric: Metric, starts: Starts, steps: int
+    site: Site,
+    wanted: Sequence[tuple[Term, Tensor, int]],
+    metric: Metric,
+    starts: Starts,
+    steps: int,
 ) -> list[list[Quantised]]:
-    """Each term for its target: dense ones with scales per row together, the others one by one."""
-    dense = [(term.grid, site.matrix(left)) for term, left in wanted if rounded_together(term)]
-    rounded = iter(round_rows_of(dense, metric))
+    """Each term for its target: dense ones with scales per row together, the others one by one.
+
+    wanted: a term, its target, and in how many rounds the rows of a dense one are rounded.
+    """
+    dense: dict[int, list[tuple[Grid, Tensor]]] = {}
+    for term, left, rounds in wanted:
+        if rounded_together(term):
+            dense.setdefault(rounds, []).append((term.grid, site.matrix(left)))
+    rounded = {k: iter(round_rows_of(targets, metric, k)) for k, targets in dense.items()}
     return [
-        [_quantised(next(rounded), term.grid, site.shape)]
+        [_quantised(next(rounded[rounds]), term.grid, site.shape)]
         if rounded_together(term)
         else _solve_term(site, left, term, metric, starts, steps)
-        for term, left in wanted
+        for term, left, rounds in wanted
     ]
 
 
@@ -194,7 +210,9 @@ def _by_rows(grid: Grid) -> bool:
     return grid.scales.parts(1) is not None and grid.codebook.uniform is not None
 
 
-def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
+def round_rows_of(
+    wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds: int = ROUNDS
+) -> list[Rows]:
     """Targets [groups, rows, n] rounded to grids with scales per row, in the metric.
 
     Scales are chosen, refitted and, on short asymmetric grids, mirrored row by row. Grids of one
@@ -205,7 +223,9 @@ def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
         places = [k for k, (grid, _) in enumerate(wanted) if grid.scales == layout]
         rows = wanted[places[0]][1].shape[1]
         parts = [
-            _rounded_rows([(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric)
+            _rounded_rows(
+                [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric, rounds
+            )
             for k in range(0, rows, PART)
         ]
         rounded |= {
@@ -215,7 +235,7 @@ def round_rows_of(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
     return [rounded[k] for k in range(len(wanted))]
 
 
-def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list[Rows]:
+def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds: int) -> list[Rows]:
     trials = [
         (k, mirror)
         for k, (g, _) in enumerate(wanted)
@@ -225,7 +245,7 @@ def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric) -> list
         [start(wanted[k][1], wanted[k][0], metric, mirror) for k, mirror in trials]
     )
     best: dict[int, Rows] = {}
-    results = round_rows(stacked, metric).split(wanted[0][1].shape[1])
+    results = round_rows(stacked, metric, rounds).split(wanted[0][1].shape[1])
     for (k, _), rows in zip(trials, results, strict=True):
         best[k] = best[k].better(rows, metric) if k in best else rows
     return [best[k] for k in range(len(wanted))]
