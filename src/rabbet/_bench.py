@@ -15,6 +15,7 @@ from rabbet.data.batches import Batch
 from rabbet.data.task import Task
 from rabbet.errors import BudgetError
 from rabbet.jobs import TURN, Jobs
+from rabbet.reconstruct.candidates import forget_metrics
 from rabbet.workpiece import Workpiece
 
 Data = Task | Iterable[Batch]
@@ -33,7 +34,10 @@ def in_turn(call: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with TURN, torch.inference_mode(False):
-            return call(*args, **kwargs)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                forget_metrics()
 
     return run
 

@@ -13,6 +13,7 @@ loader, a forward, a loss) is none of these: it is passed on, with a note of whe
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -95,7 +96,8 @@ def _allowed(value: Any, kind: Any) -> bool:
         kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
         return len(value) == len(kinds) and all(map(_allowed, value, kinds))
     if kind in NUMBERS:
-        return isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
+        number = isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     return isinstance(value, kind)
 
 

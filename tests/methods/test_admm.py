@@ -8,6 +8,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 from networks import network, rand
+from torch import nn
 
 from rabbet import ADMM, Budget, Jobs, Session, compress, fit, load, plan
 from rabbet.core.layout import factor_shapes
@@ -15,6 +16,7 @@ from rabbet.data.task import Task
 from rabbet.errors import BudgetError, PlanError
 from rabbet.model.build import build
 from rabbet.model.compressed import compressed_layers
+from rabbet.reconstruct import candidates
 from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.workpiece import Workpiece
 
@@ -246,3 +248,24 @@ def test_that_there_is_no_kernel_to_factorise_is_said():
     result = compress(model.eval(), ANY, [torch.randn(2, 3, 8, 8)], ADMM(**SHORT))
     assert [str(line.terms[0]) for line in result.plan] == ["dense@8c"] * 3
     assert result.notes[0] == "no kernel factorised: every layer of the plan is dense"
+
+
+class Residual(nn.Module):
+    """A residual branch that ends in a conv of zeros, as those do that are trained from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.head((x + self.last(x)).mean((2, 3)))
+
+
+def test_a_kernel_of_zeros_stays_one():
+    torch.manual_seed(0)
+    result = compress(Residual().eval(), "macs <= 95%", [torch.randn(16, 3, 8, 8)] * 2, ADMM())
+    assert result.layers["last"].error == 0
+    assert not candidates._METRICS  # nothing outlives the call

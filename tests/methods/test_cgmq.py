@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import flat_networks, image_networks, network, rand, token_networks
+from networks import flat_networks, image_networks, network, rand, settled, token_networks
 from torch import nn
 
 from rabbet import CGMQ, Budget, Jobs, Plan, Task, accuracy, compress, demo, fit, load, plan
@@ -594,6 +594,8 @@ def test_mistakes_are_named():
         ({"image": "float"}, "image is a whole number or 'gate' or None; found 'float'"),
         ({"widths": 4}, "widths is .a whole number, ....; found 4"),
         ({"rate": -0.1}, "rate is at least 0"),
+        ({"gates": float("nan")}, "gates is a number; found nan"),
+        ({"gates": float("inf")}, "gates is a number; found inf"),
         ({"granularity": "channel"}, "needs epochs"),
         ({"batch": 0}, "batch is at least 1"),
         ({"steps": 0}, "steps is at least 1"),
@@ -671,3 +673,44 @@ def test_the_papers_settings_take_changes_and_no_others():
     assert CGMQ.paper().landing == "end"
     with pytest.raises(PlanError, match="no setting 'speed'"):
         CGMQ.paper(speed=3)
+
+
+class Places(nn.Module):
+    """Two linears behind a table that no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(rand(6, 12))
+        self.inner, self.head = nn.Linear(12, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.inner(x + self.table)).mean(1))
+
+
+@pytest.mark.parametrize("budget", ["bits <= 4.9", "bpw <= 6.5"])
+def test_bits_of_tensors_that_no_layer_holds_count(budget):
+    model = settled(Places(), 0)
+    result = compress(model, budget, [rand(8, 6, 12, seed=k) for k in range(2)], SHORT)
+    assert Budget.parse(budget).limits[0].broken_by(result.cost, result.float_cost) is False
+
+
+class Narrow(nn.Module):
+    """Layers of one weight, whose smallest file is not that of the fewest bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(6))
+        self.head = nn.Linear(1, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def test_the_least_file_is_reached_even_if_it_is_not_that_of_the_fewest_bits():
+    model, data = settled(Narrow(), 0), [rand(16, 1, seed=k) for k in range(2)]
+    with pytest.raises(BudgetError, match="smallest reachable value is") as e:
+        compress(model, "bytes <= 1", data, SHORT)
+    least = int(str(e.value).partition("value is ")[2].split(" bytes")[0].replace(",", ""))
+    assert compress(model, f"bytes <= {least}", data, replace(SHORT, finish=0)).cost.bytes <= least

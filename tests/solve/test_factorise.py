@@ -134,6 +134,19 @@ def test_the_history_is_drawn(tmp_path):
         ({"metric": torch.eye(4)}, r"is \[90, 90\]; found \[4, 4\]"),
         ({"metric": torch.eye(90), "slack": None}, "only without a metric"),
         ({"weight": rand(4, 4, 1, 1)}, "more than one place"),
+        ({"weight": rand(4, 4, 3, 3) * torch.nan}, "the weight holds numbers that are not finite"),
+        ({"weight": torch.ones(4, 4, 3, 3, dtype=torch.int64)}, "found torch.int64"),
+        ({"weight": [1.0]}, "found list"),
+        ({"weight": rand(0, 3, 3, 3)}, "more than one place"),
+        ({"metric": torch.eye(90) * torch.nan}, "the metric holds numbers that are not finite"),
+        ({"metric": -torch.eye(90)}, "no eigenvalue below 0"),
+        ({"metric": rand(90, 90)}, "symmetric"),
+        ({"metric": [1.0]}, "found list"),
+        ({"rank": 2.5}, "rank is a whole number"),
+        ({"sweeps": -1}, "sweeps is a whole number from 0"),
+        ({"inner": 1.5}, "inner is a whole number from 0"),
+        ({"seed": 1.5}, "seed is a whole number"),
+        ({"slack": float("nan")}, "slack is a number above 0"),
     ],
     ids=str,
 )
@@ -141,3 +154,19 @@ def test_what_does_not_go_together_is_refused(given, words):
     settings = {"weight": WEIGHT, "rank": 4} | given
     with pytest.raises(PlanError, match=words):
         factorise(**settings)
+
+
+@pytest.mark.parametrize("start", ["random", "svd", "als", "epc", "varpro"])
+@pytest.mark.parametrize("metric", [None, torch.eye(27)], ids=["plain", "metric"])
+def test_a_kernel_of_zeros_has_factors_of_zeros(start, metric):
+    found = factorise(torch.zeros(4, 3, 3, 3), 2, start=start, metric=metric, **SHORT)
+    assert found.error == 0.0
+    assert not any(f.any() for f in found.factors)
+    assert factorise(torch.zeros(4, 3, 3, 3), 2, slack=None, **SHORT).error == 0.0
+
+
+def test_inputs_that_are_always_zero_leave_nothing_to_factorise():
+    metric = torch.zeros(90, 90, requires_grad=True)
+    found = factorise(WEIGHT, 4, metric=metric, **SHORT)
+    assert found.error == 0.0
+    assert not any(f.requires_grad for f in found.factors)

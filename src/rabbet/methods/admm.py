@@ -92,7 +92,7 @@ class ADMM:
             Grid.of(bits)
         if self.act is not None:
             Grid.of(self.act, "unsigned")
-        check_least(self, 0, "norms")
+        check_least(self, 0, "norms", "sweeps")
         if self.rate <= 0:
             raise PlanError(
                 f"a rate divides the parameters of a layer and must be positive; found {self.rate}"

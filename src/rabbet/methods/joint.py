@@ -16,7 +16,7 @@ from rabbet.choose.search import Chooser
 from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
-from rabbet.errors import PlanError, check_fields
+from rabbet.errors import PlanError, check_fields, check_least
 from rabbet.forms import RANKED, Dense, LowRank
 from rabbet.grids.grid import Grid
 from rabbet.layers import Site
@@ -84,6 +84,7 @@ class Joint:
                 f"groups are grids whose scales groups of inputs share, such as 4g64; found "
                 f"{whole!r}, which belongs to grids"
             )
+        check_least(self, 2, "widest")
         if self.widest is not None:
             Grid.of(self.widest)
         for bits in self.acts if self.act is None else (*self.acts, self.act):

@@ -74,6 +74,12 @@ def metric_of(site: Site, weight: Tensor, second: Tensor | None) -> Metric:
     return pair[1]
 
 
+def forget_metrics() -> None:
+    """Let go of the metrics that are kept; the second moments of a finished call are of no use."""
+    with _LOCK:
+        _METRICS.clear()
+
+
 _LOCK = threading.Lock()
 _METRICS: list[tuple[Tensor, Metric]] = []
 """Second moments and their metrics, the last that was asked for at the end: options of one layer

@@ -35,6 +35,15 @@ def start(matrix: Tensor, metric: Tensor | None, channels: int, rank: int) -> tu
     return u[vector, :, term].contiguous(), v[vector, term].contiguous()
 
 
+def require_numbers(what: str, tensor: object) -> None:
+    """Raise PlanError for what is no tensor of finite real numbers."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise PlanError(f"{what} is a tensor of floating-point numbers; found {kind}")
+    if not torch.isfinite(tensor).all():
+        raise PlanError(f"{what} holds numbers that are not finite")
+
+
 def quantised_cp(
     weight: Tensor,
     rank: int,
@@ -49,6 +58,7 @@ def quantised_cp(
     scales: one for each factor, or one for each column of each. Deterministic. Raises PlanError for
     a kernel that CP does not fit, or a rank that it cannot have.
     """
+    require_numbers("the weight", weight)
     if weight.ndim < 3 or (places := math.prod(weight.shape[2:])) == 1:
         raise PlanError(
             "CP needs a kernel [out, in, *k] of more than one place; "

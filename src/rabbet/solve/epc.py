@@ -22,6 +22,7 @@ from rabbet.solve.gram import Gram
 
 SLACKS = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.5)
 
+TINY = 1e-300
 TRIES = 6  # values of mu tried per mode and sweep; each sweep starts from the last one's mu
 NEAR = 1e-3  # how far below the bound, relative, an error may stay
 
@@ -39,7 +40,7 @@ def predicted(problem: Problem, fit: Fit, grids: Sequence[Grid]) -> float:
         power = f.square().sum(0)
         noise = (grid.project(f, grid.mse(f)) - f).square().sum(0)
         clean, noisy = clean * power, noisy * (power + noise)
-    return math.sqrt(fit.error**2 + float((noisy - clean).sum()) / problem.power)
+    return math.sqrt(fit.error**2 + float((noisy - clean).sum()) / max(problem.power, TINY))
 
 
 def loosened(
@@ -94,7 +95,7 @@ def _corrected(
     starting from where the last sweep ended.
     """
     gram, right, rest = sides
-    root = weights.clamp_min(1e-30 * float(weights.max())).rsqrt()
+    root = weights.clamp_min(max(1e-30 * float(weights.max()), TINY)).rsqrt()
     hat, aim = Gram(gram.dense * root * root[:, None]), right * root
     low, high, mu = 0.0, math.inf, ridge
     best = solved(hat, aim, 0.0) * root

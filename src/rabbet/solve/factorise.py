@@ -1,12 +1,14 @@
 """One weight factorised on a grid: every solver behind one call, with its history."""
 
 import io
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from rabbet.errors import FileError, PlanError
@@ -14,7 +16,7 @@ from rabbet.files import write_whole
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.admm import admm
 from rabbet.solve.als import CPProblem, Factors, Fit, Problem, als, balanced
-from rabbet.solve.cp import khatri_rao_rows
+from rabbet.solve.cp import khatri_rao_rows, require_numbers
 from rabbet.solve.cp import start as leading_terms
 from rabbet.solve.epc import epc, loosened
 from rabbet.solve.feedback import Rounded, alternate
@@ -25,6 +27,7 @@ from rabbet.solve.varpro import project
 FormName = Literal["cp", "tucker", "tt"]
 Start = Literal["random", "svd", "als", "epc", "varpro"]
 Solver = Literal["admm", "feedback", "nearest"]
+SAME = 1e-4  # of its largest entry: how far a metric may be from symmetric and semidefinite
 STEPS = 60  # evaluations of variable projection
 
 
@@ -112,8 +115,16 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     """
     begun = time.perf_counter()
     _check(weight, (form, solver, start), metric)
+    for name, value, least in (("rank", rank, 0), ("sweeps", sweeps, 0), ("inner", inner, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise PlanError(f"{name} is a whole number from {least}; found {value!r}")
+    if not isinstance(seed, int):
+        raise PlanError(f"seed is a whole number; found {seed!r}")
+    if slack is not None and not 0 < slack < math.inf:
+        raise PlanError(f"slack is a number above 0; found {slack!r}")
     if slack is None and metric is not None:
         raise PlanError("the best slack has a closed form only without a metric; name one")
+    metric = None if metric is None else metric.detach()
     problem, kind = problem_of(weight.detach().float(), form), Grid.parse(grid)
     if not 1 <= rank <= problem.full_rank:
         raise PlanError(
@@ -140,7 +151,8 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
 
 
 def _check(weight: Tensor, ways: tuple[str, str, str | None], metric: Tensor | None) -> None:
-    if weight.ndim < 3 or weight.shape[2:].numel() == 1:
+    require_numbers("the weight", weight)
+    if weight.ndim < 3 or weight.shape[2:].numel() == 1 or not weight.numel():
         raise PlanError(
             "a kernel [out, in, *k] of more than one place is factorised; found shape "
             f"{list(weight.shape)}"
@@ -156,8 +168,19 @@ def _check(weight: Tensor, ways: tuple[str, str, str | None], metric: Tensor | N
     if form != "cp" and metric is not None:
         raise PlanError(f"{form} has no metric here, only CP has")
     n = weight[0].numel()
-    if metric is not None and metric.shape != (n, n):
+    if metric is None:
+        return
+    require_numbers("the metric", metric)
+    if metric.shape != (n, n):
         raise PlanError(f"the metric of this kernel is [{n}, {n}]; found {list(metric.shape)}")
+    wide = metric.detach().double()
+    largest = float(wide.abs().max())
+    if float((wide - wide.mT).abs().max()) > SAME * largest:
+        raise PlanError("the metric is a second moment of inputs, which is symmetric; this is not")
+    if float(torch.linalg.eigvalsh(wide).min()) < -SAME * largest:
+        raise PlanError(
+            "the metric is a second moment of inputs, which has no eigenvalue below 0; this has"
+        )
 
 
 def usual_start(problem: Problem, start: Start | None) -> Start:
@@ -208,7 +231,9 @@ def first_factors(
     slack: float | None,
     seed: int,
 ) -> Factors:
-    """The float factors that a solver starts from; see `factorise`."""
+    """The float factors that a solver starts from; see `factorise`. Zeros where nothing counts."""
+    if not problem.power:
+        return tuple(torch.zeros_like(f) for f in problem.random(rank, seed))
     if start == "random":
         return problem.random(rank, seed)
     if start == "varpro":

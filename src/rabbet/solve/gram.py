@@ -35,6 +35,8 @@ class Gram:
 
         The ridge is raised until G can be factorised.
         """
+        if not torch.isfinite(self._matrix).all():
+            raise PlanError("a least-squares problem of the factors is not finite: is the weight?")
         mean = self.mean.clamp_min(1e-300)
         eye = torch.eye(len(self._matrix), dtype=self._matrix.dtype, device=self._matrix.device)
         while True:

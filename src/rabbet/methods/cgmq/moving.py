@@ -45,7 +45,8 @@ class MovingGates(FixedWidths):
         total = piece.cost(Plan(tuple(lines)))
         gated = [line for line in lines if line.name in self.layers]
         own = sum(piece.layer_cost(piece.survey[x.name], x).bytes for x in gated)
-        fixed = replace(Cost(), bytes=total.bytes - own)
+        stored = (piece.layer_cost(piece.survey[x.name], x) for x in self.stored)
+        fixed = replace(sum(stored, Cost()), bytes=total.bytes - own)
         own_layers = list(self.layers.values())
         self.gates = (Entries if single else Gates)(
             own_layers, method.widths, budget, whole, fixed, method.fourfold
@@ -130,11 +131,15 @@ class MovingGates(FixedWidths):
         """Bring the widths under the budget, as it is counted on the whole file.
 
         The gates count a header of fixed size, but its real size depends on the plan; while that
-        breaks a limit, 64 bytes more are reserved for it.
+        breaks a limit, 64 bytes more are reserved for it. The smallest file may not be that of the
+        lowest widths: then it is the integer program that finds a plan which keeps the budget.
         """
         self.gates.land(self.method.direction)
         fixed = self.gates.fixed
         while self._is_over():
+            if not any(self.gates.levels):
+                self.gates.move_to(self._allocated())
+                break
             self.gates.fixed = replace(self.gates.fixed, bytes=self.gates.fixed.bytes + 64)
             self.gates.land(self.method.direction)
         self.gates.fixed = fixed

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rabbet.core.history import History
 from rabbet.data.augment import Pool
 from rabbet.data.batches import outputs
-from rabbet.errors import DataError, check_fields, check_least
+from rabbet.errors import DataError, PlanError, check_fields, check_least
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, compressed_layers, stored_state
 from rabbet.model.hooks import Hook, hooked
@@ -69,6 +69,9 @@ class Ranking:
     def __post_init__(self) -> None:
         check_fields(self)
         check_least(self, 1, "steps", "batch", "order")
+        check_least(self, 0, "offset", "rate", "penalty")
+        if self.start is not None and self.start <= 0:
+            raise PlanError(f"start is a share of the full rank above 0; found {self.start}")
 
 
 @dataclass(frozen=True)
