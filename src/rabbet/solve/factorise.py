@@ -115,13 +115,7 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     """
     begun = time.perf_counter()
     _check(weight, (form, solver, start), metric)
-    for name, value, least in (("rank", rank, 0), ("sweeps", sweeps, 0), ("inner", inner, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise PlanError(f"{name} is a whole number from {least}; found {value!r}")
-    if not isinstance(seed, int):
-        raise PlanError(f"seed is a whole number; found {seed!r}")
-    if slack is not None and not 0 < slack < math.inf:
-        raise PlanError(f"slack is a number above 0; found {slack!r}")
+    _check_numbers(rank, sweeps, inner, seed, slack)
     if slack is None and metric is not None:
         raise PlanError("the best slack has a closed form only without a metric; name one")
     metric = None if metric is None else metric.detach()
@@ -132,7 +126,7 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
         )
     grids = [kind] * len(problem.shape)
     if metric is not None:
-        problem = MetricCP(problem.flat.view(problem.shape), metric)
+        problem = MetricCP(problem.flat.view(problem.shape), metric.detach())
         grids = [kind.with_axis(0)] * (1 + 2 * rank)
     factors = first_factors(problem, grids, rank, usual_start(problem, start), slack, seed)
     rounded = onto_grids(problem, factors, grids, solver, (sweeps, inner))
@@ -148,6 +142,16 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
         rounded.stalled,
         time.perf_counter() - begun,
     )
+
+
+def _check_numbers(rank: int, sweeps: int, inner: int, seed: int, slack: float | None) -> None:
+    for name, value, least in (("rank", rank, 0), ("sweeps", sweeps, 0), ("inner", inner, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise PlanError(f"{name} is a whole number from {least}; found {value!r}")
+    if not isinstance(seed, int):
+        raise PlanError(f"seed is a whole number; found {seed!r}")
+    if slack is not None and not 0 < slack < math.inf:
+        raise PlanError(f"slack is a number above 0; found {slack!r}")
 
 
 def _check(weight: Tensor, ways: tuple[str, str, str | None], metric: Tensor | None) -> None:
