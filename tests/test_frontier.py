@@ -139,8 +139,9 @@ def test_mistakes_are_told():
         rabbet.frontier(case.model, case.batches, "size")
     with pytest.raises(BudgetError, match="is the axis"):
         rabbet.frontier(case.model, case.batches, beside="bytes <= 10%")
-    with pytest.raises(PlanError, match="ADMM does not"):
-        rabbet.frontier(case.model, case.batches, method=rabbet.ADMM())
+    for other in (rabbet.ADMM(), rabbet.CoRa(), rabbet.CGMQ()):  # the last two search otherwise
+        with pytest.raises(PlanError, match=f"{type(other).__name__} does not"):
+            rabbet.frontier(case.model, case.batches, method=other)
     with pytest.raises(PlanError, match="at least 2; found 1"):
         rabbet.frontier(case.model, case.batches, points=1)
     with pytest.raises(DataError, match="nothing says how good"):

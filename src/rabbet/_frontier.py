@@ -357,7 +357,7 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
     if metrics.count(axis) > 1:
         raise BudgetError(f"{axis} is the axis, and cannot be limited beside it as well")
     piece = opened(model, metrics, data, seed, jobs)
-    searched = worker.search(piece)
+    searched = worker.chooser(piece)
     budgets = budgets_along(searched.allocator, axis, more, ends, points)
     searched.allocator.require_feasible(budgets[-1])
     plans = _tighter_only(piece, budgets, searched.plans(budgets))
