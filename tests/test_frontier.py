@@ -1,6 +1,7 @@
 """A frontier is what compress would choose, budget after budget."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import rabbet
 from rabbet import Jobs, Joint, demo
 from rabbet.choose.measured import interpolated, next_try
+from rabbet.data.task import deviation
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods import QUALITY
 from rabbet.train.tuning import Tuning
@@ -264,6 +266,11 @@ def test_values_between_are_linear_in_the_logarithm_of_the_harm():
         100.0,
     )
     assert interpolated([1e-4, 1e-3, 1e-2], {0: 120.0, 2: 90.0})[1][2] == 120.0
+    # few examples that are all right, or all wrong, are not certain
+    low, high = interpolated([1e-4, 1e-2], {0: 100.0, 1: 100.0}, 1)[0][1:]
+    assert low < 25
+    assert high == 100.0
+    assert interpolated([1e-4, 1e-2], {0: 0.0, 1: 0.0}, 10)[1][2] > 20
 
 
 def test_the_next_try_closes_in():
@@ -320,3 +327,15 @@ def test_a_network_that_runs_in_eval_mode_is_measured_so():
     frontier.measure(2, lambda m: modes.append(m.training) or 1.0)
     assert modes == [False, False]
     assert model.training
+
+
+def test_a_deviation_does_not_vanish_where_all_examples_are_right():
+    assert deviation(100, 90.0) == pytest.approx(3.0)
+    assert deviation(450, 440 / 4.5, 444 / 4.5) == pytest.approx(
+        100 * math.sqrt((440 * 10 + 444 * 6) / 450**3)
+    )
+    assert deviation(1, 100.0) == deviation(1, 0.0) == 50.0
+    assert deviation(3, 100.0) > 25
+    # of none wrong among n, 90 % are sure of no more than this
+    for n in (50, 1000):
+        assert 1.645 * deviation(n, 100.0) == pytest.approx(100 * (1 - 0.1 ** (1 / n)), rel=0.05)
