@@ -230,6 +230,36 @@ def test_measures_that_say_nothing_or_change_the_network_are_refused():
     assert torch.isfinite(moved.result.model(*case.batches[:1])).all()
 
 
+def test_arguments_that_nothing_can_be_done_with_are_refused_before_any_work():
+    case, frontier = _frontier(points=4)
+    fine = lambda _: 50.0  # noqa: E731
+    with pytest.raises(PlanError, match="points is a whole number"):
+        rabbet.frontier(case.model, case.batches, points=None)
+    with pytest.raises(PlanError, match="count is a whole number"):
+        frontier.measure(None, fine)
+    with pytest.raises(PlanError, match="fits is a whole number"):
+        frontier.within(1, fine, fits=None)
+
+
+class _Loss:
+    smaller_is_better = True
+
+    def __call__(self, model):
+        return 50.0
+
+
+@pytest.mark.parametrize("measure", [lambda _: -5.0, lambda _: 100.5, _Loss()])
+def test_examples_stand_behind_shares_in_per_cent_alone(measure):
+    _, frontier = _frontier(points=4)
+    for ask in (
+        lambda n: frontier.measure(2, measure, n),
+        lambda n: frontier.within(1, measure, n),
+    ):
+        with pytest.raises(DataError, match="leave examples out"):
+            ask(10)
+        ask(None)
+
+
 def test_small_numbers_of_a_measure_are_shown():
     case, frontier = _frontier(points=4)
     reference = case.model(*case.batches[:1])
