@@ -33,7 +33,7 @@ from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
 from rabbet.methods.base import Searching
 from rabbet.report.content import Report
-from rabbet.report.facts import cost_facts
+from rabbet.report.facts import cost_facts, known
 from rabbet.report.notebook import frontier_summary
 from rabbet.report.page import write_page
 from rabbet.report.text import Part, Standing, Table, plain
@@ -243,24 +243,26 @@ class Frontier:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON."""
-        return {
-            "axis": self.axis,
-            "quantity": self.quantity,
-            "beside": None if self.beside is None else str(self.beside),
-            "float": cost_facts(self.float_cost),
-            "points": [
-                {
-                    "limit": point.limit.text,
-                    "cost": cost_facts(point.cost),
-                    "harm": point.harm,
-                    "accuracy": point.accuracy,
-                    "measured": point.measured,
-                    "plan": str(point.plan),
-                }
-                for point in self.points
-            ],
-        }
+        """All of it as plain values, for JSON; what is infinite is null there."""
+        return known(
+            {
+                "axis": self.axis,
+                "quantity": self.quantity,
+                "beside": None if self.beside is None else str(self.beside),
+                "float": cost_facts(self.float_cost),
+                "points": [
+                    {
+                        "limit": point.limit.text,
+                        "cost": cost_facts(point.cost),
+                        "harm": point.harm,
+                        "accuracy": point.accuracy,
+                        "measured": point.measured,
+                        "plan": str(point.plan),
+                    }
+                    for point in self.points
+                ],
+            }
+        )
 
     @property
     def table(self) -> Table:
