@@ -1,6 +1,7 @@
 """A frontier is what compress would choose, budget after budget."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from rabbet.choose.measured import interpolated, next_try
 from rabbet.data.task import deviation
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods import QUALITY
+from rabbet.report.sweeps import sweep_facts
 from rabbet.train.tuning import Tuning
 
 FAST = QUALITY["fast"]
@@ -348,6 +350,54 @@ def test_a_sweep_refuses_settings_that_are_not_there():
         rabbet.sweep(case.model, "bytes <= 20%", case.batches, {"tuning.step": [1]})
     with pytest.raises(BudgetError, match="needs a budget"):
         rabbet.sweep(case.model, [], case.batches)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"foo": []}, {"act": 8}, {3: [1]}, {"act": "8"}, ["act"], "act=8"]
+)
+def test_a_sweep_refuses_settings_without_names_or_values(settings):
+    case = network("residual")
+    with pytest.raises(PlanError, match="values to try"):
+        rabbet.sweep(case.model, "bytes <= 20%", case.batches, settings)
+
+
+def test_a_sweep_refuses_what_is_no_budget_or_measure_before_any_work():
+    case = network("residual")
+    for budgets in (None, 5, {"bytes": 3}):
+        with pytest.raises(BudgetError, match="several in a list; found"):
+            rabbet.sweep(case.model, budgets, case.batches)
+    jobs = Jobs(progress=lambda *_: pytest.fail("worked"))
+    with pytest.raises(DataError, match="function of a network"):
+        rabbet.sweep(case.model, "bytes <= 20%", case.batches, measure="acc", jobs=jobs)
+
+
+def test_rows_that_were_kept_cost_what_was_held_against_their_budget(tmp_path):
+    # what is predicted of an exported file follows the one that was written last
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    given = net, ["onnx <= 90%", "onnx <= 85%", "bytes <= 60%"], [torch.randn(32, 16)]
+    first, again = (
+        rabbet.sweep(*given, quality="fast", jobs=Jobs(folder=tmp_path)) for _ in range(2)
+    )
+    assert any(row.cost is not None for row in first.rows)
+    assert again.rows == first.rows
+
+
+def test_an_infinite_measure_is_null_and_not_drawn(tmp_path):
+    case = network("residual")
+    values = iter([float("inf"), 5.0, float("inf")])
+    found = rabbet.sweep(
+        case.model, ["bits <= 4", "bits <= 8"], case.batches, quality="fast", jobs=SHARED,
+        measure=lambda _: next(values),
+    )  # fmt: skip
+    facts = json.loads(json.dumps(found.facts(), allow_nan=False))
+    assert [row["measure"] for row in facts["rows"]] == [None, 5.0]
+    assert facts["float"]["measure"] is None
+    assert facts["float"]["onnx"] is facts["float"]["latency"] is None
+    assert [row["y"] for row in sweep_facts(found)["rows"]] == [5.0]
+    found.report(tmp_path / "a.html")
+    found.plot(tmp_path / "a.svg")
+    with pytest.raises(BudgetError, match="unknown metric 'foo'"):
+        found.plot(tmp_path / "b.svg", "foo")
 
 
 def test_a_network_that_runs_in_eval_mode_is_measured_so():
