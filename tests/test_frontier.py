@@ -1,6 +1,8 @@
 """A frontier is what compress would choose, budget after budget."""
 
 import itertools
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,8 +13,10 @@ from torch import nn
 import rabbet
 from rabbet import Jobs, Joint, demo
 from rabbet.choose.measured import interpolated, next_try
+from rabbet.data.task import deviation
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods import QUALITY
+from rabbet.report.sweeps import sweep_facts
 from rabbet.train.tuning import Tuning
 
 FAST = QUALITY["fast"]
@@ -139,8 +143,9 @@ def test_mistakes_are_told():
         rabbet.frontier(case.model, case.batches, "size")
     with pytest.raises(BudgetError, match="is the axis"):
         rabbet.frontier(case.model, case.batches, beside="bytes <= 10%")
-    with pytest.raises(PlanError, match="ADMM does not"):
-        rabbet.frontier(case.model, case.batches, method=rabbet.ADMM())
+    for other in (rabbet.ADMM(), rabbet.CoRa(), rabbet.CGMQ()):  # the last two search otherwise
+        with pytest.raises(PlanError, match=f"{type(other).__name__} does not"):
+            rabbet.frontier(case.model, case.batches, method=other)
     with pytest.raises(PlanError, match="at least 2; found 1"):
         rabbet.frontier(case.model, case.batches, points=1)
     with pytest.raises(DataError, match="nothing says how good"):
@@ -227,6 +232,36 @@ def test_measures_that_say_nothing_or_change_the_network_are_refused():
     assert torch.isfinite(moved.result.model(*case.batches[:1])).all()
 
 
+def test_arguments_that_nothing_can_be_done_with_are_refused_before_any_work():
+    case, frontier = _frontier(points=4)
+    fine = lambda _: 50.0  # noqa: E731
+    with pytest.raises(PlanError, match="points is a whole number"):
+        rabbet.frontier(case.model, case.batches, points=None)
+    with pytest.raises(PlanError, match="count is a whole number"):
+        frontier.measure(None, fine)
+    with pytest.raises(PlanError, match="fits is a whole number"):
+        frontier.within(1, fine, fits=None)
+
+
+class _Loss:
+    smaller_is_better = True
+
+    def __call__(self, model):
+        return 50.0
+
+
+@pytest.mark.parametrize("measure", [lambda _: -5.0, lambda _: 100.5, _Loss()])
+def test_examples_stand_behind_shares_in_per_cent_alone(measure):
+    _, frontier = _frontier(points=4)
+    for ask in (
+        lambda n: frontier.measure(2, measure, n),
+        lambda n: frontier.within(1, measure, n),
+    ):
+        with pytest.raises(DataError, match="leave examples out"):
+            ask(10)
+        ask(None)
+
+
 def test_small_numbers_of_a_measure_are_shown():
     case, frontier = _frontier(points=4)
     reference = case.model(*case.batches[:1])
@@ -263,6 +298,11 @@ def test_values_between_are_linear_in_the_logarithm_of_the_harm():
         100.0,
     )
     assert interpolated([1e-4, 1e-3, 1e-2], {0: 120.0, 2: 90.0})[1][2] == 120.0
+    # few examples that are all right, or all wrong, are not certain
+    low, high = interpolated([1e-4, 1e-2], {0: 100.0, 1: 100.0}, 1)[0][1:]
+    assert low < 25
+    assert high == 100.0
+    assert interpolated([1e-4, 1e-2], {0: 0.0, 1: 0.0}, 10)[1][2] > 20
 
 
 def test_the_next_try_closes_in():
@@ -312,6 +352,54 @@ def test_a_sweep_refuses_settings_that_are_not_there():
         rabbet.sweep(case.model, [], case.batches)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"foo": []}, {"act": 8}, {3: [1]}, {"act": "8"}, ["act"], "act=8"]
+)
+def test_a_sweep_refuses_settings_without_names_or_values(settings):
+    case = network("residual")
+    with pytest.raises(PlanError, match="values to try"):
+        rabbet.sweep(case.model, "bytes <= 20%", case.batches, settings)
+
+
+def test_a_sweep_refuses_what_is_no_budget_or_measure_before_any_work():
+    case = network("residual")
+    for budgets in (None, 5, {"bytes": 3}):
+        with pytest.raises(BudgetError, match="several in a list; found"):
+            rabbet.sweep(case.model, budgets, case.batches)
+    jobs = Jobs(progress=lambda *_: pytest.fail("worked"))
+    with pytest.raises(DataError, match="function of a network"):
+        rabbet.sweep(case.model, "bytes <= 20%", case.batches, measure="acc", jobs=jobs)
+
+
+def test_rows_that_were_kept_cost_what_was_held_against_their_budget(tmp_path):
+    # what is predicted of an exported file follows the one that was written last
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    given = net, ["onnx <= 90%", "onnx <= 85%", "bytes <= 60%"], [torch.randn(32, 16)]
+    first, again = (
+        rabbet.sweep(*given, quality="fast", jobs=Jobs(folder=tmp_path)) for _ in range(2)
+    )
+    assert any(row.cost is not None for row in first.rows)
+    assert again.rows == first.rows
+
+
+def test_an_infinite_measure_is_null_and_not_drawn(tmp_path):
+    case = network("residual")
+    values = iter([float("inf"), 5.0, float("inf")])
+    found = rabbet.sweep(
+        case.model, ["bits <= 4", "bits <= 8"], case.batches, quality="fast", jobs=SHARED,
+        measure=lambda _: next(values),
+    )  # fmt: skip
+    facts = json.loads(json.dumps(found.facts(), allow_nan=False))
+    assert [row["measure"] for row in facts["rows"]] == [None, 5.0]
+    assert facts["float"]["measure"] is None
+    assert facts["float"]["onnx"] is facts["float"]["latency"] is None
+    assert [row["y"] for row in sweep_facts(found)["rows"]] == [5.0]
+    found.report(tmp_path / "a.html")
+    found.plot(tmp_path / "a.svg")
+    with pytest.raises(BudgetError, match="unknown metric 'foo'"):
+        found.plot(tmp_path / "b.svg", "foo")
+
+
 def test_a_network_that_runs_in_eval_mode_is_measured_so():
     model = nn.Sequential(nn.Linear(24, 24), nn.Dropout(0.5), nn.Linear(24, 4)).train()
     frontier = rabbet.frontier(model, [torch.randn(64, 24)], method=FAST, points=6)
@@ -319,3 +407,15 @@ def test_a_network_that_runs_in_eval_mode_is_measured_so():
     frontier.measure(2, lambda m: modes.append(m.training) or 1.0)
     assert modes == [False, False]
     assert model.training
+
+
+def test_a_deviation_does_not_vanish_where_all_examples_are_right():
+    assert deviation(100, 90.0) == pytest.approx(3.0)
+    assert deviation(450, 440 / 4.5, 444 / 4.5) == pytest.approx(
+        100 * math.sqrt((440 * 10 + 444 * 6) / 450**3)
+    )
+    assert deviation(1, 100.0) == deviation(1, 0.0) == 50.0
+    assert deviation(3, 100.0) > 25
+    # of none wrong among n, 90 % are sure of no more than this
+    for n in (50, 1000):
+        assert 1.645 * deviation(n, 100.0) == pytest.approx(100 * (1 - 0.1 ** (1 / n)), rel=0.05)

@@ -18,6 +18,7 @@ from rabbet.errors import FileError, ModelError, PlanError
 from rabbet.export import ENDINGS, EXPORTS, Written, target_of
 from rabbet.export.base import Parcel
 from rabbet.export.native import read_native
+from rabbet.files import path_of
 from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
 from rabbet.methods.base import Fitted
@@ -26,7 +27,7 @@ from rabbet.reconstruct.outcome import LayerOutcome, layer_errors
 from rabbet.report.content import Frontier, Report, Score
 from rabbet.report.looking import look, require_together
 from rabbet.report.notebook import summary
-from rabbet.report.page import require_drawing, write_page
+from rabbet.report.page import page_path, require_drawing, write_page
 from rabbet.report.text import Findings, plain, report_parts
 from rabbet.workpiece import Workpiece
 
@@ -77,7 +78,7 @@ class Result:
         model gives the code, as for `rabbet.load`; data is what an export measures and compares on.
         Raises as `rabbet.load` does, and DataError for what is not data.
         """
-        network, survey, plan, rest = read_native(Path(path), model)
+        network, survey, plan, rest = read_native(path_of(path), model)
         parcel = Parcel(network, plan, survey, rest, Task.of(data))
         cost, whole = plan_cost(survey, plan, rest), float_cost(survey)
         return cls(network, plan, cost, whole, survey, None, (), parcel)
@@ -87,7 +88,7 @@ class Result:
 
         Raises FileError for the ending of another kind of file, and as `export` does.
         """
-        if ENDINGS.get(Path(path).suffix, "safetensors") != "safetensors":
+        if ENDINGS.get(path_of(path).suffix, "safetensors") != "safetensors":
             raise FileError(
                 f"save writes the native file, which ends in .safetensors; found {path}: for a "
                 "runtime use result.export"
@@ -104,7 +105,7 @@ class Result:
         PlanError or BudgetError, and writes nothing, if the network was changed since and is no
         longer what the plan says or what the budget allows.
         """
-        path = Path(path)
+        path = path_of(path)
         target = target_of(path, target)
         if plan_of(self.model, self.survey) != self.plan:
             raise PlanError(
@@ -137,11 +138,13 @@ class Result:
         pass over up to 256 examples. title: default the class of the network. frontier: is shown
         under a slider. files: the bytes of exported files by name. score: how good both are.
 
-        Raises FileError without `rabbet[report]` or for a place that cannot be written, ModelError
-        if the network is another one, PlanError if the frontier is another network's or has no
-        plans, and as the network's forward does.
+        Raises FileError without `rabbet[report]`, for an ending that is no page's or for a place
+        that cannot be written, ModelError if the network is another one, PlanError if the frontier
+        is another network's or has no plans, or for arguments of other kinds, and as the network's
+        forward does.
         """
         require_drawing()
+        page_path(path)
         shown = replace(self._page, title=title or type(self.model).__name__)
         shown = replace(shown, frontier=frontier, files=files or {}, score=score)
         if network is not None:
@@ -216,7 +219,7 @@ def compress(  # noqa: PLR0913 (those behind the star are options, given by name
     that does not have it. What your own code raises (a loader, the forward, a loss) is passed on,
     with a note of where it arose.
     """
-    limits, worker = Budget.parse(budget).shipped(target), method_of(method, quality)
+    limits, worker = _shipped(budget, target), method_of(method, quality)
     piece = opened(model, limits.metrics, data, seed, jobs)
     return finished(
         piece, worker, landed(piece, lambda: worker.plan(piece, limits), limits), limits
@@ -239,7 +242,7 @@ def plan(  # noqa: PLR0913 (as above)
 
     Raises as `compress` does. The plan is the same for every quality.
     """
-    limits, worker = Budget.parse(budget).shipped(target), method_of(method, quality)
+    limits, worker = _shipped(budget, target), method_of(method, quality)
     piece = opened(model, limits.metrics, data, seed, jobs)
     return landed(piece, lambda: worker.plan(piece, limits), limits)
 
@@ -283,6 +286,14 @@ def price(model: nn.Module, plan: Plan | str, data: Data) -> Cost:
     chosen, piece = _planned(plan), Workpiece.of(model, Task.of(data), Jobs())
     validate(chosen, piece.survey)
     return piece.cost(chosen)
+
+
+def _shipped(budget: str | Budget, target: str | None) -> Budget:
+    """The budget of the file for a target; FileError for one that there is not."""
+    limits = Budget.parse(budget).shipped(target)
+    if target is not None:
+        target_of(Path(), target)
+    return limits
 
 
 def _planned(plan: Plan | str) -> Plan:
@@ -354,7 +365,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 
     Raises FileError for a file that is missing, damaged, of another format, or of another network.
     """
-    return read_native(Path(path), model)[0]
+    return read_native(path_of(path), model)[0]
 
 
 __all__ = [

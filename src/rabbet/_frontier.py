@@ -13,22 +13,27 @@ from torch import nn
 
 from rabbet._api import Result, finished
 from rabbet._bench import Data, in_turn, landed, opened
-from rabbet.choose.axis import budgets_along, ends_of, joined
+from rabbet.choose.axis import budgets_along, ends_of, joined, tighter_only
 from rabbet.choose.measured import interpolated, next_try
 from rabbet.choose.search import Chooser
 from rabbet.core.budget import MEASURED, METRICS, Budget, Limit
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
-from rabbet.data.batches import describe
-from rabbet.data.measure import quantity_of, smaller_is_better, worsening
+from rabbet.data.measure import (
+    quantity_of,
+    require_measure,
+    require_share,
+    smaller_is_better,
+    worsening,
+)
 from rabbet.data.task import deviation, measured
-from rabbet.errors import BudgetError, DataError, PlanError
+from rabbet.errors import BudgetError, DataError, PlanError, require_count
 from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of
 from rabbet.methods.base import Searching
 from rabbet.report.content import Report
-from rabbet.report.facts import cost_facts
+from rabbet.report.facts import cost_facts, known
 from rabbet.report.notebook import frontier_summary
 from rabbet.report.page import write_page
 from rabbet.report.text import Part, Standing, Table, plain
@@ -148,16 +153,17 @@ class Frontier:
         it is a share in per cent. Between two measured points the measure is interpolated along the
         logarithm of the harm. Its interval reaches over both neighbours, and further by as much as
         measured points lay outside of theirs, or as chance makes of so many examples (90 %).
-        Raises DataError without a measure, PlanError for fewer than two points.
+        Raises DataError without a measure, or for examples beside one that is no share of them,
+        PlanError for fewer than two points.
         """
-        run, total = self._measure(measure), len(self.points)
-        _require_count("count", count, 2)
-        _require_count("examples", examples, 1)
+        run, total = self._measure(measure, examples), len(self.points)
+        require_count("count", count, 2)
         places = sorted({round(k) for k in np.linspace(0, total - 1, min(count, total))})
         found: dict[int, float] = {}
         for place in places:
             self.piece.jobs.progress("measuring points", len(found), len(places))
             found[place] = self._measured(self.points[place], run)
+            require_share(run, examples, found[place])
         self.piece.jobs.progress("measuring points", len(found), len(places))
         told = interpolated([p.harm for p in self.points], found, examples)
         points = tuple(
@@ -178,14 +184,13 @@ class Frontier:
 
         That is a drop of the measure, or a rise where smaller is better. Arguments: see `measure`;
         at most `fits` plans are fitted. Raises BudgetError if none of these is within, DataError
-        without a measure.
+        and PlanError as `measure` does.
         """
-        run = self._measure(measure)
+        run = self._measure(measure, examples)
         if not isinstance(drop, int | float) or not drop >= 0:
             raise PlanError(f"a drop is a number, at least 0; found {drop!r}")
-        _require_count("fits", fits, 1)
-        _require_count("examples", examples, 1)
-        whole = _finite(self.piece.model, run)
+        require_count("fits", fits, 1)
+        whole = _finite(self.piece.model, run, examples)
         rises = smaller_is_better(run)
         harms = [point.harm for point in self.points]
         amounts = [METRICS[self.axis].amount(point.cost) for point in self.points]
@@ -198,7 +203,7 @@ class Frontier:
                 break
             self.piece.jobs.progress(f"fitting {self.points[place].limit.text}", len(tried), fits)
             result = self.fit(self.points[place])
-            tried[place] = worsening(run, whole, _finite(result.model, run))
+            tried[place] = worsening(run, whole, _finite(result.model, run, examples))
             if tried[place] <= drop and (best is None or place > best[0]):
                 best = place, result
         said = tuple((self.points[k].limit, lost) for k, lost in tried.items())
@@ -224,36 +229,40 @@ class Frontier:
             self.piece.jobs.keep(key, kept)
         return float(kept["value"])
 
-    def _measure(self, measure: Measure | None) -> Measure:
+    def _measure(self, measure: Measure | None, examples: int | None) -> Measure:
         found = self.piece.task.evaluate if measure is None else measure
         if found is None:
             raise DataError(
                 "nothing says how good a network is: give a function of a network, or a "
                 "Task(evaluate=...)"
             )
-        if not callable(found):
-            raise DataError(f"a measure is a function of a network; found {describe(found)}")
+        require_measure(found)
+        if examples is not None:
+            require_count("examples", examples, 1)
+        require_share(found, examples)
         return found
 
     def facts(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON."""
-        return {
-            "axis": self.axis,
-            "quantity": self.quantity,
-            "beside": None if self.beside is None else str(self.beside),
-            "float": cost_facts(self.float_cost),
-            "points": [
-                {
-                    "limit": point.limit.text,
-                    "cost": cost_facts(point.cost),
-                    "harm": point.harm,
-                    "accuracy": point.accuracy,
-                    "measured": point.measured,
-                    "plan": str(point.plan),
-                }
-                for point in self.points
-            ],
-        }
+        """All of it as plain values, for JSON; what is infinite is null there."""
+        return known(
+            {
+                "axis": self.axis,
+                "quantity": self.quantity,
+                "beside": None if self.beside is None else str(self.beside),
+                "float": cost_facts(self.float_cost),
+                "points": [
+                    {
+                        "limit": point.limit.text,
+                        "cost": cost_facts(point.cost),
+                        "harm": point.harm,
+                        "accuracy": point.accuracy,
+                        "measured": point.measured,
+                        "plan": str(point.plan),
+                    }
+                    for point in self.points
+                ],
+            }
+        )
 
     @property
     def table(self) -> Table:
@@ -296,17 +305,15 @@ class Frontier:
         return plain(self.parts)
 
 
-def _require_count(name: str, value: int | None, least: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (whole and value >= least):
-        raise PlanError(f"{name} is a whole number, at least {least}; found {value!r}")
+def _finite(model: nn.Module, run: Measure, examples: int | None = None) -> float:
+    """What is measured of a network; raises DataError for what nothing lies between.
 
-
-def _finite(model: nn.Module, run: Measure) -> float:
-    """What is measured of a network; raises DataError for what nothing lies between."""
+    So it does for what is no share of examples, where these are given.
+    """
     value = measured(model, run)
     if not math.isfinite(value):
         raise DataError(f"the measure gave {value}; drops and what lies between need finite ones")
+    require_share(run, examples, value)
     return value
 
 
@@ -344,7 +351,7 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
     """
     if not isinstance(axis, str) or axis not in METRICS:
         raise BudgetError(f"unknown axis {axis!r}; there are {', '.join(METRICS)}")
-    _require_count("points", points, 2)
+    require_count("points", points, 2)
     ends = None if limits is None else ends_of(axis, limits)
     worker = method_of(method, quality)
     if not isinstance(worker, Searching):
@@ -357,10 +364,10 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
     if metrics.count(axis) > 1:
         raise BudgetError(f"{axis} is the axis, and cannot be limited beside it as well")
     piece = opened(model, metrics, data, seed, jobs)
-    searched = worker.search(piece)
+    searched = worker.chooser(piece)
     budgets = budgets_along(searched.allocator, axis, more, ends, points)
     searched.allocator.require_feasible(budgets[-1])
-    plans = _tighter_only(piece, budgets, searched.plans(budgets))
+    plans = tighter_only(piece, budgets, searched.plans(budgets))
     found = [
         Point(budget.limits[0], plan, piece.cost(plan), searched.harm(plan))
         for budget, plan in zip(budgets, plans, strict=True)
@@ -372,20 +379,6 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
         if after is None or after.plan != point.plan
     ]
     return Frontier(axis, tuple(kept), more, worker, piece, searched)
-
-
-def _tighter_only(
-    piece: Workpiece, budgets: Sequence[Budget], plans: Sequence[Plan]
-) -> Iterator[Plan]:
-    """The plans, the last one again where it keeps the next budget as well: it harms no more.
-
-    Of plans that harm alike the program takes any, so that of a tighter budget may cost more.
-    """
-    last, whole = plans[0], piece.float_cost
-    for budget, plan in zip(budgets, plans, strict=True):
-        if any(limit.broken_by(piece.cost(last), whole) for limit in budget.limits):
-            last = plan
-        yield last
 
 
 def _require_known(piece: Workpiece, budget: Budget) -> None:

@@ -122,6 +122,12 @@ def check_least(settings: Any, least: int, *names: str) -> None:
             raise PlanError(f"{name} is at least {least}; found {value}")
 
 
+def require_count(name: str, value: object, least: int) -> None:
+    """Raise PlanError unless a value is a whole number, and not below `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise PlanError(f"{name} is a whole number, at least {least}; found {value!r}")
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """What somebody who wrote an unknown name may have meant, in words; nothing if that is open."""
     close = difflib.get_close_matches(name, list(known), n=3)

@@ -14,6 +14,13 @@ from pathlib import Path
 from rabbet.errors import FileError
 
 
+def path_of(path: str | Path) -> Path:
+    """A path as it was given. Raises FileError for what none can be."""
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise FileError(f"a path is a text such as 'result.safetensors'; found {path!r}")
+    return Path(path)
+
+
 def write_whole(path: Path, parts: Iterable[bytes]) -> int:
     """Write a whole file or nothing; returns the bytes written.
 

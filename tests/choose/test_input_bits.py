@@ -45,12 +45,12 @@ def test_the_program_chooses_bits_of_inputs_no_worse_than_one_width_for_all():
     case = network("residual")
     piece = Workpiece.of(case.model, Task(case.batches), Jobs())
     budget = rabbet.Budget.parse("bops <= 1.5%")
-    free = Joint(**PLAIN, acts=(3, 4, 6, 8)).search(piece)
+    free = Joint(**PLAIN, acts=(3, 4, 6, 8)).chooser(piece)
     plan = free.plans([budget])[0]
     assert len({line.act for line in plan}) > 1
     budget.check(piece.cost(plan), piece.float_cost)
     for bits in (4, 6):
-        one = Joint(**PLAIN, act=bits).search(piece).plans([budget])[0]
+        one = Joint(**PLAIN, act=bits).chooser(piece).plans([budget])[0]
         lines = [layer.lines for layer in free.layers]
         assert all(line.terms in known for line, known in zip(one, lines, strict=True))
         # harms of both, by what the free search knows of them or hopes for

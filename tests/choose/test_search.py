@@ -36,7 +36,7 @@ def _search(piece, table, budget):
 
 
 def _table(piece, method):
-    return method.search(piece).allocator.table
+    return method.chooser(piece).allocator.table
 
 
 def _all_scores(piece, table):

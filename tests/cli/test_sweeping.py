@@ -74,6 +74,14 @@ def test_a_sweep_prints_a_row_for_each_and_draws_them(run, mine, tmp_path):
     assert rows["rows"][1]["cost"]["bits"] <= 4
 
 
+def test_a_picture_that_cannot_be_drawn_loses_no_row(run, mine):
+    names = (f"{mine}:net", "--data", f"{mine}:batches", "--held", f"{mine}:labelled", *QUICK)
+    code, out, err = run("sweep", *names, "--budget", "bytes <= 1%", "--plot", "a.svg")
+    assert code == 2
+    assert "nothing to draw" in err
+    assert "cannot be met" in out
+
+
 def test_mistakes_are_a_line(run, mine, tmp_path):
     names = (f"{mine}:net", "--data", f"{mine}:batches")
     output = ("-o", str(tmp_path / "a.safetensors"))

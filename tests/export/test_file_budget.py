@@ -1,5 +1,6 @@
 """Bytes of an exported file as a budget: predicted for every kind, form and grid, and kept."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ import rabbet
 from rabbet import Jobs, Joint, Task
 from rabbet._bench import landed, opened
 from rabbet.choose.filesize import FileGauge
+from rabbet.choose.program import picked
 from rabbet.core.budget import FILES, Budget
 from rabbet.core.plan import LayerPlan, Plan, Term
 from rabbet.errors import BudgetError
@@ -141,6 +143,20 @@ def test_a_budget_of_the_exported_file_is_kept_by_that_file(name, target, tmp_pa
     assert rabbet.Session(path)
 
 
+@pytest.mark.parametrize("beside", [None, "macs <= 70%"])
+def test_the_least_file_of_all_is_the_end_of_an_axis_though_layers_share_in_it(beside):
+    # for each layer alone 3 bits are cheapest, but they bring along the function that unpacks them
+    network = settled(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    limits = None if beside is None else Budget.parse(beside)
+    piece = opened(network, ["onnx"], [rand(8, 16)])
+    method = Joint(grids=("3c", "8c"), adapters=(), forms=("lowrank",), shares=(0.5,))
+    allocator = method.chooser(piece).allocator
+    costs = [piece.cost(picked(allocator.table, c)) for c in choices(allocator.table)]
+    whole = piece.float_cost
+    kept = [c for c in costs if limits is None or not limits.limits[0].broken_by(c, whole)]
+    assert allocator.ends("onnx", limits)[0].onnx == min(cost.onnx for cost in kept)
+
+
 @pytest.mark.slow
 def test_a_file_that_cannot_be_so_small_is_refused_before_any_work_with_the_smallest():
     class Idle(Jobs):
@@ -192,6 +208,11 @@ class Gauge:
         self.calls += 1
         self.rest = 1010 + self.growing * self.calls
         return self.network(plan)
+
+
+def choices(table):
+    """Every choice of one option for each layer."""
+    return itertools.product(*(range(len(row)) for row in table))
 
 
 def _planned(growing, text):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from networks import NETWORKS, Residual, network, rand, settled, thinned
 from torch import nn
 
+import rabbet
 from rabbet import (
     ADMM,
     CGMQ,
@@ -787,3 +788,19 @@ def test_a_run_that_fails_leaves_the_network_as_it_was(stage, monkeypatch):
         compress(model, "bits <= 4", batches, QUICK)
     assert _facts(model) == before
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ask", [rabbet.compress, rabbet.plan])
+@pytest.mark.parametrize("budget", ["macs <= 60%", "bytes <= 60%"])
+def test_an_unknown_target_is_refused_whatever_the_budget_names(ask, budget):
+    with pytest.raises(rabbet.RabbetError, match="'foo'"):
+        ask(nn.Sequential(nn.Linear(8, 8)), budget, [torch.ones(2, 8)], target="foo")
+
+
+@pytest.mark.parametrize("path", [None, 3, "x\0.safetensors"])
+def test_what_is_no_path_is_refused(path):
+    net, data = nn.Sequential(nn.Linear(8, 8)), [torch.ones(2, 8)]
+    result = rabbet.fit(net, "0 dense@8c", data, quality="fast")
+    for ask in (result.save, lambda p: result.export(p, "onnx"), lambda p: rabbet.load(p, net)):
+        with pytest.raises(FileError, match="a path is a text"):
+            ask(path)

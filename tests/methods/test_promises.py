@@ -50,7 +50,7 @@ FLOAT = Joint(
 
 
 def _table(piece, method):
-    return method.search(piece).allocator.table
+    return method.chooser(piece).allocator.table
 
 
 def _exact(piece, table, choice):

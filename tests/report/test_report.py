@@ -172,6 +172,22 @@ def test_a_frontier_of_another_network_or_without_plans_is_refused(fitted, tmp_p
 
 
 @drawn
+def test_a_page_is_written_over_no_other_kind_of_file(fitted, tmp_path):
+    result = fitted[1]
+    result.save(tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(FileError, match=r"a page ends in \.html; found .*a\.safetensors"):
+        result.report(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    for path in ("x\0.html", None, 3):
+        with pytest.raises(FileError, match="a path is a text"):
+            result.report(path)
+    for given in ({"files": ["x"]}, {"title": 3}, {"frontier": 3}, {"score": "x"}):
+        with pytest.raises(PlanError, match="; found "):
+            result.report(tmp_path / "a.html", **given)
+
+
+@drawn
 def test_what_each_layer_does_alone_is_of_the_network_that_was_fitted(fitted, tmp_path):
     model, result = fitted
     result.report(tmp_path / "a.html", model)

@@ -1,12 +1,14 @@
 """Budgets along an axis: the same limits beside, and one that is tightened step by step."""
 
+from collections.abc import Iterator, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 
 import numpy as np
 
-from rabbet.choose.program import Allocator
+from rabbet.choose.program import Allocator, Priced
 from rabbet.core.budget import METRICS, Budget, Limit
 from rabbet.core.cost import Cost
+from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError
 
 DIGITS = Context(prec=4, rounding=ROUND_CEILING)  # of the limits of points
@@ -67,6 +69,18 @@ def joined(budget: Budget, beside: Budget | None) -> Budget:
     named = {limit.metric for limit in budget.limits}
     more = () if beside is None else (x for x in beside.limits if x.metric not in named)
     return Budget((*budget.limits, *more))
+
+
+def tighter_only(piece: Priced, budgets: Sequence[Budget], plans: Sequence[Plan]) -> Iterator[Plan]:
+    """The plans, the last one again where it keeps the next budget as well: it harms no more.
+
+    Of plans that harm alike the program takes any, so that of a tighter budget may cost more.
+    """
+    last, whole = plans[0], piece.float_cost
+    for budget, plan in zip(budgets, plans, strict=True):
+        if any(limit.broken_by(piece.cost(last), whole) for limit in budget.limits):
+            last = plan
+        yield last
 
 
 def _limit(axis: str, amount: float, whole: Cost) -> Limit:

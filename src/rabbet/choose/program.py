@@ -149,18 +149,16 @@ class Allocator:
     def ends(self, metric: str, beside: Budget | None = None) -> tuple[Cost, Cost]:
         """The least that plans cost by a metric, under limits beside it; and the most.
 
-        Both by what their options cost; of bytes, the header's padding and digits may make another
-        plan smaller or larger by a little. Raises BudgetError if no choice keeps those limits.
+        The most is by what their options cost: what lines share may make another plan cost more by
+        a little. Raises BudgetError if no choice keeps those limits.
         """
         amount = METRICS[metric].amount
-        amounts = [[float(amount(option.cost)) for option in row] for row in self.table]
-        if beside is None:
-            least = picked(self.table, smallest(self.table, metric))
-        else:
+        if beside is not None:
             self.require_feasible(beside)
-            least = self.plan(amounts, beside)
-        most = picked(self.table, [max(range(len(r)), key=r.__getitem__) for r in amounts])
-        return self.piece.cost(least), self.piece.cost(most)
+        none = Limit(metric, Fraction(0), False, f"{metric} <= 0")  # there is always a smaller one
+        least = self._least(none, beside)
+        most = [max(range(len(row)), key=lambda k: amount(row[k].cost)) for row in self.table]
+        return self.piece.cost(picked(self.table, least)), self.piece.cost(picked(self.table, most))
 
     def _require_finite(self, scores: Scores) -> None:
         for row, options in zip(scores, self.table, strict=True):
@@ -196,26 +194,37 @@ class Allocator:
         cost, whole = self.piece.cost(plan), self.piece.float_cost
         return not any(limit.broken_by(cost, whole) for limit in budget.limits)
 
-    def _least(self, limit: Limit) -> list[int]:
+    def _least(self, limit: Limit, beside: Budget | None = None) -> list[int]:
         """The choice of least cost by the metric of a limit, or one that keeps the limit.
 
-        Of what adds up it is the cheapest option of every layer. Of bytes another may be smaller by
-        the header's padding or by what layers share: then ever smaller ones are asked for until
-        there is none.
+        beside: limits that it keeps as well. Of what adds up it is the cheapest option of every
+        layer. Of bytes another may be smaller by the header's padding or by what layers share:
+        then ever smaller ones are asked for until there is none.
         """
-        choice = smallest(self.table, limit.metric)
+        choice = self._cheapest(limit.metric, beside)
+        others = () if beside is None else beside.limits
         whole = self.piece.float_cost
         while limit.metric in ("bytes", *FILES):
             cost = self.piece.cost(picked(self.table, choice))
             if not limit.broken_by(cost, whole):
                 break
             smaller = Fraction(METRICS[limit.metric].amount(cost) - 1)
-            below = Budget((replace(limit, value=smaller, share=False),))
+            below = Budget((replace(limit, value=smaller, share=False), *others))
             found, _ = self._landed([[0.0] * len(row) for row in self.table], below)
             if found is None:
                 break
             choice = found
         return choice
+
+    def _cheapest(self, metric: str, beside: Budget | None) -> list[int]:
+        """The choice whose options cost least, without what they share; under limits beside it."""
+        if beside is None:
+            return smallest(self.table, metric)
+        amount = METRICS[metric].amount
+        amounts = [[float(amount(option.cost)) for option in row] for row in self.table]
+        lines = [[option.plan for option in row] for row in self.table]
+        plan = self.plan(amounts, beside)
+        return [row.index(line) for row, line in zip(lines, plan, strict=True)]
 
     def _landed(
         self, scores: Scores, budget: Budget, gap: float = 0.0

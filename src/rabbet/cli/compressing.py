@@ -58,15 +58,15 @@ def plan(
         chosen = outcomes.plan_for(inputs, limits, worker, seed, jobs)
     if out is not None:
         texts.write_plan(out, chosen.plan)
-    if html is not None:
-        pages.write_plan(chosen, limits, html)
     costs = chosen.cost, chosen.float_cost
     if as_json:
         facts = plan_facts(chosen.survey, chosen.plan, *costs, limits, chosen.findings)
         tables.print_json(facts | {"seed": seed})
-        return
-    tables.show(total_parts(chosen.survey, *costs, limits), stderr=True)
-    print(chosen.plan)
+    else:
+        tables.show(total_parts(chosen.survey, *costs, limits), stderr=True)
+        print(chosen.plan)
+    if html is not None:  # at the end: what was found is not lost if it fails
+        pages.write_plan(chosen, limits, html)
 
 
 def compress(

@@ -69,12 +69,9 @@ def frontier(
         )  # fmt: skip
         if judge is not None:
             found = found.measure(measure, judge, examples)
-    if html is not None:
+    tables.tell(as_json, lambda: found.facts() | {"seed": seed}, lambda: found.parts)
+    if html is not None:  # at the end: what was found is not lost if it fails
         found.report(html)
-    if as_json:
-        tables.print_json(found.facts() | {"seed": seed})
-    else:
-        tables.show(found.parts)
 
 
 def sweep(
@@ -126,17 +123,17 @@ def sweep(
     with working(resume, processes, as_json) as jobs:
         given = inputs.network, asked, inputs.task, tried, worker
         found = run(*given, measure=judge, seed=seed, jobs=jobs)
-    if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        found.plot(plot)
-    if html is not None:
-        found.report(html)
     facts, parts = _measured(judge)
     tables.tell(
         as_json,
         lambda: found.facts() | {"seed": seed, "measured": facts},
         lambda: [found.table, *parts, *found.errors],
     )
+    if html is not None:  # pictures at the end: what was found is not lost if one fails
+        found.report(html)
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        found.plot(plot)
 
 
 def _measured(judge: "Judge | None") -> tuple[dict[str, str] | None, list[str]]:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Columns
 
+from rabbet.report.facts import known
 from rabbet.report.text import Part, Table, cut, shortened
 
 BAR, LONGEST = "\u2587", 9  # a bit of a bar, and how many are drawn: more is a float
@@ -60,8 +61,8 @@ def _room(heads: list[str], rows: list[list[str]], console: Console) -> int:
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """One JSON object."""
-    print(json.dumps(facts, indent=2))
+    """One JSON object; numbers that are not finite are null."""
+    print(json.dumps(known(facts), indent=2, allow_nan=False))
 
 
 def tell(

@@ -324,11 +324,14 @@ def correct(
 def deviation(count: int, *shares: float) -> float:
     """The standard deviation of the difference of shares in per cent of so many examples.
 
-    They are taken as independent; of the same examples they are usually nearer to each other.
+    They are taken as independent; of the same examples they are usually nearer to each other. All
+    right, or none, is not certain either: at least two are taken to be right and two wrong, as many
+    as Agresti and Coull add (The American Statistician 52, 1998). So where none of n is wrong,
+    1.645 deviations are 2.3 / n and two are 2.8 / n, as far as errors of 10 % and 6 % reach there.
     """
-    return math.sqrt(
-        sum(min(max(x, 0.0), 100.0) * (100 - min(max(x, 0.0), 100.0)) for x in shares) / count
-    )
+    least = min(2 / count, 0.5)
+    parts = (min(max(share / 100, least), 1 - least) for share in shares)
+    return 100 * math.sqrt(sum(part * (1 - part) for part in parts) / count)
 
 
 def measured(

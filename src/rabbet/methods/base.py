@@ -54,7 +54,7 @@ class Method(Protocol):
 class Searching(Protocol):
     """A method that finds the plans for many budgets at once."""
 
-    def search(self, piece: Workpiece) -> Chooser:
+    def chooser(self, piece: Workpiece) -> Chooser:
         """What plans are chosen from, with nothing solved yet."""
         ...
 

@@ -92,12 +92,12 @@ class Joint:
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """Choose a candidate for every layer; see `Method.plan`."""
-        searched = self.search(piece)
+        searched = self.chooser(piece)
         searched.allocator.require_feasible(budget)
         return searched.plans([budget])[0]
 
-    def search(self, piece: Workpiece) -> Chooser:
-        """What plans are chosen from, with nothing solved yet; see `Searching.search`."""
+    def chooser(self, piece: Workpiece) -> Chooser:
+        """What plans are chosen from, with nothing solved yet; see `Searching.chooser`."""
         require_gradients(piece)
         menus = [(site, self.menu(site)) for site in piece.survey]
         rows = [(site, self._lines(site, menu)) for site, menu in menus]

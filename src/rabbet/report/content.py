@@ -122,10 +122,34 @@ class Report:
     examples: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
+        self._require_kinds()
         if self.frontier is not None and not self.frontier.points:
             raise PlanError("the frontier of a report has no plan; give one with plans, or none")
         if self.frontier is not None and self.frontier.survey != self.survey:
             raise PlanError("the frontier of a report is of another network; give this one's")
+
+    def _require_kinds(self) -> None:
+        sizes = self.files.items() if isinstance(self.files, Mapping) else [("", None)]
+        for asked, fits, found in (
+            ("title is a text", isinstance(self.title, str), self.title),
+            (
+                "frontier is what rabbet.frontier gives",
+                self.frontier is None or hasattr(self.frontier, "points"),
+                self.frontier,
+            ),
+            (
+                "files are numbers of bytes by name, such as {'a.onnx': 9000}",
+                all(isinstance(n, str) and isinstance(size, int) for n, size in sizes),
+                self.files,
+            ),
+            (
+                "score is a rabbet.report.content.Score",
+                self.score is None or isinstance(self.score, Score),
+                self.score,
+            ),
+        ):
+            if not fits:
+                raise PlanError(f"{asked}; found {found!r}")
 
     @classmethod
     def of_frontier(cls, frontier: Frontier, title: str = "Frontier") -> "Report":

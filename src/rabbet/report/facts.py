@@ -1,9 +1,10 @@
 """A survey, a plan and its cost as plain values, for JSON."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
-from rabbet.core.budget import Budget
+from rabbet.core.budget import MEASURED, Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
@@ -13,11 +14,25 @@ from rabbet.report.text import NOTHING, Findings, Standing, layer_rows, standing
 def cost_facts(cost: Cost) -> dict[str, Any]:
     """A cost; `bits` is the mean bits of the codes per weight.
 
-    `latency` is in nanoseconds, predicted for one example; null where nothing was measured.
+    `latency` is in nanoseconds, predicted for one example; it and the bytes of exported files are
+    null where no budget asked for them.
     """
     facts = asdict(cost)
-    time = facts.pop("time")
-    return facts | {"bits": cost.bits, "latency": time or None}
+    facts = facts | {"bits": cost.bits, "latency": facts.pop("time")}
+    return facts | {metric: facts[metric] or None for metric in MEASURED}
+
+
+def known(facts: dict[str, Any]) -> dict[str, Any]:
+    """Plain values with None for every number that is not finite: JSON has no other word for it."""
+    return {name: _known(value) for name, value in facts.items()}
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return known(value)
+    if isinstance(value, list | tuple):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def limit_facts(standing: Standing) -> dict[str, Any]:

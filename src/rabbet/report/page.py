@@ -16,9 +16,10 @@ from string import Template
 from typing import Any
 
 from rabbet.errors import FileError
-from rabbet.files import write_whole
+from rabbet.files import path_of, write_whole
 from rabbet.report.charts import chart_facts
 from rabbet.report.content import Head, Report
+from rabbet.report.facts import known
 from rabbet.report.markup import Element, element, markup
 from rabbet.report.sections import sections
 from rabbet.report.text import standings, times_smaller
@@ -27,20 +28,29 @@ from rabbet.report.text import standings, times_smaller
 def write_page(report: Report, path: str | Path) -> int:
     """Write the page of a report, whole or not at all; returns its bytes.
 
-    Folders that are not there are made. Raises FileError without vl-convert-python, and for a place
-    that cannot be written.
+    Folders that are not there are made. Raises FileError without vl-convert-python, for an ending
+    that is no page's, and for a place that cannot be written.
     """
+    page_path(path)  # before what takes long
     return write(page(report), path)
 
 
 def write(text: str, path: str | Path) -> int:
     """Write a page into a folder, which is made if it is not there; raises as `write_page` does."""
-    path, content = Path(path), text.encode("utf-8", "replace")
+    path, content = page_path(path), text.encode("utf-8", "replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise FileError(f"cannot write {path}: {e}") from e
     return write_whole(path, [content])
+
+
+def page_path(path: str | Path) -> Path:
+    """The path of a page. Raises FileError for any other, which may be that of another file."""
+    place = path_of(path)
+    if place.suffix.lower() not in (".html", ".htm"):
+        raise FileError(f"a page ends in .html; found {path}")
+    return place
 
 
 def require_drawing() -> None:
@@ -102,7 +112,7 @@ def _contents(parts: list[Element]) -> Element:
 
 def _inert(facts: dict[str, Any]) -> str:
     """JSON that no reader of HTML takes for markup, whatever the names in it are."""
-    text = json.dumps(facts, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(known(facts), separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 

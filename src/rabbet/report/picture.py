@@ -1,6 +1,7 @@
 """Pictures of a method's search; they need matplotlib (`pip install rabbet[report]`)."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from rabbet.errors import FileError, PlanError
-from rabbet.files import write_whole
+from rabbet.files import path_of, write_whole
 from rabbet.methods.cgmq.gates import Gating
 from rabbet.methods.cora.search import Search, butterworth
 from rabbet.train.qat import WIDEST
@@ -82,7 +83,7 @@ def draw_sweep(
     axes = figure.subplots()
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker=".", label=name)
-    if whole is not None:
+    if whole is not None and math.isfinite(whole):
         axes.axhline(whole, color="grey", linestyle=":", label="float")
     axes.set(xlabel=label, ylabel="measure", xscale="log")
     if any(lines):
@@ -101,7 +102,7 @@ def require_picture(path: str | Path) -> None:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    path = Path(path)
+    path = path_of(path)
     kind = path.suffix.removeprefix(".")
     if not kind:
         raise FileError(f"{path} must end in what kind of picture it is, such as .svg or .png")

@@ -1,5 +1,6 @@
 """A sweep as a page: a row for each combination, and the measures over what was changed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.report.content import Head
 from rabbet.report.markup import Element, cell, element, table
-from rabbet.report.page import assembled, write
+from rabbet.report.page import assembled, page_path, write
 from rabbet.report.points import NAMES
 from rabbet.report.sections import chart, how, section
 from rabbet.report.text import Standing, Table
@@ -79,6 +80,7 @@ def write_sweep(sweep: Sweep, path: str | Path, title: str = "Sweep") -> int:
 
     Raises FileError without vl-convert-python, and for a place that cannot be written.
     """
+    page_path(path)  # before what takes long
     found = [row for row in sweep.rows if row.cost is not None]
     lead = f"{len(sweep.rows):,} combinations, {len(found):,} of them found"
     parts = [_measures(sweep), _rows(sweep), _plans(found), _refused(sweep)]
@@ -100,9 +102,9 @@ def sweep_facts(sweep: Sweep) -> dict[str, Any]:
     metric = sweep.rows[0].budget.metrics[0] if sweep.rows else "bytes"
     values = _values(sweep)[name] if name else []
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    rows = []
+    rows, whole = [], sweep.float_measure
     for row in sweep.rows:
-        if row.cost is None or row.measure is None:
+        if row.cost is None or row.measure is None or not math.isfinite(row.measure):
             continue
         standing = Standing.of(metric, row.cost, sweep.float_cost)
         at = row.settings[name] if name else standing.amount / max(standing.whole, 1)
@@ -117,7 +119,7 @@ def sweep_facts(sweep: Sweep) -> dict[str, Any]:
         "places": None if numbers else [str(v) for v in values],
         "lines": len({row["line"] for row in rows}),
         "rows": rows,
-        "whole": sweep.float_measure,
+        "whole": whole if whole is not None and math.isfinite(whole) else None,
     }
 
 

@@ -114,7 +114,7 @@ def test_blocks_one_by_one_are_the_network(name):
 def test_what_choosing_foretells_is_what_is_found(name):
     model = decoder(name)
     piece = Workpiece.of(model, task(8), Jobs())
-    chooser = SHORT.search(piece)
+    chooser = SHORT.chooser(piece)
     for budget in ("bpw <= 5.5", "bpw <= 4.5"):
         plan = chooser.plans([Budget.parse(budget)])[0]
         found = divergence(model, SHORT.fit(piece, plan).model)

@@ -87,8 +87,8 @@ class Blockwise:
         """Choose a candidate for every layer; see `Method.plan`."""
         return self.chosen(_bench(piece, self.rotate), piece, budget)
 
-    def search(self, piece: Workpiece) -> Chooser:
-        """What plans are chosen from; see `Searching.search`."""
+    def chooser(self, piece: Workpiece) -> Chooser:
+        """What plans are chosen from; see `Searching.chooser`."""
         bench = _bench(piece, self.rotate)
         return Measured(piece, Allocator(self._table(bench.survey), piece), bench, self)
 
