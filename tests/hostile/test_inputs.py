@@ -451,6 +451,9 @@ def test_accuracy_needs_labels_and_leaves_the_network_as_it_was():
         accuracy(nn.Flatten(0), [(rand(4, 1), torch.zeros(4))])
     # a class for each place
     assert accuracy(nn.Conv2d(3, 2, 1), [(X, torch.zeros(4, 6, 6))]) <= 100
+    words = nn.Linear(6, 3)  # scores [batch, words, classes]
+    with pytest.raises(DataError, match=r"last axis; hand scores on as scores.movedim\(-1, 1\)"):
+        accuracy(words, [(rand(5, 4, 6), torch.zeros(5, 4, dtype=torch.long))])
 
 
 def test_a_mask_of_infinities_among_the_buffers_is_accepted(tmp_path):

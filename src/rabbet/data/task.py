@@ -269,11 +269,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Top-1 accuracy in per cent over (inputs, labels), in eval mode.
 
-    The model is left in the mode that it was in. Raises DataError for batches that are not such
+    Axis 1 of the scores is that of the classes; labels have the other axes, such as [batch, words]
+    for scores [batch, classes, words], as torch's cross-entropy takes them. The model is left in the mode that it was in. Raises DataError for batches that are not such
     pairs.
     """
     right, total = correct(model, batches)
     return 100 * right / total
+
+
+def _classes_last(scores: Tensor, labels: Tensor) -> str:
+    """What to do if the last axis is that of the classes, in words; else nothing."""
+    if scores.ndim < 3 or scores.shape[:-1] != labels.shape:
+        return ""
+    return ": the classes seem to be on the last axis; hand scores on as scores.movedim(-1, 1)"
 
 
 def correct(
@@ -298,7 +306,7 @@ def correct(
                 raise DataError(
                     f"scores {list(scores.shape)} are of classes on axis 1 and need labels "
                     f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; "
-                    f"found {describe(y)}"
+                    f"found {describe(y)}{_classes_last(scores, y)}"
                 )
             if classes not in (None, scores.shape[1]):
                 raise DataError(
