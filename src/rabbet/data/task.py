@@ -270,8 +270,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     """Top-1 accuracy in per cent over (inputs, labels), in eval mode.
 
     Axis 1 of the scores is that of the classes; labels have the other axes, such as [batch, words]
-    for scores [batch, classes, words], as torch's cross-entropy takes them. The model is left in the mode that it was in. Raises DataError for batches that are not such
-    pairs.
+    for scores [batch, classes, words], as torch's cross-entropy takes them. The model is left in
+    the mode that it was in. Raises DataError for batches that are not such pairs.
     """
     right, total = correct(model, batches)
     return 100 * right / total
