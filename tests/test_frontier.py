@@ -156,6 +156,13 @@ def test_mistakes_are_told():
         frontier.at("latency <= 50%")
 
 
+def test_the_loosest_point_allows_what_its_plan_takes():
+    _, frontier = _frontier(axis="macs", points=6)
+    assert frontier.points[0].cost.macs == frontier.float_cost.macs
+    assert frontier.points[0].limit.text == "macs <= 100%"
+    assert frontier.at("macs <= 100%") == frontier.points[0].plan
+
+
 def test_a_tighter_point_costs_less_though_a_dead_layer_may_take_anything():
     torch.manual_seed(1)
     model = nn.Sequential(

@@ -13,7 +13,7 @@ from torch import nn
 
 from rabbet._api import Result, finished
 from rabbet._bench import Data, in_turn, landed, opened
-from rabbet.choose.axis import budgets_along, ends_of, joined, tighter_only
+from rabbet.choose.axis import budgets_along, ends_of, joined, limit_of, tighter_only
 from rabbet.choose.measured import interpolated, next_try
 from rabbet.choose.search import Chooser
 from rabbet.core.budget import MEASURED, METRICS, Budget, Limit
@@ -372,6 +372,9 @@ def frontier(  # noqa: PLR0913 (those behind the star are options, given by name
         Point(budget.limits[0], plan, piece.cost(plan), searched.harm(plan))
         for budget, plan in zip(budgets, plans, strict=True)
     ]
+    if ends is None:  # options that nobody takes may cost more than all that is taken
+        most = max(METRICS[axis].amount(found[0].cost), 1)
+        found[0] = replace(found[0], limit=limit_of(axis, most, piece.float_cost))
     # Of those that buy the same plan the tightest.
     kept = [
         point

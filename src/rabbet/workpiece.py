@@ -225,9 +225,11 @@ class Workpiece:
         return replace(cost, time=time)
 
     def expect(self, lines: Iterable[LayerPlan]) -> None:
-        """Say beforehand that these layers will be priced, since timing them takes long."""
-        if self.clock is not None:
-            self.clock.expect(lines)
+        """Say beforehand that these layers will be priced: to time or export them takes long."""
+        priced = list(lines)
+        for each in (self.clock, *self.gauges.values()):
+            if each is not None:
+                each.expect(priced)
 
     def layer_cost(self, site: Site, layer: LayerPlan) -> Cost:
         """What one layer costs as planned; its time and exported bytes, too, if they are asked."""

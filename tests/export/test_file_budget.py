@@ -186,6 +186,17 @@ def test_a_file_that_is_too_long_after_all_is_not_written_over_an_older_one(targ
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
 
 
+def test_layers_that_are_exported_one_by_one_are_counted_as_progress():
+    network = settled(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    seen = []
+    jobs = Jobs(progress=lambda stage, done, total: seen.append((stage, done, total)))
+    piece = opened(network, ["onnx"], [rand(8, 8)], jobs=jobs)
+    Joint(grids=("4c", "8c"), adapters=(), forms=()).chooser(piece)
+    told = [(done, total) for stage, done, total in seen if stage.startswith("exporting layers")]
+    assert told == [(done, told[0][1]) for done in range(told[0][1] + 1)]
+    assert len(told) > 2
+
+
 class Gauge:
     """A byte for each bit of each layer's weights, and a rest that is 1,000 more than it seems.
 

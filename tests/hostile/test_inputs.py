@@ -807,3 +807,11 @@ def test_what_is_no_path_is_refused(path):
     for ask in (result.save, lambda p: result.export(p, "onnx"), lambda p: rabbet.load(p, net)):
         with pytest.raises(FileError, match="a path is a text"):
             ask(path)
+
+
+def test_a_name_that_no_file_can_hold_is_refused_before_one_is_written(tmp_path):
+    net = nn.Sequential(OrderedDict({"\ud800lone": nn.Linear(8, 8)}))
+    result = rabbet.compress(net, "bits <= 8", [torch.ones(2, 8)], quality="fast")
+    with pytest.raises(FileError, match="lone surrogate"):
+        result.save(tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []

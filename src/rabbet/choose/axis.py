@@ -31,14 +31,16 @@ def budgets_along(
     whole = allocator.piece.float_cost
     if ends is None:
         least, most = (METRICS[axis].amount(cost) for cost in allocator.ends(axis, beside))
-        pair = tuple(_limit(axis, amount, whole) for amount in (max(most, least, 1), max(least, 1)))
+        pair = tuple(
+            limit_of(axis, amount, whole) for amount in (max(most, least, 1), max(least, 1))
+        )
     else:
         pair = tuple(sorted(ends, key=lambda limit: -limit.amount(whole)))
     high, low = (limit.amount(whole) for limit in pair)
     values = np.geomspace(max(high, 1), max(low, 1), points)[1:-1].tolist()
     # Written with few digits a limit may come out above the loosest.
     between = [
-        limit if (limit := _limit(axis, value, whole)).amount(whole) < high else pair[0]
+        limit if (limit := limit_of(axis, value, whole)).amount(whole) < high else pair[0]
         for value in values
     ]
     # Of those that allow the same the last, which is as it was given.
@@ -83,7 +85,7 @@ def tighter_only(piece: Priced, budgets: Sequence[Budget], plans: Sequence[Plan]
         yield last
 
 
-def _limit(axis: str, amount: float, whole: Cost) -> Limit:
+def limit_of(axis: str, amount: float, whole: Cost) -> Limit:
     """A limit of about an amount, and not below it, that can be written down."""
     metric = METRICS[axis]
     share = axis not in ("bits", "bpw")

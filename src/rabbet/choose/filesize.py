@@ -8,6 +8,7 @@ it takes corrects the prediction.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,11 +63,26 @@ class FileGauge:
         self._sizes: dict[tuple[Site, torch.Size | None, str], Size] = {}
         self._graphs: dict[tuple[object, ...], tuple[Graph, dict[str, int]]] = {}
         self._alike: dict[tuple[object, ...], Known] = {}
+        self._missing: set[tuple[object, ...]] = set()
+        self._expected = 0
 
     def layer(self, site: Site, layer: LayerPlan | None) -> int:
         """The bytes that a layer adds, without what it shares; None for one that stays float."""
         self._measure()
         return self._size(site, layer).own
+
+    def expect(self, lines: Iterable[LayerPlan]) -> None:
+        """Say how many of these layers are still to be exported; those alike are exported once."""
+        sites = self.piece.survey
+        each = (self._kind(*self._stand_in(sites[x.name]), x) for x in lines)
+        self._missing = {kind for kind in each if kind not in self._alike}
+        self._expected = len(self._missing)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._expected:
+            done = self._expected - len(self._missing)
+            self.piece.jobs.progress("exporting layers: distinct ones", done, self._expected)
 
     def network(self, plan: Plan) -> int:
         """The predicted bytes of the file."""
@@ -114,18 +130,25 @@ class FileGauge:
         if layer is None:  # at most: a float weight takes fewer nodes
             known = self._size(site, replace(_usual(site), terms=(KEPT,)))
             return replace(known, own=known.own + 3 * site.numel)
-        given = self.inputs.get(site.name)
-        alone = replace(site, name=stand_in(site), tied=(), norm=None)
+        alone, given = self._stand_in(site)
         key = (alone, given, layer.body)
         if key not in self._sizes:
             self._sizes[key] = self._alone(alone, given, layer)
         return self._sizes[key]
 
+    def _stand_in(self, site: Site) -> tuple[Site, torch.Size | None]:
+        """A site as it is exported alone, and what it is given."""
+        return replace(site, name=stand_in(site), tied=(), norm=None), self.inputs.get(site.name)
+
+    def _kind(self, site: Site, given: torch.Size | None, layer: LayerPlan) -> tuple[object, ...]:
+        """What lines have in common of which one is exported."""
+        return (site, given, _alike(layer) if _follows(layer) else layer.body)
+
     def _alone(self, site: Site, given: torch.Size | None, layer: LayerPlan) -> Size:
         """The size of one layer; of those that differ in ranks alone one is exported."""
-        alike = (site, given, _alike(layer)) if _follows(layer) else (site, given, layer)
+        kind = alike = self._kind(site, given, layer)
         if alike not in self._alike:
-            alike = (site, given, layer)
+            alike = (site, given, layer.body)
         tensors = sum(_bytes(site, term, self.functions) for term in layer.terms)
         if alike not in self._alike:
             sizes = self._exported(site, given, layer)
@@ -140,6 +163,9 @@ class FileGauge:
             if _follows(layer) and not any(name.startswith(BY_LENGTH) for name in size.shared):
                 alike = (site, given, _alike(layer))
             self._alike[alike] = Known(size, tensors)
+            if kind in self._missing:
+                self._missing.remove(kind)
+                self._tell()
         known = self._alike[alike]
         return replace(known.size, own=known.size.own + tensors - known.tensors)
 

@@ -43,6 +43,10 @@ class Gauge(Protocol):
         """What one layer adds, without what others share; None for one that stays float."""
         ...
 
+    def expect(self, lines: Iterable[LayerPlan]) -> None:
+        """Say how many of these layers are still to be exported, before any of them is."""
+        ...
+
     def network(self, plan: Plan) -> int:
         """The whole file."""
         ...

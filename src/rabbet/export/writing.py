@@ -30,8 +30,9 @@ def write_native(parcel: Parcel, path: Path) -> Written:
     """Write the native file; its length is the plan's cost in bytes.
 
     Raises PlanError, and writes nothing, if a tensor that is kept uncompressed is gone or has
-    changed its shape since.
+    changed its shape since; FileError if a name is no text that a file can hold.
     """
+    require_names(parcel.survey, parcel.rest)
     tensors = stored_tensors(parcel.model)
     for r in parcel.rest:
         if r.name not in tensors or tuple(tensors[r.name].shape) != r.shape:
@@ -54,6 +55,17 @@ def write_native(parcel: Parcel, path: Path) -> Written:
     return Written(write_whole(path, stamped(parts)))
 
 
+def require_names(survey: Survey, rest: tuple[Rest, ...]) -> None:
+    """Raise FileError for a name with half of a pair of UTF-16, which readers of JSON refuse."""
+    sites = (n for s in survey for n in (s.name, *s.heads, *s.tied, s.norm or ""))
+    for name in (*sites, *(x.name for x in survey.left), *(r.name for r in rest)):
+        if any("\ud800" <= sign <= "\udfff" for sign in name):
+            raise FileError(
+                f"the name {name!r} of the network holds a lone surrogate, which no file can; "
+                "rename it, and compress it again"
+            )
+
+
 def write_layers(
     path: Path,
     survey: Survey,
@@ -64,8 +76,10 @@ def write_layers(
 ) -> int:
     """Write the native file of layers and tensors that are asked for by name; returns its bytes.
 
-    No more than one layer is held at a time. Each is asked for several times.
+    No more than one layer is held at a time. Each is asked for several times. Raises FileError as
+    `write_native` does.
     """
+    require_names(survey, rest)
 
     def parts() -> Iterator[bytes]:
         yield header(survey, plan, rest)
