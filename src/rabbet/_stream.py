@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from rabbet._bench import in_turn
 from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
@@ -73,6 +74,7 @@ class Saved:
         return plain(self.parts())
 
 
+@in_turn
 def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     folder: Path,
     network: nn.Module,

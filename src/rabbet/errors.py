@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 WORDS = {
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "a text",
     bool: "True or False",
     NoneType: "None",

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rabbet.errors import FileError, PlanError
+from rabbet.errors import FileError, PlanError, require_count
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.solve.admm import admm
@@ -145,11 +145,8 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
 
 
 def _check_numbers(rank: int, sweeps: int, inner: int, seed: int, slack: float | None) -> None:
-    for name, value, least in (("rank", rank, 0), ("sweeps", sweeps, 0), ("inner", inner, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise PlanError(f"{name} is a whole number from {least}; found {value!r}")
-    if not isinstance(seed, int):
-        raise PlanError(f"seed is a whole number; found {seed!r}")
+    for name, value in (("rank", rank), ("sweeps", sweeps), ("inner", inner), ("seed", seed)):
+        require_count(name, value, 0)
     if slack is not None and not 0 < slack < math.inf:
         raise PlanError(f"slack is a number above 0; found {slack!r}")
 
