@@ -42,7 +42,7 @@ MISTAKES = {
     "plan --method 'cora ranking.steps=0'": "at least 1",
     "plan --method ''": "'' is not one of",
     "plan --method 'joint forms=(\"cpp\",)'": "found 'cpp'",
-    "plan --method 'joint adapters=(\"2hc\",)'": "adapters is ((a text, a number), ...)",
+    "plan --method 'joint adapters=(\"2hc\",)'": "adapters is ((a text, a finite number), ...)",
     "compress --output a.safetensors --plan good.plan --budget 'latency <= 5 ms'": "rabbet bench",
     "check a.safetensors --budget 'latency <= 5 ms'": "rabbet bench",
     "compress --output a.safetensors --axis macs": "only a --drop looks for the least along it",
