@@ -194,9 +194,7 @@ def in_metric(text: str, bits: int) -> Group:
     }.items():
         held, seconds = timed(run)
         add(label, chained(held), seconds)
-    numbers, seconds = timed(
-        lambda: solve_menu(site, weight, [(term,)], Metric(second), steps=120)[0]
-    )
+    numbers, seconds = timed(lambda: solve_menu(site, weight, [(term,)], Metric(second))[0])
     add("as Joint does", relative([q.values for q in numbers[0]]), seconds)
     return found
 

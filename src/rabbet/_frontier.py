@@ -95,7 +95,8 @@ class Frontier:
     """Plans along an axis, from the loosest budget to the tightest.
 
     axis: the metric that changes. beside: limits that hold at every point. quantity: what the
-    measure of the points is called.
+    measure of the points is called. reference: what it is of the float network; None before any was
+    measured.
     """
 
     axis: str
@@ -105,6 +106,7 @@ class Frontier:
     piece: Workpiece = field(repr=False)
     searched: Chooser = field(repr=False)
     quantity: str = "measure"
+    reference: float | None = None
 
     @property
     def survey(self) -> Survey:
@@ -159,6 +161,7 @@ class Frontier:
         run, total = self._measure(measure, examples), len(self.points)
         require_count("count", count, 2)
         places = sorted({round(k) for k in np.linspace(0, total - 1, min(count, total))})
+        whole = _finite(self.piece.model, run, examples)
         found: dict[int, float] = {}
         for place in places:
             self.piece.jobs.progress("measuring points", len(found), len(places))
@@ -170,7 +173,8 @@ class Frontier:
             replace(point, accuracy=accuracy, measured=k in found)
             for k, (point, accuracy) in enumerate(zip(self.points, told, strict=True))
         )
-        return replace(self, points=points, quantity=quantity_of(run, self.quantity))
+        quantity = quantity_of(run, self.quantity)
+        return replace(self, points=points, quantity=quantity, reference=whole)
 
     @in_turn
     def within(
@@ -250,6 +254,7 @@ class Frontier:
                 "quantity": self.quantity,
                 "beside": None if self.beside is None else str(self.beside),
                 "float": cost_facts(self.float_cost),
+                "reference": self.reference,
                 "points": [
                     {
                         "limit": point.limit.text,
@@ -289,6 +294,8 @@ class Frontier:
         last = f"{len(self.points)} points along {self.axis}{beside}"
         between = any(point.accuracy and not point.measured for point in self.points)
         notes = ["?: not measured, but told by the measured points on both sides"] * between
+        if self.reference is not None:
+            notes.append(f"{self.quantity} of the float network: {self.reference:#.4g}")
         return [self.table, last, *notes, self.survey.counted("MACs and BOPs")]
 
     def report(self, path: str | Path) -> int:

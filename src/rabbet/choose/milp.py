@@ -1,11 +1,12 @@
 """A program in whole numbers: one option of each row, limits that all hold, the least total score.
 
-HiGHS works in floating point, so its rows are made of whole numbers that are as small as they can
-be: each row of options counts from its cheapest one, and what all amounts share is divided away.
+HiGHS works in floating point, so limits are made of whole numbers that are as small as they can be:
+each row of options counts from its cheapest one, and what all amounts share is divided away. HiGHS
+sees them divided by a power of two, which is exact.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ TOP = 1e5  # the largest score that HiGHS sees: its absolute gap of 1e-6 is then
 FINER = 100  # how much smaller the largest score must have become to ask again with finer ones
 CORE = 2  # options of each row, in the mean, that are asked about first
 WIDER = 8  # how much more excess options may have if those first ones keep no limits
+LARGEST = 64  # amount in a limit, about: options that are taken but for 1e-6 then add up to little
+UNIT = 2.0**-16  # the least that an amount of 1 becomes, well above the tolerance of 1e-6
 ABSOLUTE = 1e-4  # what sums of scores may be wrong by
 OPTIMAL, INFEASIBLE = 0, 2  # what scipy calls these ends
 
@@ -195,15 +198,17 @@ class IntegerProgram:
         each = np.repeat(np.arange(len(self.counts)), self.counts)
         places = (each, np.arange(self.options))
         one_each = csr_array((np.ones(self.options), places), shape=(len(self.counts), width))
+        scales = [_scale(row.values()) for row, _ in self._rows]
         entries = [
-            (k, place, float(n))
+            (k, place, n * scales[k])
             for k, (row, _) in enumerate(self._rows)
             for place, n in row.items()
         ]
         rows, columns, numbers = zip(*entries, strict=True) if entries else ((), (), ())
         shape = (len(self._rows), width)
         limits = csr_array((np.array(numbers, float), (rows, columns)), shape=shape)
-        return one_each, limits, np.array([most for _, most in self._rows], float)
+        ends = [most * scale for (_, most), scale in zip(self._rows, scales, strict=True)]
+        return one_each, limits, np.array(ends, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +222,12 @@ class _Relaxed:
 def _above_least(scores: Sequence[Sequence[float]]) -> NDArray[Any]:
     """Only what an option is worse than the best of its row counts."""
     return np.concatenate([np.asarray(row, float) - min(row) for row in scores])
+
+
+def _scale(amounts: Collection[int]) -> float:
+    """The power of two that the amounts of a limit are multiplied with."""
+    most = max(map(abs, amounts), default=0)
+    return max(UNIT, min(1.0, 2.0 ** math.floor(math.log2(LARGEST / most)))) if most else 1.0
 
 
 def _scaled(scores: NDArray[Any], top: float) -> NDArray[Any]:

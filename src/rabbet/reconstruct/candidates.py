@@ -6,6 +6,7 @@ alternates: each term in turn is fitted to what the others leave, and the best s
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,17 +24,40 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
-# Of rounding rows, see `round_rows`. A third takes half as much time again, and 0.1 to 0.9 % of the
-# squared error on ResNet-20. One is enough where the target still moves.
-ROUNDS = 2
 ENTRIES = 2**26  # of the second moments whose metrics are kept, which hold twice as many
 PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
-# Evaluations of a candidate's error, from a closed form and from another grid's factors.
-COLD, WARM = 40, 10
+NARROW = 2  # bits up to which a rough solution would tell too little
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far a solver goes.
+
+    rounds, sweeps: of rounding rows, see `round_rows`. cold, warm: evaluations of the error of a
+    factorisation, from a closed form and from factors that are known.
+    """
+
+    rounds: int
+    sweeps: int
+    cold: int
+    warm: int
+
+
+# A third round takes half as much time again, and 0.1 to 0.9 % of the squared error on ResNet-20.
+FULL = Effort(rounds=2, sweeps=2, cold=40, warm=10)
+# To choose between rows of 3 bits and more, which then err 0 to 3 % more on layers of ResNet-20, in
+# a fifth of the time. CP would err by 15 % more after half of its evaluations, by another share at
+# each rank, and rows of 2 bits by 8 %: then other options are chosen.
+ROUGH = replace(FULL, rounds=1, sweeps=0)
 
 
 def solve_site(
-    weight: Tensor, second: Tensor | None = None, *, site: Site, menu: Sequence[Terms]
+    weight: Tensor,
+    second: Tensor | None = None,
+    *,
+    site: Site,
+    menu: Sequence[Terms],
+    effort: Effort = FULL,
 ) -> Tensors:
     """Numbers of the entries of a menu for one layer, and their errors in the metric.
 
@@ -43,8 +67,7 @@ def solve_site(
     """
     metric = metric_of(site, weight, second)
     result: Tensors = {}
-    solutions = solve_menu(site, weight, menu, metric)
-    for k, (terms, numbers) in enumerate(zip(menu, solutions, strict=True)):
+    for k, (error, numbers) in enumerate(_solved(site, weight, menu, metric, (), effort)):
         for t, factors in enumerate(numbers):
             for f, factor in enumerate(factors):
                 floats = factor.grid.codebook.floats
@@ -54,7 +77,7 @@ def solve_site(
                 result[f"{k}.{t}.{f}.scale"] = factor.scale
                 if factor.zero is not None:
                     result[f"{k}.{t}.{f}.zero"] = factor.zero
-        result[f"{k}.error"] = _error(site, weight, terms, numbers, metric)
+        result[f"{k}.error"] = error
     return result
 
 
@@ -121,13 +144,27 @@ def solve_menu(
     menu: Sequence[Terms],
     metric: Metric,
     held: Sequence[Numbers] = (),
-    steps: int = WARM,
+    effort: Effort = FULL,
 ) -> list[Numbers]:
+    """Numbers of all entries of a menu.
+
+    held: the current numbers of the entries, for solvers that can go on from there.
+    """
+    return [numbers for _, numbers in _solved(site, weight, menu, metric, held, effort)]
+
+
+def _solved(
+    site: Site,
+    weight: Tensor,
+    menu: Sequence[Terms],
+    metric: Metric,
+    held: Sequence[Numbers],
+    effort: Effort,
+) -> list[tuple[Tensor, Numbers]]:
     """Alternate over the terms of all entries in step, so that rows are rounded in one pass.
 
     Each term is fitted to what the others leave; the best state that an entry passes through is
-    returned. held: the current numbers of the entries, for solvers that can go on from there;
-    steps: how often these may evaluate the error.
+    returned, after its error in the metric.
     """
     known = {
         menu[k][t]: [q.values for q in qs]
@@ -136,7 +173,7 @@ def solve_menu(
     }
     starts = {t.form: tuple(values) for t, values in known.items()}
     states: list[list[list[Quantised] | None]] = [[None] * len(terms) for terms in menu]
-    best: list[tuple[float, Numbers]] = [(torch.inf, [])] * len(menu)
+    best: list[tuple[Tensor, Numbers]] = [(torch.tensor(torch.inf), [])] * len(menu)
     for turn in range(ALTERNATIONS):
         for place in range(max(map(len, menu), default=0)):
             active = [
@@ -148,18 +185,19 @@ def solve_menu(
                 (
                     menu[k][place],
                     _left(site, weight, menu[k], states[k], place),
-                    ROUNDS if len(menu[k]) == 1 or turn == ALTERNATIONS - 1 else 1,
+                    # one round is enough where the target still moves
+                    effort.rounds if len(menu[k]) == 1 or turn == ALTERNATIONS - 1 else 1,
                 )
                 for k in active
             ]
-            solutions = _solve_terms(site, wanted, metric, starts, steps)
+            solutions = _solve_terms(site, wanted, metric, starts, effort)
             for k, solved in zip(active, solutions, strict=True):
                 states[k][place] = solved
                 full = [qs for qs in states[k] if qs is not None]
                 if len(full) == len(menu[k]):
-                    error = float(_error(site, weight, menu[k], full, metric))
-                    best[k] = min(best[k], (error, full), key=lambda entry: entry[0])
-    return [numbers for _, numbers in best]
+                    error = _error(site, weight, menu[k], full, metric)
+                    best[k] = min(best[k], (error, full), key=lambda entry: float(entry[0]))
+    return best
 
 
 def _left(
@@ -189,7 +227,7 @@ def _solve_terms(
     wanted: Sequence[tuple[Term, Tensor, int]],
     metric: Metric,
     starts: Starts,
-    steps: int,
+    effort: Effort,
 ) -> list[list[Quantised]]:
     """Each term for its target: dense ones with scales per row together, the others one by one.
 
@@ -199,13 +237,22 @@ def _solve_terms(
     for term, left, rounds in wanted:
         if rounded_together(term):
             dense.setdefault(rounds, []).append((term.grid, site.matrix(left)))
-    rounded = {k: iter(round_rows_of(targets, metric, k)) for k, targets in dense.items()}
+    rounded = {
+        rounds: iter(round_rows_of(targets, metric, replace(effort, rounds=rounds)))
+        for rounds, targets in dense.items()
+    }
     return [
         [_quantised(next(rounded[rounds]), term.grid, site.shape)]
         if rounded_together(term)
-        else _solve_term(site, left, term, metric, starts, steps)
+        else _solve_term(site, left, term, metric, starts, effort)
         for term, left, rounds in wanted
     ]
+
+
+def solved_for_choosing(terms: Terms) -> Effort:
+    """The effort that tells enough of an entry to choose it or not."""
+    rough = all(rounded_together(t) and t.grid.bits > NARROW for t in terms if t.form.whole)
+    return ROUGH if rough and not any(t.form.evaluates for t in terms) else FULL
 
 
 def rounded_together(term: Term) -> bool:
@@ -219,7 +266,7 @@ def _by_rows(grid: Grid) -> bool:
 
 
 def round_rows_of(
-    wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds: int = ROUNDS
+    wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, effort: Effort = FULL
 ) -> list[Rows]:
     """Targets [groups, rows, n] rounded to grids with scales per row, in the metric.
 
@@ -232,7 +279,7 @@ def round_rows_of(
         rows = wanted[places[0]][1].shape[1]
         parts = [
             _rounded_rows(
-                [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric, rounds
+                [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric, effort
             )
             for k in range(0, rows, PART)
         ]
@@ -243,7 +290,9 @@ def round_rows_of(
     return [rounded[k] for k in range(len(wanted))]
 
 
-def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds: int) -> list[Rows]:
+def _rounded_rows(
+    wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, effort: Effort
+) -> list[Rows]:
     trials = [
         (k, mirror)
         for k, (g, _) in enumerate(wanted)
@@ -253,19 +302,25 @@ def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds:
         [start(wanted[k][1], wanted[k][0], metric, mirror) for k, mirror in trials]
     )
     best: dict[int, Rows] = {}
-    results = round_rows(stacked, metric, rounds).split(wanted[0][1].shape[1])
+    results = round_rows(stacked, metric, effort.rounds, effort.sweeps).split(wanted[0][1].shape[1])
     for (k, _), rows in zip(trials, results, strict=True):
         best[k] = best[k].better(rows, metric) if k in best else rows
     return [best[k] for k in range(len(wanted))]
 
 
 def _solve_term(
-    site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts, steps: int
+    site: Site,
+    left: Tensor,
+    term: Term,
+    metric: Metric,
+    starts: Starts,
+    effort: Effort,
 ) -> list[Quantised]:
     """Decompose, round all factors but the last to nearest, then refit the last to the others."""
     form, grid = term.form, term.grid
     lean = metric.lean if form.evaluates else None
-    aim = Aim(noise(grid), starts.get(form), steps if form in starts else COLD, lean)
+    steps = effort.warm if form in starts else effort.cold
+    aim = Aim(noise(grid), starts.get(form), steps, lean)
     second = None if form.verbatim else metric.second  # of which no matrix may be made
     factors = form.decompose(site, left, second, aim)
     starts[form] = factors  # for other grids with the same rank
@@ -276,14 +331,14 @@ def _solve_term(
     # A single factor is the weight itself, or some rows of it.
     if not small and last[0].numel() == site.columns:
         target = site.matrix(left) if len(last) == site.shape[0] else last.flatten(1)[None]
-        return [_rounded(target, grid, metric, tuple(last.shape))]
+        return [_rounded(target, grid, metric, tuple(last.shape), effort)]
     eye = torch.eye(last.shape[1], device=left.device)
     basis = form.contract(site, [*(q.values for q in small), eye]).flatten(1)
     seen = basis @ metric.second[0]
     inner = Metric((seen @ basis.mT)[None], damping=1e-4)
     right = (seen @ left.flatten(1).mT).double()
     ideal = torch.linalg.solve(inner.second[0].double(), right).mT.float()
-    return [*small, _rounded(ideal[None], grid, inner, last.shape)]
+    return [*small, _rounded(ideal[None], grid, inner, last.shape, effort)]
 
 
 def noise(grid: Grid) -> float:
@@ -297,10 +352,12 @@ def noise(grid: Grid) -> float:
     return 2.0 / grid.levels**2 + 3e-3
 
 
-def _rounded(target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...]) -> Quantised:
+def _rounded(
+    target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...], effort: Effort
+) -> Quantised:
     """A target [groups, rows, n] rounded in its metric, as a tensor of the given shape."""
     if _by_rows(grid):
-        return _quantised(round_rows_of([(grid, target)], metric)[0], grid, shape)
+        return _quantised(round_rows_of([(grid, target)], metric, effort)[0], grid, shape)
     if grid.codebook.uniform is None or not grid.scales.single:
         weight = metric.diagonal[:, None].expand_as(target).reshape(shape)
         plain = grid.codebook.uniform is not None

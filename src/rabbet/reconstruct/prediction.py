@@ -6,6 +6,7 @@ can take of white noise and of the weight, a factorisation from where its solver
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -153,12 +154,14 @@ class _Prediction:
         """The error with the last factor solved for beside those found in so many evaluations."""
         if (form, steps) not in self.sums:
             lean = self.metric.lean if form.evaluates else None
+            lean = None if lean is None else replace(lean, second=None)
+            second = self.metric.second
             *first, last = form.decompose(
-                self.site, self.weight, self.metric.second, Aim(ridge, None, steps, lean)
+                self.site, self.weight, second, Aim(ridge, None, steps, lean)
             )
             eye = torch.eye(last.shape[1]).to(last)
             basis = form.contract(self.site, [*first, eye]).flatten(1)
-            seen = basis @ self.metric.second[0]
+            seen = basis @ second[0] if lean is None else lean.times(basis)
             norm = (seen * basis).sum(1, keepdim=True).clamp_min(TINY).rsqrt()
             right = (seen @ self.weight.flatten(1).mT) * norm
             self.sums[form, steps] = ((seen @ basis.mT) * norm * norm.mT).double(), right.double()

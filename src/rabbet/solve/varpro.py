@@ -27,10 +27,10 @@ class Lean:
 
     Steps towards the least error take an eighth of the multiplications with it. Nystroem's
     approximation (Halko, Martinsson and Tropp, arXiv 0909.4061, section 5.4), which H exceeds by no
-    negative rest.
+    negative rest. second: None if it stands alone, for what need not be exact.
     """
 
-    second: Tensor
+    second: Tensor | None
     leading: Tensor
     rest: Tensor
 
@@ -48,6 +48,10 @@ class Lean:
         leading = torch.linalg.solve_triangular(root, seen.mT, upper=False).mT
         rest = second.diagonal() - leading.square().sum(1)
         return cls(second, leading, rest.clamp_min(0))
+
+    def times(self, rows: Tensor) -> Tensor:
+        """`rows @ H`, about."""
+        return (rows @ self.leading) @ self.leading.mT + rows * self.rest
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,13 @@ def project(
     matrix: [out, n]; second: H [n, n], None for the plain error. ridge: weight of |A|^2, with rows
     of M of norm 1 in H. It stands for the rounding error that A will suffer, which makes terms that
     cancel one another unprofitable. A lean metric is what the small factors are found in; A and the
-    loss are those of the one that it stands for.
+    loss are those of the one that it stands for, unless it stands alone.
     """
     problem = _Problem(basis, matrix, second, ridge)
     small = minimised(start, lambda trial: problem(trial)[0], evaluations)
+    if isinstance(second, Lean) and second.second is None:
+        loss, last = problem(small)
+        return Projected(small, last, float(loss))
     second = second.second if isinstance(second, Lean) else second
     # a ridge such as rounding calls for keeps the last problem far from singular
     kind = matrix.dtype if ridge >= TOLD else torch.float64
@@ -148,6 +155,5 @@ class _Problem:
     def _seen(self, rows: Tensor) -> Tensor:
         """`rows @ H`."""
         if isinstance(self.second, Lean):
-            leading, rest = self.second.leading, self.second.rest
-            return (rows @ leading) @ leading.mT + rows * rest
+            return self.second.times(rows)
         return rows if self.second is None else rows @ self.second
