@@ -95,8 +95,7 @@ class Frontier:
     """Plans along an axis, from the loosest budget to the tightest.
 
     axis: the metric that changes. beside: limits that hold at every point. quantity: what the
-    measure of the points is called. reference: what it is of the float network; None before any was
-    measured.
+    measure of the points is called. reference: what the float network measures, once it was asked.
     """
 
     axis: str
@@ -158,11 +157,10 @@ class Frontier:
         Raises DataError without a measure, or for examples beside one that is no share of them,
         PlanError for fewer than two points.
         """
-        run, total = self._measure(measure, examples), len(self.points)
+        run, last = self._measure(measure, examples), len(self.points) - 1
         require_count("count", count, 2)
-        places = sorted({round(k) for k in np.linspace(0, total - 1, min(count, total))})
-        whole = _finite(self.piece.model, run, examples)
-        found: dict[int, float] = {}
+        places = sorted({round(k) for k in np.linspace(0, last, min(count, last + 1))})
+        whole, found = _finite(self.piece.model, run, examples), dict[int, float]()
         for place in places:
             self.piece.jobs.progress("measuring points", len(found), len(places))
             found[place] = self._measured(self.points[place], run)
@@ -173,8 +171,8 @@ class Frontier:
             replace(point, accuracy=accuracy, measured=k in found)
             for k, (point, accuracy) in enumerate(zip(self.points, told, strict=True))
         )
-        quantity = quantity_of(run, self.quantity)
-        return replace(self, points=points, quantity=quantity, reference=whole)
+        name = quantity_of(run, self.quantity)
+        return replace(self, points=points, quantity=name, reference=whole)
 
     @in_turn
     def within(
@@ -292,8 +290,8 @@ class Frontier:
         """The report for people."""
         beside = "" if self.beside is None else f", beside {self.beside}"
         last = f"{len(self.points)} points along {self.axis}{beside}"
-        between = any(point.accuracy and not point.measured for point in self.points)
-        notes = ["?: not measured, but told by the measured points on both sides"] * between
+        told = any(point.accuracy and not point.measured for point in self.points)
+        notes = ["?: not measured, but told by the measured points on both sides"] * told
         if self.reference is not None:
             notes.append(f"{self.quantity} of the float network: {self.reference:#.4g}")
         return [self.table, last, *notes, self.survey.counted("MACs and BOPs")]
