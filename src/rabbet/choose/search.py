@@ -69,7 +69,8 @@ class Chooser:
         some = budgets[:: -(-len(budgets) // RELAXED)]
         while self._learn(self._near(some), in_full=False):
             pass
-        self._settled(some)
+        if len(some) < len(budgets):
+            self._settled(some)
         return self._settled(budgets)
 
     def _settled(self, budgets: Sequence[Budget]) -> list[Plan]:

@@ -60,7 +60,7 @@ class _Prediction:
         self.target = site.matrix(weight)
         self.power = float(metric.error(self.target).sum())
         self.least: dict[type[Form], Form] = {}
-        self.sums: dict[tuple[Form, int], tuple[Tensor, Tensor]] = {}
+        self.sums: dict[tuple[Form, int], tuple[Tensor, Tensor, float]] = {}
         self.rounded: dict[Grid, float] = {}
         self.spectra: dict[bool, Tensor] = {}
 
@@ -163,13 +163,16 @@ class _Prediction:
             basis = form.contract(self.site, [*first, eye]).flatten(1)
             seen = basis @ second[0] if lean is None else lean.times(basis)
             norm = (seen * basis).sum(1, keepdim=True).clamp_min(TINY).rsqrt()
-            right = (seen @ self.weight.flatten(1).mT) * norm
-            self.sums[form, steps] = ((seen @ basis.mT) * norm * norm.mT).double(), right.double()
-        gram, right = self.sums[form, steps]
+            matrix = self.weight.flatten(1)
+            right = (seen @ matrix.mT) * norm
+            power = self.power if lean is None else float((lean.times(matrix) * matrix).sum())
+            gram = (seen @ basis.mT) * norm * norm.mT
+            self.sums[form, steps] = gram.double(), right.double(), max(power, TINY)
+        gram, right, power = self.sums[form, steps]
         solution = torch.cholesky_solve(
             right, torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
         )
-        return max(self.power - float((right * solution).sum()), 0.0)
+        return self.power * max(1 - float((right * solution).sum()) / power, 0.0)
 
     def noise(self) -> Tensor:
         """See `predict_site`."""
