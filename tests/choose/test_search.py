@@ -22,7 +22,7 @@ from rabbet.layers.conv import Conv
 from rabbet.layers.linear import Linear
 from rabbet.methods.joint import QUALITY
 from rabbet.reconstruct import network as reconstruct
-from rabbet.reconstruct.candidates import FULL, canonical, read_numbers, solve_site
+from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
 from rabbet.reconstruct.network import solve_lines, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
@@ -95,7 +95,7 @@ def test_few_are_solved_and_none_of_them_twice(monkeypatch):
     solve, seen = reconstruct.solve_site, []
 
     def counted(**given):
-        seen.append((given["site"].name, given["menu"], given.get("effort", FULL)))
+        seen.append((given["site"].name, given["menu"]))
         return solve(**given)
 
     counted.__module__, counted.__qualname__ = solve.__module__, solve.__qualname__

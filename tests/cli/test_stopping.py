@@ -47,7 +47,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
     def stops(**given):
         if len(solved) == 3:
             raise KeyboardInterrupt
-        solved.append((given["site"].name, given["menu"], given.get("effort")))
+        solved.append((given["site"].name, given["menu"]))
         return solve(**given)
 
     stops.__module__, stops.__qualname__ = solve.__module__, solve.__qualname__
@@ -61,7 +61,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
     first = solved[:]
 
     def counted(**given):
-        solved.append((given["site"].name, given["menu"], given.get("effort")))
+        solved.append((given["site"].name, given["menu"]))
         return solve(**given)
 
     counted.__module__, counted.__qualname__ = solve.__module__, solve.__qualname__
@@ -69,7 +69,7 @@ def test_a_stopped_run_goes_on_from_its_folder(run, small, tmp_path, monkeypatch
     assert run("compress", "--output", path, "--resume", folder, *QUICK)[0] == 0
     # each candidate once over both runs
     assert solved[:3] == first
-    assert len({name for name, *_ in solved}) == 6
+    assert len({name for name, _ in solved}) == 6
     assert len(set(solved)) == len(solved)
     assert path.read_bytes() == small.read_bytes()
 

@@ -1,9 +1,9 @@
 """The plan of least harm, although few candidates are solved.
 
-The errors of all candidates are foretold; the program chooses; what it chose, and what it might as
-well have chosen, is solved roughly, the harm measured, and it chooses again. At last its choice is
-solved in full, until every line stands on what was measured so. A candidate that was foretold too
-well is found out so, and one that was foretold badly lets what is learnt of its layer correct it.
+The errors of all candidates are foretold; the integer program chooses; what it chose is solved, its
+harm measured, and it chooses again, until every line of its choice stands on what was measured. A
+candidate that was foretold too well is found out so, and one that was foretold badly lets what is
+learnt of its layer correct it.
 """
 
 import math
@@ -18,14 +18,7 @@ from rabbet.choose.program import Allocator, Table
 from rabbet.choose.sensitivity import input_errors, output_errors
 from rabbet.core.budget import Budget
 from rabbet.core.plan import Plan
-from rabbet.reconstruct.candidates import (
-    FULL,
-    Effort,
-    Terms,
-    canonical,
-    read_numbers,
-    solved_for_choosing,
-)
+from rabbet.reconstruct.candidates import Terms, canonical, read_numbers
 from rabbet.reconstruct.network import FORETOLD, on_menus, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
@@ -60,21 +53,20 @@ class Chooser:
         return foretold(self.piece, self.allocator.table)
 
     def plans(self, budgets: Sequence[Budget]) -> list[Plan]:
-        """The plan for each budget, each line of it solved in full and measured.
+        """The plan for each budget, each line of it solved and measured.
 
-        First the relaxation of the program, which answers fast, says what is worth solving roughly;
-        what the program itself chooses then is rarely anything else. Raises what `Allocator.plan`
-        does.
+        First the relaxation of the program, which answers fast, says what is worth solving; what
+        the program itself chooses then is rarely anything else. Raises what `Allocator.plan` does.
         """
         some = budgets[:: -(-len(budgets) // RELAXED)]
-        while self._learn(self._near(some), in_full=False):
+        while self._learn(self._near(some)):
             pass
         if len(some) < len(budgets):
             self._settled(some)
         return self._settled(budgets)
 
     def _settled(self, budgets: Sequence[Budget]) -> list[Plan]:
-        """What the program chooses once all that it chooses is solved in full."""
+        """What the program chooses once all that it chooses is solved and measured."""
         while True:
             plans = self._chosen(budgets)
             if not self._learn([pair for plan in plans for pair in self._options(plan)]):
@@ -108,12 +100,12 @@ class Chooser:
             scores.append([weights[o.plan.terms] + acts.get(o.plan.act or 0, 0.0) for o in row])
         return scores
 
-    def _learn(self, options: Sequence[tuple["Layer", int]], in_full: bool = True) -> bool:
+    def _learn(self, options: Sequence[tuple["Layer", int]]) -> bool:
         """Solve those options that are not, or else measure all that was; whether there were any.
 
         Measuring runs the network forth and back, so it waits until nothing is left to solve.
         """
-        return _solve(self.piece, options, in_full) or _measure(self.piece, self.layers)
+        return _solve(self.piece, options) or _measure(self.piece, self.layers)
 
     def _near(self, budgets: Sequence[Budget]) -> list[tuple["Layer", int]]:
         """The options that the relaxation takes, and those that it might as well."""
@@ -141,9 +133,9 @@ class Chooser:
 class Layer:
     """What is known of the options of one layer.
 
-    foretold: errors in the metric; solved: those that were found; harms: what the options solved
-    in full do to the network's output; rough: what those do that were solved roughly; efforts: the
-    last of each. ratio: harm of one unit of error, as far as noise like that of rounding tells.
+    foretold: errors in the metric; solved: those that were found; harms: what the solved ones do to
+    the network's output. ratio: harm of one unit of error, as far as noise like that of rounding
+    tells.
     """
 
     name: str
@@ -153,59 +145,39 @@ class Layer:
     solved: dict[int, float] = field(default_factory=dict)
     changes: dict[int, Tensor] = field(default_factory=dict)
     harms: dict[int, float] = field(default_factory=dict)
-    rough: dict[int, float] = field(default_factory=dict)
-    efforts: dict[int, Effort] = field(default_factory=dict)
-
-    def effort(self, k: int, in_full: bool) -> Effort | None:
-        """What is to be spent on an option; None if it was solved as far as that."""
-        wanted = FULL if in_full else solved_for_choosing(self.lines[k])
-        return None if self.efforts.get(k) in (wanted, FULL) else wanted
 
     def scores(self) -> list[float]:
         """The harm of each option, measured or the least that may be hoped for.
 
         A unit of error does what it did in the option that is most like this one, or what noise
-        does, whichever is less: either may be more by chance. What was solved roughly harms less in
-        full by as much as the option most like it.
+        does, whichever is less: either may be more by chance.
         """
         errors = [
             self.solved.get(k, told * self._like(k, self.solved, self.foretold, 1.0))
             for k, told in enumerate(self.foretold)
         ]
-        both = {k: harm for k, harm in self.harms.items() if k in self.rough}
-        rough = {
-            k: harm * min(1.0, self._like(k, both, self.rough, 1.0))
-            for k, harm in self.rough.items()
-        }
-        known = rough | self.harms
         return [
-            known.get(k, HOPE * error * self._least_ratio(k, errors, known))
+            self.harms.get(k, HOPE * error * self._least_ratio(k, errors))
             for k, error in enumerate(errors)
         ]
 
-    def _least_ratio(self, k: int, errors: Sequence[float], known: dict[int, float]) -> float:
-        like = self._like(k, known, errors, self.ratio)
+    def _least_ratio(self, k: int, errors: Sequence[float]) -> float:
+        like = self._like(k, self.harms, errors, self.ratio)
         return min(like, self.ratio or like)
 
     def _like(
-        self,
-        k: int,
-        known: dict[int, float],
-        thought: Sequence[float] | dict[int, float],
-        without: float,
+        self, k: int, known: dict[int, float], rough: Sequence[float], without: float
     ) -> float:
         """What is known over what was thought of the option that is most like option k.
 
         It is of the same forms, and of the nearest size.
         """
         kind = [t.form.name for t in self.lines[k]]
-        alike = [
-            j for j in known if [t.form.name for t in self.lines[j]] == kind and thought[j] > 0
-        ]
-        if not alike or thought[k] <= 0:
+        alike = [j for j in known if [t.form.name for t in self.lines[j]] == kind and rough[j] > 0]
+        if not alike or rough[k] <= 0:
             return without
-        near = min(alike, key=lambda j: abs(math.log(thought[j] / thought[k])))
-        return known[near] / thought[near]
+        near = min(alike, key=lambda j: abs(math.log(rough[j] / rough[k])))
+        return known[near] / rough[near]
 
 
 def foretold(piece: Workpiece, table: Table) -> list[Layer]:
@@ -225,19 +197,17 @@ def foretold(piece: Workpiece, table: Table) -> list[Layer]:
     return layers
 
 
-def _solve(piece: Workpiece, chosen: Sequence[tuple[Layer, int]], in_full: bool) -> bool:
-    """Solve the chosen options that are not solved so far; whether there were any."""
-    wanted = {(x.name, k): (x, k, effort) for x, k in chosen if (effort := x.effort(k, in_full))}
-    if not wanted:
+def _solve(piece: Workpiece, chosen: Sequence[tuple[Layer, int]]) -> bool:
+    """Solve the chosen options that are not solved yet; whether there were any."""
+    missing = list({(x.name, k): (x, k) for x, k in chosen if k not in x.solved}.values())
+    if not missing:
         return False
-    # options of one layer one after the other
-    missing = sorted(wanted.values(), key=lambda each: each[0].name)
-    menus = [(layer.name, (layer.lines[k],)) for layer, k, _ in missing]
-    efforts = [effort for _, _, effort in missing]
-    results = solve_menus(piece, "solving layers", menus, efforts)
-    for (layer, k, effort), (_, menu), result in zip(missing, menus, results, strict=True):
+    missing.sort(key=lambda pair: pair[0].name)  # options of one layer one after the other
+    menus = [(layer.name, (layer.lines[k],)) for layer, k in missing]
+    results = solve_menus(piece, "solving layers", menus)
+    for (layer, k), (_, menu), result in zip(missing, menus, results, strict=True):
         site = piece.survey[layer.name]
-        layer.solved[k], layer.efforts[k] = float(result["0.error"]), effort
+        layer.solved[k] = float(result["0.error"])
         found = canonical(site, menu[0], read_numbers(result, menu, 0))
         layer.changes[k] = found - piece.weight(site)
     return True
@@ -248,10 +218,9 @@ def _measure(piece: Workpiece, layers: Sequence[Layer]) -> bool:
     changes = {x.name: torch.stack(list(x.changes.values())) for x in layers if x.changes}
     if not changes:
         return False
-    found = output_errors(piece, changes)
+    harms = output_errors(piece, changes)
     for layer in layers:
-        for place, k in enumerate(layer.changes):
-            known = layer.harms if layer.efforts[k] == FULL else layer.rough
-            known[k] = float(found[layer.name][place])
-        layer.changes.clear()
+        if layer.changes:
+            layer.harms |= dict(zip(layer.changes, harms[layer.name].tolist(), strict=True))
+            layer.changes.clear()
     return True

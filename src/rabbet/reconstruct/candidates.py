@@ -6,7 +6,6 @@ alternates: each term in turn is fitted to what the others leave, and the best s
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,40 +23,17 @@ Terms = tuple[Term, ...]
 
 DAMPING = 0.01
 ALTERNATIONS = 3
+# Of rounding rows, see `round_rows`. A third takes half as much time again, and 0.1 to 0.9 % of the
+# squared error on ResNet-20. One is enough where the target still moves.
+ROUNDS = 2
 ENTRIES = 2**26  # of the second moments whose metrics are kept, which hold twice as many
 PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
-NARROW = 2  # bits up to which a rough solution would tell too little
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How far a solver goes.
-
-    rounds, sweeps: of rounding rows, see `round_rows`. cold, warm: evaluations of the error of a
-    factorisation, from a closed form and from factors that are known.
-    """
-
-    rounds: int
-    sweeps: int
-    cold: int
-    warm: int
-
-
-# A third round takes half as much time again, and 0.1 to 0.9 % of the squared error on ResNet-20.
-FULL = Effort(rounds=2, sweeps=2, cold=40, warm=10)
-# To choose between rows of 3 bits and more, which then err 0 to 3 % more on layers of ResNet-20, in
-# a fifth of the time. CP would err by 15 % more after half of its evaluations, by another share at
-# each rank, and rows of 2 bits by 8 %: then other options are chosen.
-ROUGH = replace(FULL, rounds=1, sweeps=0)
+# Evaluations of a candidate's error, from a closed form and from another grid's factors.
+COLD, WARM = 40, 10
 
 
 def solve_site(
-    weight: Tensor,
-    second: Tensor | None = None,
-    *,
-    site: Site,
-    menu: Sequence[Terms],
-    effort: Effort = FULL,
+    weight: Tensor, second: Tensor | None = None, *, site: Site, menu: Sequence[Terms]
 ) -> Tensors:
     """Numbers of the entries of a menu for one layer, and their errors in the metric.
 
@@ -67,7 +43,7 @@ def solve_site(
     """
     metric = metric_of(site, weight, second)
     result: Tensors = {}
-    for k, (error, numbers) in enumerate(_solved(site, weight, menu, metric, (), effort)):
+    for k, (error, numbers) in enumerate(_solved(site, weight, menu, metric, (), WARM)):
         for t, factors in enumerate(numbers):
             for f, factor in enumerate(factors):
                 floats = factor.grid.codebook.floats
@@ -144,13 +120,14 @@ def solve_menu(
     menu: Sequence[Terms],
     metric: Metric,
     held: Sequence[Numbers] = (),
-    effort: Effort = FULL,
+    steps: int = WARM,
 ) -> list[Numbers]:
     """Numbers of all entries of a menu.
 
-    held: the current numbers of the entries, for solvers that can go on from there.
+    held: the current numbers of the entries, for solvers that can go on from there; steps: how
+    often these may evaluate the error.
     """
-    return [numbers for _, numbers in _solved(site, weight, menu, metric, held, effort)]
+    return [numbers for _, numbers in _solved(site, weight, menu, metric, held, steps)]
 
 
 def _solved(
@@ -159,7 +136,7 @@ def _solved(
     menu: Sequence[Terms],
     metric: Metric,
     held: Sequence[Numbers],
-    effort: Effort,
+    steps: int,
 ) -> list[tuple[Tensor, Numbers]]:
     """Alternate over the terms of all entries in step, so that rows are rounded in one pass.
 
@@ -185,12 +162,11 @@ def _solved(
                 (
                     menu[k][place],
                     _left(site, weight, menu[k], states[k], place),
-                    # one round is enough where the target still moves
-                    effort.rounds if len(menu[k]) == 1 or turn == ALTERNATIONS - 1 else 1,
+                    ROUNDS if len(menu[k]) == 1 or turn == ALTERNATIONS - 1 else 1,
                 )
                 for k in active
             ]
-            solutions = _solve_terms(site, wanted, metric, starts, effort)
+            solutions = _solve_terms(site, wanted, metric, starts, steps)
             for k, solved in zip(active, solutions, strict=True):
                 states[k][place] = solved
                 full = [qs for qs in states[k] if qs is not None]
@@ -227,7 +203,7 @@ def _solve_terms(
     wanted: Sequence[tuple[Term, Tensor, int]],
     metric: Metric,
     starts: Starts,
-    effort: Effort,
+    steps: int,
 ) -> list[list[Quantised]]:
     """Each term for its target: dense ones with scales per row together, the others one by one.
 
@@ -237,22 +213,13 @@ def _solve_terms(
     for term, left, rounds in wanted:
         if rounded_together(term):
             dense.setdefault(rounds, []).append((term.grid, site.matrix(left)))
-    rounded = {
-        rounds: iter(round_rows_of(targets, metric, replace(effort, rounds=rounds)))
-        for rounds, targets in dense.items()
-    }
+    rounded = {k: iter(round_rows_of(targets, metric, k)) for k, targets in dense.items()}
     return [
         [_quantised(next(rounded[rounds]), term.grid, site.shape)]
         if rounded_together(term)
-        else _solve_term(site, left, term, metric, starts, effort)
+        else _solve_term(site, left, term, metric, starts, steps)
         for term, left, rounds in wanted
     ]
-
-
-def solved_for_choosing(terms: Terms) -> Effort:
-    """The effort that tells enough of an entry to choose it or not."""
-    rough = all(rounded_together(t) and t.grid.bits > NARROW for t in terms if t.form.whole)
-    return ROUGH if rough and not any(t.form.evaluates for t in terms) else FULL
 
 
 def rounded_together(term: Term) -> bool:
@@ -266,7 +233,7 @@ def _by_rows(grid: Grid) -> bool:
 
 
 def round_rows_of(
-    wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, effort: Effort = FULL
+    wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds: int = ROUNDS
 ) -> list[Rows]:
     """Targets [groups, rows, n] rounded to grids with scales per row, in the metric.
 
@@ -279,7 +246,7 @@ def round_rows_of(
         rows = wanted[places[0]][1].shape[1]
         parts = [
             _rounded_rows(
-                [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric, effort
+                [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric, rounds
             )
             for k in range(0, rows, PART)
         ]
@@ -290,9 +257,7 @@ def round_rows_of(
     return [rounded[k] for k in range(len(wanted))]
 
 
-def _rounded_rows(
-    wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, effort: Effort
-) -> list[Rows]:
+def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds: int) -> list[Rows]:
     trials = [
         (k, mirror)
         for k, (g, _) in enumerate(wanted)
@@ -302,25 +267,19 @@ def _rounded_rows(
         [start(wanted[k][1], wanted[k][0], metric, mirror) for k, mirror in trials]
     )
     best: dict[int, Rows] = {}
-    results = round_rows(stacked, metric, effort.rounds, effort.sweeps).split(wanted[0][1].shape[1])
+    results = round_rows(stacked, metric, rounds).split(wanted[0][1].shape[1])
     for (k, _), rows in zip(trials, results, strict=True):
         best[k] = best[k].better(rows, metric) if k in best else rows
     return [best[k] for k in range(len(wanted))]
 
 
 def _solve_term(
-    site: Site,
-    left: Tensor,
-    term: Term,
-    metric: Metric,
-    starts: Starts,
-    effort: Effort,
+    site: Site, left: Tensor, term: Term, metric: Metric, starts: Starts, steps: int
 ) -> list[Quantised]:
     """Decompose, round all factors but the last to nearest, then refit the last to the others."""
     form, grid = term.form, term.grid
     lean = metric.lean if form.evaluates else None
-    steps = effort.warm if form in starts else effort.cold
-    aim = Aim(noise(grid), starts.get(form), steps, lean)
+    aim = Aim(noise(grid), starts.get(form), steps if form in starts else COLD, lean)
     second = None if form.verbatim else metric.second  # of which no matrix may be made
     factors = form.decompose(site, left, second, aim)
     starts[form] = factors  # for other grids with the same rank
@@ -331,14 +290,14 @@ def _solve_term(
     # A single factor is the weight itself, or some rows of it.
     if not small and last[0].numel() == site.columns:
         target = site.matrix(left) if len(last) == site.shape[0] else last.flatten(1)[None]
-        return [_rounded(target, grid, metric, tuple(last.shape), effort)]
+        return [_rounded(target, grid, metric, tuple(last.shape))]
     eye = torch.eye(last.shape[1], device=left.device)
     basis = form.contract(site, [*(q.values for q in small), eye]).flatten(1)
     seen = basis @ metric.second[0]
     inner = Metric((seen @ basis.mT)[None], damping=1e-4)
     right = (seen @ left.flatten(1).mT).double()
     ideal = torch.linalg.solve(inner.second[0].double(), right).mT.float()
-    return [*small, _rounded(ideal[None], grid, inner, last.shape, effort)]
+    return [*small, _rounded(ideal[None], grid, inner, last.shape)]
 
 
 def noise(grid: Grid) -> float:
@@ -352,12 +311,10 @@ def noise(grid: Grid) -> float:
     return 2.0 / grid.levels**2 + 3e-3
 
 
-def _rounded(
-    target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...], effort: Effort
-) -> Quantised:
+def _rounded(target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...]) -> Quantised:
     """A target [groups, rows, n] rounded in its metric, as a tensor of the given shape."""
     if _by_rows(grid):
-        return _quantised(round_rows_of([(grid, target)], metric, effort)[0], grid, shape)
+        return _quantised(round_rows_of([(grid, target)], metric)[0], grid, shape)
     if grid.codebook.uniform is None or not grid.scales.single:
         weight = metric.diagonal[:, None].expand_as(target).reshape(shape)
         plain = grid.codebook.uniform is not None

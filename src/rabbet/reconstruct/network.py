@@ -1,7 +1,6 @@
 """A whole network on the grids of a plan, without any training."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from rabbet.jobs import Job, Tensors
 from rabbet.layers import Site
 from rabbet.model.build import build
 from rabbet.model.compressed import Numbers
-from rabbet.reconstruct.candidates import FULL, Effort, Terms, read_numbers, solve_site
+from rabbet.reconstruct.candidates import Terms, read_numbers, solve_site
 from rabbet.reconstruct.sequential import correct_in_order
 from rabbet.workpiece import Workpiece
 
@@ -19,7 +18,6 @@ from rabbet.workpiece import Workpiece
 # it (benchmarks/scaling.py).
 SMALL, PACE = 0.05, 1e-9
 FORETOLD = 0.1  # as long as solving takes foretelling, about
-ROUGHLY = 0.25  # and solving roughly
 
 
 def solved(piece: Workpiece, plan: Plan) -> tuple[nn.Module, str]:
@@ -49,35 +47,24 @@ Menus = Sequence[tuple[str, tuple[Terms, ...]]]
 """Names of layers, and what may become of each; a layer may come more than once."""
 
 
-def solve_menus(
-    piece: Workpiece, stage: str, menus: Menus, efforts: Sequence[Effort] = ()
-) -> list[Tensors]:
-    """Every entry of the menus solved, one job for each menu; efforts: of each, all if empty."""
-    rough = [{"effort": effort} if effort != FULL else {} for effort in efforts]
-    return on_menus(solve_site, piece, stage, menus, settings=rough or None)
+def solve_menus(piece: Workpiece, stage: str, menus: Menus) -> list[Tensors]:
+    """Every entry of the menus solved, one job for each menu."""
+    return on_menus(solve_site, piece, stage, menus)
 
 
 def on_menus(
-    job: Callable[..., Tensors],
-    piece: Workpiece,
-    stage: str,
-    menus: Menus,
-    share: float = 1.0,
-    settings: Sequence[Mapping[str, Any]] | None = None,
+    job: Callable[..., Tensors], piece: Workpiece, stage: str, menus: Menus, share: float = 1.0
 ) -> list[Tensors]:
     """What a job (`solve_site` or `predict_site`) makes of each menu of a layer.
 
-    share: of the time that solving takes, which it may take. settings: more for each job.
+    share: of the time that solving takes, which it may take.
     """
-    sites, settings = piece.survey, settings or [{}] * len(menus)
+    sites = piece.survey
     jobs: list[Job] = [
-        (job, piece.problem(sites[name]), {"site": sites[name], "menu": menu, **more})
-        for (name, menu), more in zip(menus, settings, strict=True)
+        (job, piece.problem(sites[name]), {"site": sites[name], "menu": menu})
+        for name, menu in menus
     ]
-    seconds = [
-        share * (ROUGHLY if more else 1.0) * expected_seconds(sites[name], len(menu))
-        for (name, menu), more in zip(menus, settings, strict=True)
-    ]
+    seconds = [share * expected_seconds(piece.survey[name], len(menu)) for name, menu in menus]
     return piece.jobs.run(stage, jobs, seconds)
 
 

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from rabbet.grids.grid import stored
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, Factor, compressed_layers, layers_kept
 from rabbet.model.hooks import Hook, hooked
-from rabbet.reconstruct.candidates import DAMPING, FULL, solve_menu
+from rabbet.reconstruct.candidates import DAMPING, solve_menu
 from rabbet.solve.metric import LEAST, Metric
 from rabbet.workpiece import UNABLE, Workpiece
 
@@ -43,7 +43,7 @@ WINDOW = 2**27  # floats that the float network's inputs of layers in one window
 AT_ONCE = 2**25  # floats of the largest input of a layer: several of its size are held at once
 WINDOWS = 4  # in which layers are solved, each in a pass of its own over both networks
 PATCHES = 2**23  # entries of the patches of one layer
-AGAIN = replace(FULL, warm=40)  # for a factorised layer, which begins at its factors
+STEPS = 40  # evaluations of the error of a factorised layer, which begins at its factors
 RIDGES = (DAMPING, 0.1, 1.0, 10.0)  # shares of the mean diagonal
 ROWS = 256  # of each group, that a ridge is chosen by
 HELD = 0.125  # share of the examples that are held back to judge
@@ -221,7 +221,7 @@ def _solver(
             aim = (target + step).reshape(site.shape)
             held = [[f.numbers for f in factors] for factors in layer.factors]
             metric = Metric(second, DAMPING)
-            numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], AGAIN)[0]
+            numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], STEPS)[0]
             for factors, solved in zip(layer.factors, numbers, strict=True):
                 for factor, q in zip(factors, solved, strict=True):
                     factor.take(q)

@@ -194,8 +194,8 @@ class Measured(Chooser):
             for row in self.allocator.table
         ]
 
-    def _learn(self, options: Sequence[tuple[Layer, int]], in_full: bool = True) -> bool:
-        del options, in_full
+    def _learn(self, options: Sequence[tuple[Layer, int]]) -> bool:
+        del options
         return False
 
 
