@@ -13,10 +13,11 @@ from torch import nn
 
 from rabbet._api import Result, finished
 from rabbet._bench import Data, in_turn, landed, opened
+from rabbet._points import Point, Within
 from rabbet.choose.axis import budgets_along, ends_of, joined, limit_of, tighter_only
 from rabbet.choose.measured import interpolated, next_try
 from rabbet.choose.search import Chooser
-from rabbet.core.budget import MEASURED, METRICS, Budget, Limit
+from rabbet.core.budget import MEASURED, METRICS, Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
@@ -43,51 +44,6 @@ SHOWN = 16  # points that a printed frontier has
 
 Measure = Callable[[nn.Module], float]
 """How good a network is; larger is better unless it says otherwise (`rabbet.data.measure`)."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A budget, and what it buys.
-
-    limit: on the axis. harm: the expected error of the outputs, relative and squared, as the
-    program adds it up from what each layer was measured to do alone. accuracy: the user's measure,
-    and the ends of its interval; None before any was measured. measured: whether it was measured at
-    this point, and not between others.
-    """
-
-    limit: Limit
-    plan: Plan
-    cost: Cost
-    harm: float
-    accuracy: tuple[float, float, float] | None = None
-    measured: bool = False
-
-
-@dataclass(frozen=True)
-class Within:
-    """The smallest of the plans that were fitted whose measured drop is within what was asked.
-
-    drop: by how much it is worse than the float network. tried: every limit that was fitted, in
-    that order, with its drop. deviation: the standard deviation of the drop with so many examples,
-    None where their number is not known. rises: whether the measure is one that rises then.
-    """
-
-    result: Result
-    point: Point
-    drop: float
-    deviation: float | None
-    tried: tuple[tuple[Limit, float], ...]
-    rises: bool = False
-
-    def __str__(self) -> str:
-        sure = (
-            "of how many examples is not known"
-            if self.deviation is None
-            else f"give or take {self.deviation:.3g} (one standard deviation)"
-        )
-        tries = ", ".join(f"{limit.text} ({drop:+.3g})" for limit, drop in self.tried)
-        change = "rise" if self.rises else "drop"
-        return f"{self.point.limit.text}: a {change} of {self.drop:.3g}, {sure}; fitted: {tries}"
 
 
 @dataclass(frozen=True)
@@ -149,6 +105,8 @@ class Frontier:
     ) -> "Frontier":
         """The frontier with a measure of every point: `count` are fitted, the others lie between.
 
+        The float network is measured, too, and is the `reference` of what is returned.
+
         measure: of a network (`Measure`); default: the task's `evaluate`. It must not be of the
         data that the network is judged on at the end. examples: how many stand behind it, if
         it is a share in per cent. Between two measured points the measure is interpolated along the
@@ -160,7 +118,9 @@ class Frontier:
         run, last = self._measure(measure, examples), len(self.points) - 1
         require_count("count", count, 2)
         places = sorted({round(k) for k in np.linspace(0, last, min(count, last + 1))})
-        whole, found = _finite(self.piece.model, run, examples), dict[int, float]()
+        whole = self._measured(None, run)
+        require_share(run, examples, whole)
+        found: dict[int, float] = {}
         for place in places:
             self.piece.jobs.progress("measuring points", len(found), len(places))
             found[place] = self._measured(self.points[place], run)
@@ -220,13 +180,13 @@ class Frontier:
         error = None if examples is None else deviation(examples, *shares)
         return Within(result, self.points[place], tried[place], error, said, rises)
 
-    def _measured(self, point: Point, run: Measure) -> float:
-        """The measure at a point; what was measured before is not fitted again."""
-        settings = {"method": self.method, "plan": str(point.plan)}
+    def _measured(self, point: Point | None, run: Measure) -> float:
+        """The measure at a point, or of the float network; nothing is fitted or measured again."""
+        settings = {"method": self.method, "plan": str(point.plan)} if point else {}
         key = self.piece.key("measured point", {}, settings, judge=run)
         kept = self.piece.jobs.kept(key)
         if kept is None:
-            value = _finite(self.fit(point).model, run)
+            value = _finite(self.fit(point).model if point else self.piece.model, run)
             kept = {"value": torch.tensor(value, dtype=torch.float64)}
             self.piece.jobs.keep(key, kept)
         return float(kept["value"])
@@ -251,8 +211,7 @@ class Frontier:
                 "axis": self.axis,
                 "quantity": self.quantity,
                 "beside": None if self.beside is None else str(self.beside),
-                "float": cost_facts(self.float_cost),
-                "reference": self.reference,
+                "float": cost_facts(self.float_cost) | {"measure": self.reference},
                 "points": [
                     {
                         "limit": point.limit.text,

@@ -10,7 +10,7 @@ from endurance import budgets, random_table
 from torch import nn
 
 from rabbet import Budget, Jobs, Joint, Task, fit
-from rabbet.choose.milp import IntegerProgram
+from rabbet.choose.milp import LARGEST, UNIT, IntegerProgram
 from rabbet.choose.program import Option, picked, require_feasible
 from rabbet.core.layout import header
 from rabbet.core.plan import LayerPlan, Plan
@@ -128,3 +128,17 @@ def test_the_price_of_the_checksum_is_in_the_bytes(tmp_path):
     size = result.save(tmp_path / "f")
     assert b'"crc32":"' in (tmp_path / "f").read_bytes()
     assert size == result.cost.bytes == (tmp_path / "f").stat().st_size
+
+
+@pytest.mark.parametrize("most", [1, 63, 64, 65, 12_345, 10**6, 10**9])
+def test_limits_reach_the_solver_small_and_exact(most):
+    program = IntegerProgram([2, 3])
+    amounts = [0, most, 0, most // 2, 1]
+    program.limit(amounts, most)
+    _, limits, ends = program._matrices()
+    scale = float(ends[0]) / most
+    assert scale.hex().startswith("0x1.0000000000000p")  # a power of two
+    assert scale >= UNIT
+    assert most * scale <= LARGEST or scale == UNIT
+    found = (limits.toarray()[0] / scale).tolist()
+    assert found == amounts

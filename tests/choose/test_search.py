@@ -22,9 +22,10 @@ from rabbet.layers.conv import Conv
 from rabbet.layers.linear import Linear
 from rabbet.methods.joint import QUALITY
 from rabbet.reconstruct import network as reconstruct
-from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
+from rabbet.reconstruct.candidates import canonical, forget_metrics, read_numbers, solve_site
 from rabbet.reconstruct.network import solve_lines, solve_menus
 from rabbet.reconstruct.prediction import predict_site
+from rabbet.solve import metric
 from rabbet.workpiece import Workpiece
 
 FAST = QUALITY["fast"]
@@ -145,6 +146,22 @@ def test_errors_are_foretold_within_a_factor(name):
         ratio = float(told["errors"][k]) / float(solved[f"{k}.error"])
         alone = len(terms) == 1 and terms[0].form == Dense()
         assert (0.7 if alone else 0.3) < ratio < (1.5 if alone else 1.8), (str(terms), ratio)
+
+
+def test_a_large_metric_foretells_alike_with_its_stand_in(monkeypatch):
+    site = SITES["a conv"]
+    n = site.columns
+    root = rand(1, n, n, seed=2) * torch.linspace(2, 0.05, n) / n**0.5
+    weight, second = rand(*site.shape, seed=3), root.mT @ root
+    menu = [terms for terms in FAST.menu(site) if terms[0].form.evaluates]
+    exact = predict_site(weight, second, site=site, menu=menu)["errors"]
+    forget_metrics()
+    monkeypatch.setattr(metric, "LARGE", 64)
+    told = predict_site(weight, second, site=site, menu=menu)["errors"]
+    forget_metrics()
+    assert not torch.equal(told, exact)
+    assert (told / exact > 0.9).all()
+    assert (told / exact < 1.5).all()  # an eighth of 144 columns is few: of 2,304 it is 1.16
 
 
 def test_the_noise_is_white_in_the_metric():

@@ -29,6 +29,7 @@ FLOORS = (
     {"report"},
     {"_bench"},
     {"_api"},
+    {"_points"},
     {"_frontier", "_stream", "_sweep"},
     {"hf", "tasks"},
     {"cli", "__init__", "demo"},

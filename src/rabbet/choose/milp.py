@@ -18,8 +18,8 @@ TOP = 1e5  # the largest score that HiGHS sees: its absolute gap of 1e-6 is then
 FINER = 100  # how much smaller the largest score must have become to ask again with finer ones
 CORE = 2  # options of each row, in the mean, that are asked about first
 WIDER = 8  # how much more excess options may have if those first ones keep no limits
-LARGEST = 64  # amount in a limit, about: options that are taken but for 1e-6 then add up to little
-UNIT = 2.0**-16  # the least that an amount of 1 becomes, well above the tolerance of 1e-6
+LARGEST = 64  # amount in a limit, or less: taken but for the tolerance of 1e-6 it is little
+UNIT = 2.0**-16  # the least that an amount of 1 becomes, well above that tolerance
 ABSOLUTE = 1e-4  # what sums of scores may be wrong by
 OPTIMAL, INFEASIBLE = 0, 2  # what scipy calls these ends
 
@@ -168,7 +168,7 @@ class IntegerProgram:
         used = np.concatenate([allowed, np.ones(len(self._more), bool)])
         costs = np.concatenate([scores, np.zeros(len(self._more))])[used]
         ends = np.concatenate([np.ones(len(scores)), self._more])[used]
-        # Rarely, HiGHS writes a line of its own to the process's standard output, which no option
+        # Repairing an answer, HiGHS writes a line to the process's standard output, which no option
         # stops. The descriptor is the process's: only the command line, which owns it, moves it.
         result = milp(
             costs,

@@ -56,7 +56,8 @@ class Chooser:
         """The plan for each budget, each line of it solved and measured.
 
         First the relaxation of the program, which answers fast, says what is worth solving; what
-        the program itself chooses then is rarely anything else. Raises what `Allocator.plan` does.
+        the program itself chooses then is rarely anything else. Some of many budgets come first.
+        Raises what `Allocator.plan` does.
         """
         some = budgets[:: -(-len(budgets) // RELAXED)]
         while self._learn(self._near(some)):

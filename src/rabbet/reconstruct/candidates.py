@@ -150,7 +150,7 @@ def _solved(
     }
     starts = {t.form: tuple(values) for t, values in known.items()}
     states: list[list[list[Quantised] | None]] = [[None] * len(terms) for terms in menu]
-    best: list[tuple[Tensor, Numbers]] = [(torch.tensor(torch.inf), [])] * len(menu)
+    best: dict[int, tuple[Tensor, Numbers]] = {}
     for turn in range(ALTERNATIONS):
         for place in range(max(map(len, menu), default=0)):
             active = [
@@ -172,8 +172,9 @@ def _solved(
                 full = [qs for qs in states[k] if qs is not None]
                 if len(full) == len(menu[k]):
                     error = _error(site, weight, menu[k], full, metric)
-                    best[k] = min(best[k], (error, full), key=lambda entry: float(entry[0]))
-    return best
+                    if k not in best or float(error) < float(best[k][0]):
+                        best[k] = error, full
+    return [best[k] for k in range(len(menu))]
 
 
 def _left(

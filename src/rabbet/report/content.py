@@ -61,6 +61,11 @@ class Frontier(Protocol):
         ...
 
     @property
+    def reference(self) -> float | None:
+        """What the float network measures, where it was asked."""
+        ...
+
+    @property
     def points(self) -> Sequence[Point]:
         """The plans."""
         ...

@@ -4,7 +4,14 @@ from rabbet.core.budget import METRICS
 from rabbet.core.plan import quoted
 from rabbet.report.content import Frontier, Report
 from rabbet.report.markup import Element, element, markup
-from rabbet.report.points import NAMES, cost_standings, measure_words, nearest, verdict
+from rabbet.report.points import (
+    NAMES,
+    cost_standings,
+    measure_words,
+    nearest,
+    reference_words,
+    verdict,
+)
 from rabbet.report.text import KEPT, Standing, layer_rows, percent, times_smaller
 
 ROWS = 12  # layers that are shown, the heaviest; plans of a frontier
@@ -67,7 +74,7 @@ def frontier_summary(frontier: Frontier) -> str:
         known = measure_words(point)
         rows.append([standing.show(standing.amount), share, f"{point.harm:.3g}", known])
     heads = [NAMES[frontier.axis], "of float32", "expected error", frontier.quantity]
-    title = f"{len(frontier.points):,} plans by {NAMES[frontier.axis]}"
+    title = f"{len(frontier.points):,} plans by {NAMES[frontier.axis]}{reference_words(frontier)}"
     return markup(
         element(
             "div", element("p", element("strong", title)), _curve(frontier), _table(heads, rows, 0)

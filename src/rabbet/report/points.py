@@ -90,6 +90,13 @@ def frontier_facts(frontier: Frontier, report: Report) -> dict[str, Any]:
     }
 
 
+def reference_words(frontier: Frontier) -> str:
+    """What the float network measures, to stand behind what is said of plans; empty if unknown."""
+    if frontier.reference is None:
+        return ""
+    return f"; {frontier.quantity} of the float network: {frontier.reference:#.4g}"
+
+
 def position(points: Sequence[Point], plan: Plan) -> int | None:
     """The number of the point that has this plan."""
     return next((k for k, point in enumerate(points) if point.plan == plan), None)

@@ -8,7 +8,7 @@ from rabbet.core.survey import Left, shapes
 from rabbet.report.content import Report
 from rabbet.report.examples import Answered, Example, Seen
 from rabbet.report.markup import Child, Element, cell, element, table
-from rabbet.report.points import NAMES, cost_standings, standing_facts
+from rabbet.report.points import NAMES, cost_standings, reference_words, standing_facts
 from rabbet.report.text import (
     KEPT,
     LayerRow,
@@ -134,6 +134,7 @@ def frontier(report: Report) -> Element | None:
     harm = "Expected error of the outputs, of every plan"
     accuracy = (
         f"{quantity.capitalize()} of every plan: measured (dots) or interpolated, with its interval"
+        f"{reference_words(report.frontier)}"
     )
     return section(
         "frontier",
