@@ -52,6 +52,7 @@ class Frontier:
     survey: Survey
     float_cost: Cost
     quantity: str = "accuracy"
+    reference: float | None = 93.5
 
 
 class Two(nn.Module):
