@@ -37,6 +37,7 @@ from rabbet.report.content import Report
 from rabbet.report.facts import cost_facts, known
 from rabbet.report.notebook import frontier_summary
 from rabbet.report.page import write_page
+from rabbet.report.points import reference_words
 from rabbet.report.text import Part, Standing, Table, plain
 from rabbet.workpiece import Workpiece
 
@@ -115,9 +116,9 @@ class Frontier:
         Raises DataError without a measure, or for examples beside one that is no share of them,
         PlanError for fewer than two points.
         """
-        run, last = self._measure(measure, examples), len(self.points) - 1
+        run, total = self._measure(measure, examples), len(self.points)
         require_count("count", count, 2)
-        places = sorted({round(k) for k in np.linspace(0, last, min(count, last + 1))})
+        places = sorted({round(k) for k in np.linspace(0, total - 1, min(count, total))})
         whole = self._measured(None, run)
         require_share(run, examples, whole)
         found: dict[int, float] = {}
@@ -131,8 +132,8 @@ class Frontier:
             replace(point, accuracy=accuracy, measured=k in found)
             for k, (point, accuracy) in enumerate(zip(self.points, told, strict=True))
         )
-        name = quantity_of(run, self.quantity)
-        return replace(self, points=points, quantity=name, reference=whole)
+        quantity = quantity_of(run, self.quantity)
+        return replace(self, points=points, quantity=quantity, reference=whole)
 
     @in_turn
     def within(
@@ -152,7 +153,8 @@ class Frontier:
         if not isinstance(drop, int | float) or not drop >= 0:
             raise PlanError(f"a drop is a number, at least 0; found {drop!r}")
         require_count("fits", fits, 1)
-        whole = _finite(self.piece.model, run, examples)
+        whole = self._measured(None, run)
+        require_share(run, examples, whole)
         rises = smaller_is_better(run)
         harms = [point.harm for point in self.points]
         amounts = [METRICS[self.axis].amount(point.cost) for point in self.points]
@@ -248,11 +250,9 @@ class Frontier:
     def parts(self) -> list[Part]:
         """The report for people."""
         beside = "" if self.beside is None else f", beside {self.beside}"
-        last = f"{len(self.points)} points along {self.axis}{beside}"
-        told = any(point.accuracy and not point.measured for point in self.points)
-        notes = ["?: not measured, but told by the measured points on both sides"] * told
-        if self.reference is not None:
-            notes.append(f"{self.quantity} of the float network: {self.reference:#.4g}")
+        last = f"{len(self.points)} points along {self.axis}{beside}{reference_words(self)}"
+        between = any(point.accuracy and not point.measured for point in self.points)
+        notes = ["?: not measured, but told by the measured points on both sides"] * between
         return [self.table, last, *notes, self.survey.counted("MACs and BOPs")]
 
     def report(self, path: str | Path) -> int:

@@ -18,8 +18,8 @@ TOP = 1e5  # the largest score that HiGHS sees: its absolute gap of 1e-6 is then
 FINER = 100  # how much smaller the largest score must have become to ask again with finer ones
 CORE = 2  # options of each row, in the mean, that are asked about first
 WIDER = 8  # how much more excess options may have if those first ones keep no limits
-LARGEST = 64  # amount in a limit, or less: taken but for the tolerance of 1e-6 it is little
-UNIT = 2.0**-16  # the least that an amount of 1 becomes, well above that tolerance
+LARGEST = 64  # amount in a limit that HiGHS sees, so that a millionth of an option is next to none
+UNIT = 2.0**-16  # the least that an amount of 1 becomes, well above the solver's tolerance of 1e-6
 ABSOLUTE = 1e-4  # what sums of scores may be wrong by
 OPTIMAL, INFEASIBLE = 0, 2  # what scipy calls these ends
 
