@@ -56,18 +56,11 @@ class Chooser:
         """The plan for each budget, each line of it solved and measured.
 
         First the relaxation of the program, which answers fast, says what is worth solving; what
-        the program itself chooses then is rarely anything else. Some of many budgets come first.
-        Raises what `Allocator.plan` does.
+        the program itself chooses then is rarely anything else. Raises what `Allocator.plan` does.
         """
         some = budgets[:: -(-len(budgets) // RELAXED)]
         while self._learn(self._near(some)):
             pass
-        if len(some) < len(budgets):
-            self._settled(some)
-        return self._settled(budgets)
-
-    def _settled(self, budgets: Sequence[Budget]) -> list[Plan]:
-        """What the program chooses once all that it chooses is solved and measured."""
         while True:
             plans = self._chosen(budgets)
             if not self._learn([pair for plan in plans for pair in self._options(plan)]):
