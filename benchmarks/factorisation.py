@@ -244,7 +244,6 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="only with and without ADMM, and Joint"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="processes that solve layers")
     add_options(parser)
     args = parser.parse_args()
     print(f"seed 0; {machine()}")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import sys
 from pathlib import Path
 
 import language
@@ -33,6 +34,18 @@ def test_every_attribute_of_rabbet_that_a_benchmark_uses_is_there(path):
         if node.value.id == "rabbet"
     }
     assert [name for name in sorted(used) if not hasattr(rabbet, name)] == []
+
+
+SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if "\ndef main()" in p.read_text())
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SCRIPTS])
+def test_every_benchmark_takes_its_options(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name).main()
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("usage:")
 
 
 NETWORKS = {
