@@ -65,6 +65,17 @@ class Metric:
         """Rows [groups, rows, n] whose squares add up to `slope H^-1 slope^T`."""
         return gather(slope, self.order, 2) @ self.factor.mT
 
+    def fed_back(self, second: Tensor) -> Tensor:
+        """The mean error, in other second moments, of a row rounded with feedback in this metric.
+
+        Column by column (GPTQ, arXiv 2210.17323), an error of variance one is made and its share
+        handed on to later columns: the row errs by `(e / diag U) U`. The result is [groups].
+        """
+        there = gather(gather(second, self.order, 2), self.order, 1)
+        sizes = self.factor.diagonal(dim1=1, dim2=2).square()
+        result: Tensor = (((self.factor @ there) * self.factor).sum(2) / sizes).sum(1)
+        return result
+
     def error(self, delta: Tensor) -> Tensor:
         """Squared error per row, [groups, rows], of a difference [groups, rows, n]."""
         result: Tensor = (self.times(delta) * delta).sum(2)

@@ -12,7 +12,11 @@ from rabbet.errors import DataError
 from rabbet.layers import Site
 from rabbet.methods.blockwise.stack import Call
 from rabbet.model.hooks import hooked
+from rabbet.reconstruct.candidates import DAMPING
 from rabbet.solve.metric import Metric
+
+FEW = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # how much correlations may shrink: see `shrunk`
+COLUMNS = 512  # of an input, by which that is judged
 
 Placed = Sequence[tuple[Site, nn.Module]]
 """Sites, each with the module that it is."""
@@ -33,13 +37,51 @@ def level(rows: Tensor) -> Tensor:
     return (2 * middle / (squares + middle)).sqrt()[None, :, None]
 
 
+def shrunk(halves: Tensor, words: Sequence[int]) -> Tensor:
+    """The mean [groups, n, n] of x x^T, correlations shrunk as far as that helps on unseen words.
+
+    halves: sums over every second batch, [2, groups, n, n]; words: in each.
+
+    A few words tell sizes well, but directions that none of them took look as if errors there were
+    free, and error feedback pushes errors into just these. Correlations err as n / words, and are
+    divided by `1 + c n / words`, with the c of which rounding in the metric of one half errs least
+    in the other.
+    """
+    whole = halves.sum(0) / sum(words)
+    if not all(words):
+        return whole  # nothing to judge by
+    n = whole.shape[2]
+    some = torch.arange(n, device=whole.device)[:: -(-n // COLUMNS)]
+    means = [h[:, some][:, :, some] / k for h, k in zip(halves, words, strict=True)]
+
+    def erred(few: float) -> float:
+        pairs = zip(means, words, means[::-1], strict=True)
+        return sum(
+            float(Metric(_less_alike(mine, few * len(some) / k), DAMPING).fed_back(other).sum())
+            for mine, k, other in pairs
+        )
+
+    return _less_alike(whole, min(FEW, key=erred) * n / sum(words))
+
+
+def _less_alike(second: Tensor, share: float) -> Tensor:
+    """Second moments with their sizes as they are and correlations divided by `1 + share`."""
+    found = second / (1 + share)
+    found.diagonal(dim1=1, dim2=2).copy_(second.diagonal(dim1=1, dim2=2))
+    return found
+
+
 class Gathering:
-    """Sums x x^T over what sites are given; an input that several sites share is summed once."""
+    """Sums x x^T over what sites are given; an input that several sites share is summed once.
+
+    totals: over every second pass, [2, groups, n, n], in floats: each sum over a pass is.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, list[int]] = {}
         self.same: dict[str, str] = {}
+        self.passes = 0
         self._last: tuple[Tensor, str] | None = None
 
     def hook(self, site: Site) -> Callable[..., None]:
@@ -59,29 +101,42 @@ class Gathering:
                 raise DataError(
                     f"the inputs of {site.name} hold NaN, infinite or far too large values"
                 )
-            self.totals[site.name] = part.double() + self.totals.get(site.name, 0.0)
-            self.rows[site.name] = self.rows.get(site.name, 0) + rows.shape[1]
+            half = self.passes % 2
+            if site.name not in self.totals:
+                self.totals[site.name] = part.new_zeros(2, *part.shape)
+                self.rows[site.name] = [0, 0]
+            self.totals[site.name][half] += part
+            self.rows[site.name][half] += rows.shape[1]
 
         return seen
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
-        """The second moments [groups, n, n] by site."""
-        made = {name: (t / self.rows[name]).float() for name, t in self.totals.items()}
+        """The second moments [groups, n, n] by site, see `shrunk`."""
+        made = {
+            name: shrunk(t, self.rows[name])
+            for name, t in self.totals.items()
+            if any(self.rows[name])
+        }
         yield from made.items()
         for name, other in self.same.items():
             if name not in made:
                 yield name, made[other]
 
-    def forget(self) -> None:
+    def done(self) -> None:
         """Let go of the last input; to be called after each pass."""
         self._last = None
+        self.passes += 1
 
     def add(self, other: "Gathering") -> None:
-        """Take in what was summed over other batches."""
+        """Take in what was summed over other batches, the next ones."""
+        turn = self.passes % 2  # of what comes next, which half is which
         for name, total in other.totals.items():
-            self.totals[name] = total + self.totals.get(name, 0.0)
-            self.rows[name] = other.rows[name] + self.rows.get(name, 0)
+            halves = total.flip(0) if turn else total
+            self.totals[name] = halves + self.totals[name] if name in self.totals else halves
+            mine, theirs = self.rows.get(name, [0, 0]), other.rows[name]
+            self.rows[name] = [mine[0] + theirs[turn], mine[1] + theirs[1 - turn]]
         self.same |= other.same
+        self.passes += other.passes
 
 
 Sites = list[tuple[Site, str]]
@@ -98,7 +153,7 @@ def gathered(
     with hooked(before=[(block.get_submodule(n), gathering.hook(s)) for s, n in sites]):
         for hidden, call in part:
             outs.append(call(block, hidden))
-            gathering.forget()
+            gathering.done()
     return outs, gathering
 
 

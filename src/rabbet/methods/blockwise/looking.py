@@ -158,7 +158,7 @@ class Look:
         with torch.no_grad(), hooked(before=before):  # what the metric of the ends is made of
             for i in range(self.scored):
                 scores = self.stack.leave(self.task, self.batches[i], self.forth[last][i])
-                gathering.forget()
+                gathering.done()
                 _require_scores(scores, self._values)
         for name, second in gathering.means():
             site = next(s for s in self.outside if s.name == name)
