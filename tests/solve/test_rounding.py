@@ -22,7 +22,15 @@ from rabbet.reconstruct.candidates import (
     solve_site,
 )
 from rabbet.solve.metric import Metric
-from rabbet.solve.rounding import Rows, descend, feedback, refit, round_rows, start
+from rabbet.solve.rounding import (
+    Rows,
+    descend,
+    feedback,
+    refit,
+    round_layouts,
+    round_rows,
+    start,
+)
 from rabbet.solve.whiten import leading
 
 GRIDS = ("1", "t", "2", "2h", "3", "4", "8")
@@ -112,6 +120,21 @@ def test_rounding_all_grids_in_one_pass_is_rounding_each_alone():
         assert torch.equal(round_rows(alone, metric).scale, stacked.scale)
 
 
+def test_rounding_layouts_together_is_rounding_each_alone():
+    metric = Metric(_second(96))
+    weight = rand(1, 24, 96, seed=1)
+    layouts = [
+        Rows.stack([start(weight, Grid.parse(text), metric) for text in grids])
+        for grids in (("3g32", "4g32"), ("3g32z",), ("tg16", "4g16"), ("8c", "2c"), ("3g64",))
+    ]
+    together = round_layouts(layouts, metric, 2)
+    for alone, rows in zip(layouts, together, strict=True):
+        single = round_rows(alone, metric, 2)
+        assert rows.size == single.size
+        assert (rows.codes == single.codes).float().mean() > 0.99  # sums in another order
+        assert torch.allclose(rows.error(metric).sum(), single.error(metric).sum(), rtol=1e-3)
+
+
 def test_without_a_metric_rounding_is_that_in_the_identity_whatever_the_number_of_rows():
     target = rand(1, 2100, 8, seed=3)  # more rows than are rounded at once
     wanted = [(Grid.parse(text), target) for text in ("tc", "2hc", "3c", "8c")]
@@ -122,6 +145,22 @@ def test_without_a_metric_rounding_is_that_in_the_identity_whatever_the_number_o
     for ours, theirs in zip(plain, general, strict=True):
         assert torch.equal(ours.codes, theirs.codes)
         assert torch.equal(ours.scale, theirs.scale)
+
+
+def test_what_feedback_errs_in_another_metric_is_foretold_from_both():
+    one, other = Metric(_second(48)), _second(48, seed=9)
+    u = one.factor[0]
+    steps = torch.randn(20000, 48, generator=torch.Generator().manual_seed(0))
+    there = other[:, one.order[0]][:, :, one.order[0]][0]
+    rows = steps / u.diagonal() @ u
+    found = ((rows @ there) * rows).sum(1).mean()
+    assert torch.isclose(one.fed_back(other)[0], found, rtol=0.03)
+    # and on a fine grid, but for what scales are fitted to, errors are such noise
+    grid = Grid.parse("8")
+    rounded = feedback(start(rand(1, 400, 48, seed=5), grid, one), one)
+    off, step = rounded.values - rounded.target, rounded.scale[0, :, 0]
+    erred = ((off @ other) * off).sum(2)[0] / (step.square() / 12)
+    assert torch.isclose(erred.mean(), one.fed_back(other)[0], rtol=0.25)
 
 
 def test_groups_do_not_see_each_other():

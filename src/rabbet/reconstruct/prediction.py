@@ -18,7 +18,7 @@ from rabbet.jobs import Tensors
 from rabbet.layers import Site
 from rabbet.reconstruct.candidates import Terms, metric_of, noise, rounded_together, solve_site
 from rabbet.solve.metric import Metric
-from rabbet.solve.rounding import Rows, round_rows, start
+from rabbet.solve.rounding import Rows, round_layouts, start
 from rabbet.solve.whiten import noise_left, spectrum
 
 TINY = 1e-30
@@ -93,18 +93,23 @@ class _Prediction:
         """
         count = self.target.shape[1]
         some = torch.linspace(0, count - 1, min(count, ROWS)).round().long()
+        trials: list[list[Grid]] = []
+        begun: list[Rows] = []
         for layout in dict.fromkeys(grid.scales for grid in grids):
             alike = [grid for grid in dict.fromkeys(grids) if grid.scales == layout]
-            trials = [(g, m) for g in alike for m in ((False, True) if g.mirrored else (False,))]
-            begun = [start(self.target[:, some], g, self.metric, m) for g, m in trials]
-            rounded = round_rows(Rows.stack(begun), self.metric, 1, 1).split(len(some))
-            best: dict[Grid, Rows] = {}
-            for (grid, _), rows in zip(trials, rounded, strict=True):
+            tried = [(g, m) for g in alike for m in ((False, True) if g.mirrored else (False,))]
+            starts = [start(self.target[:, some], g, self.metric, m) for g, m in tried]
+            trials.append([grid for grid, _ in tried])
+            begun.append(Rows.stack(starts))
+        best: dict[Grid, Rows] = {}
+        rounded = round_layouts(begun, self.metric, 1, 1) if begun else []
+        for tried_grids, together in zip(trials, rounded, strict=True):
+            for grid, rows in zip(tried_grids, together.split(len(some)), strict=True):
                 best[grid] = best[grid].better(rows, self.metric) if grid in best else rows
-            for grid, rows in best.items():
-                sizes = self._sizes(grid)
-                share = float(sizes[:, some].sum() / sizes.sum().clamp_min(TINY))
-                self.rounded[grid] = float(rows.error(self.metric).sum()) / max(share, TINY)
+        for grid, rows in best.items():
+            sizes = self._sizes(grid)
+            share = float(sizes[:, some].sum() / sizes.sum().clamp_min(TINY))
+            self.rounded[grid] = float(rows.error(self.metric).sum()) / max(share, TINY)
 
     def _sizes(self, grid: Grid) -> Tensor:
         """About the error of each row if its entries were rounded to nearest, [groups, rows]."""

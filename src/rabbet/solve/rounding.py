@@ -6,6 +6,7 @@ of rows, each with the bounds and the shift of its own grid. Matrices are [group
 grouped conv has an H per group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -251,13 +252,56 @@ def round_rows(rows: Rows, metric: Metric, rounds: int = 3, sweeps: int = 2) -> 
 
     Each row keeps its best state.
     """
-    best = _State.of(rows, metric)
+    return round_layouts([rows], metric, rounds, sweeps)[0]
+
+
+def round_layouts(
+    layouts: Sequence[Rows], metric: Metric, rounds: int, sweeps: int = 2
+) -> list[Rows]:
+    """The same for rows of several layouts at once, whose columns are rounded in step.
+
+    Of a few rows, what a column takes hardly depends on their number.
+    """
+    rows, best = list(layouts), [_State.of(each, metric) for each in layouts]
     for _ in range(rounds):
-        trial = feedback(rows, metric)
-        state = _State.of(trial, metric, best.aim)
+        trials = _apart(feedback(_together(rows), metric).codes, rows)
+        states = [
+            _State.of(trial, metric, each.aim) for trial, each in zip(trials, best, strict=True)
+        ]
         if sweeps and not metric.identity:
-            state = _descended(state, metric, sweeps)
-        best = best.better(state)
-        moved = _refitted(best, metric)
-        best, rows = best.better(moved), moved.rows
-    return best.rows
+            states = _descended_together(states, metric, sweeps)
+        best = [old.better(new) for old, new in zip(best, states, strict=True)]
+        moved = [_refitted(each, metric) for each in best]
+        best = [old.better(new) for old, new in zip(best, moved, strict=True)]
+        rows = [each.rows for each in moved]
+    return [each.rows for each in best]
+
+
+def _descended_together(states: Sequence[_State], metric: Metric, sweeps: int) -> list[_State]:
+    layouts = [state.rows for state in states]
+    pulls = torch.cat([state.pull for state in states], 1)
+    state = _descended(_State(_together(layouts), pulls, pulls), metric, sweeps)
+    counts = [rows.target.shape[1] for rows in layouts]
+    parts = zip(states, _apart(state.rows.codes, layouts), state.pull.split(counts, 1), strict=True)
+    return [replace(before, rows=rows, pull=pull) for before, rows, pull in parts]
+
+
+def _together(layouts: Sequence[Rows]) -> Rows:
+    """Rows of several layouts as those of one, with a scale for each column."""
+    if len(layouts) == 1:
+        return layouts[0]
+
+    def wide(rows: Rows) -> Rows:
+        whole = rows.target
+        scale, shift = (rows.spread(v).expand_as(whole) for v in (rows.scale, rows.shift))
+        return replace(rows, scale=scale, shift=shift, size=1)
+
+    return Rows.stack([wide(rows) for rows in layouts])
+
+
+def _apart(codes: Tensor, layouts: Sequence[Rows]) -> list[Rows]:
+    """The codes of rows that were put together, with the layouts that they have."""
+    counts = [rows.target.shape[1] for rows in layouts]
+    return [
+        replace(rows, codes=own) for rows, own in zip(layouts, codes.split(counts, 1), strict=True)
+    ]
