@@ -81,6 +81,25 @@ def test_labels_are_no_inputs_of_a_file(ending, tmp_path):
         assert session(**data[0]).shape == (6, 4)
 
 
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_length_that_all_batches_have_is_said_to_be_fixed(ending, tmp_path):
+    net = settled(Judging())
+    alike = [{"ids": ids, "scale": torch.full((len(ids), 1), 2.0)} for ids in tokens()]
+    alike = [{**batch, "ids": batch["ids"][:, :4]} for batch in alike]
+    other = [*alike, {**alike[0], "ids": alike[0]["ids"][:, :3]}]
+    said = {}
+    for data in (alike, other):
+        written = _fitted(net, data, ("table", False), ("head", True)).export(
+            tmp_path / f"a.{ending}"
+        )
+        said[len(data)] = [note for note in written.notes if "lengths" in note]
+    assert said[len(other)] == []
+    assert said[len(alike)] == [
+        "the file takes 4 numbers of ids an example, as all batches have; for one that takes any "
+        "length, give batches of different lengths"
+    ]
+
+
 def test_what_changes_an_answer_is_no_label():
     net = settled(Judging())
     for batches in ([{k: b[k] for k in ("ids", "scale")} for b in _labelled()], tokens()):

@@ -155,12 +155,26 @@ def _only_judges(task: Task, model: nn.Module, name: str, whole: Any) -> bool:
     )
 
 
-def labels_note(names: Sequence[str]) -> tuple[str, ...]:
-    """What to say of labels that are left out of a file."""
-    if not names:
-        return ()
-    verb = "is no input" if len(names) == 1 else "are no inputs"
-    return (f"{', '.join(names)} {verb} of the file: only the loss depends on it",)
+def call_notes(model: nn.Module, task: Task, labels: Sequence[str]) -> tuple[str, ...]:
+    """What to say of how a file is called: labels that are left out, lengths that are fixed."""
+    notes = []
+    if labels:
+        verb = "is no input" if len(labels) == 1 else "are no inputs"
+        notes.append(f"{', '.join(labels)} {verb} of the file: only the loss depends on it")
+    batch = example(task)
+    names, free = input_names(model, task, batch), list(axes(task, batch))
+    fixed: dict[tuple[int, ...], list[str]] = {}
+    for name, t, dynamic in zip(names, tensors(batch), free, strict=True):
+        sizes = tuple(size for d, size in enumerate(t.shape) if d not in dynamic)
+        if max(sizes, default=1) > 1 and not t.is_floating_point():  # words: a text may have more
+            fixed.setdefault(sizes, []).append(name)
+    for sizes, each in fixed.items():
+        places = " x ".join(map(str, sizes))
+        notes.append(
+            f"the file takes {places} numbers of {', '.join(each)} an example, as all batches "
+            "have; for one that takes any length, give batches of different lengths"
+        )
+    return tuple(notes)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ from rabbet.export.signature import (
     Flat,
     afresh,
     axes,
+    call_notes,
     example,
     exporting,
-    labels_note,
     quiet,
     reason,
     unlabelled,
@@ -47,7 +47,7 @@ def write_torch(parcel: Parcel, path: Path) -> Written:
     exported = program(unroll(parcel.model), task)
     with exporting("a torch program", parcel.model, task), quiet():
         torch.export.save(exported, content)
-    return Written(write_whole(path, [content.getvalue()]), labels_note(labels))
+    return Written(write_whole(path, [content.getvalue()]), call_notes(parcel.model, task, labels))
 
 
 def read_program(path: Path) -> torch.export.ExportedProgram:

@@ -23,7 +23,7 @@ from rabbet.export.onnx.qdq import QDQPlacement, Range
 from rabbet.export.onnx.short import shortened
 from rabbet.export.onnx.trace import trace
 from rabbet.export.onnx.weights import write_weights
-from rabbet.export.signature import exporting, labels_note, unlabelled
+from rabbet.export.signature import call_notes, exporting, unlabelled
 from rabbet.files import write_whole
 from rabbet.grids.grid import Grid
 from rabbet.model.compressed import Factor, all_layers
@@ -64,7 +64,7 @@ def write_float(model: nn.Module, task: Task, path: Path, opset: int = OPSET) ->
     require_onnx()
     task, labels = unlabelled(task, model)
     content = float_content(model, task, opset)
-    return Written(write_whole(path, [content]), labels_note(labels))
+    return Written(write_whole(path, [content]), call_notes(model, task, labels))
 
 
 def float_content(model: nn.Module, task: Task, opset: int = OPSET) -> bytes:
@@ -94,7 +94,9 @@ def _write(parcel: Parcel, path: Path, functions: bool) -> Written:
             notes = (*notes, *saturated)
         elif not functions:
             notes = (*notes, "not tried in OpenVINO, which is not installed: rabbet[openvino]")
-    return Written(write_whole(path, [content]), (*notes, *labels_note(labels)), error)
+    return Written(
+        write_whole(path, [content]), (*notes, *call_notes(parcel.model, task, labels)), error
+    )
 
 
 @dataclass(frozen=True)
