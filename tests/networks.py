@@ -442,5 +442,6 @@ def _parts(case):
 
 
 def lasting(notes):
-    """Notes but for those about this processor: its integer kernels may saturate."""
-    return tuple(note for note in notes if "integer kernels of this processor" not in note)
+    """Notes but for those about this processor, whose integer kernels may saturate, and lengths."""
+    others = ("integer kernels of this processor", "takes any length")
+    return tuple(note for note in notes if not any(other in note for other in others))
