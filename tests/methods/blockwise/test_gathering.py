@@ -91,3 +91,16 @@ def test_the_same_halves_however_the_batches_are_dealt_out():
         assert other.rows == first.rows
         assert torch.allclose(other.totals[site.name], first.totals[site.name], rtol=1e-5)
     assert first.rows[site.name] == [32, 24]
+
+
+def test_layers_that_were_sent_no_word_have_no_moments():
+    """Such as those of an expert, which share their input."""
+    layers = nn.ModuleDict({"gate": nn.Linear(WIDTH, 4), "up": nn.Linear(WIDTH, 4)})
+    task = Task([torch.randn(2, WIDTH)], forward=lambda m, x: m["gate"](x) + m["up"](x))
+    sites = list(Workpiece.of(layers, task, Jobs()).survey)
+    gathering = Gathering()
+    with hooked(before=[(layers[s.name], gathering.hook(s)) for s in sites]):
+        none = torch.zeros(0, WIDTH)
+        task.forward(layers, none)
+    gathering.done()
+    assert dict(gathering.means()) == {}

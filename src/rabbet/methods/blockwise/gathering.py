@@ -111,7 +111,7 @@ class Gathering:
         return seen
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
-        """The second moments [groups, n, n] by site, see `shrunk`."""
+        """The second moments [groups, n, n] by site, see `shrunk`; none where no word came."""
         made = {
             name: shrunk(t, self.rows[name])
             for name, t in self.totals.items()
@@ -119,7 +119,7 @@ class Gathering:
         }
         yield from made.items()
         for name, other in self.same.items():
-            if name not in made:
+            if name not in made and other in made:
                 yield name, made[other]
 
     def done(self) -> None:
