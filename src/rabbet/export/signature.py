@@ -163,15 +163,14 @@ def call_notes(model: nn.Module, task: Task, labels: Sequence[str]) -> tuple[str
         notes.append(f"{', '.join(labels)} {verb} of the file: only the loss depends on it")
     batch = example(task)
     names, free = input_names(model, task, batch), list(axes(task, batch))
-    fixed: dict[tuple[int, ...], list[str]] = {}
+    fixed: dict[int, list[str]] = {}
     for name, t, dynamic in zip(names, tensors(batch), free, strict=True):
-        sizes = tuple(size for d, size in enumerate(t.shape) if d not in dynamic)
-        if max(sizes, default=1) > 1 and not t.is_floating_point():  # words: a text may have more
-            fixed.setdefault(sizes, []).append(name)
-    for sizes, each in fixed.items():
-        places = " x ".join(map(str, sizes))
+        sizes = [size for d, size in enumerate(t.shape) if d not in dynamic]
+        if not t.is_floating_point() and len(sizes) == 1 and sizes[0] > 1:  # words, not a picture
+            fixed.setdefault(sizes[0], []).append(name)
+    for size, each in fixed.items():
         notes.append(
-            f"the file takes {places} numbers of {', '.join(each)} an example, as all batches "
+            f"the file takes {size} numbers of {', '.join(each)} an example, as all batches "
             "have; for one that takes any length, give batches of different lengths"
         )
     return tuple(notes)

@@ -167,15 +167,17 @@ def descend(rows: Rows, metric: Metric, sweeps: int = 2) -> Rows:
 
     Each step is the exact minimum over one column, so none increases the error.
     """
-    return _descended(_State.of(rows, metric), metric, sweeps).rows
+    pull = metric.times(rows.target - rows.values)
+    return replace(rows, codes=_descended(rows, pull, metric, sweeps)[0])
 
 
-def _descended(state: _State, metric: Metric, sweeps: int) -> _State:
-    rows, h = state.rows, metric.second
+def _descended(rows: Rows, pull: Tensor, metric: Metric, sweeps: int) -> tuple[Tensor, Tensor]:
+    """The codes and what is pulled then; see `_State`."""
+    h = metric.second
     low, high = rows.low[:, None], rows.high[:, None]
     scale = rows.spread(rows.scale)
     alone = scale.shape[2] == 1  # then the pull is kept in units of the scale
-    codes, pull = rows.codes.clone(), state.pull / scale if alone else state.pull.clone()
+    codes, pull = rows.codes.clone(), pull / scale if alone else pull.clone()
     for begin in [*range(0, h.shape[1], BLOCK)] * sweeps:
         mine = slice(begin, begin + BLOCK)
         inner, local, block = h[:, mine, mine], by_column(pull[:, :, mine]), codes[:, :, mine]
@@ -195,8 +197,7 @@ def _descended(state: _State, metric: Metric, sweeps: int) -> _State:
                 step.mul_(size)
         codes[:, :, mine] = block.mT
         pull -= moved.mT @ h[:, mine]
-    pull = pull * scale if alone else pull
-    return replace(state, rows=replace(rows, codes=codes), pull=pull)
+    return codes, pull * scale if alone else pull
 
 
 def refit(rows: Rows, metric: Metric) -> Rows:
@@ -264,9 +265,10 @@ def round_layouts(
     """
     rows, best = list(layouts), [_State.of(each, metric) for each in layouts]
     for _ in range(rounds):
-        trials = _apart(feedback(_together(rows), metric).codes, rows)
+        codes = _apart(feedback(_together(rows), metric).codes, rows)
         states = [
-            _State.of(trial, metric, each.aim) for trial, each in zip(trials, best, strict=True)
+            _State.of(replace(each, codes=own), metric, before.aim)
+            for each, own, before in zip(rows, codes, best, strict=True)
         ]
         if sweeps and not metric.identity:
             states = _descended_together(states, metric, sweeps)
@@ -280,10 +282,9 @@ def round_layouts(
 def _descended_together(states: Sequence[_State], metric: Metric, sweeps: int) -> list[_State]:
     layouts = [state.rows for state in states]
     pulls = torch.cat([state.pull for state in states], 1)
-    state = _descended(_State(_together(layouts), pulls, pulls), metric, sweeps)
-    counts = [rows.target.shape[1] for rows in layouts]
-    parts = zip(states, _apart(state.rows.codes, layouts), state.pull.split(counts, 1), strict=True)
-    return [replace(before, rows=rows, pull=pull) for before, rows, pull in parts]
+    found = _descended(_together(layouts), pulls, metric, sweeps)
+    parts = zip(states, *(_apart(values, layouts) for values in found), strict=True)
+    return [replace(s, rows=replace(s.rows, codes=codes), pull=pull) for s, codes, pull in parts]
 
 
 def _together(layouts: Sequence[Rows]) -> Rows:
@@ -299,9 +300,6 @@ def _together(layouts: Sequence[Rows]) -> Rows:
     return Rows.stack([wide(rows) for rows in layouts])
 
 
-def _apart(codes: Tensor, layouts: Sequence[Rows]) -> list[Rows]:
-    """The codes of rows that were put together, with the layouts that they have."""
-    counts = [rows.target.shape[1] for rows in layouts]
-    return [
-        replace(rows, codes=own) for rows, own in zip(layouts, codes.split(counts, 1), strict=True)
-    ]
+def _apart(values: Tensor, layouts: Sequence[Rows]) -> list[Tensor]:
+    """What was found of rows that were put together, [groups, rows, n], for each layout."""
+    return list(values.split([rows.target.shape[1] for rows in layouts], 1))

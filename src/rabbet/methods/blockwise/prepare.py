@@ -62,7 +62,7 @@ def foretell_harm(  # a job
     targets = (rows * scale)[:, order].split([count for _, count in grids])
     errors: list[Tensor] = []
     for (grid, _), part in zip(grids, targets, strict=True):
-        off = round_rows_of([(grid, part[None])], metric, rounds=1)[0].values[0] - part
+        off = round_rows_of([(grid, part[None])], metric)[0].values[0] - part
         # damping is a share of the inputs' size, which scales change: all are judged without
         errors.append((off @ moved[0] * off).sum(1))
     return {"harm": (torch.cat(errors) * worth).sum()}
