@@ -114,7 +114,7 @@ def compress(folder: Path, output: Path, memory: float) -> None:
     batches = [torch.randint(words, (1, LENGTH), generator=g) for _ in range(WINDOWS)]
     task = rabbet.Task(batches, forward=_scores)
     start = time.perf_counter()
-    method = rabbet.Blockwise(epochs=0, scored=SCORED)
+    method = rabbet.Blockwise(epochs=0, passes=0, scored=SCORED)
     stored = compress_pretrained(folder, BUDGET, task, output, method=method)
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps({

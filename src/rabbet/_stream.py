@@ -213,20 +213,17 @@ def _write(
     beside: Callable[[Path], None],
 ) -> tuple[Path, ...]:
     """Fit the blocks, then write the files; a block that is finished is read from where it lies."""
-    keys: dict[str, str] = {}
+    keys: dict[str, tuple[str, ...]] = {}
     rest: Tensors = {}  # what was changed of the tensors of no site: norms, which are small
     for finished in method.fitted(bench, plan):
         rest |= rest_among(finished.numbers)
-        keys |= dict.fromkeys(finished.names, finished.key)
-    last: list[tuple[str, Tensors]] = []
+        keys |= dict.fromkeys(finished.names, finished.keys)
+    last: list[tuple[tuple[str, ...], Tensors]] = []
     stack = bench.stack
 
     def layer(name: str) -> Compressed:
         if not last or last[0][0] != keys[name]:
-            found = bench.jobs.kept(keys[name])
-            if found is None:
-                raise FileError("finished work has gone while files were written; run it again")
-            last[:] = [(keys[name], found)]
+            last[:] = [(keys[name], bench.numbers(keys[name]))]
         site = bench.survey[name]
         bias = stack.read(f"{name}.bias") if site.bias else None
         return compressed(site, plan, last[0][1], bias)

@@ -147,7 +147,7 @@ def test_a_folder_that_compress_wrote_is_exported_and_says_the_same_words(
     llama().save_pretrained("in", max_shard_size="20KB")
     ids = torch.randint(3, 60, (2, 2, 9), generator=torch.Generator().manual_seed(0))
     task = rabbet.Task([{"input_ids": x} for x in ids], forward=scores)
-    method = rabbet.Blockwise(grids=("4g16", "8c"), adapters=(), epochs=0)
+    method = rabbet.Blockwise(grids=("4g16", "8c"), adapters=(), epochs=0, passes=0)
     stored = hf.compress_pretrained("in", "bpw <= 7", task, "small", method=method)
     code, out, err = run("export", "small", "--target", "genai-exact", "--output", "run", "--json")
     assert code == 0, err

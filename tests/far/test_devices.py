@@ -83,7 +83,7 @@ TRIALS = {
     "cora": (CoRa(3, ranking=Ranking(steps=2), tuning=Tuning(steps=1)), "bits <= 5"),
     "cgmq": (CGMQ(epochs=2, steps=1, finish=1), "bops <= 1%"),
     "ttqat": (TTQAT(4, epochs=1, finish=1), "bits <= 10"),
-    "blockwise": (Blockwise(("3g4", "4c", "8c"), (), epochs=1), "bits <= 5"),
+    "blockwise": (Blockwise(("3g4", "4c", "8c"), (), epochs=1, passes=1), "bits <= 5"),
 }
 OTHERS = {
     "admm from random factors": (ADMM(start="random", sweeps=1, inner=1), "bits <= 9"),

@@ -25,7 +25,9 @@ from rabbet import Blockwise, Task, hf
 from rabbet.errors import FileError, ModelError
 
 WORDS = 48
-QUICK = Blockwise(grids=("3g16", "8c"), adapters=(), epochs=0, scale=False, permute=False, scored=2)
+QUICK = Blockwise(
+    grids=("3g16", "8c"), adapters=(), epochs=0, passes=0, scale=False, permute=False, scored=2
+)
 
 
 def llama(layers=2):

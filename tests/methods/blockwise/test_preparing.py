@@ -170,7 +170,7 @@ def test_a_norm_of_few_bits_is_scaled_to_what_it_can_hold(kind, stored):
 
 def prepared_parts(model, **settings):
     """The names of what a fit changed besides codes and scales."""
-    method = Blockwise(grids=GRIDS, rank=False, epochs=0, **settings)
+    method = Blockwise(grids=GRIDS, rank=False, epochs=0, passes=0, **settings)
     bench = _bench(Workpiece.of(model, task(), Jobs()), False)
     plan = method.plan(Workpiece.of(model, task(), Jobs()), rabbet.Budget.parse("bpw <= 6"))
     return {n for each in method.fitted(bench, plan) for n in each.numbers if n.startswith(REST)}
@@ -183,7 +183,7 @@ def test_scales_are_moved_where_outliers_share_them_with_others():
     plan = Plan.parse("\n".join(lines))
     off = {}
     for scale in (False, True):
-        method = Blockwise(grids=GRIDS, rank=False, epochs=0, scale=scale, permute=False)
+        method = Blockwise(grids=GRIDS, rank=False, epochs=0, passes=0, scale=scale, permute=False)
         result = rabbet.fit(model, plan, task(), method)
         off[scale] = divergence(model, result.model)
         changed = any(
@@ -199,8 +199,8 @@ def test_scales_are_moved_where_outliers_share_them_with_others():
 def test_nothing_is_changed_where_it_does_not_help():
     assert prepared_parts(network("llama"), scale=False, permute=False) == set()
     grids = ("8c",)  # every row has a scale of its own, and inputs are alike
-    method = Blockwise(grids=grids, rank=False, epochs=0, scale=False)
-    plain = Blockwise(grids=grids, rank=False, epochs=0, scale=False, permute=False)
+    method = Blockwise(grids=grids, rank=False, epochs=0, passes=0, scale=False)
+    plain = Blockwise(grids=grids, rank=False, epochs=0, passes=0, scale=False, permute=False)
     model = network("llama")
     one, other = (rabbet.compress(model, "bpw <= 9", task(), m).model for m in (method, plain))
     assert torch.equal(scores(one), scores(other))
@@ -211,7 +211,7 @@ def test_nothing_is_changed_where_it_does_not_help():
 def test_a_folder_and_the_memory_and_a_stopped_run_give_the_same(kind, tmp_path):
     model = with_outliers(network(kind))
     model.save_pretrained(tmp_path / "float")
-    method = Blockwise(grids=GRIDS, rank=False, epochs=1)
+    method = Blockwise(grids=GRIDS, rank=False, epochs=1, passes=1)
     result = rabbet.compress(model, "bpw <= 6", task(), method)
     result.save(tmp_path / "memory.safetensors")
 

@@ -72,8 +72,8 @@ def test_a_turned_network_answers_the_same(tied, plain):
 )
 def test_what_cannot_be_turned_says_so_and_is_compressed_as_it_is(model, why):
     model = model()
-    method = Blockwise(grids=("4g16",), rank=False, epochs=0, rotate=True)
-    plain = Blockwise(grids=("4g16",), rank=False, epochs=0)
+    method = Blockwise(grids=("4g16",), rank=False, epochs=0, passes=0, rotate=True)
+    plain = Blockwise(grids=("4g16",), rank=False, epochs=0, passes=0)
     result = rabbet.compress(model, "bpw <= 7", task(), method)
     assert any(why in note for note in result.notes)
     assert torch.equal(
@@ -92,7 +92,13 @@ def test_a_turn_spreads_large_channels():
     off = {}
     for rotate in (False, True):
         method = Blockwise(
-            grids=("3g16",), rank=False, epochs=0, scale=False, permute=False, rotate=rotate
+            grids=("3g16",),
+            rank=False,
+            epochs=0,
+            passes=0,
+            scale=False,
+            permute=False,
+            rotate=rotate,
         )
         result = rabbet.compress(model, "bpw <= 7", task(), method)
         off[rotate] = divergence(model, result.model, words(8, seed=2)), result.cost.bytes
@@ -104,7 +110,7 @@ def test_a_turn_spreads_large_channels():
 def test_a_turned_folder_is_the_turned_network_in_memory(tmp_path):
     model = network()
     model.save_pretrained(tmp_path / "float", max_shard_size="60KB")
-    method = Blockwise(grids=("3g16", "4g16"), rank=False, epochs=0, rotate=True)
+    method = Blockwise(grids=("3g16", "4g16"), rank=False, epochs=0, passes=0, rotate=True)
     stored = compress_pretrained(
         tmp_path / "float", "bpw <= 6", task(), tmp_path / "out", method=method
     )

@@ -34,7 +34,9 @@ from rabbet.reconstruct.candidates import canonical, read_numbers, solve_site
 from rabbet.workpiece import Workpiece
 
 WORDS = 120
-SHORT = Blockwise(grids=("2g32z", "3g32", "4g32", "8c"), adapters=(("3g32", 0.1),), epochs=0)
+SHORT = Blockwise(
+    grids=("2g32z", "3g32", "4g32", "8c"), adapters=(("3g32", 0.1),), epochs=0, passes=0
+)
 # the tables are of words and places; the head is tied to the first in all but one
 CONFIGS = {
     "llama": LlamaConfig(vocab_size=WORDS, hidden_size=32, intermediate_size=64,
@@ -172,7 +174,7 @@ class StoppedError(Exception):
 @pytest.mark.parametrize("epochs", thinned([1, 0], keep=2))
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path, epochs):
     decoder("untied").save_pretrained(tmp_path / "in")
-    method = Blockwise(grids=SHORT.grids, adapters=SHORT.adapters, epochs=epochs)
+    method = Blockwise(grids=SHORT.grids, adapters=SHORT.adapters, epochs=epochs, passes=epochs)
 
     def run(where, stop=None):
         seen = itertools.count()
@@ -249,7 +251,7 @@ def test_tuning_brings_a_network_nearer():
     model = decoder("llama")
     found = []
     for epochs in (0, 6):
-        method = Blockwise(grids=("2g32z", "8c"), adapters=(), epochs=epochs)
+        method = Blockwise(grids=("2g32z", "8c"), adapters=(), epochs=epochs, passes=0)
         found.append(
             divergence(model, rabbet.compress(model, "bpw <= 3.5", task(24), method).model)
         )

@@ -13,6 +13,7 @@ from rabbet.core.survey import Survey
 from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
+from rabbet.errors import FileError
 from rabbet.jobs import Jobs, Tensors
 from rabbet.layers import Site
 from rabbet.methods.blockwise.looking import Look, by_block, placed
@@ -82,6 +83,19 @@ class Bench:
     def key(self, name: str, settings: Mapping[str, Any], given: Mapping[str, Tensor]) -> str:
         """The key of work on this network and its batches."""
         return self.jobs.key(name, given, {**settings, "told": self.told, "seed": self.seed})
+
+    def numbers(self, keys: Sequence[str]) -> Tensors:
+        """What the jobs keep under some keys; of numbers under several of them the last.
+
+        Raises FileError if it has gone.
+        """
+        found: Tensors = {}
+        for key in keys:
+            kept = self.jobs.kept(key)
+            if kept is None:
+                raise FileError("finished work has gone meanwhile; run it again")
+            found |= kept
+        return found
 
     def known(self, menus: Menus, scored: int) -> Known:
         """What is measured of the float network; scored: examples that gradients are taken of.

@@ -6,7 +6,7 @@ gradients reach through one block.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from rabbet.methods.blockwise.gathering import Gathering, behind, met
 from rabbet.methods.blockwise.looking import by_block, placed
 from rabbet.methods.blockwise.prepare import Choosing, Ways, prepared
 from rabbet.methods.blockwise.shelf import Shelf
-from rabbet.methods.blockwise.stack import Call
+from rabbet.methods.blockwise.stack import Call, Stack
 from rabbet.methods.blockwise.tuning import BlockCourse, Given, Pacing, tuned
 from rabbet.methods.blockwise.wiring import Wiring
 from rabbet.model.compressed import Compressed, Head, Numbers
@@ -34,19 +34,20 @@ from rabbet.spread import portions, spread
 
 @dataclass(frozen=True)
 class Finished:
-    """Some sites whose numbers are found: see `numbers_of`. key: what the jobs keep them under."""
+    """Some sites whose numbers are found: see `numbers_of`. keys: see `Bench.numbers`."""
 
-    key: str
+    keys: tuple[str, ...]
     names: tuple[str, ...]
     numbers: Tensors
 
 
 def fit_blocks(
     bench: Bench, plan: Plan, pacing: Pacing, known: Known, ways: Ways
-) -> Iterator[Finished]:
+) -> Generator[Finished, None, Shelf]:
     """The numbers of the ends, then of each block, as they are found.
 
-    What is finished is kept in the jobs. Sites without a line stay as they are.
+    What is finished is kept in the jobs. Sites without a line stay as they are. Returns the float
+    network's hidden states behind the last block.
     """
     outside, inside = by_block(bench.stack, bench.survey)
     settings = {"pacing": pacing, "plan": str(plan), "ways": ways, "known": known.key}
@@ -70,9 +71,10 @@ def fit_blocks(
             else:
                 work.run(block, now, now)
             work.go_on(block, found, ours)
-        yield Finished(key, tuple(s.name for s in sites), found)
+        yield Finished((key,), tuple(s.name for s in sites), found)
         chain = found
     bench.jobs.progress("fitting blocks", count, count)
+    return now
 
 
 def numbers_of(found: Tensors, line: LayerPlan) -> Numbers:
@@ -152,7 +154,7 @@ def _solved_ends(
     names = tuple(site.name for site in sites)
     kept = bench.jobs.kept(key)
     if kept is not None:
-        return Finished(key, names, kept)
+        return Finished((key,), names, kept)
     found: Tensors = {}
     with bench.stack.ends() as model:
         jobs: list[Job] = []
@@ -167,7 +169,7 @@ def _solved_ends(
         for site, job, result in zip(sites, jobs, results, strict=True):
             found |= _kept(site, job[1], result)
     bench.jobs.keep(key, found)
-    return Finished(key, names, found)
+    return Finished((key,), names, found)
 
 
 def _begun(bench: Bench, plan: Plan, sites: Sequence[Site], ends: Tensors) -> Shelf:
@@ -182,17 +184,33 @@ def _begun(bench: Bench, plan: Plan, sites: Sequence[Site], ends: Tensors) -> Sh
 @contextlib.contextmanager
 def swapped_ends(
     model: nn.Module, sites: Sequence[Site], plan: Plan, found: Tensors
-) -> Iterator[None]:
-    """A network whose ends are compressed, for as long as this lasts."""
+) -> Iterator[list[Compressed]]:
+    """A network whose ends are compressed, for as long as this lasts; gives the layers."""
     others: dict[str, nn.Module] = {}
+    layers: list[Compressed] = []
     for site in sites:
         layer = _standing_for(model.get_submodule(site.name), site, plan, found)
+        layers.append(layer)
         others |= dict.fromkeys(site.names, layer)
         for head in site.heads:
             bias: Any = model.get_submodule(head).bias
             others[head] = Head(layer, bias).eval()
     with swapped(model, others):
-        yield
+        yield layers
+
+
+@contextlib.contextmanager
+def swapped_block(
+    stack: Stack, block: nn.Module, sites: Sequence[Site], plan: Plan, found: Tensors
+) -> Iterator[list[Compressed]]:
+    """A block that is compressed, for as long as this lasts; gives the layers of its sites."""
+    rest = {stack.within(n): t for n, t in rest_among(found).items()}
+    layers = {
+        stack.within(s.name): _standing_for(m, s, plan, found)
+        for s, m in placed(stack, block, sites)
+    }
+    with wearing(block, rest), swapped(block, layers):
+        yield list(layers.values())
 
 
 @contextlib.contextmanager
@@ -307,8 +325,7 @@ class _Block:
 
     def go_on(self, block: nn.Module, found: Tensors, ours: Shelf) -> None:
         """Put the hidden states behind the compressed block in place of those before it."""
-        rest = {self.bench.stack.within(n): t for n, t in rest_among(found).items()}
-        with wearing(block, rest), swapped(block, self._layers(block, found)):
+        with swapped_block(self.bench.stack, block, self.sites, self.plan, found):
             self.run(block, ours, ours)
 
     def run(self, block: nn.Module, before: Shelf, after: Shelf) -> None:

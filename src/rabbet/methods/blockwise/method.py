@@ -30,6 +30,7 @@ from rabbet.methods.blockwise.fitting import Finished, errors_of, fit_blocks, nu
 from rabbet.methods.blockwise.prepare import Ways
 from rabbet.methods.blockwise.rotate import turned
 from rabbet.methods.blockwise.stack import Stack
+from rabbet.methods.blockwise.together import Pace, tuned_together
 from rabbet.methods.blockwise.tuning import Pacing
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
@@ -71,11 +72,15 @@ class Blockwise:
     """Learning rate of the codes, in steps of the grid."""
     scales: float = 2e-3
     """Learning rate of scales and biases, relative to their mean magnitude."""
+    passes: int = 2
+    """Passes over the batches in which scales and biases of all blocks are tuned; 0: not tuned."""
+    together: float = 1e-3
+    """Learning rate of scales and biases there, relative to their mean magnitude."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_least(self, 1, "scored")
-        check_least(self, 0, "epochs", "codes", "scales")
+        check_least(self, 0, "epochs", "codes", "scales", "passes", "together")
         if not self.grids:
             raise PlanError("Blockwise needs at least one grid to choose from")
         for text in (*self.grids, *self.adapter_grids, *(g for g, _ in self.adapters)):
@@ -144,7 +149,10 @@ class Blockwise:
         plan = Plan(tuple(replace(line, act=None) for line in plan if line.name in bench.survey))
         known = bench.known(self.menus(bench.survey), self.scored)
         pacing, ways = Pacing(self.epochs, self.codes, self.scales), Ways(self.scale, self.permute)
-        return fit_blocks(bench, plan, pacing, known, ways)
+        fitted = fit_blocks(bench, plan, pacing, known, ways)
+        if self.passes == 0:
+            return fitted
+        return tuned_together(bench, plan, fitted, Pace(self.passes, self.together))
 
     def menus(self, survey: Survey) -> Menus:
         """Every candidate for each site."""

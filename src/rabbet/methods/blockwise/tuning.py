@@ -16,6 +16,7 @@ from rabbet.train.tuning import round_codes, start_codes
 
 HELD = 8  # of so many batches one is held back, to judge whether tuning helps
 TINY = 1e-12
+LEAST_BIAS = 0.05  # that a bias counts for when its learning rate is set
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Given:
     calls: Sequence[Call]
     ours: Shelf
     wanted: Shelf
+
+
+def held_back(count: int) -> tuple[list[int], list[int]]:
+    """The batches that are trained on, and those that judge."""
+    held = list(range(count))[HELD - 1 :: HELD] or [count - 1]
+    return [i for i in range(count) if i not in held], held
 
 
 def tuned(course: "BlockCourse", jobs: Jobs, stage: str) -> bool:
@@ -70,9 +77,7 @@ class BlockCourse(Course):
         """Layers stand in the block already; weights: the float ones, canonical, by their names."""
         self.block, self.layers, self.weights = block, layers, weights
         self.given, self.pacing = given, pacing
-        count = len(given.calls)
-        self.held = list(range(count))[HELD - 1 :: HELD] or [count - 1]
-        self.used = [i for i in range(count) if i not in self.held]
+        self.used, self.held = held_back(len(given.calls))
         self.steps = pacing.epochs * len(self.used)
         self.groups: list[Group] = []
 
@@ -89,7 +94,7 @@ class BlockCourse(Course):
                 if not floats:
                     self._add(factor.scale, self.pacing.scales * float(factor.scale.abs().mean()))
             if layer.bias is not None:
-                size = max(float(layer.bias.abs().mean()), 0.05)
+                size = max(float(layer.bias.abs().mean()), LEAST_BIAS)
                 self._add(layer.bias, self.pacing.scales * size)
 
     def _add(self, tensor: Tensor, rate: float) -> None:
