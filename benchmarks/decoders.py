@@ -140,7 +140,8 @@ def blockwise(rank: bool, setup: Setup, budget: str) -> Found:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         setup.network.save_pretrained(folder / "network")  # type: ignore[operator]
-        method = rabbet.Blockwise(rank=rank, epochs=setup.args.epochs)
+        args = setup.args
+        method = rabbet.Blockwise(rank=rank, epochs=args.epochs, passes=args.passes)
         stored = compress_pretrained(
             folder / "network", budget, setup.task, folder / "small", method=method,
             jobs=_jobs(setup) if isinstance(setup.args.resume, str) else None,
@@ -277,6 +278,9 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=rabbet.Blockwise().epochs, help="Blockwise's passes of tuning"
     )
+    parser.add_argument(
+        "--passes", type=int, default=rabbet.Blockwise().passes, help="those of all blocks together"
+    )
     parser.add_argument("--limit", type=float, default=240, help="minutes of a package's row")
     parser.add_argument(
         "--environments", type=Path, default=Path("build/environments"), metavar="FOLDER",
@@ -302,7 +306,8 @@ def main() -> None:
     for budget in args.budgets:
         for name in args.methods:
             more = told(parser, args, "iters") if name == "AutoRound" else {}
-            more |= told(parser, args, "epochs") if name.startswith("Blockwise") else {}
+            if name.startswith("Blockwise"):
+                more |= {"epochs": args.epochs, "passes": args.passes}
             for grid in METHODS[name].grids[budget]:
                 settings = {"budget": budget, "method": name, "grid": grid, **shared, **more}
                 table.row(settings, functools.partial(row_of, setup, name, grid))
