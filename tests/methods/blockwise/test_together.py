@@ -89,10 +89,11 @@ def test_scores_come_nearer_to_the_float_networks_on_words_not_seen(kind):
 def test_what_does_not_help_on_batches_held_back_is_undone():
     model = network("llama")
     plain, wild = (
-        compress(model, BUDGET, longer(8), method).model
+        compress(model, BUDGET, longer(8), method)
         for method in (PLAIN, dataclasses.replace(PLAIN, passes=1, together=3.0))
     )
-    assert torch.equal(scores(plain), scores(wild))
+    assert torch.equal(scores(plain.model), scores(wild.model))
+    assert "tuning of all blocks together undone" in str(wild)
 
 
 def test_values_are_tuned_for_by_their_error():
@@ -112,7 +113,10 @@ def test_from_a_folder_comes_what_comes_from_memory(tmp_path):
     model, method = network("llama"), TOGETHER
     model.save_pretrained(tmp_path / "in", max_shard_size="50KB")
     result = compress(model, BUDGET, longer(8), method)
-    hf.compress_pretrained(tmp_path / "in", BUDGET, longer(8), tmp_path / "out", method=method)
+    stored = hf.compress_pretrained(
+        tmp_path / "in", BUDGET, longer(8), tmp_path / "out", method=method
+    )
+    assert "all blocks tuned together: divergence on held-back batches" in str(stored)
     assert torch.equal(scores(hf.from_pretrained(tmp_path / "out")), scores(result.model))
     plain = compress(model, BUDGET, longer(8), PLAIN)
     assert not torch.equal(scores(plain.model), scores(result.model))

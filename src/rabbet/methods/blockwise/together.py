@@ -29,6 +29,7 @@ from rabbet.train.loop import Course, Group, run
 
 STAGE = "tuning all blocks"
 CHECKPOINTS = 50  # of a run
+HELD = "held"  # among what is kept: the divergence on batches that are held back
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,17 @@ def tuned_together(
         course = Together(bench, plan, before, wanted, pace)
         found = course.tuned(f"{key}-steps") if course.used else {}
         bench.jobs.keep(key, found)
+    if HELD in found:
+        bench.notes = (*bench.notes, _said(*found[HELD].tolist()))
+    better = {name: t for name, t in found.items() if name != HELD}
     for each in before:
-        keys = (*each.keys, key) if found else each.keys
-        yield Finished(keys, each.names, {**bench.numbers(each.keys), **found})
+        keys = (*each.keys, key) if better else each.keys
+        yield Finished(keys, each.names, bench.numbers(each.keys) | better)
+
+
+def _said(before: float, after: float) -> str:
+    done = "all blocks tuned together" if after < before else "tuning of all blocks together undone"
+    return f"{done}: divergence on held-back batches {before:.3g} -> {after:.3g}"
 
 
 def _collected(fitted: Generator[Finished, None, Shelf]) -> tuple[list[Finished], Shelf]:
@@ -97,11 +106,16 @@ class Together(Course):
         self.groups: list[Group] = []
 
     def tuned(self, key: str) -> Tensors:
-        """The numbers that are better; none if the batches that are held back do not agree."""
+        """The numbers that are better; none if the batches that are held back do not agree.
+
+        With `HELD`, their divergence before and after; nothing at all if nothing can be trained.
+        """
         before = self.distance()
         for k in range(len(self.sites)):
             with self._standing(k) as (_, own):
                 self.trained |= {name: t.detach().clone() for name, t in own.items()}
+        if not self.trained:
+            return {}  # all in floats, without biases
         for name, t in self.trained.items():
             size = float(t.abs().mean())
             rate = self.pace.scales * (max(size, LEAST_BIAS) if name.endswith("/bias") else size)
@@ -110,7 +124,9 @@ class Together(Course):
         for name, t in self.trained.items():
             if not name.endswith("/bias"):
                 t.copy_(stored(t))
-        return self.trained if self.distance() < before else {}
+        after = self.distance()
+        held = {HELD: torch.tensor([before, after], dtype=torch.float64)}
+        return held | (self.trained if after < before else {})
 
     def loss(self, step: int) -> Tensor:
         """The divergence of one batch, whose gradients were taken block by block."""
