@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import test_preparing
 import torch
+from networks import thinned
 from texts import divergence, scores, task, words
 from torch.nn.functional import cosine_similarity
 
@@ -41,7 +42,7 @@ def longer(count=16):
     return dataclasses.replace(task(), batches=words(count, seed=2))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", thinned(["llama", "gpt2"]))
 def test_gradients_taken_block_by_block_are_those_of_the_whole_network(kind):
     model = network(kind)
     piece = Workpiece.of(model, task(), Jobs())
@@ -76,7 +77,7 @@ def test_gradients_taken_block_by_block_are_those_of_the_whole_network(kind):
             assert cosine_similarity(found[name].flatten(), slope.flatten(), 0) > 0.999, name
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", thinned(["llama", "gpt2", "opt"]))
 def test_scores_come_nearer_to_the_float_networks_on_words_not_seen(kind):
     model, unseen = network(kind), words(8, seed=9)
     found = [
@@ -96,6 +97,7 @@ def test_what_does_not_help_on_batches_held_back_is_undone():
     assert "tuning of all blocks together undone" in str(wild)
 
 
+@pytest.mark.slow
 def test_values_are_tuned_for_by_their_error():
     model = network("llama")
     case = Task(words(16, seed=2), forward=lambda n, b: n.model(**b)[0], outputs="values")
@@ -109,6 +111,7 @@ def test_values_are_tuned_for_by_their_error():
     assert found[1] < found[0]
 
 
+@pytest.mark.slow
 def test_from_a_folder_comes_what_comes_from_memory(tmp_path):
     model, method = network("llama"), TOGETHER
     model.save_pretrained(tmp_path / "in", max_shard_size="50KB")
