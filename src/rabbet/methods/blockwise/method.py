@@ -74,7 +74,7 @@ class Blockwise:
     """Learning rate of scales and biases, relative to their mean magnitude."""
     passes: int = 2
     """Passes over the batches in which scales and biases of all blocks are tuned; 0: not tuned."""
-    together: float = 1e-3
+    together: float = 4e-3
     """Learning rate of scales and biases there, relative to their mean magnitude."""
 
     def __post_init__(self) -> None:
