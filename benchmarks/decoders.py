@@ -21,7 +21,7 @@ flatters budgets near 4 bits, where its own grid can nearly be found again, of a
 
 Blockwise: rabbet's own method; its budget is of all bytes of the file, that many bits for each of
 the 134,515,008 weights, and the program chooses the table's grid, too. It reads the network from a
-folder, block by block.
+folder, block by block; each is tuned for `--epochs`, then all of them together for `--passes`.
 
 RTN: rounded to nearest, a scale of least squared error for each group. GPTQ: our own error feedback
 at one width, a plan written by hand and fitted by `rabbet.fit`, layers solved once more in order,

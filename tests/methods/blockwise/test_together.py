@@ -14,7 +14,7 @@ from rabbet import Blockwise, Budget, Jobs, Task, compress, hf
 from rabbet.methods.blockwise.fitting import fit_blocks
 from rabbet.methods.blockwise.method import _bench
 from rabbet.methods.blockwise.prepare import Ways
-from rabbet.methods.blockwise.together import Pace, Together, _collected
+from rabbet.methods.blockwise.together import Together, _collected
 from rabbet.methods.blockwise.tuning import Pacing
 from rabbet.model.compressed import compressed_layers
 from rabbet.workpiece import Workpiece
@@ -68,7 +68,7 @@ def test_gradients_taken_block_by_block_are_those_of_the_whole_network(kind):
     known = bench.known(method.menus(bench.survey), method.scored)
     plan = rabbet.Plan(tuple(line for line in plan if line.name in bench.survey))
     before = fit_blocks(bench, plan, Pacing(0, 0.01, 0.002), known, Ways(False, False))
-    course = Together(bench, plan, *_collected(before), Pace(1, 1e-3))
+    course = Together(bench, plan, *_collected(before), 1, 1e-3)
     divergence, found = course._felt(0)
     assert float(divergence) == pytest.approx(float(whole.detach()), rel=1e-2)
     assert found.keys() == wanted.keys()

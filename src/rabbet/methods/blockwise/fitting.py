@@ -146,6 +146,16 @@ def _standing_for(module: Any, site: Site, plan: Plan, found: Tensors) -> Compre
     return made.to(site.kind.weight(module).device)
 
 
+def _layers_of(
+    stack: Stack, block: nn.Module, sites: Sequence[Site], plan: Plan, found: Tensors
+) -> dict[str, Compressed]:
+    """The compressed layers of a block, by their names within it."""
+    return {
+        stack.within(s.name): _standing_for(module, s, plan, found)
+        for s, module in placed(stack, block, sites)
+    }
+
+
 def _solved_ends(
     bench: Bench, plan: Plan, sites: Sequence[Site], settings: Mapping[str, Any], known: Known
 ) -> Finished:
@@ -205,10 +215,7 @@ def swapped_block(
 ) -> Iterator[list[Compressed]]:
     """A block that is compressed, for as long as this lasts; gives the layers of its sites."""
     rest = {stack.within(n): t for n, t in rest_among(found).items()}
-    layers = {
-        stack.within(s.name): _standing_for(m, s, plan, found)
-        for s, m in placed(stack, block, sites)
-    }
+    layers = _layers_of(stack, block, sites, plan, found)
     with wearing(block, rest), swapped(block, layers):
         yield list(layers.values())
 
@@ -237,12 +244,6 @@ class _Block:
     calls: Sequence[Call]
     known: Known
     ways: Ways
-
-    def _layers(self, block: nn.Module, found: Tensors) -> dict[str, Compressed]:
-        return {
-            self.bench.stack.within(s.name): _standing_for(module, s, self.plan, found)
-            for s, module in placed(self.bench.stack, block, self.sites)
-        }
 
     def fitted(
         self, block: nn.Module, theirs: Shelf, ours: Shelf, pacing: Pacing
@@ -308,7 +309,7 @@ class _Block:
         self, block: nn.Module, found: Tensors, ours: Shelf, wanted: Shelf, pacing: Pacing
     ) -> Tensors:
         """The numbers tuned, if the batches that are held back agree."""
-        layers = self._layers(block, found)
+        layers = _layers_of(self.bench.stack, block, self.sites, self.plan, found)
         within = self.bench.stack.within
         places = placed(self.bench.stack, block, self.sites)
         weights = {within(s.name): s.kind.weight(module).detach() for s, module in places}

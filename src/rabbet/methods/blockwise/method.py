@@ -2,7 +2,8 @@
 
 The divergence of the network's scores that each candidate of each matrix costs is foretold from two
 passes over the blocks (`looking`), the program picks one for each under all limits at once, and the
-blocks are then fitted one after the other (`fitting`). Never more than one block is worked on.
+blocks are then fitted one after the other (`fitting`), and tuned together (`together`). Never more
+than one block is worked on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from rabbet.methods.blockwise.fitting import Finished, errors_of, fit_blocks, nu
 from rabbet.methods.blockwise.prepare import Ways
 from rabbet.methods.blockwise.rotate import turned
 from rabbet.methods.blockwise.stack import Stack
-from rabbet.methods.blockwise.together import Pace, tuned_together
+from rabbet.methods.blockwise.together import tuned_together
 from rabbet.methods.blockwise.tuning import Pacing
 from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
@@ -152,7 +153,7 @@ class Blockwise:
         fitted = fit_blocks(bench, plan, pacing, known, ways)
         if self.passes == 0:
             return fitted
-        return tuned_together(bench, plan, fitted, Pace(self.passes, self.together))
+        return tuned_together(bench, plan, fitted, self.passes, self.together)
 
     def menus(self, survey: Survey) -> Menus:
         """Every candidate for each site."""

@@ -23,43 +23,46 @@ from rabbet.methods.blockwise.bench import Bench
 from rabbet.methods.blockwise.fitting import Finished, swapped_block, swapped_ends
 from rabbet.methods.blockwise.looking import by_block
 from rabbet.methods.blockwise.shelf import MEMORY, Shelf
-from rabbet.methods.blockwise.tuning import LEAST_BIAS, held_back
+from rabbet.methods.blockwise.tuning import LEAST_BIAS, held_back, in_turn
 from rabbet.model.compressed import Compressed
 from rabbet.train.loop import Course, Group, run
 
 STAGE = "tuning all blocks"
 CHECKPOINTS = 50  # of a run
-HELD = "held"  # among what is kept: the divergence on batches that are held back
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Passes over the batches; the learning rate of scales and biases as in `Tuning`."""
-
-    passes: int
-    scales: float
+JUDGED = "judged"  # among what is kept: the divergence on held-back batches, before and after
 
 
 def tuned_together(
-    bench: Bench, plan: Plan, fitted: Generator[Finished, None, Shelf], pace: Pace
+    bench: Bench,
+    plan: Plan,
+    fitted: Generator[Finished, None, Shelf],
+    passes: int,
+    rate: float,
 ) -> Iterator[Finished]:
     """What `fit_blocks` gives, scales and biases tuned; as it was, unless held-back batches agree.
 
+    passes: over the batches. rate: of learning, relative to the mean magnitude of each tensor.
     Scales, their gradients and Adam's moments are held in memory: 16 bytes for each scale. What is
     tuned is kept in the jobs, in the middle of it, too.
     """
     before, wanted = _collected(fitted)
     last = before[-1]
-    settings = {"pace": pace, "plan": str(plan), "last": last.keys, "ends": before[0].keys}
+    settings = {
+        "passes": passes,
+        "rate": rate,
+        "plan": str(plan),
+        "last": last.keys,
+        "ends": before[0].keys,
+    }
     key = bench.key("blockwise.together", settings, {})
     found = bench.jobs.kept(key)
     if found is None:
-        course = Together(bench, plan, before, wanted, pace)
+        course = Together(bench, plan, before, wanted, passes, rate)
         found = course.tuned(f"{key}-steps") if course.used else {}
         bench.jobs.keep(key, found)
-    if HELD in found:
-        bench.notes = (*bench.notes, _said(*found[HELD].tolist()))
-    better = {name: t for name, t in found.items() if name != HELD}
+    if JUDGED in found:
+        bench.notes = (*bench.notes, _said(*found[JUDGED].tolist()))
+    better = {name: t for name, t in found.items() if name != JUDGED}
     for each in before:
         keys = (*each.keys, key) if better else each.keys
         yield Finished(keys, each.names, bench.numbers(each.keys) | better)
@@ -93,14 +96,15 @@ class Together(Course):
     plan: Plan
     fitted: Sequence[Finished]
     wanted: Shelf
-    pace: Pace
+    passes: int
+    learning_rate: float
     trained: dict[str, Tensor] = field(default_factory=dict)
 
     fused = True
 
     def __post_init__(self) -> None:
         self.used, self.held = held_back(len(self.bench.batches))
-        self.steps = self.pace.passes * len(self.used)
+        self.steps = self.passes * len(self.used)
         outside, inside = by_block(self.bench.stack, self.bench.survey)
         self.sites = [[s for s in each if self.plan.get(s.name)] for each in (outside, *inside)]
         self.groups: list[Group] = []
@@ -108,7 +112,7 @@ class Together(Course):
     def tuned(self, key: str) -> Tensors:
         """The numbers that are better; none if the batches that are held back do not agree.
 
-        With `HELD`, their divergence before and after; nothing at all if nothing can be trained.
+        With `JUDGED`, their divergence before and after; nothing at all if nothing can be trained.
         """
         before = self.distance()
         for k in range(len(self.sites)):
@@ -118,22 +122,19 @@ class Together(Course):
             return {}  # all in floats, without biases
         for name, t in self.trained.items():
             size = float(t.abs().mean())
-            rate = self.pace.scales * (max(size, LEAST_BIAS) if name.endswith("/bias") else size)
+            rate = self.learning_rate * (max(size, LEAST_BIAS) if name.endswith("/bias") else size)
             self.groups.append({"params": [t], "base": rate})
         run(self, self.bench.jobs, key, STAGE, max(1, self.steps // CHECKPOINTS))
         for name, t in self.trained.items():
             if not name.endswith("/bias"):
                 t.copy_(stored(t))
         after = self.distance()
-        held = {HELD: torch.tensor([before, after], dtype=torch.float64)}
-        return held | (self.trained if after < before else {})
+        judged = {JUDGED: torch.tensor([before, after], dtype=torch.float64)}
+        return judged | (self.trained if after < before else {})
 
     def loss(self, step: int) -> Tensor:
         """The divergence of one batch, whose gradients were taken block by block."""
-        order = torch.randperm(
-            len(self.used), generator=torch.Generator().manual_seed(step // len(self.used))
-        )
-        divergence, slopes = self._felt(self.used[int(order[step % len(self.used)])])
+        divergence, slopes = self._felt(in_turn(self.used, step))
         # zero, with these gradients
         felt = [((self.trained[n] - self.trained[n].detach()) * g).sum() for n, g in slopes.items()]
         return torch.stack(felt).sum() + divergence

@@ -46,6 +46,13 @@ def held_back(count: int) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i not in held], held
 
 
+def in_turn(batches: Sequence[int], step: int) -> int:
+    """The batch of a step: all in each pass, every time in another order."""
+    number, place = divmod(step, len(batches))
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(number))
+    return batches[int(order[place])]
+
+
 def tuned(course: "BlockCourse", jobs: Jobs, stage: str) -> bool:
     """Train a block in place; False if the batches that are held back do not agree that it helps.
 
@@ -102,10 +109,7 @@ class BlockCourse(Course):
 
     def loss(self, step: int) -> Tensor:
         """The error at each place, relative to what is wanted there."""
-        order = torch.randperm(
-            len(self.used), generator=torch.Generator().manual_seed(step // len(self.used))
-        )
-        return self._error(self.used[int(order[step % len(self.used)])])
+        return self._error(in_turn(self.used, step))
 
     def _error(self, i: int) -> Tensor:
         given = self.given
