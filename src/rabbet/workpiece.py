@@ -86,15 +86,21 @@ class Distance:
         """The mean over the parts."""
         return float(self.errors.mean())
 
-    def is_below(self, other: "Distance") -> bool:
+    def __add__(self, other: "Distance") -> "Distance":
+        """The distance on the parts of both."""
+        divergences = torch.cat([self.divergences, other.divergences])
+        return Distance(divergences, torch.cat([self.errors, other.errors]), self.declared)
+
+    def is_below(self, other: "Distance", deviations: float = 1.0) -> bool:
         """Whether this is nearer for certain: by more than the standard error of the difference.
 
         Where outputs are only told to be scores, they may be no further as values either.
+        deviations: so many times the standard error.
         """
         gains = other.divergences - self.divergences
         doubt = ALONE * other.divergence
         if len(gains) > 1:
-            doubt = float(gains.std()) / math.sqrt(len(gains))
+            doubt = deviations * float(gains.std()) / math.sqrt(len(gains))
         sure = float(gains.mean()) > doubt
         return sure and (self.declared or self.error <= other.error)
 

@@ -68,6 +68,24 @@ def test_corrections_that_harm_are_undone_and_that_is_said(monkeypatch):
     assert note in result.notes
 
 
+def test_a_quarter_of_the_judges_is_enough_where_it_leaves_no_doubt(monkeypatch):
+    piece = _piece(_network(), [rand(64, 3, 10, 10, seed=k) for k in range(4)])
+    asked, distance = [], Workpiece.distance
+
+    def counted(self, student, parts):
+        asked.append(len(parts))
+        return distance(self, student, parts)
+
+    monkeypatch.setattr(Workpiece, "distance", counted)
+    assert not solved(piece, _plan(piece, "dense@2hc"))[1]
+    assert asked == [4, 4]
+    asked.clear()
+    monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
+    _, note = solved(piece, _plan(piece, "dense@2hc"))
+    assert not note  # nothing was changed, which no judge can tell from no gain
+    assert asked == [4, 4, 12, 12]
+
+
 def test_few_examples_of_wide_layers_do_not_make_the_network_worse(monkeypatch):
     # 8 examples for 256 inputs: the step that fits them says nothing of any other.
     torch.manual_seed(0)
