@@ -32,7 +32,7 @@ from rabbet.solve.feedback import alternate
 from rabbet.solve.gram import Gram
 from rabbet.solve.kernel_train import TrainProblem, Tucker2Problem
 from rabbet.solve.metric_cp import MetricCP, joined
-from rabbet.solve.varpro import Lean, project
+from rabbet.solve.varpro import Inserted, Lean, project
 from rabbet.solve.whiten import leading, noise_left, spectrum
 
 SHAPES = [(12, 10, 9), (16, 6, 3), (10, 14)]
@@ -312,6 +312,17 @@ def test_projection_gives_the_best_last_factor_and_lowers_the_loss():
     for solution in (before, after):
         delta = solution.last @ solution.small[0] - matrix
         assert torch.allclose(delta @ second @ solution.small[0].mT, torch.zeros(8, 5), atol=0.05)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+@pytest.mark.parametrize("metric", ["plain", "full", "lean"])
+def test_the_slope_of_the_projected_loss_is_that_of_finite_differences(metric, ridge):
+    matrix, second = rand(8, 20).double(), rand(20, 20, seed=3).double()
+    second = second @ second.mT
+    metrics = {"plain": None, "full": second, "lean": Lean.of(second)}
+    problem = Inserted(khatri_rao_rows, matrix, metrics[metric], ridge)
+    start = [rand(3, n, seed=n).double().requires_grad_() for n in (5, 4)]
+    assert torch.autograd.gradcheck(lambda *small: problem.loss(small), start)
 
 
 def test_a_ridge_keeps_the_factors_small():

@@ -23,9 +23,9 @@ from rabbet.reconstruct.network import FORETOLD, on_menus, solve_menus
 from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
-HOPE = 0.5  # share of its likely harm that an option counts with until it is measured
+HOPE = 0.8  # share of its likely harm that an option counts with until it is measured
 RELAXED = 25  # budgets, of many, that the relaxation is asked about
-NEAR = 0.3  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
+NEAR = 0.1  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
 
 
 @dataclass

@@ -49,7 +49,7 @@ ROWS = 256  # of each group, that a ridge is chosen by
 HELD = 0.125  # share of the examples that are held back to judge
 JUDGES = 256  # examples that are enough to judge by
 QUARTER = 4  # one part of so many judges first
-CLEAR = 6.0  # standard errors that leave no doubt, although four parts tell them
+CLEAR = 4.0  # standard errors that leave no doubt: of 4 parts, one time in 70 by chance
 BETWEEN = 128  # examples that choose the ranges between the factors of a layer
 
 

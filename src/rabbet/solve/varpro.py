@@ -8,6 +8,7 @@ no learning rate to choose, and no mode waits for the others as in alternating l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,16 +82,16 @@ def project(
     cancel one another unprofitable. A lean metric is what the small factors are found in; A and the
     loss are those of the one that it stands for, unless it stands alone.
     """
-    problem = _Problem(basis, matrix, second, ridge)
-    small = minimised(start, lambda trial: problem(trial)[0], evaluations)
+    problem = Inserted(basis, matrix, second, ridge)
+    small = minimised(start, problem.loss, evaluations)
     if isinstance(second, Lean) and second.second is None:
-        loss, last = problem(small)
+        loss, last, _ = problem.solved(basis(small))
         return Projected(small, last, float(loss))
     second = second.second if isinstance(second, Lean) else second
     # a ridge such as rounding calls for keeps the last problem far from singular
     kind = matrix.dtype if ridge >= TOLD else torch.float64
-    exact = _Problem(basis, matrix.to(kind), None if second is None else second.to(kind), ridge)
-    loss, last = exact([s.to(kind) for s in small])
+    exact = Inserted(basis, matrix.to(kind), None if second is None else second.to(kind), ridge)
+    loss, last, _ = exact.solved(basis([s.to(kind) for s in small]))
     return Projected(small, last.to(matrix.dtype), float(loss))
 
 
@@ -125,7 +126,9 @@ def minimised(
     return tuple(s.detach().clone() for s in start)
 
 
-class _Problem:
+class Inserted:
+    """The problem that is left of the small factors once the best A is inserted."""
+
     def __init__(
         self, basis: Basis, matrix: Tensor, second: Tensor | Lean | None, ridge: float
     ) -> None:
@@ -133,27 +136,51 @@ class _Problem:
         self.aim = self._seen(matrix).mT  # H W^T [n, out]
         self.power = (matrix.mT * self.aim).sum().clamp_min(1e-30)
 
-    def __call__(self, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss, and A."""
-        rows = self.basis(small)
-        gram = self._gram(rows)
-        norm = gram.diagonal().clamp_min(1e-30).rsqrt()
-        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        gram = gram * norm * norm[:, None] + self.ridge * eye
-        right = (rows @ self.aim) * norm[:, None]
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
-        loss: Tensor = 1 - (right * solution).sum() / self.power
-        return loss, (solution * norm[:, None]).mT
+    def loss(self, small: Sequence[Tensor]) -> Tensor:
+        """The loss alone, of which gradients can be asked."""
+        result: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+            self.basis(small), self
+        )
+        return result
 
-    def _gram(self, rows: Tensor) -> Tensor:
-        """`rows @ H @ rows.mT`."""
-        if isinstance(self.second, Lean):
-            leading = rows @ self.second.leading
-            return leading @ leading.mT + (rows * self.second.rest) @ rows.mT
-        return self._seen(rows) @ rows.mT
+    def solved(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, A [out, rank], and the gradient of the loss by the rows M [rank, n].
+
+        A is the best for these rows, so what the loss gains by moving A counts for nothing
+        (Golub and Pereyra 1973): the gradient is that of `|A M - W|^2 + ridge |A|^2` by M alone,
+        where each column of A counts with the squared norm of its row.
+        """
+        seen = self._seen(rows)
+        gram = seen @ rows.mT
+        power = gram.diagonal().clamp_min(1e-30)
+        norm = power.rsqrt()[:, None]
+        eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        right = (rows @ self.aim) * norm
+        root = torch.linalg.cholesky(gram * norm * norm.mT + self.ridge * eye)
+        solution = torch.cholesky_solve(right, root)
+        loss = 1 - (right * solution).sum() / self.power
+        last = solution * norm  # A^T
+        inner = last @ last.mT
+        inner.diagonal().mul_(1 + self.ridge)
+        slope = (inner @ seen - last @ self.aim.mT) * (2 / self.power)
+        return loss, last.mT, slope
 
     def _seen(self, rows: Tensor) -> Tensor:
         """`rows @ H`."""
         if isinstance(self.second, Lean):
             return self.second.times(rows)
         return rows if self.second is None else rows @ self.second
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of a problem, whose gradient comes with it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, problem: Inserted) -> Tensor:
+        loss, _, slope = problem.solved(rows)
+        ctx.save_for_backward(slope)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.saved_tensors[0], None
