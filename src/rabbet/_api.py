@@ -263,7 +263,7 @@ def fit(  # noqa: PLR0913 (as above)
     Raises PlanError if the plan does not fit the network.
     """
     chosen, worker = _planned(plan), method_of(method, quality)
-    piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
+    piece = Workpiece.of(model, Task.of(data), Jobs.of(jobs), seed)
     return finished(piece, worker, chosen, None)
 
 

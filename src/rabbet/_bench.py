@@ -50,7 +50,7 @@ def opened(
     jobs: Jobs | None = None,
 ) -> Workpiece:
     """The network on the bench, and beside it what metrics of time or exported files need."""
-    piece = Workpiece.of(model, Task.of(data), jobs or Jobs(), seed)
+    piece = Workpiece.of(model, Task.of(data), Jobs.of(jobs), seed)
     if "latency" in metrics:
         piece.clock = Stopwatch(piece)
     for target in (metric for metric in metrics if metric in FILES):

@@ -30,7 +30,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rabbet.cluster import Placed, worker_died
-from rabbet.errors import FileError, RabbetError
+from rabbet.errors import FileError, PlanError, RabbetError
 from rabbet.files import write_whole
 from rabbet.fingerprint import Untold, fingerprint
 from rabbet.progress import duration, worded
@@ -87,8 +87,15 @@ class Jobs:
     _inputs: Placed = field(default_factory=Placed, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            raise PlanError(
+                "executor is a pool of concurrent.futures, such as ProcessPoolExecutor(4), or is "
+                f"left out; found {self.executor!r}"
+            )
         if self.folder is None:
             return
+        if not isinstance(self.folder, str | os.PathLike):
+            raise PlanError(f"folder is a path, or is left out; found {self.folder!r}")
         self.folder = Path(self.folder)  # a text will do
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +107,13 @@ class Jobs:
                 f"finished work cannot be kept in {self.folder}: "
                 "it is no folder that can be written to"
             )
+
+    @classmethod
+    def of(cls, jobs: "Jobs | None") -> "Jobs":
+        """The jobs of a call; new ones for None. Raises PlanError for what is none."""
+        if jobs is not None and not isinstance(jobs, Jobs):
+            raise PlanError(f"jobs is an object rabbet.Jobs(), or is left out; found {jobs!r}")
+        return jobs or cls()
 
     def run(self, stage: str, jobs: Sequence[Job], seconds: Sequence[float] = ()) -> list[Tensors]:
         """Results in the order of the jobs, whatever the order in which they end.
@@ -313,9 +327,16 @@ def _spread(executor: Executor, jobs: Mapping[str, Job], inputs: Placed) -> Fini
                 key, (function, tensors, settings) = waiting.popleft()
                 contents = [_packed({"": t}) for t in tensors.values()]
                 given = [inputs.given(executor, content) for content in contents]
-                future = executor.submit(
-                    _call_packed, function, settings, here, tuple(tensors), *given
-                )
+                try:
+                    future = executor.submit(
+                        _call_packed, function, settings, here, tuple(tensors), *given
+                    )
+                except RuntimeError as e:
+                    if "shutdown" not in str(e):  # a worker that died says so elsewhere
+                        raise
+                    raise RabbetError(
+                        f"the executor takes no work ({e}); give jobs one that is not shut down"
+                    ) from None
                 futures[future] = key, sum(map(len, contents))
             ended = list(wait(futures, return_when=FIRST_COMPLETED).done)
             while ended:

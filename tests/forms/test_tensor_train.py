@@ -120,6 +120,18 @@ def test_the_metric_is_followed():
     assert error(second) < error(None)
 
 
+def test_a_metric_that_is_singular_but_for_rounding_is_followed():
+    """As behind a LayerNorm, whose outputs add up to nothing."""
+    inputs = rand(4096, 16)
+    inputs = (inputs - inputs.mean(1, keepdim=True)) / inputs.std(1, keepdim=True)
+    second, matrix = inputs.T @ inputs / len(inputs), rand(32, 16, seed=1)
+    for shift in (0.0, 1e-7):  # of the diagonal, by which sums in single precision may be off
+        off = second - shift * torch.eye(16)
+        left, right = halves(matrix, ((4, 8), (4, 4)), ([16, 8, 1], [16, 4, 1]), off)
+        delta = half(left).T @ half(right) - matrix
+        assert float(((delta @ second) * delta).sum()) < 1e-3 * float((matrix**2).sum())
+
+
 @pytest.mark.parametrize("form", [TT(3), TTM(3)])
 def test_a_runtime_is_given_the_same_layer(form):
     site = Site("x", Embedding() if isinstance(form, TTM) else Linear(), (24, 12))

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -503,6 +504,23 @@ def test_what_is_not_a_plan_is_refused_by_its_type(tmp_path):
             PlanError, match=f"or its text, such as result.plan; found {type(given).__name__}"
         ):
             fit(_net(), given, [X], QUICK)
+
+
+def test_jobs_that_are_none_are_refused_by_name():
+    for given in ("work", 4):
+        with pytest.raises(PlanError, match=rf"jobs is an object rabbet\.Jobs.*found {given!r}"):
+            compress(_net(), "bits <= 4", [X], QUICK, jobs=given)
+    with pytest.raises(PlanError, match="found 4"):
+        Jobs(4)
+    with pytest.raises(PlanError, match="found 3"):
+        Jobs(folder=3)
+
+
+def test_an_executor_that_is_shut_down_is_named():
+    with ThreadPoolExecutor(1) as pool:
+        pass
+    with pytest.raises(RabbetError, match="the executor takes no work"):
+        compress(_net(), "bits <= 4", [X], QUICK, jobs=Jobs(pool))
 
 
 def test_a_folder_that_goes_away_is_named(tmp_path):

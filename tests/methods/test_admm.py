@@ -10,7 +10,7 @@ import torch
 from networks import network, rand
 from torch import nn
 
-from rabbet import ADMM, Budget, Jobs, Session, compress, fit, load, plan
+from rabbet import ADMM, Budget, Jobs, Session, compress, fit, load, plan, survey
 from rabbet.core.layout import factor_shapes
 from rabbet.data.task import Task
 from rabbet.errors import BudgetError, PlanError
@@ -121,6 +121,8 @@ def test_a_budget_is_held_and_the_model_is_not_touched():
 
 
 REFUSED = [({"rate": 0}, "rate"), ({"bits": 9}, "bits"), ({"ranks": (("no", 1),)}, "'no'"),
+           ({"ranks": (("no", 0),)}, "at least 1"), ({"slack": 0.5}, "slack is a number from 1"),
+           ({"ranks": (("no", 1), ("no", 2))}, "more than one rank"),
            ({"form": "tucker", "start": "epc"}, "start='epc' is for CP; tucker begins with 'als'"),
            ({"form": "tt", "start": "epc"}, "start='epc' is for CP; tt begins with 'als'"),
            ({"bits": ()}, "several to choose from"), ({"bits": (4, 9)}, "bits"),
@@ -131,6 +133,13 @@ REFUSED = [({"rate": 0}, "rate"), ({"bits": 9}, "bits"), ({"ranks": (("no", 1),)
 def test_impossible_settings_are_refused(given, words):
     with pytest.raises(PlanError, match=words):
         _run(ADMM(**given))
+
+
+def test_a_rank_of_a_layer_that_is_not_factorised_is_refused():
+    case = network("residual")
+    first = survey(case.model, case.batches).sites[0].name
+    with pytest.raises(PlanError, match="not factorised as cp: the first layer"):
+        _run(ADMM(ranks=((first, 2),), **SHORT))
 
 
 @pytest.mark.parametrize("terms", ["dense@3c + lowrank[1]@8c", "dense[0-2]@4c", "tt[2]@4"])

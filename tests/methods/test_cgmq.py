@@ -666,6 +666,17 @@ def test_what_gates_do_is_what_decides():
     assert (still.shares[:-1] > 1).all()
     assert len(still.shares) == 13
     assert float(still.shares[-1]) <= 1
+    assert still.landed
+
+
+def test_a_result_says_whether_gates_met_the_budget_or_were_landed():
+    torch.manual_seed(0)
+    model, data = Branches().eval(), [rand(32, 16, seed=k) for k in range(4)]
+    task = Task(data, loss=lambda out, x: (out[0] - x.sum(1, keepdim=True)).square().mean())
+    for gates, said in ((0.0, True), (2.0, False)):
+        method = CGMQ.paper(finish=0, steps=10, batch=32, gates=gates)
+        notes = compress(model, "bops <= 2.5%", task, method).notes
+        assert any("no epoch with gates ended under the budget" in n for n in notes) == said
 
 
 def test_the_papers_settings_take_changes_and_no_others():

@@ -146,7 +146,7 @@ def test_the_history_is_drawn(tmp_path):
         ({"sweeps": -1}, "sweeps is a whole number, at least 0"),
         ({"inner": 1.5}, "inner is a whole number, at least 0"),
         ({"seed": 1.5}, "seed is a whole number"),
-        ({"slack": float("nan")}, "slack is a number above 0"),
+        ({"slack": float("nan")}, "slack is a number from 1"),
     ],
     ids=str,
 )

@@ -24,8 +24,9 @@ from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
 HOPE = 0.8  # share of its likely harm that an option counts with until it is measured
+GUESS = 0.25  # the same while nothing like it was measured in its layer
 RELAXED = 25  # budgets, of many, that the relaxation is asked about
-NEAR = 0.1  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
+NEAR = 0.3  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
 
 
 @dataclass
@@ -141,19 +142,27 @@ class Layer:
     harms: dict[int, float] = field(default_factory=dict)
 
     def scores(self) -> list[float]:
-        """The harm of each option, measured or the least that may be hoped for.
+        """The harm of each option, measured, or a share of what is likely.
 
         A unit of error does what it did in the option that is most like this one, or what noise
-        does, whichever is less: either may be more by chance.
+        does, whichever is less: either may be more by chance. Forms of which nothing was measured
+        are often foretold several times too high, so they count less than those of which something
+        was.
         """
         errors = [
             self.solved.get(k, told * self._like(k, self.solved, self.foretold, 1.0))
             for k, told in enumerate(self.foretold)
         ]
+        met = {self._kind(k) for k in self.harms}
         return [
-            self.harms.get(k, HOPE * error * self._least_ratio(k, errors))
+            self.harms.get(
+                k, (HOPE if self._kind(k) in met else GUESS) * error * self._least_ratio(k, errors)
+            )
             for k, error in enumerate(errors)
         ]
+
+    def _kind(self, k: int) -> tuple[str, ...]:
+        return tuple(term.form.name for term in self.lines[k])
 
     def _least_ratio(self, k: int, errors: Sequence[float]) -> float:
         like = self._like(k, self.harms, errors, self.ratio)
@@ -166,8 +175,7 @@ class Layer:
 
         It is of the same forms, and of the nearest size.
         """
-        kind = [t.form.name for t in self.lines[k]]
-        alike = [j for j in known if [t.form.name for t in self.lines[j]] == kind and rough[j] > 0]
+        alike = [j for j in known if self._kind(j) == self._kind(k) and rough[j] > 0]
         if not alike or rough[k] <= 0:
             return without
         near = min(alike, key=lambda j: abs(math.log(rough[j] / rough[k])))

@@ -1,7 +1,7 @@
 """How the text in an option is read: a budget, a method with its settings, a file with a plan."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rabbet.core.budget import METRICS, Budget
 from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.files import write_whole
-from rabbet.methods import METHODS, Method, method_of
+from rabbet.methods import CGMQ, METHODS, Method, method_of
 from rabbet.methods.base import changed
 
 
@@ -115,12 +115,13 @@ def worker_of(text: str | None, quality: str = "default") -> Method:
 
 def _method(text: str) -> Method:
     name, *settings = text.split() or [""]
-    if name not in METHODS:
+    presets: dict[str, Callable[[], Any]] = {**METHODS, "cgmq.paper": CGMQ.paper}
+    if name not in presets:
         raise typer.BadParameter(
-            f"{name!r} is not one of {', '.join(METHODS)}", param_hint="--method"
+            f"{name!r} is not one of {', '.join(presets)}", param_hint="--method"
         )
     try:
-        method: Any = METHODS[name]()
+        method = presets[name]()
         for setting in settings:
             key, _, value = setting.partition("=")
             method = changed(method, key, literal(value))

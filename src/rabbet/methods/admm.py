@@ -33,7 +33,13 @@ from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.solve.als import Problem
-from rabbet.solve.factorise import FormName, first_factors, onto_grids, usual_start
+from rabbet.solve.factorise import (
+    FormName,
+    first_factors,
+    onto_grids,
+    require_slack,
+    usual_start,
+)
 from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
@@ -97,6 +103,12 @@ class ADMM:
             raise PlanError(
                 f"a rate divides the parameters of a layer and must be positive; found {self.rate}"
             )
+        require_slack(self.slack)
+        for name, rank in self.ranks:
+            if rank < 1:
+                raise PlanError(f"a rank is at least 1; ranks give {name!r} {rank}")
+            if [each for each, _ in self.ranks].count(name) > 1:
+                raise PlanError(f"ranks give {name!r} more than one rank")
         if self.form != "cp" and self.start == "epc":
             raise PlanError(
                 f"start='epc' is for CP; {self.form} begins with 'als' (the usual), 'svd' or "
@@ -114,11 +126,15 @@ class ADMM:
         Of several the program chooses those whose rounding changes the network's output least,
         each kernel solved at every width. Raises BudgetError if the budget cannot be kept.
         """
-        known = {s.name for s in piece.survey}
         for name, _ in self.ranks:
-            if name not in known:
+            if not any(s.name == name for s in piece.survey):
                 raise PlanError(
                     f"ranks name {name!r}, which is not a layer that can be compressed here"
+                )
+            if not self._full_rank(piece.survey[name], piece.survey.sites[0].name == name):
+                raise PlanError(
+                    f"ranks name {name!r}, which is not factorised as {self.form}: the first layer "
+                    f"is rounded, and so is what {self.form} does not fit; leave it out"
                 )
         rows = [
             [self._line(site, bits, first=k == 0) for bits in self.widths]
@@ -192,11 +208,14 @@ class ADMM:
             calibrate_ranges(student, piece.task, piece.seed)
         return Fitted(student, tuple(_notes(solutions)))
 
+    def _full_rank(self, site: Site, first: bool) -> int:
+        """The largest rank of a layer; 0 for one that is not factorised."""
+        return 0 if first else KERNELS[self.form](1).full_rank(site)
+
     def _line(self, site: Site, bits: int, first: bool) -> LayerPlan:
         """The line of the plan for a layer; first: whether it is the first layer."""
         act = self.act if site.multiplies else None
-        form = KERNELS[self.form]
-        full = 0 if first else form(1).full_rank(site)
+        form, full = KERNELS[self.form], self._full_rank(site, first)
         if not full:
             return LayerPlan(site.name, (Term(Dense(), Grid.of(self.rest, axis=0)),), act)
         grid = Grid.of(bits, axis=0)
@@ -229,7 +248,8 @@ def _notes(solutions: Mapping[str, Tensors]) -> Iterator[str]:
     begun = sum(float(solution["begun"]) for solution in solutions.values()) / len(errors)
     settled = sum(bool(solution["settled"]) for solution in solutions.values())
     yield (
-        f"{len(errors)} kernels factorised, mean relative error {mean:.3f}, {begun:.3f} in float; "
+        f"{len(errors)} kernels factorised, mean relative error {mean:.3f}, that of the "
+        f"float factors before rounding {begun:.3f}; "
         f"of {settled} the error had settled before the last sweep"
     )
     lost = {name: error for name, error in errors.items() if error >= LOST}

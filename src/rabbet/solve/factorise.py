@@ -44,7 +44,7 @@ class Factorisation:
     to go on. seconds: of the whole call.
     """
 
-    factors: Factors
+    factors: Factors = field(repr=False)
     numbers: tuple[Quantised, ...] = field(repr=False)
     error: float
     start_error: float
@@ -88,7 +88,7 @@ class Factorisation:
 def factorise(  # noqa: PLR0913 (those behind the star are options, given by name)
     weight: Tensor,
     rank: int,
-    grid: str = "4",
+    grid: str | int = "4",
     *,
     form: FormName = "cp",
     solver: Solver = "admm",
@@ -100,6 +100,8 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     seed: int = 0,
 ) -> Factorisation:
     """Factors of a kernel [out, in, *k] at a rank, each on a grid.
+
+    grid: as a plan writes it, or bits alone.
 
     form: CP, Tucker-2, or a tensor train over inputs, each axis of the kernel, and outputs, no bond
     of which is larger than the rank. start: float factors: drawn at random, from singular vectors
@@ -119,7 +121,7 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     if slack is None and metric is not None:
         raise PlanError("the best slack has a closed form only without a metric; name one")
     metric = None if metric is None else metric.detach()
-    problem, kind = problem_of(weight.detach().float(), form), Grid.parse(grid)
+    problem, kind = problem_of(weight.detach().float(), form), Grid.parse(str(grid))
     if not 1 <= rank <= problem.full_rank:
         raise PlanError(
             f"rank {rank} is none that {form} of this kernel has: 1 to {problem.full_rank}"
@@ -144,11 +146,20 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
     )
 
 
+def require_slack(slack: float | None) -> None:
+    """Raise PlanError for a bound of EPC below the error of least squares, which none can keep."""
+    known = isinstance(slack, int | float) and 1 <= slack < math.inf
+    if slack is not None and not known:
+        raise PlanError(
+            "slack is a number from 1, where the bound is the error of least squares; "
+            f"found {slack!r}"
+        )
+
+
 def _check_numbers(rank: int, sweeps: int, inner: int, seed: int, slack: float | None) -> None:
     for name, value in (("rank", rank), ("sweeps", sweeps), ("inner", inner), ("seed", seed)):
         require_count(name, value, 0)
-    if slack is not None and not 0 < slack < math.inf:
-        raise PlanError(f"slack is a number above 0; found {slack!r}")
+    require_slack(slack)
 
 
 def _check(weight: Tensor, ways: tuple[str, str, str | None], metric: Tensor | None) -> None:

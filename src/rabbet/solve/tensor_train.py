@@ -15,6 +15,8 @@ from torch import Tensor
 from rabbet.solve.varpro import minimised
 from rabbet.solve.whiten import principal
 
+RIDGES = (1e-9, 1e-7, 1e-5, 1e-3)  # shares of a diagonal's mean; the least that does is taken
+
 
 def bonds(sizes: Sequence[int], rank: int, most: int | None) -> list[int]:
     """Bonds of a half, from the middle (the rank) outwards (1).
@@ -75,16 +77,30 @@ def halves(
     rows = half(right)
     seen = rows if metric is None else rows @ metric
     gram = seen @ rows.mT
-    eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
-    gram = gram + 1e-9 * gram.diagonal().mean().clamp_min(1e-30) * eye
     # gram = C C^T: an error E of the left half weighs |C^T E|.
-    root = torch.linalg.cholesky(gram)
+    root = _root(gram)
     # C^T times the solution, [r, m].
     best = torch.linalg.solve_triangular(root, seen @ exact.mT, upper=False)
     left = tt_svd(best, sizes[0], ranks[0])
     inner = torch.linalg.solve_triangular(root.mT, left[0].flatten(1), upper=True)
     left[0] = inner.view_as(left[0])
     return [c.to(matrix.dtype) for c in left], [c.to(matrix.dtype) for c in right]
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a Gram matrix with as little added to its diagonal as that takes.
+
+    It may be singular: inputs behind a LayerNorm add up to nothing, and second moments that were
+    summed in single precision may then be a little less than nothing.
+    """
+    share = gram.diagonal().mean().clamp_min(1e-30)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for least in RIDGES:
+        root, failed = torch.linalg.cholesky_ex(gram + least * share * eye)
+        if not failed:
+            break
+    result: Tensor = root
+    return result
 
 
 def refine(

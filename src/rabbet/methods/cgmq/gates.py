@@ -31,7 +31,8 @@ class Gating:
 
     names: of the tensors, weights first. gates, widths: [epochs, tensors], widths in bits. shares:
     [epochs], of the tightest limit of the budget that was used. losses: [epochs], on held-back
-    examples.
+    examples. landed: no epoch with gates ended under the budget, so that the last state
+    was brought there, which comes once more at the end.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class Gating:
     widths: Tensor
     shares: Tensor
     losses: Tensor
+    landed: bool
 
     @property
     def histories(self) -> tuple[History, ...]:

@@ -39,6 +39,8 @@ from rabbet.reconstruct.network import solved
 from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
+LANDED = "landed"  # beside the weights that a search found: the share of the budget before that
+
 
 @dataclass(frozen=True)
 class CGMQ(Settings):
@@ -48,10 +50,10 @@ class CGMQ(Settings):
     def paper(cls, **changes: Any) -> Self:
         """The paper's own dynamic, and what changes in it.
 
-        All gates start at 32 bits and move for 6 of 12 epochs: down while the budget is not met, up
-        while it is, at the speed of direction 1 and nothing else; widths are 2, 4, 8, 16 and 32
-        bits on one scale for each tensor, and 6 epochs of training follow. Raises PlanError for
-        settings that there are not, or that do not go together.
+        All gates start at 32 bits and move in 6 of 12 epochs (`epochs=6` pairs of them): down while
+        the budget is not met, up while it is, at the speed of direction 1 and nothing else; widths
+        are 2, 4, 8, 16 and 32 bits on one scale for each tensor, and 6 epochs of training follow.
+        Raises PlanError for settings that there are not, or that do not go together.
         """
         settings: dict[str, Any] = {
             "start": "widest", "epochs": 6, "finish": 6, "direction": 1, "fourfold": False,
@@ -93,6 +95,8 @@ class CGMQ(Settings):
         piece.histories += gating.histories
         if self.epochs:
             found = course.weights() | course.entries()
+            if gating.landed:
+                found[LANDED] = gating.shares[-2]
             piece.jobs.keep(cache_key(piece, self, gating.plan.compact), found)
         return gating
 
@@ -123,14 +127,21 @@ class CGMQ(Settings):
                 distance = course.held_back_loss(PROBE, labels=False)
                 course.learning_rate = NEAR * math.sqrt(max(0.0, distance))
         before, after = course.train_fixed(piece)
-        note = (
-            f"trained {course.summary} at these widths: held-back loss {before:.4g} -> {after:.4g}"
+        notes: tuple[str, ...] = (
+            f"trained {course.summary} at these widths: held-back loss {before:.4g} -> {after:.4g}",
         )
+        if kept is not None and LANDED in kept:
+            times = float(kept[LANDED])
+            landed = (
+                f"no epoch with gates ended under the budget, the last at {times:.3g} times of it: "
+                "what harms least was lowered until it held (landed)"
+            )
+            notes = (landed, *notes)
         if not each:
-            return Fitted(course.network(piece, plan), (note,))
+            return Fitted(course.network(piece, plan), notes)
         own = counted(piece, plan, each)
-        said = (note, told(own, piece.cost(plan), piece.float_cost, each))
-        return Fitted(course.network(piece, plan), said, own if self.counts == "gates" else None)
+        notes = (*notes, told(own, piece.cost(plan), piece.float_cost, each))
+        return Fitted(course.network(piece, plan), notes, own if self.counts == "gates" else None)
 
     def _line(self, position: int, site: Site) -> LayerPlan:
         """The line of a layer at the widest that a file holds, with which its gates start."""

@@ -81,6 +81,7 @@ class MovingGates(FixedWidths):
             "cgmq gates", self.weights(), {"method": self.method, "budget": str(self.budget)}
         )
         run(self, piece.jobs, key, "training with gates", self.epoch)
+        landed = bool(self.history) and not self.best.kept
         if not self.best.kept:  # no epoch ran, or none ended under the budget
             self.land()
             self.remember()
@@ -95,6 +96,7 @@ class MovingGates(FixedWidths):
             widths=history[:, count:-2],
             shares=history[:, -2],
             losses=history[:, -1],
+            landed=landed,
         )
 
     @property
