@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import network, thinned
+from torch import nn
 
-from rabbet import Budget, CoRa, Jobs, Task, compress, load, plan
+from rabbet import Budget, CoRa, Jobs, Task, compress, fit, load, plan
 from rabbet.errors import BudgetError, DataError, FileError, PlanError
 from rabbet.methods.cora.search import Ranking, Residual, butterworth, search_ranks
 from rabbet.model.compressed import compressed_layers
@@ -258,3 +259,14 @@ def test_a_network_without_a_place_for_adapters_says_so():
     model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=8)).eval()
     with pytest.raises(PlanError, match="no layer of this network can have an adapter"):
         plan(model, "bits <= 8", [torch.randn(6, 8, 6, 6)], SHORT)
+
+
+@pytest.mark.parametrize("base", ["feedback", "clipped"])
+def test_adapters_that_cost_more_than_they_spare_are_said(base):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8)), [torch.randn(32, 16)]
+    method = CoRa(bits=2, base=base, tuning=Tuning(steps=0))
+    for rank, said in ((6, True), (1, False)):
+        text = f"0 dense@2c + lowrank[{rank}]@8c | act@8\n2 dense@2c | act@8"
+        notes = fit(model, text, data, method).notes
+        assert any("more bytes than 8 bits without" in note for note in notes) == said

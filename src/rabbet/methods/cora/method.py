@@ -6,8 +6,8 @@ nothing is trained, or as `Joint` fits any plan.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -132,7 +132,8 @@ class CoRa:
     def fit(self, piece: Workpiece, plan: Plan) -> Fitted:
         """Find codes and scales as `Joint` does, or with a clipped base; see `Method.fit`."""
         if self.base == "feedback":
-            return Joint(tuning=self.tuning).fit(piece, plan)
+            fitted = Joint(tuning=self.tuning).fit(piece, plan)
+            return replace(fitted, notes=(*fitted.notes, *_dear(piece, plan)))
         validate(plan, piece.survey)
         numbers = {
             line.name: self._clipped_with_adapters(piece, piece.survey[line.name], line)
@@ -143,7 +144,8 @@ class CoRa:
         if self.ranking.norm == "batch":
             recalibrate_norms(student, piece)
             calibrate_ranges(student, piece.task, piece.seed)
-        return Fitted(student, ("not tuned: the paper trains no weight",))
+        notes = ("not tuned: the paper trains no weight", *_dear(piece, plan))
+        return Fitted(student, notes)
 
     def _bases(self, piece: Workpiece) -> tuple[LayerPlan, ...]:
         """The line of every layer without an adapter."""
@@ -303,3 +305,22 @@ def _near(row: Sequence[Option], target: float) -> list[Option]:
     """The option without an adapter, and those of the `RANKS` ranks nearest to a target."""
     start = min(max(1, round(target) - RANKS // 2), max(1, len(row) - RANKS))
     return [row[0], *row[start : start + RANKS]]
+
+
+def _dear(piece: Workpiece, plan: Plan) -> Iterator[str]:
+    """What a user should know of adapters that cost more than they spare."""
+    dense = (Term(Dense(), Grid.of(8, axis=0)),)
+    dear = [
+        line.name
+        for line in plan
+        if len(line.terms) > 1 and _bytes(piece, line) > _bytes(piece, replace(line, terms=dense))
+    ]
+    if dear:
+        yield (
+            f"adapters take more bytes than 8 bits without would, in {len(dear)} layers, such as "
+            f"{dear[0]}: a smaller budget, more bits or `Joint` spends them better"
+        )
+
+
+def _bytes(piece: Workpiece, line: LayerPlan) -> int:
+    return piece.layer_cost(piece.survey[line.name], line).bytes
