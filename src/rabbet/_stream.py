@@ -105,7 +105,7 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
         raise FileError(f"cannot write into {output}: {e}") from e
     work = output / WORK
     own = jobs is None
-    jobs = jobs or Jobs(folder=work)
+    jobs = Jobs(folder=work) if jobs is None else Jobs.of(jobs)
     told = _told(folder, network, task, jobs)
     bench = Bench(stack, survey, task, jobs, seed, told)
     bench = turned(bench) if method.rotate else bench

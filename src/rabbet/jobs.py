@@ -19,7 +19,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -87,10 +87,10 @@ class Jobs:
     _inputs: Placed = field(default_factory=Placed, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+        if self.executor is not None and not isinstance(self.executor, Executor):
             raise PlanError(
-                "executor is a pool of concurrent.futures, such as ProcessPoolExecutor(4), or is "
-                f"left out; found {self.executor!r}"
+                "executor is one of concurrent.futures, such as ProcessPoolExecutor(4) or a Dask "
+                f"client's get_executor(), or is left out; found {self.executor!r}"
             )
         if self.folder is None:
             return
@@ -332,11 +332,13 @@ def _spread(executor: Executor, jobs: Mapping[str, Job], inputs: Placed) -> Fini
                         _call_packed, function, settings, here, tuple(tensors), *given
                     )
                 except RuntimeError as e:
-                    if "shutdown" not in str(e):  # a worker that died says so elsewhere
+                    if isinstance(e, BrokenExecutor) or "shutdown" not in str(e):
                         raise
-                    raise RabbetError(
+                    failure = failure or RabbetError(
                         f"the executor takes no work ({e}); give jobs one that is not shut down"
-                    ) from None
+                    )
+                    waiting.clear()
+                    break
                 futures[future] = key, sum(map(len, contents))
             ended = list(wait(futures, return_when=FIRST_COMPLETED).done)
             while ended:

@@ -92,10 +92,10 @@ class Distance:
         return Distance(divergences, torch.cat([self.errors, other.errors]), self.declared)
 
     def is_below(self, other: "Distance", deviations: float = 1.0) -> bool:
-        """Whether this is nearer for certain: by more than the standard error of the difference.
+        """Whether this is nearer for certain: by so many standard errors of the difference.
 
-        Where outputs are only told to be scores, they may be no further as values either.
-        deviations: so many times the standard error.
+        Where outputs are only told to be scores, they may be no further as values either. A single
+        part tells no standard error: ALONE of the distance stands for it.
         """
         gains = other.divergences - self.divergences
         doubt = ALONE * other.divergence

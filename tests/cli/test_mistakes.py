@@ -33,6 +33,7 @@ MISTAKES = {
     "compress --output a.safetensors --jobs 0": "jobs",
     "compress --output a.safetensors --method cora --quality fast": "setting of the method Joint",
     "plan --method cola": "one of joint, admm, cora",
+    "plan --method 'cgmq.paper bit=3'": "'bit' is no setting; there are start",
     "plan --method 'cora bit=3'": "'bit' is no setting; there are bits",
     "plan --method 'joint forms=cp'": "forms is (a text, ...); found 'cp'",
     "plan --method 'cora act=high'": "act is a whole number or None; found 'high'",

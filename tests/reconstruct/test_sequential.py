@@ -80,10 +80,30 @@ def test_a_quarter_of_the_judges_is_enough_where_it_leaves_no_doubt(monkeypatch)
     assert not solved(piece, _plan(piece, "dense@2hc"))[1]
     assert asked == [4, 4]
     asked.clear()
+    monkeypatch.setattr(sequential, "CLEAR", float("inf"))  # all are asked, and agree
+    student, _ = solved(piece, _plan(piece, "dense@2hc"))
+    assert asked == [4, 4, 12, 12]
+    every = [[rand(64, 3, 10, 10, seed=9)]]
+    ours = distance(piece, student, every).divergence
+    asked.clear()
     monkeypatch.setattr(sequential, "solve_in_order", lambda *_: None)
-    _, note = solved(piece, _plan(piece, "dense@2hc"))
+    plain, note = solved(piece, _plan(piece, "dense@2hc"))
     assert not note  # nothing was changed, which no judge can tell from no gain
     assert asked == [4, 4, 12, 12]
+    assert ours < 0.9 * distance(piece, plain, every).divergence  # the corrections were kept
+
+
+def test_a_forward_that_does_not_take_the_parts_of_the_other_judges_is_no_error(monkeypatch):
+    monkeypatch.setattr(sequential, "CLEAR", float("inf"))
+
+    def forward(model, x):
+        if len(x) == 3:
+            raise ValueError("no 3")
+        return model(x)
+
+    batches = [rand(40, 3, 10, 10, seed=k) for k in range(8)]
+    piece = Workpiece.of(_network(), Task(batches, forward=forward), Jobs())
+    assert "ValueError" in solved(piece, _plan(piece, "dense@2hc"))[1]
 
 
 def test_few_examples_of_wide_layers_do_not_make_the_network_worse(monkeypatch):

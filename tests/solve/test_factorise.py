@@ -15,6 +15,11 @@ WEIGHT = torch.einsum("or,ir,kr->oik", *PARTS).view(12, 10, 3, 3) + 0.3 * rand(1
 SHORT = {"sweeps": 4, "inner": 5}
 
 
+def test_a_grid_may_be_named_by_its_bits():
+    named, told = (factorise(WEIGHT, 8, grid, solver="nearest").error for grid in (4, "4"))
+    assert named == told
+
+
 def _put_together(found):
     a, b, c = found.factors
     return (a.double() @ khatri_rao((b.double(), c.double())).mT).view(WEIGHT.shape)

@@ -1,4 +1,4 @@
-"""The plan of least harm, although few candidates are solved.
+"""A plan of about the least harm, although few candidates are solved.
 
 The errors of all candidates are foretold; the integer program chooses; what it chose is solved, its
 harm measured, and it chooses again, until every line of its choice stands on what was measured. A
@@ -24,7 +24,7 @@ from rabbet.reconstruct.prediction import predict_site
 from rabbet.workpiece import Workpiece
 
 HOPE = 0.8  # share of its likely harm that an option counts with until it is measured
-GUESS = 0.25  # the same while nothing like it was measured in its layer
+GUESS = 0.25  # the same while nothing of its forms was solved in its layer
 RELAXED = 25  # budgets, of many, that the relaxation is asked about
 NEAR = 0.3  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
 
@@ -145,7 +145,7 @@ class Layer:
         """The harm of each option, measured, or a share of what is likely.
 
         A unit of error does what it did in the option that is most like this one, or what noise
-        does, whichever is less: either may be more by chance. Forms of which nothing was measured
+        does, whichever is less: either may be more by chance. Forms of which nothing was solved
         are often foretold several times too high, so they count less than those of which something
         was.
         """
@@ -153,7 +153,7 @@ class Layer:
             self.solved.get(k, told * self._like(k, self.solved, self.foretold, 1.0))
             for k, told in enumerate(self.foretold)
         ]
-        met = {self._kind(k) for k in self.harms}
+        met = {self._kind(k) for k in (*self.solved, *self.harms)}
         return [
             self.harms.get(
                 k, (HOPE if self._kind(k) in met else GUESS) * error * self._least_ratio(k, errors)

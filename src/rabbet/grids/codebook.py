@@ -124,7 +124,8 @@ class Uniform(Codebook):
     def __post_init__(self) -> None:
         if not self.least <= self.bits <= 8:
             raise PlanError(
-                f"a {self.name} grid of {self.bits} bits does not exist; use {self.least} to 8 bits"
+                f"a {self.name} grid of {self.bits} bits does not exist; "
+                f"use {self.least} to 8 bits (a plan writes binary as 1)"
             )
 
     @property

@@ -36,7 +36,7 @@ from rabbet.model.compressed import Compressed, Factor, compressed_layers, layer
 from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
 from rabbet.solve.metric import LEAST, Metric
-from rabbet.workpiece import UNABLE, Workpiece
+from rabbet.workpiece import UNABLE, Distance, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 WINDOW = 2**27  # floats that the float network's inputs of layers in one window may take
@@ -94,18 +94,16 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 512) -> 
     except Exception as e:  # the forward is the user's: it may not take such parts of the batches
         return f"layers not solved again in order: {UNABLE} ({type(e).__name__})"
     solve_in_order(student, piece, batch)
-    corrected = layers_kept(student)
     try:
-        end = piece.distance(student, few)
-        clear = end.is_below(start, CLEAR) or start.is_below(end, CLEAR)
-        if others and not clear:
-            end += piece.distance(student, others)
-            put_back()
-            start += piece.distance(student, others)
-            corrected()
+        start, end = _judged(student, piece, start, (few, others), put_back)
     except UnlikeError as e:  # whether shapes differ may show only now
         put_back()
         return f"solving layers again in order undone: {e}"
+    except RabbetError:
+        raise
+    except Exception as e:  # the forward may not take parts of another size either
+        put_back()
+        return f"solving layers again in order undone: {UNABLE} ({type(e).__name__})"
     if end.is_below(start):
         return ""
     put_back()
@@ -113,6 +111,30 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 512) -> 
         return ""  # nothing was to be corrected
     change = end.since(start)
     return f"solving layers again in order undone: no sure gain on held-back examples ({change})"
+
+
+def _judged(
+    student: nn.Module,
+    piece: Workpiece,
+    start: Distance,
+    judges: tuple[list[list[Batch]], list[list[Batch]]],
+    put_back: Callable[[], None],
+) -> tuple[Distance, Distance]:
+    """The distances before and after the corrections, which the student holds.
+
+    start: on the first judges, before; the others are asked only where the first leave a doubt.
+    put_back: undoes the corrections.
+    """
+    few, others = judges
+    end = piece.distance(student, few)
+    if not others or end.is_below(start, CLEAR) or start.is_below(end, CLEAR):
+        return start, end
+    end += piece.distance(student, others)
+    correct_again = layers_kept(student)
+    put_back()
+    start += piece.distance(student, others)
+    correct_again()
+    return start, end
 
 
 def _few(judges: list[list[Batch]]) -> tuple[list[list[Batch]], list[list[Batch]]]:

@@ -101,19 +101,18 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
 ) -> Factorisation:
     """Factors of a kernel [out, in, *k] at a rank, each on a grid.
 
-    grid: as a plan writes it, or bits alone.
-
-    form: CP, Tucker-2, or a tensor train over inputs, each axis of the kernel, and outputs, no bond
-    of which is larger than the rank. start: float factors: drawn at random, from singular vectors
-    (and one sweep of least squares), by alternating least squares, that with error-preserving
-    correction (EPC), or by variable projection; None: EPC for CP, least squares for the others,
-    which have neither EPC nor variable projection. slack: EPC's bound in units of the error of
-    least squares; None: the best by closed form. solver: what puts them on the grid: ADMM with so
-    many sweeps of so many inner iterations (both arXiv 2308.04595), rounding in turn with error
-    feedback, or rounding to nearest. metric: the second moment of the layer's inputs
-    [in * k, in * k], in which the error is then (CP alone; each column of the factors has a scale).
-    Deterministic by its seed. Raises PlanError for a kernel, a rank or settings that do not go
-    together, and for a chain whose cores are too large to be rounded in turn.
+    grid: as a plan writes it, or bits alone. form: CP, Tucker-2, or a tensor train over inputs,
+    each axis of the kernel, and outputs, no bond of which is larger than the rank. start: float
+    factors: drawn at random, from singular vectors (and one sweep of least squares), by alternating
+    least squares, that with error-preserving correction (EPC), or by variable projection; None: EPC
+    for CP, least squares for the others, which have neither EPC nor variable projection. slack:
+    EPC's bound in units of the error of least squares; None: the best by closed form. solver: what
+    puts them on the grid: ADMM with so many sweeps of so many inner iterations (both arXiv
+    2308.04595), rounding in turn with error feedback, or rounding to nearest. metric: the second
+    moment of the layer's inputs [in * k, in * k], in which the error is then (CP alone; each column
+    of the factors has a scale). Deterministic by its seed. Raises PlanError for a kernel, a rank or
+    settings that do not go together, and for a chain whose cores are too large to be rounded in
+    turn.
     """
     begun = time.perf_counter()
     _check(weight, (form, solver, start), metric)
@@ -147,7 +146,7 @@ def factorise(  # noqa: PLR0913 (those behind the star are options, given by nam
 
 
 def require_slack(slack: float | None) -> None:
-    """Raise PlanError for a bound of EPC below the error of least squares, which none can keep."""
+    """Raise PlanError for a bound of EPC below the error of least squares."""
     known = isinstance(slack, int | float) and 1 <= slack < math.inf
     if slack is not None and not known:
         raise PlanError(

@@ -88,18 +88,20 @@ def halves(
 
 
 def _root(gram: Tensor) -> Tensor:
-    """The Cholesky factor of a Gram matrix with as little added to its diagonal as that takes.
+    """The Cholesky factor of a Gram matrix, the least of RIDGES that serves added to its diagonal.
 
     It may be singular: inputs behind a LayerNorm add up to nothing, and second moments that were
-    summed in single precision may then be a little less than nothing.
+    summed in single precision may then be a little less than nothing. Raises what torch does for a
+    matrix that is no Gram matrix.
     """
     share = gram.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for least in RIDGES:
-        root, failed = torch.linalg.cholesky_ex(gram + least * share * eye)
+    result: Tensor
+    for least in RIDGES[:-1]:
+        result, failed = torch.linalg.cholesky_ex(gram + least * share * eye)
         if not failed:
-            break
-    result: Tensor = root
+            return result
+    result = torch.linalg.cholesky(gram + RIDGES[-1] * share * eye)
     return result
 
 

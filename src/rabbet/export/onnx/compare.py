@@ -83,9 +83,8 @@ def compare(
     where = f"first at {bad}" if bad else "after the last quantised value"
     raise ModelError(
         f"the file's output differs from the network's by {100 * error:.3g} %, {where}: "
-        "more representative batches give better ranges; if that does not help, the inputs' bits "
-        "are too few here, or biases, which a file holds in steps of the input's scale times the "
-        "weight's, are too coarse in these"
+        "more representative batches give better ranges; if that does not help, take more bits "
+        "for its inputs or weights: a file holds biases in steps of both scales multiplied"
     )
 
 

@@ -31,7 +31,7 @@ class Gating:
 
     names: of the tensors, weights first. gates, widths: [epochs, tensors], widths in bits. shares:
     [epochs], of the tightest limit of the budget that was used. losses: [epochs], on held-back
-    examples. landed: no epoch with gates ended under the budget, so that the last state
+    examples. landed: no epoch ended under the budget, so that the last state
     was brought there, which comes once more at the end.
     """
 

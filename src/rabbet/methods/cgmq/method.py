@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import torch
+
 from rabbet.choose.program import Option, require_feasible
 from rabbet.choose.sensitivity import require_gradients
 from rabbet.core.budget import Budget
@@ -39,7 +41,7 @@ from rabbet.reconstruct.network import solved
 from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
 
-LANDED = "landed"  # beside the weights that a search found: the share of the budget before that
+LANDED = "landed"  # beside the weights of a search whose gates never kept the budget
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class CGMQ(Settings):
         if self.epochs:
             found = course.weights() | course.entries()
             if gating.landed:
-                found[LANDED] = gating.shares[-2]
+                found[LANDED] = torch.tensor(True)
             piece.jobs.keep(cache_key(piece, self, gating.plan.compact), found)
         return gating
 
@@ -131,10 +133,9 @@ class CGMQ(Settings):
             f"trained {course.summary} at these widths: held-back loss {before:.4g} -> {after:.4g}",
         )
         if kept is not None and LANDED in kept:
-            times = float(kept[LANDED])
             landed = (
-                f"no epoch with gates ended under the budget, the last at {times:.3g} times of it: "
-                "what harms least was lowered until it held (landed)"
+                "in the search that found this plan no epoch ended under the budget: what harms "
+                "least was lowered until it held (landed)"
             )
             notes = (landed, *notes)
         if not each:
