@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rabbet._bench import Data, in_turn, landed, opened
+from rabbet._bench import Data, in_turn, jobs_of, landed, opened
 from rabbet.core.budget import FILES, METRICS, Budget
 from rabbet.core.cost import Cost, Latencies, float_cost, plan_cost
 from rabbet.core.history import History
@@ -263,7 +263,7 @@ def fit(  # noqa: PLR0913 (as above)
     Raises PlanError if the plan does not fit the network.
     """
     chosen, worker = _planned(plan), method_of(method, quality)
-    piece = Workpiece.of(model, Task.of(data), Jobs.of(jobs), seed)
+    piece = Workpiece.of(model, Task.of(data), jobs_of(jobs), seed)
     return finished(piece, worker, chosen, None)
 
 

@@ -13,7 +13,7 @@ from rabbet.core.budget import FILES, Budget
 from rabbet.core.plan import Plan
 from rabbet.data.batches import Batch
 from rabbet.data.task import Task
-from rabbet.errors import BudgetError
+from rabbet.errors import BudgetError, PlanError
 from rabbet.jobs import TURN, Jobs
 from rabbet.reconstruct.candidates import forget_metrics
 from rabbet.workpiece import Workpiece
@@ -42,6 +42,13 @@ def in_turn(call: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def jobs_of(jobs: Jobs | None) -> Jobs:
+    """The jobs of a call; new ones for None. Raises PlanError for what is none."""
+    if jobs is not None and not isinstance(jobs, Jobs):
+        raise PlanError(f"jobs is an object rabbet.Jobs(), or is left out; found {jobs!r}")
+    return jobs or Jobs()
+
+
 def opened(
     model: nn.Module,
     metrics: Collection[str],
@@ -50,7 +57,7 @@ def opened(
     jobs: Jobs | None = None,
 ) -> Workpiece:
     """The network on the bench, and beside it what metrics of time or exported files need."""
-    piece = Workpiece.of(model, Task.of(data), Jobs.of(jobs), seed)
+    piece = Workpiece.of(model, Task.of(data), jobs_of(jobs), seed)
     if "latency" in metrics:
         piece.clock = Stopwatch(piece)
     for target in (metric for metric in metrics if metric in FILES):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rabbet._bench import in_turn
+from rabbet._bench import in_turn, jobs_of
 from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
@@ -105,7 +105,7 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
         raise FileError(f"cannot write into {output}: {e}") from e
     work = output / WORK
     own = jobs is None
-    jobs = Jobs(folder=work) if jobs is None else Jobs.of(jobs)
+    jobs = Jobs(folder=work) if jobs is None else jobs_of(jobs)
     told = _told(folder, network, task, jobs)
     bench = Bench(stack, survey, task, jobs, seed, told)
     bench = turned(bench) if method.rotate else bench

@@ -108,13 +108,6 @@ class Jobs:
                 "it is no folder that can be written to"
             )
 
-    @classmethod
-    def of(cls, jobs: "Jobs | None") -> "Jobs":
-        """The jobs of a call; new ones for None. Raises PlanError for what is none."""
-        if jobs is not None and not isinstance(jobs, Jobs):
-            raise PlanError(f"jobs is an object rabbet.Jobs(), or is left out; found {jobs!r}")
-        return jobs or cls()
-
     def run(self, stage: str, jobs: Sequence[Job], seconds: Sequence[float] = ()) -> list[Tensors]:
         """Results in the order of the jobs, whatever the order in which they end.
 
