@@ -14,7 +14,7 @@ from rabbet.data.examples import Axes
 from rabbet.jobs import Jobs
 from rabbet.methods import QUALITY
 from rabbet.model.compressed import compressed_layers
-from rabbet.reconstruct import sequential
+from rabbet.reconstruct import matching, sequential
 from rabbet.reconstruct.network import solved
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Distance, Workpiece
@@ -164,8 +164,8 @@ def test_an_expert_that_is_shown_other_places_is_not_matched():
     piece = _piece(layer, [rand(64, 6) + 2])
     student = solved(piece, _plan(piece, "dense@8c"))[0]
     met, halves = rand(64, 6) + 2, functools.partial(Axes((0,)).halves, count=64)
-    seen = sequential._in_halves(layer(met), piece.survey["0"], halves)
-    hook = sequential.matcher(seen, sequential.GAIN, met.shape, halves)
+    seen = matching.in_halves(layer(met), piece.survey["0"], halves)
+    hook = matching.matcher(seen, sequential.GAIN, met.shape, halves)
     compressed, others = student[0], rand(5, 6) - 2
     before = compressed.bias.clone()
     out = compressed(others)
