@@ -95,6 +95,7 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     before anything is measured for a budget that cannot be met, FileError for weights that are
     missing or of other shapes.
     """
+    jobs = None if jobs is None else jobs_of(jobs)
     _require_readable(folder, network, task, method)
     stack, priced = _opened(folder, network, task)
     survey = priced.survey
@@ -105,7 +106,7 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
         raise FileError(f"cannot write into {output}: {e}") from e
     work = output / WORK
     own = jobs is None
-    jobs = Jobs(folder=work) if jobs is None else jobs_of(jobs)
+    jobs = jobs or Jobs(folder=work)
     told = _told(folder, network, task, jobs)
     bench = Bench(stack, survey, task, jobs, seed, told)
     bench = turned(bench) if method.rotate else bench

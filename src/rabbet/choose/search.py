@@ -153,11 +153,10 @@ class Layer:
             self.solved.get(k, told * self._like(k, self.solved, self.foretold, 1.0))
             for k, told in enumerate(self.foretold)
         ]
-        met = {self._kind(k) for k in (*self.solved, *self.harms)}
+        met = {self._kind(k) for k in self.solved}
+        hopes = [HOPE if self._kind(k) in met else GUESS for k in range(len(errors))]
         return [
-            self.harms.get(
-                k, (HOPE if self._kind(k) in met else GUESS) * error * self._least_ratio(k, errors)
-            )
+            self.harms.get(k, hopes[k] * error * self._least_ratio(k, errors))
             for k, error in enumerate(errors)
         ]
 

@@ -22,6 +22,7 @@ from rabbet.choose.sensitivity import output_errors, require_gradients
 from rabbet.core.budget import Budget
 from rabbet.core.history import History
 from rabbet.core.plan import LayerPlan, Plan, Term
+from rabbet.core.survey import Survey
 from rabbet.errors import PlanError, check_fields, check_least
 from rabbet.forms import CP, RANKED, Dense, Ranked, TTConv, Tucker
 from rabbet.grids.grid import Grid, Quantised
@@ -33,13 +34,7 @@ from rabbet.model.build import build, validate
 from rabbet.model.compressed import Numbers
 from rabbet.reconstruct.norms import recalibrate_norms
 from rabbet.solve.als import Problem
-from rabbet.solve.factorise import (
-    FormName,
-    first_factors,
-    onto_grids,
-    require_slack,
-    usual_start,
-)
+from rabbet.solve.factorise import FormName, first_factors, onto_grids, require_slack, usual_start
 from rabbet.workpiece import Workpiece
 
 Start = Literal["random", "svd", "als", "epc"]
@@ -131,14 +126,13 @@ class ADMM:
                 raise PlanError(
                     f"ranks name {name!r}, which is not a layer that can be compressed here"
                 )
-            if not self._full_rank(piece.survey[name], piece.survey.sites[0].name == name):
+            if not self._full_rank(piece.survey, piece.survey[name]):
                 raise PlanError(
                     f"ranks name {name!r}, which is not factorised as {self.form}: the first layer "
                     f"is rounded, and so is what {self.form} does not fit; leave it out"
                 )
         rows = [
-            [self._line(site, bits, first=k == 0) for bits in self.widths]
-            for k, site in enumerate(piece.survey)
+            [self._line(piece.survey, site, bits) for bits in self.widths] for site in piece.survey
         ]
         rows = [list(dict.fromkeys(row)) for row in rows]
         plan = Plan(tuple(row[0] for row in rows))
@@ -208,14 +202,14 @@ class ADMM:
             calibrate_ranges(student, piece.task, piece.seed)
         return Fitted(student, tuple(_notes(solutions)))
 
-    def _full_rank(self, site: Site, first: bool) -> int:
-        """The largest rank of a layer; 0 for one that is not factorised."""
-        return 0 if first else KERNELS[self.form](1).full_rank(site)
+    def _full_rank(self, survey: Survey, site: Site) -> int:
+        """The largest rank of a layer; 0 for one that is not factorised, as the first is not."""
+        return 0 if site is survey.sites[0] else KERNELS[self.form](1).full_rank(site)
 
-    def _line(self, site: Site, bits: int, first: bool) -> LayerPlan:
-        """The line of the plan for a layer; first: whether it is the first layer."""
+    def _line(self, survey: Survey, site: Site, bits: int) -> LayerPlan:
+        """The line of the plan for a layer."""
         act = self.act if site.multiplies else None
-        form, full = KERNELS[self.form], self._full_rank(site, first)
+        form, full = KERNELS[self.form], self._full_rank(survey, site)
         if not full:
             return LayerPlan(site.name, (Term(Dense(), Grid.of(self.rest, axis=0)),), act)
         grid = Grid.of(bits, axis=0)

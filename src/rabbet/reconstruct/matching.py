@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rabbet.grids.grid import stored
 from rabbet.layers import Site
-from rabbet.model.compressed import Compressed
+from rabbet.model.compressed import Compressed, Factor
 
 Halves = Callable[[Tensor], list[Tensor]]
 """Cuts an input or output of a layer into every second example, see `Axes.halves`."""
@@ -25,6 +25,17 @@ class Statistics:
 
     mean: Tensor
     spread: Tensor
+
+
+def gained(layer: Compressed) -> bool:
+    """Whether every term has a scale for each output channel, which can take a gain."""
+    ends = zip(layer.forms, layer.factors, strict=True)
+    return all(_takes_gain(factors[-1]) and not form.contracted for form, factors in ends)
+
+
+def _takes_gain(factor: Factor) -> bool:
+    """Whether each slice of the first axis, an output, has scales of its own."""
+    return factor.grid.scales.parts(1) is not None
 
 
 def in_halves(out: Tensor, site: Site, halves: Halves) -> Statistics | None:

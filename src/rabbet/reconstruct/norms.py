@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from rabbet.grids.grid import stored
 from rabbet.model.compressed import compressed_layers
 from rabbet.model.hooks import Hook, hooked
-from rabbet.reconstruct.matching import Statistics, matcher
-from rabbet.reconstruct.sequential import affordable, gained
+from rabbet.reconstruct.matching import Statistics, gained, matcher
+from rabbet.reconstruct.sequential import affordable
 from rabbet.workpiece import Workpiece
 
 

@@ -29,10 +29,10 @@ from rabbet.data.batches import Batch
 from rabbet.data.examples import Axes
 from rabbet.errors import RabbetError
 from rabbet.layers import Site
-from rabbet.model.compressed import Compressed, Factor, compressed_layers, layers_kept
+from rabbet.model.compressed import Compressed, compressed_layers, layers_kept
 from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.candidates import DAMPING, solve_menu
-from rabbet.reconstruct.matching import Halves, Statistics, in_halves, matcher
+from rabbet.reconstruct.matching import Halves, Statistics, gained, in_halves, matcher
 from rabbet.solve.metric import LEAST, Metric
 from rabbet.workpiece import UNABLE, Distance, Workpiece
 
@@ -199,17 +199,6 @@ def _hooks(
         if gained(layer) and seen.outputs is not None:
             matchers.append((layer, matcher(seen.outputs, GAIN, seen.given.shape, halves)))
     return solvers, matchers
-
-
-def gained(layer: Compressed) -> bool:
-    """Whether every term has a scale for each output channel, which can take a gain."""
-    ends = zip(layer.forms, layer.factors, strict=True)
-    return all(_takes_gain(factors[-1]) and not form.contracted for form, factors in ends)
-
-
-def _takes_gain(factor: Factor) -> bool:
-    """Whether each slice of the first axis, an output, has scales of its own."""
-    return factor.grid.scales.parts(1) is not None
 
 
 def affordable(sites: Sequence[Site]) -> int:

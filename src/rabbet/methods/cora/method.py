@@ -318,7 +318,7 @@ def _dear(piece: Workpiece, plan: Plan) -> Iterator[str]:
     if dear:
         yield (
             f"adapters take more bytes than 8 bits without would, in {len(dear)} layers, such as "
-            f"{dear[0]}: a smaller budget, more bits or `Joint` spends them better"
+            f"{dear[0]}: a smaller budget, more bits or Joint spends them better"
         )
 
 
