@@ -148,6 +148,25 @@ def test_errors_are_foretold_within_a_factor(name):
         assert (0.7 if alone else 0.3) < ratio < (1.5 if alone else 1.8), (str(terms), ratio)
 
 
+@pytest.mark.parametrize("name", ["a conv", "a linear of many rows"])
+def test_what_little_a_steep_spectrum_leaves_is_foretold(name):
+    """Factors of wide grids that err a thousandth or less are not thought to err far more."""
+    site = SITES[name]
+    n = site.columns
+    root = rand(1, n, n, seed=2) * torch.linspace(2, 0.05, n) ** 3 / n**0.5
+    rows, spread, columns = torch.linalg.svd(rand(site.shape[0], n, seed=3), full_matrices=False)
+    falling = torch.exp(-8 * torch.linspace(0, 1, len(spread)))
+    weight, second = ((rows * spread * falling) @ columns).view(site.shape), root.mT @ root
+    menu = [terms for terms in FAST.menu(site) if len(terms) == 1 and terms[0].form != Dense()]
+    told = predict_site(weight, second, site=site, menu=menu)["errors"]
+    power = float(site.matrix(weight)[0].matmul(second[0]).mul(site.matrix(weight)[0]).sum())
+    solved = solve_site(weight, second, site=site, menu=menu)
+    errors = torch.tensor([float(solved[f"{k}.error"]) for k in range(len(menu))])
+    assert errors.min() < 1e-3 * power
+    assert (told / errors > 0.3).all()
+    assert (told / errors < 15).all()  # with the floor that `noise` has for factors: 61 and 174
+
+
 def test_a_large_metric_foretells_alike_with_its_stand_in(monkeypatch):
     site = SITES["a conv"]
     n = site.columns

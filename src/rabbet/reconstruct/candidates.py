@@ -302,14 +302,19 @@ def _solve_term(
 
 
 def noise(grid: Grid) -> float:
-    """The relative squared error of an entry on a grid, as given to `Form.decompose`.
+    """The relative squared error that factors are made for, as given to `Form.decompose`.
 
-    Measured to be right within a factor of 2. It never falls below 3e-3: the tensors between
-    factors are on 8 bits, and where terms cancel one another their rounding is amplified. Without
-    that floor wide grids get factors that only floats could multiply. On ResNet-20 at half its MACs
-    3e-3 gave the least divergence, 30 % below that without a floor.
+    It never falls below 3e-3: the tensors between factors are on 8 bits, and where terms cancel one
+    another their rounding is amplified. Without that floor wide grids get factors that only floats
+    could multiply. On ResNet-20 at half its MACs 3e-3 gave the least divergence, 30 % below that
+    without a floor.
     """
-    return 2.0 / grid.levels**2 + 3e-3
+    return rounding(grid) + 3e-3
+
+
+def rounding(grid: Grid) -> float:
+    """The relative squared error of an entry that is rounded, measured to be right within 2."""
+    return 2.0 / grid.levels**2
 
 
 def _rounded(target: Tensor, grid: Grid, metric: Metric, shape: tuple[int, ...]) -> Quantised:

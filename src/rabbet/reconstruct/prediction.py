@@ -16,7 +16,15 @@ from rabbet.forms import Aim, Form
 from rabbet.grids.grid import Grid
 from rabbet.jobs import Tensors
 from rabbet.layers import Site
-from rabbet.reconstruct.candidates import Terms, metric_of, noise, rounded_together, solve_site
+from rabbet.reconstruct.candidates import (
+    Terms,
+    metric_of,
+    noise,
+    rounded_together,
+    rounding,
+    solve_site,
+)
+from rabbet.solve.gram import Gram
 from rabbet.solve.metric import Metric
 from rabbet.solve.rounding import Rows, round_layouts, start
 from rabbet.solve.whiten import noise_left, spectrum
@@ -129,7 +137,7 @@ class _Prediction:
 
     def _nested(self, term: Term) -> float:
         """What a truncated SVD leaves, and the noise of what it keeps."""
-        values, ridge = self._spectrum(whitened=True), noise(term.grid)
+        values, ridge = self._spectrum(whitened=True), rounding(term.grid)
         rank = term.form.rank or 0
         return float(values[rank:].sum() + values[:rank].sum() * ridge / (1 + ridge))
 
@@ -146,23 +154,23 @@ class _Prediction:
         The others are those that the solver starts from. How much further it gets is found at the
         least rank of a form, which takes the fewest multiplications, and told of the others.
         """
-        form, ridge = term.form, noise(term.grid)
-        left = self._left(form, ridge, 0)
+        form, grid = term.form, term.grid
+        left = self._left(form, grid, 0)
         least = self.least[type(form)]
         if not form.evaluates or left <= 0:
             return left
-        further = self._left(least, ridge, STEPS) / max(self._left(least, ridge, 0), TINY)
+        further = self._left(least, grid, STEPS) / max(self._left(least, grid, 0), TINY)
         grown: float = ((form.rank or 1) / (least.rank or 1)) ** form.furthers
         return left * min(further, 1.0) / grown / form.unfinished
 
-    def _left(self, form: Form, ridge: float, steps: int) -> float:
+    def _left(self, form: Form, grid: Grid, steps: int) -> float:
         """The error with the last factor solved for beside those found in so many evaluations."""
         if (form, steps) not in self.sums:
             lean = self.metric.lean if form.evaluates else None
             lean = None if lean is None else replace(lean, second=None)
             second = self.metric.second
             *first, last = form.decompose(
-                self.site, self.weight, second, Aim(ridge, None, steps, lean)
+                self.site, self.weight, second, Aim(noise(grid), None, steps, lean)
             )
             eye = torch.eye(last.shape[1]).to(last)
             basis = form.contract(self.site, [*first, eye]).flatten(1)
@@ -174,9 +182,7 @@ class _Prediction:
             gram = (seen @ basis.mT) * norm * norm.mT
             self.sums[form, steps] = gram.double(), right.double(), max(power, TINY)
         gram, right, power = self.sums[form, steps]
-        solution = torch.cholesky_solve(
-            right, torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
-        )
+        solution = Gram(gram).inverse(rounding(grid))(right.mT).mT
         return self.power * max(1 - float((right * solution).sum()) / power, 0.0)
 
     def noise(self) -> Tensor:
