@@ -86,7 +86,7 @@ def test_the_choice_is_as_good_as_if_all_were_solved():
             budget = Budget.parse(text)
             best = harm(allocate(scores, table, budget, piece))
             ratios.append(harm(_search(piece, table, budget)) / best)
-    # an option whose harm is a smaller share of what is likely than HOPE or GUESS is missed;
+    # an option whose harm is a smaller share of what is likely than HOPE is missed;
     # another processor, whose sums differ, may meet one
     assert sorted(ratios)[-2] <= 1.01
     assert max(ratios) <= 1.5

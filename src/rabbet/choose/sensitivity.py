@@ -30,12 +30,15 @@ ENTRIES = 2**26  # of inputs and outputs of all layers that are held at once
 TOGETHER = 8  # examples that one gradient by a stored weight is of, at most
 
 
+Changes = Tensor | Sequence[Tensor]
+"""Differences of one weight, each in its shape: a sequence of them, or one tensor of all."""
+
 Met = tuple[Site, Tensor, Tensor | None]
 """One call of a layer: as what it ran (a table or its head), its input, its output or gradient."""
 
 
 def output_errors(
-    piece: Workpiece, changes: Mapping[str, Tensor], limit: int = 256
+    piece: Workpiece, changes: Mapping[str, Changes], limit: int = 256
 ) -> dict[str, Tensor]:
     """Error of the outputs for each change of one site alone, {name: [candidates]}.
 
@@ -279,21 +282,21 @@ def _exact(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def _projected_weight(weight: Tensor, slope: Tensor | None, changes: Tensor, count: int) -> Tensor:
+def _projected_weight(weight: Tensor, slope: Tensor | None, changes: Changes, count: int) -> Tensor:
     """Sum over examples of (gradient . change)^2 for a stored weight, [candidates].
 
     The signs of the examples are independent, so the square of the sum has that expectation. Where
     no gradient reaches it is the relative error of the weight, for each example.
     """
-    flat = changes.double().flatten(1)
     if slope is None or not bool(slope.any()):
-        return (
-            count * (flat.square().sum(1) / weight.double().square().sum().clamp_min(1e-30)).cpu()
-        )
-    return (flat @ slope.double().flatten()).square().cpu()
+        whole = weight.double().square().sum().clamp_min(1e-30)
+        felt = [count * change.double().square().sum() / whole for change in changes]
+    else:
+        felt = [change.double().mul(slope).sum().square() for change in changes]
+    return torch.stack(felt).cpu()
 
 
-def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
+def _own_error(weight: Tensor, met: Sequence[Met], changes: Changes) -> Tensor:
     """Relative error of a layer's own output, [candidates]."""
 
     def energy(w: Tensor) -> float:
@@ -306,7 +309,7 @@ def _own_error(weight: Tensor, met: Sequence[Met], changes: Tensor) -> Tensor:
         )
 
 
-def _projected(site: Site, met: Sequence[Met], changes: Tensor, axes: Axes, batch: int) -> Tensor:
+def _projected(site: Site, met: Sequence[Met], changes: Changes, axes: Axes, batch: int) -> Tensor:
     """Sum over a batch's examples of (gradient . change)^2, [candidates].
 
     The inner product is that of the slopes with what the layer does with the change as its weight.
