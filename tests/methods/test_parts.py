@@ -36,7 +36,8 @@ from rabbet.reconstruct import sequential
 from rabbet.reconstruct.candidates import read_numbers, solve_site
 from rabbet.reconstruct.network import solve_lines
 from rabbet.reconstruct.sequential import solve_in_order
-from rabbet.train.losses import block_names, distillation_loss
+from rabbet.train import losses
+from rabbet.train.losses import block_names, distillation_loss, distillation_losses
 from rabbet.train.tuning import Tuning, _Loop, tune
 from rabbet.workpiece import Workpiece
 
@@ -585,6 +586,27 @@ def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
     assert float(distillation_loss(piece.model, piece, batch, blocks, 1.0)) == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_a_batch_that_memory_has_no_room_for_is_taught_in_parts(monkeypatch):
+    piece = _piece()
+    student, batch = _student(piece), piece.task.read()[0]
+    layers = compressed_layers(student).values()
+    scales = [x.factors[0][0].scale.requires_grad_() for x in layers]
+    size = piece.task.examples.count(batch)
+    each = sum(site.entries for site in piece.survey)
+
+    def taught(count):
+        monkeypatch.setattr(losses, "ENTRIES", count * each)
+        parts = list(distillation_losses(student, piece, batch))
+        return len(parts), float(sum(parts).detach()), torch.autograd.grad(sum(parts), scales)
+
+    whole, some = taught(size), taught(3)
+    assert (whole[0], some[0]) == (1, -(-size // 3))
+    assert size % 3  # parts of unlike size count by it
+    assert some[1] == pytest.approx(whole[1])
+    for one, other in zip(whole[2], some[2], strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
 
 
 def test_tuning_that_harms_is_undone_to_the_last_bit():

@@ -151,7 +151,7 @@ def _passes(
 def _slices(batches: Sequence[Batch], axes: Axes, sites: Sequence[Site]) -> Iterator[Batch]:
     """All examples, so few at a time that the inputs and outputs of all sites fit into memory."""
     running = [s for s in sites if s.runs]
-    each = sum(s.inputs * s.shape[1] * s.groups + s.positions * s.shape[0] for s in running)
+    each = sum(s.entries for s in running)
     step = max(1, ENTRIES // max(1, each))
     if len(running) < len(sites):  # a stored weight's gradient tells of all examples but the sum
         step = min(step, TOGETHER)

@@ -50,6 +50,11 @@ class Site:
         return math.prod(self.shape)
 
     @property
+    def entries(self) -> int:
+        """Numbers that the layer takes and gives for one example."""
+        return self.inputs * self.shape[1] * self.groups + self.positions * self.shape[0]
+
+    @property
     def columns(self) -> int:
         """Inputs that one output sees: the width of the weight as a matrix, and of the metric."""
         return self.numel // self.shape[0]

@@ -6,8 +6,7 @@ batch and gradients are averaged, so that all processes hold the same parameters
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +26,11 @@ Group = dict[str, Any]
 """Parameters that share a learning rate: `params`, and `base`, the rate before the schedule."""
 
 
-class Course(ABC):
+class Course:
     """What the loop runs: parameters, a loss, and what is done between steps.
+
+    A course says what the loss is by `loss`, or by `parts` if it can take it a few examples at a
+    time.
 
     steps: of the whole run. groups: the parameters that are trained. fused: use Adam's fused kernel
     on devices that have it; it is several times faster, but rounds differently. learned: whether
@@ -58,15 +60,22 @@ class Course(ABC):
         cosine = max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 0.02)
         return cosine * min(1.0, (step + 1) / 10)
 
-    @abstractmethod
     def loss(self, step: int) -> Tensor:
         """The loss of a step's batch, a scalar; on several processes, of this one's `shard`."""
+        return torch.stack(list(self.parts(step))).sum()
+
+    def parts(self, step: int) -> Iterator[Tensor]:
+        """The same in parts that add up to it.
+
+        The gradient of each is taken before the next is asked for, so memory holds that of one.
+        """
+        yield self.loss(step)
 
     def update(self, adam: torch.optim.Optimizer) -> None:
         """Update the parameters by their gradients: with Adam, unless a course overrides this."""
         adam.step()
 
-    def after_step(self, step: int) -> None:  # noqa: B027 (not every course has to)
+    def after_step(self, step: int) -> None:
         """Called after the parameters were updated, while their gradients still exist."""
 
     @property
@@ -78,7 +87,7 @@ class Course(ABC):
         """What a checkpoint holds besides the parameters and Adam's state."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (not every course has to)
+    def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
 
 
@@ -104,17 +113,8 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
             rate = course.rate(step)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * rate
-            with torch.enable_grad():
-                loss = course.loss(step)
-                if not torch.isfinite(loss):
-                    raise DataError(
-                        f"the loss of step {step + 1} of {stage} is not finite; "
-                        "check the batches and the loss"
-                    )
-                losses.append(float(loss.detach()))
-                optimiser.zero_grad(set_to_none=True)
-                if loss.requires_grad:
-                    loss.backward()
+            optimiser.zero_grad(set_to_none=True)
+            losses.append(_backward(course, step, stage))
             _fill_missing_gradients(parameters)
             average([p.grad for p in parameters if p.grad is not None])
             course.update(optimiser)
@@ -128,6 +128,22 @@ def run(course: Course, jobs: Jobs, key: str, stage: str, every: int = 100) -> N
     finally:
         for p in parameters:
             p.requires_grad_(False)
+
+
+def _backward(course: Course, step: int, stage: str) -> float:
+    """Add the gradients of a step's loss to those of the parameters; returns the loss."""
+    total = 0.0
+    with torch.enable_grad():
+        for loss in course.parts(step):
+            if not torch.isfinite(loss):
+                raise DataError(
+                    f"the loss of step {step + 1} of {stage} is not finite; "
+                    "check the batches and the loss"
+                )
+            total += float(loss.detach())
+            if loss.requires_grad:
+                loss.backward()
+    return total
 
 
 def first_process() -> bool:

@@ -14,6 +14,9 @@ from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
 
 LEAST = 1e-24  # the smallest mean square that an error is divided by
+# Inputs and outputs of all layers that a step holds at once. A MobileNet takes six bytes for each
+# of them beside the network, in training: the outputs of both networks, and what rounding keeps.
+ENTRIES = 2**28
 TEMPERATURE = 0.07  # of contrast: cosines of unlike examples differ by little
 
 
@@ -109,8 +112,31 @@ def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
         yield features
 
 
+def distillation_losses(
+    student: nn.Module,
+    piece: Workpiece,
+    batch: Batch,
+    blocks: Sequence[str] = (),
+    features: float = 0.0,
+) -> Iterator[Tensor]:
+    """`distillation_loss` of a batch in parts that add up to it, about, see ENTRIES.
+
+    Not quite where blocks count: their errors are relative to what a part of the batch holds.
+    """
+    axes = piece.task.examples
+    each = sum(site.entries for site in piece.survey if site.runs)
+    size = axes.count(batch)
+    for part in axes.portions([batch], max(1, ENTRIES // max(1, each))):
+        share = axes.count(part) / size
+        yield share * distillation_loss(student, piece, part, blocks, features)
+
+
 def distillation_loss(
-    student: nn.Module, piece: Workpiece, batch: Batch, blocks: Sequence[str], features: float
+    student: nn.Module,
+    piece: Workpiece,
+    batch: Batch,
+    blocks: Sequence[str] = (),
+    features: float = 0.0,
 ) -> Tensor:
     """How far the student is from the float network on a batch; only the student gets a gradient.
 

@@ -1,7 +1,7 @@
 """Short tuning without labels: distils the float network into the compressed one, on its grid."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from rabbet.errors import RabbetError, check_fields, check_least
 from rabbet.grids.grid import stored
 from rabbet.model.compressed import Compressed, compressed_layers, layers_kept, stored_state
 from rabbet.train.loop import Course, Group, run, shard
-from rabbet.train.losses import block_names, distillation_loss
+from rabbet.train.losses import block_names, distillation_losses
 from rabbet.workpiece import UNABLE, Workpiece
 
 HELD = 0.125  # share of the calibration examples that are held back, to accept or undo the tuning
@@ -145,11 +145,11 @@ class _Loop(Course):
             round_codes(self.layers.values())
             calibrate_inner(self.student, self.piece.task, self.piece.seed)
 
-    def loss(self, step: int) -> Tensor:
-        """See `Course.loss`."""
+    def parts(self, step: int) -> Iterator[Tensor]:
+        """See `Course.parts`."""
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         batch = shard(self.pool.draw(self.settings.batch, generator), self.pool.axes)
-        return distillation_loss(
+        return distillation_losses(
             self.student, self.piece, batch, self.blocks, self.settings.features
         )
 

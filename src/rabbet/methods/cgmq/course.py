@@ -1,7 +1,7 @@
 """Training at fixed widths, which training with gates begins from."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from rabbet.model.compressed import compressed_layers, stored_state
 from rabbet.reconstruct.network import solve_lines
 from rabbet.train.best import Best
 from rabbet.train.loop import Course, run, shard
-from rabbet.train.losses import block_names, distillation_loss
+from rabbet.train.losses import block_names, distillation_losses
 from rabbet.train.nested import NestedWeight
 from rabbet.train.qat import WIDEST
 from rabbet.workpiece import Workpiece
@@ -101,25 +101,25 @@ class FixedWidths(Course):
         """See `Course.rate`."""
         return self.learning_rate * super().rate(step)
 
-    def loss(self, step: int) -> Tensor:
-        """See `Course.loss`."""
+    def parts(self, step: int) -> Iterator[Tensor]:
+        """See `Course.parts`. What a user's loss makes of a part of a batch is not known."""
         task = self.piece.task
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         augment = self.method.augment and task.loss is None
         batch = shard(self.pool.draw(self.method.batch, generator, augment=augment), self.pool.axes)
-        if task.loss is None:
-            loss = distillation_loss(
-                self.student, self.piece, batch, self.blocks, self.method.features
-            )
-        else:
-            loss = task.judge(self.student, task.run(self.student, batch), batch)
-        if not torch.isfinite(loss):
-            raise DataError(
-                f"the loss of step {step + 1} is not finite; a smaller rate may help, "
-                "or check the batches"
-            )
-        self.last_loss = float(loss.detach())
-        return loss
+        self.last_loss = 0.0
+        for loss in (
+            distillation_losses(self.student, self.piece, batch, self.blocks, self.method.features)
+            if task.loss is None
+            else [task.judge(self.student, task.run(self.student, batch), batch)]
+        ):
+            if not torch.isfinite(loss):
+                raise DataError(
+                    f"the loss of step {step + 1} is not finite; a smaller rate may help, "
+                    "or check the batches"
+                )
+            self.last_loss += float(loss.detach())
+            yield loss
 
     def _batch_loss(self, number: int, labels: bool) -> Tensor:
         """The loss on a held-back batch.

@@ -8,7 +8,7 @@ and runs as one layer; the adapters' own convs, as large as the layer's, are nev
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from rabbet.core.history import History
 from rabbet.data.augment import Pool
-from rabbet.data.batches import outputs
 from rabbet.errors import DataError, PlanError, check_fields, check_least
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, compressed_layers, stored_state
 from rabbet.model.hooks import Hook, hooked
 from rabbet.train.loop import ADAM, Course, run
+from rabbet.train.losses import distillation_loss, distillation_losses
 from rabbet.train.qat import SoftAdapter, replace_factors
 from rabbet.workpiece import Norm, Workpiece
 
@@ -208,20 +208,20 @@ class _RankSearch(Course):
         norms = self.piece.norms if self.settings.norm == "batch" else {}
         return [(self.layers[n], _renormed(norm)) for n, norm in norms.items() if n in self.layers]
 
-    def loss(self, step: int) -> Tensor:
-        """See `Course.loss`."""
-        task, labels = self.piece.task, self.settings.loss == "labels"
-        generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
+    def parts(self, step: int) -> Iterator[Tensor]:
+        """See `Course.parts`. The statistics of a batch, and a user's loss, are of all of it."""
+        piece, labels = self.piece, self.settings.loss == "labels"
+        generator = torch.Generator().manual_seed(piece.seed * 1_000_003 + step)
         batch = self.pool.draw(self.settings.batch, generator, augment=not labels)
-        result = task.run(self.student, batch)
+        losses: Iterable[Tensor] = distillation_losses(self.student, piece, batch)
         if labels:
-            loss = task.judge(self.student, result, batch)
-        else:
-            with torch.no_grad():
-                goal = outputs(task.run(self.piece.model, batch))
-            loss = self.piece.answers.divergence(outputs(result), goal)
-        self.history["losses"].append(loss.detach().double().cpu())
-        return loss
+            losses = [piece.task.judge(self.student, piece.task.run(self.student, batch), batch)]
+        elif self.settings.norm == "batch":
+            losses = [distillation_loss(self.student, piece, batch)]
+        self.history["losses"].append(torch.zeros((), dtype=torch.float64))
+        for loss in losses:
+            self.history["losses"][-1] += loss.detach().double().cpu()
+            yield loss
 
     def update(self, adam: torch.optim.Optimizer) -> None:
         """Move the cut-offs by the steering, not by Adam.
