@@ -14,8 +14,8 @@ from rabbet.model.hooks import hooked
 from rabbet.workpiece import Workpiece
 
 LEAST = 1e-24  # the smallest mean square that an error is divided by
-# Inputs and outputs of all layers that a step holds at once. A MobileNet takes six bytes for each
-# of them beside the network, in training: the outputs of both networks, and what rounding keeps.
+# Inputs and outputs of all layers that a step holds at once. MobileNetV2 takes 15 bytes for each of
+# them in training: what both networks give, and what the gradient of rounding needs.
 ENTRIES = 2**28
 TEMPERATURE = 0.07  # of contrast: cosines of unlike examples differ by little
 
