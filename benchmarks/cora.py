@@ -45,12 +45,7 @@ from rabbet.runtime.bench import time_files
 from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
-PAPER = CoRa(
-    base="clipped",
-    svd="plain",
-    linears=False,
-    ranking=Ranking(250, 32, 4, 0.0, 0.9, "hinge", 0.01, 1.0, "labels", "batch"),
-)
+PAPER = CoRa.paper()
 OURS = CoRa()
 UNTUNED = CoRa(tuning=Tuning(steps=0))
 SETTINGS = {"ours": UNTUNED, "paper": PAPER}

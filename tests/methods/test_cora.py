@@ -90,6 +90,14 @@ def test_every_layer_has_the_same_bits_and_the_budget_is_kept(method, budget):
         assert not limit.broken_by(result.cost, result.float_cost)
 
 
+def test_the_papers_settings_take_changes_and_no_others():
+    assert CoRa.paper(bits=3) == replace(CoRa.paper(), bits=3)
+    assert CoRa.paper(bits=PAPER.bits, ranking=PAPER.ranking) == PAPER
+    assert replace(PAPER.ranking, steps=250, batch=32) == CoRa.paper().ranking
+    with pytest.raises(PlanError, match="no setting 'rank'"):
+        CoRa.paper(rank=3)
+
+
 @pytest.mark.parametrize("method", [SHORT, PAPER], ids=["ours", "paper"])
 def test_a_search_lands_close_below_its_budget(method):
     model, task = _labelled()

@@ -12,7 +12,7 @@ from rabbet.core.budget import METRICS, Budget
 from rabbet.core.plan import Plan
 from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.files import write_whole
-from rabbet.methods import CGMQ, METHODS, Method, method_of
+from rabbet.methods import CGMQ, METHODS, CoRa, Method, method_of
 from rabbet.methods.base import changed
 
 
@@ -115,7 +115,11 @@ def worker_of(text: str | None, quality: str = "default") -> Method:
 
 def _method(text: str) -> Method:
     name, *settings = text.split() or [""]
-    presets: dict[str, Callable[[], Any]] = {**METHODS, "cgmq.paper": CGMQ.paper}
+    presets: dict[str, Callable[[], Any]] = {
+        **METHODS,
+        "cora.paper": CoRa.paper,
+        "cgmq.paper": CGMQ.paper,
+    }
     if name not in presets:
         raise typer.BadParameter(
             f"{name!r} is not one of {', '.join(presets)}", param_hint="--method"

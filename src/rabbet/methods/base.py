@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -12,6 +12,8 @@ from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.errors import PlanError
 from rabbet.workpiece import Workpiece
+
+M = TypeVar("M", bound="Method")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Method(Protocol):
         Raises PlanError for a plan that does not suit the network or the method.
         """
         ...
+
+
+def preset(method: type[M], settings: Mapping[str, Any], changes: Mapping[str, Any]) -> M:
+    """A method with these settings, and some of them or others changed.
+
+    Raises PlanError for a setting that there is not.
+    """
+    unknown = sorted(changes.keys() - {f.name for f in fields(method)})  # type: ignore[arg-type]
+    if unknown:
+        raise PlanError(f"{method.__name__} has no setting {unknown[0]!r}")
+    return method(**{**settings, **changes})
 
 
 @runtime_checkable

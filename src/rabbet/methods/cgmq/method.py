@@ -8,7 +8,7 @@ the output, they need not move at all (docs/architecture.md).
 
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -21,7 +21,7 @@ from rabbet.errors import BudgetError, PlanError
 from rabbet.forms import Dense
 from rabbet.grids.grid import Grid
 from rabbet.layers import Site
-from rabbet.methods.base import Fitted
+from rabbet.methods.base import Fitted, preset
 from rabbet.methods.cgmq.course import (
     EACH,
     NEAR,
@@ -61,10 +61,7 @@ class CGMQ(Settings):
             "start": "widest", "epochs": 6, "finish": 6, "direction": 1, "fourfold": False,
             "landing": "end", "widths": (2, 4, 8, 16, 32), "scales": "tensor", "two": "ternary",
         }  # fmt: skip
-        unknown = sorted(changes.keys() - {f.name for f in fields(cls)})
-        if unknown:
-            raise PlanError(f"CGMQ has no setting {unknown[0]!r}")
-        return cls(**settings | changes)
+        return preset(cls, settings, changes)
 
     def plan(self, piece: Workpiece, budget: Budget) -> Plan:
         """The plan of the best state under the budget in training with gates; see `Method.plan`."""

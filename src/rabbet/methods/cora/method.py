@@ -8,7 +8,7 @@ nothing is trained, or as `Joint` fits any plan.
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from rabbet.errors import PlanError, check_fields
 from rabbet.forms import Dense, LowRank
 from rabbet.grids.grid import Grid, Quantised
 from rabbet.layers import Site
-from rabbet.methods.base import Fitted
+from rabbet.methods.base import Fitted, preset
 from rabbet.methods.bn_gain import clipped, gain_of
 from rabbet.methods.cora.search import Ranking, Residual, Search, heuristic, search_ranks
 from rabbet.methods.joint import Joint
@@ -41,8 +41,7 @@ RANKS = 128  # ranks of a layer in the integer program
 class CoRa:
     """Adapters for a uniformly quantised network, with ranks found by gradient.
 
-    As in the paper: `CoRa(base="clipped", svd="plain", ranking=Ranking(250, 32, 4, 0.0, 0.9,
-    "hinge", 0.01, 1.0, "labels", "batch"), linears=False)`.
+    As in the paper: `CoRa.paper()`.
     """
 
     bits: int = 4
@@ -72,6 +71,22 @@ class CoRa:
     """The search for the ranks."""
     tuning: Tuning = Tuning(steps=140)  # noqa: RUF009 (frozen)
     """The tuning at the end, unless the base is "clipped"."""
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """The settings of the paper and its code, and what changes in them.
+
+        Weights of convs are clipped at three deviations and rounded on one scale, the SVD is plain,
+        the ranks are found in 250 batches of 32 examples by labels (`Task(loss=...)`) and a
+        penalty, on the statistics of the batch; no weight is trained. Raises PlanError for settings
+        that there are not.
+        """
+        ranking = Ranking(
+            steps=250, batch=32, order=4, offset=0.0, start=0.9, steering="hinge", rate=0.01,
+            penalty=1.0, loss="labels", norm="batch",
+        )  # fmt: skip
+        settings = {"base": "clipped", "svd": "plain", "linears": False, "ranking": ranking}
+        return preset(cls, settings, changes)
 
     def __post_init__(self) -> None:
         check_fields(self)
