@@ -159,3 +159,28 @@ def test_a_layer_scores_the_same_whichever_axis_the_examples_lie_along(length):
         scores.append(output_errors(piece, changes))
     for name in changes:
         assert torch.allclose(scores[0][name], scores[1][name], rtol=1e-4)
+
+
+class Shaped(nn.Module):
+    """Numbers that no layer holds, in a shape of their own."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.w, self.layer = nn.Parameter(rand(*shape, seed=3)), nn.Linear(32, 10)
+
+    def forward(self, x):
+        flat = self.w.reshape(-1)
+        return self.layer(torch.tanh(x * flat[:32] + flat[32:64]))
+
+
+def test_a_stored_weight_scores_the_same_whatever_its_shape():
+    scores = []
+    for shape in ((16, 32), (4, 4, 32), (16, 1, 32)):
+        torch.manual_seed(0)
+        piece = Workpiece.of(Shaped(*shape).eval(), Task([rand(16, 32)]), Jobs())
+        site = next(s for s in piece.survey if not s.runs)
+        change = rand(3, *piece.weight(site).shape, seed=5)
+        scores.append(output_errors(piece, {site.name: change})[site.name])
+    assert (scores[0] > 0).all()
+    for other in scores[1:]:
+        assert torch.allclose(other, scores[0])

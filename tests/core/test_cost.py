@@ -1,6 +1,7 @@
 """A plan costs what its file and its arithmetic cost; budgets are exact to the last digit."""
 
 import json
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -27,6 +28,7 @@ from rabbet.layers.conv import Conv
 from rabbet.layers.linear import Linear
 from rabbet.model.build import build, plan_of
 from rabbet.model.compressed import ActQuant, compressed_layers
+from rabbet.model.hooks import hooked
 from rabbet.model.inspect import inspect_network
 from rabbet.model.prepare import prepared
 from rabbet.workpiece import Workpiece
@@ -77,6 +79,25 @@ def test_predicted_bytes_are_those_of_the_file(name, data, tmp_path_factory):
     ).bytes
     assert piece.cost(plan).bytes == written == path.stat().st_size
     assert plan_of(student, piece.survey) == plan
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_entries_are_the_numbers_that_layers_take_and_give(name):
+    piece = PIECES[name]
+    batch = piece.task.read()[0]
+    met = Counter()
+
+    def counts(name):
+        return lambda _, given, out: met.update({name: given[0].numel() + out.numel()})
+
+    sites = {module: s for s in piece.survey if s.runs for module in (s.name, *s.heads)}
+    with torch.no_grad(), hooked((piece.model.get_submodule(m), counts(m)) for m in sites):
+        piece.task.run(piece.model, batch)
+    found = Counter()
+    for module, site in sites.items():
+        found[site.name] += met[module]
+    size = piece.task.examples.count(batch)
+    assert found == {s.name: size * s.entries for s in piece.survey if s.runs}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

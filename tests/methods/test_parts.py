@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from networks import NETWORKS, Residual, network, rand, settled, tokens
 from torch import nn
 
-from rabbet import Budget, Jobs, Joint, Plan, Task, compress, fit, plan, price, survey
+from rabbet import CGMQ, Budget, CoRa, Jobs, Joint, Plan, Task, compress, fit, plan, price, survey
 from rabbet.calibrate.moments import second_moments
 from rabbet.calibrate.ranges import calibrate_ranges
 from rabbet.choose.program import Option, allocate, picked, require_feasible
@@ -28,6 +28,7 @@ from rabbet.data.batches import outputs, tensors
 from rabbet.data.examples import Axes
 from rabbet.errors import BudgetError, ModelError, PlanError
 from rabbet.methods import METHODS
+from rabbet.methods.cora.search import Ranking
 from rabbet.model.bn_fold import fold
 from rabbet.model.build import build
 from rabbet.model.compressed import ActQuant, compressed_layers, stored_weights
@@ -588,25 +589,54 @@ def test_what_is_taught_is_the_answers_and_what_the_blocks_give():
     )
 
 
-def test_a_batch_that_memory_has_no_room_for_is_taught_in_parts(monkeypatch):
+@pytest.mark.parametrize("features", [0.0, 2.0])
+def test_a_batch_that_memory_has_no_room_for_is_taught_in_parts(features, monkeypatch):
     piece = _piece()
     student, batch = _student(piece), piece.task.read()[0]
-    layers = compressed_layers(student).values()
-    scales = [x.factors[0][0].scale.requires_grad_() for x in layers]
-    size = piece.task.examples.count(batch)
+    batch = torch.cat([batch, torch.zeros_like(batch[:1])])  # in one part blocks have little to do
+    scales = [x.factors[0][0].scale.requires_grad_() for x in compressed_layers(student).values()]
     each = sum(site.entries for site in piece.survey)
 
     def taught(count):
         monkeypatch.setattr(losses, "ENTRIES", count * each)
-        parts = list(distillation_losses(student, piece, batch))
+        blocks = block_names(piece.survey)
+        parts = list(distillation_losses(student, piece, batch, blocks, features))
         return len(parts), float(sum(parts).detach()), torch.autograd.grad(sum(parts), scales)
 
-    whole, some = taught(size), taught(3)
-    assert (whole[0], some[0]) == (1, -(-size // 3))
-    assert size % 3  # parts of unlike size count by it
+    whole, some = taught(len(batch)), taught(2)
+    assert (whole[0], some[0]) == (1, 9)  # of 17 examples, so one part is smaller and counts less
     assert some[1] == pytest.approx(whole[1])
     for one, other in zip(whole[2], some[2], strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "method", [Joint(tuning=Tuning(3, 8)), CGMQ(steps=3, batch=8), CoRa(ranking=Ranking(3, 8))]
+)
+def test_every_training_goes_in_parts(method, monkeypatch):
+    case = network("residual")
+    histories = []
+    for count in (2**28, 1):
+        monkeypatch.setattr(losses, "ENTRIES", count)
+        result = compress(case.model, "bits <= 6, bops <= 10%", case.batches, method)
+        histories.append(list(result.histories[0].lines.values())[-1][:3])
+    assert histories[0] == pytest.approx(histories[1], rel=0.05)
+
+
+def test_a_forward_that_takes_no_part_of_a_batch_is_not_tuned(monkeypatch):
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(16, 3)
+
+        def forward(self, x):
+            joined = self.first(x).relu().view(len(x) // 2, 16)
+            return self.last(joined).repeat_interleave(2, 0)
+
+    piece = Workpiece.of(Pairs().eval(), Task([rand(32, 8)], axes=0), Jobs())
+    student = _student(piece, "dense@4c | act@8")
+    monkeypatch.setattr(losses, "ENTRIES", 3 * sum(site.entries for site in piece.survey))
+    assert tune(student, piece, Tuning(steps=2, batch=16)).startswith("not tuned: ")
 
 
 def test_tuning_that_harms_is_undone_to_the_last_bit():

@@ -1,5 +1,7 @@
 """Laws of training: what moves, in any memory layout; runs resume; the best state is kept."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,8 +37,8 @@ class Bowl(Course):
         self.groups = [{"params": [self.p], "base": 0.1}]
         self.force = torch.linspace(0.5, 2, start.numel(), dtype=dtype).view(start.shape)
 
-    def loss(self, step: int) -> Tensor:
-        return (self.force * self.p.square()).sum()
+    def losses_of(self, step: int) -> Iterator[Tensor]:
+        yield (self.force * self.p.square()).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -75,7 +77,24 @@ def test_a_run_that_stopped_goes_on_to_the_same_numbers(layout, fused, tmp_path)
     history = again.loss_history("moving")
     assert history == whole.loss_history("moving")  # the steps before the stop, too
     assert len(history.lines[""]) == whole.steps
-    assert history.lines[""][0] == float(Bowl(LAYOUTS[layout]()).loss(0))
+    assert history.lines[""][0] == float(next(Bowl(LAYOUTS[layout]()).losses_of(0)))
+
+
+class Shared(Bowl):
+    """The same loss in two parts of unlike size."""
+
+    def losses_of(self, step):
+        pull = (self.force * self.p.square()).flatten()
+        yield pull[:1].sum()
+        yield (self.force * self.p.square()).flatten()[1:].sum()
+
+
+def test_parts_of_a_loss_add_up():
+    whole, shared = (kind(torch.linspace(-1, 3, 6)) for kind in (Bowl, Shared))
+    for course in (whole, shared):
+        run(course, Jobs(), "key", "moving")
+    assert shared.losses == pytest.approx(whole.losses)
+    torch.testing.assert_close(shared.p, whole.p)
 
 
 class Halved(Bowl):

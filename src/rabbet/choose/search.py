@@ -26,7 +26,7 @@ from rabbet.workpiece import Workpiece
 # in thirty did less, all of them CP.
 HOPE = 0.7
 RELAXED = 25  # budgets, of many, that the relaxation is asked about
-NEAR = 0.1  # of the mean harm of a layer: what may be chosen soon is solved with what is chosen
+NEAR = 0.1  # of a layer's own harm: what may be chosen soon is solved with what is chosen
 
 
 @dataclass
@@ -110,17 +110,15 @@ class Chooser:
             excess = self.allocator.excess(scores, budget)
             if excess is None:
                 continue
-            taken = [min(range(len(row)), key=row.__getitem__) for row in excess]
-            harm = sum(row[k] for row, k in zip(scores, taken, strict=True))
-            most = NEAR * harm / len(self.layers)
-            near += [
-                (layer, layer.lines.index(option.plan.terms))
-                for layer, options, row in zip(
-                    self.layers, self.allocator.table, excess, strict=True
-                )
-                for option, more in zip(options, row, strict=True)
-                if more <= most
-            ]
+            for layer, options, row, own in zip(
+                self.layers, self.allocator.table, excess, scores, strict=True
+            ):
+                most = NEAR * own[min(range(len(row)), key=row.__getitem__)]
+                near += [
+                    (layer, layer.lines.index(option.plan.terms))
+                    for option, more in zip(options, row, strict=True)
+                    if more <= most
+                ]
         return near
 
 

@@ -45,9 +45,9 @@ def output_errors(
     It is the squared error relative to the variance of each channel, summed over the outputs by
     what each counts (`Answers`).
 
-    changes: differences of canonical weights, {name: [candidates, out, in / groups, *kernel]}.
-    About `limit` examples are used. A layer that no gradient reaches (it runs under
-    `torch.no_grad`, or what follows rounds) counts with the relative error of its own output.
+    changes: differences of canonical weights, [out, in / groups, *kernel] for each candidate. About
+    `limit` examples are used. A layer that no gradient reaches (it runs under `torch.no_grad`, or
+    what follows rounds) counts with the relative error of its own output.
     Raises DataError if the outputs of the network are not finite.
     """
     total = {name: torch.zeros(len(d), dtype=torch.float64) for name, d in changes.items()}
@@ -292,7 +292,8 @@ def _projected_weight(weight: Tensor, slope: Tensor | None, changes: Changes, co
         whole = weight.double().square().sum().clamp_min(1e-30)
         felt = [count * change.double().square().sum() / whole for change in changes]
     else:
-        felt = [change.double().mul(slope).sum().square() for change in changes]
+        flat = slope.double().flatten()  # in the tensor's own shape, not in that of its matrix
+        felt = [(change.double().flatten() @ flat).square() for change in changes]
     return torch.stack(felt).cpu()
 
 

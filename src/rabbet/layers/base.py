@@ -52,6 +52,9 @@ class Site:
     @property
     def entries(self) -> int:
         """Numbers that the layer takes and gives for one example."""
+        if self.looks_up:
+            heads = self.head.entries if self.heads else 0
+            return self.inputs + self.positions * self.shape[1] + heads
         return self.inputs * self.shape[1] * self.groups + self.positions * self.shape[0]
 
     @property

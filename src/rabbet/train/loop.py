@@ -6,6 +6,7 @@ batch and gradients are averaged, so that all processes hold the same parameters
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,11 +27,8 @@ Group = dict[str, Any]
 """Parameters that share a learning rate: `params`, and `base`, the rate before the schedule."""
 
 
-class Course:
+class Course(ABC):
     """What the loop runs: parameters, a loss, and what is done between steps.
-
-    A course says what the loss is by `loss`, or by `parts` if it can take it a few examples at a
-    time.
 
     steps: of the whole run. groups: the parameters that are trained. fused: use Adam's fused kernel
     on devices that have it; it is several times faster, but rounds differently. learned: whether
@@ -60,22 +58,19 @@ class Course:
         cosine = max(0.5 * (1 + math.cos(math.pi * step / self.steps)), 0.02)
         return cosine * min(1.0, (step + 1) / 10)
 
-    def loss(self, step: int) -> Tensor:
-        """The loss of a step's batch, a scalar; on several processes, of this one's `shard`."""
-        return torch.stack(list(self.parts(step))).sum()
+    @abstractmethod
+    def losses_of(self, step: int) -> Iterator[Tensor]:
+        """The loss of a step's batch in parts, scalars that add up to it.
 
-    def parts(self, step: int) -> Iterator[Tensor]:
-        """The same in parts that add up to it.
-
-        The gradient of each is taken before the next is asked for, so memory holds that of one.
+        On several processes, of this one's `shard`. The gradient of each part is taken before the
+        next is asked for, so memory holds that of one.
         """
-        yield self.loss(step)
 
     def update(self, adam: torch.optim.Optimizer) -> None:
         """Update the parameters by their gradients: with Adam, unless a course overrides this."""
         adam.step()
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:  # noqa: B027 (not every course has to)
         """Called after the parameters were updated, while their gradients still exist."""
 
     @property
@@ -87,7 +82,7 @@ class Course:
         """What a checkpoint holds besides the parameters and Adam's state."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (not every course has to)
         """The inverse of `state`."""
 
 
@@ -134,7 +129,7 @@ def _backward(course: Course, step: int, stage: str) -> float:
     """Add the gradients of a step's loss to those of the parameters; returns the loss."""
     total = 0.0
     with torch.enable_grad():
-        for loss in course.parts(step):
+        for loss in course.losses_of(step):
             if not torch.isfinite(loss):
                 raise DataError(
                     f"the loss of step {step + 1} of {stage} is not finite; "

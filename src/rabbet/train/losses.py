@@ -1,6 +1,7 @@
 """How far the outputs of one network are from those of another."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,19 +21,28 @@ ENTRIES = 2**28
 TEMPERATURE = 0.07  # of contrast: cosines of unlike examples differ by little
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    """`|ours - theirs|^2 / |theirs|^2`."""
-    return (ours - theirs).square().mean() / theirs.square().mean().clamp_min(LEAST)
+def relative_error(ours: Tensor, theirs: Tensor, square: Tensor | None = None) -> Tensor:
+    """`|ours - theirs|^2 / |theirs|^2`; square: in place of the mean square of theirs."""
+    whole = theirs.square().mean() if square is None else square
+    return (ours - theirs).square().mean() / whole.clamp_min(LEAST)
 
 
-def feature_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+def feature_error(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], squares: Sequence[Tensor] | None = None
+) -> Tensor:
     """Mean relative error of features; zero if there are none.
 
     Pairs of different shapes do not count, and none count if one side has more features: where a
-    compressed router decides differently, an expert gets other tokens, or none.
+    compressed router decides differently, an expert gets other tokens, or none. squares: what the
+    errors are relative to where these features are part of more; None: the mean square of theirs.
     """
     pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
-    parts = [relative_error(a, b) for a, b in pairs if a.shape == b.shape and len(a)]
+    goals = [None] * len(pairs) if squares is None else squares
+    parts = [
+        relative_error(a, b, square)
+        for (a, b), square in zip(pairs, goals, strict=False)
+        if a.shape == b.shape and len(a)
+    ]
     return torch.stack(parts).mean() if parts else torch.zeros(())
 
 
@@ -119,16 +129,16 @@ def distillation_losses(
     blocks: Sequence[str] = (),
     features: float = 0.0,
 ) -> Iterator[Tensor]:
-    """`distillation_loss` of a batch in parts that add up to it, about, see ENTRIES.
-
-    Not quite where blocks count: their errors are relative to what a part of the batch holds.
-    """
+    """`distillation_loss` of a batch in parts of about one size that add up to it, see ENTRIES."""
     axes = piece.task.examples
     each = sum(site.entries for site in piece.survey if site.runs)
-    size = axes.count(batch)
-    for part in axes.portions([batch], max(1, ENTRIES // max(1, each))):
-        share = axes.count(part) / size
-        yield share * distillation_loss(student, piece, part, blocks, features)
+    size, most = axes.count(batch), max(1, ENTRIES // max(1, each))
+    count = math.ceil(size / most)
+    parts = list(axes.portions([batch], math.ceil(size / count)))
+    shares = [axes.count(part) / size for part in parts]
+    squares = _mean_squares(piece, parts, shares, blocks) if features and count > 1 else None
+    for part, share in zip(parts, shares, strict=True):
+        yield share * distillation_loss(student, piece, part, blocks, features, squares)
 
 
 def distillation_loss(
@@ -137,17 +147,32 @@ def distillation_loss(
     batch: Batch,
     blocks: Sequence[str] = (),
     features: float = 0.0,
+    squares: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """How far the student is from the float network on a batch; only the student gets a gradient.
 
     The divergence of the outputs plus `features` times the mean relative error of the outputs of
-    the named blocks.
+    the named blocks. squares: see `feature_error`.
     """
     with torch.no_grad(), _tapped(piece.model, blocks) as theirs:
         goal = outputs(piece.task.run(piece.model, batch))
     with _tapped(student, blocks) as ours:
         result = outputs(piece.task.run(student, batch))
-    return piece.answers.divergence(result, goal) + features * feature_error(ours, theirs)
+    error = feature_error(ours, theirs, squares)
+    return piece.answers.divergence(result, goal) + features * error
+
+
+@torch.no_grad()
+def _mean_squares(
+    piece: Workpiece, parts: Sequence[Batch], shares: Sequence[float], blocks: Sequence[str]
+) -> list[Tensor]:
+    """The mean square of what each block of the float network gives for a batch."""
+    found = []
+    for part, share in zip(parts, shares, strict=True):
+        with _tapped(piece.model, blocks) as theirs:
+            piece.task.run(piece.model, part)
+        found.append([share * t.square().sum() / max(1, t.numel()) for t in theirs])
+    return [torch.stack(each).sum() for each in zip(*found, strict=False)]
 
 
 def block_names(survey: Survey) -> list[str]:

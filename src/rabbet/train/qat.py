@@ -235,8 +235,7 @@ class GatedRange(ActQuant):
 
     low, high: ends of the range at 8 bits, [1] each; a narrower width covers a part of it, in
     proportion to the ranges that were calibrated for each width. bits: one number. moves: whether
-    there is a gate. slope: the gradient of the loss by the quantised input, kept if
-    `records_slope`.
+    there is a gate.
     """
 
     def __init__(self, ranges: Ranges) -> None:
@@ -248,7 +247,20 @@ class GatedRange(ActQuant):
         self.bits = [FLOAT]
         self.moves = True
         self.records_slope = False
-        self.slope: Tensor | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to add up anew what `slope` tells."""
+        self._felt: Tensor | None = None
+        self._places = 0
+
+    @property
+    def slope(self) -> Tensor | None:
+        """The mean magnitude of the gradient of the loss by the quantised input, a scalar.
+
+        Of all calls since `forget`, if `records_slope`; None if no gradient came.
+        """
+        return None if self._felt is None else self._felt / self._places
 
     def forward(self, x: Tensor) -> Tensor:
         """X of any shape, on the grid of its width."""
@@ -260,7 +272,9 @@ class GatedRange(ActQuant):
         return x
 
     def _record_slope(self, slope: Tensor) -> None:
-        self.slope = slope.detach()
+        felt = slope.detach().abs().sum()
+        self._felt = felt if self._felt is None else self._felt + felt
+        self._places += slope.numel()
 
     def range_of(self, bits: int) -> tuple[Tensor, Tensor]:
         """Scale (differentiable) and zero point at a width, [1] each."""

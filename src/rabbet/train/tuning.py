@@ -64,8 +64,10 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     put_back, pool = layers_kept(student), Pool.of(train, axes)
     try:
         start = piece.distance(student, judges)
+        batch, blocks = pool.draw(settings.batch, torch.Generator()), block_names(piece.survey)
         with torch.no_grad():
-            piece.task.run(student, pool.draw(settings.batch, torch.Generator()))
+            for _ in distillation_losses(student, piece, batch, blocks, settings.features):
+                pass
     except UnlikeError as e:
         return f"not tuned: {e}"
     except RabbetError:
@@ -145,8 +147,8 @@ class _Loop(Course):
             round_codes(self.layers.values())
             calibrate_inner(self.student, self.piece.task, self.piece.seed)
 
-    def parts(self, step: int) -> Iterator[Tensor]:
-        """See `Course.parts`."""
+    def losses_of(self, step: int) -> Iterator[Tensor]:
+        """See `Course.losses_of`."""
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         batch = shard(self.pool.draw(self.settings.batch, generator), self.pool.axes)
         return distillation_losses(

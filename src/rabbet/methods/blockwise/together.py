@@ -132,12 +132,12 @@ class Together(Course):
         judged = {JUDGED: torch.tensor([before, after], dtype=torch.float64)}
         return judged | (self.trained if after < before else {})
 
-    def loss(self, step: int) -> Tensor:
+    def losses_of(self, step: int) -> Iterator[Tensor]:
         """The divergence of one batch, whose gradients were taken block by block."""
         divergence, slopes = self._felt(in_turn(self.used, step))
         # zero, with these gradients
         felt = [((self.trained[n] - self.trained[n].detach()) * g).sum() for n, g in slopes.items()]
-        return torch.stack(felt).sum() + divergence
+        yield torch.stack(felt).sum() + divergence
 
     def _felt(self, i: int) -> tuple[Tensor, Tensors]:
         """The divergence of a batch, and its gradients by what is trained."""

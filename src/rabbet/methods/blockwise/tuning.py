@@ -1,7 +1,7 @@
 """All codes and scales of a block tuned so that it answers as the float block does."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,9 +107,9 @@ class BlockCourse(Course):
     def _add(self, tensor: Tensor, rate: float) -> None:
         self.groups.append({"params": [tensor], "base": rate})
 
-    def loss(self, step: int) -> Tensor:
+    def losses_of(self, step: int) -> Iterator[Tensor]:
         """The error at each place, relative to what is wanted there."""
-        return self._error(in_turn(self.used, step))
+        yield self._error(in_turn(self.used, step))
 
     def _error(self, i: int) -> Tensor:
         given = self.given

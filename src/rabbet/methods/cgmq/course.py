@@ -101,13 +101,16 @@ class FixedWidths(Course):
         """See `Course.rate`."""
         return self.learning_rate * super().rate(step)
 
-    def parts(self, step: int) -> Iterator[Tensor]:
-        """See `Course.parts`. What a user's loss makes of a part of a batch is not known."""
+    def losses_of(self, step: int) -> Iterator[Tensor]:
+        """See `Course.losses_of`. What a user's loss makes of a part of a batch is not known."""
         task = self.piece.task
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         augment = self.method.augment and task.loss is None
         batch = shard(self.pool.draw(self.method.batch, generator, augment=augment), self.pool.axes)
         self.last_loss = 0.0
+        for layer in self.layers.values():
+            if layer.input_range is not None:
+                layer.input_range.forget()
         for loss in (
             distillation_losses(self.student, self.piece, batch, self.blocks, self.method.features)
             if task.loss is None

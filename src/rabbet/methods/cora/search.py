@@ -2,13 +2,13 @@
 
 The residual is what rounding leaves of a weight. A layer runs with `Q(W) + left diag(gain^2)
 right`, where left @ right is the whole residual in order of its singular values, and the gain is a
-low-pass Butterworth kernel with one parameter, the cut-off. The weight is computed once per step
+low-pass Butterworth kernel with one parameter, the cut-off. The weight is computed once for a pass
 and runs as one layer; the adapters' own convs, as large as the layer's, are never run.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -208,16 +208,17 @@ class _RankSearch(Course):
         norms = self.piece.norms if self.settings.norm == "batch" else {}
         return [(self.layers[n], _renormed(norm)) for n, norm in norms.items() if n in self.layers]
 
-    def parts(self, step: int) -> Iterator[Tensor]:
-        """See `Course.parts`. The statistics of a batch, and a user's loss, are of all of it."""
-        piece, labels = self.piece, self.settings.loss == "labels"
+    def losses_of(self, step: int) -> Iterator[Tensor]:
+        """See `Course.losses_of`. Statistics of a batch, and a user's loss, are of all of it."""
+        piece, student, labels = self.piece, self.student, self.settings.loss == "labels"
         generator = torch.Generator().manual_seed(piece.seed * 1_000_003 + step)
         batch = self.pool.draw(self.settings.batch, generator, augment=not labels)
-        losses: Iterable[Tensor] = distillation_losses(self.student, piece, batch)
         if labels:
-            losses = [piece.task.judge(self.student, piece.task.run(self.student, batch), batch)]
+            losses = iter([piece.task.judge(student, piece.task.run(student, batch), batch)])
         elif self.settings.norm == "batch":
-            losses = [distillation_loss(self.student, piece, batch)]
+            losses = iter([distillation_loss(student, piece, batch)])
+        else:
+            losses = distillation_losses(student, piece, batch)
         self.history["losses"].append(torch.zeros((), dtype=torch.float64))
         for loss in losses:
             self.history["losses"][-1] += loss.detach().double().cpu()

@@ -1,6 +1,7 @@
 """Distillation of a float transformer into tensor trains, first in float, then on the grid."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -188,8 +189,8 @@ class Teaching(Course):
         cosine = max(0.5 * (1 + math.cos(math.pi * phase_step / phase_steps)), 0.01)
         return height * cosine * min(1.0, (phase_step + 1) / 50)
 
-    def loss(self, step: int) -> Tensor:
-        """See `Course.loss`."""
+    def losses_of(self, step: int) -> Iterator[Tensor]:
+        """See `Course.losses_of`."""
         if step == self.float_steps:
             self._move_to_grids()
         epoch, in_epoch = divmod(step, len(self.batches))
@@ -198,7 +199,7 @@ class Teaching(Course):
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         loss = self._batch_loss(shard(self.batches[k], self.axes), k, self._stage(step), generator)
         self.last_loss = float(loss.detach())
-        return loss
+        yield loss
 
     def _stage(self, step: int) -> Stage:
         """The stage of a step: if blocks are taught in order, it grows over half of all steps."""
