@@ -113,8 +113,8 @@ NETS: dict[str, Callable[[Any], tuple[nn.Module, Task]]] = {
     "resnet18": functools.partial(images, shapes.resnet18, 64),
     "mobilenet_v2": functools.partial(images, shapes.mobilenet_v2, 150),
     "resnet50": functools.partial(images, shapes.resnet50, 64),
-    "vit": functools.partial(images, shapes.vit, 64),
-    "bert": bert,
+    "vit_b16": functools.partial(images, shapes.vit, 64),
+    "bert_base": bert,
 }
 
 
@@ -126,7 +126,7 @@ def settings() -> Iterator[Values]:
         ("small layers", (50, 200, 800), (ONE, "bits only", "fast")),
         ("resnet56", (None,), (ONE, "fast", "default")),
         *((net, (None,), (ONE, "fast")) for net in ("resnet18", "mobilenet_v2", "resnet50")),
-        *((net, (None,), (ONE, "fast")) for net in ("vit", "bert")),
+        *((net, (None,), (ONE, "fast")) for net in ("vit_b16", "bert_base")),
     ]
     for network, sizes, methods in plan:
         for size in sizes:
