@@ -278,7 +278,7 @@ def solve_kernel(weight: Tensor, *, term: Term, method: ADMM, seed: int) -> Tens
         "settled": torch.tensor(rounded.stalled),
     }
     for k, q in enumerate(rounded.factors):
-        result |= {f"{k}.codes": q.codes.to(torch.int16), f"{k}.scale": q.scale}
+        result |= {f"{k}.codes": q.codes.to(torch.int8), f"{k}.scale": q.scale}
     return result
 
 

@@ -48,7 +48,7 @@ def solve_site(
             for f, factor in enumerate(factors):
                 floats = factor.grid.codebook.floats
                 result[f"{k}.{t}.{f}.codes"] = (
-                    factor.codes if floats else factor.codes.to(torch.int16)
+                    factor.codes if floats else factor.codes.to(torch.int8)
                 )
                 result[f"{k}.{t}.{f}.scale"] = factor.scale
                 if factor.zero is not None:

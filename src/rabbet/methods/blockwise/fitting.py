@@ -125,7 +125,7 @@ def _of_layer(name: str, layer: Compressed) -> Tensors:
         for f, factor in enumerate(factors):
             codes = factor.codes.detach()
             floats = factor.grid.codebook.floats
-            found[f"{name}/{t}.{f}.codes"] = codes.clone() if floats else codes.to(torch.int16)
+            found[f"{name}/{t}.{f}.codes"] = codes.clone() if floats else codes.to(torch.int8)
             found[f"{name}/{t}.{f}.scale"] = factor.scale.detach().clone()
             if factor.zero is not None:
                 found[f"{name}/{t}.{f}.zero"] = factor.zero.detach().clone()
