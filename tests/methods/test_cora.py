@@ -90,6 +90,31 @@ def test_every_layer_has_the_same_bits_and_the_budget_is_kept(method, budget):
         assert not limit.broken_by(result.cost, result.float_cost)
 
 
+def test_a_batch_norm_over_one_value_is_an_error_that_says_so():
+    pool = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Conv2d(8, 6, 1),
+        torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6, 5),
+    ).eval()  # fmt: skip
+    batches = [(torch.randn(1, 3, 8 + k, 8), torch.zeros(1).long()) for k in range(4)]
+    task = Task(
+        batches, forward=lambda m, b: m(b[0]), loss=lambda out, b: F.cross_entropy(out, b[1])
+    )
+    with pytest.raises(DataError, match="one value a channel"):
+        compress(pool, "bytes <= 95%", task, replace(PAPER, bits=2))
+
+
+def test_a_loss_that_is_cut_off_from_the_outputs_is_an_error():
+    case = network("residual")
+    labels = torch.zeros(len(case.batches[0]), dtype=torch.long)
+    task = Task(
+        [(x, labels[: len(x)]) for x in case.batches],
+        forward=lambda m, b: m(b[0]),
+        loss=lambda out, b: F.cross_entropy(out.flatten(1), b[1]).detach(),
+    )
+    with pytest.raises(DataError, match="no gradient comes through the loss"):
+        compress(case.model, BUDGET, task, PAPER)
+
+
 def test_the_papers_settings_take_changes_and_no_others():
     assert CoRa.paper(bits=3) == replace(CoRa.paper(), bits=3)
     assert CoRa.paper(bits=PAPER.bits, ranking=PAPER.ranking) == PAPER

@@ -623,6 +623,37 @@ def test_every_training_goes_in_parts(method, monkeypatch):
     assert histories[0] == pytest.approx(histories[1], rel=0.05)
 
 
+class Routed(nn.Module):
+    """Experts that are called only if a token goes there."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.ReLU()) for _ in range(4))
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x):
+        place = self.gate(x).argmax(1)
+        out = x.new_zeros(len(x), 5)
+        for k, expert in enumerate(self.experts):
+            mine = (place == k).nonzero()[:, 0]
+            if len(mine):
+                out = out.index_copy(0, mine, 10**k * expert(x[mine]))
+        return self.last(out)
+
+
+def test_experts_that_some_parts_do_not_call_count_as_in_the_whole_batch(monkeypatch):
+    torch.manual_seed(0)
+    piece = Workpiece.of(Routed().eval(), Task([rand(16, 4, seed=3)]), Jobs())
+    student, batch = _student(piece, "dense@8c | act@8"), piece.task.read()[0]
+    blocks = [f"experts.{k}" for k in range(4)]
+    told = []
+    for count in (16, 3, 1):
+        monkeypatch.setattr(losses, "ENTRIES", count * sum(s.entries for s in piece.survey))
+        told.append(float(sum(distillation_losses(student, piece, batch, blocks, 2.0)).detach()))
+    assert told[1:] == pytest.approx(told[:1] * 2, rel=1e-4)
+
+
 def test_a_forward_that_takes_no_part_of_a_batch_is_not_tuned(monkeypatch):
     class Pairs(nn.Module):
         def __init__(self):

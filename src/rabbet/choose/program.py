@@ -164,7 +164,9 @@ class Allocator:
         for row, options in zip(scores, self.table, strict=True):
             if not np.isfinite(row).all():
                 raise ModelError(
-                    f"the scores of {quoted(options[0].plan.name)} are not finite: {list(row)}"
+                    f"what a change of {quoted(options[0].plan.name)} does to the outputs is not "
+                    "finite: look for a gradient through the network that is NaN although the "
+                    "outputs are finite, as that of a square root or a norm of zeros"
                 )
 
     def _refusal(self, limit: Limit, choice: Sequence[int], cost: Cost) -> str:

@@ -1,16 +1,19 @@
 """Statistics of BatchNorms, estimated anew on a network that was changed (arXiv 2308.04595)."""
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rabbet.errors import DataError
 from rabbet.grids.grid import stored
-from rabbet.model.compressed import compressed_layers
+from rabbet.model.compressed import Compressed, compressed_layers
 from rabbet.model.hooks import Hook, hooked
 from rabbet.reconstruct.matching import Statistics, gained, matcher
 from rabbet.reconstruct.sequential import affordable
-from rabbet.workpiece import Workpiece
+from rabbet.workpiece import Norm, Workpiece
 
 
 def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -> None:
@@ -56,3 +59,24 @@ def recalibrate_norms(student: nn.Module, piece: Workpiece, limit: int = 1024) -
 def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def on_batch(norm: Norm) -> Callable[[Compressed, object, Tensor], Tensor]:
+    """A hook that applies a folded BatchNorm's mean and spread in place of the batch's own.
+
+    It raises DataError for a batch of a single value a channel.
+    """
+
+    def hook(layer: Compressed, _: object, out: Tensor) -> Tensor:
+        last = layer.site.channels_last(out)
+        flat = last.reshape(-1, last.shape[-1])
+        if len(flat) < 2:
+            raise DataError(
+                f"the BatchNorm behind {layer.site.name!r} has one value a channel in a batch, and "
+                "cannot run on the statistics of the batch: give batches of several examples, or "
+                'Ranking(norm="frozen")'
+            )
+        normed = F.batch_norm(flat, None, None, norm.spread, norm.mean, training=True)
+        return layer.site.channels_back(normed.view(last.shape))
+
+    return hook

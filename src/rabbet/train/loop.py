@@ -133,7 +133,7 @@ def _backward(course: Course, step: int, stage: str) -> float:
             if not torch.isfinite(loss):
                 raise DataError(
                     f"the loss of step {step + 1} of {stage} is not finite; "
-                    "check the batches and the loss"
+                    "check the batches, the loss and that gradients through the network are finite"
                 )
             total += float(loss.detach())
             if loss.requires_grad:

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,29 +22,37 @@ ENTRIES = 2**28
 TEMPERATURE = 0.07  # of contrast: cosines of unlike examples differ by little
 
 
-def relative_error(ours: Tensor, theirs: Tensor, square: Tensor | None = None) -> Tensor:
-    """`|ours - theirs|^2 / |theirs|^2`; square: in place of the mean square of theirs."""
-    whole = theirs.square().mean() if square is None else square
-    return (ours - theirs).square().mean() / whole.clamp_min(LEAST)
+Features = dict[tuple[str, int], Tensor]
+"""What the blocks of a network gave in a pass, by the block and the number of its call."""
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """`|ours - theirs|^2 / |theirs|^2`."""
+    return (ours - theirs).square().mean() / theirs.square().mean().clamp_min(LEAST)
 
 
 def feature_error(
-    ours: Sequence[Tensor], theirs: Sequence[Tensor], squares: Sequence[Tensor] | None = None
+    ours: Features, theirs: Features, squares: Mapping[tuple[str, int], float] | None = None
 ) -> Tensor:
     """Mean relative error of features; zero if there are none.
 
     Pairs of different shapes do not count, and none count if one side has more features: where a
-    compressed router decides differently, an expert gets other tokens, or none. squares: what the
-    errors are relative to where these features are part of more; None: the mean square of theirs.
+    compressed router decides differently, an expert gets other tokens, or none.
+
+    squares: where these are of a part of a batch, the sums of squares of the float network's
+    features over all of it; then errors of parts add up to that of the batch.
     """
-    pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
-    goals = [None] * len(pairs) if squares is None else squares
-    parts = [
-        relative_error(a, b, square)
-        for (a, b), square in zip(pairs, goals, strict=False)
-        if a.shape == b.shape and len(a)
+    pairs = [
+        (key, ours[key], b)
+        for key, b in (theirs.items() if ours.keys() == theirs.keys() else ())
+        if ours[key].shape == b.shape and len(b)
     ]
-    return torch.stack(parts).mean() if parts else torch.zeros(())
+    if not pairs:
+        return torch.zeros(())
+    if squares is None:
+        return torch.stack([relative_error(a, b) for _, a, b in pairs]).mean()
+    parts = [(a - b).square().sum() / max(squares[key], LEAST) for key, a, b in pairs]
+    return torch.stack(parts).sum() / len(squares)
 
 
 def answer_error(ours: Tensor, theirs: Tensor, mask: Tensor | None, scores: bool) -> Tensor:
@@ -111,14 +120,20 @@ def real_places(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Collect the first floating output of each named module during a forward pass."""
-    features: list[Tensor] = []
+def _tapped(model: nn.Module, names: Sequence[str]) -> Iterator[Features]:
+    """Collect the first floating output of each call of the named modules in a forward pass."""
+    features: Features = {}
+    calls = Counter[str]()
 
-    def keep(_: nn.Module, __: object, out: object) -> None:
-        features.extend(floating(out)[:1])
+    def keeper(name: str) -> Callable[[nn.Module, object, object], None]:
+        def keep(_: nn.Module, __: object, out: object) -> None:
+            for tensor in floating(out)[:1]:
+                features[name, calls[name]] = tensor
+            calls[name] += 1
 
-    with hooked((model.get_submodule(name), keep) for name in names):
+        return keep
+
+    with hooked((model.get_submodule(name), keeper(name)) for name in names):
         yield features
 
 
@@ -134,11 +149,15 @@ def distillation_losses(
     each = sum(site.entries for site in piece.survey if site.runs)
     size, most = axes.count(batch), max(1, ENTRIES // max(1, each))
     count = math.ceil(size / most)
+    if count == 1:
+        yield distillation_loss(student, piece, batch, blocks, features)
+        return
     parts = list(axes.portions([batch], math.ceil(size / count)))
-    shares = [axes.count(part) / size for part in parts]
-    squares = _mean_squares(piece, parts, shares, blocks) if features and count > 1 else None
-    for part, share in zip(parts, shares, strict=True):
-        yield share * distillation_loss(student, piece, part, blocks, features, squares)
+    squares = _squares(piece, parts, blocks) if features else {}
+    for part in parts:
+        divergence, ours, theirs = _compared(student, piece, part, blocks if features else ())
+        share = axes.count(part) / size
+        yield share * divergence + features * feature_error(ours, theirs, squares)
 
 
 def distillation_loss(
@@ -147,32 +166,40 @@ def distillation_loss(
     batch: Batch,
     blocks: Sequence[str] = (),
     features: float = 0.0,
-    squares: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """How far the student is from the float network on a batch; only the student gets a gradient.
 
     The divergence of the outputs plus `features` times the mean relative error of the outputs of
-    the named blocks. squares: see `feature_error`.
+    the named blocks.
     """
+    divergence, ours, theirs = _compared(student, piece, batch, blocks)
+    return divergence + features * feature_error(ours, theirs)
+
+
+def _compared(
+    student: nn.Module, piece: Workpiece, batch: Batch, blocks: Sequence[str]
+) -> tuple[Tensor, Features, Features]:
+    """The divergence of the outputs, and what the blocks of both networks gave."""
     with torch.no_grad(), _tapped(piece.model, blocks) as theirs:
         goal = outputs(piece.task.run(piece.model, batch))
     with _tapped(student, blocks) as ours:
         result = outputs(piece.task.run(student, batch))
-    error = feature_error(ours, theirs, squares)
-    return piece.answers.divergence(result, goal) + features * error
+    return piece.answers.divergence(result, goal), ours, theirs
 
 
 @torch.no_grad()
-def _mean_squares(
-    piece: Workpiece, parts: Sequence[Batch], shares: Sequence[float], blocks: Sequence[str]
-) -> list[Tensor]:
-    """The mean square of what each block of the float network gives for a batch."""
-    found = []
-    for part, share in zip(parts, shares, strict=True):
+def _squares(
+    piece: Workpiece, parts: Sequence[Batch], blocks: Sequence[str]
+) -> dict[tuple[str, int], float]:
+    """The sum of squares of what each block of the float network gives for all parts."""
+    total: dict[tuple[str, int], float] = {}
+    for part in parts:
         with _tapped(piece.model, blocks) as theirs:
             piece.task.run(piece.model, part)
-        found.append([share * t.square().sum() / max(1, t.numel()) for t in theirs])
-    return [torch.stack(each).sum() for each in zip(*found, strict=False)]
+        for key, given in theirs.items():
+            if len(given):
+                total[key] = total.get(key, 0.0) + float(given.square().sum())
+    return total
 
 
 def block_names(survey: Survey) -> list[str]:

@@ -8,7 +8,7 @@ and runs as one layer; the adapters' own convs, as large as the layer's, are nev
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -22,10 +22,11 @@ from rabbet.errors import DataError, PlanError, check_fields, check_least
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, compressed_layers, stored_state
 from rabbet.model.hooks import Hook, hooked
+from rabbet.reconstruct.norms import on_batch
 from rabbet.train.loop import ADAM, Course, run
 from rabbet.train.losses import distillation_loss, distillation_losses
 from rabbet.train.qat import SoftAdapter, replace_factors
-from rabbet.workpiece import Norm, Workpiece
+from rabbet.workpiece import Workpiece
 
 # A multiplicative step changes the logarithm of a cut-off by at most the learning rate times this.
 LARGEST = 1.0
@@ -146,8 +147,9 @@ def search_ranks(
     """
     if settings.loss == "labels" and piece.task.loss is None:
         raise DataError(
-            "a search by labels needs Task(batches, loss=...), "
-            "a function of the outputs and the batch"
+            "a search by labels needs Task(batches, loss=...), a function of the outputs and the "
+            "batch (on the command line --data names a function that returns it); Ranking(loss="
+            '"teacher") needs none'
         )
     fulls = torch.tensor([len(r.values) for r in residuals.values()], dtype=torch.float64)
     prices = torch.stack([r.prices for r in residuals.values()], 1)  # [limits, layers]
@@ -206,7 +208,7 @@ class _RankSearch(Course):
     def _norms(self) -> list[Hook]:
         """Hooks that run BatchNorms on the statistics of the batch, if the settings say so."""
         norms = self.piece.norms if self.settings.norm == "batch" else {}
-        return [(self.layers[n], _renormed(norm)) for n, norm in norms.items() if n in self.layers]
+        return [(self.layers[n], on_batch(norm)) for n, norm in norms.items() if n in self.layers]
 
     def losses_of(self, step: int) -> Iterator[Tensor]:
         """See `Course.losses_of`. Statistics of a batch, and a user's loss, are of all of it."""
@@ -214,7 +216,13 @@ class _RankSearch(Course):
         generator = torch.Generator().manual_seed(piece.seed * 1_000_003 + step)
         batch = self.pool.draw(self.settings.batch, generator, augment=not labels)
         if labels:
-            losses = iter([piece.task.judge(student, piece.task.run(student, batch), batch)])
+            loss = piece.task.judge(student, piece.task.run(student, batch), batch)
+            if not loss.requires_grad:
+                raise DataError(
+                    "no gradient comes through the loss: it is cut off from the outputs, or the "
+                    "network runs under torch.no_grad; a search by labels needs one"
+                )
+            losses = iter([loss])
         elif self.settings.norm == "batch":
             losses = iter([distillation_loss(student, piece, batch)])
         else:
@@ -269,18 +277,6 @@ def _cutoff(layer: Compressed) -> Tensor:
     cutoff = cast(SoftAdapter, layer.factors[0][0]).cutoff
     assert cutoff is not None
     return cutoff
-
-
-def _renormed(norm: Norm) -> Callable[[Compressed, object, Tensor], Tensor]:
-    """A hook that applies a folded BatchNorm's mean and spread in place of the batch's own."""
-
-    def hook(layer: Compressed, _: object, out: Tensor) -> Tensor:
-        last = layer.site.channels_last(out)
-        flat = last.reshape(-1, last.shape[-1])
-        normed = F.batch_norm(flat, None, None, norm.spread, norm.mean, training=True)
-        return layer.site.channels_back(normed.view(last.shape))
-
-    return hook
 
 
 class _Steering:
