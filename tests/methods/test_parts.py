@@ -39,6 +39,7 @@ from rabbet.reconstruct.network import solve_lines
 from rabbet.reconstruct.sequential import solve_in_order
 from rabbet.train import losses
 from rabbet.train.losses import block_names, distillation_loss, distillation_losses
+from rabbet.train.qat import GatedRange
 from rabbet.train.tuning import Tuning, _Loop, tune
 from rabbet.workpiece import Workpiece
 
@@ -621,6 +622,34 @@ def test_every_training_goes_in_parts(method, monkeypatch):
         result = compress(case.model, "bits <= 6, bops <= 10%", case.batches, method)
         histories.append(list(result.histories[0].lines.values())[-1][:3])
     assert histories[0] == pytest.approx(histories[1], rel=0.05)
+
+
+def test_a_gradient_that_is_nan_behind_finite_outputs_is_named():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x / (x.square().sum(-1, keepdim=True).sqrt() + 1e-6))
+
+    batch = rand(16, 8)
+    batch[::2] = 0  # the square root of nothing has no slope
+    assert torch.isfinite(Normed()(batch)).all()
+    with pytest.raises(ModelError, match="not finite: look for a gradient"):
+        compress(Normed().eval(), "bits <= 4", [batch])
+
+
+def test_what_a_gate_sees_is_of_all_calls():
+    act = GatedRange({8: (-1.0, 1.0)})
+    act.records_slope = True
+    parts = [rand(3, 4, seed=k).requires_grad_() for k in range(2)]
+    for part, size in zip(parts, (1.0, -5.0), strict=True):
+        act(part).sum().mul(size).backward()
+    assert float(act.slope) == pytest.approx(3)
+    act.forget()
+    assert act.slope is None
 
 
 class Routed(nn.Module):
