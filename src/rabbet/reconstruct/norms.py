@@ -1,4 +1,4 @@
-"""Statistics of BatchNorms, estimated anew on a network that was changed (arXiv 2308.04595)."""
+"""Statistics of BatchNorms on a changed network: made anew (arXiv 2308.04595), or of a batch."""
 
 import math
 from collections.abc import Callable

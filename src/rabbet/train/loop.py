@@ -132,8 +132,8 @@ def _backward(course: Course, step: int, stage: str) -> float:
         for loss in course.losses_of(step):
             if not torch.isfinite(loss):
                 raise DataError(
-                    f"the loss of step {step + 1} of {stage} is not finite; "
-                    "check the batches, the loss and that gradients through the network are finite"
+                    f"the loss of step {step + 1} of {stage} is not finite: check the batches, the "
+                    "loss and that gradients through the network are finite; a lower rate may help"
                 )
             total += float(loss.detach())
             if loss.requires_grad:
