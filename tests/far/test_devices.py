@@ -207,7 +207,7 @@ def test_a_folder_gives_what_was_done_there_or_on_the_cpu(begin, far, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr("rabbet.jobs._call", never)
         if begin == "far":  # a pretended tensor is no `torch.Tensor`: its training has another key
-            patch.setattr(tuning, "distillation_losses", never)
+            patch.setattr(tuning._Loop, "losses_of", never)
         again = run(far, "again")
     assert kept.items() <= files(tmp_path / "work").items()
     assert all(t.device == far for t in again.model.state_dict().values())
