@@ -39,7 +39,7 @@ from torch import nn
 
 import rabbet
 from rabbet import Frontier, Jobs, Task, demo
-from rabbet.data.task import deviation
+from rabbet.data.accuracy import deviation
 from rabbet.methods import QUALITY
 
 FAST = QUALITY["fast"]

@@ -1,7 +1,9 @@
 r"""How fast exported files are in onnxruntime and OpenVINO, against float and other tools' exports.
 
-    # ResNet-20, ResNet-18, MobileNet, MiniLM
+    # ResNet-20, ResNet-18, MobileNet v1, MiniLM
     python benchmarks/latency.py
+    # their weights come with packages: see pretrained.py
+    python benchmarks/latency.py --nets mobilenet_v2 efficientnet_lite0
     python benchmarks/latency.py --nets minilm --threads 1
     python benchmarks/latency.py --nets resnet20 resnet18 --predict \
         --grids 8c tucker@45 lowrank@45 cp@45
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pretrained
 import torch
 from common import machine, reader
 from records import Group, Records, Table, Values, add_options, told
@@ -66,6 +69,8 @@ DATA = {
     "resnet56": "CIFAR-10 training images to calibrate",
     "resnet18": "noise: random weights and images, for speed alone",
     "mobilenet": "ImageNet validation images to calibrate",
+    "mobilenet_v2": "ImageNet validation images to calibrate",
+    "efficientnet_lite0": "ImageNet validation images to calibrate",
     "minilm": "random tokens",
 }
 Run = Callable[[], Any]
@@ -101,10 +106,10 @@ def resnet18() -> Case:
     return images(shape_of_resnet18(), [torch.randn(4, 3, 224, 224) for _ in range(8)])
 
 
-def mobilenet() -> Case:
-    """MobileNet v1, alpha 0.75."""
+def imagenet(model: nn.Module, inputs: Callable[[Tensor], Tensor] = lambda x: x) -> Case:
+    """A network on images [n, 3, h, w] in [-1, 1]; `inputs` makes what it wants of them."""
     pixels, _ = reader("load").imagenet_val(limit=64)
-    return images(reader("nets").mobilenet_v1(), list(torch.from_numpy(pixels).split(16)))
+    return images(model, list(inputs(torch.from_numpy(pixels)).split(16)))
 
 
 def minilm() -> Case:
@@ -123,7 +128,9 @@ NETS: dict[str, Callable[[], Case]] = {
     "resnet20": lambda: cifar(20),
     "resnet56": lambda: cifar(56),
     "resnet18": resnet18,
-    "mobilenet": mobilenet,
+    "mobilenet": lambda: imagenet(reader("nets").mobilenet_v1()),
+    "mobilenet_v2": lambda: imagenet(pretrained.mobilenet_v2(), pretrained.standardised),
+    "efficientnet_lite0": lambda: imagenet(pretrained.efficientnet_lite0(), pretrained.centred),
     "minilm": minilm,
 }
 
@@ -382,7 +389,9 @@ def main() -> None:
     args = parser.parse_args()
     facts = "; ".join(f"{k}: {v}" for k, v in cpu().items())
     print(f"{machine()}; {facts}; onnxruntime with {args.threads or 'all'} threads")
-    records = Records("latency", args, packages=("onnxruntime", "openvino", "nncf"))
+    records = Records(
+        "latency", args, packages=("onnxruntime", "openvino", "nncf", *pretrained.PACKAGES)
+    )
     others = told(parser, args, "threads", "rounds", "grids")
     own = {name: others.get(name) for name in ("threads", "rounds")}
     own["grids"] = " ".join(others["grids"]) if "grids" in others else None  # timed in turn

@@ -13,7 +13,7 @@ from torch import nn
 import rabbet
 from rabbet import Jobs, Joint, demo
 from rabbet.choose.measured import interpolated, next_try
-from rabbet.data.task import deviation
+from rabbet.data.accuracy import deviation
 from rabbet.errors import BudgetError, DataError, PlanError
 from rabbet.methods import QUALITY
 from rabbet.report.sweeps import sweep_facts

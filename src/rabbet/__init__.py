@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # the same as in _PLACES, for what reads and does not run
     from rabbet._sweep import Sweep, sweep
     from rabbet.core.budget import Budget
     from rabbet.core.plan import Plan
-    from rabbet.data.task import Task, accuracy
+    from rabbet.data.accuracy import accuracy
+    from rabbet.data.task import Task
     from rabbet.jobs import Jobs
     from rabbet.methods.admm import ADMM
     from rabbet.methods.blockwise.method import Blockwise
@@ -43,7 +44,7 @@ _PLACES = {
     "TTQAT": "rabbet.methods.ttqat.method",
     "Sweep": "rabbet._sweep",
     "Task": "rabbet.data.task",
-    "accuracy": "rabbet.data.task",
+    "accuracy": "rabbet.data.accuracy",
     "compress": "rabbet._api",
     "fit": "rabbet._api",
     "frontier": "rabbet._frontier",

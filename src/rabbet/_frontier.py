@@ -21,6 +21,7 @@ from rabbet.core.budget import MEASURED, METRICS, Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
+from rabbet.data.accuracy import deviation
 from rabbet.data.measure import (
     quantity_of,
     require_measure,
@@ -28,7 +29,7 @@ from rabbet.data.measure import (
     smaller_is_better,
     worsening,
 )
-from rabbet.data.task import deviation, measured
+from rabbet.data.task import measured
 from rabbet.errors import BudgetError, DataError, PlanError, require_count
 from rabbet.jobs import Jobs
 from rabbet.methods import Method, method_of

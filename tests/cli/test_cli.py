@@ -100,7 +100,7 @@ def test_compress_needs_nothing_but_a_file_to_write(run, tmp_path):
     assert (code, err) == (0, "")
     assert f"{path}: {path.stat().st_size:,} bytes" in out
     assert path.stat().st_size <= 0.1 * 77_456
-    assert "accuracy: 99.33% -> " in out
+    assert "accuracy: 99.33% ± 0.49 -> " in out
     assert len(list(path.parent.iterdir())) == 1
 
 
@@ -321,4 +321,4 @@ def test_the_report_ends_in_a_sentence(run, mine):
     out = run("compress", *given, "--test", f"{mine}:labelled", "--output", "a.safetensors")[1]
     last = out.splitlines()[-1]
     assert "x smaller than float32; " in last
-    assert " on 32 examples, within what so many can tell (two deviations are " in last
+    assert " on 32 examples, within what so many can tell (two standard errors are " in last

@@ -6,7 +6,7 @@ import pytest
 from commands import QUICK
 
 from rabbet import demo, load
-from rabbet.data.task import accuracy
+from rabbet.data.accuracy import accuracy
 
 
 def test_a_frontier_is_a_table_or_json(run, mine):

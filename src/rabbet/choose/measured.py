@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rabbet.data.task import deviation
+from rabbet.data.accuracy import deviation
 
 FIRST = 0.01  # harm of what is tried first: a relative squared error of the outputs
 STEP = 8.0  # how many times the harm of the next, at most, if little was lost

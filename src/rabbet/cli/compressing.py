@@ -115,15 +115,14 @@ def compress(
     wish = wish.judged(model, held, inputs)
     with working(resume, processes, as_json) as jobs:
         with told(jobs, "judging the network"):
-            before, examples = (None, 0) if judge is None else judge.measured(inputs.network)
+            before = None if judge is None else judge(inputs.network)
         result, frontier = wish.granted(inputs, worker, seed, jobs)
         replaced = output.exists()
         with told(jobs, "writing the file"):
             written = outcomes.export_safely(result, output, chosen)
         with told(jobs, "judging the file"):
             after = None if judge is None else judge(opened(output, inputs.network))
-        scores = before, after, examples
-        outcome = outcomes.Outcome(output, result, written, judge, *scores, replaced)
+        outcome = outcomes.Outcome(output, result, written, judge, before, after, replaced)
         if html is not None:
             with told(jobs, "making the page"):
                 pages.write_outcome(outcome, inputs.network, html, frontier)

@@ -12,23 +12,23 @@ from torch import nn
 from rabbet.cli.corpora import is_corpus, open_held_corpus
 from rabbet.cli.datasets import Labelled, is_data, open_data
 from rabbet.cli.references import attribute, reporting, resolve_value
+from rabbet.data.accuracy import Accuracy, accuracy, examples_of
 from rabbet.data.decoder import Estimate
 from rabbet.data.measure import quantity_of, smaller_is_better
-from rabbet.data.task import Task, correct
+from rabbet.data.task import Task
 
 
 @dataclass(frozen=True)
 class Judge:
     """One number for a network.
 
-    quantity: what the number is; unit: what follows it. run: gives it, and how many labelled
-    examples stand behind it, 0 where only the user knows. option: where it was asked for. sample:
-    what a network makes of prompts of the same data, if they have some.
+    quantity: what the number is; unit: what follows it. run: gives it. option: where it was asked
+    for. sample: what a network makes of prompts of the same data, if they have some.
     """
 
     quantity: str
     unit: str
-    run: Callable[[nn.Module], tuple[float, int]]
+    run: Callable[[nn.Module], float]
     reference: str
     option: str = "--test"
     smaller_is_better: bool = False
@@ -44,20 +44,22 @@ class Judge:
     ) -> Self:
         """By a measure, which may say what it is called and which way is better."""
         quantity, smaller = quantity_of(measure, "evaluation"), smaller_is_better(measure)
-        return cls(quantity, "", _uncounted(measure), reference, option, smaller, sample)
+        return cls(quantity, "", measure, reference, option, smaller, sample)
 
     def __call__(self, network: nn.Module) -> float:
         """Judge a network; a usage error if the user's batches or function fail."""
-        return self.measured(network)[0]
-
-    def measured(self, network: nn.Module) -> tuple[float, int]:
-        """The number, and how many labelled examples stand behind it."""
         with reporting(self.reference, self.option):
-            value, count = self.run(network)
-            return value if isinstance(value, Estimate) else float(value), count
+            value = self.run(network)
+            return value if isinstance(value, Accuracy | Estimate) else float(value)
+
+    def examples(self, network: nn.Module) -> int | None:
+        """Of how many examples the number is a share, where that is known."""
+        return examples_of(self(network))
 
     def show(self, value: float) -> str:
         """A number of this judge in words, with its standard error if it is known."""
+        if isinstance(value, Accuracy):
+            return f"{value:.2f}{self.unit} ± {value.error:.2f}"
         error = value.error if isinstance(value, Estimate) else None
         if error is not None:
             return f"{value:.4g} ± {error:.2g}"
@@ -103,26 +105,9 @@ def open_judge(
     return Judge("accuracy", "%", _accuracy(batches), reference, option)
 
 
-def _accuracy(pairs: Iterable[Any]) -> Callable[[nn.Module], tuple[float, int]]:
+def _accuracy(pairs: Iterable[Any]) -> Callable[[nn.Module], float]:
     classes = pairs.classes if isinstance(pairs, Labelled) else None
-
-    def run(network: nn.Module) -> tuple[float, int]:
-        examples = 0
-
-        def counted() -> Iterator[Any]:
-            nonlocal examples
-            for pair in pairs:
-                yield pair
-                examples += len(pair[1])  # one image or text may have many labels
-
-        right, total = correct(network, counted(), classes)
-        return 100 * right / total, total if examples == total else 0
-
-    return run
-
-
-def _uncounted(judge: Callable[[nn.Module], float]) -> Callable[[nn.Module], tuple[float, int]]:
-    return lambda network: (judge(network), 0)
+    return lambda network: accuracy(network, pairs, classes)
 
 
 def _takes_one(named: Any) -> bool:

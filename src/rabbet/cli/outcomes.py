@@ -15,8 +15,8 @@ from rabbet.core.budget import Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Survey
+from rabbet.data.accuracy import Accuracy
 from rabbet.data.decoder import Estimate
-from rabbet.data.task import deviation
 from rabbet.errors import FileError
 from rabbet.export import TRIALS, Written
 from rabbet.jobs import Jobs
@@ -47,7 +47,6 @@ class Outcome:
     judge: Judge | None
     before: float | None
     after: float | None
-    examples: int = 0
     replaced: bool = False
 
     @property
@@ -87,6 +86,10 @@ class Outcome:
     def _sureness(self) -> dict[str, Any]:
         """How sure estimates are, for JSON."""
         before, after = self.before, self.after
+        if isinstance(before, Accuracy) and isinstance(after, Accuracy):
+            lost, apart = after.drop(before)
+            sure = {"before_error": before.error, "after_error": after.error}
+            return sure | {"drop": lost, "drop_error": apart, "examples": before.examples}
         if not (isinstance(before, Estimate) and isinstance(after, Estimate)):
             return {}
         ratio, error = after.ratio(before)
@@ -102,14 +105,13 @@ class Outcome:
             give = "" if error is None else f" ± {error:.2g}"
             of = f"the float network's {self.judge.quantity} over {len(self.before.sums):,} windows"
             return f"{smaller}; {ratio:.4g}{give} times {of}"
-        if self.before is None or self.after is None or not self.examples:
+        if not (isinstance(self.before, Accuracy) and isinstance(self.after, Accuracy)):
             return smaller
-        lost = self.before - self.after
+        lost, error = self.after.drop(self.before)
         change = "as accurate" if not lost else f"{abs(lost):.2f} points {_side(lost)}"
-        error = deviation(self.examples, self.before, self.after)
         told = "within" if abs(lost) <= 2 * error else "beyond"
-        sure = f"{told} what so many can tell (two deviations are {2 * error:.2f})"
-        return f"{smaller}; {change} on {self.examples:,} examples, {sure}"
+        sure = f"{told} what so many can tell (two standard errors are {2 * error:.2f})"
+        return f"{smaller}; {change} on {self.before.examples:,} examples, {sure}"
 
 
 def _side(lost: float) -> str:

@@ -13,6 +13,7 @@ from rabbet.cli.inputs import Inputs
 from rabbet.cli.outcomes import Chosen, Outcome
 from rabbet.cli.stored import Stored, opened, require_other, size_of, writable
 from rabbet.core.budget import Budget
+from rabbet.data.accuracy import Accuracy
 from rabbet.errors import FileError
 from rabbet.report.content import Frontier, Report, Score
 from rabbet.report.page import require_drawing, write_page
@@ -56,7 +57,7 @@ def write_outcome(
     score = None
     if judge is not None and before is not None and after is not None:
         shown = judge.show(before), judge.show(after)
-        score = Score(judge.quantity, *shown, outcome.examples)
+        score = Score(judge.quantity, *shown, _examples(before))
     files = {outcome.output.name: outcome.written.bytes}
     outcome.result.report(
         html, network, title=outcome.output.name, frontier=frontier, files=files, score=score
@@ -92,7 +93,11 @@ def _with_network(
     result = replace(Result.load(file, inputs.network, inputs.task), budget=limits)
     judge, score = inputs.judge, None
     if judge is not None:
-        before, examples = judge.measured(inputs.network)
+        before = judge(inputs.network)
         after = judge(opened(file, inputs.network))
-        score = Score(judge.quantity, judge.show(before), judge.show(after), examples)
+        score = Score(judge.quantity, judge.show(before), judge.show(after), _examples(before))
     return result.report(html, inputs.network, title=file.name, files=files, score=score)
+
+
+def _examples(score: float) -> int:
+    return score.examples if isinstance(score, Accuracy) else 0

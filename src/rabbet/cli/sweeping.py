@@ -62,7 +62,7 @@ def frontier(
     inputs = open_inputs(model, data)
     judge = open_held(model, held, inputs) if measure else None
     with working(resume, processes, as_json) as jobs:
-        examples = None if judge is None else judge.measured(inputs.network)[1] or None
+        examples = None if judge is None else judge.examples(inputs.network)
         found = find(
             inputs.network, inputs.task, axis, beside=beside, limits=limits, points=points,
             method=worker, seed=seed, jobs=jobs,

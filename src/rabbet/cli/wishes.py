@@ -114,7 +114,7 @@ class Wish:
         self, drop: float, inputs: Inputs, method: Method, seed: int, jobs: Jobs
     ) -> tuple[Result, Frontier]:
         assert self.judge is not None
-        examples = self.judge.measured(inputs.network)[1] or None
+        examples = self.judge.examples(inputs.network)
         found = frontier(
             inputs.network, inputs.task, self.axis,
             beside=self.budget, method=method, seed=seed, jobs=jobs,

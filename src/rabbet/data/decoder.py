@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rabbet.data.batches import outputs, suited
+from rabbet.data.measure import spread
 from rabbet.data.state import clean_pass
 from rabbet.data.task import evaluating
 from rabbet.data.text import Text, Tokens
@@ -156,13 +157,8 @@ def _exp(x: float) -> float:
 
 
 def _spread(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """The standard error of sum(sums) / sum(counts), a ratio of sums over windows."""
-    many, total = len(sums), sum(counts)
-    if many < 2:
-        return None
-    mean = sum(sums) / total
-    squares = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
-    return math.sqrt(squares * many / (many - 1)) / total
+    """The standard error of a mean loss; None for a single window."""
+    return spread(sums, counts) if len(sums) > 1 else None
 
 
 def _times(value: float, share: float | None) -> float | None:

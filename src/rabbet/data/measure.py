@@ -4,6 +4,9 @@ A measure is a function of a network that gives a number. Larger is better, unle
 attribute `smaller_is_better` that is true, as perplexities do; its `quantity` is what it is called.
 """
 
+import math
+from collections.abc import Sequence
+
 from rabbet.data.batches import describe
 from rabbet.errors import DataError
 
@@ -42,3 +45,11 @@ def require_share(measure: object, examples: int | None, value: float = 0.0) -> 
 def worsening(measure: object, before: float, after: float) -> float:
     """By how much a network became worse, in the unit of the measure; below 0 it became better."""
     return after - before if smaller_is_better(measure) else before - after
+
+
+def spread(sums: Sequence[float], counts: Sequence[float]) -> float:
+    """The standard error of sum(sums) / sum(counts), a ratio of sums over at least two examples."""
+    many, total = len(sums), sum(counts)
+    mean = sum(sums) / total
+    squares = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return math.sqrt(squares * many / (many - 1)) / total

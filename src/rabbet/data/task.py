@@ -15,7 +15,6 @@ from rabbet.data.answers import Kind
 from rabbet.data.batches import (
     Batch,
     describe,
-    outputs,
     suited,
     with_tensors,
 )
@@ -264,82 +263,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 if not _MODES[module]:
                     del _MODES[module]
                 module.training = mode
-
-
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in per cent over (inputs, labels), in eval mode.
-
-    Axis 1 of the scores is that of the classes; labels have the other axes, such as [batch, words]
-    for scores [batch, classes, words], as torch's cross-entropy takes them. The model is left in
-    the mode that it was in. Raises DataError for batches that are not such pairs.
-    """
-    right, total = correct(model, batches)
-    return 100 * right / total
-
-
-def _classes_last(scores: Tensor, labels: Tensor) -> str:
-    """What to do if the last axis is that of the classes, in words; else nothing."""
-    if scores.ndim < 3 or scores.shape[:-1] != labels.shape:
-        return ""
-    return ": the classes seem to be on the last axis; hand scores on as scores.movedim(-1, 1)"
-
-
-def correct(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], classes: int | None = None
-) -> tuple[int, int]:
-    """How many of the labels are answered right, and how many there are; see `accuracy`.
-
-    classes: how many there are, where the labels' source says so; the scores are of as many.
-    """
-    right = total = 0
-    with evaluating(model), torch.no_grad():
-        for batch in batches:
-            pair = isinstance(batch, tuple | list) and len(batch) == 2
-            if not pair or not isinstance(batch[1], Tensor):
-                raise DataError(
-                    f"accuracy needs batches of (inputs, labels), found {describe(batch)}"
-                )
-            x, y = batch
-            with clean_pass(model, x):
-                scores = outputs(call(model, suited(x, model)))[0]
-            if scores.shape[:1] + scores.shape[2:] != y.shape or scores.ndim < 2:
-                raise DataError(
-                    f"scores {list(scores.shape)} are of classes on axis 1 and need labels "
-                    f"{list(scores.shape[:1] + scores.shape[2:])}, whole numbers; "
-                    f"found {describe(y)}{_classes_last(scores, y)}"
-                )
-            if classes not in (None, scores.shape[1]):
-                raise DataError(
-                    f"the network gives scores of {scores.shape[1]} classes, and the labels are "
-                    f"numbers of {classes}: there is a folder for each, numbered in the order of "
-                    "their names; give folders of all classes, or labels that are the network's "
-                    "own numbers in an .npz or by a module:callable"
-                )
-            whole = not y.is_floating_point() or bool((y == y.round()).all())
-            y = y.long() if whole else y
-            if y.numel() and not (whole and 0 <= y.min() <= y.max() < scores.shape[1]):
-                raise DataError(
-                    f"labels are whole numbers from 0 below {scores.shape[1]}, the number of "
-                    f"classes in the scores; found {describe(y)} from {y.min():g} to {y.max():g}"
-                )
-            right += int((scores.argmax(1).cpu() == y.cpu()).sum())
-            total += y.numel()
-    if not total:
-        raise DataError("no labelled batch to measure accuracy on")
-    return right, total
-
-
-def deviation(count: int, *shares: float) -> float:
-    """The standard deviation of the difference of shares in per cent of so many examples.
-
-    They are taken as independent; of the same examples they are usually nearer to each other. All
-    right, or none, is not certain either: at least two are taken to be right and two wrong, as many
-    as Agresti and Coull add (The American Statistician 52, 1998). So where none of n is wrong,
-    1.645 deviations are 2.3 / n and two are 2.8 / n, as far as errors of 10 % and 6 % reach there.
-    """
-    least = min(2 / count, 0.5)
-    parts = (min(max(share / 100, least), 1 - least) for share in shares)
-    return 100 * math.sqrt(sum(part * (1 - part) for part in parts) / count)
 
 
 def measured(
