@@ -70,11 +70,20 @@ GRIDS: dict[str, tuple[str, ...]] = {
     "2.1": ("2g192", "2g192z"),
 }
 """Grids of RTN and GPTQ within a budget: 16 bits a scale, as many as a code a zero point."""
-GROUPS: dict[str, dict[str, tuple[int, int]]] = {
-    "HQQ": {"4.25": (4, 128), "3.25": (3, 128), "2.5": (2, 64), "2.1": (2, 384)},
-    "AutoRound": {"4.25": (4, 128), "3.25": (3, 128), "2.5": (2, 64), "2.1": (2, 192)},
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "HQQ": {
+        "4.25": ("4g128", "4g192"),
+        "3.25": ("3g128", "3g192"),
+        "2.5": ("2g64",),
+        "2.1": ("2g384",),
+    },
+    "AutoRound": {"4.25": ("4g128",), "3.25": ("3g128",), "2.5": ("2g64",), "2.1": ("2g192",)},
 }
-"""Bits and groups of other packages within a budget, whose zero points take more."""
+"""Bits and groups of other packages within a budget, whose zero points take more.
+
+HQQ cuts a matrix into groups as it lies in memory: those of 128 run over the ends of rows of 576,
+those of 192 do not.
+"""
 WEIGHTS = 134_515_008
 PACKAGES = {"HQQ": ("hqq", "0.2.8.post1"), "AutoRound": ("auto-round", "0.16.1")}
 
@@ -207,8 +216,7 @@ class Method:
 
 
 def _of_package(name: str) -> Method:
-    grids = {budget: (f"{bits}g{group}",) for budget, (bits, group) in GROUPS[name].items()}
-    return Method(functools.partial(elsewhere, name), grids)
+    return Method(functools.partial(elsewhere, name), GROUPS[name])
 
 
 def _of_all_bytes(run: Callable[[Setup, str], Found]) -> Method:

@@ -1,12 +1,14 @@
 r"""Tokens per second of exported decoders in onnxruntime, against float and its own int4 quantiser.
 
-    rabbet export small.safetensors --model hf:network/ --target genai --output small/
-    python benchmarks/tokens.py small/ --network network/
+    python benchmarks/tokens.py                   # SmolLM2-135M, which comes with a package
+    python benchmarks/tokens.py --network network/ --folders small-genai/
 
 The float network is exported as the same graph, and onnxruntime's own MatMulNBits quantiser
 (round to nearest, 4 bits, blocks of 32 and 128, its default accuracy level 4 and symmetric) makes
-its file of that. All files run in turn, batch 1, greedily, on random tokens with a fixed seed: a
-prompt is read at once, then tokens one by one with the cache. Medians over rounds; after warm-up.
+its file of that. rabbet's files are of the network on one grid each, the table of words on 8 bits,
+rounded to nearest, which changes accuracy and not speed; `--folders` adds some that `rabbet export
+--target genai` wrote. All files run in turn, batch 1, greedily, on random tokens with a fixed seed:
+a prompt is read at once, then tokens one by one with the cache. Medians over rounds; after warm-up.
 """
 
 import argparse
@@ -14,19 +16,33 @@ import logging
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import language
 import numpy as np
+import torch
 from common import machine
+from records import Group, Records, Table, add_options, told
+from torch import nn
 
+import rabbet
 from rabbet import hf
+from rabbet.core.plan import quoted
 from rabbet.errors import FileError
+from rabbet.model.build import build
 from rabbet.runtime.decoding import Writing
 from rabbet.runtime.session import Session
+from rabbet.workpiece import Workpiece
 
 MODEL = "model.onnx"
 BLOCKS = (32, 128)  # columns that share a scale in the peer's files
+WORDS = "8c"  # the grid of the table of words
 SEED = 0
+COLUMNS = {
+    "network": "", "threads": "", "file": "", "bytes": ",", "prompt, tokens/s": ".1f",
+    "new tokens/s": ".1f", "against float": ".2f",
+}  # fmt: skip
 
 
 def peer(source: Path, place: Path, block: int) -> Path:
@@ -76,43 +92,76 @@ def measured(
     }
 
 
-def gathered(folders: list[Path], network: Path | None, scratch: Path) -> dict[str, Path]:
-    """The files to time, by name: those of folders, and of the float network two kinds of peers."""
-    files = {str(folder): folder / MODEL for folder in folders}
-    for file in files.values():
+def rounded(network: nn.Module, grid: str) -> nn.Module:
+    """A network on one grid, rounded to nearest."""
+    generator = torch.Generator().manual_seed(SEED)
+    words = int(network.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    batch = {"input_ids": torch.randint(words, (1, 16), generator=generator)}
+    piece = Workpiece.of(network, rabbet.Task([batch]), rabbet.Jobs())
+    grids = ((site, WORDS if site.looks_up else grid) for site in piece.survey)
+    lines = (f"{quoted(site.name)} dense@{own}" for site, own in grids)
+    return build(piece.model, rabbet.Plan.parse("\n".join(lines)), piece.survey)
+
+
+def gathered(
+    network: nn.Module, grids: list[str], folders: list[Path], scratch: Path
+) -> dict[str, Path]:
+    """The files to time, by name: float, of two kinds of peers, of grids, and those of folders."""
+    others = {str(folder): folder / MODEL for folder in folders}
+    for file in others.values():
         if not file.is_file():
             raise FileError(f"there is no file {file}; write one with the target 'genai'")
-    if network is None:
-        return files
-    hf.export(hf.from_pretrained(network), scratch / "float", "genai")
+    hf.export(network, scratch / "float", "genai")
     whole = scratch / "float" / MODEL
-    peers = {
+    files = {"float32": whole} | {
         f"onnxruntime's int4, blocks of {block}": peer(whole, scratch / f"int4-{block}.onnx", block)
         for block in BLOCKS
     }
-    return files | {"float32": whole} | peers
+    for grid in grids:
+        hf.export(rounded(network, grid), scratch / grid, "genai")
+        files[f"rabbet, {grid}"] = scratch / grid / MODEL
+    return files | others
+
+
+def rows(name: str, network: nn.Module, given: argparse.Namespace, own: dict[str, int]) -> Group:
+    """The rows of a network: every file on every number of threads."""
+    found: Group = []
+    with tempfile.TemporaryDirectory() as scratch:
+        files = gathered(network, given.grids, given.folders, Path(scratch))
+        for threads in given.threads:
+            speeds = measured(files, threads, given.prompt, given.count, given.rounds)
+            for file, (read, new) in speeds.items():
+                settings = {"network": name} | own | {"threads": threads, "file": file}
+                values = {
+                    "bytes": files[file].stat().st_size, "prompt, tokens/s": read,
+                    "new tokens/s": new, "against float": new / speeds["float32"][1],
+                }  # fmt: skip
+                found.append((settings, values))
+    return found
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="written by the target genai")
-    parser.add_argument("--network", type=Path, help="the float network's folder, for the peers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", type=Path, help="a decoder's folder; SmolLM2-135M if none")
+    parser.add_argument("--folders", nargs="*", type=Path, default=[], help="of the target genai")
+    parser.add_argument("--grids", nargs="*", default=["8c", "4g32", "4g128", "2g128"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--prompt", type=int, default=64, help="tokens that are read at once")
     parser.add_argument("--count", type=int, default=32, help="tokens behind the prompt")
     parser.add_argument("--rounds", type=int, default=5)
+    add_options(parser)
     given = parser.parse_args()
-    print(f"seed {SEED}, prompt of {given.prompt}, {given.count} tokens; {machine()}")
-    print("| file | bytes | threads | prompt, tokens/s | new tokens/s |")
-    print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as scratch:
-        files = gathered(given.folders, given.network, Path(scratch))
-        for threads in given.threads:
-            found = measured(files, threads, given.prompt, given.count, given.rounds)
-            for name, (read, new) in found.items():
-                size = files[name].stat().st_size
-                print(f"| {name} | {size:,} | {threads} | {read:.1f} | {new:.1f} |", flush=True)
+    print(f"seed {SEED}; {machine()}")
+    name = "SmolLM2-135M" if given.network is None else given.network.name
+    network = language.smollm2()[0] if given.network is None else hf.from_pretrained(given.network)
+    records = Records("tokens", given, packages=("onnxruntime", "transformers", *language.PACKAGES))
+    own = told(parser, given, "prompt", "count", "rounds")
+    data = f"a prompt of {given.prompt} random tokens, {given.count} behind it"
+    table = Table(records, "speed", COLUMNS, data, SEED)
+    table.rows({"network": name} | own, partial(rows, name, network, given, own))
 
 
 if __name__ == "__main__":
