@@ -46,6 +46,8 @@ from rabbet.methods.blockwise.folder import INDEX
 SHAPES = {
     "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 500},
+    "small": {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1408,
+              "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 4000},
     "1b": {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632,
            "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
     "7b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
@@ -53,6 +55,7 @@ SHAPES = {
 }  # fmt: skip
 BUDGET = "bpw <= 3.25"
 WINDOWS, LENGTH, SCORED = 16, 128, 4
+METHOD = rabbet.Blockwise(epochs=0, passes=0, scored=SCORED)
 COLUMNS = {
     "shape": "", "blocks": "", "weights": ",", "in the folder": ",", "bytes": ",",
     "seconds": ",.0f", "processor seconds": ",.0f", "seconds of all blocks": ",.0f",
@@ -109,18 +112,21 @@ def compress(folder: Path, output: Path, memory: float) -> None:
     if memory:
         most = int(memory * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    words = json.loads((folder / "config.json").read_text())["vocab_size"]
-    g = torch.Generator().manual_seed(1)
-    batches = [torch.randint(words, (1, LENGTH), generator=g) for _ in range(WINDOWS)]
-    task = rabbet.Task(batches, forward=_scores)
-    start = time.perf_counter()
-    method = rabbet.Blockwise(epochs=0, passes=0, scored=SCORED)
-    stored = compress_pretrained(folder, BUDGET, task, output, method=method)
+    task, start = task_of(folder), time.perf_counter()
+    stored = compress_pretrained(folder, BUDGET, task, output, method=METHOD)
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps({
         "bytes": stored.cost.bytes, "seconds": time.perf_counter() - start,
         "processor seconds": used.ru_utime + used.ru_stime, "peak MiB": used.ru_maxrss / 1024,
     }))  # fmt: skip
+
+
+def task_of(folder: Path) -> rabbet.Task:
+    """Windows of random words for a checkpoint."""
+    words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    g = torch.Generator().manual_seed(1)
+    batches = [torch.randint(words, (1, LENGTH), generator=g) for _ in range(WINDOWS)]
+    return rabbet.Task(batches, forward=_scores)
 
 
 def _scores(network: Any, batch: torch.Tensor) -> Any:
