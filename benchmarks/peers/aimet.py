@@ -1,6 +1,7 @@
 """AIMET on ONNX: cross-layer equalisation, then AdaRound or SeqMSE; inputs of 8 bits.
 
-AdaRound has fewer steps than the 10,000 a layer that it advises, to fit into the time.
+AdaRound has fewer steps than the 10,000 a layer that it advises, to fit into the time. SeqMSE takes
+no other ranges than those of the extremes ("tf"), between which it looks for its own.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,9 @@ def feeds(job: Job) -> list[dict[str, Any]]:
     return [{name: batch} for batch in job.batches()]
 
 
-def quantised(how: Callable[[Any, list[dict[str, Any]]], Any]) -> Callable[[Job], list[Outcome]]:
+def quantised(
+    how: Callable[[Any, list[dict[str, Any]]], Any], scheme: str = "tf_enhanced"
+) -> Callable[[Job], list[Outcome]]:
     """A way to choose weights, in a network whose channels were made alike."""
 
     def method(job: Job) -> list[Outcome]:
@@ -30,7 +33,7 @@ def quantised(how: Callable[[Any, list[dict[str, Any]]], Any]) -> Callable[[Job]
             model,
             param_type=f"int{job.bits}",
             activation_type="int8",
-            quant_scheme="tf_enhanced",
+            quant_scheme=scheme,
             dummy_input={name: array[:1] for name, array in inputs[0].items()},
         )
         how(sim, inputs)
@@ -49,7 +52,7 @@ if __name__ == "__main__":
             "CLE, AdaRound": quantised(
                 lambda sim, inputs: aimet_onnx.apply_adaround(sim, inputs, num_iterations=STEPS)
             ),
-            "CLE, SeqMSE": quantised(aimet_onnx.apply_seq_mse),
+            "CLE, SeqMSE": quantised(aimet_onnx.apply_seq_mse, "tf"),
         },
         "aimet-onnx",
     )

@@ -87,7 +87,7 @@ def learned(job: Job) -> list[Outcome]:
     """Rounding learned layer by layer."""
     model = quantised(job, "layerwise")
     settings = SimpleNamespace(
-        learned_round="hard_sigmoid_round", learned_round_mode="layerwise",
+        learned_round="hard_sigmoid", learned_round_mode="layerwise",
         learned_round_loss="regularised_mse", learned_round_iters=STEPS,
         learned_round_block_name=None, learned_round_lr=1e-2, learned_round_lr_scheduler=None,
         learned_round_batch_size=32, optimizer="adam",

@@ -30,12 +30,15 @@ KEPT = 2**28  # entries that memory keeps; what is beyond lies in a temporary fo
 
 
 class Moments(Mapping[str, Tensor]):
-    """Second moments [groups, n, n] by site. What memory has no room for is read when asked for."""
+    """Second moments [groups, n, n] by site. What memory has no room for is read when asked for.
 
-    def __init__(self) -> None:
+    room: entries that memory keeps.
+    """
+
+    def __init__(self, room: int = KEPT) -> None:
         self._near: dict[str, Tensor] = {}
         self._far: dict[str, tuple[Path, torch.device]] = {}
-        self._room = KEPT
+        self._room = room
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def add(self, name: str, moment: Tensor) -> None:

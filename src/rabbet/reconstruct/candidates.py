@@ -26,7 +26,7 @@ ALTERNATIONS = 3
 # Of rounding rows, see `round_rows`. A third takes half as much time again, and 0.1 to 0.9 % of the
 # squared error on ResNet-20. One is enough where the target still moves.
 ROUNDS = 2
-ENTRIES = 2**26  # of the second moments whose metrics are kept, which hold twice as many
+ENTRIES = 2**25  # of the second moments whose metrics are kept, which hold twice as many
 PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
 COLD, WARM = 40, 10
@@ -65,12 +65,20 @@ def metric_of(site: Site, weight: Tensor, second: Tensor | None) -> Metric:
         held = list(_METRICS)
     same = (pair for pair in held if pair[0].device == second.device)
     pair = next((pair for pair in same if torch.equal(pair[0], second)), None)
-    pair = pair or (second, Metric(second, DAMPING))
+    del held, same
+    if pair is None:
+        _make_room(second.numel())  # first: to factorise a wide one takes memory enough
+        pair = second, Metric(second, DAMPING)
     with _LOCK:
         _METRICS[:] = [other for other in _METRICS if other[0] is not pair[0]] + [pair]
-        while len(_METRICS) > 1 and sum(known.numel() for known, _ in _METRICS) > ENTRIES:
-            _METRICS.pop(0)
     return pair[1]
+
+
+def _make_room(entries: int) -> None:
+    """Let go of the metrics that were asked for longest ago, for one of so many entries."""
+    with _LOCK:
+        while _METRICS and sum(known.numel() for known, _ in _METRICS) + entries > ENTRIES:
+            _METRICS.pop(0)
 
 
 def forget_metrics() -> None:

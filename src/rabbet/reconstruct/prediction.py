@@ -143,9 +143,8 @@ class _Prediction:
 
     def _spectrum(self, whitened: bool) -> Tensor:
         if whitened not in self.spectra:
-            matrix = self.target[0]
-            second = self.metric.second[0] if whitened else torch.eye(len(matrix.mT)).to(matrix)
-            self.spectra[whitened] = spectrum(matrix, second)
+            second = self.metric.second[0] if whitened else None
+            self.spectra[whitened] = spectrum(self.target[0], second)
         return self.spectra[whitened]
 
     def _factorised(self, term: Term) -> float:

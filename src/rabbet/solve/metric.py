@@ -26,8 +26,9 @@ class Metric:
         diagonal = second.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1)
         ridge = torch.where(mean > LEAST, damping * mean, 1.0)
-        self.second = second.float() + torch.diag_embed(ridge.float()[:, None].expand_as(diagonal))
+        self.second = second.float().clone()  # of a wide layer no matrix is made that need not be
         diagonal = self.second.diagonal(dim1=1, dim2=2)
+        diagonal += ridge.float()[:, None]
         # The most used input comes first: all others can still compensate its rounding error.
         self.order = diagonal.argsort(dim=1, descending=True, stable=True)
         self.factor = _inverse_factor(gather(gather(self.second, self.order, 2), self.order, 1))
@@ -129,14 +130,13 @@ def _inverse_factor(second: Tensor) -> Tensor:
     upper V with `V V^T = H`, and U its inverse: half the work of inverting H and factorising that.
     Damping is raised where rounding still makes H indefinite.
     """
-    wide = second.double().flip(1, 2)
-    diagonal = wide.diagonal(dim1=1, dim2=2)
-    ridge, before = diagonal.mean(1, keepdim=True), 0.0
     # in place and let go of at once: of a wide layer each of these matrices is large
     for extra in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        diagonal += (extra - before) * ridge
-        before = extra
+        wide = second.flip(1, 2).double()
+        diagonal = wide.diagonal(dim1=1, dim2=2)
+        diagonal += extra * diagonal.mean(1, keepdim=True)
         lower, info = torch.linalg.cholesky_ex(wide)
+        del wide, diagonal
         if not info.any():
             upper = lower.flip(1, 2)
             del lower

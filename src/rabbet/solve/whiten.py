@@ -67,15 +67,19 @@ def _iterated(matrix: Tensor, second: Tensor | None, count: int) -> Tensor:
     return vectors
 
 
-def spectrum(matrix: Tensor, second: Tensor) -> Tensor:
-    """Squared singular values, [min(m, n)], of a matrix [m, n] whitened by `second` [n, n].
+def spectrum(matrix: Tensor, second: Tensor | None) -> Tensor:
+    """Squared singular values, [min(m, n)], of a matrix [m, n] whitened by `second` [n, n], if any.
 
     The largest come first.
     """
     m, n = matrix.shape
     # The Gram matrix of the smaller side.
-    exact, tall = matrix.double(), _whitened(matrix, second) if m > n else None
-    gram = exact @ second.double() @ exact.mT if tall is None else tall.mT @ tall
+    if m > n:
+        tall = _whitened(matrix, second)
+        gram = tall.mT @ tall
+    else:
+        exact = matrix.double()
+        gram = (exact if second is None else exact @ second.double()) @ exact.mT
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(0).flip(0)
 

@@ -96,16 +96,17 @@ class Gathering:
             self._last = (given, site.name)
             rows = role.patches(given.detach().float(), None, torch.Generator())
             rows = rows * level(rows)
-            part = rows.mT @ rows
-            if not torch.isfinite(part).all():
+            half = self.passes % 2
+            if site.name not in self.totals:
+                size = (2, len(rows), rows.shape[2], rows.shape[2])
+                self.totals[site.name] = rows.new_zeros(size)
+                self.rows[site.name] = [0, 0]
+            total = self.totals[site.name][half].baddbmm_(rows.mT, rows)
+            # no sum of products is larger than those of squares
+            if not torch.isfinite(total.diagonal(dim1=1, dim2=2)).all():
                 raise DataError(
                     f"the inputs of {site.name} hold NaN, infinite or far too large values"
                 )
-            half = self.passes % 2
-            if site.name not in self.totals:
-                self.totals[site.name] = part.new_zeros(2, *part.shape)
-                self.rows[site.name] = [0, 0]
-            self.totals[site.name][half] += part
             self.rows[site.name][half] += rows.shape[1]
 
         return seen
@@ -132,7 +133,7 @@ class Gathering:
         turn = self.passes % 2  # of what comes next, which half is which
         for name, total in other.totals.items():
             halves = total.flip(0) if turn else total
-            self.totals[name] = halves + self.totals[name] if name in self.totals else halves
+            self.totals[name] = self.totals[name].add_(halves) if name in self.totals else halves
             mine, theirs = self.rows.get(name, [0, 0]), other.rows[name]
             self.rows[name] = [mine[0] + theirs[turn], mine[1] + theirs[1 - turn]]
         self.same |= other.same

@@ -33,6 +33,7 @@ from rabbet.reconstruct.candidates import metric_of
 from rabbet.spread import portions, spread
 
 STAGE = "measuring blocks"
+KEPT = 2**26  # entries of second moments that memory keeps
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Seen:
     relative to the mean, [width].
     """
 
-    moments: Moments = field(default_factory=Moments)
+    moments: Moments = field(default_factory=lambda: Moments(KEPT))
     ratios: dict[str, float] = field(default_factory=dict)
     begun: Shelf = field(default_factory=Shelf)
     calls: list[list[Call]] = field(default_factory=list)
