@@ -1,7 +1,7 @@
 """Right answers, and how surely a network differs from another."""
 
+import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -34,9 +34,12 @@ def test_it_is_the_share_of_right_answers_with_the_error_of_a_share() -> None:
     """A number like any other, to be stored and read back."""
     batches = [(scores([0, 1]), torch.tensor([0, 2])), (scores([2, 2]), torch.tensor([2, 2]))]
     found = rabbet.accuracy(Answers(), batches)
-    assert found == 75.0 and found.rights == (1, 0, 1, 1) and found.examples == 4
-    again = pickle.loads(pickle.dumps(found))
-    assert again == found and again.rights == found.rights
+    assert found == 75.0
+    assert found.rights == (1, 0, 1, 1)
+    assert found.examples == 4
+    again = copy.deepcopy(found)
+    assert again == found
+    assert again.is_of_the_same(found)
     many = of([1] * 900 + [0] * 100)
     assert many.error == pytest.approx(100 * math.sqrt(0.9 * 0.1 / 1000), rel=0.02)
 
@@ -82,6 +85,28 @@ def test_labels_of_one_example_count_together() -> None:
 
 
 def test_other_examples_cannot_be_compared() -> None:
-    """It says how many each has."""
-    with pytest.raises(DataError, match="of other examples, 2 and 3"):
+    """Nor the same in another order: it says how many each has, and what to do."""
+    with pytest.raises(DataError, match=r"of other examples \(2 and 3\)"):
         of([1, 0, 1]).drop(of([1, 0]))
+    x, y = scores([0, 1, 2]), torch.tensor([0, 1, 1])
+    found = rabbet.accuracy(Answers(), [(x, y)])
+    with pytest.raises(DataError, match="without shuffling"):
+        rabbet.accuracy(Answers(), [(x.flip(0), y.flip(0))]).drop(found)
+    with pytest.raises(DataError, match="another accuracy"):
+        found.drop(75.0)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="examples with labels"):
+        Accuracy([], [])
+
+
+def test_batches_without_examples_count_nothing() -> None:
+    """As the last of a loader may be, of classes or of words."""
+    x, y = scores([0, 1]), torch.tensor([0, 1])
+    assert rabbet.accuracy(Answers(), [(x[:0], y[:0]), (x, y)]) == 100.0
+    words = x[:, :, None].expand(2, 3, 4), y[:, None].expand(2, 4)
+    assert rabbet.accuracy(Answers(), [(words[0][:0], words[1][:0]), words]) == 100.0
+
+
+def test_no_answer_is_not_right() -> None:
+    """Scores of NaN are an answer to no class, not to the first."""
+    x = torch.stack([torch.full((3,), math.nan), torch.tensor([1.0, 0.0, 0.0])])
+    assert rabbet.accuracy(Answers(), [(x, torch.zeros(2).long())]) == 50.0

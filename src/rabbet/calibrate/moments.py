@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from rabbet.jobs import Progress, silent
 from rabbet.layers import Site
 from rabbet.layers.linear import Linear
 from rabbet.model.hooks import Hook, hooked
+from rabbet.solve.shrinking import shrunk
 
 ROWS = 2**17  # most rows that one second moment is averaged over
 ENTRIES = 2**23  # rows times columns, beyond which more rows cost more than they tell
 EXAMPLES = 4096  # from which rows are drawn, about: more only take longer
 INSIDE = 4096  # columns of a stored weight up to which what it meets is measured
 WINDOW = 2**26  # entries of the moments that one pass over the batches sums, in double
+FEW = 16  # rows for each column: of fewer, correlations are only believed as they foretell
 KEPT = 2**28  # entries that memory keeps; what is beyond lies in a temporary folder
 
 
@@ -72,18 +74,28 @@ class Moments(Mapping[str, Tensor]):
 class _Moment:
     """The running mean of x x^T over patches, [groups, n, n], summed in double.
 
-    most: rows that are drawn from one call, about.
+    most: rows that are drawn from one call, about. halves: whether every second example is summed
+    apart, to tell how far a mean of few rows can be believed (`shrunk`).
     """
 
     site: Site
     most: int
     generator: torch.Generator
-    total: Tensor | None = None
-    rows: int = 0
+    halves: bool = False
+    totals: list[Tensor] = field(default_factory=list)
+    rows: list[int] = field(default_factory=lambda: [0, 0])
+    seen: int = 0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
         given = args[0].detach().float()
-        rows = self.site.patches(given, -(-self.most // max(1, len(given))), self.generator)
+        most, turn = -(-self.most // max(1, len(given))), self.seen % 2
+        self.seen += len(given)
+        for half in (0, 1) if self.halves else (0,):
+            self._take(given[(half + turn) % 2 :: 2] if self.halves else given, most, half)
+
+    def _take(self, given: Tensor, most: int, half: int) -> None:
+        """Sum the patches of some examples."""
+        rows = self.site.patches(given, most, self.generator)
         where = f"the inputs of {self.site.name or 'the network'}"
         if not torch.isfinite(rows).all():
             raise DataError(f"{where} hold NaN or infinite values; check the batches")
@@ -93,13 +105,17 @@ class _Moment:
                 f"{where} reach {float(rows.abs().max()):.3g}, whose squares do not fit float32; "
                 "scale the batches down"
             )
-        self.total = part.double() if self.total is None else self.total.add_(part)
-        self.rows += rows.shape[1]
+        if len(self.totals) <= half:
+            self.totals.append(part.double())
+        else:
+            self.totals[half].add_(part)
+        self.rows[half] += rows.shape[1]
 
     @property
     def mean(self) -> Tensor:
-        assert self.total is not None
-        return (self.total / self.rows).float()
+        if self.halves:
+            return shrunk(torch.stack(self.totals), self.rows).float()
+        return (self.totals[0] / self.rows[0]).float()
 
 
 def second_moments(
@@ -114,12 +130,18 @@ def second_moments(
     2^28 entries of those that are known; more passes are made where that is too little for all. A
     stored weight has one where it is seen what it is multiplied with (`inside`). A
     table without heads has none; one with heads those of their inputs, and as much again for being
-    looked up. Raises DataError, naming the site, for inputs that are not finite.
+    looked up. Where there are few rows for a column, correlations are shrunk (`solve.shrinking`).
+    Raises DataError, naming the site, for inputs that are not finite.
     """
     batches, size = task.read(), task.examples.count
     batches = batches[:: max(1, sum(map(size, batches)) // EXAMPLES)]
     met = [s for s in survey if s.multiplies or (not s.runs and s.columns <= INSIDE)]
-    passes = list(windows(met, _entries, WINDOW))
+    examples = sum(map(size, batches))
+
+    def entries(site: Site) -> int:
+        return (1 + few_rows(site, examples)) * site.groups * site.columns**2
+
+    passes = list(windows(met, entries, WINDOW))
     result, steps = Moments(), len(passes) * len(batches)
     for place, sites in enumerate(passes):
 
@@ -131,8 +153,9 @@ def second_moments(
     return result
 
 
-def _entries(site: Site) -> int:
-    return site.groups * site.columns**2
+def few_rows(site: Site, examples: int) -> bool:
+    """Whether so many examples give a layer too few rows to believe how its inputs correlate."""
+    return site.runs and examples * site.inputs < FEW * site.columns
 
 
 def _summed(
@@ -146,13 +169,15 @@ def _summed(
     """The moments of some sites, in one pass; those that did not run are missing."""
     moments: dict[str, _Moment] = {}
     hooks: list[Hook] = []
+    examples = sum(map(task.examples.count, batches))
     for site in sites:
         met = site.head if site.heads else site
         if not site.runs:  # as far as it is seen, see `inside`
             met = replace(site, kind=Linear())
         rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
         most = -(-rows // (len(batches) * met.calls))
-        moments[site.name] = _Moment(met, most, torch.Generator().manual_seed(seed))
+        halves = few_rows(site, examples)
+        moments[site.name] = _Moment(met, most, torch.Generator().manual_seed(seed), halves)
         layers = [model.get_submodule(n) for n in site.heads or (site.name,) if site.runs]
         hooks += [(layer, moments[site.name]) for layer in layers]
 
@@ -164,7 +189,7 @@ def _summed(
     hooks += recurrent(model, stored, see)
     with hooked(before=hooks), Products(model, stored, see):
         run_through(model, task, batches, progress, "measuring inputs")
-    seconds = {name: moment.mean for name, moment in moments.items() if moment.rows}
+    seconds = {name: moment.mean for name, moment in moments.items() if any(moment.rows)}
     for site in sites:
         if site.heads and site.name in seconds:
             table = site.kind.weight(model.get_submodule(site.name)).detach().float()

@@ -8,7 +8,7 @@ import typer
 
 from rabbet._api import load
 from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST
-from rabbet.cli.judge import Judge, open_judge
+from rabbet.cli.judge import Judge, error_of, open_judge
 from rabbet.cli.networks import open_network
 from rabbet.cli.stored import Stored
 from rabbet.core.plan import quoted
@@ -54,6 +54,7 @@ def facts(stored: list[Stored], scores: Scores | None) -> dict[str, Any]:
     if scores is not None:
         for entry, value in zip(files, scores.values, strict=True):
             entry[scores.judge.quantity] = value
+            entry[f"{scores.judge.quantity}_error"] = error_of(value)
     differing = [{"layer": name, "plans": bodies} for name, *bodies in differences(stored)]
     return {"files": files, "differences": differing}
 

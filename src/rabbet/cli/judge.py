@@ -60,10 +60,15 @@ class Judge:
         """A number of this judge in words, with its standard error if it is known."""
         if isinstance(value, Accuracy):
             return f"{value:.2f}{self.unit} ± {value.error:.2f}"
-        error = value.error if isinstance(value, Estimate) else None
+        error = error_of(value)
         if error is not None:
             return f"{value:.4g} ± {error:.2g}"
         return f"{value:.2f}{self.unit}" if self.unit else f"{value:.6g}"
+
+
+def error_of(value: float) -> float | None:
+    """The standard error of a number, where it knows that."""
+    return value.error if isinstance(value, Accuracy | Estimate) else None
 
 
 def open_judge(

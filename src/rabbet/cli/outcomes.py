@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class Outcome:
         """How sure estimates are, for JSON."""
         before, after = self.before, self.after
         if isinstance(before, Accuracy) and isinstance(after, Accuracy):
-            lost, apart = after.drop(before)
+            lost, apart = _lost(before, after)
             sure = {"before_error": before.error, "after_error": after.error}
             return sure | {"drop": lost, "drop_error": apart, "examples": before.examples}
         if not (isinstance(before, Estimate) and isinstance(after, Estimate)):
@@ -107,11 +108,21 @@ class Outcome:
             return f"{smaller}; {ratio:.4g}{give} times {of}"
         if not (isinstance(self.before, Accuracy) and isinstance(self.after, Accuracy)):
             return smaller
-        lost, error = self.after.drop(self.before)
+        lost, error = _lost(self.before, self.after)
         change = "as accurate" if not lost else f"{abs(lost):.2f} points {_side(lost)}"
         told = "within" if abs(lost) <= 2 * error else "beyond"
         sure = f"{told} what so many can tell (two standard errors are {2 * error:.2f})"
         return f"{smaller}; {change} on {self.before.examples:,} examples, {sure}"
+
+
+def _lost(before: Accuracy, after: Accuracy) -> tuple[float, float]:
+    """The drop and its standard error; as if each had examples of its own, if they have others.
+
+    Such as those of a loader that shuffles.
+    """
+    if after.is_of_the_same(before):
+        return after.drop(before)
+    return before - after, math.hypot(before.error, after.error)
 
 
 def _side(lost: float) -> str:

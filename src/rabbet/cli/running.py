@@ -114,7 +114,7 @@ def evaluate(
     """
     from rabbet.cli import folders, tables
     from rabbet.cli.inputs import DEMO_MODEL, DEMO_TEST, demo
-    from rabbet.cli.judge import open_judge
+    from rabbet.cli.judge import error_of, open_judge
     from rabbet.cli.networks import open_network
     from rabbet.cli.stored import opened, require_there
     from rabbet.hf import skeleton
@@ -138,7 +138,8 @@ def evaluate(
     with demo(test, "--test"):
         score = judge(ready)
     if as_json:
-        tables.print_json({"file": str(file), "quantity": judge.quantity, "value": score})
+        told = {"quantity": judge.quantity, "value": score, "error": error_of(score)}
+        tables.print_json({"file": str(file), **told})
         return
     print(f"{file}: {judge.quantity} {judge.show(score)}")
 

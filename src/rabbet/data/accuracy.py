@@ -1,5 +1,6 @@
 """How many answers are right: top-1 accuracy, and how sure so many examples make it."""
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.data.batches import describe, outputs, suited
-from rabbet.data.measure import spread
+from rabbet.data.measure import standard_error
 from rabbet.data.state import clean_pass
 from rabbet.data.task import call, evaluating
 from rabbet.errors import DataError
@@ -17,20 +18,30 @@ from rabbet.errors import DataError
 class Accuracy(float):
     """A share of right answers in per cent, which knows how sure it is.
 
-    rights: how many labels of each example are answered right; labels: how many each has.
+    rights: how many labels of each example are answered right; labels: how many each has. told: a
+    hash of what the labels are, in their order.
     """
 
     rights: tuple[int, ...]
     labels: tuple[int, ...]
+    told: str
 
-    def __new__(cls, rights: Sequence[int], labels: Sequence[int]) -> Self:
-        """From the right answers and the labels of each example; there must be a label."""
+    def __new__(cls, rights: Sequence[int], labels: Sequence[int], told: str = "") -> Self:
+        """From the right answers and the labels of each example.
+
+        Raises DataError if there is no label, or not as many numbers of the one as of the other.
+        """
+        if len(rights) != len(labels) or not sum(labels):
+            raise DataError(
+                f"an accuracy is of examples with labels; found {len(rights):,} numbers of right "
+                f"answers, and {len(labels):,} of labels, {sum(labels):,} in all"
+            )
         found = super().__new__(cls, 100 * sum(rights) / sum(labels))
-        found.rights, found.labels = tuple(rights), tuple(labels)
+        found.rights, found.labels, found.told = tuple(rights), tuple(labels), told
         return found
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.rights, self.labels
+        return self.rights, self.labels, self.told
 
     @property
     def examples(self) -> int:
@@ -46,32 +57,43 @@ class Accuracy(float):
         add them (The American Statistician 52, 1998).
         """
         mean = sum(self.labels) / self.examples
-        return 100 * spread([*self.rights, mean, mean, 0, 0], [*self.labels, *[mean] * 4])
+        return 100 * standard_error([*self.rights, mean, mean, 0, 0], [*self.labels, *[mean] * 4])
+
+    def is_of_the_same(self, other: "Accuracy") -> bool:
+        """Whether another accuracy has the same labels in the same order."""
+        return (self.labels, self.told) == (other.labels, other.told)
 
     def drop(self, before: "Accuracy") -> tuple[float, float]:
         """By how many points this is below another accuracy on the same examples, and how surely.
 
-        The second number is the standard error of the difference, example by example, which is
+        The second number is the standard error of the difference, example by example. It is usually
         smaller than those of the two: what is hard is so for both. Half an example more is taken
         to be right in one alone, half in the other, one in both alike, as Agresti and Min add them
-        (Statistics in Medicine 24, 2005). Raises DataError for other examples.
+        (Statistics in Medicine 24, 2005). Examples must come in the same order. Raises DataError
+        where labels differ, which tells most of what is in another order.
         """
-        if self.labels != before.labels:
+        if not isinstance(before, Accuracy):
             raise DataError(
-                f"accuracies are of other examples, {before.examples:,} and {self.examples:,}, and "
-                "cannot be compared one by one"
+                f"a drop is from another accuracy, as rabbet.accuracy gives it; found {before!r}"
+            )
+        if not self.is_of_the_same(before):
+            raise DataError(
+                f"accuracies are of other examples ({before.examples:,} and {self.examples:,}), or "
+                "of the same in another order, and cannot be compared one by one: read them in one "
+                "order, without shuffling"
             )
         mean = sum(self.labels) / self.examples
         apart = [a - b for a, b in zip(before.rights, self.rights, strict=True)]
         half = mean * math.sqrt(0.5)  # two of these have the square of half an example each way
-        error = spread([*apart, half, -half], [*self.labels, mean, mean])
-        return float(before) - float(self), 100 * error
+        error = standard_error([*apart, half, -half], [*self.labels, mean, mean])
+        return 100 * sum(apart) / sum(self.labels), 100 * error
 
 
 def examples_of(value: float) -> int | None:
     """Of how many examples a measure is a share; None if it is none, or they have more labels."""
-    plain = isinstance(value, Accuracy) and set(value.labels) == {1}
-    return value.examples if plain and isinstance(value, Accuracy) else None
+    if not isinstance(value, Accuracy) or set(value.labels) != {1}:
+        return None
+    return value.examples
 
 
 def accuracy(
@@ -89,6 +111,7 @@ def accuracy(
     """
     rights: list[int] = []
     labels: list[int] = []
+    told = hashlib.sha256()
     with evaluating(model), torch.no_grad():
         for batch in batches:
             pair = isinstance(batch, tuple | list) and len(batch) == 2
@@ -99,13 +122,16 @@ def accuracy(
             x, y = batch
             with clean_pass(model, x):
                 scores = outputs(call(model, suited(x, model)))[0]
-            whole = _checked(scores, y, classes)
-            right = (scores.argmax(1).cpu() == whole.cpu()).reshape(len(whole), -1)
-            rights += right.sum(1).tolist()
-            labels += [right.shape[1]] * len(right)
+            whole = _checked(scores, y, classes).cpu()
+            named = scores.argmax(1).cpu() == whole
+            named &= ~scores.isnan().any(1).cpu()  # no answer is no right one
+            each = math.prod(whole.shape[1:])
+            rights += named.reshape(len(whole), each).sum(1).tolist()
+            labels += [each] * len(whole)
+            told.update(whole.long().contiguous().numpy().tobytes())
     if not sum(labels):
         raise DataError("no labelled batch to measure accuracy on")
-    return Accuracy(rights, labels)
+    return Accuracy(rights, labels, told.hexdigest())
 
 
 def _checked(scores: Tensor, y: Tensor, classes: int | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rabbet.data.batches import outputs, suited
-from rabbet.data.measure import spread
+from rabbet.data.measure import standard_error
 from rabbet.data.state import clean_pass
 from rabbet.data.task import evaluating
 from rabbet.data.text import Text, Tokens
@@ -158,7 +158,7 @@ def _exp(x: float) -> float:
 
 def _spread(sums: Sequence[float], counts: Sequence[int]) -> float | None:
     """The standard error of a mean loss; None for a single window."""
-    return spread(sums, counts) if len(sums) > 1 else None
+    return standard_error(sums, counts) if len(sums) > 1 else None
 
 
 def _times(value: float, share: float | None) -> float | None:

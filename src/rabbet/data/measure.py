@@ -47,7 +47,7 @@ def worsening(measure: object, before: float, after: float) -> float:
     return after - before if smaller_is_better(measure) else before - after
 
 
-def spread(sums: Sequence[float], counts: Sequence[float]) -> float:
+def standard_error(sums: Sequence[float], counts: Sequence[float]) -> float:
     """The standard error of sum(sums) / sum(counts), a ratio of sums over at least two examples."""
     many, total = len(sums), sum(counts)
     mean = sum(sums) / total

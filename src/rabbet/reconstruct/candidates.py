@@ -6,6 +6,7 @@ alternates: each term in turn is fitted to what the others leave, and the best s
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,12 +22,11 @@ from rabbet.solve.rounding import Rows, descend, feedback, round_rows, start
 
 Terms = tuple[Term, ...]
 
-DAMPING = 0.01
 ALTERNATIONS = 3
 # Of rounding rows, see `round_rows`. A third takes half as much time again, and 0.1 to 0.9 % of the
 # squared error on ResNet-20. One is enough where the target still moves.
 ROUNDS = 2
-ENTRIES = 2**25  # of the second moments whose metrics are kept, which hold twice as many
+ENTRIES = 2**25  # of the second moments whose metrics are kept; with these three times as many
 PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
 COLD, WARM = 40, 10
@@ -68,9 +68,12 @@ def metric_of(site: Site, weight: Tensor, second: Tensor | None) -> Metric:
     del held, same
     if pair is None:
         _make_room(second.numel())  # first: to factorise a wide one takes memory enough
-        pair = second, Metric(second, DAMPING)
+        pair = second, Metric(second)
     with _LOCK:
-        _METRICS[:] = [other for other in _METRICS if other[0] is not pair[0]] + [pair]
+        _METRICS[:] = [other for other in _METRICS if other[0] is not pair[0]]
+    _make_room(pair[0].numel())  # once more: other threads may have made some, too
+    with _LOCK:
+        _METRICS.append(pair)
     return pair[1]
 
 
@@ -253,17 +256,23 @@ def round_rows_of(
     for layout in dict.fromkeys(grid.scales for grid, _ in wanted):
         places = [k for k, (grid, _) in enumerate(wanted) if grid.scales == layout]
         rows = wanted[places[0]][1].shape[1]
-        parts = [
-            _rounded_rows(
-                [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places], metric, rounds
-            )
-            for k in range(0, rows, PART)
-        ]
-        rounded |= {
-            place: Rows.stack(list(part))
-            for place, part in zip(places, zip(*parts, strict=True), strict=True)
-        }
+        parts = []
+        for k in range(0, rows, PART):
+            own = [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places]
+            # of a large table, copies of the target and codes of four bytes would be too much
+            parts.append([_small(part) for part in _rounded_rows(own, metric, rounds)])
+        for place, part in zip(places, zip(*parts, strict=True), strict=True):
+            together = Rows.stack(list(part))
+            target = wanted[place][1]
+            rounded[place] = replace(together, target=target, codes=together.codes.to(target.dtype))
     return [rounded[k] for k in range(len(wanted))]
+
+
+def _small(rows: Rows) -> Rows:
+    """Rows without their target, their codes in one byte where they fit."""
+    most = max(float(rows.high.max()), -float(rows.low.min()))
+    codes = rows.codes.to(torch.int8) if most < 128 else rows.codes
+    return replace(rows, target=rows.target[:, :, :0], codes=codes)
 
 
 def _rounded_rows(wanted: Sequence[tuple[Grid, Tensor]], metric: Metric, rounds: int) -> list[Rows]:

@@ -143,7 +143,8 @@ class _Prediction:
 
     def _spectrum(self, whitened: bool) -> Tensor:
         if whitened not in self.spectra:
-            second = self.metric.second[0] if whitened else None
+            known = whitened and not self.metric.identity
+            second = self.metric.second[0] if known else None
             self.spectra[whitened] = spectrum(self.target[0], second)
         return self.spectra[whitened]
 

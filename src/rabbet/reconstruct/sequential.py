@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rabbet.calibrate.moments import few_rows
 from rabbet.calibrate.ranges import calibrate_between
 from rabbet.core.survey import windows
 from rabbet.data.answers import UnlikeError
@@ -31,9 +32,10 @@ from rabbet.errors import RabbetError
 from rabbet.layers import Site
 from rabbet.model.compressed import Compressed, compressed_layers, layers_kept
 from rabbet.model.hooks import Hook, hooked
-from rabbet.reconstruct.candidates import DAMPING, solve_menu
+from rabbet.reconstruct.candidates import solve_menu
 from rabbet.reconstruct.matching import Halves, Statistics, gained, in_halves, matcher
-from rabbet.solve.metric import LEAST, Metric
+from rabbet.solve.metric import DAMPING, LEAST, Metric
+from rabbet.solve.shrinking import shrunk
 from rabbet.workpiece import UNABLE, Distance, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
@@ -240,11 +242,15 @@ def _solver(
             return  # an expert that is shown other places, or none
         given = layer.quantisers[0](met) if layer.quantisers else met
         target = site.matrix(weight)
-        second, step = _step(target, _moments(site, given, wanted, piece.seed, halves))
+        moments = _moments(site, given, wanted, piece.seed, halves)
+        second, step = _step(target, moments)
         if step is not None:
+            if len(moments[0]) == 2 and few_rows(site, len(given)):
+                rows = max(1, len(given) * site.inputs // 2)
+                second = shrunk(rows * moments[0], [rows, rows])
             aim = (target + step).reshape(site.shape)
             held = [[f.numbers for f in factors] for factors in layer.factors]
-            metric = Metric(second, DAMPING)
+            metric = Metric(second)
             numbers = solve_menu(site, aim, [layer.plan.terms], metric, [held], STEPS)[0]
             for factors, solved in zip(layer.factors, numbers, strict=True):
                 for factor, q in zip(factors, solved, strict=True):

@@ -9,6 +9,7 @@ from rabbet.errors import ModelError
 from rabbet.solve.columns import gather
 from rabbet.solve.varpro import LARGE, Lean
 
+DAMPING = 0.01  # a share of the mean square of inputs: the default of GPTQ, arXiv 2210.17323
 LEAST = 1e-30  # a mean square of inputs below counts as none: the inputs are always zero
 BLOCK = 64  # columns of a triangular matrix that are inverted without cutting it again
 
@@ -16,17 +17,18 @@ BLOCK = 64  # columns of a triangular matrix that are inverted without cutting i
 class Metric:
     """A damped second moment [groups, n, n], factorised once.
 
-    damping: added to the diagonal as a share of its mean (0.01: the default of GPTQ, arXiv
-    2210.17323).
+    damping: added to the diagonal as a share of its mean.
     """
 
     identity = False
 
-    def __init__(self, second: Tensor, damping: float = 0.01) -> None:
+    def __init__(self, second: Tensor, damping: float = DAMPING) -> None:
         diagonal = second.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1)
         ridge = torch.where(mean > LEAST, damping * mean, 1.0)
-        self.second = second.float().clone()  # of a wide layer no matrix is made that need not be
+        self.second = second.to(
+            torch.float32, copy=True
+        )  # of a wide layer no matrix is made that need not be
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         diagonal += ridge.float()[:, None]
         # The most used input comes first: all others can still compensate its rounding error.

@@ -8,10 +8,11 @@ from torch import nn
 
 from rabbet import Jobs, Task
 from rabbet.grids.grid import Grid
-from rabbet.methods.blockwise.gathering import Gathering, shrunk
+from rabbet.methods.blockwise.gathering import Gathering
 from rabbet.model.hooks import hooked
 from rabbet.reconstruct.candidates import round_rows_of
 from rabbet.solve.metric import Metric
+from rabbet.solve.shrinking import shrunk
 from rabbet.workpiece import Workpiece
 
 WIDTH = 32

@@ -27,7 +27,7 @@ from rabbet.methods.blockwise.tuning import BlockCourse, Given, Pacing, tuned
 from rabbet.methods.blockwise.wiring import Wiring
 from rabbet.model.compressed import Compressed, Head, Numbers
 from rabbet.model.surgery import replace_module
-from rabbet.reconstruct.candidates import read_numbers, solve_site
+from rabbet.reconstruct.candidates import forget_metrics, read_numbers, solve_site
 from rabbet.reconstruct.network import expected_seconds
 from rabbet.spread import portions, spread
 
@@ -49,6 +49,7 @@ def fit_blocks(
     What is finished is kept in the jobs. Sites without a line stay as they are. Returns the float
     network's hidden states behind the last block.
     """
+    forget_metrics()  # of the float network's inputs, which nothing is solved in from here on
     outside, inside = by_block(bench.stack, bench.survey)
     settings = {"pacing": pacing, "plan": str(plan), "ways": ways, "known": known.key}
     planned = [[s for s in sites if plan.get(s.name)] for sites in (outside, *inside)]
@@ -93,9 +94,8 @@ def _kept(site: Site, given: Mapping[str, Tensor], result: Tensors) -> Tensors:
     given: what it was solved from.
     """
     found = {f"{site.name}/{key.removeprefix('0.')}": t for key, t in result.items()}
-    rows = site.matrix(given["weight"]).double()
-    second = given.get("second")
-    whole = ((rows if second is None else rows @ second.double()) * rows).sum()
+    rows, second = site.matrix(given["weight"]).float(), given.get("second")
+    whole = ((rows if second is None else rows @ second) * rows).sum(dtype=torch.float64)
     error = result["0.error"].double() / whole.clamp_min(1e-30)
     return found | {f"{site.name}/error": error.sqrt().float()}
 

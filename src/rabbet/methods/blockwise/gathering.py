@@ -12,11 +12,8 @@ from rabbet.errors import DataError
 from rabbet.layers import Site
 from rabbet.methods.blockwise.stack import Call
 from rabbet.model.hooks import hooked
-from rabbet.reconstruct.candidates import DAMPING
 from rabbet.solve.metric import Metric
-
-FEW = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # how much correlations may shrink: see `shrunk`
-COLUMNS = 512  # of an input, by which that is judged
+from rabbet.solve.shrinking import shrunk
 
 Placed = Sequence[tuple[Site, nn.Module]]
 """Sites, each with the module that it is."""
@@ -35,40 +32,6 @@ def level(rows: Tensor) -> Tensor:
         return rows.new_ones(1, 0, 1)
     middle = squares.median().clamp_min(torch.finfo(squares.dtype).tiny)
     return (2 * middle / (squares + middle)).sqrt()[None, :, None]
-
-
-def shrunk(halves: Tensor, words: Sequence[int]) -> Tensor:
-    """The mean [groups, n, n] of x x^T, correlations shrunk as far as that helps on unseen words.
-
-    halves: sums over every second batch, [2, groups, n, n]; words: in each.
-
-    A few words tell sizes well, but directions that none of them took look as if errors there were
-    free, and error feedback pushes errors into just these. Correlations err as n / words, and are
-    divided by `1 + c n / words`, with the c of which rounding in the metric of one half errs least
-    in the other.
-    """
-    whole = halves.sum(0) / sum(words)
-    if not all(words):
-        return whole  # nothing to judge by
-    n = whole.shape[2]
-    some = torch.arange(n, device=whole.device)[:: -(-n // COLUMNS)]
-    means = [h[:, some][:, :, some] / k for h, k in zip(halves, words, strict=True)]
-
-    def erred(few: float) -> float:
-        pairs = zip(means, words, means[::-1], strict=True)
-        return sum(
-            float(Metric(_less_alike(mine, few * len(some) / k), DAMPING).fed_back(other).sum())
-            for mine, k, other in pairs
-        )
-
-    return _less_alike(whole, min(FEW, key=erred) * n / sum(words))
-
-
-def _less_alike(second: Tensor, share: float) -> Tensor:
-    """Second moments with their sizes as they are and correlations divided by `1 + share`."""
-    found = second / (1 + share)
-    found.diagonal(dim1=1, dim2=2).copy_(second.diagonal(dim1=1, dim2=2))
-    return found
 
 
 class Gathering:
@@ -129,7 +92,7 @@ class Gathering:
         self.passes += 1
 
     def add(self, other: "Gathering") -> None:
-        """Take in what was summed over other batches, the next ones."""
+        """Take over what another summed over the next batches; that is of no more use then."""
         turn = self.passes % 2  # of what comes next, which half is which
         for name, total in other.totals.items():
             halves = total.flip(0) if turn else total

@@ -18,7 +18,7 @@ from rabbet.grids.grid import Grid
 from rabbet.jobs import Job, Jobs, Tensors
 from rabbet.methods.blockwise.draft import Draft
 from rabbet.methods.blockwise.wiring import Hidden, Pair, Shared, Wiring
-from rabbet.reconstruct.candidates import DAMPING, round_rows_of, rounded_together
+from rabbet.reconstruct.candidates import round_rows_of, rounded_together
 from rabbet.solve.metric import Metric
 
 POWERS = (0.25, 0.5, 0.75)  # exponents of the size of inputs that are tried
@@ -58,7 +58,7 @@ def foretell_harm(  # a job
     scale = torch.ones_like(second[0, 0]) if scale is None else scale
     order = torch.arange(len(scale), device=scale.device) if order is None else order
     moved = (second / (scale[:, None] * scale))[:, order][:, :, order]
-    metric = Metric(moved, DAMPING)
+    metric = Metric(moved)
     targets = (rows * scale)[:, order].split([count for _, count in grids])
     errors: list[Tensor] = []
     for (grid, _), part in zip(grids, targets, strict=True):

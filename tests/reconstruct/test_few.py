@@ -1,0 +1,82 @@
+"""Layers that few examples show: what their inputs share is not believed more than it foretells."""
+
+import pytest
+import torch
+from networks import rand, settled
+from torch import Tensor, nn
+
+from rabbet import Jobs, Joint, Plan, Task, fit
+from rabbet.calibrate.moments import FEW, few_rows, second_moments
+from rabbet.train.tuning import Tuning
+from rabbet.workpiece import Workpiece
+
+WIDTH = 96
+
+
+class Classifier(nn.Module):
+    """Inputs of few large directions, and a classifier of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scores."""
+        return self.head(torch.relu(self.mixed(x)))
+
+
+def network() -> nn.Module:
+    """The classifier; the classifier is what is compressed."""
+    model = settled(Classifier())
+    with torch.no_grad():
+        model.mixed.weight.mul_(torch.logspace(0, -1.5, WIDTH))
+    return model
+
+
+def piece(examples: int) -> Workpiece:
+    """The network and so many examples in two batches."""
+    batches = list(rand(examples, WIDTH, seed=1).split(examples // 2))
+    return Workpiece.of(network(), Task(batches), Jobs())
+
+
+def test_what_counts_as_few_is_rows_for_each_column() -> None:
+    """Places of an image are rows, too."""
+    site = piece(8).survey["head"]
+    assert few_rows(site, FEW * WIDTH - 1)
+    assert not few_rows(site, FEW * WIDTH)
+
+
+@pytest.mark.parametrize("examples", [48, 96, 192])
+def test_a_layer_solved_from_few_examples_errs_less_on_others(
+    examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than the same in the metric that believes all that these few share."""
+    off = []
+    for rows in (0, FEW):
+        monkeypatch.setattr("rabbet.calibrate.moments.FEW", rows)
+        own = piece(examples)
+        plan = Plan.parse("mixed dense@8c\nhead dense@3c")
+        method = Joint(act=None, tuning=Tuning(steps=0))
+        result = fit(own.model, plan, own.task, method)
+        x = rand(4096, WIDTH, seed=9)
+        with torch.no_grad():
+            off.append(float((result.model(x) - own.model(x)).square().mean()))
+    assert off[1] < 0.95 * off[0], off
+
+
+def test_sizes_are_believed_and_many_rows_are_left_as_they_are() -> None:
+    """Only what is off the diagonal shrinks, and only where rows are few."""
+    few, many = piece(48), piece(2 * FEW * WIDTH)
+    x = torch.cat(few.task.read())
+    seen = torch.relu(few.model.mixed(x)).detach()
+    plain = (seen.T @ seen) / len(seen)
+    found = few.moments()["head"][0]
+    assert torch.allclose(found.diagonal(), plain.diagonal(), rtol=1e-4)
+    off = ~torch.eye(WIDTH, dtype=torch.bool)
+    share = float((found[off] * plain[off]).sum() / plain[off].square().sum())
+    assert 0.05 < share < 0.95
+    x = torch.cat(many.task.read())
+    seen = torch.relu(many.model.mixed(x)).detach()
+    own = second_moments(many.model, many.survey, many.task)["head"][0]
+    assert torch.allclose(own, seen.T @ seen / len(seen), rtol=1e-3, atol=1e-5)
