@@ -270,8 +270,8 @@ def round_rows_of(
 
 def _small(rows: Rows) -> Rows:
     """Rows without their target, their codes in one byte where they fit."""
-    most = max(float(rows.high.max()), -float(rows.low.min()))
-    codes = rows.codes.to(torch.int8) if most < 128 else rows.codes
+    fit = float(rows.high.max()) <= 127 and float(rows.low.min()) >= -128
+    codes = rows.codes.to(torch.int8) if fit else rows.codes
     return replace(rows, target=rows.target[:, :, :0], codes=codes)
 
 
