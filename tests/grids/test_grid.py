@@ -424,3 +424,12 @@ def test_a_stored_scale_survives_the_file_and_is_never_zero(x):
 def test_a_grid_that_does_not_exist_cannot_be_made(bits, kind):
     with pytest.raises(PlanError):
         Grid.of(bits, kind)
+
+
+@pytest.mark.parametrize("text", ["3c", "2g4z", "4g8", "tc", "8g3z", "f16", "4"])
+@pytest.mark.parametrize("shape", [(7, 12), (5, 3, 4), (9, 10)])
+def test_a_large_tensor_means_the_same_in_parts(text, shape, monkeypatch):
+    known = Quantised.nearest(rand(*shape), Grid.parse(text))
+    whole = known.values
+    monkeypatch.setattr("rabbet.grids.grid.MANY", 30)
+    assert torch.equal(known.values, whole)

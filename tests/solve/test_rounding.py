@@ -318,3 +318,15 @@ def test_more_bits_leave_less_error():
     result = solve_site(weight, _second(20), site=site, menu=menu)
     errors = [result[f"{k}.error"].item() for k in range(len(menu))]
     assert all(b < 0.6 * a for a, b in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("text", ["3c", "8c", "2g4z", "5g8"])
+def test_rows_are_rounded_alike_in_parts(text, monkeypatch):
+    weight, grid = rand(1, 23, 16), Grid.parse(text)
+    metric = Metric.plain(1, 16)
+    whole = round_rows_of([(grid, weight)], metric)[0]
+    monkeypatch.setattr("rabbet.reconstruct.candidates.PART", 5)
+    parts = round_rows_of([(grid, weight)], metric)[0]
+    assert torch.equal(parts.values, whole.values)
+    assert torch.equal(parts.target, weight)
+    assert parts.codes.dtype == weight.dtype

@@ -28,6 +28,7 @@ from rabbet.grids.codebook import (
 )
 from rabbet.grids.scales import OneScale, PerSlice, Scales, read_scales
 
+MANY = 2**22  # entries whose values are worked out at once
 Zero = Tensor | float
 LONGEST = 32  # signs in the text of a grid
 COARSE, FINE = (
@@ -310,7 +311,20 @@ class Quantised:
     @property
     def values(self) -> Tensor:
         """The tensor that is meant."""
-        return self.grid.values(self.codes, self.scale, 0.0 if self.zero is None else self.zero)
+        codes, zero = self.codes, self.zero
+        columns = math.prod(codes.shape[1:])
+        parts = self.grid.scales.parts(columns) if codes.numel() > MANY else None
+        if parts is None:
+            return self.grid.values(codes, self.scale, 0.0 if zero is None else zero)
+        # of a large table, scales that are spread over all entries would be as many numbers again
+        found = torch.empty_like(codes)
+        step = max(1, MANY // columns)
+        for k in range(0, len(codes), step):
+            own = slice(k * parts, (k + step) * parts)
+            near = 0.0 if zero is None else zero.reshape(-1)[own]
+            scale = self.scale.reshape(-1)[own]
+            found[k : k + step] = self.grid.values(codes[k : k + step], scale, near)
+        return found
 
 
 def _covering(rows: Tensor, span: float) -> Tensor:

@@ -122,7 +122,7 @@ def canonical(site: Site, terms: Terms, numbers: Numbers) -> Tensor:
     parts = [
         t.form.contract(site, [q.values for q in qs]) for t, qs in zip(terms, numbers, strict=True)
     ]
-    return torch.stack(parts).sum(0)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def solve_menu(
