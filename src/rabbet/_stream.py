@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rabbet._bench import in_turn, jobs_of
-from rabbet.core.budget import Budget
+from rabbet.core.budget import MEASURED, Budget
 from rabbet.core.cost import Cost
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Left, Survey
 from rabbet.data.task import Task
-from rabbet.errors import FileError, PlanError
+from rabbet.errors import BudgetError, FileError, PlanError
 from rabbet.export.folders import earlier_files, native_names
 from rabbet.export.writing import write_layers
 from rabbet.files import require_regular
@@ -74,6 +74,16 @@ class Saved:
         return plain(self.parts())
 
 
+def _require_countable(budget: Budget) -> None:
+    strange = next((limit for limit in budget.limits if limit.metric in MEASURED), None)
+    if strange is not None:
+        raise BudgetError(
+            f"{strange.text!r} is not known of a network that is compressed block by block: take a "
+            "budget of bytes, which is that of the native files; rabbet.hf.predict_bytes says "
+            "beforehand how long an exported file of a plan will be"
+        )
+
+
 @in_turn
 def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     folder: Path,
@@ -96,6 +106,7 @@ def stream(  # noqa: PLR0913 (those behind the star are options, given by name)
     missing or of other shapes.
     """
     jobs = None if jobs is None else jobs_of(jobs)
+    _require_countable(budget)
     _require_readable(folder, network, task, method)
     stack, priced = _opened(folder, network, task)
     survey = priced.survey

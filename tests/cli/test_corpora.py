@@ -188,7 +188,9 @@ def test_a_folder_is_compressed_into_a_folder(run, here):
 
 INTO_FOLDERS = {
     "is the method blockwise's": ("gpt2", *DATA, "--method", "joint", "-o", "other"),
-    "does without this option": ("gpt2", *DATA, "--drop", "<= 1", "-o", "other"),
+    "has no such option": ("gpt2", *DATA, "--drop", "<= 1", "-o", "other"),
+    "block by block, which has no such": ("gpt2", *DATA, "--quality", "fast", "-o", "other"),
+    "is not known of a network": ("gpt2", *DATA, "--budget", "onnx <= 20%", "-o", "other"),
     "is no folder of save_pretrained": ("rabbet.demo:model", *DATA, "-o", "other"),
     "lies in the network's own folder": ("gpt2", *DATA, "-o", "gpt2/small"),
     "smallest reachable": ("gpt2", *DATA, "--budget", "bytes <= 1%", "-o", "other"),

@@ -41,8 +41,8 @@ def require_plain(given: dict[str, Any]) -> None:
     strange = next((name for name, value in given.items() if value is not None), None)
     if strange is not None:
         raise typer.BadParameter(
-            "an --output that is a folder compresses block by block, and does without this option; "
-            "name a file (.safetensors) to compress the network as a whole",
+            "an --output that is a folder compresses block by block, which has no such option; "
+            "leave it out, or name a file (.safetensors) to compress the network as a whole",
             param_hint=strange,
         )
 

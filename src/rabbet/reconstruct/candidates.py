@@ -28,6 +28,7 @@ ALTERNATIONS = 3
 ROUNDS = 2
 ENTRIES = 2**25  # of the second moments whose metrics are kept; with these three times as many
 PART = 1024  # rows that are rounded at once: a whole embedding table would not fit into the cache
+ALONE = 2**18  # entries that are, where rows are rounded each for itself
 # Evaluations of a candidate's error, from a closed form and from another grid's factors.
 COLD, WARM = 40, 10
 
@@ -256,9 +257,11 @@ def round_rows_of(
     for layout in dict.fromkeys(grid.scales for grid, _ in wanted):
         places = [k for k, (grid, _) in enumerate(wanted) if grid.scales == layout]
         rows = wanted[places[0]][1].shape[1]
-        parts = []
-        for k in range(0, rows, PART):
-            own = [(wanted[j][0], wanted[j][1][:, k : k + PART]) for j in places]
+        step, parts = PART, []
+        if metric.identity:  # as fast with fewer, whose memory does not pile up
+            step = max(1, min(PART, ALONE // wanted[places[0]][1].shape[2]))
+        for k in range(0, rows, step):
+            own = [(wanted[j][0], wanted[j][1][:, k : k + step]) for j in places]
             # of a large table, copies of the target and codes of four bytes would be too much
             parts.append([_small(part) for part in _rounded_rows(own, metric, rounds)])
         for place, part in zip(places, zip(*parts, strict=True), strict=True):

@@ -130,8 +130,8 @@ def gguf_files(
         few = "; ".join(content.refused[:3]) + ("; ..." if len(content.refused) > 3 else "")
         raise ModelError(
             f"GGUF has no type that holds {len(content.refused)} of the layers exactly: {few}. "
-            f"Choose from grids that fit ({FITTING}), or write these as float16 with the target "
-            "'gguf-f16'"
+            f"Choose dense weights on grids that fit ({FITTING}), with low rank beside them at "
+            "most (Joint(forms=())), or write these as float16 with the target 'gguf-f16'"
         )
     words = Vocabulary.of(tokenizer, tokenizer_files(model), sizes_of(model.config).words)
     notes = [*content.notes, *words.notes]
