@@ -311,7 +311,8 @@ def test_the_solver_writes_nothing_where_the_user_reads(capfd):
         (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), rand(3, 4, 7, 6)),
     ],
 )
-def test_second_moments_are_those_of_unfolded_patches(layer, x):
+def test_second_moments_are_those_of_unfolded_patches(layer, x, monkeypatch):
+    monkeypatch.setattr("rabbet.calibrate.moments.FEW", 0)
     model = nn.Sequential(layer).eval()
     moments = second_moments(model, survey(model, [x]), Task([x, x + 1]))["0"]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -324,6 +325,7 @@ def test_second_moments_are_those_of_unfolded_patches(layer, x):
 
 def test_second_moments_of_very_many_examples_are_those_of_every_nth_batch(monkeypatch):
     monkeypatch.setattr("rabbet.calibrate.moments.EXAMPLES", 12)
+    monkeypatch.setattr("rabbet.calibrate.moments.FEW", 0)
     model = nn.Sequential(nn.Linear(6, 3))
     for count, step in ((3, 1), (5, 1), (6, 2), (9, 3)):  # batches of 4 examples
         data = [rand(4, 6, seed=k) for k in range(count)]
@@ -332,7 +334,8 @@ def test_second_moments_of_very_many_examples_are_those_of_every_nth_batch(monke
         assert torch.allclose(moments[0], seen.T @ seen / len(seen), atol=1e-5)
 
 
-def test_second_moments_of_groups_and_of_features_are_their_own():
+def test_second_moments_of_groups_and_of_features_are_their_own(monkeypatch):
+    monkeypatch.setattr("rabbet.calibrate.moments.FEW", 0)
     conv, fc = nn.Conv2d(4, 6, 1, groups=2), nn.Linear(5, 3)
     x, y = rand(3, 4, 2, 2), rand(3, 7, 5)
     model = nn.Sequential(conv).eval()

@@ -34,13 +34,13 @@ KEPT = 2**28  # entries that memory keeps; what is beyond lies in a temporary fo
 class Moments(Mapping[str, Tensor]):
     """Second moments [groups, n, n] by site. What memory has no room for is read when asked for.
 
-    room: entries that memory keeps.
+    room: entries that memory keeps; None: KEPT.
     """
 
-    def __init__(self, room: int = KEPT) -> None:
+    def __init__(self, room: int | None = None) -> None:
         self._near: dict[str, Tensor] = {}
         self._far: dict[str, tuple[Path, torch.device]] = {}
-        self._room = room
+        self._room = KEPT if room is None else room
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def add(self, name: str, moment: Tensor) -> None:
