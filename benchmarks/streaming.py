@@ -11,7 +11,8 @@ Nothing is said of accuracy. Budget: `bpw <= 3.25`, not tuned; 16 windows of 128
 which 4 are scored.
 
 Each run is a process of its own whose memory is limited to `--memory` GB (RLIMIT_DATA: all that it
-allocates; files that it maps are not counted). Peak: the largest resident set, mapped files
+allocates; files that it maps are not counted), and that gives back at once what it frees
+(MALLOC_MMAP_THRESHOLD_). Peak: the largest resident set, mapped files
 included. With `--blocks` the checkpoint has so many blocks; the seconds of the whole are those of
 the ends and, for each block, what one block more took (measured with one block and with all of
 them).
@@ -22,6 +23,7 @@ its files are compared with those of a run that nobody killed.
 
 import argparse
 import json
+import os
 import random
 import resource
 import signal
@@ -135,7 +137,9 @@ def _scores(network: Any, batch: torch.Tensor) -> Any:
 
 def _process(folder: Path, output: Path, memory: float) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--run", str(folder), str(output), str(memory)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # glibc would keep what is freed: half as much again at the peak
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=settings)
 
 
 def _run(shape: str, blocks: int, memory: float) -> tuple[Values, int, int]:
