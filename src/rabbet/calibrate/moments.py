@@ -90,8 +90,12 @@ class _Moment:
         given = args[0].detach().float()
         most, turn = -(-self.most // max(1, len(given))), self.seen % 2
         self.seen += len(given)
-        for half in (0, 1) if self.halves else (0,):
-            self._take(given[(half + turn) % 2 :: 2] if self.halves else given, most, half)
+        if not self.halves:
+            self._take(given, most, 0)
+            return
+        for half, part in enumerate((given[turn::2], given[1 - turn :: 2])):
+            if len(part):
+                self._take(part, most, half)
 
     def _take(self, given: Tensor, most: int, half: int) -> None:
         """Sum the patches of some examples."""
