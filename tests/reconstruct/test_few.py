@@ -93,3 +93,67 @@ def test_batches_of_one_example_fall_into_halves_too(layer: nn.Module, count: in
     rows = site.patches(x, None, torch.Generator())
     mean = (rows.mT @ rows / rows.shape[1])[0]
     assert torch.allclose(own.moments()["0"][0].diagonal(), mean.diagonal(), rtol=1e-4)
+
+
+def test_rows_are_places_of_the_output() -> None:
+    """A patch of 16x16 is one row, however many places of the input it covers."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 16, stride=16)).eval()
+    site = Workpiece.of(model, Task([rand(2, 3, 64, 64)]), Jobs()).survey["0"]
+    assert few_rows(site, FEW * 768 // 16 - 1)
+    assert not few_rows(site, FEW * 768 // 16)
+
+
+class Tied(nn.Module):
+    """A table that is looked up for every word, and multiplied with once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 16)
+        self.head = nn.Linear(16, 30, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scores of the mean of a text."""
+        return self.head(self.table(x).mean(1))
+
+
+def test_a_table_is_judged_by_what_its_head_is_given() -> None:
+    """Of 64 words a text comes one row."""
+    words = torch.randint(30, (6, 64), generator=torch.Generator().manual_seed(0))
+    own = Workpiece.of(settled(Tied()), Task([words]), Jobs())
+    site = next(iter(own.survey))
+    assert site.heads
+    assert few_rows(site, FEW * 16 - 1)
+    assert not few_rows(site, FEW * 16)
+    assert own.moments()[site.name].shape == (1, 16, 16)
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, on texts and on all of their words one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The second call has one axis of words."""
+        return self.layer(self.layer(x).flatten(0, 1)).view(x.shape)
+
+
+def test_halves_are_of_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a layer runs, and whether each has one row or several."""
+    seen = []
+
+    def noted(halves: Tensor, rows: list[int]) -> Tensor:
+        seen.append(halves.clone())
+        return halves.sum(0).float() / sum(rows)
+
+    monkeypatch.setattr("rabbet.calibrate.moments.shrunk", noted)
+    model, x = settled(Twice()), rand(4, 5, 6)
+    x[::2] = 0  # a half that is silent but for the bias
+    own = Workpiece.of(model, Task([x]), Jobs())
+    own.moments()
+    y = model.layer(x).detach()
+    parts = [torch.cat([x[k::2], y[k::2]]).reshape(-1, 6).double() for k in (0, 1)]
+    for half, part in zip(seen[0], parts, strict=True):
+        assert torch.allclose(half[0], part.T @ part, rtol=1e-4, atol=1e-4)

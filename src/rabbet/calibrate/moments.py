@@ -1,7 +1,7 @@
 """The second moment of the inputs of each layer, from passes over the user's batches."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rabbet.calibrate.inside import Products, recurrent
 from rabbet.core.survey import Survey, windows
 from rabbet.data.batches import Batch
+from rabbet.data.examples import Axes
 from rabbet.data.task import Task
 from rabbet.errors import DataError
 from rabbet.files import scratch
@@ -74,27 +75,23 @@ class Moments(Mapping[str, Tensor]):
 class _Moment:
     """The running mean of x x^T over patches, [groups, n, n], summed in double.
 
-    most: rows that are drawn from one call, about. halves: whether every second example is summed
-    apart, to tell how far a mean of few rows can be believed (`shrunk`).
+    most: rows that are drawn from one call, about. cut: what tells the examples of an input apart
+    by halves; of a layer with few rows these are summed apart, to tell how far their mean can be
+    believed (`shrunk`).
     """
 
     site: Site
     most: int
     generator: torch.Generator
-    halves: bool = False
-    totals: list[Tensor] = field(default_factory=list)
-    rows: list[int] = field(default_factory=lambda: [0, 0])
-    seen: int = 0
+    cut: Callable[[Tensor], list[Tensor]] | None = None
+    totals: Tensor | None = None
+    rows: list[int] = field(default_factory=list)
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], __: dict[str, Any]) -> None:
         given = args[0].detach().float()
-        most, turn = -(-self.most // max(1, len(given))), self.seen % 2
-        self.seen += len(given)
-        if not self.halves:
-            self._take(given, most, 0)
-            return
-        for half, part in enumerate((given[turn::2], given[1 - turn :: 2])):
-            if len(part):
+        most = -(-self.most // max(1, len(given)))
+        for half, part in enumerate([given] if self.cut is None else self.cut(given)):
+            if self.cut is None or part.numel():
                 self._take(part, most, half)
 
     def _take(self, given: Tensor, most: int, half: int) -> None:
@@ -109,17 +106,21 @@ class _Moment:
                 f"{where} reach {float(rows.abs().max()):.3g}, whose squares do not fit float32; "
                 "scale the batches down"
             )
-        if len(self.totals) <= half:
-            self.totals.append(part.double())
-        else:
-            self.totals[half].add_(part)
+        if self.totals is None:
+            self.rows = [0] if self.cut is None else [0, 0]
+            self.totals = torch.zeros(
+                len(self.rows), *part.shape, dtype=torch.float64, device=part.device
+            )
+        self.totals[half].add_(part)
         self.rows[half] += rows.shape[1]
 
-    @property
     def mean(self) -> Tensor:
-        if self.halves:
-            return shrunk(torch.stack(self.totals), self.rows).float()
-        return (self.totals[0] / self.rows[0]).float()
+        """The mean; the sums are let go."""
+        assert self.totals is not None
+        totals, self.totals = self.totals, None
+        if self.cut is None:
+            return (totals[0] / self.rows[0]).float()
+        return shrunk(totals, self.rows)
 
 
 def second_moments(
@@ -158,8 +159,30 @@ def second_moments(
 
 
 def few_rows(site: Site, examples: int) -> bool:
-    """Whether so many examples give a layer too few rows to believe how its inputs correlate."""
-    return site.runs and examples * site.inputs < FEW * site.columns
+    """Whether so many examples have too few rows to believe how the inputs of a layer correlate.
+
+    All rows that there are count, whether or not so many are drawn.
+    """
+    met = site.head if site.heads else site
+    return site.runs and examples * met.kernel_positions < FEW * met.columns
+
+
+@dataclass
+class _Halves:
+    """Cuts what a layer is given by every second example of a batch, or by whole batches."""
+
+    axes: Axes
+    count: int = 0
+    turn: int = 0
+
+    def at(self, count: int, turn: int) -> None:
+        """What follows is of a batch of so many, the `turn`th."""
+        self.count, self.turn = count, turn % 2
+
+    def __call__(self, given: Tensor) -> list[Tensor]:
+        """Two parts, of which one may be empty; every second batch begins with the other half."""
+        parts = self.axes.halves(given, self.count) or [given, given[:0]]
+        return parts[::-1] if self.turn else parts
 
 
 def _summed(
@@ -173,15 +196,16 @@ def _summed(
     """The moments of some sites, in one pass; those that did not run are missing."""
     moments: dict[str, _Moment] = {}
     hooks: list[Hook] = []
-    examples = sum(map(task.examples.count, batches))
+    count, cut = task.examples.count, _Halves(task.examples)
+    examples = sum(map(count, batches))
     for site in sites:
         met = site.head if site.heads else site
         if not site.runs:  # as far as it is seen, see `inside`
             met = replace(site, kind=Linear())
         rows = min(ROWS, max(ENTRIES // site.columns, 8 * site.columns))
         most = -(-rows // (len(batches) * met.calls))
-        halves = few_rows(site, examples)
-        moments[site.name] = _Moment(met, most, torch.Generator().manual_seed(seed), halves)
+        own = cut if few_rows(site, examples) else None
+        moments[site.name] = _Moment(met, most, torch.Generator().manual_seed(seed), own)
         layers = [model.get_submodule(n) for n in site.heads or (site.name,) if site.runs]
         hooks += [(layer, moments[site.name]) for layer in layers]
 
@@ -189,11 +213,16 @@ def _summed(
         if name in moments:
             moments[name](model, (x,), {})
 
+    def told(stage: str, done: int, total: int) -> None:  # between any two batches
+        if done < total:
+            cut.at(count(batches[done]), done)
+        progress(stage, done, total)
+
     stored = [site for site in sites if not site.runs]
     hooks += recurrent(model, stored, see)
     with hooked(before=hooks), Products(model, stored, see):
-        run_through(model, task, batches, progress, "measuring inputs")
-    seconds = {name: moment.mean for name, moment in moments.items() if any(moment.rows)}
+        run_through(model, task, batches, told, "measuring inputs")
+    seconds = {name: moment.mean() for name, moment in moments.items() if any(moment.rows)}
     for site in sites:
         if site.heads and site.name in seconds:
             table = site.kind.weight(model.get_submodule(site.name)).detach().float()

@@ -197,7 +197,8 @@ def _hooks(
         if site.name not in met:
             continue  # other examples may be sent another way
         layer, seen = layers[site.name], met[site.name]
-        solvers.append((layer, _solver(piece, site, piece.weight(site), seen.given, halves)))
+        few = few_rows(site, axes.count(batch))
+        solvers.append((layer, _solver(piece, site, seen.given, halves, few)))
         if gained(layer) and seen.outputs is not None:
             matchers.append((layer, matcher(seen.outputs, GAIN, seen.given.shape, halves)))
     return solvers, matchers
@@ -234,20 +235,22 @@ def _meet(piece: Workpiece, sites: Sequence[Site], batch: Any, halves: Halves) -
 
 
 def _solver(
-    piece: Workpiece, site: Site, weight: Tensor, wanted: Tensor, halves: Halves
+    piece: Workpiece, site: Site, wanted: Tensor, halves: Halves, few: bool
 ) -> Callable[..., None]:
+    """What solves a layer before it runs; few: whether its rows are too few to be believed."""
+
     def hook(layer: Compressed, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
         met = args[0].float()
         if met.shape != wanted.shape or not len(wanted):
             return  # an expert that is shown other places, or none
         given = layer.quantisers[0](met) if layer.quantisers else met
-        target = site.matrix(weight)
-        moments = _moments(site, given, wanted, piece.seed, halves)
-        second, step = _step(target, moments)
+        target = site.matrix(piece.weight(site))
+        seconds, crosses, rows = _moments(site, given, wanted, piece.seed, halves)
+        second, step = _step(target, (seconds, crosses))
         if step is not None:
-            if len(moments[0]) == 2 and few_rows(site, len(given)):
-                rows = max(1, len(given) * site.inputs // 2)
-                second = shrunk(rows * moments[0], [rows, rows])
+            if few and len(rows) == 2:
+                sums = [k * mean for k, mean in zip(rows, seconds, strict=True)]
+                second = shrunk(torch.stack(sums), rows)
             aim = (target + step).reshape(site.shape)
             held = [[f.numbers for f in factors] for factors in layer.factors]
             metric = Metric(second)
@@ -264,19 +267,20 @@ def _solver(
 
 def _moments(
     site: Site, given: Tensor, wanted: Tensor, seed: int, halves: Halves
-) -> tuple[Tensor, Tensor]:
-    """Means of x' x'^T and of x x'^T over the same places, [halves, groups, n, n].
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Means of x' x'^T and of x x'^T over the same places, [halves, groups, n, n]; how many.
 
     The halves are every second example; there is one half where these cannot be told.
     """
     rows = max(PATCHES // site.columns, 8 * site.columns)
     places = max(1, -(-rows // len(given)))
-    seconds, crosses = [], []
+    seconds, crosses, counts = [], [], []
     for pair in zip(halves(given) or [given], halves(wanted) or [wanted], strict=True):
         ours, theirs = (site.patches(x, places, torch.Generator().manual_seed(seed)) for x in pair)
         seconds.append((ours.mT @ ours) / ours.shape[1])
         crosses.append((theirs.mT @ ours) / ours.shape[1])
-    return torch.stack(seconds), torch.stack(crosses)
+        counts.append(ours.shape[1])
+    return torch.stack(seconds), torch.stack(crosses), counts
 
 
 def _step(target: Tensor, moments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ def shrunk(halves: Tensor, rows: Sequence[int]) -> Tensor:
     divided by `1 + c n / rows`, with the c of which rounding in the metric of one half errs least
     in the other.
     """
-    whole = halves.sum(0) / sum(rows)
+    whole = (halves.sum(0) / sum(rows)).float()
     if not all(rows):
         return whole  # nothing to judge by
     n = whole.shape[2]
