@@ -100,8 +100,6 @@ def compress(
 
     if folders.is_folder(output) and model is not None:
         plain = {"--plan": plan, "--drop": drop, "--axis": axis, "--held": held, "--html": html}
-        if method is None and quality != "default":
-            plain |= {"--quality": quality}
         asked = folders.Asked(model, data, test, budget, output, plain | {"--target": target})
         folders.run(asked, folders.How(method, quality, seed, resume, processes, as_json))
         return

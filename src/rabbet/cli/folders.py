@@ -155,7 +155,8 @@ class How:
 
 def run(asked: Asked, how: How) -> None:
     """Compress, and print what came of it."""
-    require_plain(asked.others)
+    tuned = how.method is not None or how.quality == "default"  # what folders do by themselves
+    require_plain(asked.others | {"--quality": None if tuned else how.quality})
     found = compress_folder(asked, how)
     settings = {"seed": how.seed, "method": how.method}
     tables.tell(how.as_json, lambda: found.facts(settings), found.parts)
