@@ -106,11 +106,12 @@ def test_a_folder_is_shown_and_judged_and_so_is_what_it_is_exported_to(run, here
     code, out, err = run("eval", "folder", *TEST, "--json")
     assert json.loads(out)["value"] == pytest.approx(told["evaluation"]["after"], rel=1e-6)
     assert run("export", "folder", "--target", "gguf", "-o", "llama")[0] == 0
+    (here / "empty").mkdir(exist_ok=True)
     for line, why in {
         "eval llama": "llama.cpp, which is not run here",
         "eval folder --model gpt2": "leave out this option",
         "show gpt2": "a folder without a native file",
-        "eval .": "holds neither a native file",
+        "eval empty": "holds neither a native file",
     }.items():
         code, out, err = run(*line.split(), *(TEST if line.startswith("eval") else ()))
         assert (code, out) == (2, "")
