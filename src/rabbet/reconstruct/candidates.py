@@ -66,7 +66,7 @@ def metric_of(site: Site, weight: Tensor, second: Tensor | None) -> Metric:
         held = list(_METRICS)
     same = (pair for pair in held if pair[0].device == second.device)
     pair = next((pair for pair in same if torch.equal(pair[0], second)), None)
-    del held, same
+    del held, same  # or they would keep what is let go
     if pair is None:
         _make_room(second.numel())  # first: to factorise a wide one takes memory enough
         pair = second, Metric(second)

@@ -26,9 +26,8 @@ class Metric:
         diagonal = second.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1)
         ridge = torch.where(mean > LEAST, damping * mean, 1.0)
-        self.second = second.to(
-            torch.float32, copy=True
-        )  # of a wide layer no matrix is made that need not be
+        # In place: of a wide layer no matrix is made that need not be.
+        self.second = second.to(torch.float32, copy=True)
         diagonal = self.second.diagonal(dim1=1, dim2=2)
         diagonal += ridge.float()[:, None]
         # The most used input comes first: all others can still compensate its rounding error.

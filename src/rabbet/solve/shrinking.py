@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rabbet.solve.metric import DAMPING, Metric
+from rabbet.solve.metric import Metric
 
 FEW = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # how much correlations may shrink
 COLUMNS = 512  # of an input, by which that is judged
@@ -31,7 +31,7 @@ def shrunk(halves: Tensor, rows: Sequence[int]) -> Tensor:
     def erred(few: float) -> float:
         pairs = zip(means, rows, means[::-1], strict=True)
         return sum(
-            float(Metric(_less_alike(mine, few * len(some) / k), DAMPING).fed_back(other).sum())
+            float(Metric(_less_alike(mine, few * len(some) / k)).fed_back(other).sum())
             for mine, k, other in pairs
         )
 
