@@ -74,15 +74,19 @@ def _ready() -> None:
     assert rabbet.hf
 
 
+def on_paper(workers: int, own: float, busy: float) -> float:
+    """The efficiency if only the workers' seconds were shared out."""
+    return (own + busy) / (workers * own + busy)
+
+
 def rows(shape: str, numbers: list[int]) -> Group:
     """A row for each number of workers that there are cores for; on paper for the others."""
     found: Group = []
     first: tuple[float, float, float, str] | None = None
     for workers in numbers:
         if workers > (os.cpu_count() or 1) and first is not None:
-            _, busy, own, _ = first
-            paper = (own + busy) / (workers * (own + busy / workers))
-            found.append(({"shape": shape, "workers": workers}, {"on paper": paper}))
+            paper = {"on paper": on_paper(workers, first[2], first[1])}
+            found.append(({"shape": shape, "workers": workers}, paper))
             continue
         with tempfile.TemporaryDirectory() as place:
             folder, output = Path(place) / "in", Path(place) / "out"
@@ -95,7 +99,7 @@ def rows(shape: str, numbers: list[int]) -> Group:
         values = {
             "seconds": seconds, "workers' processor seconds": busy, "own processor seconds": own,
             "efficiency": first[0] * numbers[0] / (workers * seconds),
-            "on paper": (own + busy) / (workers * (own + busy / workers)),
+            "on paper": on_paper(workers, own, busy),
             "same bytes": "yes" if digest == first[3] else "NO",
         }  # fmt: skip
         found.append(({"shape": shape, "workers": workers}, values))
