@@ -24,9 +24,10 @@ the 134,515,008 weights, and the program chooses the table's grid, too. It reads
 folder, block by block; each is tuned for `--epochs`, then all of them together for `--passes`.
 
 RTN: rounded to nearest, a scale of least squared error for each group. GPTQ: our own error feedback
-at one width, a plan written by hand and fitted by `rabbet.fit`, layers solved once more in order,
-not tuned, inputs float. HQQ and AutoRound run in environments of their own, made when they are
-first needed in `--environments`; AutoRound takes `--iters` steps a block (200 is its default).
+at one width, a plan written by hand, each block solved for the inputs that the compressed blocks
+before it make, nothing tuned, inputs float. HQQ and AutoRound run in environments of their own,
+made when they are first needed in `--environments`; AutoRound takes `--iters` steps a block (200 is
+its default).
 A row over `--limit` minutes is given up, and is a row that says so.
 """
 
@@ -59,7 +60,6 @@ from rabbet.grids.grid import Grid, Quantised
 from rabbet.hf import compress_pretrained, from_pretrained
 from rabbet.model.build import build
 from rabbet.tasks import Perplexity, perplexity
-from rabbet.train.tuning import Tuning
 from rabbet.workpiece import Workpiece
 
 FOLDER = Path(__file__).parent / "quantisers"
@@ -133,8 +133,11 @@ def nearest(setup: Setup, grid: str) -> Found:
 
 
 def gptq(setup: Setup, grid: str) -> Found:
-    """Rounded with error feedback, layers solved once more in order."""
-    method = rabbet.Joint(act=None, tuning=Tuning(steps=0))
+    """Rounded with error feedback, block by block, for the inputs that compressed blocks make."""
+    method = rabbet.Blockwise(
+        grids=(grid, setup.words), rank=False, scale=False, permute=False, scored=1, epochs=0,
+        passes=0,
+    )  # fmt: skip
     result = rabbet.fit(setup.network, setup.plan(grid), setup.task, method, jobs=_jobs(setup))
     return result.model, result.cost.bytes, "; ".join(result.notes)
 

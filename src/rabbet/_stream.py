@@ -230,6 +230,7 @@ def _write(
     for finished in method.fitted(bench, plan):
         rest |= rest_among(finished.numbers)
         keys |= dict.fromkeys(finished.names, finished.keys)
+        del finished  # or its numbers would be held while the next are found
     last: list[tuple[tuple[str, ...], Tensors]] = []
     stack = bench.stack
 

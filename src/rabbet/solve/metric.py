@@ -32,7 +32,7 @@ class Metric:
         diagonal += ridge.float()[:, None]
         # The most used input comes first: all others can still compensate its rounding error.
         self.order = diagonal.argsort(dim=1, descending=True, stable=True)
-        self.factor = _inverse_factor(gather(gather(self.second, self.order, 2), self.order, 1))
+        self.factor = _inverse_factor(self.second, self.order)
 
     @classmethod
     def plain(cls, groups: int, columns: int, device: torch.device | None = None) -> "Metric":
@@ -73,9 +73,10 @@ class Metric:
         Column by column (GPTQ, arXiv 2210.17323), an error of variance one is made and its share
         handed on to later columns: the row errs by `(e / diag U) U`. The result is [groups].
         """
-        there = gather(gather(second, self.order, 2), self.order, 1)
+        handed = self.factor @ _ordered(second, self.order)
+        handed *= self.factor
         sizes = self.factor.diagonal(dim1=1, dim2=2).square()
-        result: Tensor = (((self.factor @ there) * self.factor).sum(2) / sizes).sum(1)
+        result: Tensor = (handed.sum(2) / sizes).sum(1)
         return result
 
     def error(self, delta: Tensor) -> Tensor:
@@ -124,42 +125,48 @@ class _Plain(Metric):
         return slope
 
 
-def _inverse_factor(second: Tensor) -> Tensor:
-    """Upper U with `U^T U = H^-1`, computed in double precision.
+def _inverse_factor(second: Tensor, order: Tensor) -> Tensor:
+    """Upper U with `U^T U = H^-1` of H with its columns in an order, in double precision.
 
-    Of H with rows and columns in reverse order a Cholesky factor is taken; read backwards, it is an
-    upper V with `V V^T = H`, and U its inverse: half the work of inverting H and factorising that.
+    Of H with rows and columns in reverse a Cholesky factor is taken; read backwards, it is an upper
+    V with `V V^T = H`, and U its inverse: half the work of inverting H and factorising that.
     Damping is raised where rounding still makes H indefinite.
     """
-    # in place and let go of at once: of a wide layer each of these matrices is large
     for extra in (0.0, 1e-6, 1e-4, 1e-2, 1.0):
-        wide = second.flip(1, 2).double()
-        diagonal = wide.diagonal(dim1=1, dim2=2)
+        # all in one place, since of a wide layer this matrix is large
+        lower = _ordered(second, order.flip(1)).double().mT
+        diagonal = lower.diagonal(dim1=1, dim2=2)
         diagonal += extra * diagonal.mean(1, keepdim=True)
-        lower, info = torch.linalg.cholesky_ex(wide)
-        del wide, diagonal
+        info = torch.empty(len(lower), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if not info.any():
-            upper = lower.flip(1, 2)
-            del lower
-            _invert_upper(upper)
-            if torch.isfinite(upper).all():
-                factor: Tensor = upper.float()
-                return factor
+            _invert_lower(lower)
+            if torch.isfinite(lower).all():
+                factor = lower.float()
+                del lower, diagonal
+                return factor.flip(1, 2)
+        del lower, diagonal
     raise ModelError(
         "the second moment of the inputs is not positive definite; are the inputs finite?"
     )
 
 
-def _invert_upper(upper: Tensor) -> None:
-    """Invert upper triangular matrices [..., n, n] in place, halves first."""
-    n = upper.shape[-1]
+def _ordered(second: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in an order, each group in its own, without a copy in between."""
+    index = torch.arange(len(second), device=second.device)[:, None, None]
+    return second[index, order[:, :, None], order[:, None, :]]
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Invert lower triangular matrices [..., n, n] in place, halves first."""
+    n = lower.shape[-1]
     if n <= BLOCK:
-        eye = torch.eye(n, dtype=upper.dtype, device=upper.device).expand_as(upper)
-        upper.copy_(torch.linalg.solve_triangular(upper, eye, upper=True))
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
         return
     first, rest = slice(n // 2), slice(n // 2, n)
-    one, corner, other = upper[..., first, first], upper[..., first, rest], upper[..., rest, rest]
-    across = torch.linalg.solve_triangular(one, -corner, upper=True)
-    corner.copy_(torch.linalg.solve_triangular(other, across, upper=True, left=False))
-    _invert_upper(one)
-    _invert_upper(other)
+    one, corner, other = lower[..., first, first], lower[..., rest, first], lower[..., rest, rest]
+    across = torch.linalg.solve_triangular(other, -corner, upper=False)
+    corner.copy_(torch.linalg.solve_triangular(one, across, upper=False, left=False))
+    _invert_lower(one)
+    _invert_lower(other)

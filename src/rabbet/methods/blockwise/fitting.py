@@ -56,13 +56,13 @@ def fit_blocks(
     ends = _solved_ends(bench, plan, planned[0], settings, known)
     yield ends
     theirs, calls = bench.begun
-    ours, count, chain = _begun(bench, plan, planned[0], ends.numbers), len(inside), ends.numbers
-    now = Shelf()
+    ours, count, now = _begun(bench, plan, planned[0], ends.numbers), len(inside), Shelf()
+    key = bench.key("blockwise.block", {**settings, "block": 0}, ends.numbers)
+    del ends  # as large as the network's table and head
     for i in range(len(bench.batches)):
         now.put(i, theirs[i])
     for k, sites in enumerate(planned[1:]):
         bench.jobs.progress("fitting blocks", k, count)
-        key = bench.key("blockwise.block", {**settings, "block": k}, chain)
         found = bench.jobs.kept(key)
         work = _Block(bench, plan, k, sites, [each[k] for each in calls], known, ways)
         with bench.stack.block(k) as block:
@@ -73,7 +73,7 @@ def fit_blocks(
                 work.run(block, now, now)
             work.go_on(block, found, ours)
         yield Finished((key,), tuple(s.name for s in sites), found)
-        chain = found
+        key = bench.key("blockwise.block", {**settings, "block": k + 1}, found)
     bench.jobs.progress("fitting blocks", count, count)
     return now
 
@@ -252,6 +252,18 @@ class _Block:
 
         theirs, ours: the hidden states before it, of the float network and of the compressed one.
         """
+        moments, wanted = self._met(block, theirs, ours)
+        if not self.sites:
+            return {}, wanted
+        draft = self._draft(block, moments, theirs[0])
+        found = self._solved(draft) | draft.kept(self.bench.stack.prefix(self.k))
+        if not pacing.epochs:
+            return found, wanted
+        with draft.worn(block):
+            return self._tuned(block, found, ours, wanted, pacing), wanted
+
+    def _met(self, block: nn.Module, theirs: Shelf, ours: Shelf) -> tuple[Tensors, Shelf]:
+        """Second moments of the inputs of all sites, and the hidden states behind the block."""
         jobs, count = self.bench.jobs, len(self.calls)
         sites = [(s, self.bench.stack.within(s.name)) for s in self.sites]
         given = ((theirs[i], ours[i], call) for i, call in enumerate(self.calls))
@@ -261,15 +273,7 @@ class _Block:
             gathering.add(part)
             for out in outs:
                 wanted.put(len(wanted), out)
-        if not self.sites:
-            return {}, wanted
-        draft = self._draft(block, dict(gathering.means()), theirs[0])
-        del gathering
-        found = self._solved(draft) | draft.kept(self.bench.stack.prefix(self.k))
-        if not pacing.epochs:
-            return found, wanted
-        with draft.worn(block):
-            return self._tuned(block, found, ours, wanted, pacing), wanted
+        return dict(gathering.means()), wanted
 
     def _draft(self, block: nn.Module, moments: Mapping[str, Tensor], hidden: Tensor) -> Draft:
         """The block as its layers are solved: written otherwise where that pays.

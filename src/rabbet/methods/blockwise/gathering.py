@@ -75,12 +75,15 @@ class Gathering:
         return seen
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
-        """The second moments [groups, n, n] by site, see `shrunk`; none where no word came."""
-        made = {
-            name: shrunk(t, self.rows[name])
-            for name, t in self.totals.items()
-            if any(self.rows[name])
-        }
+        """The second moments [groups, n, n] by site, see `shrunk`; none where no word came.
+
+        Sums are let go of, one by one: of a wide layer each is large.
+        """
+        made: dict[str, Tensor] = {}
+        for name in tuple(self.totals):
+            total = self.totals.pop(name)
+            if any(self.rows[name]):
+                made[name] = shrunk(total, self.rows[name])
         yield from made.items()
         for name, other in self.same.items():
             if name not in made and other in made:
@@ -99,6 +102,7 @@ class Gathering:
             self.totals[name] = self.totals[name].add_(halves) if name in self.totals else halves
             mine, theirs = self.rows.get(name, [0, 0]), other.rows[name]
             self.rows[name] = [mine[0] + theirs[turn], mine[1] + theirs[1 - turn]]
+        other.totals.clear()
         self.same |= other.same
         self.passes += other.passes
 

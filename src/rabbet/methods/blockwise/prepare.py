@@ -57,7 +57,9 @@ def foretell_harm(  # a job
     """
     scale = torch.ones_like(second[0, 0]) if scale is None else scale
     order = torch.arange(len(scale), device=scale.device) if order is None else order
-    moved = (second / (scale[:, None] * scale))[:, order][:, :, order]
+    moved = second[:, order[:, None], order[None, :]]
+    moved /= scale[order, None]
+    moved /= scale[order]
     metric = Metric(moved)
     targets = (rows * scale)[:, order].split([count for _, count in grids])
     errors: list[Tensor] = []

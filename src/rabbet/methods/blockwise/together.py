@@ -82,6 +82,7 @@ def _collected(fitted: Generator[Finished, None, Shelf]) -> tuple[list[Finished]
         except StopIteration as e:
             return found, e.value
         found.append(Finished(each.keys, each.names, {}))
+        del each  # or its numbers would be held while the next are found
 
 
 @dataclass
