@@ -5,10 +5,14 @@ gaps. Three levels take a fifth of a byte: five ternary digits, least significan
 number below 243.
 """
 
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor
 
-_TRITS = torch.tensor([1, 3, 9, 27, 81])
+_TRITS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
+_PART = 40 * 2**14  # codes packed at once: of any width they fill whole bytes
 
 
 def packed_bytes(count: int, levels: int) -> int:
@@ -24,20 +28,25 @@ def pack(codes: Tensor, levels: int) -> Tensor:
     Raises ValueError for a code outside [0, levels) or a number of levels other than 3 or a power
     of two up to 256.
     """
-    flat = codes.reshape(-1).to(torch.int64)
+    flat = codes.reshape(-1)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= levels):
         raise ValueError(
             f"codes must lie in [0, {levels}), found [{int(flat.min())}, {int(flat.max())}]"
         )
-    if levels == 3:
-        digits = torch.zeros(-(-len(flat) // 5) * 5, dtype=torch.int64)
-        digits[: len(flat)] = flat
-        return (digits.view(-1, 5) * _TRITS).sum(1).to(torch.uint8)
-    bits = _bits(levels)
-    stream = (flat[:, None] >> torch.arange(bits)) & 1  # [n, bits]
-    padded = torch.zeros(packed_bytes(len(flat), levels) * 8, dtype=torch.int64)
-    padded[: stream.numel()] = stream.reshape(-1)
-    return (padded.view(-1, 8) << torch.arange(8)).sum(1).to(torch.uint8)
+    write = _trits if levels == 3 else partial(_written, bits=_bits(levels))
+    parts = [write(part.to(torch.uint8)) for part in flat.split(_PART)]
+    return torch.cat(parts)
+
+
+def _trits(codes: Tensor) -> Tensor:
+    spare = codes.new_zeros(-len(codes) % 5)
+    digits = torch.cat([codes, spare]).view(-1, 5)
+    return (digits * _TRITS).sum(1, dtype=torch.uint8)
+
+
+def _written(codes: Tensor, bits: int) -> Tensor:
+    stream = (codes[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1  # [n, bits]
+    return torch.from_numpy(np.packbits(stream.numpy(), bitorder="little"))
 
 
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
@@ -51,16 +60,20 @@ def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
             f"{count} codes of {levels} levels take {packed_bytes(count, levels)} bytes, "
             f"found {packed.numel()}"
         )
-    wide = packed.reshape(-1).to(torch.int64)
-    if levels == 3:
-        if wide.numel() and int(wide.max()) >= 3**5:
-            raise ValueError(f"five ternary digits are a number below 243, found {int(wide.max())}")
-        digits = ((wide[:, None] // _TRITS) % 3).reshape(-1)
-        return _without_spare(digits, count)
-    bits = _bits(levels)
-    stream = ((wide[:, None] >> torch.arange(8)) & 1).reshape(-1)
-    stream = _without_spare(stream, count * bits)
-    return (stream.view(-1, bits) << torch.arange(bits)).sum(1)
+    flat, result = packed.reshape(-1), torch.empty(count, dtype=torch.int64)
+    if levels == 3 and flat.numel() and int(flat.max()) >= 3**5:
+        raise ValueError(f"five ternary digits are a number below 243, found {int(flat.max())}")
+    size = packed_bytes(_PART, levels)
+    for part, place in zip(flat.split(size), result.split(_PART), strict=True):
+        if levels == 3:
+            digits = (part[:, None] // _TRITS) % 3
+            place.copy_(_without_spare(digits.reshape(-1), len(place)))
+            continue
+        bits = _bits(levels)
+        stream = torch.from_numpy(np.unpackbits(part.numpy(), bitorder="little"))
+        codes = _without_spare(stream, len(place) * bits).view(-1, bits)
+        place.copy_((codes << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
+    return result
 
 
 def _without_spare(parts: Tensor, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from rabbet.solve.varpro import LARGE, Lean
 
 DAMPING = 0.01  # a share of the mean square of inputs: the default of GPTQ, arXiv 2210.17323
 LEAST = 1e-30  # a mean square of inputs below counts as none: the inputs are always zero
+ROWS = 256  # of a matrix that are put in order at once
 BLOCK = 64  # columns of a triangular matrix that are inverted without cutting it again
 
 
@@ -152,9 +153,12 @@ def _inverse_factor(second: Tensor, order: Tensor) -> Tensor:
 
 
 def _ordered(second: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns in an order, each group in its own, without a copy in between."""
-    index = torch.arange(len(second), device=second.device)[:, None, None]
-    return second[index, order[:, :, None], order[:, None, :]]
+    """Rows and columns in an order, each group in its own; some rows at a time, which is faster."""
+    made = torch.empty_like(second)
+    for into, matrix, own in zip(made, second, order, strict=True):
+        for rows, some in zip(into.split(ROWS), own.split(ROWS), strict=True):
+            torch.index_select(matrix.index_select(0, some), 1, own, out=rows)
+    return made
 
 
 def _invert_lower(lower: Tensor) -> None:

@@ -32,34 +32,38 @@ class Shards(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         """Raises FileError for a folder without weights, or whose files cannot be read."""
         self.paths = _files(folder)
-        self._files: dict[str, Any] = {}
+        self._known: dict[str, tuple[Path, str, list[int]]] = {}
         for path in self.paths:
             try:
-                file: Any = safe_open(path, "pt")
-                self._files |= dict.fromkeys(file.keys(), file)
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                        part = file.get_slice(name)
+                        self._known[name] = path, str(part.get_dtype()), list(part.get_shape())
             except Exception as e:  # safetensors raises what it likes
                 raise FileError(f"{path} cannot be read: {e}") from e
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        # opened anew each time: a file is mapped, as a whole, for as long as it is open
+        with safe_open(self._known[name][0], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._known
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._known)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._known)
 
     def kind(self, name: str) -> str:
         """The type of a tensor, as safetensors names it."""
-        return str(self._files[name].get_slice(name).get_dtype())
+        return self._known[name][1]
 
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor, which is not read for it."""
-        return list(self._files[name].get_slice(name).get_shape())
+        return list(self._known[name][2])
 
     def digest(self) -> str:
         """A hash of all bytes."""
