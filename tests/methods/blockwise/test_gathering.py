@@ -104,4 +104,4 @@ def test_layers_that_were_sent_no_word_have_no_moments():
         none = torch.zeros(0, WIDTH)
         task.forward(layers, none)
     gathering.done()
-    assert dict(gathering.means()) == {}
+    assert dict(gathering.means(Jobs(), "")) == {}

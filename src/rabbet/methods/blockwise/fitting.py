@@ -273,7 +273,7 @@ class _Block:
             gathering.add(part)
             for out in outs:
                 wanted.put(len(wanted), out)
-        return dict(gathering.means()), wanted
+        return dict(gathering.means(jobs, stage)), wanted
 
     def _draft(self, block: nn.Module, moments: Mapping[str, Tensor], hidden: Tensor) -> Draft:
         """The block as its layers are solved: written otherwise where that pays.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rabbet.errors import DataError
+from rabbet.jobs import Job, Jobs, Tensors, silent
 from rabbet.layers import Site
 from rabbet.methods.blockwise.stack import Call
 from rabbet.model.hooks import hooked
@@ -32,6 +33,11 @@ def level(rows: Tensor) -> Tensor:
         return rows.new_ones(1, 0, 1)
     middle = squares.median().clamp_min(torch.finfo(squares.dtype).tiny)
     return (2 * middle / (squares + middle)).sqrt()[None, :, None]
+
+
+def mean_of(halves: Tensor, *, rows: Sequence[int]) -> Tensors:  # a job
+    """See `shrunk`."""
+    return {"mean": shrunk(halves, rows)}
 
 
 class Gathering:
@@ -74,16 +80,19 @@ class Gathering:
 
         return seen
 
-    def means(self) -> Iterator[tuple[str, Tensor]]:
+    def means(self, jobs: Jobs, stage: str) -> Iterator[tuple[str, Tensor]]:
         """The second moments [groups, n, n] by site, see `shrunk`; none where no word came.
 
-        Sums are let go of, one by one: of a wide layer each is large.
+        Sums are let go of: of a wide layer each is large.
         """
-        made: dict[str, Tensor] = {}
-        for name in tuple(self.totals):
-            total = self.totals.pop(name)
-            if any(self.rows[name]):
-                made[name] = shrunk(total, self.rows[name])
+        totals, self.totals = self.totals, {}
+        names = [name for name in totals if any(self.rows[name])]
+        work: list[Job] = [
+            (mean_of, {"halves": totals.pop(n)}, {"rows": tuple(self.rows[n])}) for n in names
+        ]
+        once = Jobs(jobs.executor, progress=silent)  # no mean is asked for again
+        found = once.run(stage, work)
+        made = {name: each["mean"] for name, each in zip(names, found, strict=True)}
         yield from made.items()
         for name, other in self.same.items():
             if name not in made and other in made:

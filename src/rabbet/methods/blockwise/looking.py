@@ -134,7 +134,7 @@ class Look:
                     reached.put(done, out)
                     done += 1
         self.now = reached
-        for name, second in gathering.means():
+        for name, second in gathering.means(self.jobs, STAGE):
             self.seen.moments.add(name, second)
 
     def _given(self, k: int) -> Iterator[tuple[Tensor, Call]]:
@@ -161,7 +161,7 @@ class Look:
                 scores = self.stack.leave(self.task, self.batches[i], self.forth[last][i])
                 gathering.done()
                 _require_scores(scores, self._values)
-        for name, second in gathering.means():
+        for name, second in gathering.means(self.jobs, STAGE):
             site = next(s for s in self.outside if s.name == name)
             table = site.weight(model).float() if site.heads else None
             self.seen.moments.add(name, second if table is None else twofold(table, second))
