@@ -116,7 +116,8 @@ def measure(name: str, args: argparse.Namespace, records: Records, jobs: rabbet.
         start = time.perf_counter()
         method = QUALITY[tier]
         chosen = method if rank == "on" else replace(method, rank=False)
-        result = rabbet.compress(model, budget, data, chosen, seed=args.seed, jobs=jobs)
+        task = rabbet.Task(data, outputs="scores")
+        result = rabbet.compress(model, budget, task, chosen, seed=args.seed, jobs=jobs)
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "small.safetensors"

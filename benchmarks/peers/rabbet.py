@@ -30,7 +30,8 @@ def quality(name: str) -> Method:
     def method(job: Job) -> list[Outcome]:
         torch.set_num_threads(1)
         model, image = job.network(), job.one()
-        result = rabbet.compress(model, f"bits <= {job.bits}", job.tensors(), MENU, quality=name)
+        task = rabbet.Task(job.tensors(), outputs="scores")
+        result = rabbet.compress(model, f"bits <= {job.bits}", task, MENU, quality=name)
         native, exported = job.out / "small.safetensors", job.out / "small.onnx"
         taken = result.save(native)
         result.export(exported)

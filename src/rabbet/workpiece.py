@@ -94,21 +94,41 @@ class Distance:
     def is_below(self, other: "Distance", deviations: float = 1.0) -> bool:
         """Whether this is nearer for certain: by so many standard errors of the difference.
 
-        Where outputs are only told to be scores, they may be no further as values either. A single
-        part tells no standard error: ALONE of the distance stands for it.
+        Where outputs are only told to be scores, they may be no further as values for certain. A
+        single part tells no standard error: ALONE of the distance stands for it.
         """
+        return self._is_nearer(other, deviations) and (self.declared or not self._errs_more(other))
+
+    def _is_nearer(self, other: "Distance", deviations: float = 1.0) -> bool:
+        """Whether the divergence is less for certain."""
         gains = other.divergences - self.divergences
-        doubt = ALONE * other.divergence
-        if len(gains) > 1:
-            doubt = deviations * float(gains.std()) / math.sqrt(len(gains))
-        sure = float(gains.mean()) > doubt
-        return sure and (self.declared or self.error <= other.error)
+        return float(gains.mean()) > deviations * _doubt(gains, other.divergence)
+
+    def _errs_more(self, other: "Distance") -> bool:
+        """Whether the outputs are further as values for certain."""
+        losses = self.errors - other.errors
+        return float(losses.mean()) > _doubt(losses, other.error)
 
     def since(self, before: "Distance") -> str:
-        """Both in words: the divergence, or the error where only that says that it is further."""
-        if self.divergence < before.divergence and self.error > before.error and not self.declared:
-            return f"{before.error:.4g} -> {self.error:.4g}"
+        """Both divergences in words."""
         return f"{before.divergence:.4g} -> {self.divergence:.4g}"
+
+    def refused(self, before: "Distance") -> str:
+        """Why this does not count as nearer, in words."""
+        if self._is_nearer(before):  # so that it is the error of values
+            return (
+                f"held-back outputs are nearer as scores ({self.since(before)}), but further as "
+                f"values ({before.error:.4g} -> {self.error:.4g}); if they are scores, say so: "
+                'Task(batches, outputs="scores")'
+            )
+        return f"no sure gain on held-back examples ({self.since(before)})"
+
+
+def _doubt(differences: Tensor, size: float) -> float:
+    """The standard error of the mean of differences [parts] in something of a size."""
+    if len(differences) < 2:
+        return ALONE * size
+    return float(differences.std()) / math.sqrt(len(differences))
 
 
 @dataclass

@@ -123,9 +123,9 @@ def test_without_a_second_example_nothing_is_corrected():
     assert "layers not solved again in order: too few examples to hold one back" in result.notes
 
 
-def _distance(*divergences, errors=None):
+def _distance(*divergences, errors=None, declared=True):
     values = torch.tensor(divergences)
-    return Distance(values, values if errors is None else torch.tensor(errors), declared=True)
+    return Distance(values, values if errors is None else torch.tensor(errors), declared)
 
 
 def test_nearer_is_what_is_nearer_by_more_than_chance():
@@ -135,6 +135,21 @@ def test_nearer_is_what_is_nearer_by_more_than_chance():
     assert not _distance(0.0, 3.0, 2.0, 4.9).is_below(start)
     assert not _distance(0.95).is_below(_distance(1.0))  # one part cannot say how much parts differ
     assert _distance(0.8).is_below(_distance(1.0))
+
+
+def test_outputs_only_told_to_be_scores_may_not_err_more_as_values_for_certain():
+    def told(*errors, declared=False):
+        return _distance(0.5, 0.5, 0.5, 0.5, errors=errors, declared=declared)
+
+    before = _distance(1.0, 1.0, 1.0, 1.0, errors=[0.1, 0.2, 0.3, 0.4], declared=False)
+    assert told(0.11, 0.19, 0.31, 0.4).is_below(before)  # no more than chance
+    worse = told(0.2, 0.3, 0.4, 0.5)
+    assert not worse.is_below(before)
+    assert told(0.2, 0.3, 0.4, 0.5, declared=True).is_below(before)
+    assert 'outputs="scores"' in worse.refused(before)
+    assert "1 -> 0.5" in worse.refused(before)
+    assert "0.25 -> 0.35" in worse.refused(before)
+    assert "no sure gain" in before.refused(before)
 
 
 class _Fixed(nn.Module):

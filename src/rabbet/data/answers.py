@@ -95,6 +95,16 @@ class Answers:
         """The squared error of all outputs as values, relative to the variance of each channel."""
         return self._sum(ours, theirs, ["values"] * len(self.kinds))
 
+    def judged(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+        """What is to fall where both are judged: the divergence; of scores only told, `error`, too.
+
+        See `Distance.is_below`.
+        """
+        divergence = self.divergence(ours, theirs)
+        if self.declared or "scores" not in self.kinds:
+            return divergence
+        return divergence + self.error(ours, theirs)
+
     def _sum(
         self, ours: Sequence[Tensor], theirs: Sequence[Tensor], kinds: Sequence[str]
     ) -> Tensor:

@@ -105,8 +105,7 @@ def correct_in_order(student: nn.Module, piece: Workpiece, limit: int = 512) -> 
     put_back()
     if torch.equal(start.divergences, end.divergences):
         return ""  # nothing was to be corrected
-    change = end.since(start)
-    return f"solving layers again in order undone: no sure gain on held-back examples ({change})"
+    return f"solving layers again in order undone: {end.refused(start)}"
 
 
 def _judged(

@@ -184,7 +184,7 @@ def _compared(
         goal = outputs(piece.task.run(piece.model, batch))
     with _tapped(student, blocks) as ours:
         result = outputs(piece.task.run(student, batch))
-    return piece.answers.divergence(result, goal), ours, theirs
+    return piece.answers.judged(result, goal), ours, theirs
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
         steps = f"tuned {settings.steps} steps"
         return f"{steps}: divergence on held-back examples {end.since(start)}"
     put_back()
-    return f"tuning undone: no sure gain on held-back examples ({end.since(start)})"
+    return f"tuning undone: {end.refused(start)}"
 
 
 class _Loop(Course):
