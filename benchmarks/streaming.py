@@ -13,9 +13,9 @@ which 4 are scored.
 Each run is a process of its own whose memory is limited to `--memory` GB (RLIMIT_DATA: all that it
 allocates; files that it maps are not counted), and that gives back at once what it frees
 (MALLOC_MMAP_THRESHOLD_). Peak: the largest resident set, mapped files
-included. With `--blocks` the checkpoint has so many blocks; the seconds of the whole are those of
-the ends and, for each block, what one block more took (measured with one block and with all of
-them).
+included. With `--blocks` the checkpoint has so many blocks, two at least; the seconds of the whole
+are those and, for each block that is missing, what one block more took (measured with one less; of
+two blocks with one more).
 
 kills: a process that compresses "tiny" is killed at random moments, so often, then runs to the end;
 its files are compared with those of a run that nobody killed.
@@ -56,6 +56,7 @@ SHAPES = {
            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
 }  # fmt: skip
 BUDGET = "bpw <= 3.25"
+FEWEST = 2  # blocks that a network has to have to be taken block by block
 WINDOWS, LENGTH, SCORED = 16, 128, 4
 METHOD = rabbet.Blockwise(epochs=0, passes=0, scored=SCORED)
 COLUMNS = {
@@ -161,8 +162,9 @@ def measured(shape: str, blocks: int, memory: float) -> Values:
     whole = int(SHAPES[shape]["num_hidden_layers"])
     seconds = None
     if blocks < whole:
-        less, _, _ = _run(shape, 1, memory)
-        each = (found["seconds"] - less["seconds"]) / (blocks - 1)
+        others = blocks - 1 if blocks > FEWEST else blocks + 1
+        other, _, _ = _run(shape, others, memory)
+        each = (found["seconds"] - other["seconds"]) / (blocks - others)
         seconds = found["seconds"] + (whole - blocks) * each
     more = {"weights": weights, "in the folder": size, "seconds of all blocks": seconds}
     return found | more | {"limit GB": memory}
@@ -210,6 +212,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     add_options(parser)
     args = parser.parse_args()
+    if args.blocks is not None and args.blocks < FEWEST:
+        parser.error(f"--blocks {args.blocks}: blocks are taken one by one where there are two")
     print(machine())
     records = Records("streaming", args, packages=("transformers",))
     table = Table(records, "memory", COLUMNS, "random weights and words")
