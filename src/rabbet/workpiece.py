@@ -119,7 +119,7 @@ class Distance:
             return (
                 f"held-back outputs are nearer as scores ({self.since(before)}), but further as "
                 f"values ({before.error:.4g} -> {self.error:.4g}); if they are scores, say so: "
-                'Task(batches, outputs="scores")'
+                'Task(batches, outputs="scores"), or --outputs scores'
             )
         return f"no sure gain on held-back examples ({self.since(before)})"
 

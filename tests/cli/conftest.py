@@ -31,6 +31,9 @@ def judge(model):
 def task():
     return rabbet.Task(list(batches()), evaluate=judge)
 
+def scored():
+    return rabbet.Task(list(batches()), outputs="scores")
+
 def with_nan():
     return [torch.full((16, 3, 8, 8), torch.nan)]
 

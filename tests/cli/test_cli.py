@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 
+import numpy as np
 import pytest
 from commands import QUICK
 
@@ -12,6 +13,7 @@ from rabbet import demo
 from rabbet.cli.texts import worker_of
 from rabbet.core.plan import LayerPlan
 from rabbet.core.survey import shapes
+from rabbet.data.answers import Answers
 
 BUDGET = "bytes <= 10%"
 
@@ -290,6 +292,27 @@ def test_a_task_brings_its_own_evaluation(run, mine):
     code, out, _ = run("compress", *given, "--output", "a.safetensors")
     assert code == 0
     assert "evaluation: " in out
+
+
+@pytest.mark.parametrize("data", ["batches", "nines.npy"])
+@pytest.mark.parametrize(
+    "command", ["plan", "compress -o a.safetensors", "frontier --axis macs", "sweep"]
+)
+def test_what_outputs_are_can_be_said(run, mine, tmp_path, monkeypatch, command, data):
+    np.save(tmp_path / "nines.npy", np.random.default_rng(0).random((32, 3, 8, 8), np.float32))
+    data = f"{mine}:{data}" if data == "batches" else str(tmp_path / data)
+    given = (f"{mine}:net", "--data", data, "--budget", "bytes <= 25%", *QUICK)
+    told, said = set[tuple[bool, str]](), Answers.of
+
+    def watched(*args):
+        found = said(*args)
+        told.update((found.declared, kind) for kind in found.kinds)
+        return found
+
+    monkeypatch.setattr(Answers, "of", watched)
+    code, _, err = run(*command.split(), *given, "--outputs", "scores")
+    assert code == 0, err
+    assert told == {(True, "scores")}
 
 
 def test_layers_with_odd_names_are_shown_as_they_are(run, mine):

@@ -1,6 +1,7 @@
 """Batches of every structure are cut, joined and drawn from; what all examples share is kept."""
 
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,13 @@ def test_every_tensor_is_moved(kind):
     moved = suited(kind(rows(0, 4)), nn.Linear(3, 3).double())
     assert {t.dtype for t in tensors(moved)} == {torch.float64}
     assert same(replaced(moved, lambda t: t.float()), kind(rows(0, 4)))
+
+
+def test_a_copy_of_a_task_knows_what_a_generator_has_given():
+    task = Task(torch.ones(1, 2) for _ in range(3))
+    assert len(task.read()) == 3
+    other = replace(task, outputs="scores")
+    assert (other.outputs, len(other.read()), len(task.read())) == ("scores", 3, 3)
 
 
 def test_what_was_read_before_an_error_is_not_kept():

@@ -29,6 +29,7 @@ def survey(
 def plan(
     model: options.Model = None,
     data: options.Data = None,
+    outputs: options.Outputs = None,
     budget: options.BudgetText = options.DEFAULT_BUDGET,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write the plan into this file, too.")
@@ -53,7 +54,7 @@ def plan(
     if out is not None:
         writable(out)
     pages.ready(html, "--html", out, model, data)
-    inputs = open_inputs(model, data)
+    inputs = open_inputs(model, data, outputs=outputs)
     with working(resume, processes, as_json) as jobs:
         chosen = outcomes.plan_for(inputs, limits, worker, seed, jobs)
     if out is not None:
@@ -74,6 +75,7 @@ def compress(
     model: options.Model = None,
     data: options.Data = None,
     test: options.Test = None,
+    outputs: options.Outputs = None,
     budget: options.OptionalBudget = None,
     plan: options.PlanFile = None,
     drop: options.Drop = None,
@@ -100,7 +102,8 @@ def compress(
 
     if folders.is_folder(output) and model is not None:
         plain = {"--plan": plan, "--drop": drop, "--axis": axis, "--held": held, "--html": html}
-        asked = folders.Asked(model, data, test, budget, output, plain | {"--target": target})
+        plain |= {"--target": target, "--outputs": outputs}
+        asked = folders.Asked(model, data, test, budget, output, plain)
         folders.run(asked, folders.How(method, quality, seed, resume, processes, as_json))
         return
     wish = Wish.read(budget, plan, drop, axis, target)
@@ -109,7 +112,7 @@ def compress(
     chosen = agreed(ready(output), output, target)
     require_other(output, model, data, test)
     pages.ready(html, "--html", output, model, data, test)
-    inputs = open_inputs(model, data, test)
+    inputs = open_inputs(model, data, test, outputs)
     outcomes.require_exportable(inputs, chosen)
     judge = inputs.judge
     wish = wish.judged(model, held, inputs)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import typer
 from torch import nn
@@ -13,6 +14,7 @@ from rabbet.cli.judge import Judge, open_judge
 from rabbet.cli.networks import open_network
 from rabbet.cli.references import reporting, resolve
 from rabbet.core.plan import quoted
+from rabbet.data.answers import Kind
 from rabbet.data.task import Task
 from rabbet.errors import DataError, RabbetError
 
@@ -50,10 +52,12 @@ def demo(given: str | None, option: str) -> Iterator[None]:
         ) from None
 
 
-def open_inputs(model: str | None, data: str | None, test: str | None = None) -> Inputs:
+def open_inputs(
+    model: str | None, data: str | None, test: str | None = None, outputs: str | None = None
+) -> Inputs:
     """Load what three references name; without any they are the demo's.
 
-    A usage error for what cannot be used.
+    outputs: "scores" or "values", where the user says so. A usage error for what cannot be used.
     """
     model = DEMO_MODEL if model is None else model
     if model == DEMO_MODEL:
@@ -65,7 +69,7 @@ def open_inputs(model: str | None, data: str | None, test: str | None = None) ->
             param_hint="--data",
         )
     network = open_network(model)
-    task = open_task(data, network)
+    task = open_task(data, network, outputs)
     judge = open_judge(test, task, network, _classes(task))
     if judge is not None and judge.sample is not None:
         task = replace(task, sample=judge.sample)
@@ -91,22 +95,41 @@ def open_held(
     return judge
 
 
+def _told(task: Task, outputs: str | None) -> Task:
+    """A task with what the user says that outputs are; a usage error if it says otherwise."""
+    if outputs is None or task.outputs == outputs:
+        return task
+    if task.outputs is not None:
+        raise typer.BadParameter(
+            f"{outputs!r} was asked for, and the Task of --data says outputs={task.outputs!r}; "
+            "leave one of them out",
+            param_hint="--outputs",
+        )
+    return replace(task, outputs=cast(Kind, outputs))
+
+
 def _classes(task: Task) -> tuple[str, ...]:
     """How the folders of classes are numbered, where the data say so."""
     return task.batches.table.classes if isinstance(task.batches, Batches) else ()
 
 
-def open_task(reference: str, network: nn.Module | None = None) -> Task:
-    """The batches or the task that a reference names; network: what files are prepared for."""
+def open_task(
+    reference: str, network: nn.Module | None = None, outputs: str | None = None
+) -> Task:
+    """The batches or the task that a reference names; network: what files are prepared for.
+
+    outputs: as for `open_inputs`.
+    """
     if network is not None and is_corpus(reference, network):
-        return open_corpus(reference, network, "--data")
+        return _told(open_corpus(reference, network, "--data"), outputs)
     if is_data(reference):
         batches = open_data(reference, network, "--data").spread()
-        return Task(batches, limit=batches.table.count)
+        return _told(Task(batches, limit=batches.table.count), outputs)
     try:
         task = Task.of(resolve(reference, "--data"))
     except DataError as e:
         raise typer.BadParameter(f"{reference}: {e}", param_hint="--data") from None
+    task = _told(task, outputs)
     with reporting(reference, "--data"):  # a generator runs the user's code only now
         task.read()
     return task

@@ -10,6 +10,7 @@ DEFAULT_BUDGET = "bytes <= 10%"
 # The help needs these names, and not what they name, which takes seconds to import.
 METHODS = ("joint", "admm", "cora", "cgmq", "ttqat", "blockwise")
 QUALITIES = ("fast", "default", "best")
+OUTPUTS = ("scores", "values")
 AXES = ("bytes", "macs", "bops", "bits", "bpw", "latency", "onnx", "openvino")
 TARGETS = (
     "safetensors", "onnx", "openvino", "torch",
@@ -21,6 +22,13 @@ def known_quality(name: str) -> str:
     """The name of a tier; a usage error for any other."""
     if name not in QUALITIES:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(QUALITIES)}")
+    return name
+
+
+def known_outputs(name: str | None) -> str | None:
+    """What outputs are, if it is said; a usage error for anything else."""
+    if name is not None and name not in OUTPUTS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(OUTPUTS)}")
     return name
 
 
@@ -46,6 +54,15 @@ Model = Annotated[
 ]
 Data = Annotated[
     str | None, typer.Option(help=f"Unlabelled batches or a Task: {REFERENCE}; or {FILES}.")
+]
+Outputs = Annotated[
+    str | None,
+    typer.Option(
+        callback=known_outputs,
+        metavar="|".join(OUTPUTS),
+        help="What the network gives: scores of classes, or values. Default: what a Task says, "
+        "else told by the outputs themselves.",
+    ),
 ]
 Test = Annotated[
     str | None,

@@ -18,6 +18,7 @@ Picture = Annotated[
 def frontier(
     model: options.Model = None,
     data: options.Data = None,
+    outputs: options.Outputs = None,
     axis: options.Axis = "bytes",
     budget: Annotated[
         str | None, typer.Option(help="Limits that hold at every point, beside the axis.")
@@ -59,7 +60,7 @@ def frontier(
     texts.require_points(measure, held)
     worker = texts.worker_of(method, quality)
     pages.ready(html, "--html", model, data, held)
-    inputs = open_inputs(model, data)
+    inputs = open_inputs(model, data, outputs=outputs)
     judge = open_held(model, held, inputs) if measure else None
     with working(resume, processes, as_json) as jobs:
         examples = None if judge is None else judge.examples(inputs.network)
@@ -77,6 +78,7 @@ def frontier(
 def sweep(
     model: options.Model = None,
     data: options.Data = None,
+    outputs: options.Outputs = None,
     budgets: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,7 +120,7 @@ def sweep(
         writable(plot)
         require_picture(plot)
     pages.ready(html, "--html", model, data, held, plot)
-    inputs = open_inputs(model, data)
+    inputs = open_inputs(model, data, outputs=outputs)
     judge = open_held(model, held, inputs, required=plot is not None)
     with working(resume, processes, as_json) as jobs:
         given = inputs.network, asked, inputs.task, tried, worker

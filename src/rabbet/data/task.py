@@ -113,6 +113,8 @@ class Task:
         ready = with_tensors if self.forward is call else lambda batch: batch
         source = data if isinstance(data, Source) else Source(data, ready, self.memory)
         object.__setattr__(self, "source", source)
+        if isinstance(data, Iterator):  # so that a copy of this task finds what was read already
+            object.__setattr__(self, "batches", source)
 
     @classmethod
     def of(cls, data: "Task | Iterable[Batch]") -> "Task":
