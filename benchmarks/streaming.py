@@ -12,10 +12,10 @@ which 4 are scored.
 
 Each run is a process of its own whose memory is limited to `--memory` GB (RLIMIT_DATA: all that it
 allocates; files that it maps are not counted), and that gives back at once what it frees
-(MALLOC_MMAP_THRESHOLD_). Peak: the largest resident set, mapped files
-included. With `--blocks` the checkpoint has so many blocks, two at least; the seconds of the whole
-are those and, for each block that is missing, what one block more took (measured with one less; of
-two blocks with one more).
+(MALLOC_MMAP_THRESHOLD_). Peak: the largest resident set, mapped files included. With `--blocks` the
+checkpoint has so many blocks, two at least; the seconds of all blocks are those and, for each block
+that is missing, what a block took of them: all but the start and the stages of the ends (table of
+words and head), by the number of blocks.
 
 kills: a process that compresses "tiny" is killed at random moments, so often, then runs to the end;
 its files are compared with those of a run that nobody killed.
@@ -64,6 +64,7 @@ COLUMNS = {
     "seconds": ",.0f", "processor seconds": ",.0f", "seconds of all blocks": ",.0f",
     "peak MiB": ",.0f", "limit GB": "",
 }  # fmt: skip
+BLOCKS = "seconds of blocks"
 KILLS = {"kills": "", "seconds": ".0f", "same bytes": ""}
 
 
@@ -115,13 +116,29 @@ def compress(folder: Path, output: Path, memory: float) -> None:
     if memory:
         most = int(memory * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    task, start = task_of(folder), time.perf_counter()
-    stored = compress_pretrained(folder, BUDGET, task, output, method=METHOD)
+    task, blocks = task_of(folder), Blocks()
+    start = blocks.now
+    jobs = rabbet.Jobs(progress=blocks.hear)
+    stored = compress_pretrained(folder, BUDGET, task, output, method=METHOD, jobs=jobs)
+    blocks.hear("", 0, 0)
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps({
-        "bytes": stored.cost.bytes, "seconds": time.perf_counter() - start,
+        "bytes": stored.cost.bytes, "seconds": blocks.now - start, BLOCKS: blocks.seconds,
         "processor seconds": used.ru_utime + used.ru_stime, "peak MiB": used.ru_maxrss / 1024,
     }))  # fmt: skip
+
+
+class Blocks:
+    """Hears progress, and adds up the seconds that are not for the ends."""
+
+    def __init__(self) -> None:
+        self.now, self.seconds, self.counts = time.perf_counter(), 0.0, False
+
+    def hear(self, stage: str, _done: int, _total: int) -> None:
+        """What follows belongs to this stage."""
+        before, self.now = self.now, time.perf_counter()
+        self.seconds += self.counts * (self.now - before)
+        self.counts = " ends" not in stage
 
 
 def task_of(folder: Path) -> rabbet.Task:
@@ -160,12 +177,8 @@ def measured(shape: str, blocks: int, memory: float) -> Values:
     """The cells of a row."""
     found, weights, size = _run(shape, blocks, memory)
     whole = int(SHAPES[shape]["num_hidden_layers"])
-    seconds = None
-    if blocks < whole:
-        others = blocks - 1 if blocks > FEWEST else blocks + 1
-        other, _, _ = _run(shape, others, memory)
-        each = (found["seconds"] - other["seconds"]) / (blocks - others)
-        seconds = found["seconds"] + (whole - blocks) * each
+    for_blocks = found.pop(BLOCKS)
+    seconds = found["seconds"] + (whole / blocks - 1) * for_blocks if blocks < whole else None
     more = {"weights": weights, "in the folder": size, "seconds of all blocks": seconds}
     return found | more | {"limit GB": memory}
 
