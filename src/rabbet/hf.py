@@ -283,4 +283,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-__all__ = ["card", "export", "from_pretrained", "predict_bytes", "save_pretrained"]
+__all__ = [
+    "card",
+    "compress_pretrained",
+    "export",
+    "from_pretrained",
+    "predict_bytes",
+    "save_pretrained",
+]

@@ -8,8 +8,10 @@ is what it prints; lines of the output may be left out with `...`, and so may pa
 """
 
 import contextlib
+import importlib
 import io
 import json
+import pydoc
 import re
 import shlex
 import subprocess
@@ -19,6 +21,9 @@ from pathlib import Path
 
 import pytest
 
+import rabbet
+import rabbet.hf
+import rabbet.tasks
 from rabbet.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -214,3 +219,19 @@ def test_relative_links_lead_to_files(page):
     for link in LINK.findall(text):
         if not re.match(r"[a-z]+:|#", link):
             assert (page.parent / link.partition("#")[0]).exists(), f"{named(page)}: {link}"
+
+
+def test_the_names_of_the_api_are_where_its_page_says():
+    text = (DOCS / "reference" / "api.md").read_text()
+    options = r"\n    options:$(?:\n      heading: (\S+)$)?(?:\n      members: \[(.*)\]$)?"
+    entry = rf"^::: (\S+)$(?:{options})?"
+    public = set[str]()
+    for place, heading, members in re.findall(entry, text, re.M):
+        name = heading or place
+        module, _, last = place.rpartition(".")
+        found, said = getattr(importlib.import_module(module), last), pydoc.locate(name)
+        # a method is documented by its settings, which it inherits
+        assert said is found or issubclass(said, found), name
+        public |= {name} | {f"{name}.{member}" for member in members.split(", ")}
+    for module in (rabbet, rabbet.hf, rabbet.tasks):
+        assert {f"{module.__name__}.{name}" for name in module.__all__} <= public

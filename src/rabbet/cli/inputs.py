@@ -113,9 +113,7 @@ def _classes(task: Task) -> tuple[str, ...]:
     return task.batches.table.classes if isinstance(task.batches, Batches) else ()
 
 
-def open_task(
-    reference: str, network: nn.Module | None = None, outputs: str | None = None
-) -> Task:
+def open_task(reference: str, network: nn.Module | None = None, outputs: str | None = None) -> Task:
     """The batches or the task that a reference names; network: what files are prepared for.
 
     outputs: as for `open_inputs`.
