@@ -11,11 +11,11 @@ Nothing is said of accuracy. Budget: `bpw <= 3.25`, not tuned; 16 windows of 128
 which 4 are scored.
 
 Each run is a process of its own whose memory is limited to `--memory` GB (RLIMIT_DATA: all that it
-allocates; files that it maps are not counted), and that gives back at once what it frees
-(MALLOC_MMAP_THRESHOLD_). Peak: the largest resident set, mapped files included. With `--blocks` the
-checkpoint has so many blocks, two at least; the seconds of all blocks are those and, for each block
-that is missing, what a block took of them: all but the start and the stages of the ends (table of
-words and head), by the number of blocks.
+allocates; files that it maps are not counted), and that gives back at once what it frees in tensors
+of 16 MiB or more (MALLOC_MMAP_THRESHOLD_). Peak: the largest resident set, mapped files included.
+With `--blocks` the checkpoint has so many blocks, two at least; the seconds of all blocks are those
+and, for each block that is missing, what a block took of them: all but the start and the stages of
+the ends (table of words and head), by the number of blocks.
 
 kills: a process that compresses "tiny" is killed at random moments, so often, then runs to the end;
 its files are compared with those of a run that nobody killed.
@@ -226,7 +226,7 @@ def main() -> None:
     add_options(parser)
     args = parser.parse_args()
     if args.blocks is not None and args.blocks < FEWEST:
-        parser.error(f"--blocks {args.blocks}: blocks are taken one by one where there are two")
+        parser.error(f"--blocks {args.blocks}: at least 2, or they are not taken one by one")
     print(machine())
     records = Records("streaming", args, packages=("transformers",))
     table = Table(records, "memory", COLUMNS, "random weights and words")

@@ -158,7 +158,7 @@ class Jobs:
             if not worker_died(e):
                 raise
             kept = (
-                "Jobs(folder=...) would keep what is finished"
+                "run it again: with Jobs(folder=...) it goes on from what is finished"
                 if self.folder is None
                 else f"what was finished is kept in {self.folder}: run it again to go on"
             )

@@ -1,7 +1,6 @@
 """What a method works on: the user's network, folded and measured."""
 
 import functools
-import math
 import secrets
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from rabbet.core.plan import LayerPlan, Plan
 from rabbet.core.survey import Left, Survey
 from rabbet.data.answers import Answers
 from rabbet.data.batches import Batch, outputs
+from rabbet.data.distance import Distance
 from rabbet.data.task import Task
 from rabbet.errors import ModelError, PlanError
 from rabbet.fingerprint import Untold, fingerprint
@@ -39,7 +39,6 @@ from rabbet.model.tensors import float_bytes, own_tensors, stored_tensors
 
 ANSWERS = 512  # examples whose outputs tell what outputs are
 ENTRIES = 2**24  # of outputs that are looked at
-ALONE = 0.1  # share by which a distance must fall where one part of the examples judges alone
 UNKNOWN = (
     "on part of a batch the network answers otherwise, or not at all, so each batch counts as one "
     "example; if it holds several, say along which axis: Task(batches, axes=...)"
@@ -63,72 +62,6 @@ class Norm:
         ones = torch.ones_like(gain)
         mean = ones * 0 if norm.bias is None else norm.bias.detach().float()
         return cls(gain, mean, ones if norm.weight is None else norm.weight.detach().float().abs())
-
-
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """How far outputs are from the float network's: `Answers.divergence` and `Answers.error`.
-
-    Both for each part of the examples, [parts]. declared: whether the user said what outputs are.
-    """
-
-    divergences: Tensor
-    errors: Tensor
-    declared: bool
-
-    @property
-    def divergence(self) -> float:
-        """The mean over the parts."""
-        return float(self.divergences.mean())
-
-    @property
-    def error(self) -> float:
-        """The mean over the parts."""
-        return float(self.errors.mean())
-
-    def __add__(self, other: "Distance") -> "Distance":
-        """The distance on the parts of both."""
-        divergences = torch.cat([self.divergences, other.divergences])
-        return Distance(divergences, torch.cat([self.errors, other.errors]), self.declared)
-
-    def is_below(self, other: "Distance", deviations: float = 1.0) -> bool:
-        """Whether this is nearer for certain: by so many standard errors of the difference.
-
-        Where outputs are only told to be scores, they may be no further as values for certain. A
-        single part tells no standard error: ALONE of the distance stands for it.
-        """
-        return self._is_nearer(other, deviations) and (self.declared or not self._errs_more(other))
-
-    def _is_nearer(self, other: "Distance", deviations: float = 1.0) -> bool:
-        """Whether the divergence is less for certain."""
-        gains = other.divergences - self.divergences
-        return float(gains.mean()) > deviations * _doubt(gains, other.divergence)
-
-    def _errs_more(self, other: "Distance") -> bool:
-        """Whether the outputs are further as values for certain."""
-        losses = self.errors - other.errors
-        return float(losses.mean()) > _doubt(losses, other.error)
-
-    def since(self, before: "Distance") -> str:
-        """Both divergences in words."""
-        return f"{before.divergence:.4g} -> {self.divergence:.4g}"
-
-    def refused(self, before: "Distance") -> str:
-        """Why this does not count as nearer, in words."""
-        if self._is_nearer(before):  # so that it is the error of values
-            return (
-                f"held-back outputs are nearer as scores ({self.since(before)}), but further as "
-                f"values ({before.error:.4g} -> {self.error:.4g}); if they are scores, say so: "
-                'Task(batches, outputs="scores"), or --outputs scores'
-            )
-        return f"no sure gain on held-back examples ({self.since(before)})"
-
-
-def _doubt(differences: Tensor, size: float) -> float:
-    """The standard error of the mean of differences [parts] in something of a size."""
-    if len(differences) < 2:
-        return ALONE * size
-    return float(differences.std()) / math.sqrt(len(differences))
 
 
 @dataclass
@@ -301,7 +234,7 @@ class Workpiece:
         places = [axes.of_layer(answer, count) for answer in told[0]]
         return Answers.of(told, self.task.outputs, self.task.weights, places)
 
-    def distance(self, student: nn.Module, parts: Sequence[Sequence[Batch]]) -> "Distance":
+    def distance(self, student: nn.Module, parts: Sequence[Sequence[Batch]]) -> Distance:
         """How far a compressed network is from the float one on each part of some examples.
 
         A part is one or more batches, which count alike (see `judging_parts`).
@@ -319,8 +252,8 @@ class Workpiece:
                     (errors, self.answers.error),
                 ):
                     kept.append(statistics.mean(float(measure(*pair)) for pair in pairs))
-        declared = self.answers.declared
-        return Distance(torch.tensor(divergences), torch.tensor(errors), declared)
+        kinds, declared = self.answers.kinds, self.answers.declared
+        return Distance(torch.tensor(divergences), torch.tensor(errors), kinds, declared)
 
     @property
     def float_cost(self) -> Cost:

@@ -212,3 +212,27 @@ def test_a_network_that_selects_by_its_values_is_compressed_and_told():
     data = Task([rand(32, 6, seed=k) for k in range(8)], axes=0)
     result = compress(settled(Selecting()), "bits <= 32", data, method)
     assert any("other shapes" in note for note in result.notes)
+
+
+def test_what_is_judged_has_the_error_of_scores_that_are_only_told():
+    scores, values = _scores(64, 10), rand(500, 8)
+    ours, theirs = [scores + 0.1 * rand(64, 10, seed=1), values + 0.1], [scores, values]
+
+    def answers(kinds=None, weights=(1.0, 3.0)):
+        return Answers.of([theirs], kinds, weights)
+
+    both = answers()
+    assert both.kinds == ("scores", "values")
+    only = Answers.of([theirs[:1]], None, None)  # its weight is 1, of (1, 3) it is a half
+    extra = 0.5 * only.error(ours[:1], theirs[:1])
+    torch.testing.assert_close(both.judged(ours, theirs) - both.divergence(ours, theirs), extra)
+    declared = answers(["scores", "values"])
+    assert declared.judged(ours, theirs) == declared.divergence(ours, theirs)
+    told = Answers.of([theirs[1:]])
+    assert told.judged(ours[1:], theirs[1:]) == told.divergence(ours[1:], theirs[1:])
+
+
+def test_an_output_of_no_weight_may_be_anything():
+    answers = Answers.of([[_scores(64, 10), rand(64, 3)]], weights=(1.0, 0.0))
+    theirs = [_scores(64, 10), torch.full((64, 3), torch.inf)]
+    assert float(answers.divergence(theirs, theirs)) == pytest.approx(0, abs=1e-6)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rabbet.grids.pack import pack, packed_bytes, unpack
+from rabbet.grids.pack import _PART, pack, packed_bytes, unpack
 
 LEVELS = (2, 4, 8, 16, 32, 64, 128, 256, 3)
 every_width = pytest.mark.parametrize("levels", LEVELS)
@@ -23,6 +23,18 @@ def test_unpacking_gives_back_what_was_packed(levels, data):
     assert packed.dtype == torch.uint8
     assert packed.shape == (packed_bytes(len(codes), levels),)
     assert torch.equal(unpack(packed, levels, len(codes)), codes)
+
+
+@every_width
+def test_codes_that_are_packed_in_parts_lie_as_in_one(levels, monkeypatch):
+    count = 2 * _PART + 7
+    codes = torch.randint(levels, (count,), generator=torch.Generator().manual_seed(0))
+    packed = pack(codes, levels)
+    monkeypatch.setattr("rabbet.grids.pack._PART", 2 * count)
+    assert torch.equal(packed, pack(codes, levels))
+    assert torch.equal(unpack(packed, levels, count), codes)
+    monkeypatch.undo()
+    assert torch.equal(unpack(packed, levels, count), codes)
 
 
 @every_width

@@ -10,6 +10,7 @@ from torch import nn
 import rabbet
 from rabbet import Joint, Task
 from rabbet.core.plan import LayerPlan, Plan
+from rabbet.data.distance import Distance
 from rabbet.data.examples import Axes
 from rabbet.jobs import Jobs
 from rabbet.methods import QUALITY
@@ -17,7 +18,7 @@ from rabbet.model.compressed import compressed_layers
 from rabbet.reconstruct import matching, sequential
 from rabbet.reconstruct.network import solved
 from rabbet.train.tuning import Tuning
-from rabbet.workpiece import Distance, Workpiece
+from rabbet.workpiece import Workpiece
 
 
 def _network():
@@ -123,9 +124,9 @@ def test_without_a_second_example_nothing_is_corrected():
     assert "layers not solved again in order: too few examples to hold one back" in result.notes
 
 
-def _distance(*divergences, errors=None, declared=True):
+def _distance(*divergences, errors=None, declared=True, kinds=("scores",)):
     values = torch.tensor(divergences)
-    return Distance(values, values if errors is None else torch.tensor(errors), declared)
+    return Distance(values, values if errors is None else torch.tensor(errors), kinds, declared)
 
 
 def test_nearer_is_what_is_nearer_by_more_than_chance():
@@ -147,9 +148,27 @@ def test_outputs_only_told_to_be_scores_may_not_err_more_as_values_for_certain()
     assert not worse.is_below(before)
     assert told(0.2, 0.3, 0.4, 0.5, declared=True).is_below(before)
     assert 'outputs="scores"' in worse.refused(before)
+    assert "--outputs scores" in worse.refused(before)
     assert "1 -> 0.5" in worse.refused(before)
     assert "0.25 -> 0.35" in worse.refused(before)
     assert "no sure gain" in before.refused(before)
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [[torch.nan] * 4, [torch.inf] * 4, [1e38] * 4, [0, 0, torch.nan, 0], [0, 0, torch.inf, 0]],
+)
+def test_outputs_that_err_by_no_number_are_not_nearer(errors):
+    before = _distance(1.0, 1.0, 1.0, 1.0, declared=False)
+    assert not _distance(0.5, 0.5, 0.5, 0.5, errors=errors, declared=False).is_below(before)
+
+
+def test_a_network_of_several_outputs_is_told_to_name_each():
+    several = {"declared": False, "kinds": ("scores", "values")}
+    before = _distance(1.0, 1.0, errors=[0.1, 0.1], **several)
+    said = _distance(0.5, 0.5, errors=[0.2, 0.2], **several).refused(before)
+    assert 'Task(batches, outputs=["scores", "values"])' in said
+    assert "--outputs" not in said
 
 
 class _Fixed(nn.Module):

@@ -50,6 +50,16 @@ def _rows(grid, rows=12, n=70, groups=2, seed=0):
     return start(rand(groups, rows, n, seed=seed + 5), grid, metric), metric
 
 
+@pytest.mark.parametrize(("n", "groups"), [(300, 2), (40, 3)])
+def test_the_factor_is_of_the_inverse_with_columns_in_their_order(n, groups):
+    metric = Metric(_second(n, groups))
+    for second, order, factor in zip(metric.second, metric.order, metric.factor, strict=True):
+        ordered = second[order][:, order].double()
+        assert torch.equal(factor, factor.triu())
+        one = factor.double().mT @ factor.double() @ ordered
+        torch.testing.assert_close(one, torch.eye(n, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
 @every_grid
 def test_error_feedback_beats_rounding_to_nearest(grid):
     for seed in range(3):

@@ -114,8 +114,7 @@ def compress(
     pages.ready(html, "--html", output, model, data, test)
     inputs = open_inputs(model, data, test, outputs)
     outcomes.require_exportable(inputs, chosen)
-    judge = inputs.judge
-    wish = wish.judged(model, held, inputs)
+    judge, wish = inputs.judge, wish.judged(model, held, inputs)
     with working(resume, processes, as_json) as jobs:
         with told(jobs, "judging the network"):
             before = None if judge is None else judge(inputs.network)

@@ -60,8 +60,8 @@ Outputs = Annotated[
     typer.Option(
         callback=known_outputs,
         metavar="|".join(OUTPUTS),
-        help="What the network gives: scores of classes, or values. Default: what a Task says, "
-        "else told by the outputs themselves.",
+        help="What all outputs of the network are: scores of classes, or values. Default: what a "
+        "Task says, else told by the outputs themselves.",
     ),
 ]
 Test = Annotated[

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 Picture = Annotated[
     Path | None, typer.Option(dir_okay=False, help="Draw a picture (.svg, .png, .pdf), too.")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE;VALUE...",
+        help="A setting of the method and its values: 'bits=2;3;4'; may be given several "
+        "times, for every combination.",
+    ),
+]
 
 
 def frontier(
@@ -86,15 +95,7 @@ def sweep(
             help=f"A budget; may be given several times. Default: {options.DEFAULT_BUDGET}.",
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE;VALUE...",
-            help="A setting of the method and its values: 'bits=2;3;4'; may be given several "
-            "times, for every combination.",
-        ),
-    ] = None,
+    settings: Settings = None,
     held: options.Held = None,
     plot: Picture = None,
     method: options.MethodText = None,
@@ -122,8 +123,8 @@ def sweep(
     pages.ready(html, "--html", model, data, held, plot)
     inputs = open_inputs(model, data, outputs=outputs)
     judge = open_held(model, held, inputs, required=plot is not None)
+    given = inputs.network, asked, inputs.task, tried, worker
     with working(resume, processes, as_json) as jobs:
-        given = inputs.network, asked, inputs.task, tried, worker
         found = run(*given, measure=judge, seed=seed, jobs=jobs)
     facts, parts = _measured(judge)
     tables.tell(

@@ -89,24 +89,30 @@ class Answers:
 
         Of scores the KL divergence, of values `error`.
         """
-        return self._sum(ours, theirs, self.kinds)
+        return self._sum(ours, theirs, self.kinds, self.weights)
 
     def error(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
         """The squared error of all outputs as values, relative to the variance of each channel."""
-        return self._sum(ours, theirs, ["values"] * len(self.kinds))
+        return self._sum(ours, theirs, ["values"] * len(self.kinds), self.weights)
 
     def judged(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-        """What is to fall where both are judged: the divergence; of scores only told, `error`, too.
+        """What falls where both are judged: the divergence, and of scores only told `error`, too.
 
         See `Distance.is_below`.
         """
         divergence = self.divergence(ours, theirs)
         if self.declared or "scores" not in self.kinds:
             return divergence
-        return divergence + self.error(ours, theirs)
+        pairs = zip(self.weights, self.kinds, strict=True)
+        only = tuple(weight if said == "scores" else 0.0 for weight, said in pairs)
+        return divergence + self._sum(ours, theirs, ["values"] * len(self.kinds), only)
 
     def _sum(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], kinds: Sequence[str]
+        self,
+        ours: Sequence[Tensor],
+        theirs: Sequence[Tensor],
+        kinds: Sequence[str],
+        weights: Sequence[float],
     ) -> Tensor:
         total = theirs[0].new_zeros(())
         if [t.shape for t in ours] != [t.shape for t in theirs]:
@@ -116,12 +122,12 @@ class Answers:
                 "Task(batches, forward=...) that returns what is selected from"
             )
         for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            if not b.numel():
-                continue
             place = self._place(k)
+            if not b.numel() or not weights[place]:
+                continue
             scores = kinds[place] == "scores"
             apart = scores_divergence(a, b) if scores else self._relative(place, a, b)
-            total = total + self.weights[place] * apart
+            total = total + weights[place] * apart
         return total
 
     def _place(self, k: int) -> int:

@@ -27,6 +27,7 @@ from rabbet.core.survey import windows
 from rabbet.data.answers import UnlikeError
 from rabbet.data.augment import PARTS, judging_parts
 from rabbet.data.batches import Batch
+from rabbet.data.distance import Distance
 from rabbet.data.examples import Axes
 from rabbet.errors import RabbetError
 from rabbet.layers import Site
@@ -36,7 +37,7 @@ from rabbet.reconstruct.candidates import solve_menu
 from rabbet.reconstruct.matching import Halves, Statistics, gained, in_halves, matcher
 from rabbet.solve.metric import DAMPING, LEAST, Metric
 from rabbet.solve.shrinking import shrunk
-from rabbet.workpiece import UNABLE, Distance, Workpiece
+from rabbet.workpiece import UNABLE, Workpiece
 
 GAIN = (0.67, 1.5)  # a larger correction says that the layer is lost, not that it is scaled
 WINDOW = 2**27  # floats that the float network's inputs of layers in one window may take

@@ -153,7 +153,10 @@ def _inverse_factor(second: Tensor, order: Tensor) -> Tensor:
 
 
 def _ordered(second: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns in an order, each group in its own; some rows at a time, which is faster."""
+    """Rows and columns in an order, each group in its own."""
+    if second.shape[1] <= ROWS:
+        return gather(gather(second, order, 1), order, 2)
+    # In a large matrix some rows at a time are faster.
     made = torch.empty_like(second)
     for into, matrix, own in zip(made, second, order, strict=True):
         for rows, some in zip(into.split(ROWS), own.split(ROWS), strict=True):

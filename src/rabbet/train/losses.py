@@ -24,6 +24,8 @@ TEMPERATURE = 0.07  # of contrast: cosines of unlike examples differ by little
 
 Features = dict[tuple[str, int], Tensor]
 """What the blocks of a network gave in a pass, by the block and the number of its call."""
+Apart = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""How far two sets of outputs are apart, a scalar; see `Answers`."""
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -143,6 +145,7 @@ def distillation_losses(
     batch: Batch,
     blocks: Sequence[str] = (),
     features: float = 0.0,
+    apart: Apart | None = None,
 ) -> Iterator[Tensor]:
     """`distillation_loss` of a batch in parts of about one size that add up to it, see ENTRIES."""
     axes = piece.task.examples
@@ -150,14 +153,14 @@ def distillation_losses(
     size, most = axes.count(batch), max(1, ENTRIES // max(1, each))
     count = math.ceil(size / most)
     if count == 1:
-        yield distillation_loss(student, piece, batch, blocks, features)
+        yield distillation_loss(student, piece, batch, blocks, features, apart)
         return
     parts = list(axes.portions([batch], math.ceil(size / count)))
     squares = _squares(piece, parts, blocks) if features else {}
     for part in parts:
-        divergence, ours, theirs = _compared(student, piece, part, blocks if features else ())
+        loss, ours, theirs = _compared(student, piece, part, blocks if features else (), apart)
         share = axes.count(part) / size
-        yield share * divergence + features * feature_error(ours, theirs, squares)
+        yield share * loss + features * feature_error(ours, theirs, squares)
 
 
 def distillation_loss(
@@ -166,25 +169,30 @@ def distillation_loss(
     batch: Batch,
     blocks: Sequence[str] = (),
     features: float = 0.0,
+    apart: Apart | None = None,
 ) -> Tensor:
     """How far the student is from the float network on a batch; only the student gets a gradient.
 
-    The divergence of the outputs plus `features` times the mean relative error of the outputs of
-    the named blocks.
+    apart: how far two sets of outputs are apart; default: their divergence. To that is added
+    `features` times the mean relative error of the outputs of the named blocks.
     """
-    divergence, ours, theirs = _compared(student, piece, batch, blocks)
-    return divergence + features * feature_error(ours, theirs)
+    loss, ours, theirs = _compared(student, piece, batch, blocks, apart)
+    return loss + features * feature_error(ours, theirs)
 
 
 def _compared(
-    student: nn.Module, piece: Workpiece, batch: Batch, blocks: Sequence[str]
+    student: nn.Module,
+    piece: Workpiece,
+    batch: Batch,
+    blocks: Sequence[str],
+    apart: Apart | None,
 ) -> tuple[Tensor, Features, Features]:
-    """The divergence of the outputs, and what the blocks of both networks gave."""
+    """How far the outputs are apart, and what the blocks of both networks gave."""
     with torch.no_grad(), _tapped(piece.model, blocks) as theirs:
         goal = outputs(piece.task.run(piece.model, batch))
     with _tapped(student, blocks) as ours:
         result = outputs(piece.task.run(student, batch))
-    return piece.answers.judged(result, goal), ours, theirs
+    return (apart or piece.answers.divergence)(result, goal), ours, theirs
 
 
 @torch.no_grad()

@@ -50,9 +50,10 @@ class Tuning:
 def tune(student: nn.Module, piece: Workpiece, settings: Tuning) -> str:
     """Tune a compressed network in place; kept only if held-back examples improve for certain.
 
-    The loss is the divergence of the outputs plus `features` times the mean relative error of the
-    blocks' outputs. Adam, a cosine schedule; images are augmented. Checkpoints are kept in the
-    jobs, and a run that was stopped resumes from the last. Returns a note on what was done.
+    The loss is what outputs are judged by (`Answers.judged`) plus `features` times the mean
+    relative error of the blocks' outputs. Adam, a cosine schedule; images are augmented.
+    Checkpoints are kept in the jobs, and a run that was stopped resumes from the last. Returns a
+    note on what was done.
     """
     axes = piece.task.examples
     train, held = axes.hold_back(piece.task.read(), HELD)
@@ -151,9 +152,8 @@ class _Loop(Course):
         """See `Course.losses_of`."""
         generator = torch.Generator().manual_seed(self.piece.seed * 1_000_003 + step)
         batch = shard(self.pool.draw(self.settings.batch, generator), self.pool.axes)
-        return distillation_losses(
-            self.student, self.piece, batch, self.blocks, self.settings.features
-        )
+        given = self.student, self.piece, batch, self.blocks, self.settings.features
+        return distillation_losses(*given, self.piece.answers.judged)
 
 
 def start_codes(layer: Compressed, weight: Tensor) -> None:

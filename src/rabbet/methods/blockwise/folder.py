@@ -3,18 +3,18 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from rabbet.core.cost import Cost, float_cost, plan_cost
 from rabbet.core.frame import Frame, Rows, Step
-from rabbet.core.layout import Rest, file_bytes
+from rabbet.core.layout import TYPES, Rest, file_bytes
 from rabbet.core.plan import Plan
 from rabbet.core.survey import Left, Survey
 from rabbet.errors import FileError, ModelError
@@ -24,29 +24,57 @@ from rabbet.model.tensors import float_bytes, own_tensors, stored_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading JSON of another shape than is expected raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the values of a tensor lie: its file, type and shape, and the first of its bytes."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder by name, each read when it is asked for."""
+    """The tensors of a folder by name, each read when it is asked for.
+
+    No more than its bytes is read of a file, and none is mapped: of a file that is mapped as a
+    whole, all counts for a limit of memory.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises FileError for a folder without weights, or whose files cannot be read."""
         self.paths = _files(folder)
-        self._known: dict[str, tuple[Path, str, list[int]]] = {}
+        self._known: dict[str, _Place] = {}
+        self._signs: dict[Path, tuple[int, ...]] = {}
         for path in self.paths:
             try:
-                with safe_open(path, "pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                        part = file.get_slice(name)
-                        self._known[name] = path, str(part.get_dtype()), list(part.get_shape())
-            except Exception as e:  # safetensors raises what it likes
+                with path.open("rb") as file:
+                    self._signs[path] = _sign(file)
+                    self._known |= dict(_places(path, file))
+            except (OSError, *MALFORMED) as e:
                 raise FileError(f"{path} cannot be read: {e}") from e
 
     def __getitem__(self, name: str) -> Tensor:
-        # opened anew each time: a file is mapped, as a whole, for as long as it is open
-        with safe_open(self._known[name][0], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        """Raises FileError for a file that was changed, or cannot be read any more."""
+        place = self._known[name]
+        if place.dtype not in TYPES:
+            raise FileError(f"{name!r} in {place.path} is stored as {place.dtype}, unknown here")
+        tensor = torch.empty(place.shape, dtype=TYPES[place.dtype])
+        try:
+            with place.path.open("rb") as file:
+                if _sign(file) != self._signs[place.path]:
+                    raise FileError(f"{place.path} was changed while it was read; start again")
+                file.seek(place.start)
+                count = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as e:
+            raise FileError(f"{place.path} cannot be read any more: {e.strerror or e}") from e
+        if count != tensor.nbytes:
+            raise FileError(f"{place.path} ends within {name!r}")
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -59,11 +87,11 @@ class Shards(Mapping[str, Tensor]):
 
     def kind(self, name: str) -> str:
         """The type of a tensor, as safetensors names it."""
-        return self._known[name][1]
+        return self._known[name].dtype
 
     def shape(self, name: str) -> list[int]:
         """The shape of a tensor, which is not read for it."""
-        return list(self._known[name][2])
+        return list(self._known[name].shape)
 
     def digest(self) -> str:
         """A hash of all bytes."""
@@ -75,13 +103,35 @@ class Shards(Mapping[str, Tensor]):
         return told.hexdigest()
 
 
+def _sign(file: BinaryIO) -> tuple[int, ...]:
+    """What tells a file from one that took its place, or that was written to."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _places(path: Path, file: BinaryIO) -> Iterator[tuple[str, _Place]]:
+    """The tensors of an open file by name, as its header has them; ValueError if it cannot be."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise ValueError(f"its {size:,} bytes end within its header")
+    for name, entry in json.loads(file.read(length)).items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = stop - start == Rest(name, dtype, shape).bytes if dtype in TYPES else True
+        if not (0 <= start <= stop <= size - 8 - length and min(shape, default=0) >= 0 and whole):
+            raise ValueError(f"the bytes of its tensor {name!r} are not all there")
+        yield name, _Place(path, dtype, shape, 8 + length + start)
+
+
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted({str(name) for name in places.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, *MALFORMED) as e:
             raise FileError(f"{index} cannot be read: {e!r}") from None
         if not names or any(Path(name).name != name for name in names):
             raise FileError(f"{index} names no files, or files outside of its folder")

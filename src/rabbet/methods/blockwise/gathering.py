@@ -83,7 +83,7 @@ class Gathering:
     def means(self, jobs: Jobs, stage: str) -> Iterator[tuple[str, Tensor]]:
         """The second moments [groups, n, n] by site, see `shrunk`; none where no word came.
 
-        Sums are let go of: of a wide layer each is large.
+        Sums are let go of, for of a wide layer each is large: this gives them once.
         """
         totals, self.totals = self.totals, {}
         names = [name for name in totals if any(self.rows[name])]
@@ -92,6 +92,7 @@ class Gathering:
         ]
         once = Jobs(jobs.executor, progress=silent)  # no mean is asked for again
         found = once.run(stage, work)
+        del work  # the sums
         made = {name: each["mean"] for name, each in zip(names, found, strict=True)}
         yield from made.items()
         for name, other in self.same.items():
