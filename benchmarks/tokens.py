@@ -15,14 +15,11 @@ Medians over rounds; after warm-up.
 
 import argparse
 import logging
-import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import language
-import numpy as np
 import torch
 from common import machine
 from records import Group, Records, Table, add_options, told
@@ -34,7 +31,7 @@ from rabbet.core.plan import quoted
 from rabbet.errors import FileError
 from rabbet.grids.grid import Grid
 from rabbet.model.build import build
-from rabbet.runtime.decoding import Writing
+from rabbet.runtime.bench import time_decoders
 from rabbet.runtime.session import Session
 from rabbet.workpiece import Workpiece
 
@@ -61,39 +58,6 @@ def peer(source: Path, place: Path, block: int) -> Path:
     quantiser.process()
     quantiser.model.save_model_to_file(str(place), use_external_data_format=False)
     return place
-
-
-def once(session: Session, prompt: np.ndarray, count: int) -> tuple[float, float]:
-    """Seconds for a prompt, and for each of so many tokens behind it."""
-    text = Writing(session)
-    start = time.perf_counter()
-    last = text.read(prompt)[:, -1:].argmax(-1)
-    read = time.perf_counter()
-    for _ in range(count):
-        last = text.read(last)[:, -1:].argmax(-1)
-    return read - start, (time.perf_counter() - read) / count
-
-
-def measured(
-    files: dict[str, Path], threads: int, prompt: int, count: int, rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Prompt and new tokens per second of each file, medians of rounds in which all take turns."""
-    sessions = {name: Session(path, threads) for name, path in files.items()}
-    words = min(int(s.session.get_outputs()[0].shape[2]) for s in sessions.values())
-    ids = np.random.default_rng(SEED).integers(0, words, (1, prompt))
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
-    for k in range(rounds + 1):
-        for name, session in sessions.items():
-            times = once(session, ids, count)
-            if k:  # the first round warms up
-                seen[name].append(times)
-    return {
-        name: (
-            prompt / statistics.median(t[0] for t in times),
-            1 / statistics.median(t[1] for t in times),
-        )
-        for name, times in seen.items()
-    }
 
 
 def on_grid(network: nn.Module, grid: str) -> nn.Module:
@@ -139,12 +103,13 @@ def rows(name: str, network: nn.Module, given: argparse.Namespace, own: dict[str
     with tempfile.TemporaryDirectory() as scratch:
         files = gathered(network, given.grids, given.folders, Path(scratch))
         for threads in given.threads:
-            speeds = measured(files, threads, given.prompt, given.count, given.rounds)
-            for file, (read, new) in speeds.items():
+            sessions = {file: Session(path, threads) for file, path in files.items()}
+            speeds = time_decoders(sessions, given.prompt, given.count, given.rounds)
+            for file, speed in speeds.items():
                 settings = {"network": name} | own | {"threads": threads, "file": file}
                 values = {
-                    "bytes": files[file].stat().st_size, "prompt, tokens/s": read,
-                    "new tokens/s": new, "against float": new / speeds["float32"][1],
+                    "bytes": files[file].stat().st_size, "prompt, tokens/s": speed.prompt,
+                    "new tokens/s": speed.new, "against float": speed.new / speeds["float32"].new,
                 }  # fmt: skip
                 found.append((settings, values))
     return found

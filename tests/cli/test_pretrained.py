@@ -171,3 +171,35 @@ def test_a_folder_that_compress_wrote_is_exported_and_says_the_same_words(
         code, _, err = run("export", "small", *mistake.split())
         assert code != 0
         assert why in " ".join(err.split())
+
+
+def test_decoders_are_timed_in_turn(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    llama().save_pretrained("in")
+    for target in ("genai", "openvino-decoder"):
+        assert run("export", "in", "--target", target, "--output", target)[0] == 0
+    code, out, err = run("bench", "genai", "--against", "openvino-decoder", "--runs", "21")
+    assert (code, err) == (0, "")
+    assert "speed against openvino-decoder" in out
+    assert "2 times in turn" in out
+    facts = json.loads(run("bench", "genai", "--runs", "1", "--threads", "1", "--json")[1])
+    (file,) = facts["files"]
+    assert file["bytes"] == (tmp_path / "genai" / "model.onnx").stat().st_size
+    assert min(file["tokens per second"].values()) > 0
+    assert facts["machine"]["threads"] == "1"
+    settings = tmp_path / "genai" / "genai_config.json"
+    known = json.loads(settings.read_text())
+    known["model"]["context_length"] = 30
+    settings.write_text(json.dumps(known))
+    assert "a prompt of 10 random ones" in run("bench", "genai", "--runs", "1")[1]
+    (tmp_path / "file.onnx").write_bytes(b"")
+    for mistake, why in {
+        "in": "in is for no runtime; write one that is: rabbet export in",
+        "genai --batch 4": "on one sequence of random tokens",
+        "genai --against file.onnx": "file.onnx is a file",
+        "genai --against nowhere": "there is no folder nowhere",
+    }.items():
+        code, out, err = run("bench", *mistake.split())
+        assert (code, out) == (2, "")
+        assert why in " ".join(err.split())

@@ -16,7 +16,12 @@ Model = Annotated[
         help=f"The network that the file holds: {options.NETWORK}. Default: the demo network."
     ),
 ]
-Onnx = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx file.")]
+Onnx = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="An exported .onnx file, or a folder to which a decoder was exported."
+    ),
+]
 
 
 def export(
@@ -147,12 +152,14 @@ def evaluate(
 def bench(
     file: Onnx,
     against: Annotated[
-        list[Path] | None, typer.Option(help="Other .onnx files, the float one first.")
+        list[Path] | None, typer.Option(help="Others of the kind, the float one first.")
     ] = None,
     data: options.Data = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples at a time, besides 1.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="0 for all cores.")] = 0,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each file, at least.")] = 60,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Runs of each file (tokens of each decoder), at least.")
+    ] = 60,
     plain: Annotated[
         bool, typer.Option(help="Time a plain int8 export of the first other file, too.")
     ] = True,
@@ -160,11 +167,18 @@ def bench(
 ) -> None:
     """Time files in turn in onnxruntime, and say which kernels really run.
 
-    With a float file, a plain int8 export of it by onnxruntime's own quantiser is timed as well.
+    With a float file, a plain int8 export of it by onnxruntime's own quantiser is timed as well. Of
+    decoders it is the tokens per second, each in its own runtime.
     """
-    from rabbet.cli import tables, timing
+    from rabbet.cli import decoding, tables, timing
 
-    measured = timing.measure([file, *(against or [])], data, batch or 1, threads, runs, plain)
+    files = [file, *(against or [])]
+    measured: decoding.DecoderBench | timing.Bench
+    if any(path.is_dir() for path in files):
+        given = {"--data": data, "--batch": batch}
+        measured = decoding.measure_decoders(files, given, threads, runs)
+    else:
+        measured = timing.measure(files, data, batch or 1, threads, runs, plain)
     if as_json:
         tables.print_json(measured.facts())
     else:

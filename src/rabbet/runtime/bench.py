@@ -13,6 +13,7 @@ import numpy as np
 
 from rabbet.data.batches import Batch
 from rabbet.errors import FileError
+from rabbet.runtime.decoding import Runs, Writing
 from rabbet.runtime.session import Session, require_onnx
 
 WARM = 5
@@ -55,6 +56,38 @@ def time_files(
                 session.run(feed)
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {n: Timing(float(np.median(t)), float(np.percentile(t, 95))) for n, t in times.items()}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second: of a prompt that is read at once, and of those written behind it."""
+
+    prompt: float
+    new: float
+
+
+def time_decoders(
+    files: Mapping[str, Runs], prompt: int = 64, count: int = 32, rounds: int = 5
+) -> dict[str, Speed]:
+    """Time decoders in turn: each reads a prompt and writes tokens behind it, one sequence.
+
+    prompt, count: tokens, the prompt's at random with a fixed seed. rounds: in which all take
+    turns, after one to warm up; speeds are medians over them.
+    """
+    one = np.zeros((1, 1), np.int64)
+    words = min(Writing(session).read(one).shape[-1] for session in files.values())
+    ids = np.random.default_rng(0).integers(0, words, (1, prompt))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
+    for k in range(rounds + 1):
+        for name, session in files.items():
+            text, start = Writing(session), time.perf_counter()
+            last = text.read(ids)[:, -1:].argmax(-1)
+            read = time.perf_counter()
+            for _ in range(count):
+                last = text.read(last)[:, -1:].argmax(-1)
+            if k:
+                times[name].append((read - start, time.perf_counter() - read))
+    return {n: Speed(*np.array([prompt, count]) / np.median(t, axis=0)) for n, t in times.items()}
 
 
 def plain_int8(source: Path, batches: Sequence[Batch], folder: Path) -> Path:

@@ -83,18 +83,23 @@ class Reader(nn.Module):
 
 
 def open_decoder(folder: Path) -> Reader:
+    """The decoder of a folder that was exported, as a network; raises as `open_runs`."""
+    return Reader(open_runs(folder))
+
+
+def open_runs(folder: Path, threads: int = 0) -> Runs:
     """The decoder of a folder that was exported, in its own runtime.
 
-    Raises FileError for a folder of llama.cpp, which is not run here, or of nothing that is known,
-    and where its runtime is not installed.
+    threads: 0 for as many as the runtime likes. Raises FileError for a folder of llama.cpp, which
+    is not run here, or of nothing that is known, and where its runtime is not installed.
     """
     file = folder / MODEL
     if file.is_file() and (folder / SETTINGS).is_file():
-        return Reader(Session(file))
+        return Session(file, threads)
     if file.is_file():
         if not openvino_known():
             raise FileError(f"{folder} runs in OpenVINO, which is not installed: rabbet[openvino]")
-        return Reader(Compiled(file.read_bytes()))
+        return Compiled(file.read_bytes(), threads)
     if (folder / GGUF).is_file():
         raise FileError(
             f"{folder} is for llama.cpp, which is not run here; its weights are those of the "
